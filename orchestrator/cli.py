@@ -1,0 +1,212 @@
+"""The command line: parse, call, print. What a command does stands in the module that it calls.
+
+Heavy imports (torch, Ray) happen inside the commands, so that `--help` and a config error answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from orchestrator.config import ConfigError, RunConfig, json_schema, load_config, override
+
+_DESCRIPTION = """\
+Train SigLIP-style image-text models from WebDataset tars on a Ray cluster.
+
+  sigray data emoji data/emoji36                  make a small real data set (1 minute)
+  sigray train examples/emoji_cpu.yaml            train on it, evaluate, write runs/emoji_cpu/report.html
+  sigray train examples/emoji_cpu.yaml train.global_batch_size=512 run.name=big
+                                                  any key of the YAML can be overridden: section.key=value
+  sigray resume runs/emoji_cpu                    go on from the newest checkpoint
+  sigray eval runs/emoji_cpu                      measure the newest checkpoint again
+  sigray config examples/emoji_cpu.yaml           print the whole config, every default written out
+"""
+_EPILOG = """\
+Exit codes: 0 done, 1 the run failed, 2 the command, config or data cannot be used (nothing was started),
+130 interrupted (a checkpoint was written; `sigray resume` goes on).
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of `sigray`. Returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options, Console())
+    except (ValueError, OSError) as error:  # the user's config, data or storage: told, not traced
+        return _fail(error, code=2)
+    except RuntimeError as error:  # a tool that is missing, a run that failed
+        return _fail(error, code=1)
+
+
+def _train(options: argparse.Namespace, console: Console) -> int:
+    config = load_config(options.config, options.overrides)
+    from orchestrator.launch import train
+
+    return _finish(train(config, console, overwrite=options.overwrite), config, console)
+
+
+def _resume(options: argparse.Namespace, console: Console) -> int:
+    from orchestrator.folder import read_run
+
+    saved = read_run(options.run_folder)
+    config = override(saved, options.overrides, options.run_folder)
+    from orchestrator.launch import train
+
+    return _finish(train(config, console, resume_from=saved), config, console)
+
+
+def _eval(options: argparse.Namespace, console: Console) -> int:
+    from orchestrator.folder import read_run
+
+    run, _, name = options.run_folder.rstrip("/").partition("/checkpoints/")
+    config = override(read_run(run), options.overrides, run)
+    if not config.eval.sets:
+        raise ConfigError(f"{run} has no eval.sets: add one, as eval.sets.NAME.shards=PATTERN")
+    from workers.checkpoint import CheckpointError, list_checkpoints, read_info
+    from workers.storage import Storage
+
+    storage = Storage(run)
+    checkpoints = [read_info(storage, name)] if name else list_checkpoints(storage)
+    if not checkpoints:
+        raise CheckpointError(f"{run} has no checkpoint yet")
+    from orchestrator.launch import evaluate
+    from orchestrator.monitor import figures_table
+
+    console.print(f"checkpoint {checkpoints[-1].name} of {run}", highlight=False)
+    console.print(figures_table(evaluate(config, checkpoints[-1], console)))
+    return 0
+
+
+def _report(options: argparse.Namespace, console: Console) -> int:
+    from orchestrator.report import write_report
+
+    console.print(f"report: {write_report(Path(options.run_folder))}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _config(options: argparse.Namespace, console: Console) -> int:
+    if options.schema:
+        print(json_schema())
+    elif options.config:
+        print(load_config(options.config, options.overrides).to_yaml(), end="")
+    else:
+        raise ConfigError("give a YAML file to resolve, or --schema")
+    return 0
+
+
+def _data_emoji(options: argparse.Namespace, console: Console) -> int:
+    from orchestrator.emoji import build_emoji
+
+    with _BuildProgress(console) as progress:
+        dataset = build_emoji(Path(options.out_dir), progress=progress)
+    for split, counts in dataset["splits"].items():
+        console.print(f"{split}: {counts}", highlight=False)
+    return 0
+
+
+def _finish(summary: dict[str, Any], config: RunConfig, console: Console) -> int:
+    from orchestrator.monitor import figures_table, format_duration
+
+    if summary["zero_shot"] or summary["retrieval"]:
+        console.print(figures_table(summary))
+    console.print(
+        f"{summary['status']} at {summary['samples_seen']:,.0f} samples after {format_duration(summary['total_s'])}, "
+        f"{format_duration(summary['train_s'])} of it training\n"
+        f"report: {config.folder / 'report.html'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if summary["status"] == "stopped":
+        console.print(f"go on with: sigray resume {config.storage_uri}", highlight=False, soft_wrap=True)
+        return 130
+    return 0
+
+
+def _fail(error: Exception, code: int) -> int:
+    Console(stderr=True).print(f"sigray: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sigray", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Any, help: str, group: Any = commands) -> argparse.ArgumentParser:
+        added = group.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+        added.set_defaults(run=run)
+        return added
+
+    def overrides(added: argparse.ArgumentParser) -> None:
+        added.add_argument(
+            "overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides, as train.global_batch_size=512"
+        )
+
+    added = command("train", _train, "start a run from a YAML file")
+    added.add_argument("config", metavar="CONFIG.yaml")
+    overrides(added)
+    added.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name first")
+
+    added = command("resume", _resume, "go on with a run from its newest checkpoint")
+    added.add_argument("run_folder", metavar="RUN", help="a run's folder, or its storage as s3://bucket/prefix/name")
+    overrides(added)
+
+    added = command("eval", _eval, "evaluate a checkpoint: zero-shot and retrieval, beside chance")
+    added.add_argument(
+        "run_folder", metavar="RUN_OR_CHECKPOINT", help="a run (its newest checkpoint), or RUN/checkpoints/step-..."
+    )
+    overrides(added)
+
+    added = command("report", _report, "write a run's report.html again")
+    added.add_argument("run_folder", metavar="RUN")
+
+    added = command("config", _config, "print a config with every default written out, or the JSON schema")
+    added.add_argument("config", nargs="?", metavar="CONFIG.yaml")
+    overrides(added)
+    added.add_argument("--schema", action="store_true", help="the JSON schema, for completion in an editor")
+
+    data = commands.add_parser("data", help="make data sets", description="Make data sets.")
+    kinds = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    added = command(
+        "emoji",
+        _data_emoji,
+        "build emoji36: emoji by nine designers with names in 36 languages, from npm packages",
+        kinds,
+    )
+    added.add_argument("out_dir", metavar="OUT_DIR")
+    return parser
+
+
+class _BuildProgress:
+    """Calls of `progress(stage, done, total)` as rich bars, or as a line per stage where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._console = console
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bars = Progress(*columns, console=console) if console.is_terminal else None
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> _BuildProgress:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._bars is None:
+            if stage not in self._tasks:
+                self._console.print(f"{stage}: {total:,} to do", highlight=False)
+                self._tasks[stage] = None
+            return
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total)
+        self._bars.update(self._tasks[stage], completed=done, total=total)

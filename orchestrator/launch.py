@@ -1,0 +1,471 @@
+"""One run from its config to its report: check, start, watch, evaluate, sum up. The driver's whole life in order.
+
+Ray Train's trainer is constructed here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from orchestrator.backends import torch_config, worker_resources
+from orchestrator.config import ConfigError, RunConfig, check_resume
+from orchestrator.folder import RunFolder
+from orchestrator.monitor import Display, RayHooks, RunMonitor, TensorBoard
+from orchestrator.report import write_report
+from workers.checkpoint import CheckpointInfo, list_checkpoints
+from workers.shards import DataError, Manifest, build_manifest, list_shards
+
+_POLL_S = 0.25
+
+
+class RunFailed(RuntimeError):
+    """A run that ended by an error in the training workers; the message is for the user."""
+
+
+def train(
+    config: RunConfig, console: Console, *, resume_from: RunConfig | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Run a config to its end, or until it is interrupted.
+
+    Args:
+        config: what to run.
+        console: where progress goes.
+        resume_from: the config that the run began with, to go on from its newest checkpoint.
+        overwrite: delete an earlier run of the same name first.
+
+    Returns:
+        The content of summary.json; `status` is "finished" or "stopped".
+
+    Raises:
+        ConfigError, DataError, OSError: for what the user can mend, before anything is started.
+        RunFailed: where training itself failed.
+    """
+    begin = time.monotonic()
+    display = Display(console)
+    folder = RunFolder(config)
+    if resume_from is not None:
+        check_resume(resume_from, config)
+    elif folder.is_used() and not overwrite:
+        raise ConfigError(
+            f"{folder.storage.uri} already holds a run: go on with `sigray resume {folder.storage.uri}`, "
+            "choose another run.name, or add --overwrite to delete it"
+        )
+    folder.storage.check_writable()
+    manifest = _scan(config, display)
+    if resume_from is not None:
+        _check_unchanged(folder.manifest(), manifest)
+    _check_model_and_sets(config)
+    if resume_from is None and folder.is_used():
+        folder.clear()
+    folder.begin(config, manifest)
+
+    with _ray(config, display), _Run(config, folder, manifest, display) as run:
+        status = run.watch()
+        run.evaluate_newest()
+        summary = _summary(config, run, status, time.monotonic() - begin)
+    folder.save_summary(summary)
+    write_report(folder.path)
+    folder.upload_records()
+    return summary
+
+
+def evaluate(config: RunConfig, info: CheckpointInfo, console: Console) -> dict[str, Any]:
+    """Evaluate one checkpoint as a Ray task and keep the result with the run."""
+    display, folder = Display(console), RunFolder(config)
+    _check_model_and_sets(config)
+    with _ray(config, display):
+        import ray
+
+        result = ray.get(_submit_evaluation(config, folder, info))
+        for name, baseline in _baselines(config).items():
+            result["zero_shot"][name]["pixel_baseline_top1"] = baseline
+    if folder.path.exists():
+        folder.save_evaluation(result)
+    return result
+
+
+@dataclass
+class _Run:
+    """The moving parts of a run that has begun: data-shard workers, monitor, Ray Train, evaluations."""
+
+    config: RunConfig
+    folder: RunFolder
+    manifest: Manifest
+    display: Display
+    facts: dict[str, Any] = field(default_factory=dict)
+    newest_metrics: dict[str, float] = field(default_factory=dict)
+    newest_evaluation: dict[str, Any] | None = None
+    train_s: float = 0.0
+
+    def __enter__(self) -> _Run:
+        import ray
+
+        self._monitor = ray.remote(num_cpus=0)(RunMonitor).remote()
+        self._data_workers = _start_data_workers(self.config, self.manifest)
+        self._tensorboard: TensorBoard | None = None
+        self._evaluations: dict[Any, int] = {}  # reference of a running evaluation -> its step
+        self._newest_checkpoint: CheckpointInfo | None = None
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._fit, name="ray-train", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.display.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def watch(self) -> str:
+        """Follow the run to its end; returns "finished" or "stopped".
+
+        Raises:
+            RunFailed, DataError: what ended it.
+        """
+        import ray
+
+        begin = time.monotonic()
+        with _stop_on_signal(self._ask_to_stop):
+            while self._thread.is_alive():
+                time.sleep(_POLL_S)
+                self._take_events()
+        self.train_s = time.monotonic() - begin
+        self._take_events()
+        if self._failure is not None:
+            raise _explain_failure(self._failure, self.folder, self._newest_checkpoint)
+        if self._evaluations:
+            ray.wait(list(self._evaluations), num_returns=len(self._evaluations), timeout=600)
+            self._collect_evaluations()
+        done = self._newest_checkpoint.step if self._newest_checkpoint else self.facts.get("first_step", 0)
+        return "finished" if done >= self.facts.get("num_steps", 0) else "stopped"
+
+    def evaluate_newest(self) -> None:
+        """Make sure that the newest checkpoint has its figures, a resumed run that had ended before included."""
+        import ray
+
+        checkpoints = list_checkpoints(self.folder.storage)
+        if not checkpoints or not self.config.eval.sets:
+            return
+        newest = checkpoints[-1]
+        if self.newest_evaluation is None or self.newest_evaluation["step"] != newest.step:
+            self._keep_evaluation(ray.get(_submit_evaluation(self.config, self.folder, newest)))
+        assert self.newest_evaluation is not None
+        for name, baseline in _baselines(self.config).items():
+            self.newest_evaluation["zero_shot"][name]["pixel_baseline_top1"] = baseline
+        self.folder.save_evaluation(self.newest_evaluation)
+
+    def _fit(self) -> None:
+        try:
+            _trainer(self.config, self.folder, self.manifest, self._data_workers, self._monitor).fit()
+        except BaseException as error:
+            self._failure = error
+
+    def _ask_to_stop(self) -> None:
+        self.display.say("stopping: a last checkpoint is written at the next log interval (again to stop at once)")
+        self._monitor.request_stop.remote()
+
+    def _take_events(self) -> None:
+        import ray
+
+        for event in ray.get(self._monitor.take.remote()):
+            content = event["content"]
+            if event["kind"] == "started":
+                self._begin_attempt(content)
+            elif event["kind"] == "metrics":
+                self.newest_metrics = content
+                self.folder.append_metrics(content)
+                self.display.metrics(content)
+                if self._tensorboard is not None:
+                    self._tensorboard.metrics(content)
+            elif event["kind"] == "checkpoint":
+                self._newest_checkpoint = content
+                if self.config.eval.sets:
+                    self._evaluations[_submit_evaluation(self.config, self.folder, content)] = content.step
+        self._collect_evaluations()
+
+    def _begin_attempt(self, facts: dict[str, Any]) -> None:
+        if self.facts:
+            self.display.say(f"the training workers were restarted and go on from step {facts['first_step']:,}")
+        self.facts = facts
+        self.folder.cut_metrics(facts["first_step"])
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        purge_from = facts["first_step"] * facts["global_batch_size"] + 1
+        self._tensorboard = TensorBoard(self.folder, purge_from)
+        self.display.start(str(self.folder.path), facts, _data_facts(self.manifest))
+
+    def _collect_evaluations(self) -> None:
+        import ray
+
+        if not self._evaluations:
+            return
+        ready, _ = ray.wait(list(self._evaluations), num_returns=len(self._evaluations), timeout=0)
+        for reference in ready:
+            step = self._evaluations.pop(reference)
+            try:
+                self._keep_evaluation(ray.get(reference))
+            except ray.exceptions.RayTaskError as error:
+                # Training goes on: an evaluation can be had again from its checkpoint.
+                self.display.say(f"the evaluation of step {step:,} failed: {error.cause}")
+
+    def _keep_evaluation(self, result: dict[str, Any]) -> None:
+        self.folder.save_evaluation(result)
+        self.display.evaluation(result)
+        if self._tensorboard is not None:
+            self._tensorboard.evaluation(result)
+        if self.newest_evaluation is None or result["step"] >= self.newest_evaluation["step"]:
+            self.newest_evaluation = result
+
+
+def _trainer(config: RunConfig, folder: RunFolder, manifest: Manifest, data_workers: list[Any], monitor: Any) -> Any:
+    """Ray Train's trainer of a run."""
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    from workers.data_worker import ActorBlocks
+    from workers.train import TrainJob, train_loop_per_worker
+
+    job = TrainJob(
+        data=config.data,
+        model=config.model,
+        train=config.train,
+        optim=config.optim,
+        checkpoint=config.checkpoint,
+        seed=config.run.seed,
+        accelerator=config.cluster.accelerator,
+        cpus_per_worker=config.cluster.cpus_per_worker,
+        manifest=manifest,
+        storage_uri=folder.storage.uri,
+        blocks=ActorBlocks(data_workers, config.data.worker_timeout_s),
+        hooks=RayHooks(monitor),
+    )
+
+    def train_worker(_: dict[str, Any]) -> None:
+        train_loop_per_worker(job)
+
+    root, _, name = folder.storage.root.rpartition("/")
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={},
+        torch_config=torch_config(config.cluster),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.cluster.num_workers,
+            use_gpu=config.cluster.accelerator == "cuda",
+            resources_per_worker=worker_resources(config.cluster),
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=root,
+            storage_filesystem=folder.storage.filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
+        ),
+    )
+
+
+def _start_data_workers(config: RunConfig, manifest: Manifest) -> list[Any]:
+    """The data-shard workers. Ray restarts one that dies, and asks the new one what the old one was asked."""
+    import ray
+
+    from workers.data_worker import DataWorker
+
+    actor = ray.remote(
+        num_cpus=config.data.cpus_per_worker, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD"
+    )(DataWorker)
+    return [
+        actor.remote(manifest, config.data, config.model, seed=config.run.seed) for _ in range(config.data.num_workers)
+    ]
+
+
+def _submit_evaluation(config: RunConfig, folder: RunFolder, info: CheckpointInfo) -> Any:
+    import ray
+
+    from workers.evaluate import evaluate_checkpoint
+
+    task = ray.remote(num_cpus=1)(evaluate_checkpoint)
+    return task.remote(folder.storage.uri, info, config.model, config.data, config.eval)
+
+
+def _baselines(config: RunConfig) -> dict[str, float]:
+    import ray
+
+    from workers.evaluate import pixel_baseline
+
+    if not config.eval.pixel_baseline:
+        return {}
+    return ray.get(ray.remote(num_cpus=1)(pixel_baseline).remote(config.data, config.eval))
+
+
+def _scan(config: RunConfig, display: Display) -> Manifest:
+    urls = list_shards(config.data.shards, s3_endpoint=config.data.s3_endpoint)
+    display.say(f"reading the headers of {len(urls)} shards")
+    manifest = build_manifest(
+        urls,
+        image_keys=config.data.image_keys,
+        caption_keys=config.data.caption_keys,
+        s3_endpoint=config.data.s3_endpoint,
+    )
+    if manifest.num_samples < config.train.global_batch_size:
+        raise ConfigError(
+            f"train.global_batch_size={config.train.global_batch_size} is larger than the {manifest.num_samples} "
+            "samples of data.shards: one batch would hold a pair twice and count it as its own negative"
+        )
+    return manifest
+
+
+def _check_unchanged(saved: Manifest, now: Manifest) -> None:
+    changed = saved.differences(now)
+    if changed:
+        shown = "\n  ".join(changed[:20])
+        raise DataError(f"the shards changed since the run began, so its order cannot be continued:\n  {shown}")
+
+
+def _check_model_and_sets(config: RunConfig) -> None:
+    """What can be found wrong without a cluster: shapes, tokenizer, held-out sets, and that the towers can be built."""
+    import torch
+
+    from workers.decode import build_tokenizer
+    from workers.evaluate import read_classes
+    from workers.towers import build_model, shapes
+
+    _, context_length, vocab_size = shapes(config.model)
+    build_tokenizer(config.model, context_length, vocab_size)
+    for spec in config.eval.sets.values():
+        list_shards(spec.shards, s3_endpoint=config.data.s3_endpoint)
+        if spec.classes:
+            read_classes(spec.classes)
+    with torch.device("meta"):
+        build_model(config.model)
+
+
+@contextlib.contextmanager
+def _ray(config: RunConfig, display: Display) -> Iterator[None]:
+    """Join the cluster that is named, or start a Ray of this run's own; leave it at the end."""
+    # One result per controller poll: at Ray's default of 2 s every checkpoint would hold all ranks for 2 s.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1" if config.cluster.dashboard else "0")
+    import ray
+
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        display.say(f"joining the Ray cluster at {address}")
+        ray.init(address=address, log_to_driver=False)
+    else:
+        needed = (
+            config.cluster.num_workers * config.cluster.cpus_per_worker
+            + config.data.num_workers * config.data.cpus_per_worker
+            + 1  # evaluation
+        )
+        display.say("starting Ray on this machine")
+        ray.init(
+            address="local",
+            # Ray only counts CPUs: on a small machine the data-shard workers and the trainers share the cores.
+            num_cpus=max(os.cpu_count() or 1, int(needed + 0.5)),
+            resources={
+                name: amount * config.cluster.num_workers
+                for name, amount in config.cluster.resources_per_worker.items()
+            },
+            include_dashboard=config.cluster.dashboard,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _stop_on_signal(ask: Any) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM asks the run to stop, the second ends the driver."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: Any) -> None:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        ask()
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _explain_failure(error: BaseException, folder: RunFolder, newest: CheckpointInfo | None) -> Exception:
+    """The cause of a failed run in the user's terms."""
+    causes = list(getattr(error, "worker_failures", {}).values()) or [error]
+    for cause in causes:
+        original = getattr(cause, "cause", cause)
+        if isinstance(original, DataError):
+            return original
+    advice = (
+        f"go on from step {newest.step:,} with `sigray resume {folder.storage.uri}`" if newest else "no checkpoint yet"
+    )
+    return RunFailed(f"training failed ({advice}):\n{causes[0]}")
+
+
+def _data_facts(manifest: Manifest) -> dict[str, int]:
+    return {"shards": len(manifest.shards), "samples": manifest.num_samples, "bytes": manifest.num_bytes}
+
+
+def _summary(config: RunConfig, run: _Run, status: str, total_s: float) -> dict[str, Any]:
+    evaluation = run.newest_evaluation or {}
+    lines = run.folder.metrics()
+    newest = lines[-1] if lines else {}
+    return {
+        "name": config.run.name,
+        "status": status,
+        "steps": newest.get("step", 0),
+        "samples_seen": newest.get("samples_seen", 0),
+        "train_s": round(run.train_s, 1),
+        "total_s": round(total_s, 1),
+        "loss": newest.get("train/loss"),
+        "facts": run.facts,
+        "data": _data_facts(run.manifest),
+        "zero_shot": evaluation.get("zero_shot", {}),
+        "retrieval": evaluation.get("retrieval", {}),
+        "environment": environment(),
+    }
+
+
+def environment() -> dict[str, str]:
+    """Versions, hardware and commit, as every result that is quoted carries them."""
+    from importlib.metadata import version
+
+    def commit() -> str:
+        root = Path(__file__).resolve().parent.parent
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+
+    def processor() -> str:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        return names[0] if names else platform.processor()
+
+    return {
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("sigray", "torch", "ray", "open-clip-torch", "webdataset")},
+        "hardware": f"{processor()}, {len(os.sched_getaffinity(0))} cores",
+    }

@@ -1,0 +1,225 @@
+"""From the training workers to a person: a small actor that collects, sinks that keep, a display that shows.
+
+Rank 0 posts events to the `RunMonitor` actor; the driver takes them a few times a second. The way back is one bit: the
+answer to a line of metrics says whether the run shall stop at this step.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.folder import RunFolder
+from workers.checkpoint import CheckpointInfo
+
+
+class RunMonitor:
+    """A mailbox with a stop flag. Runs as a Ray actor with no CPU of its own."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+        self._stop = False
+
+    def post(self, kind: str, content: Any) -> bool:
+        """Leave an event for the driver. Returns whether the run shall stop."""
+        self._events.append({"kind": kind, "content": content})
+        return self._stop
+
+    def take(self) -> list[dict[str, Any]]:
+        """The events since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def request_stop(self) -> None:
+        self._stop = True
+
+
+class RayHooks:
+    """The training loop's hooks under Ray Train: events to the monitor, checkpoints made known to Ray.
+
+    Args:
+        monitor: handle of the `RunMonitor`.
+    """
+
+    def __init__(self, monitor: Any) -> None:
+        self._monitor = monitor
+
+    def started(self, facts: dict[str, Any]) -> None:
+        self._post("started", facts)
+
+    def record(self, metrics: dict[str, float]) -> bool:
+        return self._post("metrics", metrics)
+
+    def checkpointed(self, info: CheckpointInfo | None, metrics: dict[str, float]) -> None:
+        import ray.train
+        from ray.train.v2.api.report_config import CheckpointUploadMode
+
+        checkpoint = None
+        if info is not None:
+            self._post("checkpoint", info)
+            ray_storage = ray.train.get_context().get_storage()
+            path = f"{ray_storage.experiment_fs_path}/checkpoints/{info.name}"
+            checkpoint = ray.train.Checkpoint(path, ray_storage.storage_filesystem)
+        # The files are durable already; Ray is told where they are, and every rank has to call.
+        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
+
+    def _post(self, kind: str, content: Any) -> bool:
+        import ray
+
+        return ray.get(self._monitor.post.remote(kind, content))
+
+
+class TensorBoard:
+    """Writes metrics and evaluations as TensorBoard events, x axis in samples seen.
+
+    Args:
+        folder: the run's.
+        purge_from: events at this count of samples and later are superseded.
+    """
+
+    def __init__(self, folder: RunFolder, purge_from: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=purge_from)
+
+    def metrics(self, line: dict[str, float]) -> None:
+        for key, value in line.items():
+            if "/" in key:
+                self._writer.add_scalar(key, value, int(line["samples_seen"]))
+
+    def evaluation(self, result: dict[str, Any]) -> None:
+        for task in ("zero_shot", "retrieval"):
+            for name, figures in result[task].items():
+                for key, value in figures.items():
+                    if not key.startswith("num_"):
+                        self._writer.add_scalar(f"{task}_{name}/{key}", value, result["samples_seen"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Display:
+    """What a person sees: a start-up block, a live line on a terminal or plain lines elsewhere, a closing table."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+        self._bar: Any = None
+        self._first: tuple[float, float] | None = None
+        self._num_samples = 0
+
+    def say(self, message: str) -> None:
+        self._console.print(message, highlight=False, soft_wrap=True)
+
+    def start(self, title: str, facts: dict[str, Any], data: dict[str, Any]) -> None:
+        """The start-up block, and from here on the progress."""
+        parameters = facts["parameters_m"]
+        rows = {
+            "run": title,
+            "devices": f"{facts['world_size']} training worker(s) on {facts['device']}",
+            "batch": f"{facts['global_batch_size']} pairs = {facts['batch_per_worker']} x {facts['world_size']} workers",
+            "model": f"{parameters['all']:.1f} M parameters (image {parameters['visual']:.1f} M, "
+            f"text {parameters['text']:.1f} M)",
+            "data": f"{data['samples']:,} pairs in {data['shards']} shards, {data['bytes'] / 1e6:,.1f} MB; "
+            f"{facts['epochs']:.1f} epochs",
+            "steps": f"{facts['first_step']:,} to {facts['num_steps']:,}",
+        }
+        grid = Table.grid(padding=(0, 2))
+        for key, value in rows.items():
+            grid.add_row(Text(key, style="bold"), Text(value))
+        self._console.print(grid)
+        self._num_samples = facts["num_steps"] * facts["global_batch_size"]
+        self._first = None
+        if self._console.is_terminal:
+            self._stop_progress()
+            self._progress = Progress(TextColumn("{task.description}"), BarColumn(), _TimeLeft(), console=self._console)
+            self._bar = self._progress.add_task("starting", total=self._num_samples, left_s=None)
+            self._progress.update(self._bar, completed=facts["first_step"] * facts["global_batch_size"])
+            self._progress.start()
+
+    def metrics(self, line: dict[str, float]) -> None:
+        samples, now = line["samples_seen"], time.monotonic()
+        if self._first is None:
+            self._first = (now, samples)
+        rate = (samples - self._first[1]) / (now - self._first[0]) if samples > self._first[1] else None
+        left_s = (self._num_samples - samples) / rate if rate else None
+        text = (
+            f"step {line['step']:>6,.0f}  samples {samples:>9,.0f}  loss {line['train/loss']:7.4f}  "
+            f"scale {line['train/logit_scale']:6.2f}  bias {line['train/logit_bias']:7.2f}  "
+            f"{line['throughput/samples_per_s']:6,.0f} samples/s  data wait {line['data/wait_pct']:4.1f} %"
+        )
+        if self._progress is not None:
+            self._progress.update(self._bar, description=text, completed=samples, left_s=left_s)
+        else:
+            self.say(text + (f"  {format_duration(left_s)} left" if left_s is not None else ""))
+
+    def evaluation(self, result: dict[str, Any]) -> None:
+        """One line per zero-shot set of an evaluated checkpoint."""
+        for name, figures in result["zero_shot"].items():
+            self.say(
+                f"  zero-shot at {result['samples_seen']:,} samples, {name}: "
+                f"top-1 {figures['top1']:.1%} (chance {figures['chance1']:.2%}), "
+                f"top-5 {figures['top5']:.1%} (chance {figures['chance5']:.2%})"
+            )
+
+    def close(self) -> None:
+        self._stop_progress()
+
+    def _stop_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+class _TimeLeft(ProgressColumn):
+    """Time left by the rate since the start; rich's own estimate jumps with every pause for a checkpoint."""
+
+    def render(self, task: Task) -> Text:
+        left_s = task.fields.get("left_s")
+        return Text(f"{format_duration(left_s)} left" if left_s is not None else "")
+
+
+def figures_table(summary: dict[str, Any]) -> Table:
+    """The final figures, each beside its chance level."""
+    table = Table(title=None, box=None, padding=(0, 2), header_style="bold")
+    for column in ("set", "figure", "result", "chance", "times chance", "pixel neighbour"):
+        table.add_column(column, justify="left" if column in ("set", "figure") else "right")
+    for name, figures in summary.get("zero_shot", {}).items():
+        for k in (1, 5):
+            value, chance = figures[f"top{k}"], figures[f"chance{k}"]
+            baseline = figures.get("pixel_baseline_top1") if k == 1 else None
+            table.add_row(
+                f"{name} ({figures['num_classes']:,} classes)" if k == 1 else "",
+                f"zero-shot top-{k}",
+                f"{value:.2%}",
+                f"{chance:.2%}",
+                f"{value / chance:.1f}",
+                f"{baseline:.1%}" if baseline is not None else "",
+            )
+    for name, figures in summary.get("retrieval", {}).items():
+        for way in ("image_to_text", "text_to_image"):
+            for k in (1, 5, 10):
+                value, chance = figures[f"{way}_r{k}"], figures[f"{way}_chance{k}"]
+                first = way == "image_to_text" and k == 1
+                table.add_row(
+                    f"{name} ({figures['num_images']:,} images)" if first else "",
+                    f"{way.replace('_', ' ')} R@{k}",
+                    f"{value:.2%}",
+                    f"{chance:.2%}",
+                    f"{value / chance:.1f}",
+                    "",
+                )
+    return table
+
+
+def format_duration(seconds: float) -> str:
+    """3725 -> '1 h 02 min', 200 -> '3 min 20 s'."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

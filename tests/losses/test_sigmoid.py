@@ -1,0 +1,127 @@
+"""The one-pass loss against the pair-by-pair twin: value and the gradient of every input."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from losses import sigmoid_loss, sigmoid_loss_plain
+from tests.reference import pair_loss, random_features
+
+
+def value_and_gradients(function, *inputs):
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    value = function(*leaves)
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+def scalars(scale, bias, dtype=torch.float64):
+    return torch.tensor(scale, dtype=dtype), torch.tensor(bias, dtype=dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_images=st.integers(1, 9),
+    num_texts=st.integers(1, 9),
+    dim=st.integers(1, 6),
+    positive_offset=st.one_of(st.none(), st.integers(-10, 10)),
+    tile_size=st.integers(1, 11),
+    scale=st.sampled_from([1e-3, 1.0, 10.0, 1e4]),
+    bias=st.sampled_from([-10.0, 0.0, 3.0]),
+    seed=st.integers(0, 1000),
+)
+def test_equals_the_sum_over_pairs(num_images, num_texts, dim, positive_offset, tile_size, scale, bias, seed):
+    inputs = random_features(num_images, dim, seed=seed), random_features(num_texts, dim, seed=seed + 1)
+    inputs += scalars(scale, bias)
+    expected = value_and_gradients(lambda *x: pair_loss(*x, positive_offset), *inputs)
+    actual = value_and_gradients(
+        lambda *x: sigmoid_loss(*x, positive_offset=positive_offset, tile_size=tile_size), *inputs
+    )
+    for want, got in zip(expected, actual, strict=True):
+        # Both float64; they differ by the order of at most 81 additions of numbers up to 1e4.
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+def test_plain_equation_is_the_same_loss():
+    inputs = (random_features(7, 5, seed=0), random_features(7, 5, seed=1), *scalars(10.0, -10.0))
+    for want, got in zip(
+        value_and_gradients(lambda *x: pair_loss(*x, 0), *inputs),
+        value_and_gradients(sigmoid_loss_plain, *inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_features_are_accumulated_in_float32(dtype):
+    image, text = random_features(64, 32, seed=0, dtype=dtype), random_features(64, 32, seed=1, dtype=dtype)
+    scale, bias = scalars(10.0, -10.0, torch.float32)
+    expected = value_and_gradients(sigmoid_loss_plain, image.double(), text.double(), scale.double(), bias.double())
+    actual = value_and_gradients(lambda *x: sigmoid_loss(*x, tile_size=20), image, text, scale, bias)
+    assert actual[0].dtype == torch.float32
+    assert [tensor.dtype for tensor in actual[1:]] == [dtype, dtype, torch.float32, torch.float32]
+    # The features are the same numbers in both, so the value is exact to float32; feature gradients are rounded once
+    # to the features' own dtype (relative 2**-8 for bfloat16).
+    torch.testing.assert_close(actual[0].double(), expected[0], rtol=1e-5, atol=0)
+    for want, got in zip(expected[1:3], actual[1:3], strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    for want, got in zip(expected[3:], actual[3:], strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_equals_open_clip():
+    from open_clip.loss import SigLipLoss
+
+    inputs = (random_features(32, 16, seed=0), random_features(32, 16, seed=1), *scalars(10.0, -10.0))
+    for want, got in zip(
+        value_and_gradients(SigLipLoss(), *inputs), value_and_gradients(sigmoid_loss, *inputs), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+def test_no_overflow_far_beyond_exp():
+    image = random_features(4, 3, seed=0, dtype=torch.float32)
+    results = value_and_gradients(sigmoid_loss, image, image, *scalars(1e6, -10.0, torch.float32))
+    assert all(torch.isfinite(result).all() for result in results)
+
+
+def test_second_differentiation_is_refused():
+    inputs = [random_features(3, 2, seed=0).requires_grad_(), random_features(3, 2, seed=1), *scalars(10.0, -10.0)]
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(sigmoid_loss(*inputs), inputs[:1], create_graph=True)
+
+
+XLA_PROGRAM = """
+import torch_xla
+
+device = torch_xla.device()  # before any backward pass: torch counts its devices at the first one
+
+from losses import sigmoid_loss, sigmoid_loss_plain
+from tests.losses.test_sigmoid import scalars, value_and_gradients
+from tests.reference import random_features
+import torch
+
+inputs = random_features(12, 8, seed=0), random_features(12, 8, seed=1), *scalars(10.0, -10.0)
+inputs = [tensor.float() for tensor in inputs]
+expected = value_and_gradients(sigmoid_loss_plain, *(tensor.double() for tensor in inputs))
+actual = value_and_gradients(sigmoid_loss, *(tensor.to(device) for tensor in inputs))
+for want, got in zip(expected, actual, strict=True):
+    assert got.device.type == "xla", got.device
+    torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5, atol=1e-6)
+print("equal on", device)
+"""
+
+
+@pytest.mark.xla
+def test_runs_on_an_xla_device():
+    if importlib.util.find_spec("torch_xla") is None:
+        pytest.skip("torch-xla (the tpu extra) is not installed")
+    done = subprocess.run(
+        [sys.executable, "-c", XLA_PROGRAM], env=os.environ | {"PJRT_DEVICE": "CPU"}, capture_output=True, text=True
+    )
+    assert "equal on xla" in done.stdout, done.stderr

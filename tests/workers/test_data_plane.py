@@ -1,0 +1,184 @@
+"""Data-shard worker and feed: what reaches the towers is the order's samples, whoever delivers them."""
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import drawn_sample, encode_image, write_tar
+from workers.data_worker import DataWorker, build_order
+from workers.decode import Refused, decode_image
+from workers.feed import Feed
+from workers.order import LaneSlice
+from workers.shards import DataError, build_manifest, list_shards, read_samples
+
+
+def manifest_of(data):
+    return build_manifest(list_shards(data.shards), image_keys=data.image_keys, caption_keys=data.caption_keys)
+
+
+class OneWorker:
+    """A BlockSource without Ray."""
+
+    def __init__(self, worker):
+        self._worker = worker
+
+    def request(self, lane, number):
+        return None
+
+    def wait(self, lane, number, handle):
+        return self._worker.block(lane, number)
+
+
+def batches(data, model, *, batch, rank=0, world_size=1, first=0, last=12):
+    manifest = manifest_of(data)
+    feed = Feed(
+        build_order(manifest, data, 5),
+        OneWorker(DataWorker(manifest, data, model, seed=5)),
+        global_batch_size=batch,
+        block_size=data.block_size,
+        rank=rank,
+        world_size=world_size,
+        first_step=first,
+        last_step=last,
+        prefetch_batches=2,
+        max_bad_fraction=data.max_bad_fraction,
+    )
+    return list(feed)
+
+
+def test_block_holds_the_samples_of_the_order(data_config, model_config):
+    manifest = manifest_of(data_config)
+    worker = DataWorker(manifest, data_config, model_config, seed=5)
+    order = build_order(manifest, data_config, 5)
+    samples = [list(read_samples(shard)) for shard in manifest.shards]
+    for lane, number in [(0, 0), (2, 3), (1, 9), (0, 1), (0, 13), (2, 2)]:  # any order of questions
+        block = worker.block(lane, number)
+        piece = LaneSlice(lane, number * 4, number * 4 + 4)
+        expected = [decode_image(samples[ref.shard][ref.index]["png"], 16) for ref in order.samples(piece)]
+        np.testing.assert_array_equal(block.images, np.stack(expected))
+        assert block.images.dtype == np.uint8
+        assert block.tokens.shape == (4, 8)
+        assert block.tokens.dtype == np.int32
+
+
+@pytest.mark.parametrize("batch", [5, 12, 24])
+def test_batches_are_the_same_on_any_number_of_ranks(data_config, model_config, batch):
+    whole = batches(data_config, model_config, batch=batch)
+    for world_size in (size for size in (2, 3, 5) if batch % size == 0):
+        parts = [
+            batches(data_config, model_config, batch=batch, rank=r, world_size=world_size) for r in range(world_size)
+        ]
+        for step, expected in enumerate(whole):
+            assert expected.step == step
+            for name in ("images", "tokens"):
+                joined = np.concatenate([getattr(part[step], name).numpy() for part in parts])
+                np.testing.assert_array_equal(joined, getattr(expected, name).numpy())
+
+
+def test_feed_resumes_at_every_step(data_config, model_config):
+    whole = batches(data_config, model_config, batch=12)
+    for first in range(1, len(whole)):
+        rest = batches(data_config, model_config, batch=12, first=first)
+        assert [batch.step for batch in rest] == [batch.step for batch in whole[first:]]
+        for expected, actual in zip(whole[first:], rest, strict=True):
+            np.testing.assert_array_equal(actual.images.numpy(), expected.images.numpy())
+            np.testing.assert_array_equal(actual.tokens.numpy(), expected.tokens.numpy())
+
+
+def test_block_size_and_window_cache_do_not_change_a_batch(data_config, model_config):
+    expected = batches(data_config, model_config, batch=12)
+    other = batches(data_config.model_copy(update={"block_size": 7}), model_config, batch=12)
+    for want, got in zip(expected, other, strict=True):
+        np.testing.assert_array_equal(got.images.numpy(), want.images.numpy())
+
+
+def folder_with_bad_samples(folder, bad, num_good=60):
+    samples = [drawn_sample(number) for number in range(num_good)]
+    for number, change in bad.items():
+        samples[number].update(change)
+        samples[number] = {key: value for key, value in samples[number].items() if value is not None}
+    write_tar(folder / "a.tar", samples)
+    return folder
+
+
+def test_bad_samples_are_counted_and_replaced(tmp_path, data_config, model_config):
+    bad = {3: {"png": b"no image"}, 17: {"txt": None}, 31: {"txt": "  "}, 40: {"png": None}, 41: {"txt": b"\xff\xfe"}}
+    folder = folder_with_bad_samples(tmp_path, bad)
+    data = data_config.model_copy(update={"shards": str(folder), "max_bad_fraction": 0.2})
+    manifest = manifest_of(data)
+    assert manifest.shards[0].num_samples == 60
+    worker = DataWorker(manifest, data, model_config, seed=5)
+    blocks = [worker.block(lane, number) for lane in range(3) for number in range(5)]
+    assert sum((block.refused for block in blocks), Counter()) == {
+        "unreadable image": 1,
+        "no caption": 1,
+        "empty caption": 1,
+        "no image": 1,
+        "caption is not UTF-8": 1,
+    }
+    keys = {reason: key for block in blocks for reason, key in block.refused_keys.items()}
+    assert keys["unreadable image"].endswith("a.tar sample00003")
+    again = DataWorker(manifest, data, model_config, seed=5)
+    for lane in (2, 1, 0):
+        for number in range(5):
+            np.testing.assert_array_equal(again.block(lane, number).images, blocks[lane * 5 + number].images)
+
+
+def test_too_many_bad_samples_stop_the_run_with_the_reasons(tmp_path, data_config, model_config):
+    bad = {number: {"png": b"no image"} for number in range(0, 60, 4)} | {2: {"txt": None}}
+    data = data_config.model_copy(update={"shards": str(folder_with_bad_samples(tmp_path, bad))})
+    with pytest.raises(DataError, match=r"more than data.max_bad_fraction 0.01") as error:
+        batches(data, model_config, batch=12)
+    assert "x unreadable image, first" in str(error.value)
+
+
+def test_window_without_any_usable_sample(tmp_path, data_config, model_config):
+    bad = {number: {"png": b"no image"} for number in range(60)}
+    data = data_config.model_copy(update={"shards": str(folder_with_bad_samples(tmp_path, bad))})
+    with pytest.raises(DataError, match="neighbouring samples is usable, from .*a.tar key sample"):
+        batches(data, model_config, batch=12)
+
+
+def test_shard_changed_under_the_run_is_named(tmp_path, data_config, model_config):
+    path = write_tar(tmp_path / "a.tar", [drawn_sample(number) for number in range(40)])
+    data = data_config.model_copy(update={"shards": str(path)})
+    manifest = manifest_of(data)
+    short = dataclasses.replace(manifest.shards[0], num_samples=41)
+    with pytest.raises(DataError, match="40 samples read, 41 in the manifest"):
+        worker = DataWorker(dataclasses.replace(manifest, shards=(short,)), data, model_config, seed=5)
+        for lane in range(3):
+            for number in range(4):
+                worker.block(lane, number)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_images_are_resized_and_centred(kind):
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[:, :10], pixels[:, 10:50], pixels[:, 50:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    image = decode_image(encode_image(pixels, kind), 20)
+    assert image.shape == (20, 20, 3)
+    # Both red and blue margins are cut away; 40 covers JPEG's and WebP's colour loss at the seam.
+    assert np.abs(image[:, 2:18].astype(int) - (0, 255, 0)).max() < 40
+
+
+def test_transparent_parts_come_out_white():
+    pixels = np.zeros((16, 16, 4), np.uint8)
+    pixels[:, 8:] = (0, 0, 0, 255)
+    image = decode_image(encode_image(pixels), 16)
+    assert (image[:, :8] == 255).all()
+    assert (image[:, 8:] == 0).all()
+
+
+def test_resize_agrees_with_pil_within_six(tmp_path):
+    """FACTS: torch's uint8 antialiased bicubic differs from PIL's by 6 at most."""
+    random = np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8)
+    expected = np.asarray(Image.fromarray(random).resize((24, 24), Image.Resampling.BICUBIC))
+    assert np.abs(decode_image(encode_image(random), 24).astype(int) - expected).max() <= 6
+
+
+def test_unreadable_image_is_refused():
+    with pytest.raises(Refused, match="unreadable image"):
+        decode_image(b"\xff\xd8\xff broken", 16)

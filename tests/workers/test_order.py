@@ -1,0 +1,77 @@
+"""The order against its promises, for any counts: every sample once per epoch, the same batches on any ranks."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from workers.order import LaneSlice, StreamOrder
+
+orders = st.builds(
+    StreamOrder,
+    st.lists(st.integers(0, 25), min_size=1, max_size=8),
+    seed=st.integers(0, 2**31),
+    num_lanes=st.integers(1, 9),
+    shuffle_window=st.integers(1, 20),
+)
+
+
+def sample_at(order, position):
+    lane, index = position % order.num_lanes, position // order.num_lanes
+    (ref,) = order.samples(LaneSlice(lane, index, index + 1))
+    return ref
+
+
+@settings(max_examples=80, deadline=None)
+@given(order=orders)
+def test_every_sample_once_per_epoch(order):
+    assume(order.num_samples)
+    every = {(shard, index): 1 for shard, size in enumerate(order.shard_sizes) for index in range(size)}
+    for epoch in range(3):
+        refs = [sample_at(order, epoch * order.num_samples + i) for i in range(order.num_samples)]
+        assert {ref.epoch for ref in refs} == {epoch}
+        assert Counter((ref.shard, ref.index) for ref in refs) == every
+
+
+@settings(max_examples=80, deadline=None)
+@given(order=orders, batch=st.sampled_from([12, 24]), step=st.integers(0, 20))
+def test_ranks_cut_the_same_global_batch(order, batch, step):
+    assume(order.num_samples)
+    whole = [ref for piece in order.batch(step, batch) for ref in order.samples(piece)]
+    positions = [sample_at(order, position) for position in range(step * batch, (step + 1) * batch)]
+    assert Counter(whole) == Counter(positions)
+    for world_size in (1, 2, 3, 4, 6):
+        parts = [order.rank_part(step, batch, rank, world_size) for rank in range(world_size)]
+        refs = [[ref for piece in part for ref in order.samples(piece)] for part in parts]
+        assert {len(part) for part in refs} == {batch // world_size}
+        assert [ref for part in refs for ref in part] == whole
+
+
+def test_lane_asked_out_of_turn_gives_the_same_answer():
+    sizes, settings_of_order = [5, 9, 4], {"seed": 3, "num_lanes": 2, "shuffle_window": 4}
+    straight = [sample_at(StreamOrder(sizes, **settings_of_order), position) for position in range(60)]
+    order = StreamOrder(sizes, **settings_of_order)
+    jumping = {position: sample_at(order, position) for position in reversed(range(60))}
+    assert [jumping[position] for position in range(60)] == straight
+
+
+def test_seed_and_epoch_change_the_order():
+    sizes = [50, 50]
+    first, other_seed = (StreamOrder(sizes, seed=seed, num_lanes=1, shuffle_window=100) for seed in (0, 1))
+    order = [[(ref.shard, ref.index) for ref in o.samples(LaneSlice(0, 0, 100))] for o in (first, other_seed)]
+    next_epoch = [(ref.shard, ref.index) for ref in first.samples(LaneSlice(0, 100, 200))]
+    assert len({tuple(refs) for refs in (*order, next_epoch)}) == 3
+
+
+def test_order_of_a_release_is_pinned():
+    """A resumed run computes its order anew: should these numbers change, old runs no longer resume."""
+    order = StreamOrder([4, 3, 5], seed=7, num_lanes=2, shuffle_window=4)
+    refs = [sample_at(order, position) for position in range(12)]
+    assert [(ref.shard, ref.index) for ref in refs] == [(1, 2), (2, 3), (1, 0), (2, 4), (1, 1), (0, 0), (2, 2), (0, 2), (2, 0), (0, 3), (2, 1), (0, 1)]
+
+
+def test_batch_that_does_not_divide_is_refused():
+    order = StreamOrder([30], seed=0, num_lanes=2, shuffle_window=4)
+    with pytest.raises(ValueError, match="10 does not divide by 3"):
+        order.rank_part(0, 10, 0, 3)

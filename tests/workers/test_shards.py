@@ -1,0 +1,102 @@
+"""Patterns, manifests and reading, and everything that can be wrong with a tar."""
+
+import gzip
+import io
+import tarfile
+
+import pytest
+
+from tests.conftest import drawn_sample, write_tar
+from workers.shards import DataError, Manifest, build_manifest, list_shards, read_samples
+
+KEYS = {"image_keys": ["png", "jpg"], "caption_keys": ["txt"]}
+
+
+def test_patterns_name_the_same_shards(tar_folder):
+    expected = [str(tar_folder / f"shard-{number:03d}.tar") for number in range(4)]
+    assert list_shards(str(tar_folder)) == expected
+    assert list_shards(f"{tar_folder}/*.tar") == expected
+    assert list_shards(f"{tar_folder}/shard-{{000..003}}.tar") == expected
+    assert list_shards([expected[1], f"{tar_folder}/shard-00[023].tar"]) == [expected[n] for n in (1, 0, 2, 3)]
+
+
+@pytest.mark.parametrize("pattern", ["*.tar", "none-{000..001}/*.tar", ""])
+def test_empty_pattern_names_pattern_and_folder(tmp_path, pattern):
+    with pytest.raises(DataError, match="names no .tar file") as error:
+        list_shards(f"{tmp_path}/{pattern}")
+    assert str(tmp_path) in str(error.value)
+
+
+def test_shard_named_twice(tar_folder):
+    with pytest.raises(DataError, match=r"shard-000.tar is named twice"):
+        list_shards([str(tar_folder), f"{tar_folder}/shard-000.tar"])
+
+
+def test_manifest_counts_samples(tar_folder):
+    manifest = build_manifest(list_shards(str(tar_folder)), **KEYS)
+    assert [shard.num_samples for shard in manifest.shards] == [24, 7, 32, 13]
+    assert manifest.num_bytes == sum(path.stat().st_size for path in tar_folder.iterdir())
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+def test_reading_starts_anywhere(tar_folder):
+    manifest = build_manifest(list_shards(str(tar_folder)), **KEYS)
+    keys = [sample["__key__"] for sample in read_samples(manifest.shards[1])]
+    assert keys == [f"sample{number:05d}" for number in range(24, 31)]
+    assert [sample["__key__"] for sample in read_samples(manifest.shards[1], start=5)] == keys[5:]
+
+
+def test_missing_and_broken_shards_are_all_named(tmp_path):
+    good = write_tar(tmp_path / "good.tar", [drawn_sample(number) for number in range(3)])
+    content = good.read_bytes()
+    broken = {
+        "cut-in-member.tar": content[:1000],
+        "cut-at-member.tar": content[: len(content) // 2 // 512 * 512],
+        "no-end.tar": content.rstrip(b"\0") + bytes(-len(content.rstrip(b"\0")) % 512),
+        "bad-header.tar": content[:10] + b"!" + content[11:],
+        "not-a-tar.tar": gzip.compress(content),
+        "empty.tar": b"",
+    }
+    for name, bytes_of_tar in broken.items():
+        (tmp_path / name).write_bytes(bytes_of_tar)
+    urls = [str(tmp_path / name) for name in ("good.tar", *broken, "missing.tar")]
+    with pytest.raises(DataError, match="7 of 8 shards cannot be read") as error:
+        build_manifest(urls, **KEYS)
+    message = str(error.value)
+    assert "missing.tar: no such file" in message
+    assert "bad-header.tar: damaged: no valid tar header at byte 0" in message
+    assert "cut-in-member.tar: cut short" in message
+    assert all(name in message for name in broken)
+    assert "good.tar" not in message
+
+
+def test_tar_without_a_usable_pair(tmp_path):
+    path = write_tar(tmp_path / "text.tar", [{"__key__": "a", "txt": "only a caption", "mp3": b"sound"}])
+    with pytest.raises(DataError, match=r"no usable pair in 1 shards .*members found end in mp3, txt"):
+        build_manifest([str(path)], **KEYS)
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_and_foreign_names_are_grouped_as_webdataset_does(tmp_path, tar_format):
+    path, folder = tmp_path / "long.tar", "d" * 90 if tar_format == tarfile.USTAR_FORMAT else "ü" * 120
+    with tarfile.open(path, "w", format=tar_format) as tar:
+        for number in range(4):
+            for ending in ("png", "txt"):
+                member = tarfile.TarInfo(f"{folder}/{'n' * 40}{number}.{ending}")
+                member.size = 700
+                tar.addfile(member, io.BytesIO(bytes(700)))
+    manifest = build_manifest([str(path)], **KEYS)
+    assert manifest.shards[0].num_samples == 4
+    assert len(list(read_samples(manifest.shards[0]))) == 4  # webdataset's own count: an error otherwise
+
+
+def test_shard_that_changes_under_the_run(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [drawn_sample(number) for number in range(3)])
+    manifest = build_manifest([str(path)], **KEYS)
+    write_tar(path, [drawn_sample(number) for number in range(4)])
+    with pytest.raises(DataError, match=r"a\.tar changed since the run's manifest was made"):
+        list(read_samples(manifest.shards[0]))
+    assert manifest.differences(build_manifest([str(path)], **KEYS)) == [f"{path}: content changed"]
+    path.unlink()
+    with pytest.raises(DataError, match=r"a\.tar: no such file"):
+        list(read_samples(manifest.shards[0]))

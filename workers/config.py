@@ -1,0 +1,162 @@
+"""The settings of the workers, one model per section of the YAML.
+
+They stand here and not in the files that they configure because the driver checks a config before it imports torch
+(5 s cold, FACTS of Ray 2.60): an unknown key must not cost a user twenty seconds. `orchestrator/config.py` puts the
+sections together.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
+
+
+# Made absolute when the config is read: Ray moves its workers to another folder, and a run may be resumed from one.
+LocalOrUri = Annotated[str, AfterValidator(_absolute)]
+Patterns = LocalOrUri | list[LocalOrUri]
+TokenizerName = Annotated[str, AfterValidator(lambda name: name if name == "open_clip" else _absolute(name))]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys fail, instances do not change."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
+    )
+
+
+class DataConfig(Section):
+    shards: Patterns
+    """WebDataset tars: a path, a glob, a brace pattern, a folder, an s3://bucket/prefix, or a list of these."""
+    image_keys: list[str] = ["jpg", "jpeg", "png", "webp"]
+    """Endings of a sample's image member; the first one present is used."""
+    caption_keys: list[str] = ["txt"]
+    """Endings of a sample's caption member (UTF-8 text); the first one present is used."""
+    num_lanes: PositiveInt = 8
+    """Parallel streams that an epoch is cut into. A property of the run's order, not of the machines: keep it."""
+    shuffle_window: PositiveInt = 1024
+    """Samples that are shuffled together inside a lane (shards are permuted as well). Encoded, in a worker's memory."""
+    block_size: PositiveInt = 64
+    """Decoded samples that travel together through the object store."""
+    num_workers: PositiveInt = 1
+    """Data-shard workers: Ray actors that read, decode and tokenize."""
+    cpus_per_worker: Annotated[float, Field(ge=0)] = 1
+    """CPUs that Ray reserves for each data-shard worker."""
+    prefetch_batches: PositiveInt = 4
+    """Global batches that are asked for ahead of use."""
+    worker_timeout_s: Annotated[float, Field(gt=0)] = 120
+    """A block that takes longer than this has its data-shard worker replaced."""
+    max_bad_fraction: Fraction = 0.01
+    """Refused samples (unreadable image, no caption) per sample read, above which the run stops with the reasons."""
+    s3_endpoint: str | None = None
+    """Endpoint URL of an S3-compatible store for s3:// shards; by default what boto3 finds in the environment."""
+
+
+class ModelConfig(Section):
+    name: str | None = None
+    """An open_clip model config such as ViT-B-16-SigLIP. Give either this or `towers`."""
+    towers: dict[str, Any] | None = None
+    """An open_clip model config written out: embed_dim, vision_cfg, text_cfg."""
+    tokenizer: TokenizerName = "open_clip"
+    """`open_clip` for the tokenizer of the model (its BPE), or the path of a Hugging Face tokenizer.json."""
+    init_logit_scale: float = math.log(10)
+    """t' at the start, a log: the paper begins at log 10."""
+    init_logit_bias: float = -10.0
+    """b at the start: the paper begins at -10, so that the many negatives do not dominate the first steps."""
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Per channel, of pixels in 0..1; SigLIP's models use 0.5."""
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Per channel, of pixels in 0..1."""
+
+    @model_validator(mode="after")
+    def _one_of_name_and_towers(self) -> ModelConfig:
+        if (self.name is None) == (self.towers is None):
+            given = "both are given" if self.name else "neither is given"
+            raise ValueError(f"give exactly one of name and towers: {given}")
+        if self.towers is not None:
+            required, allowed = {"embed_dim", "vision_cfg", "text_cfg"}, {"quick_gelu"}
+            missing, unknown = required - self.towers.keys(), self.towers.keys() - required - allowed
+            if missing or unknown:
+                raise ValueError(
+                    f"towers needs the keys {sorted(required)}: missing {sorted(missing)}, unknown {sorted(unknown)}"
+                )
+        return self
+
+
+class TrainConfig(Section):
+    num_samples: PositiveInt
+    """Length of the run in samples (pairs) seen; rounded up to whole steps."""
+    global_batch_size: PositiveInt
+    """Pairs in one step over all training workers. The loss sees every pair of them."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32, or bf16 autocast of the towers (weights, features of the loss and optimizer stay fp32)."""
+    log_every_steps: PositiveInt = 10
+    """Steps between two lines of metrics; the host reads the device only then."""
+
+
+class OptimConfig(Section):
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Learning rate at the top of the schedule."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """0.95 instead of 0.999 keeps training with large batches stable (paper, section 4.6)."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """Decoupled (AdamW); never applied to biases, norms, logit_scale and logit_bias."""
+    grad_clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest norm of all gradients together; null to leave them as they are."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After warm-up: cosine to zero at the end of the run, or constant."""
+    num_warmup_samples: NonNegativeInt = 0
+    """Samples over which the learning rate rises linearly from zero."""
+
+
+class EvalSet(Section):
+    shards: Patterns
+    """WebDataset tars, as data.shards."""
+    classes: LocalOrUri | None = None
+    """JSON list of {id, name}: zero-shot classification over these names. Without it only retrieval is measured."""
+    class_field: str = "class"
+    """Key of a sample's .json member that holds its class id."""
+    templates: list[str] = ["{}"]
+    """Prompts; `{}` stands for the class name. The features of several are averaged."""
+    retrieval: bool = True
+    """Image-to-text and text-to-image recall over the whole set."""
+
+    @model_validator(mode="after")
+    def _templates_have_a_place(self) -> EvalSet:
+        for template in self.templates:
+            if "{}" not in template:
+                raise ValueError(f"template {template!r} has no {{}} for the class name")
+        if not self.templates:
+            raise ValueError("templates is empty: at least one prompt such as 'a photo of a {}.' is needed")
+        return self
+
+
+class EvalConfig(Section):
+    sets: dict[str, EvalSet] = {}
+    """Named held-out sets, each evaluated on every checkpoint."""
+    batch_size: PositiveInt = 256
+    """Images, or prompts, per forward pass."""
+    pixel_baseline: bool = False
+    """Also classify by the nearest training image in raw 16 x 16 pixels. Reads the whole training set: small data only."""
+    num_sheet_images: NonNegativeInt = 24
+    """Images per set that the report shows with their five best captions."""
+
+
+class CheckpointConfig(Section):
+    save_every_steps: PositiveInt = 500
+    """Steps between checkpoints; there is always one at the end, and one when the run is interrupted."""
+    keep_newest: PositiveInt = 3
+    """Older ones are deleted."""

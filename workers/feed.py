@@ -1,0 +1,181 @@
+"""The training side of the stream: this rank's part of every global batch, asked for ahead and assembled.
+
+The whole state is the number of the next step. `blocks` is the one way to the data-shard workers: (lane, number) ->
+something that `wait` turns into a Block. Under Ray that is an actor call and its reference; tests pass a plain
+DataWorker.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from workers.data_worker import Block
+from workers.order import StreamOrder
+from workers.shards import DataError
+
+
+class BlockSource(Protocol):
+    """Where decoded blocks come from."""
+
+    def request(self, lane: int, number: int) -> Any:
+        """Ask for a block and return at once with a handle."""
+
+    def wait(self, lane: int, number: int, handle: Any) -> Block:
+        """The block behind a handle of `request`."""
+
+
+@dataclass
+class Batch:
+    """This rank's part of the global batch of `step`."""
+
+    step: int
+    images: torch.Tensor  # (b, S, S, 3) uint8
+    tokens: torch.Tensor  # (b, T) int32
+
+
+class Feed:
+    """An iterator over this rank's batches from `first_step` to `last_step`.
+
+    Args:
+        order: of the run.
+        source: of the blocks.
+        global_batch_size, block_size, prefetch_batches: as in the config.
+        rank, world_size: of this training worker.
+        first_step, last_step: the steps [first_step, last_step).
+        max_bad_fraction: refused samples per sample read above which `DataError` is raised.
+        pin_memory: copy batches to page-locked memory (CUDA).
+
+    Attributes:
+        wait_s: seconds that the consumer has waited for batches so far.
+        refused: samples replaced so far, by reason.
+    """
+
+    def __init__(
+        self,
+        order: StreamOrder,
+        source: BlockSource,
+        *,
+        global_batch_size: int,
+        block_size: int,
+        rank: int,
+        world_size: int,
+        first_step: int,
+        last_step: int,
+        prefetch_batches: int,
+        max_bad_fraction: float,
+        pin_memory: bool = False,
+    ) -> None:
+        self.wait_s = 0.0
+        self.refused: Counter[str] = Counter()
+        self.refused_keys: dict[str, str] = {}
+        self._order, self._source = order, source
+        self._global_batch_size, self._block_size = global_batch_size, block_size
+        self._rank, self._world_size = rank, world_size
+        self._steps = range(first_step, last_step)
+        self._prefetch_batches, self._max_bad_fraction = prefetch_batches, max_bad_fraction
+        self._pin_memory = pin_memory
+        self._num_read = 0
+        self._stop = threading.Event()
+        self._ready: queue.Queue[Batch | Exception | None] = queue.Queue(maxsize=2)
+        self._thread = threading.Thread(target=self._produce, name="feed", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            begin = time.perf_counter()
+            batch = self._ready.get()
+            self.wait_s += time.perf_counter() - begin
+            if batch is None:
+                return
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+
+    def close(self) -> None:
+        """Stop asking for blocks. Safe to call at any time."""
+        self._stop.set()
+
+    def _produce(self) -> None:
+        try:
+            for batch in self._batches():
+                if not self._put(batch):
+                    return
+            self._put(None)
+        except Exception as error:  # handed to the training thread, which raises it
+            self._put(error)
+
+    def _put(self, item: Batch | Exception | None) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._ready.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def _pieces(self, step: int) -> list[tuple[int, int, int, int]]:
+        """(lane, block number, first row, last row) of this rank's part of a step, in the batch's order."""
+        size, pieces = self._block_size, []
+        for part in self._order.rank_part(step, self._global_batch_size, self._rank, self._world_size):
+            for number in range(part.start // size, -(-part.stop // size)):
+                rows = max(part.start - number * size, 0), min(part.stop - number * size, size)
+                pieces.append((part.lane, number, *rows))
+        return pieces
+
+    def _batches(self) -> Iterator[Batch]:
+        handles: dict[tuple[int, int], Any] = {}
+        blocks: dict[tuple[int, int], Block] = {}
+        asked_until = self._steps.start
+        for step in self._steps:
+            while asked_until < min(step + self._prefetch_batches, self._steps.stop):
+                for lane, number, _, _ in self._pieces(asked_until):
+                    if (lane, number) not in handles and (lane, number) not in blocks:
+                        handles[lane, number] = self._source.request(lane, number)
+                asked_until += 1
+            pieces = self._pieces(step)
+            for lane, number, _, _ in pieces:
+                if (lane, number) not in blocks:
+                    blocks[lane, number] = self._source.wait(lane, number, handles.pop((lane, number)))
+                    self._count(blocks[lane, number])
+            parts = [(blocks[lane, number], slice(first, last)) for lane, number, first, last in pieces]
+            yield self._assemble(step, parts)
+            for place in [place for place in blocks if self._is_past(*place, step + 1)]:
+                del blocks[place]
+
+    def _is_past(self, lane: int, number: int, step: int) -> bool:
+        """Whether no batch from `step` on takes a sample of this block."""
+        num_lanes = self._order.num_lanes
+        next_index = -(-(step * self._global_batch_size - lane) // num_lanes)
+        return (number + 1) * self._block_size <= next_index
+
+    def _assemble(self, step: int, parts: list[tuple[Block, slice]]) -> Batch:
+        images = torch.from_numpy(np.concatenate([block.images[rows] for block, rows in parts]))
+        tokens = torch.from_numpy(np.concatenate([block.tokens[rows] for block, rows in parts]))
+        if self._pin_memory:
+            images, tokens = images.pin_memory(), tokens.pin_memory()
+        return Batch(step, images, tokens)
+
+    def _count(self, block: Block) -> None:
+        self._num_read += len(block.images)
+        self.refused.update(block.refused)
+        for reason, key in block.refused_keys.items():
+            self.refused_keys.setdefault(reason, key)
+        num_refused = self.refused.total()
+        # A rate needs a base: two bad samples in the first block say nothing yet.
+        if num_refused > self._max_bad_fraction * max(self._num_read, 1024):
+            table = "\n  ".join(
+                f"{count} x {reason}, first {self.refused_keys[reason]}" for reason, count in self.refused.most_common()
+            )
+            raise DataError(
+                f"{num_refused} of {self._num_read} samples refused, more than data.max_bad_fraction "
+                f"{self._max_bad_fraction}:\n  {table}"
+            )

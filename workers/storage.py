@@ -1,0 +1,101 @@
+"""A run's durable folder: on a local disk or in S3, through one small interface over pyarrow's file systems.
+
+pyarrow because Ray Train names its storage by the same objects; it finds S3 credentials, region and endpoint in the
+usual AWS variables (AWS_ENDPOINT_URL included).
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+from pyarrow import fs
+
+
+class StorageError(OSError):
+    """A storage path that cannot be read or written; the message names it and the store's reason."""
+
+
+class Storage:
+    """One folder, addressed by relative POSIX paths.
+
+    Args:
+        uri: a local path, or s3://BUCKET/PREFIX.
+
+    Attributes:
+        uri: the folder, absolute.
+        filesystem, root: the same for pyarrow and Ray.
+
+    Raises:
+        StorageError: where the URI cannot be understood.
+    """
+
+    def __init__(self, uri: str | os.PathLike[str]) -> None:
+        text = os.fspath(uri)
+        self.is_local = "://" not in text
+        self.uri = os.path.abspath(text) if self.is_local else text.rstrip("/")
+        try:
+            if self.is_local:
+                self.filesystem, self.root = fs.LocalFileSystem(), self.uri
+            else:
+                self.filesystem, self.root = fs.FileSystem.from_uri(self.uri)
+        except (OSError, ValueError) as error:
+            raise StorageError(f"{self.uri}: {error}") from error
+
+    def check_writable(self) -> None:
+        """Write, read and delete a small file.
+
+        Raises:
+            StorageError: with the store's reason.
+        """
+        probe = f".sigray-probe-{uuid.uuid4().hex}"
+        try:
+            self.write(probe, b"sigray")
+            self.filesystem.delete_file(self._at(probe))
+        except OSError as error:
+            raise StorageError(f"{self.uri} is not writable: {error}") from error
+
+    def write(self, path: str, content: bytes) -> None:
+        """Replace one file at once: a reader sees the old content or the new, never a part."""
+        final = self._at(path)
+        self.filesystem.create_dir(str(Path(final).parent), recursive=True)
+        # An S3 object appears whole when its upload ends; a local file needs the rename.
+        target = f"{final}.{uuid.uuid4().hex}.tmp" if self.is_local else final
+        with self.filesystem.open_output_stream(target) as stream:
+            stream.write(content)
+        if target != final:
+            self.filesystem.move(target, final)
+
+    def read(self, path: str) -> bytes:
+        """One file.
+
+        Raises:
+            FileNotFoundError: where there is none.
+        """
+        with self.filesystem.open_input_stream(self._at(path)) as stream:
+            return stream.read()
+
+    def exists(self, path: str) -> bool:
+        return self.filesystem.get_file_info(self._at(path)).type != fs.FileType.NotFound
+
+    def list(self, path: str) -> list[str]:
+        """Names of the files and folders in a folder, sorted; empty where the folder does not exist."""
+        selector = fs.FileSelector(self._at(path), allow_not_found=True)
+        return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+
+    def delete_folder(self, path: str) -> None:
+        self.filesystem.delete_dir(self._at(path))
+
+    def upload(self, local_file: Path, path: str) -> None:
+        """Copy a local file in."""
+        final = self._at(path)
+        self.filesystem.create_dir(str(Path(final).parent), recursive=True)
+        fs.copy_files(str(local_file), final, destination_filesystem=self.filesystem)
+
+    def download(self, path: str, local_file: Path) -> None:
+        """Copy a file out."""
+        fs.copy_files(self._at(path), str(local_file), source_filesystem=self.filesystem)
+
+    def _at(self, path: str) -> str:
+        return f"{self.root}/{path}" if path else self.root

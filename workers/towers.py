@@ -1,0 +1,88 @@
+"""The model: open_clip's image tower and text tower, `logit_scale` (a log) and `logit_bias`.
+
+    b  pairs on this rank      S  image size      T  context length      D  embedding dimension
+
+Every model is an open_clip `CustomTextCLIP`, so a checkpoint's weights load in plain open_clip under the same names.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workers.config import ModelConfig
+
+# Keys of open_clip's config files that choose a class, not a shape; the class is always CustomTextCLIP here.
+_CLASS_KEYS = {"custom_text", "multimodal_cfg", "init_logit_scale", "init_logit_bias"}
+
+
+def tower_config(model: ModelConfig) -> dict[str, Any]:
+    """The open_clip config of a model: embed_dim, vision_cfg, text_cfg and perhaps quick_gelu.
+
+    Raises:
+        ValueError: where open_clip knows no model of that name.
+    """
+    if model.towers is not None:
+        return copy.deepcopy(model.towers)
+    import open_clip
+
+    config = open_clip.get_model_config(model.name)
+    if config is None:
+        near = [name for name in open_clip.list_models() if name.split("-")[0] == str(model.name).split("-")[0]]
+        raise ValueError(f"model.name: open_clip knows no model {model.name!r}; near it: {', '.join(near[:12])}")
+    return {key: value for key, value in config.items() if key not in _CLASS_KEYS}
+
+
+def shapes(model: ModelConfig) -> tuple[int, int, int]:
+    """Image size S, context length T and vocabulary size of a model.
+
+    Raises:
+        ValueError: for images that are not square.
+    """
+    config = tower_config(model)
+    size = config["vision_cfg"].get("image_size", 224)
+    if isinstance(size, list | tuple):
+        if size[0] != size[1]:
+            raise ValueError(f"model: image_size {size} is not square, and only square images are supported")
+        size = size[0]
+    text = config["text_cfg"]
+    return size, text.get("context_length", 77), text.get("vocab_size", 49408)
+
+
+def build_model(model: ModelConfig) -> nn.Module:
+    """The towers with fresh weights from torch's current random state.
+
+    Its forward takes (b, 3, S, S) float images and (b, T) int tokens and returns a dict: `image_features` and
+    `text_features`, both (b, D) of unit norm, `logit_scale` (already exponentiated) and `logit_bias`.
+
+    Raises:
+        ValueError: where open_clip cannot build what the config says.
+    """
+    from open_clip.model import CustomTextCLIP
+
+    try:
+        return CustomTextCLIP(
+            **tower_config(model),
+            init_logit_scale=model.init_logit_scale,
+            init_logit_bias=model.init_logit_bias,
+            output_dict=True,
+        )
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"model.towers: open_clip cannot build this model: {error}") from error
+
+
+def normalize_pixels(images: Tensor, model: ModelConfig) -> Tensor:
+    """(b, S, S, 3) uint8 as it comes from the feed -> (b, 3, S, S) float32 as the image tower takes it.
+
+    Runs on the device: a quarter of the bytes cross to it.
+    """
+    mean, std = (torch.tensor(v, device=images.device).mul_(255) for v in (model.image_mean, model.image_std))
+    return images.float().sub_(mean).div_(std).permute(0, 3, 1, 2)
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Trainable and locked parameters together."""
+    return sum(parameter.numel() for parameter in module.parameters())
