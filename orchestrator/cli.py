@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     added = command(
         "emoji",
         _data_emoji,
-        "build emoji36: emoji by nine designers with names in 36 languages, from npm packages",
+        "build emoji36: emoji in nine drawing sets with names in 36 languages, from npm packages",
         kinds,
     )
     added.add_argument("out_dir", metavar="OUT_DIR")

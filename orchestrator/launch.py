@@ -22,9 +22,8 @@ from rich.console import Console
 
 from orchestrator.backends import torch_config, worker_resources
 from orchestrator.config import ConfigError, RunConfig, check_resume
-from orchestrator.folder import RunFolder
+from orchestrator.folder import CONFIG, RunFolder
 from orchestrator.monitor import Display, RayHooks, RunMonitor, TensorBoard
-from orchestrator.report import write_report
 from workers.checkpoint import CheckpointInfo, list_checkpoints
 from workers.shards import DataError, Manifest, build_manifest, list_shards
 
@@ -73,12 +72,23 @@ def train(
     folder.begin(config, manifest)
 
     with _ray(config, display), _Run(config, folder, manifest, display) as run:
-        status = run.watch()
-        run.evaluate_newest()
-        summary = _summary(config, run, status, time.monotonic() - begin)
-    folder.save_summary(summary)
-    write_report(folder.path)
-    folder.upload_records()
+        try:
+            status = run.watch()
+            run.evaluate_newest()
+        except Exception:
+            _sum_up(run, "failed", time.monotonic() - begin)
+            raise
+        return _sum_up(run, status, time.monotonic() - begin)
+
+
+def _sum_up(run: _Run, status: str, total_s: float) -> dict[str, Any]:
+    """Write summary and report, and bring the run's records to its storage."""
+    from orchestrator.report import write_report
+
+    summary = _summary(run, status, total_s)
+    run.folder.save_summary(summary)
+    write_report(run.folder.path)
+    run.folder.upload_records()
     return summary
 
 
@@ -92,8 +102,11 @@ def evaluate(config: RunConfig, info: CheckpointInfo, console: Console) -> dict[
         result = ray.get(_submit_evaluation(config, folder, info))
         for name, baseline in _baselines(config).items():
             result["zero_shot"][name]["pixel_baseline_top1"] = baseline
-    if folder.path.exists():
+    if (folder.path / CONFIG).exists():
+        from orchestrator.report import write_report
+
         folder.save_evaluation(result)
+        write_report(folder.path)
     return result
 
 
@@ -116,7 +129,8 @@ class _Run:
         self._monitor = ray.remote(num_cpus=0)(RunMonitor).remote()
         self._data_workers = _start_data_workers(self.config, self.manifest)
         self._tensorboard: TensorBoard | None = None
-        self._evaluations: dict[Any, int] = {}  # reference of a running evaluation -> its step
+        self._to_evaluate: list[CheckpointInfo] = []
+        self._evaluation: tuple[CheckpointInfo, Any] | None = None  # the one that runs, and its reference
         self._newest_checkpoint: CheckpointInfo | None = None
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._fit, name="ray-train", daemon=True)
@@ -141,13 +155,14 @@ class _Run:
             while self._thread.is_alive():
                 time.sleep(_POLL_S)
                 self._take_events()
+                self.display.waiting(time.monotonic() - begin)
         self.train_s = time.monotonic() - begin
         self._take_events()
         if self._failure is not None:
             raise _explain_failure(self._failure, self.folder, self._newest_checkpoint)
-        if self._evaluations:
-            ray.wait(list(self._evaluations), num_returns=len(self._evaluations), timeout=600)
-            self._collect_evaluations()
+        while self._evaluation is not None:
+            ray.wait([self._evaluation[1]], timeout=_POLL_S)
+            self._evaluate_next()
         done = self._newest_checkpoint.step if self._newest_checkpoint else self.facts.get("first_step", 0)
         return "finished" if done >= self.facts.get("num_steps", 0) else "stopped"
 
@@ -190,10 +205,10 @@ class _Run:
                 if self._tensorboard is not None:
                     self._tensorboard.metrics(content)
             elif event["kind"] == "checkpoint":
-                self._newest_checkpoint = content
+                self._newest_checkpoint = info = CheckpointInfo(**content)
                 if self.config.eval.sets:
-                    self._evaluations[_submit_evaluation(self.config, self.folder, content)] = content.step
-        self._collect_evaluations()
+                    self._to_evaluate.append(info)
+        self._evaluate_next()
 
     def _begin_attempt(self, facts: dict[str, Any]) -> None:
         if self.facts:
@@ -206,19 +221,23 @@ class _Run:
         self._tensorboard = TensorBoard(self.folder, purge_from)
         self.display.start(str(self.folder.path), facts, _data_facts(self.manifest))
 
-    def _collect_evaluations(self) -> None:
+    def _evaluate_next(self) -> None:
+        """One evaluation after the other: each worker process of its own would spend 15 s on imports first."""
         import ray
 
-        if not self._evaluations:
-            return
-        ready, _ = ray.wait(list(self._evaluations), num_returns=len(self._evaluations), timeout=0)
-        for reference in ready:
-            step = self._evaluations.pop(reference)
+        if self._evaluation is not None:
+            info, reference = self._evaluation
+            if not ray.wait([reference], timeout=0)[0]:
+                return
+            self._evaluation = None
             try:
                 self._keep_evaluation(ray.get(reference))
             except ray.exceptions.RayTaskError as error:
                 # Training goes on: an evaluation can be had again from its checkpoint.
-                self.display.say(f"the evaluation of step {step:,} failed: {error.cause}")
+                self.display.say(f"the evaluation of step {info.step:,} failed: {error.cause}")
+        if self._to_evaluate:
+            info = self._to_evaluate.pop(0)
+            self._evaluation = info, _submit_evaluation(self.config, self.folder, info)
 
     def _keep_evaluation(self, result: dict[str, Any]) -> None:
         self.folder.save_evaluation(result)
@@ -333,11 +352,9 @@ def _check_unchanged(saved: Manifest, now: Manifest) -> None:
 
 def _check_model_and_sets(config: RunConfig) -> None:
     """What can be found wrong without a cluster: shapes, tokenizer, held-out sets, and that the towers can be built."""
-    import torch
-
     from workers.decode import build_tokenizer
     from workers.evaluate import read_classes
-    from workers.towers import build_model, shapes
+    from workers.towers import check_model, shapes
 
     _, context_length, vocab_size = shapes(config.model)
     build_tokenizer(config.model, context_length, vocab_size)
@@ -345,8 +362,7 @@ def _check_model_and_sets(config: RunConfig) -> None:
         list_shards(spec.shards, s3_endpoint=config.data.s3_endpoint)
         if spec.classes:
             read_classes(spec.classes)
-    with torch.device("meta"):
-        build_model(config.model)
+    check_model(config.model)
 
 
 @contextlib.contextmanager
@@ -355,9 +371,12 @@ def _ray(config: RunConfig, display: Display) -> Iterator[None]:
     # One result per controller poll: at Ray's default of 2 s every checkpoint would hold all ranks for 2 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1" if config.cluster.dashboard else "0")
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    if not address:
+        # Waits for a cloud's notice that no Ray of our own can get, and its process costs six seconds of the start.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     import ray
 
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
         display.say(f"joining the Ray cluster at {address}")
         ray.init(address=address, log_to_driver=False)
@@ -425,12 +444,12 @@ def _data_facts(manifest: Manifest) -> dict[str, int]:
     return {"shards": len(manifest.shards), "samples": manifest.num_samples, "bytes": manifest.num_bytes}
 
 
-def _summary(config: RunConfig, run: _Run, status: str, total_s: float) -> dict[str, Any]:
+def _summary(run: _Run, status: str, total_s: float) -> dict[str, Any]:
     evaluation = run.newest_evaluation or {}
     lines = run.folder.metrics()
     newest = lines[-1] if lines else {}
     return {
-        "name": config.run.name,
+        "name": run.config.run.name,
         "status": status,
         "steps": newest.get("step", 0),
         "samples_seen": newest.get("samples_seen", 0),

@@ -2,20 +2,24 @@
 
 Rank 0 posts events to the `RunMonitor` actor; the driver takes them a few times a second. The way back is one bit: the
 answer to a line of metrics says whether the run shall stop at this step.
+
+Imports no torch: the actor's process would spend six seconds of a busy start on it.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.folder import RunFolder
-from workers.checkpoint import CheckpointInfo
+if TYPE_CHECKING:
+    from orchestrator.folder import RunFolder
+    from workers.checkpoint import CheckpointInfo
 
 
 class RunMonitor:
@@ -61,7 +65,7 @@ class RayHooks:
 
         checkpoint = None
         if info is not None:
-            self._post("checkpoint", info)
+            self._post("checkpoint", asdict(info))
             ray_storage = ray.train.get_context().get_storage()
             path = f"{ray_storage.experiment_fs_path}/checkpoints/{info.name}"
             checkpoint = ray.train.Checkpoint(path, ray_storage.storage_filesystem)
@@ -112,12 +116,14 @@ class Display:
         self._bar: Any = None
         self._first: tuple[float, float] | None = None
         self._num_samples = 0
+        self._next_waiting_s: float | None = 0.0  # None once the training workers are up
 
     def say(self, message: str) -> None:
         self._console.print(message, highlight=False, soft_wrap=True)
 
     def start(self, title: str, facts: dict[str, Any], data: dict[str, Any]) -> None:
         """The start-up block, and from here on the progress."""
+        self._next_waiting_s = None
         parameters = facts["parameters_m"]
         rows = {
             "run": title,
@@ -141,6 +147,12 @@ class Display:
             self._bar = self._progress.add_task("starting", total=self._num_samples, left_s=None)
             self._progress.update(self._bar, completed=facts["first_step"] * facts["global_batch_size"])
             self._progress.start()
+
+    def waiting(self, elapsed_s: float) -> None:
+        """Say now and then that the training workers are still starting: on a small machine that takes a minute."""
+        if self._next_waiting_s is not None and elapsed_s >= self._next_waiting_s:
+            self.say(f"starting the training workers ({format_duration(elapsed_s)})")
+            self._next_waiting_s += 20
 
     def metrics(self, line: dict[str, float]) -> None:
         samples, now = line["samples_seen"], time.monotonic()
@@ -218,7 +230,7 @@ def figures_table(summary: dict[str, Any]) -> Table:
 
 
 def format_duration(seconds: float) -> str:
-    """3725 -> '1 h 02 min', 200 -> '3 min 20 s'."""
+    """3725 -> "1 h 02 min", 200 -> "3 min 20 s"."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"

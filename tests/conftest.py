@@ -33,8 +33,12 @@ def write_tar(path: Path, samples: list[dict[str, bytes | str]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with wds.TarWriter(str(path), mtime=0) as writer:
         for sample in samples:
-            writer.write({key: value.encode() if isinstance(value, str) and key != "__key__" else value
-                          for key, value in sample.items()})
+            writer.write(
+                {
+                    key: value.encode() if isinstance(value, str) and key != "__key__" else value
+                    for key, value in sample.items()
+                }
+            )
     return path
 
 

@@ -31,9 +31,7 @@ def _rank_main(rank: int, world_size: int, folder: str, function: Callable[..., 
     torch.set_num_threads(1)
     store = Path(folder, "store")
     try:
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
-        )
+        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
         result = function(rank, world_size, *arguments)
         temporary = Path(folder, f"result-{rank}.tmp")
         torch.save(result, temporary)

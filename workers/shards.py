@@ -317,8 +317,9 @@ def _reason(error: Exception) -> str:
 
 
 def _where(pattern: str) -> str:
+    """What there is at the fixed front part of a pattern that names nothing."""
     if pattern.startswith("s3://"):
-        return "in S3"
+        return "no object's key begins with that prefix and ends in .tar"
     folder = Path(re.split(r"[*?\[{]", pattern)[0]).absolute()
     folder = folder if folder.is_dir() else folder.parent
-    return f"{folder} ({'which exists' if folder.is_dir() else 'which does not exist'})"
+    return f"the folder {folder} {'exists' if folder.is_dir() else 'does not exist'}"

@@ -74,6 +74,25 @@ def build_model(model: ModelConfig) -> nn.Module:
         raise ValueError(f"model.towers: open_clip cannot build this model: {error}") from error
 
 
+def check_model(model: ModelConfig) -> None:
+    """Build the model and run two pairs through it without memory or arithmetic (torch's meta device).
+
+    Raises:
+        ValueError: where open_clip cannot build it, or its towers do not give one vector per image and per text.
+    """
+    size, context_length, _ = shapes(model)
+    with torch.device("meta"):
+        module = build_model(model)
+        try:
+            output = module(torch.empty(2, 3, size, size), torch.zeros(2, context_length, dtype=torch.int32))
+        except RuntimeError as error:
+            raise ValueError(f"model: the towers cannot run on {size} x {size} pixel images: {error}") from error
+    for key in ("image_features", "text_features"):
+        shape = tuple(output[key].shape)
+        if len(shape) != 2:
+            raise ValueError(f"model: {key} of two pairs have shape {shape}, (2, embed_dim) expected; check pool_type")
+
+
 def normalize_pixels(images: Tensor, model: ModelConfig) -> Tensor:
     """(b, S, S, 3) uint8 as it comes from the feed -> (b, 3, S, S) float32 as the image tower takes it.
 

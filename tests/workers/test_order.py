@@ -68,7 +68,20 @@ def test_order_of_a_release_is_pinned():
     """A resumed run computes its order anew: should these numbers change, old runs no longer resume."""
     order = StreamOrder([4, 3, 5], seed=7, num_lanes=2, shuffle_window=4)
     refs = [sample_at(order, position) for position in range(12)]
-    assert [(ref.shard, ref.index) for ref in refs] == [(1, 2), (2, 3), (1, 0), (2, 4), (1, 1), (0, 0), (2, 2), (0, 2), (2, 0), (0, 3), (2, 1), (0, 1)]
+    assert [(ref.shard, ref.index) for ref in refs] == [
+        (1, 2),
+        (2, 3),
+        (1, 0),
+        (2, 4),
+        (1, 1),
+        (0, 0),
+        (2, 2),
+        (0, 2),
+        (2, 0),
+        (0, 3),
+        (2, 1),
+        (0, 1),
+    ]
 
 
 def test_batch_that_does_not_divide_is_refused():

@@ -50,7 +50,11 @@ def test_loss_and_every_gradient_equal_the_oracle(world_size):
     for name, _ in module.named_parameters():
         for _, gradients, _ in ranks:
             torch.testing.assert_close(
-                gradients[name].double(), expected[name], rtol=2e-4, atol=float(largest) * 2e-6, msg=lambda m: f"{name}: {m}"
+                gradients[name].double(),
+                expected[name],
+                rtol=2e-4,
+                atol=float(largest) * 2e-6,
+                msg=lambda m: f"{name}: {m}",
             )
     assert {"logit_scale", "logit_bias"} <= expected.keys()
     for name, tensor in ranks[0][2].items():
@@ -78,7 +82,9 @@ def test_weight_decay_spares_biases_norms_scale_and_bias():
     plain_names = {names[id(parameter)] for parameter in plain["params"]}
     assert {"logit_scale", "logit_bias"} <= plain_names
     for name in names.values():
-        assert (name in plain_names) == (name.endswith(("bias", "logit_scale", "class_embedding")) or "ln_" in name), name
+        assert (name in plain_names) == (name.endswith(("bias", "logit_scale", "class_embedding")) or "ln_" in name), (
+            name
+        )
     assert len(decayed["params"]) + len(plain["params"]) == len(names)
 
 

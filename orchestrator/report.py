@@ -1,0 +1,805 @@
+"""The page of a run: `write_report` turns what a run folder holds into one HTML file that works offline.
+
+    read      config.yaml, metrics.jsonl, evaluations/*.json, summary.json
+    say       sentences, cards and tables as plain values, each computed from what was read
+    draw      curves as SVG, in the page's own colours so that they follow its dark mode
+    fill      report.html.j2 lays the values out and escapes everything that came from data
+
+Any file may be missing, cut short or older than the others: a run can be stopped before its first evaluation, or die
+after a resume and leave the summary of its life before. So the newest evaluation file decides over the summary, every
+figure is looked up as one that may not be there, and the page says what is missing instead of leaving a hole.
+
+Rates are fractions here and percentages on the page. A rate counts as better than chance only where blind guessing
+would reach it in fewer than about one run of forty (two standard deviations of a binomial).
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.resources
+import io
+import json
+import math
+import re
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from orchestrator.config import ConfigError
+from orchestrator.folder import CONFIG, METRICS, SUMMARY
+from orchestrator.monitor import format_duration
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_NBSP, _TIMES = "\u00a0", "\u00d7"
+_ORDINALS = ("1st", "2nd", "3rd", "4th", "5th")
+_IMAGE_PX = 128  # side of a held-out image on the page
+
+# Colours that matplotlib is given, and the CSS that stands in their place on the page. Black itself (#000000) is
+# matplotlib's own default and would be left out of the SVG.
+_INK, _RULE, _FIRST, _SECOND = "#000001", "#000002", "#000003", "#000004"
+_CSS_COLORS = {_INK: "var(--soft)", _RULE: "var(--rule)", _FIRST: "var(--first)", _SECOND: "var(--second)"}
+
+
+def write_report(folder: Path) -> Path:
+    """Write `folder/report.html` from the run's files.
+
+    Args:
+        folder: a run's local folder.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ConfigError: where the folder holds nothing of a run.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    run = _read(folder)
+    template = importlib.resources.files("orchestrator").joinpath("report.html.j2").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(template).render(
+        name=run.name,
+        status=run.status,
+        date=_text(run.summary, "environment", "date"),
+        headline=_headline(run),
+        remarks=_remarks(run),
+        measured=_measured(run),
+        cards=_cards(run),
+        without_classes=[name for name in run.retrieval if name not in run.zero_shot],
+        has_baseline=any(run.baseline(name) is not None for name in run.zero_shot),
+        retrieval=_retrieval(run),
+        figures=_figures(run),
+        num_lines=len(run.metrics),
+        sheets=_sheets(run),
+        facts=_facts(run),
+        config_text=run.config_text,
+        unreadable=run.unreadable,
+    )
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------- read
+
+
+@dataclass
+class _Run:
+    """What was found in a run folder."""
+
+    name: str
+    config_text: str
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]  # by step
+    evaluations: list[dict[str, Any]]  # by step
+    summary: dict[str, Any]
+    unreadable: list[str]
+
+    @property
+    def newest(self) -> dict[str, Any]:
+        """The newest evaluation; the summary's figures where no evaluation file is left."""
+        return self.evaluations[-1] if self.evaluations else self.summary
+
+    @property
+    def zero_shot(self) -> dict[str, dict[str, Any]]:
+        return _mapping(self.newest, "zero_shot")
+
+    @property
+    def retrieval(self) -> dict[str, dict[str, Any]]:
+        return _mapping(self.newest, "retrieval")
+
+    @property
+    def samples_seen(self) -> int:
+        return int(max(_number(line, "samples_seen") or 0 for line in [self.summary, *self.metrics[-1:]]))
+
+    @property
+    def planned_samples(self) -> int | None:
+        """Length of the whole run, in whole steps."""
+        steps, batch = _number(self.summary, "facts", "num_steps"), _number(self.summary, "facts", "global_batch_size")
+        if steps and batch:
+            return int(steps * batch)
+        wanted, batch = (_number(self.config, "train", key) for key in ("num_samples", "global_batch_size"))
+        return int(math.ceil(wanted / batch) * batch) if wanted and batch else None
+
+    @property
+    def status(self) -> str:
+        """The summary's word, or "unfinished" where there is none that covers the newest line of metrics."""
+        trained = _number(self.metrics[-1], "step") if self.metrics else None
+        is_stale = (_number(self.summary, "steps") or 0) < (trained or 0)
+        return "unfinished" if is_stale else _text(self.summary, "status") or "unfinished"
+
+    def baseline(self, name: str) -> float | None:
+        """Top-1 of the pixel nearest neighbour. It does not depend on the checkpoint, so any file may know it."""
+        for source in [*reversed(self.evaluations), self.summary]:
+            value = _number(source, "zero_shot", name, "pixel_baseline_top1")
+            if value is not None:
+                return value
+        return None
+
+
+def _read(folder: Path) -> _Run:
+    unreadable: list[str] = []
+
+    def load(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+        try:
+            content = parse(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, yaml.YAMLError):
+            content = None
+        if not isinstance(content, dict):
+            unreadable.append(path.relative_to(folder).as_posix())
+            return {}
+        return content
+
+    evaluation_files = sorted(folder.glob("evaluations/*.json"))
+    if not evaluation_files and not any((folder / name).exists() for name in (CONFIG, METRICS, SUMMARY)):
+        raise ConfigError(
+            f"{folder} is not a run: it holds no {CONFIG}. Give the local folder that `sigray train` named"
+        )
+    config_text = (folder / CONFIG).read_text(encoding="utf-8", errors="replace") if (folder / CONFIG).exists() else ""
+    config, summary = load(folder / CONFIG, yaml.safe_load), load(folder / SUMMARY, json.loads)
+    evaluations = [content for file in evaluation_files if (content := load(file, json.loads))]
+    return _Run(
+        name=_text(summary, "name") or _text(config, "run", "name") or folder.resolve().name,
+        config_text=config_text,
+        config=config,
+        metrics=_read_metrics(folder / METRICS),
+        evaluations=sorted(evaluations, key=lambda evaluation: _number(evaluation, "step") or 0),
+        summary=summary,
+        unreadable=unreadable,
+    )
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics; one that a crash cut short is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and _number(line, "samples_seen") is not None:
+            lines.append(line)
+    return lines
+
+
+def _find(content: Any, *keys: str) -> Any:
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content
+
+
+def _number(content: Any, *keys: str) -> float | None:
+    """The finite number at a path of keys, if there is one."""
+    value = _find(content, *keys)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if is_number else None
+
+
+def _text(content: Any, *keys: str) -> str | None:
+    """The non-empty text, or number, at a path of keys."""
+    value = _find(content, *keys)
+    return str(value) if isinstance(value, str | int | float) and value != "" else None
+
+
+def _mapping(content: Any, *keys: str) -> dict[str, Any]:
+    value = _find(content, *keys)
+    return {str(key): item for key, item in value.items()} if isinstance(value, dict) else {}
+
+
+def _list(content: Any, *keys: str) -> list[Any]:
+    value = _find(content, *keys)
+    return value if isinstance(value, list) else []
+
+
+# -------------------------------------------------------------------------------------- numbers for people
+
+
+def _count(value: float) -> str:
+    """84992 -> '84,992'."""
+    return f"{value:,.0f}"
+
+
+def _counted(value: float, one: str, many: str | None = None) -> str:
+    """(1, 'step') -> '1 step', (1720, 'step') -> '1,720 steps'."""
+    return f"{_count(value)}{_NBSP}{one if value == 1 else many or one + 's'}"
+
+
+def _percent(rate: float) -> str:
+    """0.1012 -> '10.1 %', 0.0029 -> '0.29 %', 0.00058 -> '0.058 %', 1.0 -> '100 %'."""
+    percent = 100 * rate
+    if percent in (0, 100):
+        digits = f"{percent:.0f}"
+    elif percent >= 0.1:
+        digits = f"{percent:.1f}" if percent >= 1 else f"{percent:.2f}"
+    else:
+        digits = f"{percent:.2g}" if percent >= 0.001 else "under 0.001"
+    return f"{digits}{_NBSP}%"
+
+
+def _decimal(value: float) -> str:
+    """Four significant digits and a true minus sign: 2.1319 -> '2.132', 0.00098 -> '0.00098', -10.0 -> '−10'."""
+    return (_count(value) if abs(value) >= 1000 else f"{value:.4g}").replace("-", "\u2212")
+
+
+def _multiple(rate: float, chance: float) -> str:
+    """(0.101, 0.0029) -> '35 times chance'."""
+    ratio = rate / chance
+    return f"{_count(ratio) if ratio >= 10 else f'{ratio:.1f}'} times chance"
+
+
+def _duration(seconds: float) -> str:
+    """As `format_duration`; the parts do not break over a line."""
+    return format_duration(seconds).replace(" ", _NBSP)
+
+
+# -------------------------------------------------------------------------------------------------- say
+
+
+def _headline(run: _Run) -> str:
+    """The run's outcome in one sentence, with the numbers that matter."""
+    progress = _progress(run)
+    if run.status == "finished":
+        return f"After {progress}, {_finding(run)}." if progress else f"Finished: {_finding(run)}."
+    begin = {"stopped": "Stopped", "failed": "Failed"}.get(run.status, "Not finished")
+    return f"{begin} after {progress}: {_finding(run)}." if progress else f"{begin} before its first line of metrics."
+
+
+def _progress(run: _Run) -> str:
+    """'84,992 pairs (8.5 epochs) in 3 min 20 s'; empty before the first step."""
+    seen, planned = run.samples_seen, run.planned_samples
+    if not seen:
+        return ""
+    text = f"{_count(seen)} of {_count(planned)} pairs" if planned and seen < planned else _counted(seen, "pair")
+    samples = _number(run.summary, "data", "samples")
+    if samples:
+        text += f" ({seen / samples:.1f}{_NBSP}epochs)"
+    train_s = _number(run.summary, "train_s")
+    # train_s is that of the last session: not the time of the whole where the run went on from a checkpoint.
+    if train_s and run.status != "unfinished" and not _number(run.summary, "facts", "first_step"):
+        text += f" in {_duration(train_s)}"
+    return text
+
+
+def _finding(run: _Run) -> str:
+    """What the newest evaluation says of the model, on the first set that has classes."""
+    for name in run.zero_shot:
+        best = _best_of(run, name)
+        if best:
+            return f"the model has the right name of {best.share} of the {name} images {best.place}: {best.against}"
+    for name, figures in run.retrieval.items():
+        found, blind = _number(figures, "image_to_text_r10"), _number(figures, "image_to_text_chance10")
+        if found is not None and blind:
+            share = f"{_percent(found)} of the {name} images"
+            against = _against(found, blind, _number(figures, "num_images"))
+            return f"the model has the right caption of {share} among its ten closest: {against}"
+    if run.config and not _mapping(run.config, "eval", "sets"):
+        return "no held-out set is configured, so nothing says yet what the model can do"
+    return "no checkpoint was evaluated, so nothing says yet what the model can do"
+
+
+@dataclass
+class _Best:
+    """The figure that sums a zero-shot set up, in words."""
+
+    share: str
+    place: str
+    against: str
+
+
+def _best_of(run: _Run, name: str) -> _Best | None:
+    """Five guesses, or one where five would cover half of the names or more."""
+    figures = run.zero_shot[name]
+    num_classes, num_images = _number(figures, "num_classes"), _number(figures, "num_images")
+    of = f" of {_counted(num_classes, 'name')}" if num_classes else ""
+    for k, place in ((5, f"among its five best{of}"), (1, f"as its first guess{of}")):
+        rate, chance = _number(figures, f"top{k}"), _number(figures, f"chance{k}")
+        if rate is not None and chance and (k == 1 or chance < 0.5):
+            return _Best(_percent(rate), place, _against(rate, chance, num_images))
+    return None
+
+
+def _against(rate: float, chance: float, num_images: float | None) -> str:
+    if not _beats(rate, chance, num_images):
+        return f"no better than chance ({_percent(chance)})"
+    return _multiple(rate, chance)
+
+
+def _beats(rate: float, level: float, num_images: float | None) -> bool:
+    """Whether a rate over n images is above a level by more than two standard deviations of luck."""
+    return rate > level + 2 * math.sqrt(level * max(0.0, 1 - level) / max(1.0, num_images or 1.0))
+
+
+def _remarks(run: _Run) -> list[str]:
+    """Sentences under the headline: the other sets, and where the model stands against looking at pixels."""
+    remarks: list[str] = []
+    named = [(name, best) for name in run.zero_shot if (best := _best_of(run, name))]
+    remarks += [f"For {name} it is {best.share} {best.place}: {best.against}." for name, best in named[1:]]
+    for name, _ in named:
+        baseline, top1 = run.baseline(name), _number(run.zero_shot, name, "top1")
+        if baseline and top1 is not None and top1 < baseline:
+            remarks.append(
+                f"As a first guess on {name} it is still below a plain look-alike: {_percent(top1)} right, where the "
+                f"name of the training image with the closest pixels is right for {_percent(baseline)}."
+            )
+    return remarks
+
+
+def _measured(run: _Run) -> str:
+    """Which checkpoint the figures are of."""
+    if not run.zero_shot and not run.retrieval:
+        return ""
+    samples = _number(run.newest, "samples_seen")
+    if samples is None:
+        return "Measured on held-out images."
+    step = _number(run.newest, "step") or _number(run.newest, "steps")
+    which = f" of step {_count(step)}," if step else ""
+    text = f"Measured on the checkpoint{which} after {_count(samples)} pairs."
+    later = run.samples_seen - samples
+    return text + (f" The run went on for {_count(later)} more." if later > 0 else "")
+
+
+def _cards(run: _Run) -> list[dict[str, Any]]:
+    """One card per zero-shot set: the model's rates as bars beside chance and the pixel neighbour."""
+    cards = []
+    for name, figures in run.zero_shot.items():
+        num_images, num_classes = _number(figures, "num_images"), _number(figures, "num_classes")
+        bars = [
+            (f"top-{k}", label, kind, rate)
+            for k in _guesses(figures)
+            for label, kind, rate in (
+                ("this model", "model", _number(figures, f"top{k}")),
+                ("pixel neighbour", "baseline", run.baseline(name) if k == 1 else None),
+                ("chance", "chance", _number(figures, f"chance{k}")),
+            )
+            if rate is not None
+        ]
+        longest = max((rate for *_, rate in bars), default=0) or 1
+        groups: dict[str, list[dict[str, str]]] = {}
+        for group, label, kind, rate in bars:
+            bar = {"label": label, "kind": kind, "text": _percent(rate), "width": f"{100 * rate / longest:.2f}"}
+            groups.setdefault(group, []).append(bar)
+        refused = _number(figures, "num_refused")
+        size = [_counted(num_images, "image")] if num_images else []
+        size += [_counted(num_classes, "name")] if num_classes else []
+        size += [f"{_counted(refused, 'sample')} refused"] if refused else []
+        cards.append({"name": name, "size": ", ".join(size), "groups": groups, "verdict": _verdict(run, name)})
+    return cards
+
+
+def _guesses(figures: Any) -> tuple[int, ...]:
+    """1 and 5; five guesses among five names, or fewer, are always right and say nothing."""
+    return (1,) if _number(figures, "chance5") == 1 else (1, 5)
+
+
+def _verdict(run: _Run, name: str) -> str:
+    figures, sentences = run.zero_shot[name], []
+    num_images, top1 = _number(figures, "num_images"), _number(figures, "top1")
+    parts = []
+    for k in _guesses(figures):
+        rate, chance = _number(figures, f"top{k}"), _number(figures, f"chance{k}")
+        if rate is not None and chance:
+            parts.append(f"top-{k} is {_against(rate, chance, num_images)}")
+    if parts:
+        sentences.append(f"{', '.join(parts)}.".capitalize())
+    baseline = run.baseline(name)
+    if baseline == 0:
+        sentences.append(
+            "The pixel neighbour gets none right, as it must where no name of the set was trained on: looking alike "
+            "does not help here."
+        )
+    elif baseline is not None and top1 is not None:
+        if _beats(top1, baseline, num_images):
+            sentences.append("Above the pixel neighbour: it has learned more than which images look alike.")
+        elif top1 >= baseline:
+            sentences.append("Level with the pixel neighbour: no proof yet of more than looking alike.")
+        else:
+            sentences.append(
+                "Below the pixel neighbour: the name of the most similar training image would be right more often."
+            )
+    return " ".join(sentences)
+
+
+def _retrieval(run: _Run) -> list[dict[str, Any]]:
+    """One row per set and direction, one cell per k."""
+    rows = []
+    for name, figures in run.retrieval.items():
+        num_images, num_captions = _number(figures, "num_images"), _number(figures, "num_captions")
+        size = [_counted(num_images, "image")] if num_images else []
+        size += [_counted(num_captions, "different caption")] if num_captions else []
+        ways = []
+        for way, asked in (("image_to_text", num_images), ("text_to_image", num_captions)):
+            cells = []
+            for k in (1, 5, 10):
+                rate, chance = _number(figures, f"{way}_r{k}"), _number(figures, f"{way}_chance{k}")
+                against = _against(rate, chance, asked) if rate is not None and chance else ""
+                if "times" in against and chance:
+                    against = f"{against.replace(' times ', _TIMES + _NBSP)} ({_percent(chance)})"
+                cells.append({"rate": _percent(rate) if rate is not None else "not measured", "against": against})
+            ways.append({"name": way.replace("_", " "), "cells": cells})
+        rows.append({"name": name, "size": ", ".join(size), "ways": ways})
+    return rows
+
+
+def _sheets(run: _Run) -> list[dict[str, Any]]:
+    """Per set: held-out images with the truth, the five best names and whether they are right."""
+    sheets = []
+    for name in _mapping(run.newest, "sheets"):
+        entries = [_sheet_entry(entry) for entry in _list(run.newest, "sheets", name)]
+        right, near = (sum(entry["kind"] in kinds for entry in entries) for kinds in (("right",), ("right", "near")))
+        shown = len(entries)
+        count = ""
+        if shown:
+            is_right, has = "is" if right == 1 else "are", "has" if near == 1 else "have"
+            count = (
+                f"{right} of {shown} shown {is_right} right at top-1; {near} {has} the right name among the five best."
+            )
+        sheets.append({"name": name, "count": count, "entries": entries})
+    return sheets
+
+
+def _sheet_entry(entry: Any) -> dict[str, Any]:
+    best = [item for item in _list(entry, "best") if isinstance(item, dict)]
+    place = next((number for number, item in enumerate(best) if item.get("right")), None)
+    kind = "right" if place == 0 else "near" if place is not None else "wrong"
+    if place is None:
+        verdict = "wrong" if best else "not scored"
+    else:
+        verdict = "right" if place == 0 else f"{_ORDINALS[min(place, 4)]} guess"
+    png = _text(entry, "png_base64") or ""
+    width = _png_width(png)
+    return {
+        "png": png if width else "",
+        # A whole multiple of the pixels that the model saw, so that each stays a square; larger images are shrunk.
+        "px": width * (_IMAGE_PX // width) if 0 < width <= _IMAGE_PX else _IMAGE_PX,
+        "is_enlarged": width <= _IMAGE_PX,
+        "truth": _text(entry, "truth") or "unknown",
+        "kind": kind,
+        "verdict": verdict,
+        "best": [
+            {
+                "name": _text(item, "name") or "",
+                "cosine": f"{cosine:.3f}" if (cosine := _number(item, "cosine")) is not None else "",
+                "is_right": bool(item.get("right")),
+            }
+            for item in best
+        ],
+    }
+
+
+def _png_width(png_base64: str) -> int:
+    """Pixels across, from the header of a PNG; 0 where it is none."""
+    try:
+        header = base64.b64decode(png_base64[:32])
+        return int(struct.unpack(">I", header[16:20])[0]) if header.startswith(b"\x89PNG") else 0
+    except (ValueError, struct.error):
+        return 0
+
+
+def _facts(run: _Run) -> list[tuple[str, str]]:
+    """What it ran on and how, as rows; what was not recorded is said in the last row."""
+    summary, config = run.summary, run.config
+    environment = {key: str(value) for key, value in _mapping(summary, "environment").items()}
+    newest = run.metrics[-1] if run.metrics else {}
+
+    def settings(*keys: tuple[str, str]) -> str:
+        known = [(key, _text(config, section, key)) for section, key in keys]
+        return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in known if value)
+
+    rows = [
+        ("Hardware", environment.pop("hardware", None)),
+        ("Device", _text(summary, "facts", "device")),
+        ("Batch", _batch(run)),
+        ("Steps", _steps(run)),
+        ("Time", _time(run)),
+        ("Model", _model(run)),
+        ("Recipe", settings(("optim", "lr"), ("optim", "schedule"), ("train", "precision"), ("run", "seed"))),
+        ("Training data", _data(run)),
+        ("Refused samples", None if (n := _number(newest, "data/refused_samples")) is None else _count(n)),
+        (
+            "Peak memory",
+            f"{n:.2f}{_NBSP}GiB in the first worker" if (n := _number(newest, "memory/peak_gib")) else None,
+        ),
+        ("Date", environment.pop("date", None)),
+        ("Commit", environment.pop("commit", None)),
+        ("Versions", ", ".join(f"{key}{_NBSP}{value}" for key, value in environment.items())),
+    ]
+    missing = [label.lower() for label, value in rows if not value]
+    known = [(label, value) for label, value in rows if value]
+    return known + ([("Not recorded", ", ".join(missing))] if missing else [])
+
+
+def _batch(run: _Run) -> str:
+    batch = _number(run.summary, "facts", "global_batch_size") or _number(run.config, "train", "global_batch_size")
+    workers = _number(run.summary, "facts", "world_size")
+    if not batch:
+        return ""
+    text = f"{_counted(batch, 'pair')} per step"
+    if workers:
+        text += f" = {_count(batch / workers)} on each of {_counted(workers, 'training worker')}"
+    return text + "; the loss sees all of them"
+
+
+def _steps(run: _Run) -> str:
+    done = max(
+        _number(line, key) or 0 for line, key in [(run.summary, "steps"), *((m, "step") for m in run.metrics[-1:])]
+    )
+    planned = _number(run.summary, "facts", "num_steps")
+    first = _number(run.summary, "facts", "first_step")
+    text = f"{_count(done)} of {_count(planned)}" if planned else _count(done)
+    return text + (f"; the last start was from the checkpoint of step {_count(first)}" if first else "")
+
+
+def _time(run: _Run) -> str:
+    train_s, total_s = _number(run.summary, "train_s"), _number(run.summary, "total_s")
+    parts = [f"{_duration(train_s)} training"] if train_s is not None else []
+    parts += [f"{_duration(total_s)} in all"] if total_s is not None else []
+    session = " (last session)" if parts and _number(run.summary, "facts", "first_step") else ""
+    return ", ".join(parts) + session
+
+
+def _model(run: _Run) -> str:
+    parameters = _mapping(run.summary, "facts", "parameters_m")
+    sizes = {key: value for key in ("all", "visual", "text") if (value := _number(parameters, key)) is not None}
+    name = _text(run.config, "model", "name") or ("towers written out in the config" if run.config else "")
+    parts = [name] if name else []
+    if "all" in sizes:
+        parts.append(f"{sizes['all']:,.1f}{_NBSP}M parameters")
+    labels = {"visual": "image tower", "text": "text tower"}
+    parts += [f"{label} {sizes[key]:,.1f}{_NBSP}M" for key, label in labels.items() if key in sizes]
+    return ", ".join(parts)
+
+
+def _data(run: _Run) -> str:
+    samples, shards, size = (_number(run.summary, "data", key) for key in ("samples", "shards", "bytes"))
+    parts = [_counted(samples, "pair")] if samples else []
+    parts += [f"in {_counted(shards, 'shard')}"] if shards else []
+    parts += [f"({size / 1e6:,.1f}{_NBSP}MB)" if size < 1e9 else f"({size / 1e9:,.1f}{_NBSP}GB)"] if size else []
+    return " ".join(parts)
+
+
+# ------------------------------------------------------------------------------------------------- draw
+
+Points = list[tuple[float, float]]  # samples seen, value
+
+
+def _figures(run: _Run) -> list[dict[str, Any]]:
+    """The curves that there is something to draw for, each with a sentence that tells what it shows."""
+    figures = []
+    for title, figure in (
+        ("Loss", _loss_figure(run)),
+        *((f"Zero-shot: {name}", _zero_shot_figure(run, name)) for name in run.zero_shot),
+        ("Logit scale and bias", _logit_figure(run)),
+        ("Learning rate", _learning_rate_figure(run)),
+        ("Throughput", _throughput_figure(run)),
+    ):
+        if figure is not None:
+            figures.append({"title": title, "caption": figure[0], "svg": figure[1]})
+    return figures
+
+
+def _loss_figure(run: _Run) -> tuple[str, Any] | None:
+    points = _curve(run.metrics, "train/loss")
+    if not points:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        _plot(axes, points, _FIRST)
+        if _spans_decades([value for _, value in points]):
+            axes.set_yscale("log")
+        axes.set_ylabel("sigmoid loss per pair")
+        _samples_axis(axes)
+
+    return _from_to("Loss per pair, lower is better", points), _svg(draw)
+
+
+def _zero_shot_figure(run: _Run, name: str) -> tuple[str, Any] | None:
+    curves = {k: _curve(run.evaluations, "zero_shot", name, f"top{k}") for k in _guesses(run.zero_shot[name])}
+    curves = {k: points for k, points in curves.items() if points}
+    if not curves:
+        return None
+    chances = {k: _number(run.zero_shot, name, f"chance{k}") for k in curves}
+    baseline = run.baseline(name)
+
+    def draw(figure: Figure) -> None:
+        from matplotlib.ticker import FuncFormatter, LogLocator
+
+        axes = figure.subplots()
+        levels = [value for points in curves.values() for _, value in points]
+        for (k, points), color, marker in zip(curves.items(), (_FIRST, _SECOND), "os", strict=False):
+            _plot(axes, points, color, marker=marker, label=f"top-{k}")
+            chance = chances[k]
+            if chance:
+                levels.append(chance)
+                axes.axhline(chance, color=color, linewidth=1.2, linestyle=(0, (4, 3)), label=f"chance top-{k}")
+        if baseline:
+            levels.append(baseline)
+            axes.axhline(baseline, color=_INK, linewidth=1.2, linestyle=(0, (1, 2)), label="pixel neighbour")
+        positive = [level for level in levels if level > 0]
+        if _spans_decades(positive):
+            # A rate of 0 has no place on a log axis: its line comes from below the frame.
+            low, high = min(positive) / 2, min(1.0, max(positive) * 2)
+            axes.set_yscale("log", nonpositive="clip", subs=[])
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if high / low < 1000 else (1,)))
+            axes.set_ylim(low, high)
+        else:
+            axes.set_ylim(0, min(1.0, max(positive, default=1.0) * 1.1))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{100 * rate:g} %"))
+        axes.set_ylabel("images named right")
+        _samples_axis(axes)
+        figure.legend(
+            loc="upper center", ncols=3 if baseline else 2, frameon=False, handlelength=1.6, columnspacing=1.2
+        )
+        figure.subplots_adjust(top=0.83)
+
+    parts = [f"top-{k} {_percent(points[-1][1])}" for k, points in curves.items()]
+    count = "the only evaluation so far" if max(map(len, curves.values())) == 1 else "the newest evaluation"
+    lines = "dashed: a blind guess" + ("; dotted: the pixel nearest neighbour at top-1" if baseline else "")
+    return f"{', '.join(parts)} at {count}; {lines}.".capitalize(), _svg(draw)
+
+
+def _logit_figure(run: _Run) -> tuple[str, Any] | None:
+    scale, bias = _curve(run.metrics, "train/logit_scale"), _curve(run.metrics, "train/logit_bias")
+    if not scale or not bias:
+        return None
+
+    def draw(figure: Figure) -> None:
+        for axes, points, color, label in zip(
+            figure.subplots(2, sharex=True), (scale, bias), (_FIRST, _SECOND), ("scale", "bias"), strict=True
+        ):
+            _plot(axes, points, color)
+            axes.set_ylabel(label)
+        _samples_axis(axes)
+
+    caption = f"{_from_to(f'A logit is scale {_TIMES} cosine + bias. Scale', scale)[:-1]}; {_from_to('bias', bias)}"
+    return caption, _svg(draw)
+
+
+def _learning_rate_figure(run: _Run) -> tuple[str, Any] | None:
+    points = _curve(run.metrics, "train/learning_rate")
+    if not points:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        _plot(axes, points, _FIRST)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("learning rate")
+        _samples_axis(axes)
+
+    samples, top = max(points, key=lambda point: point[1])
+    return f"Highest after {_count(samples)} pairs: {_decimal(top)}.", _svg(draw)
+
+
+def _throughput_figure(run: _Run) -> tuple[str, Any] | None:
+    rate, wait = _curve(run.metrics, "throughput/samples_per_s"), _curve(run.metrics, "data/wait_pct")
+    if not rate or not wait:
+        return None
+
+    def draw(figure: Figure) -> None:
+        for axes, points, color, label in zip(
+            figure.subplots(2, sharex=True), (rate, wait), (_FIRST, _SECOND), ("pairs/s", "data wait, %"), strict=True
+        ):
+            _plot(axes, points, color)
+            axes.set_ylim(bottom=0, top=1.15 * max(value for _, value in points) or 1)
+            axes.set_ylabel(label)
+        _samples_axis(axes)
+
+    speed, waiting = median(value for _, value in rate), median(value for _, value in wait)
+    return (
+        f"Median {_count(speed)} pairs per second; training waited for data {_percent(waiting / 100)} of the time.",
+        _svg(draw),
+    )
+
+
+def _curve(lines: Iterable[dict[str, Any]], *keys: str) -> Points:
+    """(samples seen, value) of each line that has both."""
+    pairs = [(_number(line, "samples_seen"), _number(line, *keys)) for line in lines]
+    return [(samples, value) for samples, value in pairs if samples is not None and value is not None]
+
+
+def _from_to(what: str, points: Points) -> str:
+    (first_samples, first), (_, last) = points[0], points[-1]
+    if len(points) == 1:
+        return f"{what}: {_decimal(first)} after {_count(first_samples)} pairs, the only line of metrics."
+    return f"{what}: from {_decimal(first)} after {_count(first_samples)} pairs to {_decimal(last)}."
+
+
+def _spans_decades(values: list[float]) -> bool:
+    """Whether a log axis shows more than a linear one would."""
+    return bool(values) and min(values) > 0 and max(values) / min(values) > 20
+
+
+def _plot(axes: Axes, points: Points, color: str, *, marker: str = "", label: str = "") -> None:
+    marker = marker or ("o" if len(points) < 3 else "")
+    axes.plot(*zip(*points, strict=True), color=color, linewidth=1.8, marker=marker, markersize=4, label=label or None)
+
+
+def _samples_axis(axes: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda samples, _: _short_count(samples)))
+    axes.set_xlabel("pairs seen")
+
+
+def _short_count(value: float) -> str:
+    """20000 -> '20k', 1500000 -> '1.5M'."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
+
+
+def _svg(draw: Callable[[Figure], None]) -> Any:
+    """A figure as SVG inside the page: no ids that could meet those of another one, colours from the page's CSS."""
+    import matplotlib
+    from markupsafe import Markup
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",  # text stays text: in the page's font, and searchable
+        "svg.hashsalt": "sigray",  # the same run gives the same bytes
+        "font.size": 9.5,
+        "text.color": _INK,
+        "axes.edgecolor": _RULE,
+        "axes.labelcolor": _INK,
+        "xtick.color": _RULE,
+        "ytick.color": _RULE,
+        "xtick.labelcolor": _INK,
+        "ytick.labelcolor": _INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "grid.color": _RULE,
+        "grid.linewidth": 0.6,
+        "legend.fontsize": 9.0,
+    }
+    buffer = io.StringIO()
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(4.2, 2.9))
+        # One frame for all: their axes line up, and a layout engine would draw each figure twice.
+        figure.subplots_adjust(left=0.18, right=0.98, bottom=0.16, top=0.97, hspace=0.16)
+        draw(figure)
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it is about `*`: all of the page
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"| id="(?![mp][0-9a-f]{10}")[^"]*"', "", svg)
+    for color, css in _CSS_COLORS.items():
+        svg = svg.replace(color, css)
+    return Markup(svg)

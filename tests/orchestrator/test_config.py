@@ -1,0 +1,140 @@
+"""Configs: what is wrong is named with key, value and what is allowed, before anything is imported or started."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orchestrator.config import ConfigError, RunConfig, check_resume, json_schema, load_config, parse_config
+
+EXAMPLES = sorted(Path("examples").glob("*.yaml"))
+SMALL = {
+    "run": {"name": "small"},
+    "data": {"shards": "tars"},
+    "model": {"name": "ViT-B-16-SigLIP"},
+    "train": {"num_samples": 1000, "global_batch_size": 100},
+}
+
+
+def write(tmp_path, content):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "train.global_batchsize=512",
+            r"train.global_batchsize: unknown key \(value 512\); did you mean 'global_batch",
+        ),
+        ("trian.x=1", r"trian: unknown key .* did you mean 'train'\? allowed here: run, data, model, train"),
+        ("train.global_batch_size=many", r"train.global_batch_size='many': should be a valid integer"),
+        ("train.global_batch_size=0", r"train.global_batch_size=0: should be greater than 0"),
+        ("optim.schedule=linear", r"optim.schedule='linear': should be 'cosine' or 'constant'"),
+        ("cluster.num_workers=3", r"global_batch_size=100 does not divide by cluster.num_workers=3: 99 or 102 would"),
+        ("optim.num_warmup_samples=2000", r"num_warmup_samples=2000 is larger than train.num_samples=1000"),
+        ("train.global_batch_size=2000", r"global_batch_size=2000 is larger than train.num_samples=1000"),
+        ("model.towers={embed_dim: 8}", r"model: give exactly one of name and towers: both are given"),
+        ("eval.sets={a: {shards: x, templates: [photo]}}", r"eval.sets.a: template 'photo' has no \{\}"),
+        ("eval.sets.a.shard=x", r"eval.sets.a.shard: unknown key .* did you mean 'shards'"),
+        ("eval.pixel_baseline=true", r"eval.pixel_baseline=true needs a set with classes"),
+        ("run.name=../up", r"run.name='../up': "),
+        ("train", r"'train' is not an override: section.key=value expected"),
+        ("train.num_samples.x=1", r"'num_samples' is a value, not a section"),
+        ("optim.lr=[", r"the value is not YAML"),
+    ],
+)
+def test_one_clear_message(tmp_path, override, message):
+    path = write(tmp_path, SMALL)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path, [override])
+
+
+def test_override_makes_the_section_that_it_needs(tmp_path):
+    assert load_config(write(tmp_path, SMALL), ["eval.sets.a.shards=/x"]).eval.sets["a"].shards == "/x"
+
+
+def test_every_problem_is_told_at_once(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        load_config(write(tmp_path, SMALL), ["train.precision=fp8", "optim.lr=-1", "data.lanes=3"])
+    assert all(key in str(error.value) for key in ("train.precision='fp8'", "optim.lr=-1", "data.lanes"))
+
+
+def test_missing_file_and_not_yaml(tmp_path):
+    with pytest.raises(ConfigError, match="none.yaml: no such file or directory"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("run: [")
+    with pytest.raises(ConfigError, match="bad.yaml is not YAML"):
+        load_config(tmp_path / "bad.yaml")
+
+
+def test_resolved_config_loads_to_itself(tmp_path):
+    config = load_config(write(tmp_path, SMALL), ["optim.lr=1e-4", "run.seed=3"])
+    assert config.optim.lr == 1e-4
+    assert parse_config(yaml.safe_load(config.to_yaml()), "again") == config
+
+
+def test_relative_paths_become_absolute_and_uris_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(
+        write(tmp_path, SMALL), ["data.shards=[tars, 's3://bucket/tars']", "run.storage=s3://bucket/runs"]
+    )
+    assert config.data.shards == [str(tmp_path / "tars"), "s3://bucket/tars"]
+    assert config.storage_uri == "s3://bucket/runs/small"
+    assert config.folder == tmp_path / "runs" / "small"
+
+
+def test_resume_may_change_the_machines_and_not_the_problem():
+    saved = parse_config(SMALL, "saved")
+    machines = {**SMALL, "cluster": {"num_workers": 4}, "train": {**SMALL["train"], "log_every_steps": 3}}
+    check_resume(saved, parse_config(machines, "wanted"))
+    other = {**SMALL, "model": {"name": "ViT-B-32"}, "optim": {"lr": 0.5}}
+    with pytest.raises(ConfigError) as error:
+        check_resume(saved, parse_config(other, "wanted"))
+    assert "model.name: the run was started with 'ViT-B-16-SigLIP', now 'ViT-B-32'" in str(error.value)
+    assert "optim.lr: the run was started with 0.001, now 0.5" in str(error.value)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_loads_and_tells_its_command(path):
+    load_config(path)
+    assert re.search(rf"sigray train {path}", path.read_text())
+
+
+def test_there_are_examples():
+    assert EXAMPLES
+
+
+def test_schema_describes_every_key():
+    schema = json.loads(json_schema())
+    assert schema["additionalProperties"] is False
+    assert set(schema["properties"]) == set(RunConfig.model_fields)
+    lanes = schema["$defs"]["DataConfig"]["properties"]["num_lanes"]
+    assert "order" in lanes["description"]
+
+
+def test_config_error_exits_with_2_and_starts_nothing(tmp_path):
+    program = (
+        "import sys; from orchestrator.cli import main\n"
+        f"code = main(['train', '{write(tmp_path, SMALL)}', 'train.x=1'])\n"
+        "print(code, [name for name in ('torch', 'ray') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "2 []", done
+    assert "train.x: unknown key (value 1)" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_teaches():
+    sigray = Path(sys.executable).parent / "sigray"
+    done = subprocess.run([sigray, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for word in ("sigray data emoji", "sigray resume", "section.key=value", "Exit codes"):
+        assert word in done.stdout

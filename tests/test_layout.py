@@ -1,0 +1,43 @@
+"""The direction of imports: losses <- workers <- orchestrator <- tuning."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGES = ["losses", "workers", "orchestrator", "tuning"]
+# Never imported by a shipped package: they import us.
+OUTSIDE = {"tests", "benchmarks", "examples"}
+
+
+def imported_packages(path: Path) -> set[str]:
+    """Top-level names that a file imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(str(node.module).split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_point_one_way(package):
+    allowed = set(PACKAGES[: PACKAGES.index(package) + 1])
+    files = list(Path(package).rglob("*.py"))
+    assert files
+    for path in files:
+        wrong = imported_packages(path) & (set(PACKAGES) | OUTSIDE) - allowed
+        assert not wrong, f"{path} imports {wrong}"
+
+
+def test_losses_and_the_training_loop_know_no_ray():
+    for path in [*Path("losses").glob("*.py"), Path("workers/train.py"), Path("workers/step.py")]:
+        assert "ray" not in imported_packages(path), path
+
+
+def test_the_direction_is_really_checked(tmp_path):
+    path = tmp_path / "wrong.py"
+    path.write_text("def f():\n    from orchestrator.config import RunConfig\n")
+    assert imported_packages(path) == {"orchestrator"}
