@@ -126,7 +126,7 @@ class _Run:
     def __enter__(self) -> _Run:
         import ray
 
-        self._monitor = ray.remote(num_cpus=0)(RunMonitor).remote()
+        self._monitor: Any = ray.remote(num_cpus=0)(RunMonitor).remote()
         self._data_workers = _start_data_workers(self.config, self.manifest)
         self._tensorboard: TensorBoard | None = None
         self._to_evaluate: list[CheckpointInfo] = []

@@ -128,7 +128,7 @@ class Display:
         rows = {
             "run": title,
             "devices": f"{facts['world_size']} training worker(s) on {facts['device']}",
-            "batch": f"{facts['global_batch_size']} pairs = {facts['batch_per_worker']} x {facts['world_size']} workers",
+            "batch": "{global_batch_size} pairs = {batch_per_worker} x {world_size} workers".format(**facts),
             "model": f"{parameters['all']:.1f} M parameters (image {parameters['visual']:.1f} M, "
             f"text {parameters['text']:.1f} M)",
             "data": f"{data['samples']:,} pairs in {data['shards']} shards, {data['bytes'] / 1e6:,.1f} MB; "

@@ -150,7 +150,7 @@ class EvalConfig(Section):
     batch_size: PositiveInt = 256
     """Images, or prompts, per forward pass."""
     pixel_baseline: bool = False
-    """Also classify by the nearest training image in raw 16 x 16 pixels. Reads the whole training set: small data only."""
+    """Also classify by the nearest training image in raw 16 x 16 pixels. Reads all training data: for small sets."""
     num_sheet_images: NonNegativeInt = 24
     """Images per set that the report shows with their five best captions."""
 

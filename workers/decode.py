@@ -117,7 +117,8 @@ def _open_clip_tokenizer(model: ModelConfig, context_length: int) -> Tokenizer:
 
 
 def _decode_with_pil(content: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content)) as file:
+        image: Image.Image = file
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

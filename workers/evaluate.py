@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from workers.checkpoint import CheckpointInfo, load_weights
 from workers.config import DataConfig, EvalConfig, EvalSet, ModelConfig
@@ -77,7 +77,7 @@ def evaluate_checkpoint(
 class Encoder:
     """Features from a model, batch by batch, without a graph."""
 
-    def __init__(self, module: nn.Module, model: ModelConfig, tokenizer: Tokenizer, batch_size: int) -> None:
+    def __init__(self, module: Any, model: ModelConfig, tokenizer: Tokenizer, batch_size: int) -> None:
         self._module, self._model = module.eval(), model
         self._tokenizer, self._batch_size = tokenizer, batch_size
 
@@ -95,8 +95,8 @@ class Encoder:
 
     def prompts(self, names: list[str], templates: list[str]) -> Tensor:
         """C class names -> (C, D): the mean of each name's prompt features, normalised (CLIP, section 3.1.4)."""
-        total = sum(self.texts([template.replace("{}", name) for name in names]) for template in templates)
-        return torch.nn.functional.normalize(total, dim=-1)
+        prompts = [self.texts([template.replace("{}", name) for name in names]) for template in templates]
+        return torch.nn.functional.normalize(torch.stack(prompts).sum(dim=0), dim=-1)
 
 
 def load_set(spec: EvalSet, data: DataConfig, image_size: int) -> LoadedSet:
