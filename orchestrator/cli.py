@@ -32,7 +32,13 @@ Exit codes: 0 done, 1 the run failed, 2 the command, config or data cannot be us
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of `sigray`. Returns the exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    # argparse ends a list of overrides at the first option; `train x.yaml --overwrite run.name=a` shall work too.
+    options, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
     try:
         return options.run(options, Console())
     except (ValueError, OSError) as error:  # the user's config, data or storage: told, not traced
@@ -103,7 +109,12 @@ def _data_emoji(options: argparse.Namespace, console: Console) -> int:
     with _BuildProgress(console) as progress:
         dataset = build_emoji(Path(options.out_dir), progress=progress)
     for split, counts in dataset["splits"].items():
-        console.print(f"{split}: {counts}", highlight=False)
+        console.print(
+            f"{split}: {counts['num_samples']:,} images of {counts['num_concepts']:,} concepts",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(f"ready: {Path(options.out_dir).absolute()} (licences: dataset.json, docs/data.md)", soft_wrap=True)
     return 0
 
 

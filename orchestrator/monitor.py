@@ -196,37 +196,28 @@ class _TimeLeft(ProgressColumn):
         return Text(f"{format_duration(left_s)} left" if left_s is not None else "")
 
 
-def figures_table(summary: dict[str, Any]) -> Table:
-    """The final figures, each beside its chance level."""
-    table = Table(title=None, box=None, padding=(0, 2), header_style="bold")
-    for column in ("set", "figure", "result", "chance", "times chance", "pixel neighbour"):
-        table.add_column(column, justify="left" if column in ("set", "figure") else "right")
-    for name, figures in summary.get("zero_shot", {}).items():
+def figures_table(result: dict[str, Any]) -> Table:
+    """The figures of a summary or an evaluation, each beside its chance level; fits 80 columns."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("", no_wrap=True)
+    for column in ("result", "chance", "x chance", "pixel neighbour"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, figures in result["zero_shot"].items():
+        table.add_row(Text(f"{name}: zero-shot, {figures['num_classes']:,} classes", style="bold"))
         for k in (1, 5):
-            value, chance = figures[f"top{k}"], figures[f"chance{k}"]
             baseline = figures.get("pixel_baseline_top1") if k == 1 else None
-            table.add_row(
-                f"{name} ({figures['num_classes']:,} classes)" if k == 1 else "",
-                f"zero-shot top-{k}",
-                f"{value:.2%}",
-                f"{chance:.2%}",
-                f"{value / chance:.1f}",
-                f"{baseline:.1%}" if baseline is not None else "",
-            )
-    for name, figures in summary.get("retrieval", {}).items():
-        for way in ("image_to_text", "text_to_image"):
+            table.add_row(*_figure(f"top-{k}", figures[f"top{k}"], figures[f"chance{k}"], baseline))
+    for name, figures in result["retrieval"].items():
+        table.add_row(Text(f"{name}: retrieval, {figures['num_images']:,} images", style="bold"))
+        for way, title in {"image_to_text": "image to text", "text_to_image": "text to image"}.items():
             for k in (1, 5, 10):
-                value, chance = figures[f"{way}_r{k}"], figures[f"{way}_chance{k}"]
-                first = way == "image_to_text" and k == 1
-                table.add_row(
-                    f"{name} ({figures['num_images']:,} images)" if first else "",
-                    f"{way.replace('_', ' ')} R@{k}",
-                    f"{value:.2%}",
-                    f"{chance:.2%}",
-                    f"{value / chance:.1f}",
-                    "",
-                )
+                table.add_row(*_figure(f"{title} R@{k}", figures[f"{way}_r{k}"], figures[f"{way}_chance{k}"]))
     return table
+
+
+def _figure(title: str, value: float, chance: float, baseline: float | None = None) -> list[str]:
+    beside = f"{baseline:.2%}" if baseline is not None else ""
+    return [f"  {title}", f"{value:.2%}", f"{chance:.2%}", f"{value / chance:.1f}", beside]
 
 
 def format_duration(seconds: float) -> str:

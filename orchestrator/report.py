@@ -617,10 +617,10 @@ def _loss_figure(run: _Run) -> tuple[str, Any] | None:
         _plot(axes, points, _FIRST)
         if _spans_decades([value for _, value in points]):
             axes.set_yscale("log")
-        axes.set_ylabel("sigmoid loss per pair")
+        axes.set_ylabel("sigmoid loss per image")
         _samples_axis(axes)
 
-    return _from_to("Loss per pair, lower is better", points), _svg(draw)
+    return _from_to("Loss per image, lower is better", points), _svg(draw)
 
 
 def _zero_shot_figure(run: _Run, name: str) -> tuple[str, Any] | None:

@@ -55,6 +55,8 @@ class DataConfig(Section):
     """CPUs that Ray reserves for each data-shard worker."""
     prefetch_batches: PositiveInt = 4
     """Global batches that are asked for ahead of use."""
+    cache_mib: NonNegativeInt = 256
+    """Memory of each data-shard worker for decoded samples, filled once, for later epochs of small data; 0: none."""
     worker_timeout_s: Annotated[float, Field(gt=0)] = 120
     """A block that takes longer than this has its data-shard worker replaced."""
     max_bad_fraction: Fraction = 0.01

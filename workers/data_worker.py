@@ -3,8 +3,8 @@
     K  samples in a block            S  image size            T  context length
 
 It holds nothing that cannot be computed again, so it may be killed, restarted or doubled at any moment: the same
-question has the same answer from any worker at any time. What it keeps between calls is a cache only: for each lane
-the open shard and the encoded samples of one shuffle window.
+question has the same answer from any worker at any time. What it keeps between calls are caches only: for each lane
+the open shard and the encoded samples of one shuffle window, and decoded samples for the next epoch.
 
 A refused sample is replaced by a rule that depends on the order alone: by the first usable one among the slots of its
 own window, from half a window further on, so that the two copies of the replacement stand in different batches.
@@ -64,11 +64,12 @@ class DataWorker:
     def __init__(self, manifest: Manifest, data: DataConfig, model: ModelConfig, *, seed: int) -> None:
         self._manifest, self._data = manifest, data
         self._order = build_order(manifest, data, seed)
-        self._image_size, context_length, vocab_size = shapes(model)
-        self._tokenizer = build_tokenizer(model, context_length, vocab_size)
+        self._image_size, self._context_length, vocab_size = shapes(model)
+        self._tokenizer = build_tokenizer(model, self._context_length, vocab_size)
         self._readers: dict[int, _LineReader] = {}
         self._windows: dict[int, tuple[tuple[int, int], list[Sample]]] = {}
         self._newest: dict[int, tuple[int, Block]] = {}
+        self._cache = _Cache(data.cache_mib * 2**20)
 
     def block(self, lane: int, number: int) -> Block:
         """Samples [number K, (number + 1) K) of a lane.
@@ -84,21 +85,32 @@ class DataWorker:
     def _decode_block(self, lane: int, number: int) -> Block:
         size, image_size = self._data.block_size, self._image_size
         images = np.empty((size, image_size, image_size, 3), np.uint8)
-        captions: list[str] = []
+        tokens = np.empty((size, self._context_length), np.int32)
         refused: Counter[str] = Counter()
         refused_keys: dict[str, str] = {}
+        captions: dict[int, str] = {}  # of the rows that were decoded now
+        places: dict[int, tuple[int, int]] = {}  # of those that are good for the cache
         for row in range(size):
             window, slot = self._order.window(lane, number * size + row)
+            place = self._order.locate(window.epoch, window.start + int(window.permutation[slot])).in_manifest
+            known = self._cache.get(place)
+            if known is not None:
+                images[row], tokens[row] = known
+                continue
             samples = self._load(lane, window)
+            sample = samples[window.permutation[slot]]
             try:
-                images[row], caption = self._decode(samples[window.permutation[slot]])
+                images[row], captions[row] = self._decode(sample)
+                places[row] = place
             except Refused as reason:
-                bad = samples[window.permutation[slot]]
                 refused[str(reason)] += 1
-                refused_keys.setdefault(str(reason), f"{bad['__url__']} {bad['__key__']}")
-                images[row], caption = self._replacement(window, slot, samples)
-            captions.append(caption)
-        return Block(images, self._tokenizer(captions), refused, refused_keys)
+                refused_keys.setdefault(str(reason), f"{sample['__url__']} {sample['__key__']}")
+                images[row], captions[row] = self._replacement(window, slot, samples)
+        if captions:
+            tokens[list(captions)] = self._tokenizer(list(captions.values()))
+        for row, place in places.items():
+            self._cache.put(place, images[row], tokens[row])
+        return Block(images, tokens, refused, refused_keys)
 
     def _decode(self, sample: Sample) -> tuple[np.ndarray, str]:
         caption = decode_caption(pick_member(sample, self._data.caption_keys, "caption"))
@@ -126,6 +138,23 @@ class DataWorker:
                 reader = self._readers[lane] = _LineReader(self._manifest, self._order, self._data, *place)
             self._windows[lane] = (place, reader.take(len(window.permutation)))
         return self._windows[lane][1]
+
+
+class _Cache:
+    """Decoded (image, tokens) by place in the manifest; takes no more once it is full."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._free_bytes = max_bytes
+        self._samples: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+
+    def get(self, place: tuple[int, int]) -> tuple[np.ndarray, np.ndarray] | None:
+        return self._samples.get(place)
+
+    def put(self, place: tuple[int, int], image: np.ndarray, tokens: np.ndarray) -> None:
+        num_bytes = image.nbytes + tokens.nbytes + 512  # 512: the objects around them, about
+        if num_bytes <= self._free_bytes:
+            self._free_bytes -= num_bytes
+            self._samples[place] = image.copy(), tokens.copy()
 
 
 class _LineReader:

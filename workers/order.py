@@ -29,6 +29,11 @@ class SampleRef:
     shard: int
     index: int
 
+    @property
+    def in_manifest(self) -> tuple[int, int]:
+        """The same in every epoch."""
+        return self.shard, self.index
+
 
 @dataclass(frozen=True)
 class Window:

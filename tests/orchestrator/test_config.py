@@ -132,6 +132,19 @@ def test_config_error_exits_with_2_and_starts_nothing(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_overrides_may_stand_behind_an_option(tmp_path, capsys):
+    from orchestrator.cli import main
+
+    path = str(write(tmp_path, SMALL))
+    assert main(["train", path, "--overwrite", "train.x=1", "optim.y=2"]) == 2
+    error = capsys.readouterr().err
+    assert "train.x: unknown key" in error
+    assert "optim.y: unknown key" in error
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", path, "--overwirte"])
+    assert "unrecognized arguments: --overwirte" in capsys.readouterr().err
+
+
 def test_help_teaches():
     sigray = Path(sys.executable).parent / "sigray"
     done = subprocess.run([sigray, "--help"], capture_output=True, text=True)

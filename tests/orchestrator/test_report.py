@@ -199,7 +199,7 @@ def test_full_run_says_what_came_out(full_run: Page) -> None:
         assert fact in page.text
     assert "Not recorded" not in page.text
     assert page.tags.count("svg") == 6  # loss, two sets, logits, learning rate, throughput
-    assert "Loss per pair, lower is better: from 1 after 2,560 pairs to 0.03012." in page.text
+    assert "Loss per image, lower is better: from 1 after 2,560 pairs to 0.03012." in page.text
 
 
 def test_page_fetches_nothing_and_runs_nothing(full_run: Page) -> None:

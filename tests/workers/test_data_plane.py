@@ -76,11 +76,22 @@ def test_feed_resumes_at_every_step(data_config, model_config):
             np.testing.assert_array_equal(actual.tokens.numpy(), expected.tokens.numpy())
 
 
-def test_block_size_and_window_cache_do_not_change_a_batch(data_config, model_config):
-    expected = batches(data_config, model_config, batch=12)
-    other = batches(data_config.model_copy(update={"block_size": 7}), model_config, batch=12)
+@pytest.mark.parametrize("change", [{"block_size": 7}, {"cache_mib": 0}, {"prefetch_batches": 1}])
+def test_speed_settings_do_not_change_a_batch(data_config, model_config, change):
+    expected = batches(data_config, model_config, batch=12, last=20)  # three epochs: the cache is used
+    other = batches(data_config.model_copy(update=change), model_config, batch=12, last=20)
     for want, got in zip(expected, other, strict=True):
         np.testing.assert_array_equal(got.images.numpy(), want.images.numpy())
+        np.testing.assert_array_equal(got.tokens.numpy(), want.tokens.numpy())
+
+
+def test_cache_takes_no_more_than_it_may(data_config, model_config, monkeypatch):
+    data = data_config.model_copy(update={"cache_mib": 1})
+    worker = DataWorker(manifest_of(data), data, model_config, seed=5)
+    worker._cache._free_bytes = 5000  # three samples of 16 x 16 x 3 bytes and what is around them
+    for number in range(6):
+        worker.block(0, number)
+    assert len(worker._cache._samples) == 3
 
 
 def folder_with_bad_samples(folder, bad, num_good=60):

@@ -1,0 +1,147 @@
+"""What does the system around a training step cost?
+
+The same `workers/step.py` on the same batches, in two processes each, alternating:
+
+    bare     a plain gloo process group, no Ray; all batches decoded beforehand and held in memory
+    sigray   `sigray train`: Ray Train, data-shard workers that read and decode meanwhile, metrics, display
+
+Both end with the same loss, bit for bit, or the benchmark fails. Process starts are not counted, the first
+`WARM_UP_STEPS` neither. `first_epoch_ratio` is the part in which every sample is still read and decoded; later epochs
+of a set this small come from the data-shard workers' caches (`data.cache_mib`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.common import ROOT, ensure_emoji, median, report, run_on_ranks
+from orchestrator.config import RunConfig, load_config
+from workers.data_worker import Block, DataWorker, build_order
+from workers.device import open_device
+from workers.feed import Feed
+from workers.shards import build_manifest, list_shards
+from workers.step import Trainer
+
+WARM_UP_STEPS, WINDOW_STEPS = 20, 10
+
+
+class InProcess:
+    """A BlockSource that decodes in this process."""
+
+    def __init__(self, worker: DataWorker) -> None:
+        self._worker = worker
+
+    def request(self, lane: int, number: int) -> None:
+        return None
+
+    def wait(self, lane: int, number: int, handle: None) -> Block:
+        return self._worker.block(lane, number)
+
+
+def bare_rank(rank: int, world_size: int, config: RunConfig, num_steps: int) -> tuple[list[float], float]:
+    """Seconds of each window of steps, and the last loss."""
+    torch.set_num_threads(config.cluster.cpus_per_worker)
+    data, batch_size = config.data, config.train.global_batch_size
+    manifest = build_manifest(list_shards(data.shards), image_keys=data.image_keys, caption_keys=data.caption_keys)
+    feed = Feed(
+        build_order(manifest, data, config.run.seed),
+        InProcess(DataWorker(manifest, data, config.model, seed=config.run.seed)),
+        global_batch_size=batch_size,
+        block_size=data.block_size,
+        rank=rank,
+        world_size=world_size,
+        first_step=0,
+        last_step=num_steps,
+        prefetch_batches=1,
+        max_bad_fraction=data.max_bad_fraction,
+    )
+    batches = list(feed)
+    trainer = Trainer(
+        config.model,
+        config.optim,
+        open_device("cpu", 0, config.train.precision),
+        num_samples=num_steps * batch_size,
+        global_batch_size=batch_size,
+        seed=config.run.seed,
+    )
+    dist.barrier()
+    windows, begin = [], time.perf_counter()
+    for batch in batches:
+        result = trainer.step(batch)
+        if (batch.step + 1) % WINDOW_STEPS == 0:
+            loss = result.loss.clone()
+            dist.all_reduce(loss)
+            windows.append(time.perf_counter() - begin)
+            begin = time.perf_counter()
+    return windows, float(loss) / world_size
+
+
+def sigray_windows(config_path: Path, overrides: list[str], folder: Path) -> tuple[list[float], float]:
+    """The same from a run's metrics.jsonl."""
+    command = [str(Path(sys.executable).parent / "sigray"), "train", str(config_path), "--overwrite", *overrides]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    lines = [json.loads(line) for line in (folder / "overhead" / "metrics.jsonl").read_text().splitlines()]
+    batch_size = lines[0]["samples_seen"] / lines[0]["step"]
+    windows = [WINDOW_STEPS * batch_size / line["throughput/samples_per_s"] for line in lines]
+    return windows, lines[-1]["train/loss"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results/")
+    options = parser.parse_args()
+    ensure_emoji()
+    config_path = ROOT / "examples" / "emoji_cpu.yaml"
+    repetitions = []
+    with tempfile.TemporaryDirectory() as folder:
+        batch_size = load_config(config_path).train.global_batch_size
+        overrides = [f"run.dir={folder}", "run.name=overhead", f"train.num_samples={options.steps * batch_size}"]
+        overrides += [f"train.log_every_steps={WINDOW_STEPS}", "checkpoint.save_every_steps=1000000"]
+        overrides += ["eval.sets={}", "eval.pixel_baseline=false", "optim.num_warmup_samples=1280"]
+        config = load_config(config_path, overrides)
+        first_epoch = -(-build_epoch_steps(config) // WINDOW_STEPS)
+        for _ in range(options.repetitions):
+            under_ray, loss_under_ray = sigray_windows(config_path, overrides, Path(folder))
+            ranks = run_on_ranks(config.cluster.num_workers, bare_rank, config, options.steps)
+            bare, bare_loss = ranks[0]
+            if bare_loss != loss_under_ray:
+                raise SystemExit(f"not the same batches: last loss {bare_loss} bare, {loss_under_ray} under sigray")
+            skip = WARM_UP_STEPS // WINDOW_STEPS
+            repetitions.append(
+                {
+                    "sigray_samples_per_s": rate(under_ray[skip:], batch_size),
+                    "bare_samples_per_s": rate(bare[skip:], batch_size),
+                    "step_rate_ratio": sum(bare[skip:]) / sum(under_ray[skip:]),
+                    "first_epoch_ratio": sum(bare[skip:first_epoch]) / sum(under_ray[skip:first_epoch]),
+                }
+            )
+            print(repetitions[-1], flush=True)
+    figures = {key: median([repetition[key] for repetition in repetitions]) for key in reversed(repetitions[0])}
+    last = figures.pop("step_rate_ratio")
+    report("overhead", repetitions, figures | {"step_rate_ratio": last}, options.save)
+
+
+def build_epoch_steps(config: RunConfig) -> int:
+    """Steps in which every sample is seen once, rounded up."""
+    data = config.data
+    manifest = build_manifest(list_shards(data.shards), image_keys=data.image_keys, caption_keys=data.caption_keys)
+    return -(-manifest.num_samples // config.train.global_batch_size)
+
+
+def rate(windows: list[float], batch_size: int) -> float:
+    return len(windows) * WINDOW_STEPS * batch_size / sum(windows)
+
+
+if __name__ == "__main__":
+    main()
