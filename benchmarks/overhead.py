@@ -6,7 +6,8 @@ The same `workers/step.py` on the same batches, in two processes each, alternati
     sigray   `sigray train`: Ray Train, data-shard workers that read and decode meanwhile, metrics, display
 
 Both end with the same loss, bit for bit, or the benchmark fails. Process starts are not counted, the first
-`WARM_UP_STEPS` neither. `first_epoch_ratio` is the part in which every sample is still read and decoded; later epochs
+`WARM_UP_STEPS` neither. With two workers on two cores nothing is left for Ray's own processes and the decoding, which
+then take their time from the trainers; `--workers 1` leaves them a core, as a host with accelerators does. `first_epoch_ratio` is the part in which every sample is still read and decoded; later epochs
 of a set this small come from the data-shard workers' caches (`data.cache_mib`).
 """
 
@@ -98,7 +99,8 @@ def sigray_windows(config_path: Path, overrides: list[str], folder: Path) -> tup
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--workers", type=int, default=2, help="training workers, one thread each")
     parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results/")
     options = parser.parse_args()
     ensure_emoji()
@@ -108,7 +110,12 @@ def main() -> None:
         batch_size = load_config(config_path).train.global_batch_size
         overrides = [f"run.dir={folder}", "run.name=overhead", f"train.num_samples={options.steps * batch_size}"]
         overrides += [f"train.log_every_steps={WINDOW_STEPS}", "checkpoint.save_every_steps=1000000"]
-        overrides += ["eval.sets={}", "eval.pixel_baseline=false", "optim.num_warmup_samples=1280"]
+        overrides += [
+            f"cluster.num_workers={options.workers}",
+            "eval.sets={}",
+            "eval.pixel_baseline=false",
+            "optim.num_warmup_samples=1280",
+        ]
         config = load_config(config_path, overrides)
         first_epoch = -(-build_epoch_steps(config) // WINDOW_STEPS)
         for _ in range(options.repetitions):
@@ -129,7 +136,8 @@ def main() -> None:
             print(repetitions[-1], flush=True)
     figures = {key: median([repetition[key] for repetition in repetitions]) for key in reversed(repetitions[0])}
     last = figures.pop("step_rate_ratio")
-    report("overhead", repetitions, figures | {"step_rate_ratio": last}, options.save)
+    name = "overhead" if options.workers == 2 else f"overhead-{options.workers}-worker"
+    report(name, repetitions, figures | {"step_rate_ratio": last}, options.save)
 
 
 def build_epoch_steps(config: RunConfig) -> int:

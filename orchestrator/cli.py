@@ -25,8 +25,8 @@ Train SigLIP-style image-text models from WebDataset tars on a Ray cluster.
   sigray config examples/emoji_cpu.yaml           print the whole config, every default written out
 """
 _EPILOG = """\
-Exit codes: 0 done, 1 the run failed, 2 the command, config or data cannot be used (nothing was started),
-130 interrupted (a checkpoint was written; `sigray resume` goes on).
+Exit codes: 0 done; 1 the run failed; 2 the command, config, data or storage cannot be used; 130 interrupted
+(a checkpoint was written; `sigray resume` goes on).
 """
 
 
@@ -45,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(error, code=2)
     except RuntimeError as error:  # a tool that is missing, a run that failed
         return _fail(error, code=1)
+    except KeyboardInterrupt:
+        return _fail(KeyboardInterrupt("interrupted"), code=130)
 
 
 def _train(options: argparse.Namespace, console: Console) -> int:
@@ -136,7 +138,7 @@ def _finish(summary: dict[str, Any], config: RunConfig, console: Console) -> int
     return 0
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: BaseException, code: int) -> int:
     Console(stderr=True).print(f"sigray: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
     return code
 

@@ -83,7 +83,8 @@ def train(
     with _ray(config, display), _Run(config, folder, manifest, display) as run:
         try:
             status = run.watch()
-            run.evaluate_newest()
+            if status == "finished":
+                run.finish_evaluations()
         except Exception:
             _sum_up(run, "failed", time.monotonic() - begin)
             raise
@@ -158,11 +159,9 @@ class _Run:
         Raises:
             RunFailed, DataError: what ended it.
         """
-        import ray
-
         begin = time.monotonic()
         with _stop_on_signal(self._ask_to_stop):
-            while self._thread.is_alive():
+            while self._thread.is_alive() and self._failure is None:
                 time.sleep(_POLL_S)
                 self._take_events()
                 self.display.waiting(time.monotonic() - begin)
@@ -170,26 +169,23 @@ class _Run:
         self.train_s = time.monotonic() - self._training_since if self._training_since is not None else 0.0
         if self._failure is not None:
             raise _explain_failure(self._failure, self.folder, self._newest_checkpoint)
-        while self._evaluation is not None:
-            ray.wait([self._evaluation[1]], timeout=_POLL_S)
-            self._evaluate_next()
         done = self._newest_checkpoint.step if self._newest_checkpoint else self.facts.get("first_step", 0)
         return "finished" if done >= self.facts.get("num_steps", 0) else "stopped"
 
-    def evaluate_newest(self) -> None:
-        """Make sure that the newest checkpoint has its figures, a resumed run that had ended before included."""
+    def finish_evaluations(self) -> None:
+        """Wait for the figures of the newest checkpoint; also those of a run that had ended before it was resumed."""
         import ray
 
-        checkpoints = list_checkpoints(self.folder.storage)
-        if not checkpoints or not self.config.eval.sets:
-            return
-        newest = checkpoints[-1]
-        if self.newest_evaluation is None or self.newest_evaluation["step"] != newest.step:
-            self._keep_evaluation(ray.get(_submit_evaluation(self.config, self.folder, newest)))
-        assert self.newest_evaluation is not None
-        for name, baseline in _baselines(self.config).items():
-            self.newest_evaluation["zero_shot"][name]["pixel_baseline_top1"] = baseline
-        self.folder.save_evaluation(self.newest_evaluation)
+        if self._newest_checkpoint is None and self.config.eval.sets:
+            self._to_evaluate += list_checkpoints(self.folder.storage)[-1:]
+            self._evaluate_next()
+        while self._evaluation is not None:
+            ray.wait([self._evaluation[1]], timeout=_POLL_S)
+            self._evaluate_next()
+        if self.newest_evaluation is not None:
+            for name, baseline in _baselines(self.config).items():
+                self.newest_evaluation["zero_shot"][name]["pixel_baseline_top1"] = baseline
+            self.folder.save_evaluation(self.newest_evaluation)
 
     def _fit(self) -> None:
         try:
@@ -218,6 +214,8 @@ class _Run:
                 self._newest_checkpoint = info = CheckpointInfo(**content)
                 if self.config.eval.sets:
                     self._to_evaluate.append(info)
+            elif event["kind"] == "failed":
+                self._failure = content
         self._evaluate_next()
 
     def _begin_attempt(self, facts: dict[str, Any]) -> None:
@@ -244,9 +242,10 @@ class _Run:
             self._evaluation = None
             try:
                 self._keep_evaluation(ray.get(reference))
-            except ray.exceptions.RayTaskError as error:
-                # Training goes on: an evaluation can be had again from its checkpoint.
-                self.display.say(f"the evaluation of step {info.step:,} failed: {error.cause}")
+            except ray.exceptions.RayError as error:
+                # The run goes on: `sigray eval` repeats it from its checkpoint.
+                reason = getattr(error, "cause", error)
+                self.display.say(f"the evaluation of {info.name} failed, the run goes on: {reason}")
         if self._to_evaluate:
             info = self._to_evaluate.pop(0)
             self._evaluation = info, _submit_evaluation(self.config, self.folder, info)
@@ -268,6 +267,7 @@ def _trainer(config: RunConfig, folder: RunFolder, manifest: Manifest, data_work
     from workers.data_worker import ActorBlocks
     from workers.train import TrainJob, train_loop_per_worker
 
+    hooks = RayHooks(monitor)
     job = TrainJob(
         data=config.data,
         model=config.model,
@@ -280,11 +280,15 @@ def _trainer(config: RunConfig, folder: RunFolder, manifest: Manifest, data_work
         manifest=manifest,
         storage_uri=folder.storage.uri,
         blocks=ActorBlocks(data_workers, config.data.worker_timeout_s),
-        hooks=RayHooks(monitor),
+        hooks=hooks,
     )
 
     def train_worker(_: dict[str, Any]) -> None:
-        train_loop_per_worker(job)
+        try:
+            train_loop_per_worker(job)
+        except (ValueError, ArithmeticError) as error:  # bad data, a foreign checkpoint, a loss that is not a number
+            hooks.failed(error)
+            raise
 
     root, _, name = folder.storage.root.rpartition("/")
     return TorchTrainer(
@@ -443,9 +447,8 @@ def _explain_failure(error: BaseException, folder: RunFolder, newest: Checkpoint
     """The cause of a failed run in the user's terms."""
     causes = list(getattr(error, "worker_failures", {}).values()) or [error]
     for cause in causes:
-        original = getattr(cause, "cause", cause)
-        if isinstance(original, DataError):
-            return original
+        if isinstance(cause, ValueError):
+            return cause
     advice = (
         f"go on from step {newest.step:,} with `sigray resume {folder.storage.uri}`" if newest else "no checkpoint yet"
     )

@@ -72,6 +72,10 @@ class RayHooks:
         # The files are durable already; Ray is told where they are, and every rank has to call.
         ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
 
+    def failed(self, error: Exception) -> None:
+        """An error that would come again: the driver ends the run instead of letting Ray restart the workers."""
+        self._post("failed", error)
+
     def _post(self, kind: str, content: Any) -> bool:
         import ray
 

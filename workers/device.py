@@ -59,7 +59,7 @@ def open_device(accelerator: Accelerator, local_rank: int, precision: Literal["f
     if accelerator == "cuda":
         if not torch.cuda.is_available():
             raise RuntimeError("cluster.accelerator is cuda, but this training worker sees no GPU")
-        # Ray shows a worker its own GPUs only; with one each, that is number 0.
+        # Where a worker is shown its own GPU only, that is number 0 whatever its local rank.
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         return Device(device, precision)

@@ -8,6 +8,7 @@ the tests and `benchmarks/overhead.py` run it in a bare one.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,8 +76,8 @@ def train_loop_per_worker(job: TrainJob) -> None:
     rank = dist.get_rank() if dist.is_initialized() else 0
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     torch.set_num_threads(max(1, job.cpus_per_worker))
-    # 0 unless several workers see the same GPUs: Ray and torchrun both set it.
-    device = open_device(job.accelerator, 0, job.train.precision)
+    # Ray Train and torchrun both set it; the workers of a host see all of its GPUs.
+    device = open_device(job.accelerator, int(os.environ.get("LOCAL_RANK", "0")), job.train.precision)
     global_batch_size = job.train.global_batch_size
     num_steps = -(-job.train.num_samples // global_batch_size)
     trainer = Trainer(
