@@ -1,14 +1,16 @@
 """What does the system around a training step cost?
 
-The same `workers/step.py` on the same batches, in two processes each, alternating:
+The same `workers/step.py` on the same batches, in the same number of processes, alternating:
 
     bare     a plain gloo process group, no Ray; all batches decoded beforehand and held in memory
     sigray   `sigray train`: Ray Train, data-shard workers that read and decode meanwhile, metrics, display
 
 Both end with the same loss, bit for bit, or the benchmark fails. Process starts are not counted, the first
-`WARM_UP_STEPS` neither. With two workers on two cores nothing is left for Ray's own processes and the decoding, which
-then take their time from the trainers; `--workers 1` leaves them a core, as a host with accelerators does. `first_epoch_ratio` is the part in which every sample is still read and decoded; later epochs
+`WARM_UP_STEPS` neither. `first_epoch_ratio` is the part in which every sample is still read and decoded; later epochs
 of a set this small come from the data-shard workers' caches (`data.cache_mib`).
+
+With two workers on two cores nothing is left for Ray's own processes and the decoding, which then take their time from
+the trainers. `--workers 1` leaves them a core, as a host with accelerators does.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from workers.shards import Manifest
 from workers.storage import Storage
 
 CONFIG, MANIFEST, METRICS, SUMMARY = "config.yaml", "manifest.json", "metrics.jsonl", "summary.json"
+_RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 class RunFolder:
@@ -58,6 +59,9 @@ class RunFolder:
         for name, text in {CONFIG: config.to_yaml(), MANIFEST: json.dumps(manifest.to_json())}.items():
             (self.path / name).write_text(text)
             self.storage.write(name, text.encode())
+        # Ray Train would load its memory of an earlier driver's checkpoints and fail where one was deleted since.
+        # Which checkpoints exist is said by our own commit files.
+        self.storage.delete(_RAY_SNAPSHOT)
 
     def manifest(self) -> Manifest:
         """The manifest that the run began with."""

@@ -24,7 +24,7 @@ from orchestrator.backends import torch_config, worker_resources
 from orchestrator.config import ConfigError, RunConfig, check_resume
 from orchestrator.folder import CONFIG, RunFolder
 from orchestrator.monitor import Display, RayHooks, RunMonitor, TensorBoard
-from workers.checkpoint import CheckpointInfo, list_checkpoints
+from workers.checkpoint import CheckpointInfo, is_committed, list_checkpoints
 from workers.shards import DataError, Manifest, build_manifest, list_shards
 
 _POLL_S = 0.5
@@ -246,9 +246,15 @@ class _Run:
                 # The run goes on: `sigray eval` repeats it from its checkpoint.
                 reason = getattr(error, "cause", error)
                 self.display.say(f"the evaluation of {info.name} failed, the run goes on: {reason}")
-        if self._to_evaluate:
+        while self._to_evaluate and self._evaluation is None:
             info = self._to_evaluate.pop(0)
-            self._evaluation = info, _submit_evaluation(self.config, self.folder, info)
+            if is_committed(self.folder.storage, info):
+                self._evaluation = info, _submit_evaluation(self.config, self.folder, info)
+            else:
+                self.display.say(
+                    f"{info.name} was deleted before its turn to be evaluated: "
+                    "raise checkpoint.keep_newest or checkpoint.save_every_steps for a figure of each"
+                )
 
     def _keep_evaluation(self, result: dict[str, Any]) -> None:
         self.folder.save_evaluation(result)

@@ -78,6 +78,11 @@ def list_checkpoints(storage: Storage) -> list[CheckpointInfo]:
     return sorted((read_info(storage, name) for name in names), key=lambda info: info.step)
 
 
+def is_committed(storage: Storage, info: CheckpointInfo) -> bool:
+    """Whether a checkpoint is there, and not deleted since."""
+    return storage.exists(f"{FOLDER}/{info.name}/{_COMMIT}")
+
+
 def read_info(storage: Storage, name: str) -> CheckpointInfo:
     """commit.json of a checkpoint.
 
@@ -120,6 +125,8 @@ def delete_old_checkpoints(storage: Storage, keep_newest: int) -> None:
     keep = set(committed[-keep_newest:])
     for name in storage.list(FOLDER):
         if name not in keep and committed and name < committed[-1]:
+            # The commit mark first: a reader never takes a half-deleted folder for a checkpoint.
+            storage.delete(f"{FOLDER}/{name}/{_COMMIT}")
             storage.delete_folder(f"{FOLDER}/{name}")
 
 

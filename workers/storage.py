@@ -84,6 +84,11 @@ class Storage:
         selector = fs.FileSelector(self._at(path), allow_not_found=True)
         return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
 
+    def delete(self, path: str) -> None:
+        """Delete a file, if it is there."""
+        if self.exists(path):
+            self.filesystem.delete_file(self._at(path))
+
     def delete_folder(self, path: str) -> None:
         self.filesystem.delete_dir(self._at(path))
 

@@ -87,10 +87,10 @@ def test_initial_scale_and_bias_are_the_papers():
     from workers.towers import build_model
 
     module = build_model(MODEL)
-    assert float(module.logit_scale) == pytest.approx(np.log(10))
-    assert float(module.logit_bias) == -10
+    assert module.logit_scale.item() == pytest.approx(np.log(10))
+    assert module.logit_bias.item() == -10
     other = build_model(MODEL.model_copy(update={"init_logit_scale": 0.0, "init_logit_bias": -3.0}))
-    assert (float(other.logit_scale), float(other.logit_bias)) == (0, -3)
+    assert (other.logit_scale.item(), other.logit_bias.item()) == (0, -3)
 
 
 def test_learning_rate_counts_in_samples():
