@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -200,28 +200,36 @@ class _TimeLeft(ProgressColumn):
         return Text(f"{format_duration(left_s)} left" if left_s is not None else "")
 
 
-def figures_table(result: dict[str, Any]) -> Table:
+def figures_table(result: dict[str, Any]) -> Group:
     """The figures of a summary or an evaluation, each beside its chance level; fits 80 columns."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("", no_wrap=True)
-    for column in ("result", "chance", "x chance", "pixel neighbour"):
-        table.add_column(column, justify="right", no_wrap=True)
+    parts: list[Text | Table] = []
     for name, figures in result["zero_shot"].items():
-        table.add_row(Text(f"{name}: zero-shot, {figures['num_classes']:,} classes", style="bold"))
-        for k in (1, 5):
-            baseline = figures.get("pixel_baseline_top1") if k == 1 else None
-            table.add_row(*_figure(f"top-{k}", figures[f"top{k}"], figures[f"chance{k}"], baseline))
+        rows = [_figure(f"top-{k}", figures[f"top{k}"], figures[f"chance{k}"]) for k in (1, 5)]
+        if "pixel_baseline_top1" in figures:
+            rows[0][-1] = f"{figures['pixel_baseline_top1']:.2%}"
+        parts += [Text(f"{name}: zero-shot, {figures['num_classes']:,} classes", style="bold"), _table(rows)]
     for name, figures in result["retrieval"].items():
-        table.add_row(Text(f"{name}: retrieval, {figures['num_images']:,} images", style="bold"))
-        for way, title in {"image_to_text": "image to text", "text_to_image": "text to image"}.items():
-            for k in (1, 5, 10):
-                table.add_row(*_figure(f"{title} R@{k}", figures[f"{way}_r{k}"], figures[f"{way}_chance{k}"]))
+        rows = [
+            _figure(f"{way.replace('_', ' ')} R@{k}", figures[f"{way}_r{k}"], figures[f"{way}_chance{k}"])
+            for way in ("image_to_text", "text_to_image")
+            for k in (1, 5, 10)
+        ]
+        parts += [Text(f"{name}: retrieval, {figures['num_images']:,} images", style="bold"), _table(rows)]
+    return Group(*parts)
+
+
+def _table(rows: list[list[str]]) -> Table:
+    table = Table(box=None, padding=(0, 0, 0, 2))
+    for column in ("", "result", "chance", "x chance", "pixel neighbour"):
+        width = 20 if not column else len(column)
+        table.add_column(column, justify="right" if column else "left", min_width=width, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def _figure(title: str, value: float, chance: float, baseline: float | None = None) -> list[str]:
-    beside = f"{baseline:.2%}" if baseline is not None else ""
-    return [f"  {title}", f"{value:.2%}", f"{chance:.2%}", f"{value / chance:.1f}", beside]
+def _figure(title: str, value: float, chance: float) -> list[str]:
+    return [title, f"{value:.2%}", f"{chance:.2%}", f"{value / chance:.1f}", ""]
 
 
 def format_duration(seconds: float) -> str:
