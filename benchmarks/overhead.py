@@ -26,28 +26,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks.common import ROOT, ensure_emoji, median, report, run_on_ranks
+from benchmarks.common import ROOT, ensure_emoji, median, report
 from orchestrator.config import RunConfig, load_config
-from workers.data_worker import Block, DataWorker, build_order
+from tests.bare import OneWorker
+from tests.ranks import run_on_ranks
+from workers.data_worker import DataWorker, build_order
 from workers.device import open_device
 from workers.feed import Feed
 from workers.shards import build_manifest, list_shards
 from workers.step import Trainer
 
 WARM_UP_STEPS, WINDOW_STEPS = 20, 10
-
-
-class InProcess:
-    """A BlockSource that decodes in this process."""
-
-    def __init__(self, worker: DataWorker) -> None:
-        self._worker = worker
-
-    def request(self, lane: int, number: int) -> None:
-        return None
-
-    def wait(self, lane: int, number: int, handle: None) -> Block:
-        return self._worker.block(lane, number)
 
 
 def bare_rank(rank: int, world_size: int, config: RunConfig, num_steps: int) -> tuple[list[float], float]:
@@ -57,7 +46,7 @@ def bare_rank(rank: int, world_size: int, config: RunConfig, num_steps: int) -> 
     manifest = build_manifest(list_shards(data.shards), image_keys=data.image_keys, caption_keys=data.caption_keys)
     feed = Feed(
         build_order(manifest, data, config.run.seed),
-        InProcess(DataWorker(manifest, data, config.model, seed=config.run.seed)),
+        OneWorker(DataWorker(manifest, data, config.model, seed=config.run.seed)),
         global_batch_size=batch_size,
         block_size=data.block_size,
         rank=rank,
@@ -119,7 +108,7 @@ def main() -> None:
             "optim.num_warmup_samples=1280",
         ]
         config = load_config(config_path, overrides)
-        first_epoch = -(-build_epoch_steps(config) // WINDOW_STEPS)
+        first_epoch = -(-epoch_steps(config) // WINDOW_STEPS)
         for _ in range(options.repetitions):
             under_ray, loss_under_ray = sigray_windows(config_path, overrides, Path(folder))
             ranks = run_on_ranks(config.cluster.num_workers, bare_rank, config, options.steps)
@@ -142,7 +131,7 @@ def main() -> None:
     report(name, repetitions, figures | {"step_rate_ratio": last}, options.save)
 
 
-def build_epoch_steps(config: RunConfig) -> int:
+def epoch_steps(config: RunConfig) -> int:
     """Steps in which every sample is seen once, rounded up."""
     data = config.data
     manifest = build_manifest(list_shards(data.shards), image_keys=data.image_keys, caption_keys=data.caption_keys)
