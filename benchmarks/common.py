@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from datetime import date
 from pathlib import Path
 
@@ -18,10 +17,6 @@ def ensure_emoji() -> None:
     """Build the demo data where `examples/` expects it, unless it is there."""
     build_emoji(EMOJI, progress=lambda stage, done, total: print(f"{stage}: {done} of {total}", end="\r"))
     print()
-
-
-def median(values: list[float]) -> float:
-    return statistics.median(values)
 
 
 def report(name: str, repetitions: list[dict[str, float]], figures: dict[str, float], save: bool) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,14 +27,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks.common import ROOT, ensure_emoji, median, report
+from benchmarks.common import ROOT, ensure_emoji, report
 from orchestrator.config import RunConfig, load_config
 from tests.bare import OneWorker
 from tests.ranks import run_on_ranks
 from workers.data_worker import DataWorker, build_order
 from workers.device import open_device
 from workers.feed import Feed
-from workers.shards import build_manifest, list_shards
+from workers.shards import scan_shards
 from workers.step import Trainer
 
 WARM_UP_STEPS, WINDOW_STEPS = 20, 10
@@ -43,7 +44,7 @@ def bare_rank(rank: int, world_size: int, config: RunConfig, num_steps: int) -> 
     """Seconds of each window of steps, and the last loss."""
     torch.set_num_threads(config.cluster.cpus_per_worker)
     data, batch_size = config.data, config.train.global_batch_size
-    manifest = build_manifest(list_shards(data.shards), image_keys=data.image_keys, caption_keys=data.caption_keys)
+    manifest = scan_shards(data.shards, data)
     feed = Feed(
         build_order(manifest, data, config.run.seed),
         OneWorker(DataWorker(manifest, data, config.model, seed=config.run.seed)),
@@ -125,7 +126,9 @@ def main() -> None:
                 }
             )
             print(repetitions[-1], flush=True)
-    figures = {key: median([repetition[key] for repetition in repetitions]) for key in reversed(repetitions[0])}
+    figures = {
+        key: statistics.median([repetition[key] for repetition in repetitions]) for key in reversed(repetitions[0])
+    }
     last = figures.pop("step_rate_ratio")
     name = "overhead" if options.workers == 2 else f"overhead-{options.workers}-worker"
     report(name, repetitions, figures | {"step_rate_ratio": last}, options.save)
@@ -133,8 +136,7 @@ def main() -> None:
 
 def epoch_steps(config: RunConfig) -> int:
     """Steps in which every sample is seen once, rounded up."""
-    data = config.data
-    manifest = build_manifest(list_shards(data.shards), image_keys=data.image_keys, caption_keys=data.caption_keys)
+    manifest = scan_shards(config.data.shards, config.data)
     return -(-manifest.num_samples // config.train.global_batch_size)
 
 

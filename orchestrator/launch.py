@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -25,7 +25,11 @@ from orchestrator.config import ConfigError, RunConfig, check_resume
 from orchestrator.folder import CONFIG, RunFolder
 from orchestrator.monitor import Display, RayHooks, RunMonitor, TensorBoard
 from workers.checkpoint import CheckpointInfo, is_committed, list_checkpoints
-from workers.shards import DataError, Manifest, build_manifest, list_shards
+from workers.shards import DataError, Manifest, list_shards, scan_shards
+
+if TYPE_CHECKING:
+    from workers.feed import BlockSource
+    from workers.train import Hooks, TrainJob
 
 _POLL_S = 0.5
 # For a Ray that this run starts itself. Every process of Ray costs about 1 % of a core by being there, and on a small
@@ -110,8 +114,7 @@ def evaluate(config: RunConfig, info: CheckpointInfo, console: Console) -> dict[
         import ray
 
         result = ray.get(_submit_evaluation(config, folder, info))
-        for name, baseline in _baselines(config).items():
-            result["zero_shot"][name]["pixel_baseline_top1"] = baseline
+        _add_baselines(config, result)
     if (folder.path / CONFIG).exists():
         from orchestrator.report import write_report
 
@@ -129,7 +132,6 @@ class _Run:
     manifest: Manifest
     display: Display
     facts: dict[str, Any] = field(default_factory=dict)
-    newest_metrics: dict[str, float] = field(default_factory=dict)
     newest_evaluation: dict[str, Any] | None = None
     train_s: float = 0.0  # since the training workers were up for the first time
 
@@ -183,8 +185,7 @@ class _Run:
             ray.wait([self._evaluation[1]], timeout=_POLL_S)
             self._evaluate_next()
         if self.newest_evaluation is not None:
-            for name, baseline in _baselines(self.config).items():
-                self.newest_evaluation["zero_shot"][name]["pixel_baseline_top1"] = baseline
+            _add_baselines(self.config, self.newest_evaluation)
             self.folder.save_evaluation(self.newest_evaluation)
 
     def _fit(self) -> None:
@@ -205,7 +206,6 @@ class _Run:
             if event["kind"] == "started":
                 self._begin_attempt(content)
             elif event["kind"] == "metrics":
-                self.newest_metrics = content
                 self.folder.append_metrics(content)
                 self.display.metrics(content)
                 if self._tensorboard is not None:
@@ -265,16 +265,11 @@ class _Run:
             self.newest_evaluation = result
 
 
-def _trainer(config: RunConfig, folder: RunFolder, manifest: Manifest, data_workers: list[Any], monitor: Any) -> Any:
-    """Ray Train's trainer of a run."""
-    import ray.train
-    from ray.train.torch import TorchTrainer
+def train_job(config: RunConfig, manifest: Manifest, blocks: BlockSource, hooks: Hooks) -> TrainJob:
+    """What the training workers of a run need to know of its config."""
+    from workers.train import TrainJob
 
-    from workers.data_worker import ActorBlocks
-    from workers.train import TrainJob, train_loop_per_worker
-
-    hooks = RayHooks(monitor)
-    job = TrainJob(
+    return TrainJob(
         data=config.data,
         model=config.model,
         train=config.train,
@@ -284,10 +279,22 @@ def _trainer(config: RunConfig, folder: RunFolder, manifest: Manifest, data_work
         accelerator=config.cluster.accelerator,
         cpus_per_worker=config.cluster.cpus_per_worker,
         manifest=manifest,
-        storage_uri=folder.storage.uri,
-        blocks=ActorBlocks(data_workers, config.data.worker_timeout_s),
+        storage_uri=config.storage_uri,
+        blocks=blocks,
         hooks=hooks,
     )
+
+
+def _trainer(config: RunConfig, folder: RunFolder, manifest: Manifest, data_workers: list[Any], monitor: Any) -> Any:
+    """Ray Train's trainer of a run."""
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    from workers.data_worker import ActorBlocks
+    from workers.train import train_loop_per_worker
+
+    hooks = RayHooks(monitor)
+    job = train_job(config, manifest, ActorBlocks(data_workers, config.data.worker_timeout_s), hooks)
 
     def train_worker(_: dict[str, Any]) -> None:
         try:
@@ -338,25 +345,24 @@ def _submit_evaluation(config: RunConfig, folder: RunFolder, info: CheckpointInf
     return task.remote(folder.storage.uri, info, config.model, config.data, config.eval)
 
 
-def _baselines(config: RunConfig) -> dict[str, float]:
+def _add_baselines(config: RunConfig, result: dict[str, Any]) -> None:
+    """Put the pixel neighbour's rate beside the zero-shot figures, where the config asks for it."""
     import ray
 
     from workers.evaluate import pixel_baseline
 
-    if not config.eval.pixel_baseline:
-        return {}
-    return ray.get(ray.remote(num_cpus=1)(pixel_baseline).remote(config.data, config.eval))
+    if config.eval.pixel_baseline:
+        baselines = ray.get(ray.remote(num_cpus=1)(pixel_baseline).remote(config.data, config.eval))
+        for name, baseline in baselines.items():
+            result["zero_shot"][name]["pixel_baseline_top1"] = baseline
 
 
 def _scan(config: RunConfig, display: Display) -> Manifest:
-    urls = list_shards(config.data.shards, s3_endpoint=config.data.s3_endpoint)
-    display.say(f"reading the headers of {len(urls)} shards")
-    manifest = build_manifest(
-        urls,
-        image_keys=config.data.image_keys,
-        caption_keys=config.data.caption_keys,
-        s3_endpoint=config.data.s3_endpoint,
-    )
+    def announce(done: int, total: int) -> None:
+        if not done:
+            display.say(f"reading the headers of {total} shards")
+
+    manifest = scan_shards(config.data.shards, config.data, announce)
     if manifest.num_samples < config.train.global_batch_size:
         raise ConfigError(
             f"train.global_batch_size={config.train.global_batch_size} is larger than the {manifest.num_samples} "

@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrator.config import RunConfig
+from orchestrator.launch import train_job
 from workers.checkpoint import CheckpointInfo
 from workers.data_worker import Block, DataWorker
-from workers.shards import build_manifest, list_shards
-from workers.train import TrainJob, train_loop_per_worker
+from workers.shards import scan_shards
+from workers.train import train_loop_per_worker
 
 
 class OneWorker:
@@ -28,50 +29,34 @@ class OneWorker:
 
 
 class Recorder:
-    """Hooks that remember; asks the loop to stop after `stop_at` steps."""
+    """Hooks that remember."""
 
-    def __init__(self, stop_at: int | None = None) -> None:
+    def __init__(self) -> None:
         self.lines: list[dict[str, float]] = []
         self.checkpoints: list[CheckpointInfo] = []
-        self._stop_at = stop_at
 
     def started(self, facts: dict[str, Any]) -> None:
         self.facts = facts
 
     def record(self, metrics: dict[str, float]) -> bool:
         self.lines.append(metrics)
-        return metrics["step"] == self._stop_at
+        return False
 
     def checkpointed(self, info: CheckpointInfo | None, metrics: dict[str, float]) -> None:
         if info is not None:
             self.checkpoints.append(info)
 
 
-def train_bare(rank: int, world_size: int, config: RunConfig, stop_at: int | None = None) -> dict[str, Any]:
+def train_bare(rank: int, world_size: int, config: RunConfig) -> dict[str, Any]:
     """Train a config on this rank; see `tests.ranks.run_on_ranks`.
 
     Returns:
         `losses` by step and the newest checkpoint's `files`; both empty on ranks other than 0.
     """
-    data = config.data
-    manifest = build_manifest(list_shards(data.shards), image_keys=data.image_keys, caption_keys=data.caption_keys)
-    recorder = Recorder(stop_at)
-    train_loop_per_worker(
-        TrainJob(
-            data=data,
-            model=config.model,
-            train=config.train,
-            optim=config.optim,
-            checkpoint=config.checkpoint,
-            seed=config.run.seed,
-            accelerator=config.cluster.accelerator,
-            cpus_per_worker=config.cluster.cpus_per_worker,
-            manifest=manifest,
-            storage_uri=config.storage_uri,
-            blocks=OneWorker(DataWorker(manifest, data, config.model, seed=config.run.seed)),
-            hooks=recorder,
-        )
-    )
+    manifest = scan_shards(config.data.shards, config.data)
+    recorder = Recorder()
+    blocks = OneWorker(DataWorker(manifest, config.data, config.model, seed=config.run.seed))
+    train_loop_per_worker(train_job(config, manifest, blocks, recorder))
     return {
         "losses": {line["step"]: line["train/loss"] for line in recorder.lines},
         "files": recorder.checkpoints[-1].files if recorder.checkpoints else {},

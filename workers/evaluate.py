@@ -25,7 +25,7 @@ from torch import Tensor
 from workers.checkpoint import CheckpointInfo, load_weights
 from workers.config import DataConfig, EvalConfig, EvalSet, ModelConfig
 from workers.decode import Refused, Tokenizer, build_tokenizer, decode_caption, decode_image, pick_member
-from workers.shards import DataError, Manifest, build_manifest, list_shards, read_samples
+from workers.shards import DataError, read_samples, scan_shards
 from workers.storage import Storage
 from workers.towers import build_model, normalize_pixels, shapes
 
@@ -223,11 +223,7 @@ def _rank_of(scores: Tensor, truth: Tensor) -> Tensor:
 
 
 def _all_samples(patterns: str | list[str], data: DataConfig) -> Iterator[dict[str, Any]]:
-    urls = list_shards(patterns, s3_endpoint=data.s3_endpoint)
-    manifest: Manifest = build_manifest(
-        urls, image_keys=data.image_keys, caption_keys=data.caption_keys, s3_endpoint=data.s3_endpoint
-    )
-    for shard in manifest.shards:
+    for shard in scan_shards(patterns, data).shards:
         yield from read_samples(shard, s3_endpoint=data.s3_endpoint)
 
 

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from workers.config import DataConfig
+
 _BLOCK = 512
 _FILE_TYPES = b"0\0"
 
@@ -92,14 +94,31 @@ def list_shards(patterns: str | list[str], *, s3_endpoint: str | None = None) ->
             else:
                 found.append(name)
         if not found:
-            raise DataError(
-                f"no shards: {pattern!r} names no .tar file. Check data.shards; the folder is {_where(pattern)}"
-            )
+            raise DataError(f"no shards: {pattern!r} names no .tar file; {_where(pattern)}")
         urls += [url if url.startswith("s3://") else os.path.abspath(url) for url in found]
     doubles = sorted({url for url in urls if urls.count(url) > 1}) if len(set(urls)) < len(urls) else []
     if doubles:
         raise DataError(f"{doubles[0]} is named twice by the patterns {patterns}: every shard must be named once")
     return urls
+
+
+def scan_shards(
+    patterns: str | list[str], data: DataConfig, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Manifest:
+    """The manifest of the shards that the patterns name, read as a data section says.
+
+    `progress(done, total)` is called before the first shard and after each.
+
+    Raises:
+        DataError: as `list_shards` and `build_manifest`.
+    """
+    return build_manifest(
+        list_shards(patterns, s3_endpoint=data.s3_endpoint),
+        image_keys=data.image_keys,
+        caption_keys=data.caption_keys,
+        s3_endpoint=data.s3_endpoint,
+        progress=progress,
+    )
 
 
 def build_manifest(
@@ -133,6 +152,7 @@ def build_manifest(
         pairs = sum(1 for e in groups if e.intersection(image_keys) and e.intersection(caption_keys))
         return Shard(url, num_bytes, len(groups), fingerprint), pairs, set().union(*groups)
 
+    progress(0, len(urls))
     with ThreadPoolExecutor(num_threads) as pool:
         for done, result in enumerate(pool.map(scan, urls), start=1):
             if isinstance(result, str):

@@ -13,11 +13,11 @@ from workers.data_worker import DataWorker, build_order
 from workers.decode import Refused, decode_image
 from workers.feed import Feed
 from workers.order import LaneSlice
-from workers.shards import DataError, build_manifest, list_shards, read_samples
+from workers.shards import DataError, read_samples, scan_shards
 
 
 def manifest_of(data):
-    return build_manifest(list_shards(data.shards), image_keys=data.image_keys, caption_keys=data.caption_keys)
+    return scan_shards(data.shards, data)
 
 
 def batches(data, model, *, batch, rank=0, world_size=1, first=0, last=12):
