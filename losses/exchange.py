@@ -1,22 +1,52 @@
-"""The sigmoid loss over a process group: text chunks travel round a ring, their gradients travel home behind them.
+"""Losses over a process group: text chunks travel round a ring, and what belongs to them travels home behind them.
 
     R  ranks in the group             b  pairs on this rank (B / R)             D  embedding dimension
 
-Each rank keeps its images and sees every rank's texts once (SigLIP, arXiv 2303.15343, section 3.3 and figure 1).
-At step s rank r works on the chunk of rank r - s while that chunk is already on its way to r + 1; the gradient of a
-chunk is gathered on the same road, one hop behind, so that it arrives at home after R - 1 hops. Memory per rank is
-O(b D); on the wire each rank sends (R - 1) b D features and (R - 1) b D gradients.
+Each rank keeps its images and sees every rank's texts once (SigLIP, arXiv 2303.15343, section 3.3 and figure 1). A
+rank's chunk is cut in two halves, one travels up the ranks and one down, so both directions of every link work. At
+step s a rank computes on the halves that started s ranks away while they are already on their way to the next rank;
+their gradients are gathered on the same road, one hop behind, and are home after R hops. The rank's own halves come
+first and last: the first hides the first hop, the last the way home. Memory per rank is O(b D); on the wire each rank
+sends (R - 1) b D features and (R - 1) b D gradients, which is the least there is when every rank needs all texts.
+
+gloo and nccl take the same road. torch-xla has no point-to-point calls: its twin is a sharded form of the loss.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from losses.sigmoid import DEFAULT_TILE_SIZE, LossBlock, one_pass, sigmoid_block
+from losses.negatives import NUM_BINS, Negatives, make_mask
+from losses.sigmoid import (
+    LossBlock,
+    SigmoidPass,
+    check_features,
+    count_tiles_,
+    default_tile_size,
+    one_pass,
+)
+
+
+class NonFiniteFeatures(FloatingPointError):
+    """NaN or infinity in what one rank brings to the loss. Raised on every rank, before anything is computed.
+
+    Attributes:
+        rank: in the group; the first one that is affected.
+        name: `image_features`, `text_features`, `logit_scale` or `logit_bias`.
+        row: of the features; 0 for a scalar.
+    """
+
+    def __init__(self, rank: int, name: str, row: int) -> None:
+        super().__init__(rank, name, row)  # the arguments, so that it survives pickling
+        self.rank, self.name, self.row = rank, name, row
+
+    def __str__(self) -> str:
+        return f"NaN or infinity in {self.name} of rank {self.rank}, row {self.row}"
 
 
 def ring_sigmoid_loss(
@@ -25,8 +55,9 @@ def ring_sigmoid_loss(
     logit_scale: Tensor,
     logit_bias: Tensor,
     *,
+    negatives: Negatives = Negatives(),
     group: dist.ProcessGroup | None = None,
-    tile_size: int = DEFAULT_TILE_SIZE,
+    tile_size: int | None = None,
 ) -> Tensor:
     """This rank's part of the sigmoid loss over the global batch: its images against the texts of all ranks.
 
@@ -38,6 +69,7 @@ def ring_sigmoid_loss(
         text_features: (b, D) of this rank, unit norm; row i belongs to image i.
         logit_scale: scalar, already exponentiated.
         logit_bias: scalar.
+        negatives: which negatives of the global batch count; hardest and easiest send the features round twice more.
         group: the process group; None is the default group, or a single process where there is none.
         tile_size: as in `sigmoid_loss`.
 
@@ -45,67 +77,171 @@ def ring_sigmoid_loss(
         Scalar: the sum over b * R b pairs, divided by b.
 
     Raises:
-        ValueError: where this rank holds more images than texts, or fewer.
-        RuntimeError: in a backward pass with create_graph=True.
+        ValueError: where ranks hold different numbers of pairs, or one rank images without texts; on every rank.
+        NonFiniteFeatures: where any rank holds NaN or infinity; on every rank.
+        RuntimeError: in a backward pass with create_graph=True, and in a second one.
     """
-    if len(image_features) != len(text_features):
-        raise ValueError(f"{len(image_features)} images and {len(text_features)} texts on one rank: pairs expected")
-    block = partial(_ring_block, group=group, tile_size=tile_size)
+    ranks = Ranks.of(group)
+    ranks.check(image_features, text_features, logit_scale, logit_bias)
+    num_pairs = len(image_features)
+    size = tile_size or default_tile_size(image_features.device)
+
+    def block(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> LossBlock:
+        text, first_image = text.contiguous(), ranks.rank * num_pairs
+
+        def count(high: int | None) -> Tensor:
+            histogram = torch.zeros(NUM_BINS, dtype=torch.int64, device=image.device)
+
+            def visit(part: Tensor, first_text: int) -> None:
+                count_tiles_(histogram, image, part, high, offset=first_image - first_text, tile_size=size)
+
+            ranks.show_round(text, visit)
+            return ranks.sum(histogram)
+
+        num_negatives = num_pairs * ranks.size * (num_pairs * ranks.size - 1)
+        mask = make_mask(negatives, num_negatives, count)
+        loss = SigmoidPass(image, scale, bias, first_image=first_image, tile_size=size, mask=mask)
+        return loss.finish(ranks.pass_round(text, loss.visit))
+
     return one_pass(block, image_features, text_features, logit_scale, logit_bias)
 
 
-@torch.no_grad()
-def _ring_block(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    *,
-    group: dist.ProcessGroup | None,
-    tile_size: int,
-) -> LossBlock:
-    rank, num_ranks = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
-    chunk = text_features.contiguous()
-    total: LossBlock | None = None
-    home_grad = chunk  # this rank's own part of its texts' gradient; set at step 0
-    arriving_grad: _Shift | None = None  # gradient of the chunk of this step, gathered by the ranks before us
-    for step in range(num_ranks):
-        next_chunk = _Shift(chunk, rank, num_ranks, group) if step + 1 < num_ranks else None
-        block = sigmoid_block(
-            image_features,
-            chunk,
-            logit_scale,
-            logit_bias,
-            positive_offset=0 if step == 0 else None,
-            tile_size=tile_size,
-        )
-        if total is None:
-            total, home_grad = block, block.grad_text
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that share a loss, and the ways in which they exchange chunks of it.
+
+    Attributes:
+        group: their process group; None is the default one.
+        rank: this one's place in the group.
+        size: R; 1 where there is no process group.
+    """
+
+    group: dist.ProcessGroup | None
+    rank: int
+    size: int
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None) -> Ranks:
+        """The ranks of a group; a single one where torch.distributed is not in use."""
+        if not dist.is_initialized():
+            return cls(None, 0, 1)
+        return cls(group, dist.get_rank(group), dist.get_world_size(group))
+
+    def check(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> None:
+        """Compare what all ranks hold, in one small collective: unequal chunks would hang a ring.
+
+        The host waits for the features here, once per loss.
+
+        Raises:
+            ValueError: where a rank holds images without texts or the ranks do not fit each other.
+            NonFiniteFeatures: where a rank holds NaN or infinity.
+        """
+        image, text = image_features.detach(), text_features.detach()
+        # A row's sum is finite where its elements are: unit norm is far from overflow.
+        sums = [image.float().sum(dim=1), text.float().sum(dim=1), logit_scale.detach(), logit_bias.detach()]
+        bad = [(~torch.isfinite(values)).flatten() for values in sums]
+        first_bad = [torch.where(flags.any(), flags.int().argmax(), -1) for flags in bad if len(flags)]
+        shape = [len(image), len(text), image.shape[1], text.shape[1]]
+        mine = torch.cat([torch.tensor(shape, device=image.device), torch.stack(first_bad)])
+        if self.size == 1:
+            held = [mine.tolist()]
         else:
-            total.loss += block.loss
-            total.grad_image += block.grad_image
-            total.grad_scale += block.grad_scale
-            total.grad_bias += block.grad_bias
-            gathered = block.grad_text if arriving_grad is None else block.grad_text.add_(arriving_grad.wait())
-            arriving_grad = _Shift(gathered, rank, num_ranks, group)
-        if next_chunk is not None:
-            chunk = next_chunk.wait()
-    assert total is not None
-    total.grad_text = home_grad if arriving_grad is None else home_grad + arriving_grad.wait()
-    return total
+            everyone = mine.new_empty(self.size * len(mine))
+            dist.all_gather_into_tensor(everyone, mine, group=self.group)
+            held = everyone.view(self.size, -1).tolist()
+        for rank, (num_images, num_texts, image_dim, text_dim, *_) in enumerate(held):
+            if num_images != num_texts:
+                raise ValueError(f"rank {rank} holds {num_images} images and {num_texts} texts: pairs expected")
+            if (num_images, image_dim, text_dim) != (held[0][0], held[0][2], held[0][2]):
+                counts = ", ".join(str(count) for count, *_ in held)
+                raise ValueError(
+                    f"the ranks hold unequal batches ({counts} pairs; rank {rank} has features of width {image_dim} "
+                    f"and {text_dim}, rank 0 of {held[0][2]}): give each rank as many pairs, for example by dropping "
+                    "the last, incomplete batch"
+                )
+        check_features(image, text)
+        for rank, (_, _, _, _, *rows) in enumerate(held):
+            for name, row in zip(("image_features", "text_features", "logit_scale", "logit_bias"), rows, strict=True):
+                if row >= 0:
+                    raise NonFiniteFeatures(rank, name, row)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """In place, over the ranks."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def show_round(self, chunk: Tensor, visit: Callable[[Tensor, int], None]) -> None:
+        """Call `visit(part, first)` with every part of every rank's chunk, once; `first` numbers its rows globally."""
+        self._travel(chunk, visit, None)
+
+    def pass_round(
+        self,
+        chunk: Tensor,
+        visit: Callable[[Tensor, int], Tensor],
+        combine: Callable[[Tensor, Tensor], Tensor] = torch.add,
+    ) -> Tensor:
+        """As `show_round`, and bring home what every rank's `visit` returns for this rank's chunk, combined.
+
+        Args:
+            chunk: (b, ...) of this rank, contiguous.
+            visit: returns a tensor with as many rows as the part that it is given.
+            combine: associative and commutative.
+
+        Returns:
+            (b, ...): `combine` over what all ranks returned for this chunk.
+        """
+        return torch.cat(self._travel(chunk, visit, combine))
+
+    def _travel(
+        self,
+        chunk: Tensor,
+        visit: Callable[[Tensor, int], Tensor | None],
+        combine: Callable[[Tensor, Tensor], Tensor] | None,
+    ) -> list[Tensor]:
+        if self.size == 1:
+            returned = visit(chunk, 0)
+            return [] if returned is None else [returned]
+        half = (len(chunk) + 1) // 2
+        roads = [(+1, slice(0, half)), (-1, slice(half, len(chunk)))] if len(chunk) > 1 else [(+1, slice(0, 1))]
+        directions = [direction for direction, _ in roads]
+
+        def visit_part(number: int, part: Tensor, step: int) -> Tensor | None:
+            direction, rows = roads[number]
+            source = (self.rank - direction * step) % self.size
+            return visit(part, source * len(chunk) + rows.start)
+
+        own = [chunk[rows] for _, rows in roads]
+        flight = _Flight(self, directions, own)
+        at_home = [visit_part(0, own[0], step=0)]
+        gathered: list[Tensor | None] = []
+        for step in range(1, self.size):
+            parts = flight.wait()
+            if step + 1 < self.size:
+                flight = _Flight(self, directions, parts)
+            behind = _Flight(self, directions, gathered) if combine and step > 1 else None
+            returned = [visit_part(number, part, step) for number, part in enumerate(parts)]
+            gathered = list(map(combine, returned, behind.wait())) if combine and behind else returned
+        homeward = _Flight(self, directions, gathered) if combine else None
+        at_home += [visit_part(number, own[number], step=0) for number in range(1, len(own))]
+        return list(map(combine, at_home, homeward.wait())) if combine and homeward else []
 
 
-class _Shift:
-    """A tensor on its way to the next rank while the previous rank's arrives; in flight until `wait`."""
+class _Flight:
+    """Tensors on their way to the next rank, one for each direction, while those of the rank before arrive."""
 
-    def __init__(self, tensor: Tensor, rank: int, num_ranks: int, group: dist.ProcessGroup | None) -> None:
-        self._sent, self._received = tensor, torch.empty_like(tensor)
-        # gloo and nccl count ranks of the whole world in point-to-point calls unless told the group's own.
-        send = dist.P2POp(dist.isend, tensor, group=group, group_peer=(rank + 1) % num_ranks)
-        receive = dist.P2POp(dist.irecv, self._received, group=group, group_peer=(rank - 1) % num_ranks)
-        self._work = dist.batch_isend_irecv([send, receive])
+    def __init__(self, ranks: Ranks, directions: list[int], tensors: list[Tensor]) -> None:
+        self._sent, self._received = tensors, [torch.empty_like(tensor) for tensor in tensors]
+        # group_peer: point-to-point calls count ranks of the whole world unless told the group's own. With two ranks
+        # both directions lead to the same peer; messages between two ranks arrive in the order in which they left.
+        messages = [
+            dist.P2POp(call, tensor, group=ranks.group, group_peer=(ranks.rank + sign * direction) % ranks.size)
+            for call, sign, side in ((dist.isend, +1, self._sent), (dist.irecv, -1, self._received))
+            for direction, tensor in zip(directions, side, strict=True)
+        ]
+        self._work = dist.batch_isend_irecv(messages)
 
-    def wait(self) -> Tensor:
+    def wait(self) -> list[Tensor]:
         for work in self._work:
             work.wait()
         return self._received

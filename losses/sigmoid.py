@@ -6,22 +6,21 @@
 
 The sigmoid needs no normaliser, so dL/dz_ij = sigmoid(z_ij) - [i, j is a pair] is known the moment z_ij is: value
 and every gradient come from one visit to each tile, three matrix products per tile, and nothing of size B x M is
-ever kept. `sigmoid_block` is that pass, `one_pass` hands its result to autograd; `losses/exchange.py` runs the same
-pass once per chunk of the ring.
+ever kept. `SigmoidPass` is that pass, `one_pass` hands its result to autograd; `losses/exchange.py` runs the same
+pass over the chunks of the ring. docs/numerics.md has the algebra and what is summed in which precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# A float32 tile of this edge is 16 MiB: the products run at full speed and the elementwise part stays near the cache.
-DEFAULT_TILE_SIZE = 2048
+from losses.negatives import NUM_BINS, Mask, Negatives, count_cosines_, make_mask
+from losses.tile import add_, has_bfloat16_products, negative_terms_
 
 
 def sigmoid_loss_plain(
@@ -50,7 +49,8 @@ def sigmoid_loss(
     logit_bias: Tensor,
     *,
     positive_offset: int | None = 0,
-    tile_size: int = DEFAULT_TILE_SIZE,
+    negatives: Negatives = Negatives(),
+    tile_size: int | None = None,
 ) -> Tensor:
     """The sigmoid loss of B images against M texts, differentiable once in all four arguments.
 
@@ -62,72 +62,233 @@ def sigmoid_loss(
         logit_scale: scalar, already exponentiated.
         logit_bias: scalar.
         positive_offset: image i pairs with text i + positive_offset where there is one; None: no pair in the block.
-        tile_size: edge of a tile of logits; changes memory and speed, not the result.
+        negatives: which of the other pairs count.
+        tile_size: edge of a tile of logits, by default what was fastest on such a device; changes memory and speed,
+            not the result.
 
     Returns:
         Scalar, float64 for float64 features, else float32.
 
     Raises:
-        RuntimeError: in a backward pass with create_graph=True; the gradients are numbers without a graph.
+        ValueError: where the shapes or dtypes of the features do not fit each other.
+        RuntimeError: in a backward pass with create_graph=True (the gradients are numbers without a graph), and in a
+            second backward pass (the first one takes the gradients along instead of copying them).
     """
-    block = partial(sigmoid_block, positive_offset=positive_offset, tile_size=tile_size)
+    check_features(image_features, text_features)
+    # Images numbered from behind the last text: no pair in the block.
+    first_image = len(text_features) if positive_offset is None else positive_offset
+
+    def block(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> LossBlock:
+        size = tile_size or default_tile_size(image.device)
+
+        def count(high: int | None) -> Tensor:
+            histogram = torch.zeros(NUM_BINS, dtype=torch.int64, device=image.device)
+            count_tiles_(histogram, image, text, high, offset=first_image, tile_size=size)
+            return histogram
+
+        num_pairs = max(0, min(len(image), len(text) - first_image) - max(0, -first_image))
+        mask = make_mask(negatives, len(image) * len(text) - num_pairs, count)
+        loss = SigmoidPass(image, scale, bias, first_image=first_image, tile_size=size, mask=mask)
+        return loss.finish(loss.visit(text, first_text=0))
+
     return one_pass(block, image_features, text_features, logit_scale, logit_bias)
+
+
+def check_features(image_features: Tensor, text_features: Tensor) -> None:
+    """Refuse features that cannot be multiplied with each other.
+
+    Raises:
+        ValueError: naming both shapes and dtypes.
+    """
+    image, text = image_features, text_features
+    fits = image.ndim == text.ndim == 2 and image.shape[1] == text.shape[1] and image.dtype == text.dtype
+    if not (fits and image.is_floating_point() and len(image) and len(text)):
+        raise ValueError(
+            f"image_features {tuple(image.shape)} {image.dtype} and text_features {tuple(text.shape)} {text.dtype}: "
+            "expected (B, D) and (M, D) of one floating dtype, B and M at least 1"
+        )
+
+
+def default_tile_size(device: torch.device) -> int:
+    """Edge of a tile.
+
+    CPU: measured on two cores at B = 8192, where 1024 and 2048 (16 MiB of float32) differ by 5 % at most and larger ones
+    only cost memory. CUDA: 4096, 32 MiB of bfloat16, so that products fill the device; not measured.
+    """
+    return 4096 if device.type == "cuda" else 2048
 
 
 @dataclass
 class LossBlock:
-    """The loss of a block of images against texts with all its gradients: sums over pairs, not yet divided by B."""
+    """The loss of a block of images against texts, per image, with all its gradients."""
 
     loss: Tensor  # scalar
-    grad_image: Tensor  # (B, D)
-    grad_text: Tensor  # (M, D)
+    image_part: Tensor  # (B, D): sum_j dL/dz_ij text_j; times feature_factor it is the gradient
+    text_part: Tensor  # (M, D)
+    feature_factor: Tensor  # scalar: logit_scale / B, applied in the backward pass, where grad_loss is known too
     grad_scale: Tensor  # scalar
     grad_bias: Tensor  # scalar
 
 
-BlockFunction = Callable[[Tensor, Tensor, Tensor, Tensor], LossBlock]
+class SigmoidPass:
+    """One block of images that meets text blocks, one after another, and gathers loss and gradients on the way.
+
+    Images and texts are numbered in the global batch; those with the same number are a pair. Products are taken in
+    the dtype of the features (float32 for float16, and for bfloat16 where the machine has no such instructions); all
+    sums over tiles are float32, float64 for float64 features.
+
+    Args:
+        image_features: (B, D).
+        logit_scale: scalar, already exponentiated.
+        logit_bias: scalar.
+        first_image: number of the first image.
+        tile_size: edge of a tile of logits.
+        mask: marks the negatives that do not count; None: all count.
+    """
+
+    def __init__(
+        self,
+        image_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        *,
+        first_image: int,
+        tile_size: int,
+        mask: Mask | None,
+    ) -> None:
+        self._image, self._first_image, self._tile_size, self._mask = image_features, first_image, tile_size, mask
+        self._sums = _sum_dtype(image_features)
+        self._scale, self._bias = logit_scale.to(self._sums), logit_bias.to(self._sums)
+        # Per image: the loss, and its gradients by bias and scale.
+        self._row_sums = image_features.new_zeros(3, len(image_features), dtype=self._sums)
+        self._grad_image: Tensor | None = None
+
+    def visit(self, text_features: Tensor, first_text: int) -> Tensor:
+        """All images against these texts.
+
+        Args:
+            text_features: (M, D).
+            first_text: number of the first one.
+
+        Returns:
+            (M, D): sum_i dL/dz_ij image_i, which times logit_scale is the texts' part of the gradient.
+        """
+        first_visit, grad_text = self._grad_image is None, torch.empty_like(text_features, dtype=self._sums)
+        if self._grad_image is None:
+            self._grad_image = torch.empty_like(self._image, dtype=self._sums)
+        offset = self._first_image - first_text
+        for tile in _tiles(self._image, text_features, self._tile_size):
+            if self._mask is not None:
+                self._mask(tile.x, self._first_image + tile.rows.start, first_text + tile.columns.start)
+            diagonal = tile.pairs(offset)
+            if diagonal is not None:
+                diagonal.fill_(-torch.inf)
+            negative_terms_(tile.x, self._scale, self._bias, self._row_sums[:, tile.rows])
+            if diagonal is not None:
+                diagonal.copy_(self._positive_terms(tile, offset))
+            set_image, set_text = first_visit and tile.columns.start == 0, tile.rows.start == 0
+            _accumulate(self._grad_image[tile.rows], tile.x, tile.text, overwrite=set_image)
+            _accumulate(grad_text[tile.columns], tile.x.T, tile.image, overwrite=set_text)
+        return grad_text
+
+    def _positive_terms(self, tile: _Tile, offset: int) -> Tensor:
+        """dL/dz of the pairs, whose terms are added to the row sums. Their cosines are taken in the sums' dtype."""
+        first, last = tile.pair_rows(offset)
+        shift = tile.rows.start + offset - tile.columns.start
+        image, text = tile.image[first:last], tile.text[first + shift : last + shift]
+        cosine = (image.to(self._sums) * text.to(self._sums)).sum(dim=1)
+        z = self._scale * cosine + self._bias
+        dz = -torch.sigmoid(-z)
+        rows = slice(tile.rows.start + first, tile.rows.start + last)
+        self._row_sums[:, rows] += torch.stack([torch.nn.functional.softplus(-z), dz, dz * cosine])
+        return dz
+
+    def finish(self, grad_text: Tensor) -> LossBlock:
+        """Everything that was visited, divided by the number of images.
+
+        Args:
+            grad_text: (M, D), the sum of what the visits returned for these texts.
+        """
+        assert self._grad_image is not None
+        loss, grad_bias, grad_scale = self._row_sums.sum(dim=1) / len(self._image)
+        return LossBlock(loss, self._grad_image, grad_text, self._scale / len(self._image), grad_scale, grad_bias)
 
 
-@torch.no_grad()
-def sigmoid_block(
+def _accumulate(total: Tensor, dz: Tensor, features: Tensor, *, overwrite: bool) -> None:
+    """total += dz @ features, or = where nothing is in it yet."""
+    if total.dtype == features.dtype:
+        total.addmm_(dz, features, beta=0 if overwrite else 1)
+    elif overwrite:
+        total.copy_(dz @ features)
+    else:
+        add_(total, dz @ features)
+
+
+@dataclass
+class _Tile:
+    rows: slice  # of the block's images
+    columns: slice  # of the block's texts
+    image: Tensor  # (R, D) in the dtype of products
+    text: Tensor  # (C, D)
+    x: Tensor  # (R, C) cosines; overwritten by whoever visits the tile, and by the next tile
+
+    def pair_rows(self, offset: int) -> tuple[int, int]:
+        """First and last (exclusive) row of the tile whose partner is in it: block's image i, text i + offset."""
+        shift = self.rows.start + offset - self.columns.start
+        return max(0, -shift), min(len(self.image), len(self.text) - shift)
+
+    def pairs(self, offset: int) -> Tensor | None:
+        """The elements of x that are pairs, as a view; None where there are none."""
+        first, last = self.pair_rows(offset)
+        return self.x.diagonal(self.rows.start + offset - self.columns.start) if first < last else None
+
+
+def _tiles(image_features: Tensor, text_features: Tensor, tile_size: int) -> Iterator[_Tile]:
+    """All tiles of a block, row by row; their cosines share one buffer."""
+    products = _product_dtype(image_features)
+    edges = min(tile_size, len(image_features)), min(tile_size, len(text_features))
+    buffer = image_features.new_empty(edges[0] * edges[1], dtype=products)
+    for top in range(0, len(image_features), tile_size):
+        rows = slice(top, min(top + tile_size, len(image_features)))
+        image = image_features[rows].to(products)
+        for left in range(0, len(text_features), tile_size):
+            columns = slice(left, min(left + tile_size, len(text_features)))
+            text = text_features[columns].to(products)
+            x = buffer[: len(image) * len(text)].view(len(image), len(text))
+            yield _Tile(rows, columns, image, text, torch.mm(image, text.T, out=x))
+
+
+def count_tiles_(
+    histogram: Tensor,
     image_features: Tensor,
     text_features: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
+    high: int | None,
     *,
-    positive_offset: int | None = 0,
-    tile_size: int = DEFAULT_TILE_SIZE,
-) -> LossBlock:
-    """Value and gradients of one block, outside autograd; arguments as in `sigmoid_loss`.
+    offset: int,
+    tile_size: int,
+) -> None:
+    """Add the cosines of all negatives of a block to a histogram (`losses.negatives.count_cosines_`).
 
-    Accumulates in float64 for float64 features and in float32 for every other dtype.
+    Image i and text i + offset of the block are a pair.
     """
-    dtype = torch.float64 if image_features.dtype == torch.float64 else torch.float32
-    image, text = image_features.to(dtype), text_features.to(dtype)
-    scale, bias = logit_scale.to(dtype), logit_bias.to(dtype)
-    loss, grad_bias = torch.zeros_like(scale), torch.zeros_like(bias)
-    grad_image, grad_text = torch.zeros_like(image), torch.zeros_like(text)
-    for top in range(0, len(image), tile_size):
-        rows = slice(top, top + tile_size)
-        for left in range(0, len(text), tile_size):
-            columns = slice(left, left + tile_size)
-            z = (image[rows] @ text[columns].T).mul_(scale).add_(bias)
-            # softplus and sigmoid share e = exp(-|z|), which cannot overflow.
-            e = z.abs().neg_().exp_()
-            loss += z.clamp(min=0).add_(e.log1p()).sum()
-            dz = torch.where(z >= 0, 1.0, e).div_(e.add_(1))
-            if positive_offset is not None:
-                diagonal = top + positive_offset - left
-                if -len(z) < diagonal < z.shape[1]:
-                    # softplus(-z) = softplus(z) - z: a pair differs from a non-pair by -z, its gradient by -1.
-                    loss -= z.diagonal(diagonal).sum()
-                    dz.diagonal(diagonal).sub_(1)
-            grad_bias += dz.sum()
-            grad_image[rows].addmm_(dz, text[columns])
-            grad_text[columns].addmm_(dz.T, image[rows])
-    # sum_ij x_ij dL/dz_ij = sum_i <image_i, sum_j dL/dz_ij text_j>: the scale's gradient needs no logits.
-    grad_scale = (grad_image * image).sum()
-    return LossBlock(loss, grad_image.mul_(scale), grad_text.mul_(scale), grad_scale, grad_bias)
+    for tile in _tiles(image_features, text_features, tile_size):
+        if (diagonal := tile.pairs(offset)) is not None:
+            diagonal.fill_(torch.nan)
+        count_cosines_(histogram, tile.x[~tile.x.isnan()], high)
+
+
+def _sum_dtype(features: Tensor) -> torch.dtype:
+    return torch.float64 if features.dtype == torch.float64 else torch.float32
+
+
+def _product_dtype(features: Tensor) -> torch.dtype:
+    # float16 has no room for dL/dz: sigmoid(-17) is below its smallest number.
+    if features.dtype == torch.bfloat16 and has_bfloat16_products(features.device):
+        return torch.bfloat16
+    return _sum_dtype(features)
+
+
+BlockFunction = Callable[[Tensor, Tensor, Tensor, Tensor], LossBlock]
 
 
 def one_pass(
@@ -137,7 +298,7 @@ def one_pass(
     logit_scale: Tensor,
     logit_bias: Tensor,
 ) -> Tensor:
-    """Run `block`, which computes loss and gradients together, and give autograd the loss per image."""
+    """Run `block`, which computes the loss and its gradients together, and give the loss to autograd."""
     return _OnePass.apply(block, image_features, text_features, logit_scale, logit_bias)
 
 
@@ -145,18 +306,29 @@ class _OnePass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, block: BlockFunction, *tensors: Tensor) -> Tensor:
         result = block(*tensors)
-        gradients = (result.grad_image, result.grad_text, result.grad_scale, result.grad_bias)
-        num_images = len(tensors[0])
+        # Not save_for_backward: the only reference must go to whoever receives them, or autograd copies them.
+        ctx.result = result
         ctx.dtypes = [tensor.dtype for tensor in tensors]
-        ctx.save_for_backward(*(gradient.div_(num_images) for gradient in gradients))
-        return result.loss / num_images
+        return result.loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError(
                 "the one-pass loss cannot be differentiated twice: its gradients are numbers without a graph. "
-                "Use sigmoid_loss_plain where a second derivative is needed"
+                "Use the plain equation where a second derivative is needed"
             )
-        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return None, *(gradient.mul(grad_loss).to(dtype) for gradient, dtype in gradients)
+        if ctx.result is None:
+            raise RuntimeError(
+                "a second backward pass through the same one-pass loss: the first one took its gradients along. "
+                "Compute the loss again"
+            )
+        result, ctx.result = ctx.result, None
+        factor = result.feature_factor * grad_loss
+        gradients = (
+            result.image_part.mul_(factor),
+            result.text_part.mul_(factor),
+            result.grad_scale * grad_loss,
+            result.grad_bias * grad_loss,
+        )
+        return None, *(gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))

@@ -1,0 +1,164 @@
+"""The elementwise part of a tile, fused: cosines in, dL/dlogits out, row sums on the way.
+
+    R  rows of the tile (images)      C  columns of the tile (texts)
+
+`negative_terms_` is what callers use; `eager_terms_` says in torch what it computes. On CPU it runs `tile.c`, compiled
+once per machine with the C compiler that is found, on CUDA what torch.compile makes of the eager form (one Triton
+kernel), elsewhere the eager form itself (XLA fuses it by its own means).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_SOURCE = Path(__file__).with_name("tile.c")
+_FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
+
+
+def negative_terms_(x: Tensor, scale: Tensor, bias: Tensor, sums: Tensor) -> None:
+    """Treat every element as a negative pair: replace its cosine by dL/dz, add its terms to the row sums.
+
+    Args:
+        x: (R, C) cosines, contiguous, bfloat16, float32 or float64; -inf marks an element that does not count.
+            Overwritten with sigmoid(z), z = scale * x + bias.
+        scale: scalar, of the dtype of the sums.
+        bias: scalar, of the dtype of the sums.
+        sums: (3, R) float32 or float64, rows contiguous; softplus(z), sigmoid(z) and x * sigmoid(z), which are the
+            loss and its gradients by bias and scale, are added.
+    """
+    on_cpu = x.device.type == "cpu" and sums.dtype == torch.float32
+    if on_cpu and (scale_value := scale.item()) > 0 and (library := _library()) is not None:
+        function = library.tile_float32 if x.dtype == torch.float32 else library.tile_bfloat16
+        function(x.data_ptr(), *x.shape, scale_value, bias.item(), sums.data_ptr(), sums.stride(0))
+    elif x.device.type == "cuda":
+        _compiled_terms()(x, scale, bias, sums)
+    else:
+        eager_terms_(x, scale, bias, sums)
+
+
+def eager_terms_(x: Tensor, scale: Tensor, bias: Tensor, sums: Tensor) -> None:
+    """`negative_terms_` in plain torch operations."""
+    counts = x != -torch.inf
+    cosine = torch.where(counts, x.to(sums.dtype), 0.0)
+    z = torch.where(counts, scale * cosine + bias, -torch.inf)
+    e = torch.exp(-z.abs())  # softplus and sigmoid share it; it cannot overflow
+    sigmoid = torch.where(z >= 0, 1.0, e) / (1 + e)
+    softplus = z.clamp(min=0) + torch.log1p(e)
+    sums += torch.stack([softplus.sum(dim=1), sigmoid.sum(dim=1), (cosine * sigmoid).sum(dim=1)])
+    x.copy_(sigmoid)
+
+
+def add_(total: Tensor, addend: Tensor) -> None:
+    """total += addend, both contiguous; a float32 total of bfloat16 addends without a float32 copy of them on CPU."""
+    mixed = total.dtype == torch.float32 and addend.dtype == torch.bfloat16
+    if mixed and total.device.type == "cpu" and (library := _library()) is not None:
+        library.add_bfloat16(total.data_ptr(), addend.data_ptr(), total.numel())
+    else:
+        total.add_(addend)
+
+
+def has_bfloat16_products(device: torch.device) -> bool:
+    """Whether matrix products of bfloat16 run at full speed.
+
+    On a CPU without the instructions torch multiplies bfloat16 matrices 5 to 70 times slower than float32
+    (docs/numerics.md); products are then taken in float32. A fact of the machine, not a timing: the same weights must
+    come out of every run.
+    """
+    return device.type != "cpu" or bool(_cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    """Instruction sets as Linux names them (`flags` on x86, `Features` on ARM); empty where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(
+        flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split(":")[1].split()
+    )
+
+
+@functools.cache
+def _compiled_terms() -> Callable[..., None]:
+    compiled = torch.compile(eager_terms_, dynamic=True)
+
+    def terms_(*arguments: Tensor) -> None:
+        nonlocal compiled
+        try:
+            compiled(*arguments)
+        except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
+            if compiled is eager_terms_:
+                raise
+            warnings.warn(f"the loss runs unfused, torch.compile failed: {error}", stacklevel=2)
+            compiled = eager_terms_
+            compiled(*arguments)
+
+    return terms_
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """`tile.c` for this processor, compiled at the first use and kept in the user's cache folder; None without one."""
+    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("gcc", "cc", "clang"))), None)
+    if compiler is None:
+        warnings.warn("the loss runs unfused (about a third slower): no C compiler was found", stacklevel=3)
+        return None
+    try:
+        return _load(_compile(compiler))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
+        warnings.warn(f"the loss runs unfused (about a third slower): {compiler} failed: {detail}", stacklevel=3)
+        return None
+
+
+def _compile(compiler: str) -> Path:
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    # -march=native: a home folder may be shared by unlike machines.
+    machine = f"{platform.machine()} {sorted(_cpu_flags())} {_FLAGS}".encode()
+    key = hashlib.sha256(_SOURCE.read_bytes() + version + machine).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sigray")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except (OSError, RuntimeError):
+        writable = False
+    if not writable:
+        folder = Path(tempfile.gettempdir(), f"sigray-{os.getuid()}")
+        folder.mkdir(exist_ok=True, mode=0o700)
+        if folder.stat().st_uid != os.getuid():
+            raise OSError(f"{folder} belongs to another user")
+    library = folder / f"tile-{key}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as build:
+            made, built = Path(build, "tile.o"), Path(build, "tile.so")
+            for arguments in ([*_FLAGS, "-c", _SOURCE, "-o", made], ["-shared", made, "-o", built]):
+                subprocess.run([compiler, *map(str, arguments)], capture_output=True, check=True, text=True)
+            built.replace(library)  # at once: other ranks may be compiling too
+    return library
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    # Linked without an OpenMP runtime, so that it finds torch's own: one pool of threads, and torch.set_num_threads
+    # counts for both. RTLD_NOW: a runtime that lacks a symbol fails here and not in the first step.
+    library = ctypes.CDLL(str(path), mode=os.RTLD_NOW)
+    tensor, size, scalar = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    for name in ("tile_float32", "tile_bfloat16"):
+        getattr(library, name).argtypes = [tensor, size, size, scalar, scalar, tensor, size]
+        getattr(library, name).restype = None
+    library.add_bfloat16.argtypes = [tensor, tensor, size]
+    library.add_bfloat16.restype = None
+    return library
