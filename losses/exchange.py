@@ -21,15 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from losses.negatives import NUM_BINS, Negatives, make_mask
-from losses.sigmoid import (
-    LossBlock,
-    SigmoidPass,
-    check_features,
-    count_tiles_,
-    default_tile_size,
-    one_pass,
-)
+from losses.negatives import ALL_NEGATIVES, NUM_BINS, Negatives, make_mask
+from losses.sigmoid import LossBlock, SigmoidPass, count_tiles_, one_pass
+from losses.softmax import SoftmaxPass
+from losses.tiles import check_features, default_tile_size
 
 
 class NonFiniteFeatures(FloatingPointError):
@@ -55,7 +50,7 @@ def ring_sigmoid_loss(
     logit_scale: Tensor,
     logit_bias: Tensor,
     *,
-    negatives: Negatives = Negatives(),
+    negatives: Negatives = ALL_NEGATIVES,
     group: dist.ProcessGroup | None = None,
     tile_size: int | None = None,
 ) -> Tensor:
@@ -106,6 +101,38 @@ def ring_sigmoid_loss(
     return one_pass(block, image_features, text_features, logit_scale, logit_bias)
 
 
+def ring_softmax_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    tile_size: int | None = None,
+) -> Tensor:
+    """This rank's part of the softmax loss over the global batch; all else as `ring_sigmoid_loss`.
+
+    The chunks go round twice: the first time the normalisers of rows and columns are gathered, the second time the
+    gradients. `logit_bias` has no effect and receives a gradient of zero.
+    """
+    ranks = Ranks.of(group)
+    ranks.check(image_features, text_features, logit_scale, logit_bias)
+    num_pairs = len(image_features)
+    size = tile_size or default_tile_size(image_features.device)
+
+    def block(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> LossBlock:
+        text = text.contiguous()
+        loss = SoftmaxPass(image, scale, bias, first_image=ranks.rank * num_pairs, tile_size=size)
+        normalisers = ranks.gather(ranks.pass_round(text, loss.normalise, torch.logaddexp))
+
+        def visit(part: Tensor, first_text: int) -> Tensor:
+            return loss.visit(part, first_text, normalisers[first_text : first_text + len(part)])
+
+        return loss.finish(ranks.pass_round(text, visit))
+
+    return one_pass(block, image_features, text_features, logit_scale, logit_bias)
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The ranks that share a loss, and the ways in which they exchange chunks of it.
@@ -143,12 +170,7 @@ class Ranks:
         first_bad = [torch.where(flags.any(), flags.int().argmax(), -1) for flags in bad if len(flags)]
         shape = [len(image), len(text), image.shape[1], text.shape[1]]
         mine = torch.cat([torch.tensor(shape, device=image.device), torch.stack(first_bad)])
-        if self.size == 1:
-            held = [mine.tolist()]
-        else:
-            everyone = mine.new_empty(self.size * len(mine))
-            dist.all_gather_into_tensor(everyone, mine, group=self.group)
-            held = everyone.view(self.size, -1).tolist()
+        held = self.gather(mine[None]).tolist()
         for rank, (num_images, num_texts, image_dim, text_dim, *_) in enumerate(held):
             if num_images != num_texts:
                 raise ValueError(f"rank {rank} holds {num_images} images and {num_texts} texts: pairs expected")
@@ -171,9 +193,22 @@ class Ranks:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """(b, ...) of every rank as (R b, ...), in the order of ranks."""
+        if self.size == 1:
+            return tensor
+        everyone = tensor.new_empty(self.size * len(tensor), *tensor.shape[1:])
+        dist.all_gather_into_tensor(everyone, tensor.contiguous(), group=self.group)
+        return everyone
+
     def show_round(self, chunk: Tensor, visit: Callable[[Tensor, int], None]) -> None:
         """Call `visit(part, first)` with every part of every rank's chunk, once; `first` numbers its rows globally."""
-        self._travel(chunk, visit, None)
+
+        def visit_only(part: Tensor, first: int) -> Tensor:
+            visit(part, first)
+            return part
+
+        self._travel(chunk, visit_only, None)
 
     def pass_round(
         self,
@@ -191,22 +226,23 @@ class Ranks:
         Returns:
             (b, ...): `combine` over what all ranks returned for this chunk.
         """
-        return torch.cat(self._travel(chunk, visit, combine))
+        home = self._travel(chunk, visit, combine)
+        return home[0] if len(home) == 1 else torch.cat(home)
 
     def _travel(
         self,
         chunk: Tensor,
-        visit: Callable[[Tensor, int], Tensor | None],
+        visit: Callable[[Tensor, int], Tensor],
         combine: Callable[[Tensor, Tensor], Tensor] | None,
     ) -> list[Tensor]:
+        """What came home for each part of the chunk; without `combine` nothing is sent home."""
         if self.size == 1:
-            returned = visit(chunk, 0)
-            return [] if returned is None else [returned]
+            return [visit(chunk, 0)]
         half = (len(chunk) + 1) // 2
         roads = [(+1, slice(0, half)), (-1, slice(half, len(chunk)))] if len(chunk) > 1 else [(+1, slice(0, 1))]
         directions = [direction for direction, _ in roads]
 
-        def visit_part(number: int, part: Tensor, step: int) -> Tensor | None:
+        def visit_part(number: int, part: Tensor, step: int) -> Tensor:
             direction, rows = roads[number]
             source = (self.rank - direction * step) % self.size
             return visit(part, source * len(chunk) + rows.start)
@@ -214,14 +250,15 @@ class Ranks:
         own = [chunk[rows] for _, rows in roads]
         flight = _Flight(self, directions, own)
         at_home = [visit_part(0, own[0], step=0)]
-        gathered: list[Tensor | None] = []
+        gathered: list[Tensor] = []
         for step in range(1, self.size):
             parts = flight.wait()
             if step + 1 < self.size:
                 flight = _Flight(self, directions, parts)
             behind = _Flight(self, directions, gathered) if combine and step > 1 else None
-            returned = [visit_part(number, part, step) for number, part in enumerate(parts)]
-            gathered = list(map(combine, returned, behind.wait())) if combine and behind else returned
+            gathered = [visit_part(number, part, step) for number, part in enumerate(parts)]
+            if combine and behind:
+                gathered = list(map(combine, gathered, behind.wait()))
         homeward = _Flight(self, directions, gathered) if combine else None
         at_home += [visit_part(number, own[number], step=0) for number in range(1, len(own))]
         return list(map(combine, at_home, homeward.wait())) if combine and homeward else []

@@ -39,6 +39,8 @@ class Negatives:
             raise ValueError(f"fraction of negatives must be in (0, 1], not {self.fraction}")
 
 
+ALL_NEGATIVES = Negatives()
+
 # Marks what does not count in a tile of cosines; arguments: the tile, the indices of its first image and first text.
 Mask = Callable[[Tensor, int, int], None]
 # Histogram over all tiles of the global batch, positives left out; argument: as `count_cosines_`'s `high`.

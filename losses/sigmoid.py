@@ -12,15 +12,16 @@ pass over the chunks of the ring. docs/numerics.md has the algebra and what is s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from losses.negatives import NUM_BINS, Mask, Negatives, count_cosines_, make_mask
-from losses.tile import add_, has_bfloat16_products, negative_terms_
+from losses.fused import negative_terms_
+from losses.negatives import ALL_NEGATIVES, NUM_BINS, Mask, Negatives, count_cosines_, make_mask
+from losses.tiles import Tile, accumulate, check_features, default_tile_size, sum_dtype, tiles
 
 
 def sigmoid_loss_plain(
@@ -49,7 +50,7 @@ def sigmoid_loss(
     logit_bias: Tensor,
     *,
     positive_offset: int | None = 0,
-    negatives: Negatives = Negatives(),
+    negatives: Negatives = ALL_NEGATIVES,
     tile_size: int | None = None,
 ) -> Tensor:
     """The sigmoid loss of B images against M texts, differentiable once in all four arguments.
@@ -94,30 +95,6 @@ def sigmoid_loss(
     return one_pass(block, image_features, text_features, logit_scale, logit_bias)
 
 
-def check_features(image_features: Tensor, text_features: Tensor) -> None:
-    """Refuse features that cannot be multiplied with each other.
-
-    Raises:
-        ValueError: naming both shapes and dtypes.
-    """
-    image, text = image_features, text_features
-    fits = image.ndim == text.ndim == 2 and image.shape[1] == text.shape[1] and image.dtype == text.dtype
-    if not (fits and image.is_floating_point() and len(image) and len(text)):
-        raise ValueError(
-            f"image_features {tuple(image.shape)} {image.dtype} and text_features {tuple(text.shape)} {text.dtype}: "
-            "expected (B, D) and (M, D) of one floating dtype, B and M at least 1"
-        )
-
-
-def default_tile_size(device: torch.device) -> int:
-    """Edge of a tile.
-
-    CPU: measured on two cores at B = 8192, where 1024 and 2048 (16 MiB of float32) differ by 5 % at most and larger ones
-    only cost memory. CUDA: 4096, 32 MiB of bfloat16, so that products fill the device; not measured.
-    """
-    return 4096 if device.type == "cuda" else 2048
-
-
 @dataclass
 class LossBlock:
     """The loss of a block of images against texts, per image, with all its gradients."""
@@ -157,7 +134,7 @@ class SigmoidPass:
         mask: Mask | None,
     ) -> None:
         self._image, self._first_image, self._tile_size, self._mask = image_features, first_image, tile_size, mask
-        self._sums = _sum_dtype(image_features)
+        self._sums = sum_dtype(image_features)
         self._scale, self._bias = logit_scale.to(self._sums), logit_bias.to(self._sums)
         # Per image: the loss, and its gradients by bias and scale.
         self._row_sums = image_features.new_zeros(3, len(image_features), dtype=self._sums)
@@ -177,7 +154,7 @@ class SigmoidPass:
         if self._grad_image is None:
             self._grad_image = torch.empty_like(self._image, dtype=self._sums)
         offset = self._first_image - first_text
-        for tile in _tiles(self._image, text_features, self._tile_size):
+        for tile in tiles(self._image, text_features, self._tile_size):
             if self._mask is not None:
                 self._mask(tile.x, self._first_image + tile.rows.start, first_text + tile.columns.start)
             diagonal = tile.pairs(offset)
@@ -187,11 +164,11 @@ class SigmoidPass:
             if diagonal is not None:
                 diagonal.copy_(self._positive_terms(tile, offset))
             set_image, set_text = first_visit and tile.columns.start == 0, tile.rows.start == 0
-            _accumulate(self._grad_image[tile.rows], tile.x, tile.text, overwrite=set_image)
-            _accumulate(grad_text[tile.columns], tile.x.T, tile.image, overwrite=set_text)
+            accumulate(self._grad_image[tile.rows], tile.x, tile.text, overwrite=set_image)
+            accumulate(grad_text[tile.columns], tile.x.T, tile.image, overwrite=set_text)
         return grad_text
 
-    def _positive_terms(self, tile: _Tile, offset: int) -> Tensor:
+    def _positive_terms(self, tile: Tile, offset: int) -> Tensor:
         """dL/dz of the pairs, whose terms are added to the row sums. Their cosines are taken in the sums' dtype."""
         first, last = tile.pair_rows(offset)
         shift = tile.rows.start + offset - tile.columns.start
@@ -214,50 +191,6 @@ class SigmoidPass:
         return LossBlock(loss, self._grad_image, grad_text, self._scale / len(self._image), grad_scale, grad_bias)
 
 
-def _accumulate(total: Tensor, dz: Tensor, features: Tensor, *, overwrite: bool) -> None:
-    """total += dz @ features, or = where nothing is in it yet."""
-    if total.dtype == features.dtype:
-        total.addmm_(dz, features, beta=0 if overwrite else 1)
-    elif overwrite:
-        total.copy_(dz @ features)
-    else:
-        add_(total, dz @ features)
-
-
-@dataclass
-class _Tile:
-    rows: slice  # of the block's images
-    columns: slice  # of the block's texts
-    image: Tensor  # (R, D) in the dtype of products
-    text: Tensor  # (C, D)
-    x: Tensor  # (R, C) cosines; overwritten by whoever visits the tile, and by the next tile
-
-    def pair_rows(self, offset: int) -> tuple[int, int]:
-        """First and last (exclusive) row of the tile whose partner is in it: block's image i, text i + offset."""
-        shift = self.rows.start + offset - self.columns.start
-        return max(0, -shift), min(len(self.image), len(self.text) - shift)
-
-    def pairs(self, offset: int) -> Tensor | None:
-        """The elements of x that are pairs, as a view; None where there are none."""
-        first, last = self.pair_rows(offset)
-        return self.x.diagonal(self.rows.start + offset - self.columns.start) if first < last else None
-
-
-def _tiles(image_features: Tensor, text_features: Tensor, tile_size: int) -> Iterator[_Tile]:
-    """All tiles of a block, row by row; their cosines share one buffer."""
-    products = _product_dtype(image_features)
-    edges = min(tile_size, len(image_features)), min(tile_size, len(text_features))
-    buffer = image_features.new_empty(edges[0] * edges[1], dtype=products)
-    for top in range(0, len(image_features), tile_size):
-        rows = slice(top, min(top + tile_size, len(image_features)))
-        image = image_features[rows].to(products)
-        for left in range(0, len(text_features), tile_size):
-            columns = slice(left, min(left + tile_size, len(text_features)))
-            text = text_features[columns].to(products)
-            x = buffer[: len(image) * len(text)].view(len(image), len(text))
-            yield _Tile(rows, columns, image, text, torch.mm(image, text.T, out=x))
-
-
 def count_tiles_(
     histogram: Tensor,
     image_features: Tensor,
@@ -271,21 +204,10 @@ def count_tiles_(
 
     Image i and text i + offset of the block are a pair.
     """
-    for tile in _tiles(image_features, text_features, tile_size):
+    for tile in tiles(image_features, text_features, tile_size):
         if (diagonal := tile.pairs(offset)) is not None:
             diagonal.fill_(torch.nan)
         count_cosines_(histogram, tile.x[~tile.x.isnan()], high)
-
-
-def _sum_dtype(features: Tensor) -> torch.dtype:
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
-
-
-def _product_dtype(features: Tensor) -> torch.dtype:
-    # float16 has no room for dL/dz: sigmoid(-17) is below its smallest number.
-    if features.dtype == torch.bfloat16 and has_bfloat16_products(features.device):
-        return torch.bfloat16
-    return _sum_dtype(features)
 
 
 BlockFunction = Callable[[Tensor, Tensor, Tensor, Tensor], LossBlock]

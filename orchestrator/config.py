@@ -21,6 +21,7 @@ from workers.config import (
     DataConfig,
     EvalConfig,
     LocalOrUri,
+    LossConfig,
     ModelConfig,
     NonNegativeInt,
     OptimConfig,
@@ -69,6 +70,7 @@ class RunConfig(Section):
     data: DataConfig
     model: ModelConfig
     train: TrainConfig
+    loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -83,6 +85,15 @@ class RunConfig(Section):
             problems.append(
                 f"train.global_batch_size={batch} does not divide by cluster.num_workers={workers}: "
                 f"{near} or {near + workers} would"
+            )
+        micro, part = self.train.micro_batch_size, batch // workers
+        if micro is not None and part % micro:
+            divisors = [size for size in range(1, part + 1) if part % size == 0]
+            below = max((size for size in divisors if size < micro), default=1)
+            problems.append(
+                f"train.micro_batch_size={micro} does not divide the {part} pairs of each training worker "
+                f"(train.global_batch_size={batch} over cluster.num_workers={workers}): "
+                f"{below} or {min((size for size in divisors if size > micro), default=part)} would"
             )
         if batch > self.train.num_samples:
             problems.append(
@@ -116,8 +127,17 @@ class RunConfig(Section):
 
 
 # A run's order of samples, its optimisation problem and its model: another value is another run.
-FIXED_ON_RESUME = ("run.seed", "data.shards", "data.num_lanes", "data.shuffle_window", "model", "train", "optim")
-_FREE_ON_RESUME = ("train.log_every_steps",)
+FIXED_ON_RESUME = (
+    "run.seed",
+    "data.shards",
+    "data.num_lanes",
+    "data.shuffle_window",
+    "model",
+    "train",
+    "loss",
+    "optim",
+)
+_FREE_ON_RESUME = ("train.log_every_steps", "train.micro_batch_size", "loss.tile_size")
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:

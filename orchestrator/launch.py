@@ -273,6 +273,7 @@ def train_job(config: RunConfig, manifest: Manifest, blocks: BlockSource, hooks:
         data=config.data,
         model=config.model,
         train=config.train,
+        loss=config.loss,
         optim=config.optim,
         checkpoint=config.checkpoint,
         seed=config.run.seed,

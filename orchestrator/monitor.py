@@ -129,10 +129,13 @@ class Display:
         """The start-up block, and from here on the progress."""
         self._next_waiting_s = None
         parameters = facts["parameters_m"]
+        batch = "{global_batch_size} pairs = {batch_per_worker} x {world_size} workers".format(**facts)
+        if facts["micro_batch_size"] < facts["batch_per_worker"]:
+            batch += f", in micro-batches of {facts['micro_batch_size']}"
         rows = {
             "run": title,
             "devices": f"{facts['world_size']} training worker(s) on {facts['device']}",
-            "batch": "{global_batch_size} pairs = {batch_per_worker} x {world_size} workers".format(**facts),
+            "batch": batch,
             "model": f"{parameters['all']:.1f} M parameters (image {parameters['visual']:.1f} M, "
             f"text {parameters['text']:.1f} M)",
             "data": f"{data['samples']:,} pairs in {data['shards']} shards, {data['bytes'] / 1e6:,.1f} MB; "

@@ -101,10 +101,36 @@ class TrainConfig(Section):
     """Length of the run in samples (pairs) seen; rounded up to whole steps."""
     global_batch_size: PositiveInt
     """Pairs in one step over all training workers. The loss sees every pair of them."""
+    micro_batch_size: PositiveInt | None = None
+    """Pairs that a training worker takes through the towers at once; must divide its part of the global batch. Null:
+    all of them. Smaller ones need less memory and compute each tower's forward pass twice (GradCache); the loss still
+    sees every pair of the global batch, and the gradients are the same."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32, or bf16 autocast of the towers (weights, features of the loss and optimizer stay fp32)."""
+    """fp32, or bf16: autocast of the towers and products of the loss (weights, sums and optimizer stay fp32)."""
     log_every_steps: PositiveInt = 10
     """Steps between two lines of metrics; the host reads the device only then."""
+
+
+class LossConfig(Section):
+    name: Literal["sigmoid", "softmax"] = "sigmoid"
+    """sigmoid, or the softmax of CLIP as a baseline."""
+    negatives: Literal["all", "random", "hardest", "easiest"] = "all"
+    """Which negatives of the global batch count (paper, section 4.7); other than all: sigmoid only."""
+    negatives_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of all negatives of the global batch, how many count where `negatives` is not all."""
+    tile_size: PositiveInt | None = None
+    """Edge of a tile of logits; null for what was measured as fastest on the device. Does not change the result."""
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> LossConfig:
+        if self.negatives == "all" and self.negatives_fraction != 1:
+            raise ValueError(
+                f"negatives_fraction={self.negatives_fraction} has no effect with negatives=all: "
+                "set negatives to random, hardest or easiest"
+            )
+        if self.name == "softmax" and self.negatives != "all":
+            raise ValueError(f"negatives={self.negatives} needs name=sigmoid: a softmax normalises over all of them")
+        return self
 
 
 class OptimConfig(Section):

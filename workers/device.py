@@ -36,6 +36,11 @@ class Device:
             return torch.autocast(self.torch_device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Of the features that the loss multiplies with each other; its sums are float32 in any case."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
     def peak_memory_gib(self) -> float:
         """The most that this process has held: device memory on CUDA, resident set on CPU."""
         if self.torch_device.type == "cuda":

@@ -24,7 +24,7 @@ from workers.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from workers.config import CheckpointConfig, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from workers.config import CheckpointConfig, DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from workers.data_worker import build_order
 from workers.device import Accelerator, Device, check_collectives, open_device
 from workers.feed import BlockSource, Feed
@@ -54,6 +54,7 @@ class TrainJob:
     data: DataConfig
     model: ModelConfig
     train: TrainConfig
+    loss: LossConfig
     optim: OptimConfig
     checkpoint: CheckpointConfig
     seed: int
@@ -71,7 +72,7 @@ def train_loop_per_worker(job: TrainJob) -> None:
     Raises:
         DataError: when too many samples are refused or a shard changed.
         CheckpointError: when the newest checkpoint is damaged or of another model.
-        FloatingPointError: when the loss is not a finite number.
+        FloatingPointError: when the features or the loss are not finite numbers.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -83,9 +84,11 @@ def train_loop_per_worker(job: TrainJob) -> None:
     trainer = Trainer(
         job.model,
         job.optim,
+        job.loss,
         device,
         num_samples=num_steps * global_batch_size,
         global_batch_size=global_batch_size,
+        micro_batch_size=job.train.micro_batch_size,
         seed=job.seed,
     )
     storage = Storage(job.storage_uri)
@@ -213,6 +216,7 @@ def _facts(
         "world_size": world_size,
         "global_batch_size": job.train.global_batch_size,
         "batch_per_worker": job.train.global_batch_size // world_size,
+        "micro_batch_size": job.train.micro_batch_size or job.train.global_batch_size // world_size,
         "parameters_m": {"all": num_parameters(trainer.module) / 1e6, **millions(["visual", "text"])},
         "first_step": first_step,
         "num_steps": num_steps,

@@ -96,6 +96,7 @@ SUMMARY: dict[str, Any] = {
         "world_size": 2,
         "global_batch_size": 256,
         "batch_per_worker": 128,
+        "micro_batch_size": 128,
         "parameters_m": {"all": 2.03, "visual": 0.91, "text": 1.12},
         "first_step": 0,
         "num_steps": 332,

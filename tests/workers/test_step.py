@@ -1,19 +1,25 @@
-"""One step on 1, 2 and 3 ranks against a float64 process that sees the whole batch: loss and every gradient."""
+"""One step, however the global batch is cut, against one process that sees all of it: loss and every gradient."""
+
+import functools
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from losses import sigmoid_loss_plain
 from tests.conftest import TOWERS
 from tests.ranks import run_on_ranks
 from tests.reference import step_gradients
-from workers.config import ModelConfig, OptimConfig
+from workers.config import LossConfig, ModelConfig, OptimConfig
 from workers.device import Device, check_collectives, open_device
 from workers.feed import Batch
 from workers.optim import build_optimizer, learning_rate
 from workers.step import Trainer
 
-MODEL, NUM_PAIRS, SEED = ModelConfig(towers=TOWERS), 12, 3
+NUM_PAIRS, SEED = 48, 3
+MODEL = ModelConfig(towers=TOWERS)
+WITH_DROPOUT = ModelConfig(towers=TOWERS | {"vision_cfg": TOWERS["vision_cfg"] | {"patch_dropout": 0.5}})
 
 
 def global_batch():
@@ -22,38 +28,172 @@ def global_batch():
     return images, torch.from_numpy(random.randint(1, 400, (NUM_PAIRS, 8)).astype(np.int32))
 
 
-def step_on_rank(rank, world_size):
-    images, tokens = global_batch()
-    part = slice(rank * NUM_PAIRS // world_size, (rank + 1) * NUM_PAIRS // world_size)
-    device = open_device("cpu", 0, "fp32")
+def make_trainer(world_size, *, model=MODEL, loss=LossConfig(), micro_batch_size=None, precision="fp32"):  # noqa: B008
+    device = open_device("cpu", 0, precision)
     check_collectives(device, NUM_PAIRS // world_size)
-    trainer = Trainer(
-        MODEL,
+    return Trainer(
+        model,
         OptimConfig(grad_clip_norm=None, schedule="constant"),
+        loss,
         device,
         num_samples=NUM_PAIRS,
         global_batch_size=NUM_PAIRS,
+        micro_batch_size=micro_batch_size,
         seed=SEED,
     )
-    result = trainer.step(Batch(0, images[part], tokens[part]))
+
+
+def part_of(rank, world_size):
+    images, tokens = global_batch()
+    part = slice(rank * NUM_PAIRS // world_size, (rank + 1) * NUM_PAIRS // world_size)
+    return Batch(0, images[part], tokens[part])
+
+
+def step_on_rank(rank, world_size, num_micro_batches=1, **settings):
+    """Loss, gradients and new weights of one step; and the features of every micro-batch, as the step embeds it."""
+    size = NUM_PAIRS // world_size // num_micro_batches
+    trainer = make_trainer(world_size, micro_batch_size=size, **settings)
+    batch = part_of(rank, world_size)
+    result = trainer.step(batch)
     gradients = {name: parameter.grad for name, parameter in trainer.module.named_parameters()}
     return float(result.loss), gradients, trainer.module.state_dict()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_loss_and_every_gradient_equal_the_oracle(world_size):
-    expected_loss, expected, module = step_gradients(MODEL, SEED, *global_batch())
-    ranks = run_on_ranks(world_size, step_on_rank)
+def check_gradients(actual, expected):
     # float32 towers against float64: relative 2**-24 per operation over some hundred operations deep.
-    assert sum(loss for loss, _, _ in ranks) / world_size == pytest.approx(expected_loss, rel=1e-5)
-    largest = max(gradient.abs().max() for gradient in expected.values())
-    for name, _ in module.named_parameters():
-        for _, gradients, _ in ranks:
-            close = torch.isclose(gradients[name].double(), expected[name], rtol=2e-4, atol=float(largest) * 2e-6)
-            assert close.all(), f"{name}: {gradients[name]} instead of {expected[name]}"
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, want in expected.items():
+        close = torch.isclose(actual[name].double(), want, rtol=2e-4, atol=largest * 2e-6)
+        assert close.all(), f"{name}: {actual[name]} instead of {want}"
     assert {"logit_scale", "logit_bias"} <= expected.keys()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_micro_batches", [1, 4])
+def test_loss_and_every_gradient_equal_the_oracle(world_size, num_micro_batches):
+    expected_loss, expected, _ = step_gradients(MODEL, SEED, *global_batch())
+    ranks = run_on_ranks(world_size, step_on_rank, num_micro_batches)
+    assert sum(loss for loss, _, _ in ranks) / world_size == pytest.approx(expected_loss, rel=1e-5)
+    for _, gradients, _ in ranks:
+        check_gradients(gradients, expected)
     for name, tensor in ranks[0][2].items():
         assert all(torch.equal(tensor, state[name]) for _, _, state in ranks), name
+
+
+def dropout_step(rank, world_size, num_micro_batches):
+    """A step with dropout, and its slow twin on this rank: the same draws, one graph over all micro-batches, float64.
+
+    The twin needs the other ranks' features: it gathers them with autograd of its own.
+    """
+    size = NUM_PAIRS // world_size // num_micro_batches
+    twin = make_trainer(world_size, model=WITH_DROPOUT, micro_batch_size=size)
+    twin.module.double()
+    batch = part_of(rank, world_size)
+    twin._device = Float64(torch.device("cpu"), "fp32")
+    twin.module.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(), inputs[1]))
+    parts = [twin._encode(batch, slice(n * size, (n + 1) * size), n) for n in range(num_micro_batches)]
+    image, text = (torch.cat(kind) for kind in zip(*parts, strict=True))
+    if world_size > 1:
+        from torch.distributed.nn.functional import all_gather
+
+        image, text = torch.cat(all_gather(image)), torch.cat(all_gather(text))
+    scale, bias = twin.module.logit_scale.exp(), twin.module.logit_bias
+    loss = sigmoid_loss_plain(image, text, scale, bias)
+    loss.backward()
+    expected = {name: parameter.grad for name, parameter in twin.module.named_parameters()}
+    for gradient in expected.values():
+        if world_size > 1:
+            # all_gather's backward sums the ranks' losses, which are equal; the scale and bias are in each of them.
+            torch.distributed.all_reduce(gradient)
+            gradient /= world_size
+    actual_loss, gradients, _ = step_on_rank(rank, world_size, num_micro_batches, model=WITH_DROPOUT)
+    return float(loss.detach()), expected, actual_loss, gradients
+
+
+class Float64(Device):
+    product_dtype = torch.float64
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_micro_batches", [1, 4, 16])
+def test_dropout_is_replayed_in_the_second_pass(world_size, num_micro_batches):
+    if NUM_PAIRS // world_size % num_micro_batches:
+        num_micro_batches = NUM_PAIRS // world_size  # one pair each
+    ranks = run_on_ranks(world_size, dropout_step, num_micro_batches)
+    assert sum(rank[2] for rank in ranks) / world_size == pytest.approx(ranks[0][0], rel=1e-5)
+    for _, expected, _, gradients in ranks:
+        check_gradients(gradients, expected)
+
+
+def test_dropout_is_on_in_the_test_above():
+    with_dropout, without = step_on_rank(0, 1, model=WITH_DROPOUT), step_on_rank(0, 1)
+    assert with_dropout[0] != without[0]
+
+
+def test_bfloat16_steps_keep_the_loss_and_the_direction():
+    _, expected, _ = step_gradients(MODEL, SEED, *global_batch())
+    loss, gradients, _ = step_on_rank(0, 1, num_micro_batches=4, precision="bf16")
+    again, whole, _ = step_on_rank(0, 1, precision="bf16")
+    # bfloat16 has 8 bits: 2**-8 per operation in towers of depth 2, which do not add up in one direction.
+    assert loss == pytest.approx(step_gradients(MODEL, SEED, *global_batch())[0], rel=1e-2)
+    assert loss == pytest.approx(again, rel=1e-6)
+    for name, want in expected.items():
+        for got in (gradients[name], whole[name]):
+            if want.norm() > 0:
+                assert nn.functional.cosine_similarity(got.double().flatten(), want.flatten(), dim=0) > 0.98, name
+                assert got.double().norm() == pytest.approx(float(want.norm()), rel=0.1), name
+
+
+def test_one_micro_batch_embeds_once(monkeypatch):
+    calls = []
+    encode = Trainer._encode
+    monkeypatch.setattr(Trainer, "_encode", lambda *arguments: calls.append(arguments[3]) or encode(*arguments))
+    step_on_rank(0, 1)
+    assert calls == [0]
+    calls.clear()
+    step_on_rank(0, 1, num_micro_batches=2)
+    assert calls == [0, 1, 0, 1]
+
+
+def poisoned_step(rank, world_size):
+    trainer = make_trainer(world_size, micro_batch_size=4)
+    before = {name: tensor.clone() for name, tensor in trainer.module.state_dict().items()}
+    if rank == 1:
+        encode = trainer._encode
+
+        def poisoned(batch, rows, micro_batch):
+            image, text = encode(batch, rows, micro_batch)
+            return image, text.index_fill(0, torch.tensor([2]), float("nan")) if micro_batch == 3 else text
+
+        trainer._encode = poisoned
+    with pytest.raises(FloatingPointError) as caught:
+        trainer.step(part_of(rank, world_size))
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.module.state_dict().items())
+    return str(caught.value)
+
+
+def test_nan_in_features_is_named_on_every_rank_before_the_weights_change():
+    for message in run_on_ranks(2, poisoned_step):
+        assert message.startswith("step 1: NaN or infinity in text_features of rank 1, micro-batch 3 (pair 2 of it)")
+
+
+@pytest.mark.parametrize("keep", ["random", "hardest", "easiest"])
+def test_chosen_negatives_do_not_depend_on_the_cut(keep):
+    loss = LossConfig(negatives=keep, negatives_fraction=0.3)
+    whole = step_on_rank(0, 1, loss=loss)
+    ranks = run_on_ranks(3, functools.partial(step_on_rank, num_micro_batches=2, loss=loss))
+    assert sum(rank[0] for rank in ranks) / 3 == pytest.approx(whole[0], rel=1e-5)
+    assert whole[0] != step_on_rank(0, 1)[0]
+    check_gradients(ranks[0][1], {name: gradient.double() for name, gradient in whole[1].items()})
+
+
+def test_softmax_steps():
+    loss = LossConfig(name="softmax")
+    whole = step_on_rank(0, 1, loss=loss)
+    ranks = run_on_ranks(2, functools.partial(step_on_rank, num_micro_batches=2, loss=loss))
+    assert sum(rank[0] for rank in ranks) / 2 == pytest.approx(whole[0], rel=1e-5)
+    check_gradients(ranks[0][1], {name: gradient.double() for name, gradient in whole[1].items()})
+    assert float(whole[1]["logit_bias"]) == 0
 
 
 def unequal_parts(rank, world_size):

@@ -2,7 +2,7 @@
 
     R  rows of the tile (images)      C  columns of the tile (texts)
 
-`negative_terms_` is what callers use; `eager_terms_` says in torch what it computes. On CPU it runs `tile.c`, compiled
+`negative_terms_` is what callers use; `eager_terms_` says in torch what it computes. On CPU it runs `fused.c`, compiled
 once per machine with the C compiler that is found, on CUDA what torch.compile makes of the eager form (one Triton
 kernel), elsewhere the eager form itself (XLA fuses it by its own means).
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_SOURCE = Path(__file__).with_name("tile.c")
+_SOURCE = Path(__file__).with_name("fused.c")
 _FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
 
 
@@ -112,7 +112,7 @@ def _compiled_terms() -> Callable[..., None]:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """`tile.c` for this processor, compiled at the first use and kept in the user's cache folder; None without one."""
+    """`fused.c` for this processor, compiled at the first use and kept in the user's cache folder; None without one."""
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("gcc", "cc", "clang"))), None)
     if compiler is None:
         warnings.warn("the loss runs unfused (about a third slower): no C compiler was found", stacklevel=3)
@@ -141,10 +141,10 @@ def _compile(compiler: str) -> Path:
         folder.mkdir(exist_ok=True, mode=0o700)
         if folder.stat().st_uid != os.getuid():
             raise OSError(f"{folder} belongs to another user")
-    library = folder / f"tile-{key}.so"
+    library = folder / f"fused-{key}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as build:
-            made, built = Path(build, "tile.o"), Path(build, "tile.so")
+            made, built = Path(build, "fused.o"), Path(build, "fused.so")
             for arguments in ([*_FLAGS, "-c", _SOURCE, "-o", made], ["-shared", made, "-o", built]):
                 subprocess.run([compiler, *map(str, arguments)], capture_output=True, check=True, text=True)
             built.replace(library)  # at once: other ranks may be compiling too

@@ -1,0 +1,107 @@
+"""The softmax loss of CLIP (arXiv 2103.00020, section 2.3), the baseline of every comparison: plainly and over tiles.
+
+    B  pairs                          z_ij  logit_scale * <image_i, text_j>
+    D  embedding dimension            L     sum_i (log sum_j exp z_ij + log sum_j exp z_ji - 2 z_ii) / 2B
+
+A softmax needs its normalisers before any gradient is known: two passes over the tiles, four matrix products per tile
+where the sigmoid needs three. The first pass gathers the log-sum-exp of rows and columns, the second the gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from losses.sigmoid import LossBlock
+from losses.tiles import Tile, accumulate, sum_dtype, tiles
+
+
+def softmax_loss_plain(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+    """The equation with its B x B logits. For reading and for tests.
+
+    Args:
+        image_features: (B, D), unit norm.
+        text_features: (B, D), unit norm; row i belongs to image i.
+        logit_scale: scalar, already exponentiated.
+
+    Returns:
+        Scalar: the mean of both cross entropies.
+    """
+    logits = logit_scale * image_features @ text_features.T
+    labels = torch.arange(len(logits), device=logits.device)
+    cross_entropy = torch.nn.functional.cross_entropy
+    return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
+
+
+class SoftmaxPass:
+    """One block of images that meets every text block twice: first `normalise`, then `visit`.
+
+    Args:
+        image_features: (B, D).
+        logit_scale: scalar, already exponentiated.
+        logit_bias: scalar without effect (a softmax does not see it); it keeps the interface of the sigmoid.
+        first_image: number of the first image.
+        tile_size: edge of a tile of logits.
+    """
+
+    def __init__(
+        self, image_features: Tensor, logit_scale: Tensor, logit_bias: Tensor, *, first_image: int, tile_size: int
+    ) -> None:
+        self._image, self._first_image, self._tile_size = image_features, first_image, tile_size
+        self._sums = sum_dtype(image_features)
+        self._scale, self._bias = logit_scale.to(self._sums), logit_bias.to(self._sums)
+        self._row_normalisers = image_features.new_full((len(image_features),), -torch.inf, dtype=self._sums)
+        self._row_loss, self._row_grad_scale = image_features.new_zeros(2, len(image_features), dtype=self._sums)
+        self._grad_image = torch.zeros_like(image_features, dtype=self._sums)
+
+    def normalise(self, text_features: Tensor, first_text: int) -> Tensor:
+        """(M, 1): log sum_i exp z_ij over this block's images; the texts' part of the images' sums is kept here."""
+        columns = text_features.new_full((len(text_features), 1), -torch.inf, dtype=self._sums)
+        for tile in tiles(self._image, text_features, self._tile_size):
+            z = self._scale * tile.x.to(self._sums)
+            rows = self._row_normalisers[tile.rows]
+            rows.copy_(torch.logaddexp(rows, z.logsumexp(dim=1)))
+            part = columns[tile.columns, 0]
+            part.copy_(torch.logaddexp(part, z.logsumexp(dim=0)))
+        return columns
+
+    def visit(self, text_features: Tensor, first_text: int, normalisers: Tensor) -> Tensor:
+        """The gradients, once all normalisers are known.
+
+        Args:
+            text_features: (M, D).
+            first_text: number of the first one.
+            normalisers: (M, 1), log sum_i exp z_ij over the images of all ranks.
+
+        Returns:
+            (M, D): sum_i dL/dz_ij image_i, which times logit_scale is the texts' part of the gradient.
+        """
+        grad_text = torch.zeros_like(text_features, dtype=self._sums)
+        offset = self._first_image - first_text
+        for tile in tiles(self._image, text_features, self._tile_size):
+            cosine = tile.x.to(self._sums)
+            z = self._scale * cosine
+            dz = (z - self._row_normalisers[tile.rows, None]).exp_()
+            dz = (dz + (z - normalisers[tile.columns].T).exp_()) / 2
+            if tile.pairs(offset) is not None:
+                self._subtract_pairs(tile, offset, cosine, dz, normalisers)
+            self._row_grad_scale[tile.rows] += (cosine * dz).sum(dim=1)
+            tile.x.copy_(dz)
+            accumulate(self._grad_image[tile.rows], tile.x, tile.text)
+            accumulate(grad_text[tile.columns], tile.x.T, tile.image)
+        return grad_text
+
+    def _subtract_pairs(self, tile: Tile, offset: int, cosine: Tensor, dz: Tensor, normalisers: Tensor) -> None:
+        first, last = tile.pair_rows(offset)
+        shift = tile.rows.start + offset - tile.columns.start
+        z = self._scale * cosine.diagonal(shift)
+        rows = slice(tile.rows.start + first, tile.rows.start + last)
+        columns = slice(tile.columns.start + first + shift, tile.columns.start + last + shift)
+        self._row_loss[rows] += (self._row_normalisers[rows] + normalisers[columns, 0]) / 2 - z
+        dz.diagonal(shift).sub_(1)
+
+    def finish(self, grad_text: Tensor) -> LossBlock:
+        """Everything that was visited, divided by the number of images; as `SigmoidPass.finish`."""
+        loss, grad_scale = self._row_loss.sum() / len(self._image), self._row_grad_scale.sum() / len(self._image)
+        factor = self._scale / len(self._image)
+        return LossBlock(loss, self._grad_image, grad_text, factor, grad_scale, torch.zeros_like(self._bias))
