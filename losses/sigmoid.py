@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from losses.fused import negative_terms_
 from losses.negatives import ALL_NEGATIVES, NUM_BINS, Mask, Negatives, count_cosines_, make_mask
@@ -155,30 +156,29 @@ class SigmoidPass:
             self._grad_image = torch.empty_like(self._image, dtype=self._sums)
         offset = self._first_image - first_text
         for tile in tiles(self._image, text_features, self._tile_size):
-            if self._mask is not None:
-                self._mask(tile.x, self._first_image + tile.rows.start, first_text + tile.columns.start)
             diagonal = tile.pairs(offset)
             if diagonal is not None:
+                pairs = tile.pair_slices(offset)
+                cosines = self._pair_cosines(tile, diagonal, *pairs)
                 diagonal.fill_(-torch.inf)
+            if self._mask is not None:
+                self._mask(tile.x, self._first_image + tile.rows.start, first_text + tile.columns.start)
             negative_terms_(tile.x, self._scale, self._bias, self._row_sums[:, tile.rows])
             if diagonal is not None:
-                diagonal.copy_(self._positive_terms(tile, offset))
+                z = self._scale * cosines + self._bias
+                dz = torch.sigmoid(-z).neg_()
+                self._row_sums[:, tile.rows][:, pairs[0]] += torch.stack([softplus(-z), dz, dz * cosines])
+                diagonal.copy_(dz)
             set_image, set_text = first_visit and tile.columns.start == 0, tile.rows.start == 0
             accumulate(self._grad_image[tile.rows], tile.x, tile.text, overwrite=set_image)
             accumulate(grad_text[tile.columns], tile.x.T, tile.image, overwrite=set_text)
         return grad_text
 
-    def _positive_terms(self, tile: Tile, offset: int) -> Tensor:
-        """dL/dz of the pairs, whose terms are added to the row sums. Their cosines are taken in the sums' dtype."""
-        first, last = tile.pair_rows(offset)
-        shift = tile.rows.start + offset - tile.columns.start
-        image, text = tile.image[first:last], tile.text[first + shift : last + shift]
-        cosine = (image.to(self._sums) * text.to(self._sums)).sum(dim=1)
-        z = self._scale * cosine + self._bias
-        dz = -torch.sigmoid(-z)
-        rows = slice(tile.rows.start + first, tile.rows.start + last)
-        self._row_sums[:, rows] += torch.stack([torch.nn.functional.softplus(-z), dz, dz * cosine])
-        return dz
+    def _pair_cosines(self, tile: Tile, diagonal: Tensor, rows: slice, columns: slice) -> Tensor:
+        """In the dtype of the sums: the few terms of the pairs weigh as much as those of all negatives."""
+        if tile.x.dtype == self._sums:
+            return diagonal.clone()
+        return (tile.image[rows].to(self._sums) * tile.text[columns].to(self._sums)).sum(dim=1)
 
     def finish(self, grad_text: Tensor) -> LossBlock:
         """Everything that was visited, divided by the number of images.

@@ -92,12 +92,11 @@ class SoftmaxPass:
         return grad_text
 
     def _subtract_pairs(self, tile: Tile, offset: int, cosine: Tensor, dz: Tensor, normalisers: Tensor) -> None:
-        first, last = tile.pair_rows(offset)
-        shift = tile.rows.start + offset - tile.columns.start
+        rows, columns = tile.pair_slices(offset)
+        shift = columns.start - rows.start
         z = self._scale * cosine.diagonal(shift)
-        rows = slice(tile.rows.start + first, tile.rows.start + last)
-        columns = slice(tile.columns.start + first + shift, tile.columns.start + last + shift)
-        self._row_loss[rows] += (self._row_normalisers[rows] + normalisers[columns, 0]) / 2 - z
+        row_normalisers, column_normalisers = self._row_normalisers[tile.rows][rows], normalisers[tile.columns][columns]
+        self._row_loss[tile.rows][rows] += (row_normalisers + column_normalisers[:, 0]) / 2 - z
         dz.diagonal(shift).sub_(1)
 
     def finish(self, grad_text: Tensor) -> LossBlock:

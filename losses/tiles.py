@@ -48,15 +48,17 @@ class Tile:
     text: Tensor  # (C, D)
     x: Tensor  # (R, C) cosines; overwritten by whoever visits the tile, and by the next tile
 
-    def pair_rows(self, offset: int) -> tuple[int, int]:
-        """First and last (exclusive) row of the tile whose partner is in it: block's image i, text i + offset."""
+    def pair_slices(self, offset: int) -> tuple[slice, slice]:
+        """Rows and columns of the tile that are pairs, where the block's image i and text i + offset are one."""
+        num_images, num_texts = self.x.shape
         shift = self.rows.start + offset - self.columns.start
-        return max(0, -shift), min(len(self.image), len(self.text) - shift)
+        first, last = max(0, -shift), min(num_images, num_texts - shift)
+        return slice(first, last), slice(first + shift, last + shift)
 
     def pairs(self, offset: int) -> Tensor | None:
-        """The elements of x that are pairs, as a view; None where there are none."""
-        first, last = self.pair_rows(offset)
-        return self.x.diagonal(self.rows.start + offset - self.columns.start) if first < last else None
+        """Their elements of x, as a view; None where there are none."""
+        rows, columns = self.pair_slices(offset)
+        return self.x.diagonal(columns.start - rows.start) if rows.start < rows.stop else None
 
 
 def tiles(image_features: Tensor, text_features: Tensor, tile_size: int) -> Iterator[Tile]:

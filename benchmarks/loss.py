@@ -1,0 +1,213 @@
+"""How fast is the loss, forward and backward, and how much memory does it take?
+
+In one process, alternating, each on the same features:
+
+    sigray            losses.sigmoid_loss
+    floor             the three matrix products of sigray's tiles alone, in the dtype that it multiplies in
+    open_clip         open_clip.loss.SigLipLoss on one rank
+    plain, compiled   the equation under autograd, and torch.compile of it
+    jax               big_vision's formula (trainers/proj/image_text/siglip.py) under jax.jit, where jax is installed:
+                      uv pip install -e '.[bench]'
+    siglip-kernel     needs CUDA and Triton: not measured on a CPU
+
+Speed-ups and floor ratios are medians over repetitions of ratios within a repetition; of the widths and batch sizes
+measured, the worst counts. A contestant that needs longer than `--patience` seconds is measured once only: bfloat16
+products on a CPU without the instructions. Memory is what the resident set grows by above the features, less the two
+feature gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from open_clip.loss import SigLipLoss
+from torch import Tensor
+
+from benchmarks.common import report
+from losses import sigmoid_loss, sigmoid_loss_plain
+from losses.tiles import default_tile_size, product_dtype
+from tests.reference import random_features
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+Contestant = Callable[[], object]
+
+
+def leaves(batch_size: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
+    features = [random_features(batch_size, dim, seed=seed, dtype=dtype) for seed in (0, 1)]
+    return [tensor.requires_grad_() for tensor in (*features, torch.tensor(10.0), torch.tensor(-10.0))]
+
+
+def backward_of(loss: Callable[..., Tensor], inputs: list[Tensor]) -> Contestant:
+    def run() -> None:
+        for tensor in inputs:
+            tensor.grad = None
+        loss(*inputs).backward()
+
+    return run
+
+
+def floor(inputs: list[Tensor]) -> Contestant:
+    image, text = (tensor.detach().to(product_dtype(tensor)) for tensor in inputs[:2])
+    size = min(default_tile_size(image.device), len(image))
+    tile = torch.rand(size, size).to(image.dtype)
+    gradients = torch.zeros_like(image), torch.zeros_like(text)
+    spare = torch.empty_like(image[:size])
+
+    def run() -> None:
+        for top in range(0, len(image), size):
+            for left in range(0, len(text), size):
+                rows, columns = slice(top, top + size), slice(left, left + size)
+                torch.mm(image[rows], text[columns].T, out=tile)
+                if image.dtype == torch.float32:
+                    gradients[0][rows].addmm_(tile, text[columns])
+                    gradients[1][columns].addmm_(tile.T, image[rows])
+                else:
+                    torch.mm(tile, text[columns], out=spare)
+                    torch.mm(tile.T, image[rows], out=spare)
+
+    return run
+
+
+def jax_loss(inputs: list[Tensor]) -> Contestant | None:
+    try:
+        import jax
+    except ImportError:
+        return None
+    jnp = jax.numpy
+
+    def loss(image, text, scale, bias):  # type: ignore[no-untyped-def]
+        logits = image @ text.T * scale + bias
+        signs = 2 * jnp.eye(len(image)) - 1
+        return -jnp.mean(jnp.sum(jax.nn.log_sigmoid(signs * logits), axis=-1))
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))
+    dtype = jnp.bfloat16 if inputs[0].dtype == torch.bfloat16 else jnp.float32
+    arrays = [jnp.asarray(tensor.detach().float().numpy(), dtype=dtype) for tensor in inputs]
+    return lambda: jax.block_until_ready(step(*arrays))
+
+
+def contestants(batch_size: int, dim: int, dtype: torch.dtype, everyone: bool) -> dict[str, Contestant]:
+    inputs = leaves(batch_size, dim, dtype)
+    found: dict[str, Contestant | None] = {
+        "sigray": backward_of(sigmoid_loss, inputs),
+        "floor": floor(inputs),
+        "open_clip": backward_of(SigLipLoss(), inputs),
+    }
+    if everyone:
+        found["plain"] = backward_of(sigmoid_loss_plain, inputs)
+        found["compiled"] = backward_of(torch.compile(sigmoid_loss_plain), inputs)
+        found["jax"] = jax_loss(inputs)
+        if found["jax"] is None:
+            print("jax is not installed: big_vision's formula is left out")
+    return {name: contestant for name, contestant in found.items() if contestant}
+
+
+def repeat(run: Contestant, times: int) -> Contestant:
+    return lambda: [run() for _ in range(times)]
+
+
+def alternate(runs: dict[str, Contestant], num_repetitions: int, patience_s: float) -> dict[str, list[float]]:
+    """Seconds of each, after one warm-up; contestants take turns."""
+
+    def timed(run: Contestant) -> float:
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+
+    first = {name: timed(run) for name, run in runs.items()}
+    slow = {name: seconds for name, seconds in first.items() if seconds > patience_s}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(num_repetitions):
+        for name, run in runs.items():
+            times[name].append(slow[name] if name in slow else timed(run))
+    return times
+
+
+def peak_mib(batch_size: int, dim: int) -> float:
+    """Of one forward and backward pass in float32, above features and their gradients."""
+    inputs = leaves(batch_size, dim, torch.float32)
+    backward_of(sigmoid_loss, leaves(8, dim, torch.float32))()
+    ctypes.CDLL(None).malloc_trim(0)  # what the features' making left behind would hide what the loss takes
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+    before = _status_mib("VmRSS")
+    backward_of(sigmoid_loss, inputs)()
+    gradients = 2 * batch_size * dim * 4 / 2**20
+    return _status_mib("VmHWM") - before - gradients
+
+
+def _status_mib(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--patience", type=float, default=20, metavar="SECONDS")
+    parser.add_argument("--dims", type=int, nargs="+", default=[512, 768])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--large", action="store_true", help="also one pass at B = 262,144, D = 64 (minutes)")
+    parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results/")
+    options = parser.parse_args()
+    figures: dict[str, float] = {}
+    repetitions: list[dict[str, float]] = [{} for _ in range(options.repetitions)]
+
+    memory = {f"{size // 1024}k": peak_mib(size, 64) for size in (8192, 16384, 32768, 65536)}
+    print("peak MiB at D = 64: " + ", ".join(f"{name} {mib:.0f}" for name, mib in memory.items()))
+    figures["memory_mb_32k"] = peak_mib(32768, 512)
+    # open_clip keeps logits, their product with the labels and the labels for its backward pass.
+    print(
+        f"peak MiB at B = 32,768, D = 512: {figures['memory_mb_32k']:.0f} (B x B float32 alone: {32768**2 * 4 >> 20})"
+    )
+
+    for label in options.dtypes:
+        speedups, floors, small = [], [], []
+        for batch_size in (8192, 1024, 256):
+            for dim in options.dims:
+                large = batch_size == 8192
+                runs = contestants(batch_size, dim, DTYPES[label], everyone=large)
+                inner = 1 if large else 20  # passes in a row: a clock tick must not matter
+                if not large:
+                    runs = {name: repeat(run, inner) for name, run in runs.items()}
+                times = alternate(runs, options.repetitions, options.patience)
+                medians = {name: statistics.median(series) / inner for name, series in times.items()}
+                line = ", ".join(f"{name} {1000 * seconds:.1f}" for name, seconds in medians.items())
+                print(f"B = {batch_size}, D = {dim}, {label}: ms {line}", flush=True)
+                for number, repetition in enumerate(repetitions):
+                    for name, series in times.items():
+                        repetition[f"{label}_{batch_size}_{dim}_{name}_ms"] = 1000 * series[number] / inner
+
+                def ratio(name: str, times: dict[str, list[float]] = times) -> float:
+                    return statistics.median(a / b for a, b in zip(times[name], times["sigray"], strict=True))
+
+                if large:
+                    speedups.append(ratio("open_clip"))
+                    floors.append(ratio("floor"))
+                else:
+                    small.append(ratio("open_clip"))
+        figures |= {
+            f"speedup_open_clip_{label}": min(speedups),
+            f"floor_ratio_{label}": min(floors),
+            f"small_speedup_open_clip_{label}": min(small),
+        }
+    if options.large:
+        inputs = leaves(262144, 64, torch.float32)
+        begin = time.perf_counter()
+        backward_of(sigmoid_loss, inputs)()
+        figures["seconds_262144"] = time.perf_counter() - begin
+        print(f"B = 262,144, D = 64: {figures['seconds_262144']:.0f} s")
+    order = ["speedup_open_clip_f32", "speedup_open_clip_bf16", "floor_ratio_f32", "floor_ratio_bf16", "memory_mb_32k"]
+    last = {name: figures[name] for name in order if name in figures}
+    report(
+        "loss", repetitions, {name: value for name, value in figures.items() if name not in last} | last, options.save
+    )
+
+
+if __name__ == "__main__":
+    main()
