@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
@@ -17,6 +20,21 @@ def ensure_emoji() -> None:
     """Build the demo data where `examples/` expects it, unless it is there."""
     build_emoji(EMOJI, progress=lambda stage, done, total: print(f"{stage}: {done} of {total}", end="\r"))
     print()
+
+
+def peak_growth_mib(run: Callable[[], object]) -> float:
+    """By how much the resident set of this process grows, at most, while `run` runs (Linux)."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier work left free would hide what this takes
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+    before = _status_mib("VmRSS")
+    run()
+    return _status_mib("VmHWM") - before
+
+
+def _status_mib(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 
 
 def report(name: str, repetitions: list[dict[str, float]], figures: dict[str, float], save: bool) -> None:

@@ -61,9 +61,11 @@ def bare_rank(rank: int, world_size: int, config: RunConfig, num_steps: int) -> 
     trainer = Trainer(
         config.model,
         config.optim,
+        config.loss,
         open_device("cpu", 0, config.train.precision),
         num_samples=num_steps * batch_size,
         global_batch_size=batch_size,
+        micro_batch_size=config.train.micro_batch_size,
         seed=config.run.seed,
     )
     dist.barrier()

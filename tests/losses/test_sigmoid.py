@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,14 @@ def value_and_gradients(function, *inputs):
     leaves = [tensor.clone().requires_grad_() for tensor in inputs]
     value = function(*leaves)
     return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+def matrix_loss(image, text, scale, bias, positive_offset):
+    """`pair_loss` with all logits at once, for larger blocks."""
+    z = scale * image @ text.T + bias
+    columns = torch.arange(len(text))[None, :] - torch.arange(len(image))[:, None]
+    is_pair = columns == positive_offset if positive_offset is not None else torch.zeros_like(columns, dtype=torch.bool)
+    return torch.nn.functional.softplus(torch.where(is_pair, -z, z)).sum() / len(image)
 
 
 def scalars(scale, bias, dtype=torch.float64):
@@ -57,6 +66,38 @@ def test_plain_equation_is_the_same_loss():
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    num_images=st.integers(1, 40),
+    num_texts=st.integers(1, 40),
+    positive_offset=st.one_of(st.none(), st.integers(-41, 41)),
+    tile_size=st.one_of(st.none(), st.integers(1, 50)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    bfloat16_products=st.booleans(),
+    scale=st.sampled_from([1.0, 10.0, 100.0]),
+    seed=st.integers(0, 1000),
+)
+def test_any_block_in_any_dtype(
+    num_images, num_texts, positive_offset, tile_size, dtype, bfloat16_products, scale, seed
+):
+    image, text = random_features(num_images, 8, seed=seed, dtype=dtype), random_features(num_texts, 8, seed=seed + 1)
+    inputs = image, text.to(dtype), *scalars(scale, -10.0, torch.float32)
+    expected = value_and_gradients(lambda *x: matrix_loss(*x, positive_offset), *(tensor.double() for tensor in inputs))
+    with mock.patch("losses.tiles.has_bfloat16_products", return_value=bfloat16_products):
+        actual = value_and_gradients(
+            lambda *x: sigmoid_loss(*x, positive_offset=positive_offset, tile_size=tile_size), *inputs
+        )
+    # Products in bfloat16 round every x and dL/dz to 2**-9: z is wrong by scale * 2**-9 at most (|x| <= 1), and a
+    # term of the loss, and dL/dz, by as much relative to itself.
+    rough = dtype == torch.bfloat16 and bfloat16_products
+    relative = scale * 2**-8 + 2**-7 if rough else 2e-5
+    for want, got in zip(expected, actual, strict=True):
+        relative_here = relative + 2 * torch.finfo(got.dtype).eps
+        torch.testing.assert_close(
+            got.double(), want, rtol=relative_here, atol=relative_here * float(want.abs().max()) + 1e-7
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_features_are_accumulated_in_float32(dtype):
     image, text = random_features(64, 32, seed=0, dtype=dtype), random_features(64, 32, seed=1, dtype=dtype)
@@ -94,6 +135,53 @@ def test_second_differentiation_is_refused():
     inputs = [random_features(3, 2, seed=0).requires_grad_(), random_features(3, 2, seed=1), *scalars(10.0, -10.0)]
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         torch.autograd.grad(sigmoid_loss(*inputs), inputs[:1], create_graph=True)
+
+
+def test_second_backward_pass_is_refused():
+    inputs = [random_features(3, 2, seed=0).requires_grad_(), random_features(3, 2, seed=1), *scalars(10.0, -10.0)]
+    loss = sigmoid_loss(*inputs)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="Compute the loss again"):
+        loss.backward()
+
+
+def test_gradients_follow_the_factor_before_the_loss():
+    inputs = (random_features(5, 3, seed=0), random_features(5, 3, seed=1), *scalars(10.0, -10.0))
+    for want, got in zip(
+        value_and_gradients(lambda *x: 3 * sigmoid_loss_plain(*x) ** 2, *inputs),
+        value_and_gradients(lambda *x: 3 * sigmoid_loss(*x) ** 2, *inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [
+        (torch.zeros(3, 4), torch.zeros(3, 5)),
+        (torch.zeros(3, 4), torch.zeros(3, 4).bfloat16()),
+        (torch.zeros(0, 4), torch.zeros(3, 4)),
+        (torch.zeros(3, 4, dtype=torch.int32), torch.zeros(3, 4, dtype=torch.int32)),
+        (torch.zeros(4), torch.zeros(4)),
+    ],
+)
+def test_features_that_do_not_fit_are_refused(image, text):
+    with pytest.raises(ValueError, match="image_features .* and text_features .*: expected"):
+        sigmoid_loss(image, text, *scalars(10.0, -10.0))
+
+
+def test_memory_is_one_tile_and_what_it_returns():
+    """Torch's own allocations, counted: a tile, the three things that grow with B, and vectors."""
+    size, dim, tile = 1024, 16, 128
+    inputs = [random_features(size, dim, seed=seed, dtype=torch.float32) for seed in (0, 1)]
+    inputs = [tensor.requires_grad_() for tensor in (*inputs, *scalars(10.0, -10.0, torch.float32))]
+    sigmoid_loss(*inputs, tile_size=tile).backward()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        sigmoid_loss(*inputs, tile_size=tile).backward()
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest <= tile * tile * 4 + 2 * size * dim * 4 + 64 * size
+    assert largest < size * size  # a quarter of a B x B matrix
 
 
 XLA_PROGRAM = """

@@ -1,0 +1,149 @@
+"""What do micro-batches cost: in the gradients, in memory, in time?
+
+`accum_grad_error`: the largest relative error (of a parameter's gradient, in the Euclidean norm) of a training step
+cut into 1, 4 and 16 micro-batches, against one float64 graph over the whole batch with the plain equation.
+`open_clip_accum_grad_error`: the same of open_clip_train's own `train_one_epoch` with `accum_freq` 4 and 16.
+`memory_ratio_16k_256`: peak memory of a step at global batch 16,384 in micro-batches of 256, less the features and
+their gradients, over that of a step at 256. Memory is what the resident set grows by during a step after a first one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from types import SimpleNamespace
+
+import torch
+from open_clip.loss import SigLipLoss
+from open_clip_train.train import train_one_epoch
+
+from benchmarks.common import ROOT, peak_growth_mib, report
+from orchestrator.config import load_config
+from tests.reference import step_gradients
+from workers.config import LossConfig, ModelConfig, OptimConfig
+from workers.device import open_device
+from workers.feed import Batch
+from workers.step import Trainer
+from workers.towers import build_model, normalize_pixels
+
+SEED = 0
+
+
+def random_batch(num_pairs: int, model: ModelConfig) -> Batch:
+    assert model.towers is not None
+    size, text = model.towers["vision_cfg"]["image_size"], model.towers["text_cfg"]
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (num_pairs, size, size, 3), generator=generator, dtype=torch.uint8)
+    tokens = torch.randint(1, text["vocab_size"], (num_pairs, text["context_length"]), generator=generator)
+    return Batch(0, images, tokens.int())
+
+
+def make_trainer(model: ModelConfig, num_pairs: int, micro_batch_size: int) -> Trainer:
+    return Trainer(
+        model,
+        OptimConfig(grad_clip_norm=None, schedule="constant"),
+        LossConfig(),
+        open_device("cpu", 0, "fp32"),
+        num_samples=num_pairs,
+        global_batch_size=num_pairs,
+        micro_batch_size=micro_batch_size,
+        seed=SEED,
+    )
+
+
+def open_clip_gradients(model: ModelConfig, batch: Batch, accum_freq: int) -> dict[str, torch.Tensor]:
+    """Of one optimizer step of open_clip_train; the learning rate is zero, the gradients stay on the parameters."""
+    torch.manual_seed(SEED)
+    module = build_model(model)
+    images = normalize_pixels(batch.images, model)
+    micro_batches = list(zip(images.chunk(accum_freq), batch.tokens.chunk(accum_freq), strict=True))
+
+    class Loader(list):  # type: ignore[type-arg]
+        num_batches, num_samples = accum_freq, len(images)
+
+    data = {"train": SimpleNamespace(set_epoch=lambda epoch: None, dataloader=Loader(micro_batches))}
+    args = SimpleNamespace(
+        device="cpu",
+        precision="fp32",
+        distill=False,
+        accum_freq=accum_freq,
+        skip_scheduler=True,
+        grad_clip_norm=None,
+        horovod=False,
+        rank=0,
+        local_rank=0,
+        distributed=False,
+        log_every_n_steps=10**9,
+        log_local=False,
+        world_size=1,
+        batch_size=len(micro_batches[0][0]),
+        wandb=False,
+    )
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    train_one_epoch(module, data, SigLipLoss(), 0, optimizer, None, None, None, args)
+    return {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
+
+
+def errors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {
+        name: float((actual[name].double() - want).norm() / want.norm())
+        for name, want in expected.items()
+        if want.any()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results/")
+    options = parser.parse_args()
+    model = load_config(ROOT / "examples" / "emoji_cpu.yaml").model
+
+    batch = random_batch(256, model)
+    _, expected, _ = step_gradients(model, SEED, batch.images, batch.tokens)
+    ours, theirs = [], []
+    for cut in (1, 4, 16):
+        trainer = make_trainer(model, 256, 256 // cut)
+        trainer.step(batch)
+        found = errors({name: p.grad for name, p in trainer.module.named_parameters() if p.grad is not None}, expected)
+        ours.append(max(found.values()))
+        shown = "logit_scale {logit_scale:.2g}, logit_bias {logit_bias:.2g}"
+        print(f"1/{cut}: sigray: largest error {ours[-1]:.2g}, {shown.format(**found)}", flush=True)
+        if cut > 1:
+            gradients = open_clip_gradients(model, batch, cut)
+            found = errors(gradients, expected)
+            theirs.append(max(found.values()))
+            factors = {name: float(gradients[name] / expected[name]) for name in ("logit_scale", "logit_bias")}
+            print(
+                f"1/{cut}: open_clip: largest error {theirs[-1]:.2g}, {shown.format(**found)}; "
+                "factors: logit_scale {logit_scale:.4f}, logit_bias {logit_bias:.4f}".format(**factors)
+            )
+
+    repetitions = []
+    batches = {size: random_batch(size, model) for size in (256, 16384)}
+    trainers = {size: make_trainer(model, size, 256) for size in batches}
+    for size in (256, 256):
+        trainers[size].step(batches[size])
+    for _ in range(options.repetitions):
+        repetition = {}
+        for size in batches:
+            begin = time.perf_counter()
+            peak = peak_growth_mib(lambda size=size: trainers[size].step(batches[size]))  # type: ignore[misc]
+            repetition[f"samples_per_s_{size}"] = size / (time.perf_counter() - begin)
+            repetition[f"peak_mib_{size}"] = peak
+        assert model.towers is not None
+        features = 2 * 2 * 16384 * model.towers["embed_dim"] * 4 / 2**20
+        repetition["features_and_gradients_mib"] = features
+        repetition["memory_ratio"] = (repetition["peak_mib_16384"] - features) / repetition["peak_mib_256"]
+        repetitions.append(repetition)
+    figures = {
+        "accum_grad_error": max(ours),
+        "open_clip_accum_grad_error": max(theirs),
+        "memory_ratio_16k_256": statistics.median(repetition["memory_ratio"] for repetition in repetitions),
+    }
+    report("step", repetitions, figures, options.save)
+
+
+if __name__ == "__main__":
+    main()

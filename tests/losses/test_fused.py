@@ -1,0 +1,139 @@
+"""The fused tile against the same lines in float64: sums, what the tile becomes, and life without a compiler."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from losses import fused
+from losses.fused import add_, eager_terms_, negative_terms_
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def tile_of(rows, columns, dtype, seed, excluded=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    x = (2 * torch.rand(rows, columns, generator=generator) - 1).to(dtype)
+    return x.masked_fill_(torch.rand(rows, columns, generator=generator) < excluded, -torch.inf)
+
+
+def both(x, scale, bias):
+    """What the fused form and its float64 twin make of a tile: ((tile, sums), (tile, sums))."""
+    results = []
+    for function, dtype in ((negative_terms_, torch.float32), (eager_terms_, torch.float64)):
+        tile = x.clone() if dtype == torch.float32 else x.double()
+        sums = torch.zeros(3, len(x), dtype=dtype)
+        function(tile, torch.tensor(scale, dtype=dtype), torch.tensor(bias, dtype=dtype), sums)
+        results.append((tile.double(), sums.double()))
+    return results
+
+
+def test_the_compiled_library_is_what_is_tested_here():
+    assert fused._library() is not None, "no C compiler on this machine: the tests below would test the eager form"
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    columns=st.integers(1, 70),
+    dtype=st.sampled_from(DTYPES),
+    scale=st.sampled_from([1e-3, 1.0, 10.0, 117.3, 1e6]),
+    bias=st.sampled_from([-16.0, -10.0, 0.0, 5.0]),
+    excluded=st.sampled_from([0.0, 0.3, 1.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_equals_the_float64_twin(rows, columns, dtype, scale, bias, excluded, seed):
+    (tile, sums), (want_tile, want_sums) = both(tile_of(rows, columns, dtype, seed, excluded), scale, bias)
+    # z is rounded to 2**-24 of |scale x| + |bias| before exp, which costs as much relative error; the polynomials add
+    # 4e-7. The tile is then rounded to its own dtype.
+    relative = 1e-6 + 2e-7 * min(scale + abs(bias), 100)
+    torch.testing.assert_close(sums, want_sums, rtol=relative, atol=1e-30 + relative * float(want_sums.abs().max()))
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(tile, want_tile, rtol=relative + eps, atol=1e-37)
+
+
+def test_exponentials_and_logarithms_over_the_whole_range():
+    x = torch.cat([torch.linspace(-1, 1, 200_001), torch.linspace(-0.01, 0.01, 100_001)])[None]
+    z = 128 * x  # exact: only exp, log1p and the division are tested
+    (tile, _), (want, _) = both(x, 128.0, 0.0)
+    inside = want > 2e-38  # below -87 the value of -87 stays
+    error = ((tile - want) / want)[inside].abs()
+    assert float(error.max()) < 1e-6, f"at z = {z[inside][error.argmax()]}"
+    for part in x.split(1, dim=1)[::997]:
+        (_, sums), (_, want_sums) = both(part, 128.0, 0.0)
+        torch.testing.assert_close(sums, want_sums, rtol=2e-6, atol=1e-36)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity_are_not_swallowed(dtype):
+    for poison in (torch.nan, torch.inf):
+        x = tile_of(2, 33, dtype, seed=0)
+        x[1, 32] = poison
+        sums = torch.zeros(3, 2)
+        negative_terms_(x, torch.tensor(10.0), torch.tensor(-10.0), sums)
+        assert torch.isfinite(sums[:, 0]).all()
+        assert not torch.isfinite(sums[:, 1]).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, -3.0])
+def test_scales_that_are_no_exponentials(scale):
+    (tile, sums), (want_tile, want_sums) = both(tile_of(3, 40, torch.float32, seed=1, excluded=0.2), scale, -2.0)
+    torch.testing.assert_close(sums, want_sums, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tile, want_tile, rtol=1e-5, atol=1e-30)
+
+
+def test_the_form_for_cuda_compiles():
+    """What torch.compile makes of the eager form; on CUDA the same call gives a Triton kernel."""
+    x = tile_of(20, 37, torch.float32, seed=2, excluded=0.1)
+    arguments = torch.tensor(10.0), torch.tensor(-10.0)
+    tile, sums, want_tile, want_sums = x.clone(), torch.zeros(3, 20), x.clone(), torch.zeros(3, 20)
+    fused._compiled_terms()(tile, *arguments, sums)
+    eager_terms_(want_tile, *arguments, want_sums)
+    torch.testing.assert_close(tile, want_tile, rtol=1e-6, atol=0)
+    torch.testing.assert_close(sums, want_sums, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 1001])
+def test_bfloat16_is_added_to_float32(size):
+    total, addend = torch.rand(size), torch.rand(size).bfloat16()
+    expected = total + addend.float()
+    add_(total, addend)
+    assert torch.equal(total, expected)
+
+
+def test_the_number_of_threads_does_not_change_a_bit():
+    program = (
+        "import torch, hashlib; from losses.fused import negative_terms_; torch.set_num_threads({});"
+        "x = torch.linspace(-1, 1, 300 * 211).view(300, 211).contiguous(); sums = torch.zeros(3, 300);"
+        "negative_terms_(x, torch.tensor(10.), torch.tensor(-3.), sums);"
+        "print(hashlib.sha256(x.numpy().tobytes() + sums.numpy().tobytes()).hexdigest())"
+    )
+    outputs = {
+        subprocess.run([sys.executable, "-c", program.format(number)], capture_output=True, text=True).stdout
+        for number in (1, 2)
+    }
+    assert len(outputs) == 1, outputs
+    assert len(outputs.pop().strip()) == 64
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
+def test_without_a_compiler_the_eager_form_runs_and_says_so(compiler, monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(fused, "_library", fused.functools.cache(fused._library.__wrapped__))
+    x = tile_of(3, 20, torch.float32, seed=3)
+    with pytest.warns(UserWarning, match=f"runs unfused .*{compiler} failed"):
+        (_, sums), (_, want) = both(x, 10.0, -10.0)
+    torch.testing.assert_close(sums, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_read_only_home_compiles_elsewhere(monkeypatch, tmp_path):
+    (tmp_path / "sigray").write_text("a file where the folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(fused.tempfile, "gettempdir", lambda: str(tmp_path))
+    built = fused._compile("gcc")
+    assert built.parent.parent == tmp_path
+    assert built.exists()
