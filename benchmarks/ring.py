@@ -73,7 +73,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--batch-size", type=int, default=4096, help="over all ranks")
+    parser.add_argument("--batch-size", type=int, default=8192, help="over all ranks")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results/")

@@ -15,35 +15,48 @@ from torch import Tensor
 
 
 def cached_backward(
-    encode: Callable[[int], tuple[Tensor, ...]], num_micro_batches: int, loss: Callable[..., Tensor]
+    encode: Callable[[slice], tuple[Tensor, ...]],
+    loss: Callable[..., Tensor],
+    *,
+    num_rows: int,
+    micro_batch_size: int,
 ) -> Tensor:
-    """Add the gradients of a loss over all micro-batches to the parameters that `encode` and `loss` use.
+    """Add the gradients of a loss over all rows of a batch to the parameters that `encode` and `loss` use.
 
     With one micro-batch nothing is computed twice.
 
     Args:
-        encode: features of micro-batch i, each (rows, D). Must return the same when called again, so it sets the
+        encode: features of some rows, each kind (rows, D). Must return the same when called again, so it sets the
             random state (dropout, patch dropout) and enters autocast itself. Layers that count their calls, such as
-            batch norm's running statistics, see every micro-batch twice.
-        num_micro_batches: at least 1.
-        loss: scalar of the features of all micro-batches, each kind concatenated to (B, D).
+            batch norm's running statistics, see every row twice.
+        loss: scalar of the features of all rows, each kind (num_rows, D).
+        num_rows: of the batch on this rank.
+        micro_batch_size: rows that are encoded at once; the last ones may be fewer.
 
     Returns:
         The loss, without a graph.
     """
-    if num_micro_batches == 1:
-        value = loss(*encode(0))
+    if micro_batch_size >= num_rows:
+        value = loss(*encode(slice(0, num_rows)))
         value.backward()
         return value.detach()
+    micro_batches = [
+        slice(start, min(start + micro_batch_size, num_rows)) for start in range(0, num_rows, micro_batch_size)
+    ]
+    features: list[Tensor] = []
     with torch.no_grad():
-        micro_batches = [encode(number) for number in range(num_micro_batches)]
-    features = [torch.cat(parts).requires_grad_() for parts in zip(*micro_batches, strict=True)]
-    num_rows = [len(parts[0]) for parts in micro_batches]
-    del micro_batches
-    value = loss(*features)
+        for rows in micro_batches:
+            parts = encode(rows)
+            # Straight into their place: small blocks kept between large freed ones would make the heap grow.
+            features = features or [part.new_empty(num_rows, *part.shape[1:]) for part in parts]
+            for whole, part in zip(features, parts, strict=True):
+                whole[rows] = part
+    del parts, part
+    value = loss(*(whole.requires_grad_() for whole in features))
     value.backward()
-    gradients = [tensor.grad.split(num_rows) for tensor in features if tensor.grad is not None]
-    assert len(gradients) == len(features), "the loss does not depend on all features"
-    for number in range(num_micro_batches):
-        torch.autograd.backward(encode(number), [parts[number] for parts in gradients])
+    gradients = [whole.grad for whole in features]
+    assert all(gradient is not None for gradient in gradients), "the loss does not depend on all features"
+    del features
+    for rows in micro_batches:
+        torch.autograd.backward(encode(rows), [gradient[rows] for gradient in gradients if gradient is not None])
     return value.detach()

@@ -90,9 +90,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         try:
             loss = cached_backward(
-                lambda number: self._encode(batch, slice(number * size, (number + 1) * size), number),
-                -(-len(batch.images) // size),
+                lambda rows: self._encode(batch, rows, rows.start // size),
                 lambda image, text: self._global_loss(image, text, batch.step),
+                num_rows=len(batch.images),
+                micro_batch_size=size,
             )
         except NonFiniteFeatures as error:
             raise FloatingPointError(
