@@ -23,15 +23,9 @@ def ensure_emoji() -> None:
 
 
 def peak_growth_mib(run: Callable[[], object]) -> float:
-    """By how much the resident set of this process grows, at most, while `run` runs (Linux, glibc).
-
-    From the first call on, blocks of a MiB or more go back to the system when they are freed: what counts is what is
-    held, and not what glibc keeps in its heap (half as much again after many micro-batches).
-    """
-    libc, mmap_threshold = ctypes.CDLL(None), -3
-    libc.mallopt(mmap_threshold, 2**20)
+    """By how much the resident set of this process grows, at most, while `run` runs (Linux, glibc)."""
     gc.collect()
-    libc.malloc_trim(0)  # what earlier work left free would hide what this takes
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier work left free would hide what this takes
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
     before = _status_mib("VmRSS")
     run()
