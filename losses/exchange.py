@@ -167,7 +167,8 @@ class Ranks:
         # A row's sum is finite where its elements are: unit norm is far from overflow.
         sums = [image.float().sum(dim=1), text.float().sum(dim=1), logit_scale.detach(), logit_bias.detach()]
         bad = [(~torch.isfinite(values)).flatten() for values in sums]
-        first_bad = [torch.where(flags.any(), flags.int().argmax(), -1) for flags in bad if len(flags)]
+        none = torch.tensor(-1, device=image.device)
+        first_bad = [torch.where(flags.any(), flags.int().argmax(), none) if len(flags) else none for flags in bad]
         shape = [len(image), len(text), image.shape[1], text.shape[1]]
         mine = torch.cat([torch.tensor(shape, device=image.device), torch.stack(first_bad)])
         held = self.gather(mine[None]).tolist()

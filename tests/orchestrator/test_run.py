@@ -52,9 +52,15 @@ class SmallRun:
         content = {
             "run": {"name": "small", "dir": str(folder / "runs")},
             "data": {"shards": str(folder / "train"), "block_size": 16, "num_lanes": 3, "shuffle_window": 32},
-            # Patch dropout: a step depends on its random state, which a resumed run must find again.
+            # Patch dropout: a step depends on its random state, which a resumed run must find again, and the second
+            # pass over a micro-batch as well.
             "model": {"towers": {**TOWERS, "vision_cfg": {**TOWERS["vision_cfg"], "patch_dropout": 0.25}}},
-            "train": {"num_samples": NUM_STEPS * BATCH, "global_batch_size": BATCH, "log_every_steps": 1},
+            "train": {
+                "num_samples": NUM_STEPS * BATCH,
+                "global_batch_size": BATCH,
+                "micro_batch_size": 6,
+                "log_every_steps": 1,
+            },
             "optim": {"num_warmup_samples": 48},
             "eval": {"pixel_baseline": True, "sets": {"colours": colours}},
             "cluster": {"num_workers": 2},
