@@ -58,7 +58,7 @@ class SmallRun:
             "train": {
                 "num_samples": NUM_STEPS * BATCH,
                 "global_batch_size": BATCH,
-                "micro_batch_size": 6,
+                "micro_batch_size": 4,
                 "log_every_steps": 1,
             },
             "optim": {"num_warmup_samples": 48},
