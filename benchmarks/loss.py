@@ -198,9 +198,9 @@ def main() -> None:
         print(f"B = 262,144, D = 64: {figures['seconds_262144']:.0f} s")
     order = ["speedup_open_clip_f32", "speedup_open_clip_bf16", "floor_ratio_f32", "floor_ratio_bf16", "memory_mb_32k"]
     last = {name: figures[name] for name in order if name in figures}
-    report(
-        "loss", repetitions, {name: value for name, value in figures.items() if name not in last} | last, options.save
-    )
+    name = "loss" if len(options.dtypes) == len(DTYPES) else "loss-" + "-".join(options.dtypes)
+    rest = {key: value for key, value in figures.items() if key not in last}
+    report(name, repetitions, rest | last, options.save)
 
 
 if __name__ == "__main__":
