@@ -89,11 +89,14 @@ class RunConfig(Section):
         micro, part = self.train.micro_batch_size, batch // workers
         if micro is not None and part % micro:
             divisors = [size for size in range(1, part + 1) if part % size == 0]
-            near = [*[size for size in divisors if size < micro][-1:], *[size for size in divisors if size > micro][:1]]
+            nearest = [
+                *[size for size in divisors if size < micro][-1:],
+                *[size for size in divisors if size > micro][:1],
+            ]
             problems.append(
                 f"train.micro_batch_size={micro} does not divide the {part} pairs of each training worker "
                 f"(train.global_batch_size={batch} over cluster.num_workers={workers}): "
-                f"{' or '.join(map(str, near))} would"
+                f"{' or '.join(map(str, nearest))} would"
             )
         if batch > self.train.num_samples:
             problems.append(
