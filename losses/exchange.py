@@ -165,7 +165,12 @@ class Ranks:
         """
         image, text = image_features.detach(), text_features.detach()
         # A row's sum is finite where its elements are: unit norm is far from overflow.
-        sums = [image.float().sum(dim=1), text.float().sum(dim=1), logit_scale.detach(), logit_bias.detach()]
+        sums = [
+            image.sum(dim=1, dtype=torch.float32),
+            text.sum(dim=1, dtype=torch.float32),
+            logit_scale.detach(),
+            logit_bias.detach(),
+        ]
         bad = [(~torch.isfinite(values)).flatten() for values in sums]
         none = torch.tensor(-1, device=image.device)
         first_bad = [torch.where(flags.any(), flags.int().argmax(), none) if len(flags) else none for flags in bad]
