@@ -24,6 +24,7 @@ def _absolute(path: str) -> str:
 
 # Made absolute when the config is read: Ray moves its workers to another folder, and a run may be resumed from one.
 LocalOrUri = Annotated[str, AfterValidator(_absolute)]
+LocalPath = Annotated[str, AfterValidator(os.path.abspath)]
 Patterns = LocalOrUri | list[LocalOrUri]
 TokenizerName = Annotated[str, AfterValidator(lambda name: name if name == "open_clip" else _absolute(name))]
 
@@ -36,33 +37,84 @@ class Section(BaseModel):
     )
 
 
-class DataConfig(Section):
+class S3Config(Section):
+    endpoint: str | None = None
+    """Endpoint URL of an S3-compatible store; by default AWS_ENDPOINT_URL, else Amazon's own."""
+    region: str | None = None
+    """By default AWS_DEFAULT_REGION or the profile's."""
+    profile: str | None = None
+    """Profile of the AWS credentials file; by default AWS_PROFILE, or the keys in the environment."""
+    anonymous: bool = False
+    """Send unsigned requests, for public buckets."""
+    num_connections: PositiveInt = 4
+    """Parts of one shard that are fetched at the same time where its reader waits for them; 8 MiB of memory each."""
+    read_timeout_s: Annotated[float, Field(gt=0)] = 10
+    """A connection that brings no byte for this long is given up and resumed by another."""
+    deadline_s: Annotated[float, Field(gt=0)] = 300
+    """An object that brings no byte for this long, however often it was tried, ends the run."""
+
+
+class WeightedShards(Section):
     shards: Patterns
-    """WebDataset tars: a path, a glob, a brace pattern, a folder, an s3://bucket/prefix, or a list of these."""
+    """As data.shards."""
+    weight: Annotated[float, Field(gt=0)]
+    """Share of the samples seen that come from this dataset, relative to the other weights."""
+
+
+class DataConfig(Section):
+    shards: Patterns | dict[str, WeightedShards]
+    """WebDataset tars: a path, a glob, a brace pattern, a folder, an s3://bucket/prefix, or a list of these; or several
+    named datasets that are mixed: {photos: {shards: PATTERN, weight: 3}, drawings: {shards: PATTERN, weight: 1}}."""
     image_keys: list[str] = ["jpg", "jpeg", "png", "webp"]
     """Endings of a sample's image member; the first one present is used."""
-    caption_keys: list[str] = ["txt"]
-    """Endings of a sample's caption member (UTF-8 text); the first one present is used."""
+    captions: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] = {"txt": 1.0}
+    """Where a sample's caption stands, with weights: a member's ending (txt), or a field of a JSON member
+    (json:captions.en). Of those that a sample has, one is drawn for each epoch."""
     num_lanes: PositiveInt = 8
     """Parallel streams that an epoch is cut into. A property of the run's order, not of the machines: keep it."""
     shuffle_window: PositiveInt = 1024
-    """Samples that are shuffled together inside a lane (shards are permuted as well). Encoded, in a worker's memory."""
+    """Samples that are shuffled together inside a lane (shards are permuted as well)."""
+    crop: Literal["random", "center"] = "random"
+    """random: a random part of the image, another one in each epoch, as open_clip trains; center: the middle square."""
+    crop_scale: tuple[Fraction, Fraction] = (0.9, 1.0)
+    """Smallest and largest part of the image's area that a random crop takes."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Smallest and largest width / height of a random crop."""
+    max_image_pixels: PositiveInt = 89_478_485
+    """Images with more pixels are refused before they are decoded (Pillow's limit against decompression bombs)."""
     block_size: PositiveInt = 64
     """Decoded samples that travel together through the object store."""
-    num_workers: PositiveInt = 1
-    """Data-shard workers: Ray actors that read, decode and tokenize."""
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Data-shard workers: Ray actors that read, decode and tokenize. [least, most]: as many as the trainers need."""
     cpus_per_worker: Annotated[float, Field(ge=0)] = 1
     """CPUs that Ray reserves for each data-shard worker."""
     prefetch_batches: PositiveInt = 4
     """Global batches that are asked for ahead of use."""
+    shared_blocks: PositiveInt = 1
+    """Newest blocks of each lane that a data-shard worker keeps for other readers of the same stream."""
     cache_mib: NonNegativeInt = 256
-    """Memory of each data-shard worker for decoded samples, filled once, for later epochs of small data; 0: none."""
+    """Memory of each data-shard worker for decoded images, filled once, for later epochs of small data where crop is
+    center; 0: none."""
     worker_timeout_s: Annotated[float, Field(gt=0)] = 120
     """A block that takes longer than this has its data-shard worker replaced."""
     max_bad_fraction: Fraction = 0.01
     """Refused samples (unreadable image, no caption) per sample read, above which the run stops with the reasons."""
-    s3_endpoint: str | None = None
-    """Endpoint URL of an S3-compatible store for s3:// shards; by default what boto3 finds in the environment."""
+    s3: S3Config = S3Config()
+    """How s3:// shards are reached."""
+    shard_cache: LocalPath | None = None
+    """Folder on each data host that keeps s3:// shards for later epochs; null: they are streamed every time."""
+    shard_cache_gib: Annotated[float, Field(gt=0)] = 50
+    """Size of that folder at most; the shards used longest ago are deleted first."""
+
+    @model_validator(mode="after")
+    def _ranges_rise(self) -> DataConfig:
+        for name in ("crop_scale", "crop_ratio", "num_workers"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and not 0 < value[0] <= value[1]:
+                raise ValueError(f"{name}={list(value)}: [smallest, largest] expected")
+        if isinstance(self.shards, dict) and not self.shards:
+            raise ValueError("shards={}: at least one dataset expected")
+        return self
 
 
 class ModelConfig(Section):
@@ -109,6 +161,8 @@ class TrainConfig(Section):
     """fp32, or bf16: autocast of the towers and products of the loss (weights, sums and optimizer stay fp32)."""
     log_every_steps: PositiveInt = 10
     """Steps between two lines of metrics; the host reads the device only then."""
+    ledger: bool = False
+    """Write every pair that entered a loss to RUN/ledger/, for `sigray data audit`."""
 
 
 class LossConfig(Section):
