@@ -24,11 +24,14 @@ from orchestrator.backends import torch_config, worker_resources
 from orchestrator.config import ConfigError, RunConfig, check_resume
 from orchestrator.folder import CONFIG, RunFolder
 from orchestrator.monitor import Display, RayHooks, RunMonitor, TensorBoard
+from orchestrator.policy import wanted_data_workers
 from workers.checkpoint import CheckpointInfo, is_committed, list_checkpoints
-from workers.shards import DataError, Manifest, list_shards, scan_shards
+from workers.shards import Manifest, in_threads, list_shards, scan_shards
+from workers.tar import DataError
 
 if TYPE_CHECKING:
     from workers.feed import BlockSource
+    from workers.pool import DataPool
     from workers.train import Hooks, TrainJob
 
 _POLL_S = 0.5
@@ -76,15 +79,19 @@ def train(
             "choose another run.name, or add --overwrite to delete it"
         )
     folder.storage.check_writable()
-    manifest = _scan(config, display)
-    if resume_from is not None:
-        _check_unchanged(folder.manifest(), manifest)
-    _check_model_and_sets(config)
-    if resume_from is None and folder.is_used():
-        folder.clear()
-    folder.begin(config, manifest)
-
-    with _ray(config, display), _Run(config, folder, manifest, display) as run:
+    with contextlib.ExitStack() as stack:
+        if _cluster_address(config):  # a cluster that is there already reads the headers of the shards
+            stack.enter_context(_ray(config, display))
+        manifest = _scan(config, display)
+        if resume_from is not None:
+            _check_unchanged(folder.manifest(), manifest)
+        _check_model_and_sets(config)
+        if resume_from is None and folder.is_used():
+            folder.clear()
+        folder.begin(config, manifest)
+        if not _cluster_address(config):
+            stack.enter_context(_ray(config, display))
+        run = stack.enter_context(_Run(config, folder, manifest, display))
         try:
             status = run.watch()
             if status == "finished":
@@ -138,8 +145,11 @@ class _Run:
     def __enter__(self) -> _Run:
         import ray
 
+        from workers.pool import DataPool
+
         self._monitor: Any = ray.remote(num_cpus=0)(RunMonitor).remote()
-        self._data_workers = _start_data_workers(self.config, self.manifest)
+        self._pool = DataPool(self.manifest, self.config.data, self.config.model, seed=self.config.run.seed)
+        self._lines_since_resize: list[dict[str, float]] = []
         self._tensorboard: TensorBoard | None = None
         self._to_evaluate: list[CheckpointInfo] = []
         self._evaluation: tuple[CheckpointInfo, Any] | None = None  # the one that runs, and its reference
@@ -190,7 +200,7 @@ class _Run:
 
     def _fit(self) -> None:
         try:
-            _trainer(self.config, self.folder, self.manifest, self._data_workers, self._monitor).fit()
+            _trainer(self.config, self.folder, self.manifest, self._pool, self._monitor).fit()
         except BaseException as error:
             self._failure = error
 
@@ -208,6 +218,7 @@ class _Run:
             elif event["kind"] == "metrics":
                 self.folder.append_metrics(content)
                 self.display.metrics(content)
+                self._resize_pool(content)
                 if self._tensorboard is not None:
                     self._tensorboard.metrics(content)
             elif event["kind"] == "checkpoint":
@@ -216,7 +227,19 @@ class _Run:
                     self._to_evaluate.append(info)
             elif event["kind"] == "failed":
                 self._failure = content
+        self._pool.tend()
         self._evaluate_next()
+
+    def _resize_pool(self, line: dict[str, float]) -> None:
+        num_workers = self.config.data.num_workers
+        if isinstance(num_workers, int):
+            return
+        self._lines_since_resize.append(line)
+        wanted = wanted_data_workers(self._lines_since_resize, self._pool.size, *num_workers)
+        if wanted != self._pool.size:
+            self.display.say(f"data-shard workers: {self._pool.size} -> {wanted} (data wait {line['data/wait_pct']:.0f} %)")
+            self._pool.resize(wanted)
+            self._lines_since_resize = []
 
     def _begin_attempt(self, facts: dict[str, Any]) -> None:
         if self._training_since is None:
@@ -286,16 +309,16 @@ def train_job(config: RunConfig, manifest: Manifest, blocks: BlockSource, hooks:
     )
 
 
-def _trainer(config: RunConfig, folder: RunFolder, manifest: Manifest, data_workers: list[Any], monitor: Any) -> Any:
+def _trainer(config: RunConfig, folder: RunFolder, manifest: Manifest, pool: DataPool, monitor: Any) -> Any:
     """Ray Train's trainer of a run."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    from workers.data_worker import ActorBlocks
+    from workers.pool import PoolBlocks
     from workers.train import train_loop_per_worker
 
     hooks = RayHooks(monitor)
-    job = train_job(config, manifest, ActorBlocks(data_workers, config.data.worker_timeout_s), hooks)
+    job = train_job(config, manifest, PoolBlocks(pool.worker_list, config.data.worker_timeout_s), hooks)
 
     def train_worker(_: dict[str, Any]) -> None:
         try:
@@ -323,20 +346,6 @@ def _trainer(config: RunConfig, folder: RunFolder, manifest: Manifest, data_work
     )
 
 
-def _start_data_workers(config: RunConfig, manifest: Manifest) -> list[Any]:
-    """The data-shard workers. Ray restarts one that dies, and asks the new one what the old one was asked."""
-    import ray
-
-    from workers.data_worker import DataWorker
-
-    actor = ray.remote(
-        num_cpus=config.data.cpus_per_worker, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD"
-    )(DataWorker)
-    return [
-        actor.remote(manifest, config.data, config.model, seed=config.run.seed) for _ in range(config.data.num_workers)
-    ]
-
-
 def _submit_evaluation(config: RunConfig, folder: RunFolder, info: CheckpointInfo) -> Any:
     import ray
 
@@ -359,17 +368,46 @@ def _add_baselines(config: RunConfig, result: dict[str, Any]) -> None:
 
 
 def _scan(config: RunConfig, display: Display) -> Manifest:
-    def announce(done: int, total: int) -> None:
-        if not done:
-            display.say(f"reading the headers of {total} shards")
+    parallel_map = _in_tasks if _cluster_address(config) else in_threads
+    manifest = scan_shards(config.data.shards, config.data, _ScanProgress(display), parallel_map)
 
-    manifest = scan_shards(config.data.shards, config.data, announce)
-    if manifest.num_samples < config.train.global_batch_size:
-        raise ConfigError(
-            f"train.global_batch_size={config.train.global_batch_size} is larger than the {manifest.num_samples} "
-            "samples of data.shards: one batch would hold a pair twice and count it as its own negative"
-        )
+    from workers.data_worker import build_order
+
+    batch = config.train.global_batch_size
+    order = build_order(manifest, config.data, config.run.seed)
+    for number, (name, dataset) in enumerate(zip(manifest.datasets(), order.datasets, strict=True)):
+        share = order.num_of_dataset(number, batch)
+        if dataset.num_samples < share:
+            raise ConfigError(
+                f"train.global_batch_size={batch} takes {share} samples of data.shards{'.' + name if name else ''}, which "
+                f"has {dataset.num_samples}: one batch would hold a pair twice and count it as its own negative"
+            )
     return manifest
+
+
+class _ScanProgress:
+    """A line when shards have to be read, and one about every ten seconds of it."""
+
+    def __init__(self, display: Display) -> None:
+        self._display, self._said = display, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if not done:
+            self._display.say(f"reading the headers of {total:,} shards")
+        elif time.monotonic() - self._said > 10:
+            self._display.say(f"read the headers of {done:,} of {total:,} shards")
+        else:
+            return
+        self._said = time.monotonic()
+
+
+def _in_tasks(function: Any, items: list[Any]) -> Iterator[Any]:
+    """A `ParallelMap` over the cluster that this driver has joined."""
+    import ray
+
+    task = ray.remote(num_cpus=1, max_retries=3)(lambda item: function(item))
+    for reference in [task.remote(item) for item in items]:
+        yield ray.get(reference)
 
 
 def _check_unchanged(saved: Manifest, now: Manifest) -> None:
@@ -381,17 +419,22 @@ def _check_unchanged(saved: Manifest, now: Manifest) -> None:
 
 def _check_model_and_sets(config: RunConfig) -> None:
     """What can be found wrong without a cluster: shapes, tokenizer, held-out sets, and that the towers can be built."""
-    from workers.decode import build_tokenizer
     from workers.evaluate import read_classes
+    from workers.tokenizer import build_tokenizer
     from workers.towers import check_model, shapes
 
     _, context_length, vocab_size = shapes(config.model)
     build_tokenizer(config.model, context_length, vocab_size)
     for spec in config.eval.sets.values():
-        list_shards(spec.shards, s3_endpoint=config.data.s3_endpoint)
+        list_shards(spec.shards, config.data.s3)
         if spec.classes:
             read_classes(spec.classes)
     check_model(config.model)
+
+
+def _cluster_address(config: RunConfig) -> str | None:
+    """Of the cluster that the run joins; None: it starts a Ray of its own."""
+    return config.cluster.address or os.environ.get("RAY_ADDRESS") or None
 
 
 @contextlib.contextmanager
@@ -400,7 +443,7 @@ def _ray(config: RunConfig, display: Display) -> Iterator[None]:
     # One result per controller poll: at Ray's default of 2 s every checkpoint would hold all ranks for 2 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1" if config.cluster.dashboard else "0")
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = _cluster_address(config)
     if not address and not config.cluster.dashboard:
         for name, value in _LEAN_RAY.items():
             os.environ.setdefault(name, value)
@@ -410,9 +453,11 @@ def _ray(config: RunConfig, display: Display) -> Iterator[None]:
         display.say(f"joining the Ray cluster at {address}")
         ray.init(address=address, log_to_driver=False)
     else:
+        num_workers = config.data.num_workers
+        num_data_workers = num_workers if isinstance(num_workers, int) else num_workers[1]
         needed = (
             config.cluster.num_workers * config.cluster.cpus_per_worker
-            + config.data.num_workers * config.data.cpus_per_worker
+            + num_data_workers * config.data.cpus_per_worker
             + 1  # evaluation
         )
         display.say("starting Ray on this machine")

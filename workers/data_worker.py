@@ -1,10 +1,11 @@
-"""The data-shard worker: a Ray actor that turns (lane, block number) into a decoded block.
+"""The data-shard worker: turns (lane, block number) into a decoded block.
 
     K  samples in a block            S  image size            T  context length
 
 It holds nothing that cannot be computed again, so it may be killed, restarted or doubled at any moment: the same
 question has the same answer from any worker at any time. What it keeps between calls are caches only: for each lane
-the open shard and the encoded samples of one shuffle window, and decoded samples for the next epoch.
+the open shard and the encoded samples of one shuffle window, and decoded images for the next epoch where no random
+crop changes them.
 
 A refused sample is replaced by a rule that depends on the order alone: by the first usable one among the slots of its
 own window, from half a window further on, so that the two copies of the replacement stand in different batches.
@@ -12,23 +13,24 @@ own window, from half a window further on, so that the two copies of the replace
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
-from collections.abc import Iterator
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from workers.config import DataConfig, ModelConfig
-from workers.decode import Refused, build_tokenizer, decode_caption, decode_image, pick_member
-from workers.order import StreamOrder, Window
-from workers.shards import DataError, Manifest, read_samples
+from workers.decode import Decoder, Refused, sample_random
+from workers.order import DatasetOrder, SampleRef, StreamOrder, Window
+from workers.shards import Manifest, caption_member, read_samples
+from workers.tar import DataError, TarSample
+from workers.tokenizer import build_tokenizer
 from workers.towers import shapes
 
-logger = logging.getLogger(__name__)
-
-Sample = dict[str, Any]
+# Windows of remote shards that are read while the one before is decoded.
+_NUM_READERS = 2
 
 
 @dataclass
@@ -37,14 +39,20 @@ class Block:
 
     images: np.ndarray  # (K, S, S, 3) uint8
     tokens: np.ndarray  # (K, T) int32
+    samples: np.ndarray  # (K, 3) int64: epoch, shard in the manifest, index in the shard
+    keys: list[str]  # of the pairs that stand in the rows
+    replaced: np.ndarray  # (K,) bool: the row's own sample was refused, another one stands in its place
     refused: Counter[str] = field(default_factory=Counter)  # samples replaced in this block, by reason
     refused_keys: dict[str, str] = field(default_factory=dict)  # the first of each reason: shard url and key
+    decode_s: float = 0.0  # how long the worker was busy with it
 
 
 def build_order(manifest: Manifest, data: DataConfig, seed: int) -> StreamOrder:
     """The order of a run's training stream."""
+    datasets = manifest.datasets()
     return StreamOrder(
-        [shard.num_samples for shard in manifest.shards],
+        [[shard.num_samples for shard in shards] for shards in datasets.values()],
+        [data.shards[name].weight for name in datasets] if isinstance(data.shards, dict) else (1.0,),
         seed=seed,
         num_lanes=data.num_lanes,
         shuffle_window=data.shuffle_window,
@@ -52,7 +60,7 @@ def build_order(manifest: Manifest, data: DataConfig, seed: int) -> StreamOrder:
 
 
 class DataWorker:
-    """Evaluates lanes. A plain class; `orchestrator/launch.py` makes Ray actors of it.
+    """Evaluates lanes. A plain class; `workers/pool.py` makes Ray actors of it.
 
     Args:
         manifest: the run's shards.
@@ -62,14 +70,14 @@ class DataWorker:
     """
 
     def __init__(self, manifest: Manifest, data: DataConfig, model: ModelConfig, *, seed: int) -> None:
-        self._manifest, self._data = manifest, data
+        self._manifest, self._data, self._seed = manifest, data, seed
         self._order = build_order(manifest, data, seed)
         self._image_size, self._context_length, vocab_size = shapes(model)
         self._tokenizer = build_tokenizer(model, self._context_length, vocab_size)
-        self._readers: dict[int, _LineReader] = {}
-        self._windows: dict[int, tuple[tuple[int, int], list[Sample]]] = {}
-        self._newest: dict[int, tuple[int, Block]] = {}
-        self._cache = _Cache(data.cache_mib * 2**20)
+        self._decoder = Decoder(data, self._image_size)
+        self._windows = _Windows(manifest, self._order, data)
+        self._blocks: dict[int, OrderedDict[int, Block]] = {}  # the latest used last
+        self._cache = _Cache(data.cache_mib * 2**20 if data.crop == "center" else 0, data)
 
     def block(self, lane: int, number: int) -> Block:
         """Samples [number K, (number + 1) K) of a lane.
@@ -77,139 +85,173 @@ class DataWorker:
         Raises:
             DataError: for a shard that changed or broke, and for a window without a single usable sample.
         """
-        known = self._newest.get(lane)
-        if known is None or known[0] != number:  # two ranks may share a lane's block: decode it once
-            known = self._newest[lane] = (number, self._decode_block(lane, number))
-        return known[1]
+        blocks = self._blocks.setdefault(lane, OrderedDict())
+        if number not in blocks:  # ranks may share a block, and runs a stream: decode it once
+            begin = time.perf_counter()
+            block = self._decode_block(lane, number)
+            block.decode_s = time.perf_counter() - begin
+            blocks[number] = block
+            while len(blocks) > self._data.shared_blocks:
+                blocks.popitem(last=False)
+        blocks.move_to_end(number)
+        return blocks[number]
 
     def _decode_block(self, lane: int, number: int) -> Block:
         size, image_size = self._data.block_size, self._image_size
-        images = np.empty((size, image_size, image_size, 3), np.uint8)
-        tokens = np.empty((size, self._context_length), np.int32)
-        refused: Counter[str] = Counter()
-        refused_keys: dict[str, str] = {}
-        captions: dict[int, str] = {}  # of the rows that were decoded now
-        places: dict[int, tuple[int, int]] = {}  # of those that are good for the cache
+        block = Block(
+            images=np.empty((size, image_size, image_size, 3), np.uint8),
+            tokens=np.empty((size, self._context_length), np.int32),
+            samples=np.empty((size, 3), np.int64),
+            keys=[],
+            replaced=np.zeros(size, bool),
+        )
+        captions = []
         for row in range(size):
-            window, slot = self._order.window(lane, number * size + row)
-            place = self._order.locate(window.epoch, window.start + int(window.permutation[slot])).in_manifest
-            known = self._cache.get(place)
-            if known is not None:
-                images[row], tokens[row] = known
-                continue
-            samples = self._load(lane, window)
-            sample = samples[window.permutation[slot]]
+            index = number * size + row
+            window, slot = self._order.window(lane, index)
+            ref = self._order.dataset_of(lane).locate(window.epoch, window.start + int(window.permutation[slot]))
+            block.samples[row] = ref.epoch, ref.shard, ref.index
+            sample = self._cache.sample(ref)
+            if sample is None:
+                samples = self._windows.get(lane, index)
+                sample = samples[window.permutation[slot]]
             try:
-                images[row], captions[row] = self._decode(sample)
-                places[row] = place
+                captions.append(self._decode(sample, ref, block.images[row]))
             except Refused as reason:
-                refused[str(reason)] += 1
-                refused_keys.setdefault(str(reason), f"{sample['__url__']} {sample['__key__']}")
-                images[row], captions[row] = self._replacement(window, slot, samples)
-        if captions:
-            tokens[list(captions)] = self._tokenizer(list(captions.values()))
-        for row, place in places.items():
-            self._cache.put(place, images[row], tokens[row])
-        return Block(images, tokens, refused, refused_keys)
+                block.refused[str(reason)] += 1
+                url = self._manifest.shards[ref.shard].url
+                block.refused_keys.setdefault(str(reason), f"{url} {sample.key}")
+                block.replaced[row] = True
+                sample, caption = self._replacement(lane, index, ref, block.images[row])
+                captions.append(caption)
+            block.keys.append(sample.key)
+        block.tokens[:] = self._tokenizer(captions)
+        return block
 
-    def _decode(self, sample: Sample) -> tuple[np.ndarray, str]:
-        caption = decode_caption(pick_member(sample, self._data.caption_keys, "caption"))
-        return decode_image(pick_member(sample, self._data.image_keys, "image"), self._image_size), caption
+    def _decode(self, sample: TarSample, ref: SampleRef, out: np.ndarray) -> str:
+        """The image into `out`; returns the caption."""
+        if sample.has_duplicates:
+            raise Refused("duplicate key")
+        random = sample_random(self._seed, ref.epoch, ref.shard, ref.index)
+        caption = self._decoder.choose_caption(sample.members, random)
+        cached = self._cache.image(ref)
+        if cached is None:
+            self._decoder.decode_image(sample.members, out, random)
+            self._cache.put(ref, sample, out)
+        else:
+            out[:] = cached
+        return caption
 
-    def _replacement(self, window: Window, slot: int, samples: list[Sample]) -> tuple[np.ndarray, str]:
+    def _replacement(self, lane: int, index: int, ref: SampleRef, out: np.ndarray) -> tuple[TarSample, str]:
+        window, slot = self._order.window(lane, index)
+        samples = self._windows.get(lane, index)
         length = len(window.permutation)
         for step in range(length):
+            sample = samples[window.permutation[(slot + length // 2 + step) % length]]
             try:
-                return self._decode(samples[window.permutation[(slot + length // 2 + step) % length]])
+                if sample.has_duplicates:
+                    continue
+                random = sample_random(self._seed, ref.epoch, ref.shard, ref.index)
+                caption = self._decoder.choose_caption(sample.members, random)
+                self._decoder.decode_image(sample.members, out, random)
             except Refused:
                 continue
-        first = samples[0]
+            return sample, caption
         raise DataError(
-            f"none of {length} neighbouring samples is usable, from {first['__url__']} key {first['__key__']} on: "
-            "run without these shards, or check data.image_keys and data.caption_keys"
+            f"none of {length} neighbouring samples is usable, from {self._manifest.shards[ref.shard].url} key "
+            f"{samples[0].key} on: run without these shards, or check data.image_keys and data.captions"
         )
 
-    def _load(self, lane: int, window: Window) -> list[Sample]:
-        """The encoded samples of a window, in the order of the epoch's line."""
-        place = (window.epoch, window.start)
-        if lane not in self._windows or self._windows[lane][0] != place:
-            reader = self._readers.get(lane)
-            if reader is None or (reader.epoch, reader.position) != place:
-                reader = self._readers[lane] = _LineReader(self._manifest, self._order, self._data, *place)
-            self._windows[lane] = (place, reader.take(len(window.permutation)))
-        return self._windows[lane][1]
+
+class _Windows:
+    """The encoded samples of the windows that lanes are in; of remote shards, the next ones are read meanwhile."""
+
+    def __init__(self, manifest: Manifest, order: StreamOrder, data: DataConfig) -> None:
+        self._manifest, self._order, self._data = manifest, order, data
+        # Readers at different places of a shared stream are in two neighbouring windows at most, nearly always.
+        self._num_kept = 1 if data.shared_blocks == 1 else 2
+        self._loaded: dict[int, dict[tuple[int, int], list[TarSample]]] = {}
+        self._readers: dict[int, _LineReader] = {}
+        self._ahead: dict[int, tuple[tuple[int, int], Future[list[TarSample]]]] = {}
+        # Local shards are mapped: reading them ahead is the kernel's work.
+        is_remote = any(shard.url.startswith("s3://") for shard in manifest.shards)
+        self._threads = ThreadPoolExecutor(_NUM_READERS, "window") if is_remote else None
+
+    def get(self, lane: int, index: int) -> list[TarSample]:
+        """The window around a lane's sample number `index`, in the order of the epoch's line."""
+        window, slot = self._order.window(lane, index)
+        place = window.epoch, window.start
+        loaded = self._loaded.setdefault(lane, {})
+        if place not in loaded:
+            place_ahead, future = self._ahead.pop(lane, (None, None))
+            samples = future.result() if future is not None else []
+            loaded[place] = samples if place_ahead == place else self._read(lane, window)
+            while len(loaded) > self._num_kept:
+                loaded.pop(min(loaded))
+            if self._threads is not None:
+                following, _ = self._order.window(lane, index - slot + len(window.permutation))
+                place_ahead = following.epoch, following.start
+                self._ahead[lane] = place_ahead, self._threads.submit(self._read, lane, following)
+        return loaded[place]
+
+    def _read(self, lane: int, window: Window) -> list[TarSample]:
+        reader = self._readers.get(lane)
+        if reader is None or (reader.epoch, reader.position) != (window.epoch, window.start):
+            if reader is not None:
+                reader.close()
+            dataset = self._order.dataset_of(lane)
+            reader = _LineReader(self._manifest, dataset, self._data, window.epoch, window.start)
+            self._readers[lane] = reader
+        return reader.take(len(window.permutation))
 
 
 class _Cache:
-    """Decoded (image, tokens) by place in the manifest; takes no more once it is full."""
+    """Decoded images and what their captions stand in, by place in the manifest; takes no more once it is full."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self._free_bytes = max_bytes
-        self._samples: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+    def __init__(self, max_bytes: int, data: DataConfig) -> None:
+        self._free_bytes, self._endings = max_bytes, {caption_member(source) for source in data.captions}
+        self._samples: dict[tuple[int, int], tuple[np.ndarray, TarSample]] = {}
 
-    def get(self, place: tuple[int, int]) -> tuple[np.ndarray, np.ndarray] | None:
-        return self._samples.get(place)
+    def sample(self, ref: SampleRef) -> TarSample | None:
+        """The sample without its image."""
+        known = self._samples.get(ref.in_manifest)
+        return known[1] if known else None
 
-    def put(self, place: tuple[int, int], image: np.ndarray, tokens: np.ndarray) -> None:
-        num_bytes = image.nbytes + tokens.nbytes + 512  # 512: the objects around them, about
+    def image(self, ref: SampleRef) -> np.ndarray | None:
+        """(S, S, 3)."""
+        known = self._samples.get(ref.in_manifest)
+        return known[0] if known else None
+
+    def put(self, ref: SampleRef, sample: TarSample, image: np.ndarray) -> None:
+        small = {ending: bytes(content) for ending, content in sample.members.items() if ending in self._endings}
+        num_bytes = image.nbytes + sum(map(len, small.values())) + 1024  # 1024: the objects around them, about
         if num_bytes <= self._free_bytes:
             self._free_bytes -= num_bytes
-            self._samples[place] = image.copy(), tokens.copy()
+            self._samples[ref.in_manifest] = image.copy(), TarSample(sample.key, sample.index, 0, small)
 
 
 class _LineReader:
     """Reads one epoch's line of shards from a position on. Neighbouring windows share an open shard."""
 
-    def __init__(self, manifest: Manifest, order: StreamOrder, data: DataConfig, epoch: int, position: int) -> None:
+    def __init__(
+        self, manifest: Manifest, dataset: DatasetOrder, data: DataConfig, epoch: int, position: int
+    ) -> None:
         self.epoch, self.position = epoch, position
-        self._manifest, self._order, self._data = manifest, order, data
+        self._manifest, self._dataset, self._data = manifest, dataset, data
         self._samples = self._read()
 
-    def take(self, count: int) -> list[Sample]:
+    def take(self, count: int) -> list[TarSample]:
         samples = [next(self._samples) for _ in range(count)]
         self.position += count
         return samples
 
-    def _read(self) -> Iterator[Sample]:
+    def close(self) -> None:
+        self._samples.close()
+
+    def _read(self) -> Generator[TarSample]:
         position = self.position
-        while position < self._order.num_samples:
-            ref = self._order.locate(self.epoch, position)
+        while position < self._dataset.num_samples:
+            ref = self._dataset.locate(self.epoch, position)
             shard = self._manifest.shards[ref.shard]
-            yield from read_samples(shard, start=ref.index, s3_endpoint=self._data.s3_endpoint)
+            yield from read_samples(shard, self._data, start=ref.index)
             position += shard.num_samples - ref.index
-
-
-class ActorBlocks:
-    """The way from a training worker to the data-shard workers: lanes dealt over actors, dead and hung ones replaced.
-
-    Args:
-        actors: handles of `DataWorker` actors that Ray restarts (max_restarts=-1, max_task_retries=-1).
-        timeout_s: a block that takes longer has its actor killed and restarted.
-    """
-
-    def __init__(self, actors: list[Any], timeout_s: float) -> None:
-        self._actors, self._timeout_s = actors, timeout_s
-
-    def request(self, lane: int, number: int) -> Any:
-        return self._actor(lane).block.remote(lane, number)
-
-    def wait(self, lane: int, number: int, handle: Any) -> Block:
-        """The block; raises DataError as the worker did, RuntimeError where three workers in a row hang on it."""
-        import ray
-
-        for _ in range(3):
-            try:
-                return ray.get(handle, timeout=self._timeout_s)
-            except ray.exceptions.GetTimeoutError:
-                logger.warning("lane %d block %d took over %.0f s: replacing its worker", lane, number, self._timeout_s)
-                ray.kill(self._actor(lane), no_restart=False)
-                handle = self.request(lane, number)
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from error
-        raise RuntimeError(
-            f"lane {lane} block {number}: three data-shard workers gave no answer within {self._timeout_s:.0f} s each; "
-            "raise data.worker_timeout_s if decoding is slow, or check that the shards can be read"
-        )
-
-    def _actor(self, lane: int) -> Any:
-        return self._actors[lane % len(self._actors)]

@@ -23,9 +23,11 @@ from PIL import Image
 from torch import Tensor
 
 from workers.checkpoint import CheckpointInfo, load_weights
-from workers.config import DataConfig, EvalConfig, EvalSet, ModelConfig
-from workers.decode import Refused, Tokenizer, build_tokenizer, decode_caption, decode_image, pick_member
-from workers.shards import DataError, read_samples, scan_shards
+from workers.config import DataConfig, EvalConfig, EvalSet, ModelConfig, Patterns, WeightedShards
+from workers.decode import Decoder, Refused
+from workers.shards import read_samples, scan_shards
+from workers.tar import DataError, TarSample
+from workers.tokenizer import Tokenizer, build_tokenizer
 from workers.storage import Storage
 from workers.towers import build_model, normalize_pixels, shapes
 
@@ -105,12 +107,14 @@ def load_set(spec: EvalSet, data: DataConfig, image_size: int) -> LoadedSet:
     Raises:
         DataError: where shards are missing or nothing in them is usable.
     """
+    decoder = Decoder(data, image_size)
     images, captions, class_ids, num_refused = [], [], [], 0
     for sample in _all_samples(spec.shards, data):
         try:
-            caption = decode_caption(pick_member(sample, data.caption_keys, "caption"))
+            caption = decoder.choose_caption(sample.members, None)
             class_id = _class_id(sample, spec) if spec.classes else ""
-            image = decode_image(pick_member(sample, data.image_keys, "image"), image_size)
+            image = np.empty((image_size, image_size, 3), np.uint8)
+            decoder.decode_image(sample.members, image, None)
         except Refused:
             num_refused += 1
             continue
@@ -222,14 +226,14 @@ def _rank_of(scores: Tensor, truth: Tensor) -> Tensor:
     return (scores > own).sum(dim=1) + ((scores == own).sum(dim=1) - 1) / 2
 
 
-def _all_samples(patterns: str | list[str], data: DataConfig) -> Iterator[dict[str, Any]]:
+def _all_samples(patterns: Patterns | dict[str, WeightedShards], data: DataConfig) -> Iterator[TarSample]:
     for shard in scan_shards(patterns, data).shards:
-        yield from read_samples(shard, s3_endpoint=data.s3_endpoint)
+        yield from read_samples(shard, data)
 
 
-def _class_id(sample: dict[str, Any], spec: EvalSet) -> str:
+def _class_id(sample: TarSample, spec: EvalSet) -> str:
     try:
-        return str(json.loads(sample["json"])[spec.class_field])
+        return str(json.loads(bytes(sample.members["json"]))[spec.class_field])
     except (KeyError, ValueError) as error:
         raise Refused("no class") from error
 

@@ -20,7 +20,7 @@ import torch
 
 from workers.data_worker import Block
 from workers.order import StreamOrder
-from workers.shards import DataError
+from workers.tar import DataError
 
 
 class BlockSource(Protocol):
@@ -40,6 +40,9 @@ class Batch:
     step: int
     images: torch.Tensor  # (b, S, S, 3) uint8
     tokens: torch.Tensor  # (b, T) int32
+    samples: np.ndarray  # (b, 3) int64: epoch, shard in the manifest, index in the shard
+    keys: list[str]  # of the pairs that stand in the rows
+    replaced: np.ndarray  # (b,) bool: another pair stands in the place of the row's own sample
 
 
 class Feed:
@@ -56,6 +59,7 @@ class Feed:
 
     Attributes:
         wait_s: seconds that the consumer has waited for batches so far.
+        decode_s: seconds that data-shard workers have been busy with the blocks that came.
         refused: samples replaced so far, by reason.
     """
 
@@ -74,7 +78,7 @@ class Feed:
         max_bad_fraction: float,
         pin_memory: bool = False,
     ) -> None:
-        self.wait_s = 0.0
+        self.wait_s = self.decode_s = 0.0
         self.refused: Counter[str] = Counter()
         self.refused_keys: dict[str, str] = {}
         self._order, self._source = order, source
@@ -99,6 +103,11 @@ class Feed:
             if isinstance(batch, Exception):
                 raise batch
             yield batch
+
+    @property
+    def num_ready(self) -> int:
+        """Batches that are assembled and not yet taken."""
+        return self._ready.qsize()
 
     def close(self) -> None:
         """Stop asking for blocks. Safe to call at any time."""
@@ -153,19 +162,25 @@ class Feed:
 
     def _is_past(self, lane: int, number: int, step: int) -> bool:
         """Whether no batch from `step` on takes a sample of this block."""
-        num_lanes = self._order.num_lanes
-        next_index = -(-(step * self._global_batch_size - lane) // num_lanes)
-        return (number + 1) * self._block_size <= next_index
+        return (number + 1) * self._block_size <= self._order.next_index(lane, step, self._global_batch_size)
 
     def _assemble(self, step: int, parts: list[tuple[Block, slice]]) -> Batch:
         images = torch.from_numpy(np.concatenate([block.images[rows] for block, rows in parts]))
         tokens = torch.from_numpy(np.concatenate([block.tokens[rows] for block, rows in parts]))
         if self._pin_memory:
             images, tokens = images.pin_memory(), tokens.pin_memory()
-        return Batch(step, images, tokens)
+        return Batch(
+            step,
+            images,
+            tokens,
+            samples=np.concatenate([block.samples[rows] for block, rows in parts]),
+            keys=[key for block, rows in parts for key in block.keys[rows]],
+            replaced=np.concatenate([block.replaced[rows] for block, rows in parts]),
+        )
 
     def _count(self, block: Block) -> None:
         self._num_read += len(block.images)
+        self.decode_s += block.decode_s
         self.refused.update(block.refused)
         for reason, key in block.refused_keys.items():
             self.refused_keys.setdefault(reason, key)

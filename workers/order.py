@@ -10,6 +10,10 @@ differ by one at most (as mosaicml-streaming's `partition/` cuts an epoch), each
 of a window are permuted. Lane l of epoch e reads segment (l - e N) mod L, which makes the count come out: in every
 epoch each lane holds exactly the positions of its segment, whatever N and L are, and every sample appears once.
 
+Several datasets are mixed by weight: a fixed cycle of positions says whose turn it is, so that every stretch of the
+run has each dataset's share to within one sample. Each dataset is a stream as above with L lanes of its own, and has
+its own epochs.
+
 Nothing here depends on how many workers train or decode. The tests check the same statements sample by sample.
 """
 
@@ -23,7 +27,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class SampleRef:
-    """One sample of one epoch: `index` counts inside shard number `shard` of the manifest."""
+    """One sample of one epoch of its dataset: `index` counts inside shard number `shard` of the manifest."""
 
     epoch: int
     shard: int
@@ -53,35 +57,130 @@ class LaneSlice:
     stop: int
 
 
-class StreamOrder:
-    """The order of one run.
+class DatasetOrder:
+    """The order of one dataset's stream.
 
     Args:
         shard_sizes: samples in each shard, in the manifest's order.
-        seed: the run's seed.
+        seed: the run's seed, and the number of the dataset where there are several.
         num_lanes: L.
         shuffle_window: upper bound of a window's length; the windows of a segment are of equal length, within one.
+        first_shard: number of the first shard in the manifest.
 
     Attributes:
         num_samples: N, samples per epoch.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], *, seed: int, num_lanes: int, shuffle_window: int) -> None:
+    def __init__(
+        self,
+        shard_sizes: Sequence[int],
+        *,
+        seed: tuple[int, ...],
+        num_lanes: int,
+        shuffle_window: int,
+        first_shard: int = 0,
+    ) -> None:
         self.shard_sizes = np.array(shard_sizes, dtype=np.int64)
         self.num_samples = int(self.shard_sizes.sum())
         self.seed, self.num_lanes, self.shuffle_window = seed, num_lanes, shuffle_window
-        # Every lane is inside one epoch, or one of two at its turn, and inside one window.
+        self.first_shard = first_shard
+        # Each lane is inside one window.
         self._lines: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._windows: dict[int, Window] = {}
 
+    def window(self, lane: int, index: int) -> tuple[Window, int]:
+        """The window that holds the lane's sample number `index`, and that sample's slot in it."""
+        epoch, position = divmod(index * self.num_lanes + lane, self.num_samples)
+        offset, segment = divmod(position, self.num_lanes)
+        small, num_larger = divmod(self.num_samples, self.num_lanes)
+        length = small + (segment < num_larger)
+        num_windows = -(-length // self.shuffle_window)
+        number = ((offset + 1) * num_windows - 1) // length
+        first, last = number * length // num_windows, (number + 1) * length // num_windows
+        start = segment * small + min(segment, num_larger) + first
+        known = self._windows.get(lane)
+        if known is None or (known.epoch, known.start) != (epoch, start):
+            permutation = _permutation(last - first, (*self.seed, 1, epoch, segment, number))
+            known = self._windows[lane] = Window(epoch, start, permutation)
+        return known, offset - first
+
+    def locate(self, epoch: int, line_position: int) -> SampleRef:
+        """The sample at a place of the epoch's line of permuted shards."""
+        shards, ends = self._line(epoch)
+        number = int(np.searchsorted(ends, line_position, side="right"))
+        before = int(ends[number - 1]) if number else 0
+        return SampleRef(epoch, self.first_shard + int(shards[number]), line_position - before)
+
+    def _line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shards in the order of this epoch, and where each ends on the line."""
+        line = self._lines.get(epoch)
+        if line is None:
+            shards = _permutation(len(self.shard_sizes), (*self.seed, 0, epoch))
+            line = shards, np.cumsum(self.shard_sizes[shards])
+            # Replaced as a whole: other threads read it. Lanes are in two epochs at most, their read-ahead in a third.
+            self._lines = {known: self._lines[known] for known in sorted(self._lines)[-2:]} | {epoch: line}
+        return line
+
+
+class StreamOrder:
+    """The order of one run: one dataset, or several mixed by weight.
+
+    Lanes are numbered through: lane l of dataset d is lane d L + l of the run.
+
+    Args:
+        datasets: for each dataset, the samples in each of its shards, in the manifest's order.
+        weights: of the datasets.
+        seed: the run's seed.
+        num_lanes: L, of each dataset.
+        shuffle_window: as `DatasetOrder`.
+
+    Attributes:
+        num_samples: samples of all datasets, each once.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Sequence[int]],
+        weights: Sequence[float] = (1.0,),
+        *,
+        seed: int,
+        num_lanes: int,
+        shuffle_window: int,
+    ) -> None:
+        self.num_lanes = num_lanes
+        self.datasets, first_shard = [], 0
+        for number, shard_sizes in enumerate(datasets):
+            # A run with one dataset has the order that it had before there were several.
+            seeds = (seed, number) if number else (seed,)
+            self.datasets.append(
+                DatasetOrder(
+                    shard_sizes,
+                    seed=seeds,
+                    num_lanes=num_lanes,
+                    shuffle_window=shuffle_window,
+                    first_shard=first_shard,
+                )
+            )
+            first_shard += len(shard_sizes)
+        self.num_samples = sum(dataset.num_samples for dataset in self.datasets)
+        self._turns = _turns(weights)
+
     def batch(self, step: int, global_batch_size: int) -> list[LaneSlice]:
         """The global batch of a step, lane by lane: the canonical order of its pairs on any number of ranks."""
-        first, last = step * global_batch_size, (step + 1) * global_batch_size
-        slices = (
-            LaneSlice(lane, -(-(first - lane) // self.num_lanes), -(-(last - lane) // self.num_lanes))
-            for lane in range(self.num_lanes)
-        )
-        return [piece for piece in slices if piece.start < piece.stop]
+        slices = []
+        for number in range(len(self.datasets)):
+            first = self.num_of_dataset(number, step * global_batch_size)
+            last = self.num_of_dataset(number, (step + 1) * global_batch_size)
+            for lane in range(self.num_lanes):
+                start, stop = (-(-(position - lane) // self.num_lanes) for position in (first, last))
+                if start < stop:
+                    slices.append(LaneSlice(number * self.num_lanes + lane, start, stop))
+        return slices
+
+    def next_index(self, lane: int, step: int, global_batch_size: int) -> int:
+        """The first sample of a lane that no step before `step` takes."""
+        dataset, lane = divmod(lane, self.num_lanes)
+        return -(-(self.num_of_dataset(dataset, step * global_batch_size) - lane) // self.num_lanes)
 
     def rank_part(self, step: int, global_batch_size: int, rank: int, world_size: int) -> list[LaneSlice]:
         """Rank's equal, contiguous part of `batch`.
@@ -101,43 +200,51 @@ class StreamOrder:
             slot += count
         return part
 
+    def dataset_of(self, lane: int) -> DatasetOrder:
+        """The dataset that a lane reads."""
+        return self.datasets[lane // self.num_lanes]
+
     def window(self, lane: int, index: int) -> tuple[Window, int]:
         """The window that holds the lane's sample number `index`, and that sample's slot in it."""
-        epoch, position = divmod(index * self.num_lanes + lane, self.num_samples)
-        offset, segment = divmod(position, self.num_lanes)
-        small, num_larger = divmod(self.num_samples, self.num_lanes)
-        length = small + (segment < num_larger)
-        num_windows = -(-length // self.shuffle_window)
-        number = ((offset + 1) * num_windows - 1) // length
-        first, last = number * length // num_windows, (number + 1) * length // num_windows
-        start = segment * small + min(segment, num_larger) + first
-        known = self._windows.get(lane)
-        if known is None or (known.epoch, known.start) != (epoch, start):
-            permutation = _permutation(last - first, (self.seed, 1, epoch, segment, number))
-            known = self._windows[lane] = Window(epoch, start, permutation)
-        return known, offset - first
-
-    def locate(self, epoch: int, line_position: int) -> SampleRef:
-        """The sample at a place of the epoch's line of permuted shards."""
-        shards, ends = self._line(epoch)
-        number = int(np.searchsorted(ends, line_position, side="right"))
-        before = int(ends[number - 1]) if number else 0
-        return SampleRef(epoch, int(shards[number]), line_position - before)
+        return self.dataset_of(lane).window(lane % self.num_lanes, index)
 
     def samples(self, piece: LaneSlice) -> Iterator[SampleRef]:
         """The samples of a lane slice, one by one."""
+        dataset = self.dataset_of(piece.lane)
         for index in range(piece.start, piece.stop):
             window, slot = self.window(piece.lane, index)
-            yield self.locate(window.epoch, window.start + int(window.permutation[slot]))
+            yield dataset.locate(window.epoch, window.start + int(window.permutation[slot]))
 
-    def _line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shards in the order of this epoch, and where each ends on the line."""
-        if epoch not in self._lines:
-            while len(self._lines) > 1:
-                self._lines.pop(min(self._lines))
-            shards = _permutation(len(self.shard_sizes), (self.seed, 0, epoch))
-            self._lines[epoch] = shards, np.cumsum(self.shard_sizes[shards])
-        return self._lines[epoch]
+    def num_of_dataset(self, dataset: int, num_samples: int) -> int:
+        """How many of the run's first `num_samples` samples come from a dataset."""
+        cycles, rest = divmod(num_samples, self._turns.shape[1] - 1)
+        return int(cycles * self._turns[dataset, -1] + self._turns[dataset, rest])
+
+
+_CYCLE = 4096
+
+
+def _turns(weights: Sequence[float]) -> np.ndarray:
+    """(datasets, cycle + 1): how many of the first p positions of a cycle belong to each dataset.
+
+    Each dataset gets its share of the cycle's 4,096 positions, rounded by largest remainder and at least one; the
+    turns are those of the smooth weighted round robin, which keeps every stretch within one sample of the shares.
+    """
+    if len(weights) == 1:
+        return np.array([[0, 1]])
+    shares = np.array(weights, dtype=np.float64) / sum(weights) * _CYCLE
+    counts = np.maximum(np.floor(shares).astype(np.int64), 1)
+    for number in np.argsort(-(shares - counts), kind="stable")[: max(_CYCLE - int(counts.sum()), 0)]:
+        counts[number] += 1
+    counts[np.argmax(counts)] -= counts.sum() - _CYCLE
+    credit, turns = np.zeros(len(counts), np.int64), np.zeros((len(counts), _CYCLE + 1), np.int64)
+    for position in range(_CYCLE):
+        credit += counts
+        chosen = int(np.argmax(credit))
+        credit[chosen] -= _CYCLE
+        turns[:, position + 1] = turns[:, position]
+        turns[chosen, position + 1] += 1
+    return turns
 
 
 def _permutation(length: int, seed: tuple[int, ...]) -> np.ndarray:

@@ -1,32 +1,35 @@
-"""Finding shards and knowing them: patterns to URLs, one header pass to a manifest, bytes back to samples.
+"""Finding shards and knowing them: patterns to URLs, counts to a manifest, a shard's bytes to its samples.
 
 The manifest (url, bytes, sample count, fingerprint of every shard) is what a run's order is computed from, so it is
 made once, before anything is spent, and saved with the run; a shard that changed since is an error that names it.
 
-Reading streams through webdataset's own tar iterator and grouping. What webdataset does not notice is checked here: a
-tar that ends early, or whose header is damaged, makes `tarfile` (and all that is built on it) stop without a word.
+Counts come from where they are cheapest: this machine's memory of an earlier pass over the same bytes, a sidecar
+beside the tars (a wids index, img2dataset's `_stats.json`, a `sizes.json`), else one pass over the tar's headers, which
+also finds damage and notes where every 256th sample begins, so that reading can start there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
-import itertools
+import hashlib
+import json
 import os
 import re
+import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from workers.config import DataConfig
+from workers.config import DataConfig, Patterns, S3Config, WeightedShards
+from workers.tar import BLOCK, ByteSource, DataError, MappedFile, TarSample, cut_short, read_tar
 
-_BLOCK = 512
-_FILE_TYPES = b"0\0"
-
-
-class DataError(ValueError):
-    """Something in the user's data that the run cannot go on with; the message names the shard and the remedy."""
+_MARK_EVERY = 256
+_LOOK_AT = 64  # samples of the first shard that are looked at where sidecars tell the counts
+_WIDS_INDEX = ("index.json", "shardindex.json", "wids-meta.json")
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,13 @@ class Shard:
     num_bytes: int
     num_samples: int
     fingerprint: str
+    dataset: str = ""
+    marks: tuple[int, ...] = ()  # first bytes of samples 256, 512, ...; empty where a sidecar told the count
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All shards of one data set, in the order of the patterns and, within each, by name."""
+    """All shards of a run, dataset by dataset, in the order of the patterns and, within each, by name."""
 
     shards: tuple[Shard, ...]
 
@@ -53,291 +58,436 @@ class Manifest:
     def num_bytes(self) -> int:
         return sum(shard.num_bytes for shard in self.shards)
 
+    def datasets(self) -> dict[str, list[Shard]]:
+        """The shards of each dataset."""
+        found: dict[str, list[Shard]] = {}
+        for shard in self.shards:
+            found.setdefault(shard.dataset, []).append(shard)
+        return found
+
     def to_json(self) -> dict[str, Any]:
         return {"shards": [asdict(shard) for shard in self.shards]}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Manifest:
-        return cls(tuple(Shard(**shard) for shard in content["shards"]))
+        return cls(tuple(Shard(**{**shard, "marks": tuple(shard["marks"])}) for shard in content["shards"]))
 
     def differences(self, now: Manifest) -> list[str]:
         """What changed in the shards since this manifest was made, one line each."""
         before, after = ({shard.url: shard for shard in manifest.shards} for manifest in (self, now))
         lines = [f"{url}: gone" for url in before if url not in after]
         lines += [f"{url}: new" for url in after if url not in before]
-        lines += [f"{url}: content changed" for url in before if url in after and before[url] != after[url]]
+        lines += [
+            f"{url}: content changed"
+            for url, shard in before.items()
+            if url in after and (shard.num_bytes, shard.fingerprint) != (after[url].num_bytes, after[url].fingerprint)
+        ]
         return lines
 
 
-def list_shards(patterns: str | list[str], *, s3_endpoint: str | None = None) -> list[str]:
+@dataclass(frozen=True)
+class ShardFile:
+    """A tar that exists, not yet counted."""
+
+    url: str
+    num_bytes: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class ShardCount:
+    """What a pass over a shard's headers finds."""
+
+    num_samples: int
+    marks: tuple[int, ...] = ()
+    num_pairs: int = 0  # samples with an image and a caption member
+    endings: tuple[str, ...] = ()
+
+
+def list_shards(patterns: Patterns, s3: S3Config) -> list[str]:
     """The URLs of all tars that the patterns name: absolute paths and s3:// URLs.
 
     Args:
         patterns: each a path, a glob, a brace pattern (`train-{000000..000127}.tar`), a folder, or an s3:// prefix.
-        s3_endpoint: of an S3-compatible store; None: what boto3 finds in the environment.
+        s3: how s3:// is reached.
 
     Raises:
         DataError: where a pattern names nothing, or two patterns name the same shard.
     """
+    return [url for url, _ in _list(patterns, s3)]
+
+
+def _list(patterns: Patterns, s3: S3Config) -> list[tuple[str, ShardFile | None]]:
+    """URLs, and what a listing already tells of them."""
     import braceexpand
 
-    urls: list[str] = []
+    found: list[tuple[str, ShardFile | None]] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found: list[str] = []
+        of_pattern: list[tuple[str, ShardFile | None]] = []
         for name in braceexpand.braceexpand(pattern):
-            if name.startswith("s3://"):
-                found += [name] if name.endswith(".tar") else _list_s3(name, s3_endpoint)
-            elif os.path.isdir(name):
-                found += sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
-            elif glob.has_magic(name):
-                found += sorted(glob.glob(name))
+            if name.startswith("s3://") and not name.endswith(".tar"):
+                of_pattern += [(file.url, file) for file in _list_s3(name, s3)]
+            elif name.startswith("s3://"):
+                of_pattern.append((name, None))
             else:
-                found.append(name)
-        if not found:
+                if os.path.isdir(name):
+                    names = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
+                else:
+                    names = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+                of_pattern += [(os.path.abspath(path), None) for path in names]
+        if not of_pattern:
             raise DataError(f"no shards: {pattern!r} names no .tar file; {_where(pattern)}")
-        urls += [url if url.startswith("s3://") else os.path.abspath(url) for url in found]
+        found += of_pattern
+    urls = [url for url, _ in found]
     doubles = sorted({url for url in urls if urls.count(url) > 1}) if len(set(urls)) < len(urls) else []
     if doubles:
         raise DataError(f"{doubles[0]} is named twice by the patterns {patterns}: every shard must be named once")
-    return urls
+    return found
+
+
+ParallelMap = Callable[[Callable[[Any], Any], list[Any]], Iterable[Any]]
+"""(function, items) -> results in the items' order."""
+
+
+def in_threads(function: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
+    """A `ParallelMap` of this process."""
+    with ThreadPoolExecutor(min(16, len(items) or 1)) as pool:
+        yield from pool.map(function, items)
 
 
 def scan_shards(
-    patterns: str | list[str], data: DataConfig, progress: Callable[[int, int], None] = lambda done, total: None
+    patterns: Patterns | dict[str, WeightedShards],
+    data: DataConfig,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    parallel_map: ParallelMap = in_threads,
 ) -> Manifest:
     """The manifest of the shards that the patterns name, read as a data section says.
 
-    `progress(done, total)` is called before the first shard and after each.
+    Args:
+        patterns: of one dataset, or of several by name.
+        data: image and caption keys, S3.
+        progress: called as progress(done, total) before the first header pass and after each; total counts only
+            shards whose samples nobody has counted yet.
+        parallel_map: runs the header passes.
 
     Raises:
-        DataError: as `list_shards` and `build_manifest`.
+        DataError: as `list_shards`; for shards that are missing, unreadable, damaged or cut short, all of them named in
+            one message; and where no sample of a dataset has both an image and a caption.
     """
-    return build_manifest(
-        list_shards(patterns, s3_endpoint=data.s3_endpoint),
-        image_keys=data.image_keys,
-        caption_keys=data.caption_keys,
-        s3_endpoint=data.s3_endpoint,
-        progress=progress,
+    datasets = {name: part.shards for name, part in patterns.items()} if isinstance(patterns, dict) else {"": patterns}
+    broken: list[str] = []
+    files = {name: _find(part, data.s3, broken) for name, part in datasets.items()}
+    everything = [file for part in files.values() for file in part]
+    times_named = Counter(file.url for file in everything)
+    if (twice := times_named.most_common(1)) and twice[0][1] > 1:
+        raise DataError(f"{twice[0][0]} is in two datasets of data.shards: every shard must be named once")
+    counts = _Counts(data, everything)
+    missing = [file for file in everything if file not in counts.known]
+    if missing:
+        progress(0, len(missing))
+        scanned = parallel_map(_HeaderPass(data), missing)
+        for done, (file, result) in enumerate(zip(missing, scanned, strict=True), start=1):
+            if isinstance(result, str):
+                broken.append(f"{file.url}: {result}")
+            else:
+                counts.known[file] = result
+            progress(done, len(missing))
+    from_sidecars = [file for file in everything if not counts.known.get(file, _SCANNED).endings]
+    for file, problem in zip(from_sidecars, in_threads(lambda f: _check_end(f, data), from_sidecars), strict=True):
+        broken += [f"{file.url}: {problem}"] if problem else []
+    if broken:
+        raise _unreadable(broken)
+    for name, part in files.items():
+        _check_pairs(name, part, counts, data)
+    counts.remember()
+    return Manifest(
+        tuple(
+            Shard(
+                file.url,
+                file.num_bytes,
+                counts.known[file].num_samples,
+                file.fingerprint,
+                name,
+                counts.known[file].marks,
+            )
+            for name, part in files.items()
+            for file in part
+        )
     )
 
 
-def build_manifest(
-    urls: Iterable[str],
-    *,
-    image_keys: list[str],
-    caption_keys: list[str],
-    s3_endpoint: str | None = None,
-    num_threads: int = 8,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Manifest:
-    """Read every header of every shard once.
+def read_samples(shard: Shard, data: DataConfig, *, start: int = 0) -> Iterator[TarSample]:
+    """The samples of a shard from number `start` on.
 
     Raises:
-        DataError: for a shard that is missing, unreadable, damaged or cut short, all of them named in one message;
-            and where no sample of the whole set has both an image and a caption.
+        DataError: where the shard is not the one of the manifest any more, is damaged, or yields another number of
+            samples than the manifest names.
     """
-    urls = list(urls)
-    shards: list[Shard] = []
-    broken: list[str] = []
-    num_pairs = 0
-    endings_seen: set[str] = set()
-
-    def scan(url: str) -> tuple[Shard, int, set[str]] | str:
-        try:
-            stream, num_bytes, fingerprint = open_shard(url, s3_endpoint=s3_endpoint)
-            with stream:
-                groups = [endings for _, endings in _group(read_headers(stream, num_bytes))]
-        except (DataError, OSError) as error:
-            return f"{url}: {_reason(error)}"
-        pairs = sum(1 for e in groups if e.intersection(image_keys) and e.intersection(caption_keys))
-        return Shard(url, num_bytes, len(groups), fingerprint), pairs, set().union(*groups)
-
-    progress(0, len(urls))
-    with ThreadPoolExecutor(num_threads) as pool:
-        for done, result in enumerate(pool.map(scan, urls), start=1):
-            if isinstance(result, str):
-                broken.append(result)
-            else:
-                shards.append(result[0])
-                num_pairs += result[1]
-                endings_seen |= result[2]
-            progress(done, len(urls))
-    if broken:
-        shown = "\n  ".join(broken[:20]) + (f"\n  and {len(broken) - 20} more" if len(broken) > 20 else "")
-        raise DataError(f"{len(broken)} of {len(urls)} shards cannot be read:\n  {shown}")
-    if not num_pairs:
+    mark = min(start // _MARK_EVERY, len(shard.marks))
+    position, index = (shard.marks[mark - 1], mark * _MARK_EVERY) if mark else (0, 0)
+    source = open_shard(shard, data, position)
+    try:
+        sample = None
+        for sample in read_tar(source, first_index=index):
+            if sample.index >= start:
+                yield sample
+    except DataError as error:
+        message = str(error)
+        raise error if message.startswith(shard.url) else DataError(f"{shard.url}: {message}") from error
+    finally:
+        source.close()
+    num_read = sample.index + 1 if sample is not None else index
+    if num_read != shard.num_samples:
         raise DataError(
-            f"no usable pair in {len(urls)} shards ({urls[0]} first): a sample needs an image member "
-            f"({', '.join(image_keys)}) and a caption member ({', '.join(caption_keys)}); members found end in "
-            f"{', '.join(sorted(endings_seen)) or 'nothing'}. Set data.image_keys and data.caption_keys"
+            f"{shard.url}: {num_read} samples read, {shard.num_samples} in the manifest: the sidecar that told the "
+            "count (index.json, sizes.json or _stats.json beside the tar) is wrong; delete it and start again"
         )
-    return Manifest(tuple(shards))
 
 
-def open_shard(url: str, *, s3_endpoint: str | None = None) -> tuple[IO[bytes], int, str]:
-    """A shard as (binary stream, bytes, fingerprint).
-
-    Raises:
-        OSError: where it cannot be opened, with the store's own reason.
-    """
-    if not url.startswith("s3://"):
-        stream = open(url, "rb")  # noqa: SIM115 - the caller closes it
-        status = os.fstat(stream.fileno())
-        return stream, status.st_size, f"mtime-{status.st_mtime_ns}"
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    bucket, key = split_s3_url(url)
-    try:
-        answer = s3_client(s3_endpoint).get_object(Bucket=bucket, Key=key)
-    except (BotoCoreError, ClientError) as error:
-        raise OSError(f"S3 says: {error}") from error
-    return answer["Body"], answer["ContentLength"], f"etag-{answer['ETag'].strip(chr(34))}"
-
-
-def read_samples(shard: Shard, *, start: int = 0, s3_endpoint: str | None = None) -> Iterator[dict[str, Any]]:
-    """The samples of a shard from number `start` on, as webdataset gives them: `__key__` and bytes by ending.
+def open_shard(shard: Shard | ShardFile, data: DataConfig, start: int = 0) -> ByteSource:
+    """A shard's bytes from `start` on.
 
     Raises:
-        DataError: where the shard is not the one of the manifest any more, or yields fewer samples than it names.
+        DataError: where it is missing, or not the shard that the manifest names any more.
     """
-    from webdataset.tariterators import group_by_keys, tar_file_expander
+    if shard.url.startswith("s3://"):
+        from workers.s3 import ObjectInfo, S3Stream, ShardCache
 
+        info = ObjectInfo(shard.url, shard.num_bytes, shard.fingerprint.removeprefix("etag-"))
+        if data.shard_cache is None:
+            return S3Stream(info, data.s3, start)
+        cache = ShardCache(data.shard_cache, int(data.shard_cache_gib * 2**30))
+        return MappedFile(cache.path_of(info, data.s3), start)
     try:
-        stream, num_bytes, fingerprint = open_shard(shard.url, s3_endpoint=s3_endpoint)
+        status = os.stat(shard.url)
+        source = MappedFile(shard.url, start)
     except OSError as error:
         raise DataError(f"{shard.url}: {_reason(error)}, though it was there when the run began") from error
-    with stream:
-        if (num_bytes, fingerprint) != (shard.num_bytes, shard.fingerprint):
-            raise DataError(
-                f"{shard.url} changed since the run's manifest was made ({shard.num_bytes} bytes, {shard.fingerprint}; "
-                f"now {num_bytes} bytes, {fingerprint}): put the old shard back, or start a new run on the new data"
-            )
-        first = 0
-        if start and stream.seekable():
-            # Headers alone are ten times cheaper than webdataset's reading, and a tar cut at a header is a tar.
-            first = start
-            positions = (position for position, _ in _group(read_headers(stream, num_bytes)))
-            stream.seek(next(itertools.islice(positions, start, None), num_bytes))
-        files = tar_file_expander([{"url": shard.url, "stream": stream}])
-        number = first - 1
-        for number, sample in enumerate(group_by_keys(files), start=first):
-            if number >= start:
-                yield sample
-    if number + 1 != shard.num_samples:
-        raise DataError(f"{shard.url}: {number + 1} samples read, {shard.num_samples} in the manifest")
+    now = status.st_size, _local_fingerprint(status)
+    if now != (shard.num_bytes, shard.fingerprint):
+        raise DataError(
+            f"{shard.url} changed since the run's manifest was made ({shard.num_bytes} bytes, {shard.fingerprint}; now "
+            f"{now[0]} bytes, {now[1]}): put the old shard back, or start a new run on the new data"
+        )
+    return source
 
 
-def read_headers(stream: IO[bytes], num_bytes: int) -> Iterator[tuple[int, str]]:
-    """(first byte, name) of the regular members of a tar; every header's checksum and the archive's end are checked.
+class _HeaderPass:
+    """Reads every header of a shard once. A class and not a closure: it travels to other machines."""
 
-    Understands ustar, GNU long names and pax paths. Seeks over the data where the stream can.
+    def __init__(self, data: DataConfig) -> None:
+        self._data = data
 
-    Raises:
-        DataError: for a damaged header, and for a tar that ends before its two closing blocks.
-    """
-    position, first, long_name = 0, 0, None
-    while True:
-        header = _read_exactly(stream, _BLOCK, position)
-        if header == bytes(_BLOCK):
-            if _read_exactly(stream, _BLOCK, position + _BLOCK) != bytes(_BLOCK):
-                raise DataError(f"damaged: one closing block instead of two at byte {position}")
-            return
+    def __call__(self, file: ShardFile) -> ShardCount | str:
+        """The count, or what is wrong with the shard."""
+        data = self._data
+        marks, endings, num_samples, num_pairs = [], set[str](), 0, 0
         try:
-            stored, size = _number(header[148:156]), _number(header[124:136])
-        except ValueError:
-            stored, size = -1, 0
-        if stored != sum(header) - sum(header[148:156]) + 8 * 0x20:
-            raise DataError(f"damaged: no valid tar header at byte {position} of {num_bytes}")
-        kind, padded = header[156:157], -(-size // _BLOCK) * _BLOCK
-        position += _BLOCK
-        if position + padded > num_bytes:
-            raise DataError(f"cut short: a member of {size} bytes begins at byte {position} of {num_bytes}")
-        if kind in b"Lx":
-            extra = _read_exactly(stream, padded, position)[:size]
-            if kind == b"L":
-                long_name = extra.rstrip(b"\0").decode()
-            else:
-                path = re.search(rb"(?:^|\n)\d+ path=([^\n]*)\n", extra)
-                long_name = path.group(1).decode() if path else long_name
-        else:
-            if stream.seekable():
-                stream.seek(padded, os.SEEK_CUR)
-            else:
-                _read_exactly(stream, padded, position)
-            if kind in _FILE_TYPES:
-                name, prefix = (part.rstrip(b"\0").split(b"\0")[0] for part in (header[:100], header[345:500]))
-                is_ustar = header[257:263] == b"ustar\0"
-                yield first, long_name or (prefix + b"/" + name if is_ustar and prefix else name).decode()
-            long_name = None
-            first = position + padded
-        position += padded
+            source = open_shard(file, data)
+            try:
+                for sample in read_tar(source, headers_only=True):
+                    if sample.index and sample.index % _MARK_EVERY == 0:
+                        marks.append(sample.position)
+                    num_pairs += is_pair(sample, data)
+                    endings.update(sample.members)
+                    num_samples += 1
+            finally:
+                source.close()
+        except (DataError, OSError) as error:
+            return _reason(error).removeprefix(f"{file.url}: ")
+        return ShardCount(num_samples, tuple(marks), num_pairs, tuple(sorted(endings)))
 
 
-def s3_client(endpoint: str | None) -> Any:
-    """A boto3 client; path-style addresses where an endpoint is given, since stand-alone stores know no other."""
-    import boto3
-    from botocore.config import Config
+_SCANNED = ShardCount(0, endings=("",))
 
-    style = "path" if endpoint or os.environ.get("AWS_ENDPOINT_URL") else "auto"
-    return boto3.client(
-        "s3",
-        endpoint_url=endpoint,
-        config=Config(s3={"addressing_style": style}, retries={"max_attempts": 5, "mode": "standard"}),
+
+def _check_end(file: ShardFile, data: DataConfig) -> str | None:
+    """What a tar's last bytes say is wrong with it: all that is looked at where a sidecar tells the count."""
+    size = 2 * BLOCK
+    if file.num_bytes < size or file.num_bytes % BLOCK:
+        return f"cut short: {file.num_bytes} bytes are not a whole tar"
+    try:
+        source = open_shard(file, data, file.num_bytes - size)
+        try:
+            return None if bytes(source.read(size)) == bytes(size) else str(cut_short(file.num_bytes))
+        finally:
+            source.close()
+    except (DataError, OSError) as error:
+        return _reason(error).removeprefix(f"{file.url}: ")
+
+
+def is_pair(sample: TarSample, data: DataConfig) -> bool:
+    """Whether a sample has an image member and a caption member, by their endings."""
+    has_image = any(ending in sample.members for ending in data.image_keys)
+    return has_image and any(caption_member(source) in sample.members for source in data.captions)
+
+
+def caption_member(source: str) -> str:
+    """The ending of the member that a caption source stands in: that of `json:captions.en` is `json`."""
+    return source.partition(":")[0]
+
+
+@dataclass
+class _Counts:
+    """What is known of shards without reading them, and a memory of it on this machine."""
+
+    data: DataConfig
+    files: list[ShardFile]
+    known: dict[ShardFile, ShardCount] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        by_folder: dict[str, list[ShardFile]] = {}
+        for file in self.files:
+            by_folder.setdefault(file.url.rpartition("/")[0], []).append(file)
+        self._memory = {folder: _memory_path(folder, self.data) for folder in by_folder}
+        for folder, files in by_folder.items():
+            self._recall(folder, files)
+            unknown = [file for file in files if file not in self.known]
+            if unknown:
+                self.known |= _sidecar_counts(folder, unknown, self.data.s3)
+
+    def _recall(self, folder: str, files: list[ShardFile]) -> None:
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            saved = json.loads(self._memory[folder].read_text())
+            for file in files:
+                entry = saved.get(f"{file.url} {file.num_bytes} {file.fingerprint}")
+                if entry is not None:
+                    self.known[file] = ShardCount(
+                        entry["num_samples"], tuple(entry["marks"]), entry["num_pairs"], tuple(entry["endings"])
+                    )
+
+    def remember(self) -> None:
+        """Keep what header passes found; a machine that cannot is no reason to fail."""
+        for folder, path in self._memory.items():
+            entries = {
+                f"{file.url} {file.num_bytes} {file.fingerprint}": asdict(count)
+                for file, count in self.known.items()
+                if file.url.rpartition("/")[0] == folder and count.endings
+            }
+            with contextlib.suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+                temporary.write_text(json.dumps(entries))
+                temporary.replace(path)
+
+
+def _memory_path(folder: str, data: DataConfig) -> Path:
+    """Where the counts of a folder's shards are kept. They depend on which members make a pair."""
+    what = json.dumps([folder, data.image_keys, [caption_member(source) for source in data.captions]])
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache, "sigray", "shards", f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.json")
+
+
+def _sidecar_counts(folder: str, files: list[ShardFile], s3: S3Config) -> dict[ShardFile, ShardCount]:
+    """Counts that somebody wrote beside the tars: a wids index, sizes.json, img2dataset's NAME_stats.json."""
+    counts: dict[str, int] = {}
+    for name in _WIDS_INDEX:
+        index = _read_json(f"{folder}/{name}", s3)
+        if isinstance(index, dict) and isinstance(index.get("shardlist"), list):
+            for entry in index["shardlist"]:
+                if isinstance(entry, dict) and isinstance(entry.get("nsamples"), int):
+                    counts[str(entry.get("url", "")).rpartition("/")[2]] = entry["nsamples"]
+    sizes = _read_json(f"{folder}/sizes.json", s3)
+    if isinstance(sizes, dict):
+        counts |= {name: size for name, size in sizes.items() if isinstance(size, int)}
+    found = {}
+    unknown = [file for file in files if file.url.rpartition("/")[2] not in counts]
+    # img2dataset writes one for each tar: where the first has none, none has.
+    stats = _read_json(_stats_url(unknown[0]), s3) if unknown else None
+    if isinstance(stats, dict) and "successes" in stats:
+        for file, content in zip(unknown, in_threads(lambda f: _read_json(_stats_url(f), s3), unknown), strict=True):
+            if isinstance(content, dict) and isinstance(content.get("successes"), int):
+                counts[file.url.rpartition("/")[2]] = content["successes"]
+    for file in files:
+        if (count := counts.get(file.url.rpartition("/")[2])) is not None:
+            found[file] = ShardCount(count)
+    return found
+
+
+def _stats_url(file: ShardFile) -> str:
+    return f"{file.url.removesuffix('.tar')}_stats.json"
+
+
+def _read_json(url: str, s3: S3Config) -> Any:
+    """A small JSON file, None where there is none or it is something else."""
+    try:
+        if url.startswith("s3://"):
+            from workers.s3 import read_object
+
+            return json.loads(read_object(url, s3))
+        return json.loads(Path(url).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _check_pairs(name: str, files: list[ShardFile], counts: _Counts, data: DataConfig) -> None:
+    """Refuse a dataset without a usable pair. Where only sidecars told the counts, its first shard is looked into."""
+    passes = [counts.known[file] for file in files]
+    if any(count.num_pairs for count in passes):
+        return
+    endings = {ending for count in passes for ending in count.endings}
+    if not all(count.endings for count in passes if count.num_samples):
+        first = next(file for file in files if not counts.known[file].endings)
+        source = open_shard(first, data)
+        try:
+            for sample in read_tar(source, headers_only=True):
+                if is_pair(sample, data):
+                    return
+                endings.update(sample.members)
+                if sample.index == _LOOK_AT:
+                    break
+        except DataError as error:
+            raise _unreadable([f"{first.url}: {error}"]) from error
+        finally:
+            source.close()
+    of_dataset = f"of data.shards.{name} " if name else ""
+    raise DataError(
+        f"no usable pair in {len(files)} shards {of_dataset}({files[0].url} first): a sample needs an image member "
+        f"({', '.join(data.image_keys)}) and a caption member ({', '.join(map(caption_member, data.captions))}); "
+        f"members found end in {', '.join(sorted(endings)) or 'nothing'}. Set data.image_keys and data.captions"
     )
 
 
-def split_s3_url(url: str) -> tuple[str, str]:
-    """Bucket and key (or prefix) of an s3:// URL."""
-    bucket, _, key = url.removeprefix("s3://").partition("/")
-    if not bucket:
-        raise DataError(f"{url!r} names no bucket: s3://BUCKET/PREFIX expected")
-    return bucket, key
+def _find(patterns: Patterns, s3: S3Config, broken: list[str]) -> list[ShardFile]:
+    """The tars that patterns name, with size and fingerprint; those that are not there go to `broken`, with reasons."""
+    found = _list(patterns, s3)
+    unknown = [url for url, file in found if file is None]
+    files = {url: file for url, file in found if file is not None}
+    for url, result in zip(unknown, in_threads(lambda url: _stat(url, s3), unknown), strict=True):
+        if isinstance(result, str):
+            broken.append(f"{url}: {result}")
+        else:
+            files[url] = result
+    return [files[url] for url, _ in found if url in files]
 
 
-def _list_s3(url: str, endpoint: str | None) -> list[str]:
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    bucket, prefix = split_s3_url(url)
-    pages = s3_client(endpoint).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+def _stat(url: str, s3: S3Config) -> ShardFile | str:
     try:
-        keys = [item["Key"] for page in pages for item in page.get("Contents", [])]
-    except (BotoCoreError, ClientError) as error:
-        raise DataError(f"{url} cannot be listed: {error}") from error
-    return [f"s3://{bucket}/{key}" for key in sorted(keys) if key.endswith(".tar")]
+        if url.startswith("s3://"):
+            from workers.s3 import stat
+
+            info = stat(url, s3)
+            return ShardFile(url, info.num_bytes, f"etag-{info.etag}")
+        status = os.stat(url)
+        return ShardFile(url, status.st_size, _local_fingerprint(status))
+    except (DataError, OSError) as error:
+        return _reason(error).removeprefix(f"{url}: ")
 
 
-def _group(members: Iterable[tuple[int, str]]) -> Iterator[tuple[int, set[str]]]:
-    """Members grouped as webdataset groups them: neighbours with one key are a sample. Yields (first byte, endings)."""
-    from webdataset.tariterators import base_plus_ext
-
-    key, first, endings = None, 0, set[str]()
-    for position, name in members:
-        if re.match(r"__[^/]*__($|/)", name):
-            continue
-        prefix, ending = base_plus_ext(name)
-        if prefix is None:
-            continue
-        if prefix != key:
-            if key is not None:
-                yield first, endings
-            key, first, endings = prefix, position, set()
-        endings.add(ending.lower())
-    if key is not None:
-        yield first, endings
+def _local_fingerprint(status: os.stat_result) -> str:
+    return f"mtime-{status.st_mtime_ns}"
 
 
-def _read_exactly(stream: IO[bytes], count: int, position: int) -> bytes:
-    content = stream.read(count)
-    if len(content) < count:
-        raise DataError(f"cut short: ends at byte {position + len(content)} without a tar's closing blocks")
-    return content
+def _list_s3(url: str, s3: S3Config) -> list[ShardFile]:
+    from workers.s3 import list_objects
+
+    infos = list_objects(url, s3)
+    return [ShardFile(info.url, info.num_bytes, f"etag-{info.etag}") for info in infos if info.url.endswith(".tar")]
 
 
-def _number(field: bytes) -> int:
-    """A tar header's number: octal text, or base 256 where the first bit is set (GNU, sizes from 8 GiB on)."""
-    if field[0] & 0x80:
-        return int.from_bytes(field, "big") & ~(0x80 << 8 * (len(field) - 1))
-    return int(field.rstrip(b"\0 ") or b"0", 8)
+def _unreadable(broken: list[str]) -> DataError:
+    shown = "\n  ".join(broken[:20]) + (f"\n  and {len(broken) - 20} more" if len(broken) > 20 else "")
+    return DataError(f"shards that cannot be read, {len(broken)}:\n  {shown}")
 
 
 def _reason(error: Exception) -> str:

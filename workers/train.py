@@ -28,6 +28,7 @@ from workers.config import CheckpointConfig, DataConfig, LossConfig, ModelConfig
 from workers.data_worker import build_order
 from workers.device import Accelerator, Device, check_collectives, open_device
 from workers.feed import BlockSource, Feed
+from workers.ledger import Ledger
 from workers.shards import Manifest
 from workers.step import StepResult, Trainer
 from workers.storage import Storage
@@ -111,6 +112,7 @@ def train_loop_per_worker(job: TrainJob) -> None:
         max_bad_fraction=job.data.max_bad_fraction,
         pin_memory=device.pins_memory,
     )
+    ledger = Ledger(storage, rank, first_step) if job.train.ledger else None
     if rank == 0:
         job.hooks.started(_facts(job, trainer, device, world_size, first_step, num_steps))
 
@@ -120,12 +122,17 @@ def train_loop_per_worker(job: TrainJob) -> None:
         result = trainer.step(batch)
         steps_done = batch.step + 1
         window.add(result)
+        if ledger is not None:
+            ledger.add(batch)
         if steps_done % job.train.log_every_steps == 0 or steps_done == num_steps:
             metrics = window.close(steps_done)
             asked = job.hooks.record(metrics) if rank == 0 else False
             stop = _any_rank(asked, device)
         if steps_done % job.checkpoint.save_every_steps == 0 or steps_done == num_steps or stop:
             info = None
+            if ledger is not None:
+                ledger.write(steps_done)
+                _any_rank(False, device)  # all ranks have written before the checkpoint is committed
             if rank == 0:
                 info = save_checkpoint(
                     storage,
@@ -153,7 +160,8 @@ class _LogWindow:
 
     def restart_clock(self) -> None:
         """Leave out what has passed: a checkpoint's pause is not training time."""
-        self._begin, self._wait_s, self._num_timed = time.perf_counter(), self._feed.wait_s, 0
+        self._begin, self._num_timed = time.perf_counter(), 0
+        self._wait_s, self._decode_s = self._feed.wait_s, self._feed.decode_s
 
     def add(self, result: StepResult) -> None:
         self._results.append(result)
@@ -167,12 +175,20 @@ class _LogWindow:
         """
         newest = self._results[-1]
         losses = torch.stack([result.loss for result in self._results])
-        host = losses.new_tensor([self._feed.wait_s - self._wait_s, self._feed.refused.total()])
+        host = losses.new_tensor(
+            [
+                self._feed.num_ready,
+                self._feed.decode_s - self._decode_s,
+                self._feed.wait_s - self._wait_s,
+                self._feed.refused.total(),
+            ]
+        )
         local = torch.cat([losses, host])
         if dist.is_initialized():
             dist.all_reduce(local)
-            local[:-1] /= dist.get_world_size()
-        *means, wait_s, num_refused = local.tolist()
+            local[: len(losses) + 1] /= dist.get_world_size()
+            local[-2] /= dist.get_world_size()
+        *means, num_ready, decode_s, wait_s, num_refused = local.tolist()
         for number, loss in enumerate(means):
             if loss != loss or abs(loss) == float("inf"):
                 step = steps_done - len(means) + number + 1
@@ -188,6 +204,8 @@ class _LogWindow:
             "train/learning_rate": newest.learning_rate,
             "throughput/samples_per_s": self._num_timed * self._global_batch_size / elapsed_s,
             "data/wait_pct": 100 * wait_s / elapsed_s,
+            "data/queue_batches": num_ready,
+            "data/busy_workers": decode_s / elapsed_s,
             "data/refused_samples": num_refused,
             "memory/peak_gib": self._device.peak_memory_gib(),
         }

@@ -152,7 +152,7 @@ def first_life(small: SmallRun, s3: dict[str, str], bucket: Any) -> str:
     arguments = [f"run.storage=s3://{BUCKET}/runs", f"data.shards=s3://{BUCKET}/tars/"]
     run = Sigray(small.folder / "first.log", s3, "train", small.config, *arguments)
     run.wait_until(lambda: small.num_lines() >= 3)
-    os.kill(run.workers("DataWorker")[0], signal.SIGKILL)
+    os.kill(run.workers("DataWorkerActor")[0], signal.SIGKILL)
     run.wait_until(lambda: small.num_lines() >= 14)
     os.kill(run.workers("RayTrainWorker")[0], signal.SIGKILL)
     run.wait_until(lambda: "were restarted and go on from step" in run.output())
@@ -276,8 +276,8 @@ def error_of(arguments: list[str], environment: dict[str, str], capsys: Any, mon
         ("data.shards={folder}/train/none-*.tar", "names no .tar file"),
         ("data.shards={folder}/train/none.tar", "none.tar: no such file"),
         ("run.storage={folder}/run.yaml/below", "is not writable"),
-        ("data.caption_keys=[caption]", "no usable pair in 4 shards"),
-        ("train.global_batch_size=400", "larger than the 200 samples of data.shards"),
+        ("data.captions={{caption: 1}}", "no usable pair in 4 shards"),
+        ("train.global_batch_size=400", "takes 400 samples of data.shards, which has 200"),
         ("eval.sets.colours.classes={folder}/none.json", "eval classes .*none.json"),
         ("model.towers.vision_cfg.pool_type=none", "image_features of two pairs have shape"),
     ],

@@ -5,15 +5,15 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from tests.bare import OneWorker
-from tests.conftest import drawn_sample, encode_image, write_tar
+from tests.conftest import drawn_sample, write_tar
 from workers.data_worker import DataWorker, build_order
-from workers.decode import Refused, decode_image
+from workers.decode import Decoder, sample_random
 from workers.feed import Feed
 from workers.order import LaneSlice
-from workers.shards import DataError, read_samples, scan_shards
+from workers.shards import read_samples, scan_shards
+from workers.tar import DataError
 
 
 def manifest_of(data):
@@ -41,12 +41,17 @@ def test_block_holds_the_samples_of_the_order(data_config, model_config):
     manifest = manifest_of(data_config)
     worker = DataWorker(manifest, data_config, model_config, seed=5)
     order = build_order(manifest, data_config, 5)
-    samples = [list(read_samples(shard)) for shard in manifest.shards]
+    samples = [list(read_samples(shard, data_config)) for shard in manifest.shards]
+    decoder = Decoder(data_config, 16)
     for lane, number in [(0, 0), (2, 3), (1, 9), (0, 1), (0, 13), (2, 2)]:  # any order of questions
         block = worker.block(lane, number)
         piece = LaneSlice(lane, number * 4, number * 4 + 4)
-        expected = [decode_image(samples[ref.shard][ref.index]["png"], 16) for ref in order.samples(piece)]
-        np.testing.assert_array_equal(block.images, np.stack(expected))
+        for row, ref in enumerate(order.samples(piece)):
+            expected, sample = np.empty((16, 16, 3), np.uint8), samples[ref.shard][ref.index]
+            decoder.decode_image(sample.members, expected, sample_random(5, ref.epoch, ref.shard, ref.index))
+            np.testing.assert_array_equal(block.images[row], expected)
+            assert block.samples[row].tolist() == [ref.epoch, ref.shard, ref.index]
+            assert block.keys[row] == sample.key
         assert block.images.dtype == np.uint8
         assert block.tokens.shape == (4, 8)
         assert block.tokens.dtype == np.int32
@@ -76,8 +81,10 @@ def test_feed_resumes_at_every_step(data_config, model_config):
             np.testing.assert_array_equal(actual.tokens.numpy(), expected.tokens.numpy())
 
 
-@pytest.mark.parametrize("change", [{"block_size": 7}, {"cache_mib": 0}, {"prefetch_batches": 1}])
-def test_speed_settings_do_not_change_a_batch(data_config, model_config, change):
+@pytest.mark.parametrize("change", [{"block_size": 7}, {"cache_mib": 0}, {"prefetch_batches": 1}, {"shared_blocks": 3}])
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_speed_settings_do_not_change_a_batch(data_config, model_config, change, crop):
+    data_config = data_config.model_copy(update={"crop": crop})
     expected = batches(data_config, model_config, batch=12, last=20)  # three epochs: the cache is used
     other = batches(data_config.model_copy(update=change), model_config, batch=12, last=20)
     for want, got in zip(expected, other, strict=True):
@@ -86,9 +93,9 @@ def test_speed_settings_do_not_change_a_batch(data_config, model_config, change)
 
 
 def test_cache_takes_no_more_than_it_may(data_config, model_config, monkeypatch):
-    data = data_config.model_copy(update={"cache_mib": 1})
+    data = data_config.model_copy(update={"cache_mib": 1, "crop": "center"})
     worker = DataWorker(manifest_of(data), data, model_config, seed=5)
-    worker._cache._free_bytes = 5000  # three samples of 16 x 16 x 3 bytes and what is around them
+    worker._cache._free_bytes = 5700  # three samples of 16 x 16 x 3 bytes and what is around them
     for number in range(6):
         worker.block(0, number)
     assert len(worker._cache._samples) == 3
@@ -147,34 +154,4 @@ def test_count_that_differs_from_the_manifest_is_named(tmp_path, data_config):
     manifest = manifest_of(data)
     short = dataclasses.replace(manifest.shards[0], num_samples=41)
     with pytest.raises(DataError, match="40 samples read, 41 in the manifest"):
-        list(read_samples(short))
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_images_are_resized_and_centred(kind):
-    pixels = np.zeros((40, 60, 3), np.uint8)
-    pixels[:, :10], pixels[:, 10:50], pixels[:, 50:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-    image = decode_image(encode_image(pixels, kind), 20)
-    assert image.shape == (20, 20, 3)
-    # Both red and blue margins are cut away; 40 covers JPEG's and WebP's colour loss at the seam.
-    assert np.abs(image[:, 2:18].astype(int) - (0, 255, 0)).max() < 40
-
-
-def test_transparent_parts_come_out_white():
-    pixels = np.zeros((16, 16, 4), np.uint8)
-    pixels[:, 8:] = (0, 0, 0, 255)
-    image = decode_image(encode_image(pixels), 16)
-    assert (image[:, :8] == 255).all()
-    assert (image[:, 8:] == 0).all()
-
-
-def test_resize_agrees_with_pil_within_six(tmp_path):
-    """FACTS: torch's uint8 antialiased bicubic differs from PIL's by 6 at most."""
-    random = np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8)
-    expected = np.asarray(Image.fromarray(random).resize((24, 24), Image.Resampling.BICUBIC))
-    assert np.abs(decode_image(encode_image(random), 24).astype(int) - expected).max() <= 6
-
-
-def test_unreadable_image_is_refused():
-    with pytest.raises(Refused, match="unreadable image"):
-        decode_image(b"\xff\xd8\xff broken", 16)
+        list(read_samples(short, data_config))

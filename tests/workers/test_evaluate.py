@@ -10,7 +10,7 @@ import torch
 from tests.conftest import write_dataset
 from workers.config import DataConfig, EvalConfig, EvalSet
 from workers.evaluate import class_labels, load_set, pixel_baseline, read_classes, retrieval_recall, zero_shot_accuracy
-from workers.shards import DataError
+from workers.tar import DataError
 
 
 def test_zero_shot_counts_ranks():

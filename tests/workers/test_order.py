@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from workers.order import LaneSlice, StreamOrder
 
 orders = st.builds(
-    StreamOrder,
+    lambda sizes, **settings_of_order: StreamOrder([sizes], **settings_of_order),
     st.lists(st.integers(0, 25), min_size=1, max_size=8),
     seed=st.integers(0, 2**31),
     num_lanes=st.integers(1, 9),
@@ -27,7 +27,7 @@ def sample_at(order, position):
 @given(order=orders)
 def test_every_sample_once_per_epoch(order):
     assume(order.num_samples)
-    every = {(shard, index): 1 for shard, size in enumerate(order.shard_sizes) for index in range(size)}
+    every = {(shard, index): 1 for shard, size in enumerate(order.datasets[0].shard_sizes) for index in range(size)}
     for epoch in range(3):
         refs = [sample_at(order, epoch * order.num_samples + i) for i in range(order.num_samples)]
         assert {ref.epoch for ref in refs} == {epoch}
@@ -49,7 +49,7 @@ def test_ranks_cut_the_same_global_batch(order, batch, step):
 
 
 def test_lane_asked_out_of_turn_gives_the_same_answer():
-    sizes, settings_of_order = [5, 9, 4], {"seed": 3, "num_lanes": 2, "shuffle_window": 4}
+    sizes, settings_of_order = [[5, 9, 4]], {"seed": 3, "num_lanes": 2, "shuffle_window": 4}
     straight = [sample_at(StreamOrder(sizes, **settings_of_order), position) for position in range(60)]
     order = StreamOrder(sizes, **settings_of_order)
     jumping = {position: sample_at(order, position) for position in reversed(range(60))}
@@ -57,7 +57,7 @@ def test_lane_asked_out_of_turn_gives_the_same_answer():
 
 
 def test_seed_and_epoch_change_the_order():
-    sizes = [50, 50]
+    sizes = [[50, 50]]
     first, other_seed = (StreamOrder(sizes, seed=seed, num_lanes=1, shuffle_window=100) for seed in (0, 1))
     order = [[(ref.shard, ref.index) for ref in o.samples(LaneSlice(0, 0, 100))] for o in (first, other_seed)]
     next_epoch = [(ref.shard, ref.index) for ref in first.samples(LaneSlice(0, 100, 200))]
@@ -66,7 +66,7 @@ def test_seed_and_epoch_change_the_order():
 
 def test_order_of_a_release_is_pinned():
     """A resumed run computes its order anew: should these numbers change, old runs no longer resume."""
-    order = StreamOrder([4, 3, 5], seed=7, num_lanes=2, shuffle_window=4)
+    order = StreamOrder([[4, 3, 5]], seed=7, num_lanes=2, shuffle_window=4)
     refs = [sample_at(order, position) for position in range(12)]
     assert [(ref.shard, ref.index) for ref in refs] == [
         (1, 2),
@@ -85,6 +85,68 @@ def test_order_of_a_release_is_pinned():
 
 
 def test_batch_that_does_not_divide_is_refused():
-    order = StreamOrder([30], seed=0, num_lanes=2, shuffle_window=4)
+    order = StreamOrder([[30]], seed=0, num_lanes=2, shuffle_window=4)
     with pytest.raises(ValueError, match="10 does not divide by 3"):
         order.rank_part(0, 10, 0, 3)
+
+
+mixes = st.builds(
+    lambda parts, **settings_of_order: StreamOrder(
+        [sizes for sizes, _ in parts], [weight for _, weight in parts], **settings_of_order
+    ),
+    st.lists(
+        st.tuples(st.lists(st.integers(1, 25), min_size=1, max_size=4), st.floats(0.01, 100)), min_size=2, max_size=4
+    ),
+    seed=st.integers(0, 2**31),
+    num_lanes=st.integers(1, 5),
+    shuffle_window=st.integers(1, 20),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(order=mixes, batch=st.sampled_from([6, 12, 60]))
+def test_mixed_datasets_keep_their_own_epochs(order, batch):
+    """Slow twin: count the samples of the steps one by one."""
+    seen: list[list] = [[] for _ in order.datasets]
+    for step in range(12):
+        refs = [(piece.lane // order.num_lanes, ref) for piece in order.batch(step, batch) for ref in order.samples(piece)]
+        assert len(refs) == batch
+        parts = [order.rank_part(step, batch, rank, 3) for rank in range(3)]
+        assert [(p.lane // order.num_lanes, ref) for part in parts for p in part for ref in order.samples(p)] == refs
+        for dataset, ref in refs:
+            seen[dataset].append(ref)
+    for number, (dataset, refs) in enumerate(zip(order.datasets, seen, strict=True)):
+        assert len(refs) == order.num_of_dataset(number, 12 * batch)
+        size, whole = dataset.num_samples, len(refs) // dataset.num_samples
+        by_epoch = Counter(ref.epoch for ref in refs)
+        # Lanes run through the epoch's end at their own positions of one step, so epochs are counted, not sliced.
+        assert all(by_epoch[epoch] == size for epoch in range(whole))
+        times = Counter((ref.epoch, ref.in_manifest) for ref in refs)
+        assert set(times.values()) <= {1}
+        first = sum(len(before.shard_sizes) for before in order.datasets[:number])
+        assert {ref.shard for ref in refs} <= set(range(first, first + len(dataset.shard_sizes)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    weights=st.lists(st.floats(0.05, 20), min_size=2, max_size=5),
+    first=st.integers(0, 20_000),
+    length=st.integers(1, 5000),
+)
+def test_every_stretch_has_its_shares(weights, first, length):
+    order = StreamOrder([[10]] * len(weights), weights, seed=0, num_lanes=2, shuffle_window=4)
+    for number, weight in enumerate(weights):
+        count = order.num_of_dataset(number, first + length) - order.num_of_dataset(number, first)
+        # Shares are rounded to 1/4096, and the round robin is at most one sample per dataset ahead or behind.
+        assert abs(count - length * weight / sum(weights)) <= len(weights) + length * len(weights) / 4096
+    assert sum(order.num_of_dataset(n, first) for n in range(len(weights))) == first
+
+
+def test_next_index_is_the_first_that_no_step_has_taken():
+    order = StreamOrder([[40, 9], [21]], [3, 1], seed=1, num_lanes=3, shuffle_window=5)
+    taken = [0] * 6
+    for step in range(30):
+        assert [order.next_index(lane, step, 7) for lane in range(6)] == taken
+        for piece in order.batch(step, 7):
+            assert piece.start == taken[piece.lane]
+            taken[piece.lane] = piece.stop

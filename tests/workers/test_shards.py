@@ -7,9 +7,20 @@ import tarfile
 import pytest
 
 from tests.conftest import drawn_sample, write_tar
-from workers.shards import DataError, Manifest, build_manifest, list_shards, read_samples
+from workers.config import DataConfig, S3Config
+from workers.shards import Manifest, read_samples, scan_shards
+from workers.shards import list_shards as list_shards_of
+from workers.tar import DataError
 
-KEYS = {"image_keys": ["png", "jpg"], "caption_keys": ["txt"]}
+DATA = DataConfig(shards="unused")
+
+
+def list_shards(patterns):
+    return list_shards_of(patterns, S3Config())
+
+
+def scan(patterns):
+    return scan_shards(patterns, DATA)
 
 
 def test_patterns_name_the_same_shards(tar_folder):
@@ -33,17 +44,17 @@ def test_shard_named_twice(tar_folder):
 
 
 def test_manifest_counts_samples(tar_folder):
-    manifest = build_manifest(list_shards(str(tar_folder)), **KEYS)
+    manifest = scan(str(tar_folder))
     assert [shard.num_samples for shard in manifest.shards] == [24, 7, 32, 13]
     assert manifest.num_bytes == sum(path.stat().st_size for path in tar_folder.iterdir())
     assert Manifest.from_json(manifest.to_json()) == manifest
 
 
 def test_reading_starts_anywhere(tar_folder):
-    manifest = build_manifest(list_shards(str(tar_folder)), **KEYS)
-    keys = [sample["__key__"] for sample in read_samples(manifest.shards[1])]
+    manifest = scan(str(tar_folder))
+    keys = [sample.key for sample in read_samples(manifest.shards[1], DATA)]
     assert keys == [f"sample{number:05d}" for number in range(24, 31)]
-    assert [sample["__key__"] for sample in read_samples(manifest.shards[1], start=5)] == keys[5:]
+    assert [sample.key for sample in read_samples(manifest.shards[1], DATA, start=5)] == keys[5:]
 
 
 def test_missing_and_broken_shards_are_all_named(tmp_path):
@@ -60,8 +71,8 @@ def test_missing_and_broken_shards_are_all_named(tmp_path):
     for name, bytes_of_tar in broken.items():
         (tmp_path / name).write_bytes(bytes_of_tar)
     urls = [str(tmp_path / name) for name in ("good.tar", *broken, "missing.tar")]
-    with pytest.raises(DataError, match="7 of 8 shards cannot be read") as error:
-        build_manifest(urls, **KEYS)
+    with pytest.raises(DataError, match="shards that cannot be read, 7:") as error:
+        scan(urls)
     message = str(error.value)
     assert "missing.tar: no such file" in message
     assert "bad-header.tar: damaged: no valid tar header at byte 0" in message
@@ -73,7 +84,7 @@ def test_missing_and_broken_shards_are_all_named(tmp_path):
 def test_tar_without_a_usable_pair(tmp_path):
     path = write_tar(tmp_path / "text.tar", [{"__key__": "a", "txt": "only a caption", "mp3": b"sound"}])
     with pytest.raises(DataError, match=r"no usable pair in 1 shards .*members found end in mp3, txt"):
-        build_manifest([str(path)], **KEYS)
+        scan([str(path)])
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -85,18 +96,18 @@ def test_long_and_foreign_names_are_grouped_as_webdataset_does(tmp_path, tar_for
                 member = tarfile.TarInfo(f"{folder}/{'n' * 40}{number}.{ending}")
                 member.size = 700
                 tar.addfile(member, io.BytesIO(bytes(700)))
-    manifest = build_manifest([str(path)], **KEYS)
+    manifest = scan([str(path)])
     assert manifest.shards[0].num_samples == 4
-    assert len(list(read_samples(manifest.shards[0]))) == 4  # webdataset's own count: an error otherwise
+    assert len(list(read_samples(manifest.shards[0], DATA))) == 4  # webdataset's own count: an error otherwise
 
 
 def test_shard_that_changes_under_the_run(tmp_path):
     path = write_tar(tmp_path / "a.tar", [drawn_sample(number) for number in range(3)])
-    manifest = build_manifest([str(path)], **KEYS)
+    manifest = scan([str(path)])
     write_tar(path, [drawn_sample(number) for number in range(4)])
     with pytest.raises(DataError, match=r"a\.tar changed since the run's manifest was made"):
-        list(read_samples(manifest.shards[0]))
-    assert manifest.differences(build_manifest([str(path)], **KEYS)) == [f"{path}: content changed"]
+        list(read_samples(manifest.shards[0], DATA))
+    assert manifest.differences(scan([str(path)])) == [f"{path}: content changed"]
     path.unlink()
     with pytest.raises(DataError, match=r"a\.tar: no such file"):
-        list(read_samples(manifest.shards[0]))
+        list(read_samples(manifest.shards[0], DATA))

@@ -5,7 +5,7 @@ import torch
 
 from tests.conftest import TOWERS
 from workers.config import ModelConfig
-from workers.decode import build_tokenizer
+from workers.tokenizer import build_tokenizer
 from workers.towers import build_model, check_model, normalize_pixels, shapes
 
 

@@ -1,0 +1,416 @@
+"""The contestants of `benchmarks/stream.py`, each run alone in a fresh process: python -m benchmarks.stream_peers NAME.
+
+A contestant is an endless iterator over batches of B = 256 pairs, (images, tokens), that the process which iterates
+owns. All of them read the same tars, crop at random as open_clip does by default (0.9 to 1 of the area), resize to
+224 pixels with an antialiased bicubic filter and tokenize with open_clip's vocabulary at context length 77:
+
+    sigray            two data-shard workers, Ray actors, and a Feed: shuffled, ledger and cursor kept
+    floor             two bare processes: tar parser, decoder and tokenizer of sigray, straight into one batch that is
+                      overwritten by the next; not shuffled, nothing handed over but the news of a batch
+    open_clip         open_clip_train's own data pipeline as shipped (PIL, float32, normalised), two loader workers
+    webdataset        webdataset and DataLoader, two loader workers, with sigray's decoder and tokenizer in them
+    ray_data          ray.data.read_webdataset(decoder=None) with sigray's decoder and tokenizer in map_batches
+    ray_data_default  the same with Ray Data's default decoder and torchvision's transform of the PIL image
+
+The last line of the output is JSON; see `measure` for what counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.photos import NUM_SHARDS, SHARD_SAMPLES, ensure_photos
+from workers.config import DataConfig, ModelConfig
+
+BATCH, NUM_WORKERS, SEED = 256, 2, 0
+MODEL = ModelConfig(name="ViT-B-32")
+SIZE, CONTEXT, VOCABULARY = 224, 77, 49408  # of that model
+# Batches before the clock starts, for all: loader workers and Ray Data's tasks then run and their queues have filled.
+WARM_UP_BATCHES = 16
+MEMORY_BATCHES = 12  # after the clock has stopped
+
+Batch = tuple[Any, Any]
+
+
+def data_config(paths: list[Path], **fields: Any) -> DataConfig:
+    """The data section that every contestant with sigray's decoder has."""
+    return DataConfig(shards=[str(path) for path in paths], num_workers=NUM_WORKERS, cache_mib=0, **fields)
+
+
+@functools.cache
+def worker_tools() -> tuple[Any, Callable[[list[str]], Any]]:
+    """sigray's decoder and tokenizer, one of each per process."""
+    from workers.decode import Decoder
+    from workers.tokenizer import build_tokenizer
+
+    data = data_config([Path("unused.tar")])
+    return Decoder(data, SIZE), build_tokenizer(MODEL, CONTEXT, VOCABULARY)
+
+
+def decode_pairs(samples: Iterable[dict[str, Any]], places: Iterable[int], images: np.ndarray) -> Any:
+    """Members by ending to rows of `images` (n, S, S, 3) uint8; returns the tokens (n, T)."""
+    from workers.decode import sample_random
+
+    decoder, tokenizer = worker_tools()
+    captions = []
+    for members, place, out in zip(samples, places, images, strict=False):
+        draws = sample_random(SEED, 0, 0, place)
+        captions.append(decoder.choose_caption(members, draws))
+        decoder.decode_image(members, out, draws)
+    return tokenizer(captions)
+
+
+# sigray
+
+
+def sigray(paths: list[Path]) -> Iterator[Batch]:
+    """TO BE WIRED: what one training worker of a run does to get its batches, cursor and ledger included."""
+    stream = SigrayStream(paths)
+    try:
+        for batch in stream.feed():
+            # The ledger: (step, epoch, dataset, shard, key) of the batch's pairs go to a file in the loop's thread.
+            yield batch.images, batch.tokens
+    finally:
+        stream.close()
+
+
+class SigrayStream:
+    """TO BE WIRED: a Ray of this process, the data-shard workers of a run, and readers of their stream."""
+
+    def __init__(self, paths: list[Path], **fields: Any) -> None:
+        import ray
+
+        from workers.data_worker import DataWorker, build_order
+        from workers.shards import scan_shards
+
+        start_ray()
+        self._data = data_config(paths, **fields)
+        manifest = scan_shards(self._data.shards, self._data)
+        actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(DataWorker)
+        self._actors = [actor.remote(manifest, self._data, MODEL, seed=SEED) for _ in range(NUM_WORKERS)]
+        self._order = build_order(manifest, self._data, SEED)
+        self.worker_pids = ray.get([worker.__ray_call__.remote(lambda _: os.getpid()) for worker in self._actors])
+
+    def feed(self, num_batches: int = 2**40) -> Any:
+        """One reader from the stream's beginning."""
+        from workers.data_worker import ActorBlocks
+        from workers.feed import Feed
+
+        return Feed(
+            self._order,
+            ActorBlocks(self._actors, self._data.worker_timeout_s),
+            global_batch_size=BATCH,
+            block_size=self._data.block_size,
+            rank=0,
+            world_size=1,
+            first_step=0,
+            last_step=num_batches,
+            prefetch_batches=self._data.prefetch_batches,
+            max_bad_fraction=self._data.max_bad_fraction,
+        )
+
+    def close(self) -> None:
+        import ray
+
+        ray.shutdown()
+
+
+def shared(paths: list[Path], num_readers: int, num_batches: int) -> dict[str, float]:
+    """CPU seconds of the data-shard workers while `num_readers` readers take the same batches of one stream."""
+    stream = SigrayStream(paths, shared_blocks=4)
+    warm = stream.feed(2)
+    assert sum(1 for _ in warm) == 2
+    counts = [0] * num_readers
+
+    def read(number: int) -> None:
+        for batch in stream.feed(num_batches):
+            check(batch.images, batch.tokens)
+            counts[number] += 1
+
+    before = sum(cpu_s(pid) for pid in stream.worker_pids)
+    begin = time.perf_counter()
+    readers = [threading.Thread(target=read, args=(number,)) for number in range(num_readers)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    seconds = time.perf_counter() - begin
+    used = sum(cpu_s(pid) for pid in stream.worker_pids) - before
+    stream.close()
+    assert counts == [num_batches] * num_readers, counts
+    return {"samples": num_batches * BATCH, "seconds": seconds, "worker_cpu_s": used}
+
+
+# The floor
+
+
+def floor(paths: list[Path]) -> Iterator[Batch]:
+    context = multiprocessing.get_context("spawn")
+    news = context.SimpleQueue()
+    processes = [
+        context.Process(target=floor_process, args=(paths[number::NUM_WORKERS], news), daemon=True)
+        for number in range(NUM_WORKERS)
+    ]
+    for process in processes:
+        process.start()
+    nothing = np.empty((BATCH, SIZE, SIZE, 3), np.uint8), np.empty((BATCH, CONTEXT), np.int32)
+    try:
+        while True:
+            news.get()
+            yield nothing
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
+def floor_process(paths: list[Path], news: Any) -> None:
+    from workers.tar import MappedFile, read_tar
+
+    torch.set_num_threads(1)
+    images = np.empty((BATCH, SIZE, SIZE, 3), np.uint8)
+
+    def members() -> Iterator[dict[str, Any]]:
+        for path in itertools.cycle(paths):
+            for sample in read_tar(MappedFile(path)):
+                yield sample.members
+
+    samples = members()
+    for step in itertools.count():
+        decode_pairs(itertools.islice(samples, BATCH), itertools.count(step * BATCH), images)
+        news.put(step)
+
+
+# Peers
+
+
+def open_clip(paths: list[Path]) -> Iterator[Batch]:
+    """In an environment of its own, with webdataset 0.2.86: see benchmarks/stream.py."""
+    import open_clip as peer
+    import webdataset
+    from open_clip_train.data import get_data
+
+    assert webdataset.__version__ == "0.2.86", webdataset.__version__
+    arguments = SimpleNamespace(
+        train_data=brace_pattern(paths),
+        train_num_samples=10**9,  # the pipeline repeats its shards until then
+        train_data_upsampling_factors=None,
+        dataset_type="webdataset",
+        dataset_resampled=False,
+        batch_size=BATCH,
+        workers=NUM_WORKERS,
+        world_size=1,
+        seed=SEED,
+        val_data=None,
+        imagenet_val=None,
+        imagenet_v2=None,
+    )
+    transforms = tuple(peer.image_transform(SIZE, is_train=is_train) for is_train in (True, False))
+    tokenizer = peer.get_tokenizer(MODEL.name)
+    yield from get_data(arguments, transforms, tokenizer=tokenizer)["train"].dataloader
+
+
+def webdataset(paths: list[Path]) -> Iterator[Batch]:
+    import webdataset as wds
+
+    def collate(samples: list[dict[str, Any]]) -> Batch:
+        images = np.empty((len(samples), SIZE, SIZE, 3), np.uint8)
+        # Decoded here and not sample by sample: no image is copied into the batch.
+        tokens = decode_pairs(samples, (random.getrandbits(32) for _ in samples), images)
+        return torch.from_numpy(images), torch.as_tensor(tokens)
+
+    dataset = (
+        wds.WebDataset([str(path) for path in paths], shardshuffle=len(paths), seed=SEED)
+        .shuffle(1000, initial=1000)
+        .batched(BATCH, collation_fn=collate, partial=False)
+        .repeat()
+    )
+    yield from wds.WebLoader(dataset, batch_size=None, num_workers=NUM_WORKERS)
+
+
+def ray_data(paths: list[Path], default_decoder: bool = False) -> Iterator[Batch]:
+    start_ray()
+    import ray
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    # The same shards again and again: a stream that does not end inside the measurement.
+    dataset = ray.data.read_webdataset(
+        [str(path) for path in paths] * 40, decoder=True if default_decoder else None, shuffle="files"
+    ).map_batches(ray_transform_default if default_decoder else ray_transform, batch_size=BATCH, batch_format="numpy")
+    try:
+        for batch in dataset.iter_batches(batch_size=BATCH, batch_format="numpy", prefetch_batches=2):
+            yield batch["images"], batch["tokens"]
+    finally:
+        ray.shutdown()
+
+
+def ray_transform(batch: dict[str, Any]) -> dict[str, Any]:
+    images = np.empty((len(batch["jpg"]), SIZE, SIZE, 3), np.uint8)
+    samples = ({"jpg": jpeg, "txt": text} for jpeg, text in zip(batch["jpg"], batch["txt"], strict=True))
+    tokens = decode_pairs(samples, (random.getrandbits(32) for _ in images), images)
+    return {"images": images, "tokens": np.asarray(tokens)}
+
+
+def ray_transform_default(batch: dict[str, Any]) -> dict[str, Any]:
+    from PIL import Image
+    from torchvision.transforms import InterpolationMode, RandomResizedCrop
+
+    crop = RandomResizedCrop(SIZE, scale=(0.9, 1.0), interpolation=InterpolationMode.BICUBIC)
+    images = np.stack([np.asarray(crop(Image.fromarray(pixels))) for pixels in batch["jpg"]])
+    return {"images": images, "tokens": np.asarray(worker_tools()[1](list(batch["txt"])))}
+
+
+def start_ray() -> None:
+    """A Ray of this process alone, as `sigray train` starts one."""
+    import ray
+
+    ray.init(
+        address="local", num_cpus=NUM_WORKERS, include_dashboard=False, log_to_driver=False, configure_logging=False
+    )
+
+
+def brace_pattern(paths: list[Path]) -> str:
+    return str(paths[0].parent / f"photos-{{000..{NUM_SHARDS - 1:03d}}}.tar")
+
+
+CONTESTANTS: dict[str, Callable[[list[Path]], Iterator[Batch]]] = {
+    "sigray": sigray,
+    "floor": floor,
+    "open_clip": open_clip,
+    "webdataset": webdataset,
+    "ray_data": ray_data,
+    "ray_data_default": functools.partial(ray_data, default_decoder=True),
+}
+
+
+# Measuring
+
+
+def measure(batches: Iterator[Batch], seconds: float) -> dict[str, float]:
+    """Samples and seconds from the delivery of batch WARM_UP_BATCHES on, over `seconds` at least.
+
+    CPU seconds are those of this process and all its descendants in that time; memory is theirs too, each page counted
+    once (PSS), the highest value while some more batches are delivered afterwards.
+    """
+    begin = before = 0.0
+    for number, batch in enumerate(batches, start=1):
+        check(*batch)
+        now = time.perf_counter()
+        if number == WARM_UP_BATCHES:
+            begin, before = now, tree_cpu_s()
+        # Two workers deliver in pairs: an even number is fair to all.
+        if number > WARM_UP_BATCHES and (number - WARM_UP_BATCHES) % 2 == 0 and now - begin >= seconds:
+            break
+    cpu_seconds = tree_cpu_s() - before
+    peak = max(tree_memory()["pss_mib"] for _ in itertools.islice(batches, MEMORY_BATCHES))
+    samples = (number - WARM_UP_BATCHES) * BATCH
+    return {"samples": samples, "seconds": now - begin, "cpu_s": cpu_seconds, "peak_pss_mib": peak}
+
+
+def measure_memory(batches: Iterator[Batch], num_samples: int) -> list[dict[str, float]]:
+    """Memory of this process and all its descendants after every 4,096 samples."""
+    series = []
+    for number, batch in enumerate(batches, start=1):
+        check(*batch)
+        if number % 16 == 0:
+            series.append({"samples": number * BATCH, **tree_memory()})
+        if number * BATCH >= num_samples:
+            return series
+    raise AssertionError("the stream ended")
+
+
+def check(images: Any, tokens: Any) -> None:
+    """That a batch is one: 256 pairs of 224 x 224 pixels, channels first or last, and of 77 tokens."""
+    assert tuple(images.shape) in {(BATCH, SIZE, SIZE, 3), (BATCH, 3, SIZE, SIZE)}, images.shape
+    assert tuple(tokens.shape) == (BATCH, CONTEXT), tokens.shape
+
+
+def tree() -> list[int]:
+    """This process and all its descendants."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and (fields := _stat(int(entry))):
+            children.setdefault(int(fields[1]), []).append(int(entry))
+    found = [os.getpid()]
+    for pid in found:  # grows while it is walked
+        found += children.get(pid, [])
+    return found
+
+
+def tree_cpu_s() -> float:
+    return sum(map(cpu_s, tree()))
+
+
+def cpu_s(pid: int) -> float:
+    """User and system time of a process and of its children that have ended."""
+    fields = _stat(pid)
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
+
+
+def tree_memory() -> dict[str, float]:
+    """Resident MiB of this process and all its descendants: each page once, of these the files', and without sharing."""
+    names = {"Rss": "rss_mib", "Pss": "pss_mib", "Pss_File": "file_pss_mib"}
+    sums = dict.fromkeys(names.values(), 0.0)
+    for pid in tree():
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            key, _, rest = line.partition(":")
+            if key in names:
+                sums[names[key]] += int(rest.split()[0]) / 1024
+    return sums
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on; none for a process that is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=[*CONTESTANTS, "shared"])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--readers", type=int, default=1, help="of `shared`")
+    parser.add_argument("--epochs", type=int, default=0, help="measure memory instead, over as many times all samples")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    paths = ensure_photos(options.data)
+    result: Any
+    if options.name == "shared":
+        result = shared(paths, options.readers, num_batches=2 * NUM_SHARDS * SHARD_SAMPLES // BATCH)
+    else:
+        batches = CONTESTANTS[options.name](paths)
+        if options.epochs:
+            result = measure_memory(batches, options.epochs * NUM_SHARDS * SHARD_SAMPLES)
+        else:
+            result = measure(batches, options.seconds)
+        batches.close()  # type: ignore[attr-defined]
+    print(json.dumps(result), flush=True)
+    sys.stdout.flush()
+    os._exit(0)  # loader workers and their queues are of no more interest
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,774 @@
+"""Objects in S3 as streams that do not break, and a local cache of them.
+
+`S3Stream` fetches an object in parts of 8 MiB, a thread and a ranged GET for each, in the reader's order and only as
+far ahead as its memory allows. Two parts are on their way at first; each time the reader has to wait for one there is
+one more, up to `s3.num_connections`: a fast store is read over two connections, and one that gives each connection
+30 ms and 60 MB/s, as Amazon's does, over all of them.
+
+What goes wrong inside a part is mended inside it: another GET begins at the byte that was reached. boto3 retries a 503,
+but never a body that breaks off, and waits 60 s for one that stalls. Every GET carries If-Match with the ETag of the
+run's manifest, so an object that is replaced in mid-run is an error and never a mixture. What to do after a failure is
+`after_failure`, a pure function; the thread acts on what it says.
+
+boto3 signs each object once (a presigned URL, which covers neither Range nor If-Match, for ten minutes); its pool of
+connections carries the requests. That saves its 2.7 ms of CPU per request, and bodies go from the socket into buffers
+that are used again. Measured with benchmarks/s3.py on two cores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import http.client
+import os
+import random
+import re
+import threading
+import time
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from workers.config import S3Config
+from workers.tar import DataError, cut_short
+
+PART_BYTES = 8 << 20
+"""Of one ranged GET: 140 ms at 60 MB/s, so that a latency of 30 ms costs a connection a sixth of its time."""
+FIRST_PARTS = 2
+_READ_BYTES = 1 << 18
+_SIGNED_FOR_S, _SIGN_AGAIN_S = 3600, 600
+_LONGEST_WAIT_S = 10.0
+# Kind of a failure that is worth another try -> seconds of the first wait; it doubles with each further failure.
+_FIRST_WAIT_S = {
+    "reset": 0.1,
+    "stall": 0.1,
+    "no connection": 0.2,
+    "server error": 0.2,
+    "wrong answer": 0.2,
+    "slow down": 0.5,
+}
+_EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired")
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """One object as it was when it was listed. `etag` is without its quotation marks."""
+
+    url: str
+    num_bytes: int
+    etag: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What came instead of a part's bytes. `kind` is a key of `_FIRST_WAIT_S`, or denied, gone, replaced, no ranges."""
+
+    kind: str
+    message: str
+    status: int = 0
+    code: str = ""
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Ask again for the bytes that are missing, after so many seconds, and with a new signature where needed."""
+
+    after_s: float
+    sign_again: bool = False
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """No other try would help, or the deadline has passed."""
+
+    late: bool
+
+
+def after_failure(
+    kind: str, failures: Counter[str], silent_s: float, deadline_s: float, jitter: float
+) -> Retry | GiveUp:
+    """What to do about a failed GET.
+
+    Args:
+        kind: of the failure.
+        failures: by kind, since the part's last byte, this one included.
+        silent_s: seconds since the part's last byte.
+        deadline_s: when to give up.
+        jitter: 0 to 1, drawn evenly, so that many clients of a busy store do not come back all at once.
+    """
+    if kind == "denied" and failures[kind] == 1:
+        return Retry(0.0, sign_again=True)  # credentials may have been renewed, the bucket's region become known
+    if kind not in _FIRST_WAIT_S:
+        return GiveUp(late=False)
+    if silent_s >= deadline_s:
+        return GiveUp(late=True)
+    wait_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S[kind] * 2 ** min(failures.total() - 1, 16))
+    return Retry(min(jitter * wait_s, deadline_s - silent_s))
+
+
+def split_s3_url(url: str) -> tuple[str, str]:
+    """Bucket and key (or prefix) of an s3:// URL.
+
+    Raises:
+        DataError: where it names no bucket.
+    """
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise DataError(f"{url!r} names no bucket: s3://BUCKET/PREFIX expected")
+    return bucket, key
+
+
+class _Store:
+    """What all streams of one process share for one config: boto3's client, connections, what was learnt of it."""
+
+    def __init__(self, s3: S3Config) -> None:
+        import boto3
+        import botocore.session
+        from botocore import UNSIGNED
+        from botocore.config import Config
+        from botocore.httpsession import URLLib3Session
+        from botocore.utils import get_environ_proxies
+
+        core = botocore.session.Session(profile=s3.profile)
+        # Stand-alone stores know no other addresses than path-style ones.
+        style = "path" if s3.endpoint or os.environ.get("AWS_ENDPOINT_URL") else "auto"
+        self.client = boto3.session.Session(botocore_session=core).client(
+            "s3",
+            endpoint_url=s3.endpoint,
+            region_name=s3.region,
+            config=Config(
+                s3={"addressing_style": style},
+                signature_version=UNSIGNED if s3.anonymous else "s3v4",
+                retries={"mode": "standard", "max_attempts": 5},
+                connect_timeout=s3.read_timeout_s,
+                read_timeout=s3.read_timeout_s,
+                max_pool_connections=32,
+                # A presigned URL would carry a signed header that asks for checksums of whole objects.
+                response_checksum_validation="when_required",
+                request_checksum_calculation="when_required",
+            ),
+        )
+        self.endpoint: str = self.client.meta.endpoint_url
+        self.connections = URLLib3Session(
+            verify=core.get_config_variable("ca_bundle") or True,
+            proxies=get_environ_proxies(self.endpoint),
+            timeout=(s3.read_timeout_s, s3.read_timeout_s),
+            max_pool_connections=64,
+        )
+        self.num_parts = 0  # that the newest stream had on its way at its end
+
+
+_stores: dict[tuple[object, ...], _Store] = {}
+_stores_lock = threading.Lock()
+
+
+def _store(s3: S3Config) -> _Store:
+    # Connections do not survive a fork, and boto3 reads the variables only once.
+    variables = sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))
+    key = (os.getpid(), s3, *variables)
+    with _stores_lock:
+        if key not in _stores:
+            _stores[key] = _Store(s3)
+        return _stores[key]
+
+
+def client(s3: S3Config) -> Any:
+    """A boto3 client, the same one for all callers in this process; may be used from several threads.
+
+    Raises:
+        DataError: where the profile, the endpoint or the region cannot be understood.
+    """
+    return _opened("S3", s3).client
+
+
+def list_objects(url_prefix: str, s3: S3Config) -> list[ObjectInfo]:
+    """All objects whose URL begins with a prefix, in the order of their keys.
+
+    Raises:
+        DataError: where the store cannot be reached or refuses, with the reason and the remedy.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, prefix = split_s3_url(url_prefix)
+    paginator = _opened(url_prefix, s3).client.get_paginator("list_objects_v2")
+    try:
+        pages = paginator.paginate(Bucket=bucket, Prefix=prefix)
+        found = [item for page in pages for item in page.get("Contents", [])]
+    except (BotoCoreError, ClientError) as error:
+        raise _explained(error, url_prefix, s3) from error
+    infos = [ObjectInfo(f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"].strip('"')) for item in found]
+    return sorted(infos, key=lambda info: info.url)
+
+
+def stat(url: str, s3: S3Config) -> ObjectInfo:
+    """Size and ETag of one object.
+
+    Raises:
+        DataError: where it is missing, or the store cannot be reached or refuses, with the reason and the remedy.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, key = split_s3_url(url)
+    client = _opened(url, s3).client
+    try:
+        try:
+            answer = client.head_object(Bucket=bucket, Key=key)
+        except ClientError:
+            # The answer to a HEAD has no body that could tell a missing bucket from a missing object.
+            client.get_object(Bucket=bucket, Key=key, Range="bytes=0-0")["Body"].close()
+            raise
+    except (BotoCoreError, ClientError) as error:
+        raise _explained(error, url, s3) from error
+    return ObjectInfo(url, answer["ContentLength"], answer["ETag"].strip('"'))
+
+
+def _opened(url: str, s3: S3Config) -> _Store:
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        return _store(s3)
+    except (BotoCoreError, ValueError) as error:  # boto3 raises ValueError for an endpoint that is no URL
+        raise DataError(
+            f"{url}: no S3 client can be made: {error}; check data.s3.endpoint, data.s3.region, data.s3.profile and "
+            "the AWS_ variables"
+        ) from error
+
+
+def _explained(error: Exception, url: str, s3: S3Config) -> DataError:
+    """A failure of boto3 as an error for the user."""
+    from botocore import exceptions
+
+    if isinstance(error, exceptions.ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return _refused(url, s3, status, str(error.response.get("Error", {}).get("Code", "")))
+    if isinstance(error, (exceptions.ConnectionError, exceptions.HTTPClientError)):
+        return _unreachable(url, s3, str(error))
+    credentials = (
+        exceptions.NoCredentialsError,
+        exceptions.PartialCredentialsError,
+        exceptions.CredentialRetrievalError,
+        exceptions.TokenRetrievalError,
+        exceptions.SSOError,
+    )
+    if isinstance(error, credentials):
+        return DataError(f"{url}: no S3 credentials: {error}; {_credentials(s3)}")
+    return DataError(f"{url}: {error}")
+
+
+def _refused(url: str, s3: S3Config, status: int, code: str) -> DataError:
+    """An answer of the store other than success as an error for the user."""
+    endpoint, bucket = _opened(url, s3).endpoint, split_s3_url(url)[0]
+    if code == "NoSuchBucket":
+        return DataError(f"{url}: there is no bucket {bucket!r} at {endpoint}; check the URL and data.s3.endpoint")
+    if code in _EXPIRED:
+        return DataError(f"{url}: the S3 credentials have expired ({code}): renew them; {_credentials(s3)}")
+    if status == 404:
+        return DataError(f"{url}: there is no such object at {endpoint}")
+    if status in (301, 307, 400, 401, 403):
+        return DataError(f"{url}: access denied by {endpoint} ({status} {code}); {_credentials(s3)}")
+    return DataError(f"{url}: {endpoint} answers {status} {code}")
+
+
+def _unreachable(url: str, s3: S3Config, reason: str) -> DataError:
+    endpoint = _opened(url, s3).endpoint
+    return DataError(
+        f"{url}: cannot reach the store {endpoint}: {reason.split('?')[0]}; check the network, data.s3.endpoint and "
+        "AWS_ENDPOINT_URL"
+    )
+
+
+def _credentials(s3: S3Config) -> str:
+    if s3.anonymous:
+        return "requests are not signed (data.s3.anonymous=true): is the bucket public?"
+    used = f"profile {s3.profile!r} was used" if s3.profile else "data.s3.profile is not set"
+    return (
+        f"{used}: set data.s3.profile or the AWS_ variables (AWS_PROFILE, or AWS_ACCESS_KEY_ID with "
+        "AWS_SECRET_ACCESS_KEY and, for temporary ones, AWS_SESSION_TOKEN), or data.s3.anonymous=true for a public "
+        "bucket"
+    )
+
+
+class _Part:
+    """A range of the object and the buffer that a thread fills with it."""
+
+    def __init__(self, begin: int, end: int, buffer: bytearray) -> None:
+        self.begin, self.end, self.buffer = begin, end, buffer
+        self.num_filled = 0
+        self.done = threading.Event()  # complete, failed or dropped
+        self.error: BaseException | None = None
+        self.dropped = threading.Event()
+        self._lock = threading.Lock()
+        self._answer: Any = None  # urllib3's, while its body is read
+
+    def watch(self, answer: Any) -> None:
+        """Which answer `drop` has to interrupt; None once its connection may carry another part."""
+        with self._lock:
+            self._answer = answer
+
+    def drop(self) -> None:
+        """Nobody wants it any more. A thread that waits for its bytes wakes up and closes the connection."""
+        self.dropped.set()
+        with self._lock:
+            if self._answer is not None:
+                with contextlib.suppress(OSError, ValueError, RuntimeError):  # it is closed already
+                    self._answer.shutdown()
+
+
+def _drop_all(parts: deque[_Part]) -> None:
+    while parts:
+        parts.popleft().drop()
+
+
+class _Fetcher:
+    """What the threads of a stream need: they know the object and nothing of its reader."""
+
+    def __init__(
+        self,
+        info: ObjectInfo,
+        s3: S3Config,
+        draw: Callable[[], float],
+        clock: Callable[[], float],
+        sleep: Callable[[threading.Event, float], object],
+    ) -> None:
+        self.info, self.s3, self.store = info, s3, _opened(info.url, s3)
+        self.retries: Counter[str] = Counter()
+        self._draw, self._clock, self._sleep = draw, clock, sleep
+        self._lock = threading.Lock()
+        self._signed, self._signed_at = "", -float("inf")
+
+    def fetch(self, part: _Part) -> None:
+        """Fill a part, whatever it takes; what cannot be mended is left in `part.error`."""
+        try:
+            failures: Counter[str] = Counter()
+            last_byte_at = self._clock()
+            while not part.dropped.is_set():
+                signed = self._url()
+                reached = part.num_filled
+                failure = self._attempt(part, signed)
+                if failure is None:
+                    return
+                now = self._clock()
+                if part.num_filled > reached:
+                    failures.clear()
+                    last_byte_at = now - (self.s3.read_timeout_s if failure.kind == "stall" else 0.0)
+                failures[failure.kind] += 1
+                silent_s = now - last_byte_at
+                decision = after_failure(failure.kind, failures, silent_s, self.s3.deadline_s, self._draw())
+                if isinstance(decision, GiveUp):
+                    part.error = self._error(part, failure, failures, silent_s)
+                    return
+                with self._lock:
+                    self.retries[failure.kind] += 1
+                if decision.sign_again:
+                    self._sign_again(signed)
+                self._sleep(part.dropped, decision.after_s)
+        except BaseException as error:  # the reader raises it
+            part.error = error
+        finally:
+            part.done.set()
+
+    def _attempt(self, part: _Part, signed: str) -> Failure | None:
+        """One GET for the bytes that are missing; None where all have come, or nobody wants them any more."""
+        from botocore import exceptions
+        from botocore.awsrequest import AWSRequest
+
+        first, last = part.begin + part.num_filled, part.end - 1
+        headers = {"Range": f"bytes={first}-{last}", "If-Match": f'"{self.info.etag}"'}
+        try:
+            request = AWSRequest("GET", signed, headers, stream_output=True).prepare()
+            answer = self.store.connections.send(request).raw
+        except exceptions.ReadTimeoutError:
+            return Failure("stall", f"no answer within {self.s3.read_timeout_s:g} s")
+        except exceptions.ConnectionError as error:
+            return Failure("no connection", str(error).split("?")[0])
+        except exceptions.HTTPClientError as error:
+            return Failure("reset", str(error).split("?")[0])
+        complete = False
+        part.watch(answer)
+        try:
+            failure = self._judge(answer, first, last)
+            if failure is None:
+                # http.client's own readinto: urllib3's reads into new bytes first and then copies them.
+                failure = self._read(part, answer._fp)
+                complete = part.num_filled == part.end - part.begin
+            return failure
+        except TimeoutError:
+            return Failure("stall", f"no byte for {self.s3.read_timeout_s:g} s")
+        except (OSError, http.client.HTTPException) as error:
+            return Failure("reset", str(error) or type(error).__name__)
+        finally:
+            part.watch(None)
+            if complete:
+                answer.release_conn()
+            else:
+                answer.close()
+
+    def _read(self, part: _Part, body: http.client.HTTPResponse) -> Failure | None:
+        # In pieces, since a reset loses count of the bytes that its own call to readinto brought.
+        size = part.end - part.begin
+        with memoryview(part.buffer) as view:
+            while part.num_filled < size and not part.dropped.is_set():
+                count = body.readinto(view[part.num_filled : min(part.num_filled + _READ_BYTES, size)])
+                if not count:
+                    return Failure("reset", f"closed {size - part.num_filled} bytes early")
+                part.num_filled += count
+        return None
+
+    def _judge(self, answer: Any, first: int, last: int) -> Failure | None:
+        """None where the body is the one that was asked for."""
+        status, headers = answer.status, answer.headers
+        if status == 206:
+            etag = headers.get("ETag", "").strip('"')
+            if etag and etag != self.info.etag:  # some stores do not know If-Match
+                return Failure("replaced", f"ETag {etag}", status)
+            wanted, sent = f"bytes {first}-{last}/{self.info.num_bytes}", headers.get("Content-Range")
+            if sent != wanted:
+                return Failure("wrong answer", f"Content-Range {sent!r} instead of {wanted!r}", status)
+            length = headers.get("Content-Length")
+            if length is not None and length != str(last - first + 1):
+                return Failure("wrong answer", f"Content-Length {length} instead of {last - first + 1}", status)
+            return None
+        if status == 200:
+            return Failure("no ranges", "200 instead of 206", status)
+        body = answer.read(4096)
+        found = re.search(rb"<Code>([^<]+)</Code>", body)
+        code = found.group(1).decode(errors="replace") if found else ""
+        kind = _kind_of(status, code)
+        return Failure(kind, f"{status} {code}".strip(), status, code)
+
+    def _url(self) -> str:
+        """The object's presigned URL."""
+        with self._lock:
+            if self._clock() - self._signed_at > _SIGN_AGAIN_S:
+                self._sign()
+            return self._signed
+
+    def _sign_again(self, refused: str) -> None:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        with self._lock:
+            if refused != self._signed:
+                return  # another part has done so already
+            bucket, key = split_s3_url(self.info.url)
+            with contextlib.suppress(BotoCoreError, ClientError):
+                self.store.client.head_object(Bucket=bucket, Key=key)  # from its answer boto3 learns the region
+            self._sign()
+
+    def _sign(self) -> None:
+        from botocore.exceptions import BotoCoreError
+
+        bucket, key = split_s3_url(self.info.url)
+        try:
+            self._signed = self.store.client.generate_presigned_url(
+                "get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=_SIGNED_FOR_S
+            )
+        except BotoCoreError as error:
+            raise _explained(error, self.info.url, self.s3) from error
+        self._signed_at = self._clock()
+
+    def _error(self, part: _Part, failure: Failure, failures: Counter[str], silent_s: float) -> DataError:
+        url, endpoint = self.info.url, self.store.endpoint
+        remedy = "put the object of the manifest back, or start a new run on the new data"
+        if failure.kind == "replaced":
+            return DataError(f"{url} was replaced since the run's manifest was made: {remedy}")
+        if failure.kind == "gone":
+            return DataError(f"{url} is gone, though it was there when the run's manifest was made: {remedy}")
+        if failure.kind == "no ranges":
+            return DataError(
+                f"{url}: the store {endpoint} ignores ranges (it answers a Range request with the whole object), which "
+                "sigray needs to go on after a broken connection: use a store that knows them, or copy the shards"
+            )
+        if failure.kind == "denied":
+            return _refused(url, self.s3, failure.status, failure.code)
+        tried = ", ".join(f"{count} x {kind}" for kind, count in failures.most_common())
+        if set(failures) == {"no connection"}:
+            return _unreachable(url, self.s3, f"{failure.message} (tried {failures.total()} times in {silent_s:.0f} s)")
+        return DataError(
+            f"{url}: no byte from {endpoint} for {silent_s:.0f} s (data.s3.deadline_s={self.s3.deadline_s:g}) at byte "
+            f"{part.begin + part.num_filled} of {self.info.num_bytes}, tried {failures.total()} times: {tried}; last: "
+            f"{failure.message}"
+        )
+
+
+def _kind_of(status: int, code: str) -> str:
+    """Kind of the failure that an answer without the bytes is."""
+    if status in (429, 503) or code in ("SlowDown", "ServiceUnavailable", "TooManyRequests"):
+        return "slow down"
+    if status >= 500 or status == 408 or code == "RequestTimeout":
+        return "server error"
+    if status == 404:
+        return "gone"
+    if status == 412:
+        return "replaced"
+    if status in (301, 307, 400, 401, 403):  # 400 is S3's answer to expired credentials, and to the wrong region
+        return "denied"
+    return "wrong answer"
+
+
+class S3Stream:
+    """One object as a `workers.tar.ByteSource`. Begins to fetch at once; for one reading thread.
+
+    What `read` returns are views where it can: they stay valid as long as anyone holds them, since a buffer is used
+    again only when nobody does. Memory: the part that is read and at most `s3.num_connections` ahead of it.
+
+    Args:
+        info: the object, as listed: an object of another ETag is an error.
+        s3: how it is reached.
+        start: first byte.
+        part_bytes: of one ranged GET.
+        draw: random numbers from 0 to 1, for the waits between tries.
+        clock: seconds.
+        sleep: wait for so many seconds, or until the event is set.
+
+    Attributes:
+        position: of the next byte.
+        num_bytes: of the object.
+        retries: how often a part had to be asked for again, by kind of failure.
+        num_parts: how many parts may be on their way now.
+    """
+
+    def __init__(
+        self,
+        info: ObjectInfo,
+        s3: S3Config,
+        start: int = 0,
+        *,
+        part_bytes: int = PART_BYTES,
+        draw: Callable[[], float] = random.random,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[threading.Event, float], object] = threading.Event.wait,
+    ) -> None:
+        self.position, self.num_bytes = start, info.num_bytes
+        self._fetcher = _Fetcher(info, s3, draw, clock, sleep)
+        self.retries = self._fetcher.retries
+        # One less than the stream before needed: what was learnt of a store holds for its next object, and a store
+        # that has become fast again is soon read over two connections.
+        self.num_parts = min(s3.num_connections, max(FIRST_PARTS, self._fetcher.store.num_parts - 1))
+        self._most_parts, self._part_bytes = s3.num_connections, part_bytes
+        self._view, self._view_begin, self._view_end = memoryview(b""), start, start
+        self._buffer: bytearray | None = None  # under the view
+        self._free: list[bytearray] = []
+        self._ahead: deque[_Part] = deque()
+        self._next = start  # first byte of the next part to ask for
+        self._just_placed = True  # the first part is always waited for: that says nothing about the store
+        weakref.finalize(self, _drop_all, self._ahead)  # a stream that nobody closed must not go on downloading
+        self._ask()
+
+    def read(self, count: int) -> bytes | memoryview:
+        """The next `count` bytes.
+
+        Raises:
+            DataError: "cut short: ..." where the object ends earlier; where it was replaced, is gone, cannot be reached
+                or is refused; and where no byte comes for `s3.deadline_s`.
+        """
+        begin = self.position
+        end = begin + count
+        if end > self._view_end or begin < self._view_begin:
+            return self._read_across(count)
+        self.position = end
+        return self._view[begin - self._view_begin : end - self._view_begin]
+
+    def skip(self, count: int) -> None:
+        """Pass over bytes; parts that lie wholly before the new position are dropped, or never asked for."""
+        self.position += count
+
+    def close(self) -> None:
+        """Stop the downloads; views that were read stay valid."""
+        self._fetcher.store.num_parts = self.num_parts
+        _drop_all(self._ahead)
+        self._let_go()
+        self._free.clear()
+        self._next = self.num_bytes
+
+    def _read_across(self, count: int) -> bytes | memoryview:
+        """Bytes that do not all lie in the current part."""
+        if self.position + count > self.num_bytes:
+            raise cut_short(self.num_bytes)
+        if not count:
+            return b""
+        if self.position >= self._view_end:
+            self._advance()
+            if self.position + count <= self._view_end:
+                return self.read(count)
+        whole, num_copied = bytearray(count), 0
+        while num_copied < count:
+            if self.position >= self._view_end:
+                self._advance()
+            piece = self._view[self.position - self._view_begin :][: count - num_copied]
+            whole[num_copied : num_copied + len(piece)] = piece
+            num_copied += len(piece)
+            self.position += len(piece)
+        return memoryview(whole).toreadonly()
+
+    def _advance(self) -> None:
+        """Make the part that holds the position the current one."""
+        self._let_go()
+        while self._ahead and self._ahead[0].end <= self.position:
+            passed = self._ahead.popleft()
+            if passed.done.is_set():
+                self._free.append(passed.buffer)
+            passed.drop()
+        if not self._ahead and self._next < self.position:
+            self._next, self._just_placed = self.position, True
+        self._ask()
+        assert self._ahead, "read after close"
+        part = self._ahead[0]
+        if not part.done.is_set():
+            if not self._just_placed and self.num_parts < self._most_parts:
+                self.num_parts += 1
+                self._ask()
+            part.done.wait()
+        self._just_placed = False
+        if part.error is not None:
+            raise part.error
+        self._ahead.popleft()
+        self._buffer = part.buffer
+        self._view = memoryview(part.buffer).toreadonly()[: part.end - part.begin]
+        self._view_begin, self._view_end = part.begin, part.end
+        self._ask()
+
+    def _let_go(self) -> None:
+        """Give the current part's buffer back, unless somebody still holds a view of it."""
+        self._view.release()
+        self._view, self._view_begin, self._view_end = memoryview(b""), self.position, self.position
+        if self._buffer is not None:
+            with contextlib.suppress(BufferError):  # a bytearray that is looked at refuses to change its length
+                self._buffer.append(self._buffer.pop())
+                self._free.append(self._buffer)
+        self._buffer = None
+
+    def _ask(self) -> None:
+        """Start the threads of as many parts as may be on their way."""
+        while len(self._ahead) < self.num_parts and self._next < self.num_bytes:
+            end = min(self._next + self._part_bytes, self.num_bytes)
+            part = _Part(self._next, end, self._free.pop() if self._free else bytearray(self._part_bytes))
+            self._next = end
+            self._ahead.append(part)
+            threading.Thread(target=self._fetcher.fetch, args=(part,), name="s3-part", daemon=True).start()
+
+
+class ShardCache:
+    """A folder of local copies of objects, shared by any number of processes of this host.
+
+    Every change is made under a lock on the folder. Space is reserved before a download begins, so the folder never
+    grows above `max_bytes`; the copies used longest ago make room. A download holds a lock on its file: one that nobody
+    holds was left by a process that died, and goes.
+
+    Args:
+        folder: is made where it does not exist. Other files in it are left alone.
+        max_bytes: of all copies together.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], max_bytes: int) -> None:
+        self.folder, self.max_bytes = Path(folder), max_bytes
+
+    def path_of(self, info: ObjectInfo, s3: S3Config) -> Path:
+        """The local copy of an object, downloaded unless it is there.
+
+        Open it at once: another process may need the room. An open file stays readable when its copy goes; where it
+        went before it was opened, ask again.
+
+        Raises:
+            DataError: as `S3Stream.read`; where the object is larger than the cache; where the disk is full.
+        """
+        if info.num_bytes > self.max_bytes:
+            raise DataError(
+                f"{info.url} has {info.num_bytes} bytes, more than the whole shard cache {self.folder} may have "
+                f"({self.max_bytes}): raise data.shard_cache_gib, or stream the shards with data.shard_cache=null"
+            )
+        path = self.folder / (hashlib.sha256(f"{info.url} {info.etag}".encode()).hexdigest()[:32] + ".tar")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            while True:
+                if self._touched(path, info.num_bytes):
+                    return path
+                with self._locked():
+                    file = self._reserve(path, info.num_bytes)
+                if file is None:
+                    time.sleep(0.1)  # another process downloads it, or needs all the room that there is
+                    continue
+                with file:
+                    self._download(file, info, s3)
+                    with self._locked():  # or its bytes might be missing from somebody's sum
+                        os.replace(file.name, path)
+                return path
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DataError(
+                    f"{info.url}: the disk of the shard cache {self.folder} is full: free some space or lower "
+                    f"data.shard_cache_gib ({self.max_bytes / 2**30:.3g} now)"
+                ) from error
+            raise DataError(f"{info.url}: the shard cache {self.folder} cannot be used: {error}") from error
+
+    def _download(self, file: IO[bytes], info: ObjectInfo, s3: S3Config) -> None:
+        """Fill the reserved file; on any error it goes."""
+        try:
+            with contextlib.closing(S3Stream(info, s3)) as stream:
+                for position in range(0, info.num_bytes, 1 << 20):
+                    file.write(stream.read(min(1 << 20, info.num_bytes - position)))
+            file.flush()
+            os.fsync(file.fileno())  # a host that loses power must not find a copy of the right size and zeros in it
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+    def _touched(self, path: Path, num_bytes: int) -> bool:
+        """Whether the copy is there; it counts as used now."""
+        try:
+            os.utime(path)
+            return path.stat().st_size == num_bytes
+        except FileNotFoundError:
+            return False
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with open(self.folder / ".lock", "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _reserve(self, path: Path, num_bytes: int) -> IO[bytes] | None:
+        """An open, locked file of the wanted size beside the path, and room for it; None: try again later."""
+        if self._touched(path, num_bytes):
+            return None
+        wanted = path.with_suffix(".part")
+        copies: list[tuple[int, int, Path]] = []  # time of last use in ns, bytes
+        num_used = 0
+        for other in self.folder.iterdir():
+            if not re.fullmatch(r"[0-9a-f]{32}\.(tar|part)", other.name):
+                continue
+            with contextlib.suppress(FileNotFoundError):  # a download failed meanwhile
+                if other.suffix == ".part" and _is_abandoned(other):
+                    other.unlink()
+                    continue
+                status = other.stat()
+                num_used += status.st_size
+                if other.suffix == ".tar":
+                    copies.append((status.st_mtime_ns, status.st_size, other))
+        if wanted.exists():
+            return None
+        copies.sort()
+        if num_used - sum(size for _, size, _ in copies) + num_bytes > self.max_bytes:
+            return None
+        while num_used + num_bytes > self.max_bytes:
+            _, size, oldest = copies.pop(0)
+            oldest.unlink(missing_ok=True)
+            num_used -= size
+        file = open(wanted, "xb")  # noqa: SIM115 - the caller closes it
+        fcntl.flock(file, fcntl.LOCK_EX)
+        os.ftruncate(file.fileno(), num_bytes)
+        return file
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether no living process holds a lock on a file."""
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
