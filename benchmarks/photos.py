@@ -1,6 +1,6 @@
 """Tars of real photographs with captions, for benchmarks of decoding: 8 shards of 1,000 JPEGs, made once.
 
-    python -m benchmarks.photos [FOLDER]        about half a minute on two cores, 330 MB; FOLDER is data/photos
+    python -m benchmarks.photos [FOLDER]        about a minute on two cores, 300 MB; FOLDER is data/photos
 
 The photographs are those that the PyPI package `scikit-image` (the `bench` extra) carries in its wheel, in so far as
 its docstrings name an owner who gave all rights away:
@@ -13,8 +13,8 @@ its docstrings name an owner who gave all rights away:
 
 Every sample is another part of one of them, with its own size (256 to 512 pixels per side), exposure, mirroring and
 JPEG quality (85 to 92), 4:2:0 as cameras and the web have it. Size and content decide what a decoder costs, so a
-sample costs what a thumbnail of a web photograph costs: 35 kB on average. A sample is key.jpg, key.json, key.txt. All of it
-follows from the seed, the versions of Pillow and numpy, and the photographs.
+sample costs what a thumbnail of a web photograph costs: 35 kB on average. A sample is key.jpg, key.json, key.txt. All
+of it follows from the seed, the versions of Pillow and numpy, and the photographs.
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ def photo(source: Image.Image, random: np.random.RandomState) -> tuple[bytes, tu
     """A part of a photograph as JPEG, and its width and height."""
     ratio = math.exp(random.uniform(math.log(2 / 3), math.log(3 / 2)))
     longer = random.randint(384, 513)
-    width, height = (longer, max(256, round(longer / ratio))) if ratio >= 1 else (max(256, round(longer * ratio)), longer)
+    width, height = (
+        (longer, max(256, round(longer / ratio))) if ratio >= 1 else (max(256, round(longer * ratio)), longer)
+    )
     # At most 1.6 times enlarged where the photograph allows it: what is enlarged more is too smooth to be one.
     fit = min(source.width / width, source.height / height)
     scale = random.uniform(min(fit, 0.625), min(fit, 1.6))

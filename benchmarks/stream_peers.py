@@ -21,10 +21,11 @@ import argparse
 import functools
 import itertools
 import json
-import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -44,6 +45,8 @@ SIZE, CONTEXT, VOCABULARY = 224, 77, 49408  # of that model
 # Batches before the clock starts, for all: loader workers and Ray Data's tasks then run and their queues have filled.
 WARM_UP_BATCHES = 16
 MEMORY_BATCHES = 12  # after the clock has stopped
+CHECKPOINT_STEPS = 50  # between two writes of the ledger
+SHARED_BLOCKS = 4  # of each lane, kept for the slower reader
 
 Batch = tuple[Any, Any]
 
@@ -80,41 +83,49 @@ def decode_pairs(samples: Iterable[dict[str, Any]], places: Iterable[int], image
 
 
 def sigray(paths: list[Path]) -> Iterator[Batch]:
-    """TO BE WIRED: what one training worker of a run does to get its batches, cursor and ledger included."""
+    """What one training worker of a run does for its batches, but training."""
+    from workers.ledger import Ledger
+    from workers.storage import Storage
+
     stream = SigrayStream(paths)
-    try:
-        for batch in stream.feed():
-            # The ledger: (step, epoch, dataset, shard, key) of the batch's pairs go to a file in the loop's thread.
-            yield batch.images, batch.tokens
-    finally:
-        stream.close()
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = Ledger(Storage(folder), rank=0, first_step=0)
+        try:
+            for batch in stream.feed():
+                yield batch.images, batch.tokens
+                ledger.add(batch)
+                if (batch.step + 1) % CHECKPOINT_STEPS == 0:  # the cursor is this number
+                    ledger.write(batch.step + 1)
+        finally:
+            stream.close()
 
 
 class SigrayStream:
-    """TO BE WIRED: a Ray of this process, the data-shard workers of a run, and readers of their stream."""
+    """A Ray of this process, the data-shard workers of a run, and readers of their stream."""
 
     def __init__(self, paths: list[Path], **fields: Any) -> None:
         import ray
 
-        from workers.data_worker import DataWorker, build_order
+        from workers.data_worker import build_order
+        from workers.pool import DataPool
         from workers.shards import scan_shards
 
         start_ray()
         self._data = data_config(paths, **fields)
         manifest = scan_shards(self._data.shards, self._data)
-        actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(DataWorker)
-        self._actors = [actor.remote(manifest, self._data, MODEL, seed=SEED) for _ in range(NUM_WORKERS)]
         self._order = build_order(manifest, self._data, SEED)
-        self.worker_pids = ray.get([worker.__ray_call__.remote(lambda _: os.getpid()) for worker in self._actors])
+        self._pool = DataPool(manifest, self._data, MODEL, seed=SEED)
+        actors = ray.get(self._pool.worker_list.get.remote())
+        self.worker_pids = ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in actors])
 
     def feed(self, num_batches: int = 2**40) -> Any:
         """One reader from the stream's beginning."""
-        from workers.data_worker import ActorBlocks
         from workers.feed import Feed
+        from workers.pool import PoolBlocks
 
         return Feed(
             self._order,
-            ActorBlocks(self._actors, self._data.worker_timeout_s),
+            PoolBlocks(self._pool.worker_list, self._data.worker_timeout_s),
             global_batch_size=BATCH,
             block_size=self._data.block_size,
             rank=0,
@@ -132,10 +143,11 @@ class SigrayStream:
 
 
 def shared(paths: list[Path], num_readers: int, num_batches: int) -> dict[str, float]:
-    """CPU seconds of the data-shard workers while `num_readers` readers take the same batches of one stream."""
-    stream = SigrayStream(paths, shared_blocks=4)
-    warm = stream.feed(2)
-    assert sum(1 for _ in warm) == 2
+    """CPU seconds of the data-shard workers while `num_readers` readers take the same batches of one stream.
+
+    A whole stream from its first batch to its last, so that no work is under way when the counting begins and ends.
+    """
+    stream = SigrayStream(paths, shared_blocks=SHARED_BLOCKS)
     counts = [0] * num_readers
 
     def read(number: int) -> None:
@@ -143,15 +155,13 @@ def shared(paths: list[Path], num_readers: int, num_batches: int) -> dict[str, f
             check(batch.images, batch.tokens)
             counts[number] += 1
 
-    before = sum(cpu_s(pid) for pid in stream.worker_pids)
-    begin = time.perf_counter()
+    before, begin = sum(map(cpu_s, stream.worker_pids)), time.perf_counter()
     readers = [threading.Thread(target=read, args=(number,)) for number in range(num_readers)]
     for reader in readers:
         reader.start()
     for reader in readers:
         reader.join()
-    seconds = time.perf_counter() - begin
-    used = sum(cpu_s(pid) for pid in stream.worker_pids) - before
+    seconds, used = time.perf_counter() - begin, sum(map(cpu_s, stream.worker_pids)) - before
     stream.close()
     assert counts == [num_batches] * num_readers, counts
     return {"samples": num_batches * BATCH, "seconds": seconds, "worker_cpu_s": used}
@@ -162,18 +172,19 @@ def shared(paths: list[Path], num_readers: int, num_batches: int) -> dict[str, f
 
 def floor(paths: list[Path]) -> Iterator[Batch]:
     context = multiprocessing.get_context("spawn")
-    news = context.SimpleQueue()
-    processes = [
-        context.Process(target=floor_process, args=(paths[number::NUM_WORKERS], news), daemon=True)
-        for number in range(NUM_WORKERS)
-    ]
-    for process in processes:
-        process.start()
+    processes, news = [], []
+    for number in range(NUM_WORKERS):
+        receiver, sender = context.Pipe(duplex=False)
+        processes.append(context.Process(target=floor_process, args=(paths[number::NUM_WORKERS], sender), daemon=True))
+        processes[-1].start()
+        sender.close()  # so that the end of the process is the end of the pipe: EOFError
+        news.append(receiver)
     nothing = np.empty((BATCH, SIZE, SIZE, 3), np.uint8), np.empty((BATCH, CONTEXT), np.int32)
     try:
         while True:
-            news.get()
-            yield nothing
+            for receiver in multiprocessing.connection.wait(news):
+                receiver.recv()
+                yield nothing
     finally:
         for process in processes:
             process.terminate()
@@ -181,9 +192,11 @@ def floor(paths: list[Path]) -> Iterator[Batch]:
 
 
 def floor_process(paths: list[Path], news: Any) -> None:
+    from workers.pool import keep_freed_memory
     from workers.tar import MappedFile, read_tar
 
     torch.set_num_threads(1)
+    keep_freed_memory()
     images = np.empty((BATCH, SIZE, SIZE, 3), np.uint8)
 
     def members() -> Iterator[dict[str, Any]]:
@@ -194,7 +207,7 @@ def floor_process(paths: list[Path], news: Any) -> None:
     samples = members()
     for step in itertools.count():
         decode_pairs(itertools.islice(samples, BATCH), itertools.count(step * BATCH), images)
-        news.put(step)
+        news.send(step)
 
 
 # Peers
@@ -303,24 +316,30 @@ CONTESTANTS: dict[str, Callable[[list[Path]], Iterator[Batch]]] = {
 
 
 def measure(batches: Iterator[Batch], seconds: float) -> dict[str, float]:
-    """Samples and seconds from the delivery of batch WARM_UP_BATCHES on, over `seconds` at least.
+    """Samples per second after the delivery of batch WARM_UP_BATCHES, over `seconds` at least.
 
-    CPU seconds are those of this process and all its descendants in that time; memory is theirs too, each page counted
-    once (PSS), the highest value while some more batches are delivered afterwards.
+    The rate is the slope of the line through all deliveries: some contestants deliver in bursts, and where the
+    measurement cuts a burst must not matter. CPU seconds are those of this process and all its descendants in that
+    time; memory is theirs too, each page counted once (PSS), the highest value while some more batches are delivered
+    afterwards.
     """
-    begin = before = 0.0
-    for number, batch in enumerate(batches, start=1):
-        check(*batch)
-        now = time.perf_counter()
-        if number == WARM_UP_BATCHES:
-            begin, before = now, tree_cpu_s()
-        # Two workers deliver in pairs: an even number is fair to all.
-        if number > WARM_UP_BATCHES and (number - WARM_UP_BATCHES) % 2 == 0 and now - begin >= seconds:
-            break
+    for _ in itertools.islice(batches, WARM_UP_BATCHES):
+        pass
+    begin, before = time.perf_counter(), tree_cpu_s()
+    arrivals = [begin]
+    while arrivals[-1] - begin < seconds:
+        check(*next(batches))
+        arrivals.append(time.perf_counter())
     cpu_seconds = tree_cpu_s() - before
+    rate = BATCH * float(np.polyfit(arrivals, range(len(arrivals)), 1)[0])
     peak = max(tree_memory()["pss_mib"] for _ in itertools.islice(batches, MEMORY_BATCHES))
-    samples = (number - WARM_UP_BATCHES) * BATCH
-    return {"samples": samples, "seconds": now - begin, "cpu_s": cpu_seconds, "peak_pss_mib": peak}
+    return {
+        "samples_per_s": rate,
+        "cpu_s_per_s": cpu_seconds / (arrivals[-1] - begin),
+        "peak_pss_mib": peak,
+        "samples": BATCH * (len(arrivals) - 1),
+        "seconds": arrivals[-1] - begin,
+    }
 
 
 def measure_memory(batches: Iterator[Batch], num_samples: int) -> list[dict[str, float]]:
@@ -364,7 +383,7 @@ def cpu_s(pid: int) -> float:
 
 
 def tree_memory() -> dict[str, float]:
-    """Resident MiB of this process and all its descendants: each page once, of these the files', and without sharing."""
+    """Resident MiB of this process and all its descendants: the sum, and with each page counted once (files' apart)."""
     names = {"Rss": "rss_mib", "Pss": "pss_mib", "Pss_File": "file_pss_mib"}
     sums = dict.fromkeys(names.values(), 0.0)
     for pid in tree():
@@ -413,4 +432,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Under its own name: what stands in __main__ travels to Ray's workers by value, and would be built for every task.
+    from benchmarks import stream_peers
+
+    stream_peers.main()

@@ -23,10 +23,48 @@ Train SigLIP-style image-text models from WebDataset tars on a Ray cluster.
   sigray resume runs/emoji_cpu                    go on from the newest checkpoint
   sigray eval runs/emoji_cpu                      measure the newest checkpoint again
   sigray config examples/emoji_cpu.yaml           print the whole config, every default written out
+
+  sigray data inspect 'data/emoji36/train/*.tar' --sheet sheet.html
+                                                  what shards hold, what is broken in them, and pictures
+  sigray data tokenizer 'data/emoji36/train/*.tar' tokenizer.json
+                                                  a tokenizer from their captions
+  sigray data audit runs/emoji_cpu                did the run use every sample exactly once per epoch?
 """
 _EPILOG = """\
 Exit codes: 0 done; 1 the run failed; 2 the command, config, data or storage cannot be used; 130 interrupted
 (a checkpoint was written; `sigray resume` goes on).
+"""
+
+_INSPECT_EXAMPLES = """\
+examples:
+  sigray data inspect data/emoji36/train                          a folder
+  sigray data inspect 'tars/train-{000000..000127}.tar' --sheet sheet.html
+  sigray data inspect s3://bucket/prefix data.s3.endpoint=http://127.0.0.1:9000
+  sigray data inspect tars data.image_keys=[jpg] 'data.captions={txt: 1, json:captions.en: 3}'
+  sigray data inspect examples/emoji_cpu.yaml --all               the data of a run, as the run reads it
+
+By default about 2,000 samples are decoded, spread evenly over all shards, and reading stops after 30 s; what was
+not read is said. Broken is what training would refuse. Exit code 2 where shards are damaged, cut short or missing, or
+where training would not start or would stop; the last table says why.
+"""
+_AUDIT_EXAMPLES = """\
+examples:
+  sigray train run.yaml train.ledger=true run.name=a              write down every pair that enters a loss
+  sigray data audit runs/a                                        and prove it
+  sigray data audit s3://bucket/runs/a
+
+Exit codes: 0 every sample of each complete epoch was used exactly once, and every step had its pairs; 1 not so, and
+the first missing or doubled samples are named; 2 there is no ledger to audit.
+"""
+_TOKENIZER_EXAMPLES = """\
+examples:
+  sigray data tokenizer 'tars/*.tar' tokenizer.json --vocab-size 8000
+  sigray data tokenizer tars world.json --kind unigram 'data.captions={json:captions.de: 1, json:captions.ja: 1}'
+  sigray data tokenizer examples/emoji_cpu.yaml tokenizer.json    the captions of a run
+
+Every caption of every source in data.captions counts, whatever its weight. All are held in memory: of large data some
+shards are enough, as 'train-{000000..000009}.tar'. bpe is for languages that write words apart with few different
+characters; unigram is for any languages, and knows no unknown character.
 """
 
 
@@ -120,6 +158,80 @@ def _data_emoji(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _data_inspect(options: argparse.Namespace, console: Console) -> int:
+    from orchestrator.inspect import (
+        MAX_S,
+        NUM_PICTURES,
+        NUM_SAMPLES,
+        data_section,
+        inspect_data,
+        inspection_tables,
+        write_sheet,
+    )
+
+    data = data_section(options.overrides)
+    sheet = Path(options.sheet) if options.sheet else None
+    if sheet is not None and not sheet.absolute().parent.is_dir():
+        raise ConfigError(f"--sheet {sheet}: the folder {sheet.absolute().parent} does not exist")
+    is_default = options.samples is None and not options.all
+    with _BuildProgress(console) as progress:
+        found = inspect_data(
+            data,
+            num_samples=None if options.all else options.samples or NUM_SAMPLES,
+            max_s=MAX_S if is_default else None,
+            num_pictures=NUM_PICTURES if sheet else 0,
+            progress=progress,
+        )
+    console.print(inspection_tables(found))
+    if sheet is not None:
+        write_sheet(found, sheet)
+        console.print(f"sheet: {sheet.absolute()}", highlight=False, soft_wrap=True)
+    if found.problems:
+        first = ": ".join(found.problems[0])
+        num_problems = len(found.problems)
+        raise ConfigError(first if num_problems == 1 else f"problems with the data, {num_problems}: see the last table")
+    return 0
+
+
+def _data_audit(options: argparse.Namespace, console: Console) -> int:
+    from orchestrator.folder import read_run
+
+    config = read_run(options.run_folder)
+    from orchestrator.inspect import audit_run, audit_table
+
+    found = audit_run(config)
+    console.print(audit_table(found))
+    if not found.audit.is_exact:
+        raise RuntimeError(found.verdict)
+    console.print(found.verdict, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _data_tokenizer(options: argparse.Namespace, console: Console) -> int:
+    from orchestrator.inspect import data_section, train_caption_tokenizer
+
+    data = data_section([options.pattern, *options.overrides])
+    with _BuildProgress(console) as progress:
+        made = train_caption_tokenizer(
+            data,
+            Path(options.out),
+            vocab_size=options.vocab_size,
+            kind=options.kind,
+            lower_case=not options.keep_case,
+            progress=progress,
+        )
+    console.print(
+        f"{made.path.absolute()}: {made.vocab_size:,} tokens, from {made.num_captions:,} captions; "
+        f"{made.num_unusable:,} samples without a usable one\n"
+        f"tokens per caption, the closing [EOS] included: median {made.tokens_median:.0f}, "
+        f"95th percentile {made.tokens_95_pct:.0f}\n\n{made.yaml}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
 def _finish(summary: dict[str, Any], config: RunConfig, console: Console) -> int:
     from orchestrator.monitor import figures_table, format_duration
 
@@ -149,8 +261,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name: str, run: Any, help: str, group: Any = commands) -> argparse.ArgumentParser:
-        added = group.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    def command(
+        name: str, run: Any, help: str, group: Any = commands, examples: str | None = None
+    ) -> argparse.ArgumentParser:
+        added = group.add_parser(
+            name,
+            help=help,
+            description=f"{help[0].upper()}{help[1:]}.",
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         added.set_defaults(run=run)
         return added
 
@@ -182,7 +302,7 @@ def _parser() -> argparse.ArgumentParser:
     overrides(added)
     added.add_argument("--schema", action="store_true", help="the JSON schema, for completion in an editor")
 
-    data = commands.add_parser("data", help="make data sets", description="Make data sets.")
+    data = commands.add_parser("data", help="look at data, make data", description="Look at data, make data.")
     kinds = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
     added = command(
         "emoji",
@@ -191,7 +311,42 @@ def _parser() -> argparse.ArgumentParser:
         kinds,
     )
     added.add_argument("out_dir", metavar="OUT_DIR")
+
+    added = command(
+        "inspect", _data_inspect, "print what shards hold and what is wrong with them", kinds, _INSPECT_EXAMPLES
+    )
+    added.usage = "sigray data inspect PATTERN... [data.KEY=VALUE ...] [--samples N | --all] [--sheet FILE.html]"
+    # Under the name that also takes the words behind the options.
+    added.add_argument(
+        "overrides", nargs="+", metavar="PATTERN", help="shards, or a run's CONFIG.yaml; data.KEY=VALUE among them"
+    )
+    extent = added.add_mutually_exclusive_group()
+    extent.add_argument("--samples", type=_positive, metavar="N", help="decode about N samples, however long it takes")
+    extent.add_argument("--all", action="store_true", help="decode every sample, however long it takes")
+    added.add_argument("--sheet", metavar="FILE.html", help="write a page with pictures and captions")
+
+    added = command(
+        "audit", _data_audit, "prove from a run's ledger that it used each sample once", kinds, _AUDIT_EXAMPLES
+    )
+    added.add_argument("run_folder", metavar="RUN", help="a run's folder, or its storage as s3://bucket/prefix/name")
+
+    added = command(
+        "tokenizer", _data_tokenizer, "train a tokenizer on the captions of shards", kinds, _TOKENIZER_EXAMPLES
+    )
+    added.add_argument("pattern", metavar="PATTERN", help="shards, or a run's CONFIG.yaml")
+    added.add_argument("out", metavar="OUT.json")
+    overrides(added)
+    added.add_argument("--vocab-size", type=_positive, default=8192, metavar="N", help="tokens at most (default 8192)")
+    added.add_argument("--kind", choices=["bpe", "unigram"], default="bpe", help="default bpe")
+    added.add_argument("--keep-case", action="store_true", help="keep capitals; by default all is made lower case")
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
 
 
 class _BuildProgress:

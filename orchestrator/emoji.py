@@ -51,6 +51,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from workers.tokenizer import train_tokenizer
+
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
@@ -279,9 +281,9 @@ def build_emoji(
             classes = [{"id": c, "name": captions[c]["en"]["name"]} for c in sorted({d.concept for d in splits[split]})]
             (staging / split / "classes.json").write_text(to_json(classes), encoding="utf-8")
         trained = sorted({d.concept for d in splits[TRAIN]})
-        (staging / "tokenizer.json").write_text(
-            train_tokenizer(caption_text(**captions[c]["en"]) for c in trained), encoding="utf-8"
-        )
+        texts = (caption_text(**captions[c]["en"]) for c in trained)
+        tokenizer = train_tokenizer(texts, vocab_size=MAX_VOCABULARY, kind="bpe")
+        (staging / "tokenizer.json").write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
 
         dataset = {
             "dataset": "emoji36",
@@ -819,23 +821,6 @@ def summary(drawings: Sequence[Drawing], captions: Mapping[str, Captions]) -> di
         "num_samples_by_set": dict(sorted(Counter(d.set.name for d in drawings).items())),
         "languages_per_concept": round(sum(len(captions[c]) for c in concepts) / max(len(concepts), 1), 2),
     }
-
-
-def train_tokenizer(texts: Iterable[str]) -> str:
-    """tokenizer.json of a lower-casing BPE trained on `texts`: [PAD] 0, [UNK] 1, [EOS] 2 after every text.
-
-    Its post-processor adds [EOS] also to a text that is truncated, so a tower may pool at the last token.
-    """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-
-    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = ["[PAD]", "[UNK]", "[EOS]"]
-    trainer = trainers.BpeTrainer(vocab_size=MAX_VOCABULARY, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A [EOS]", special_tokens=[("[EOS]", 2)])
-    return tokenizer.to_str(pretty=True) + "\n"
 
 
 if __name__ == "__main__":

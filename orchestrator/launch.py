@@ -161,6 +161,7 @@ class _Run:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._pool.close()
         self.display.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -237,7 +238,9 @@ class _Run:
         self._lines_since_resize.append(line)
         wanted = wanted_data_workers(self._lines_since_resize, self._pool.size, *num_workers)
         if wanted != self._pool.size:
-            self.display.say(f"data-shard workers: {self._pool.size} -> {wanted} (data wait {line['data/wait_pct']:.0f} %)")
+            self.display.say(
+                f"data-shard workers: {self._pool.size} -> {wanted} (data wait {line['data/wait_pct']:.0f} %)"
+            )
             self._pool.resize(wanted)
             self._lines_since_resize = []
 
@@ -351,7 +354,7 @@ def _submit_evaluation(config: RunConfig, folder: RunFolder, info: CheckpointInf
 
     from workers.evaluate import evaluate_checkpoint
 
-    task = ray.remote(num_cpus=1)(evaluate_checkpoint)
+    task: Any = ray.remote(num_cpus=1)(evaluate_checkpoint)
     return task.remote(folder.storage.uri, info, config.model, config.data, config.eval)
 
 
@@ -379,8 +382,8 @@ def _scan(config: RunConfig, display: Display) -> Manifest:
         share = order.num_of_dataset(number, batch)
         if dataset.num_samples < share:
             raise ConfigError(
-                f"train.global_batch_size={batch} takes {share} samples of data.shards{'.' + name if name else ''}, which "
-                f"has {dataset.num_samples}: one batch would hold a pair twice and count it as its own negative"
+                f"train.global_batch_size={batch} takes {share} samples of data.shards{'.' + name if name else ''}, "
+                f"which has {dataset.num_samples}: one batch would hold a pair twice and count it as its own negative"
             )
     return manifest
 
@@ -405,7 +408,7 @@ def _in_tasks(function: Any, items: list[Any]) -> Iterator[Any]:
     """A `ParallelMap` over the cluster that this driver has joined."""
     import ray
 
-    task = ray.remote(num_cpus=1, max_retries=3)(lambda item: function(item))
+    task: Any = ray.remote(num_cpus=1, max_retries=3)(lambda item: function(item))
     for reference in [task.remote(item) for item in items]:
         yield ray.get(reference)
 

@@ -42,9 +42,10 @@ ANSWERS = {
 class Fault:
     """What happens to one answer.
 
-    `kind` is one of BODY_FAULTS (after `num_bytes` of a body that is longer), a key of ANSWERS (instead of it), "hang up" (before
-    it), "no ranges" (the whole object, as from a store that knows no ranges), "other range" (one byte later than asked
-    for), or "short" (`num_bytes` less than asked for, under a Content-Length that fits them).
+    `kind` is one of BODY_FAULTS (after `num_bytes` of a body that is longer), a key of ANSWERS (instead of the object),
+    "hang up" (before it), "no ranges" (all of it, as from a store that knows no ranges), "no if-match" (as from one that
+    does not know those), "other range" (one byte later than asked for), or "short" (`num_bytes` less than asked for,
+    under a Content-Length that fits them).
     """
 
     kind: str
@@ -135,6 +136,8 @@ class FaultProxy:
                 ]
             if fault and fault.kind == "no ranges":
                 lines = [line for line in lines if line.split(":")[0].lower() not in ("range", "if-match")]
+            if fault and fault.kind == "no if-match":
+                lines = [line for line in lines if line.split(":")[0].lower() != "if-match"]
         if fault:
             if fault.kind not in BODY_FAULTS:
                 self._count(fault)
@@ -212,10 +215,14 @@ def throttled(upstream: str, latency_s: float, bytes_per_s: float) -> Iterator[s
 
 
 def _throttle(connection: socket.socket, server: socket.socket, latency_s: float, bytes_per_s: float) -> None:
+    due = time.perf_counter()  # when the bytes moved so far may have arrived
+
     def requests() -> None:
+        nonlocal due
         with contextlib.suppress(OSError):
             while request := connection.recv(1 << 16):
                 time.sleep(latency_s)
+                due = time.perf_counter()  # idle time earns nothing
                 server.sendall(request)
             server.shutdown(socket.SHUT_RDWR)
 
@@ -223,10 +230,9 @@ def _throttle(connection: socket.socket, server: socket.socket, latency_s: float
     source, sink = os.pipe()
     with contextlib.suppress(OSError):
         fcntl.fcntl(source, fcntl.F_SETPIPE_SZ, 1 << 20)
-        due = time.perf_counter()
         while count := os.splice(server.fileno(), sink, 1 << 18):
-            # Idle time earns nothing, but 5 ms of lateness of the sleep itself are made up for.
-            due = max(due, time.perf_counter() - 0.005) + count / bytes_per_s
+            # Up to 20 ms of lateness, of this process or the server, are made up for: the machine's and not the link's.
+            due = max(due, time.perf_counter() - 0.02) + count / bytes_per_s
             time.sleep(max(0.0, due - time.perf_counter()))
             while count:
                 count -= os.splice(source, connection.fileno(), count)

@@ -76,7 +76,7 @@ class DataWorker:
         self._tokenizer = build_tokenizer(model, self._context_length, vocab_size)
         self._decoder = Decoder(data, self._image_size)
         self._windows = _Windows(manifest, self._order, data)
-        self._blocks: dict[int, OrderedDict[int, Block]] = {}  # the latest used last
+        self._blocks: dict[int, OrderedDict[int, Block]] = {}  # the latest decoded last
         self._cache = _Cache(data.cache_mib * 2**20 if data.crop == "center" else 0, data)
 
     def block(self, lane: int, number: int) -> Block:
@@ -91,9 +91,9 @@ class DataWorker:
             block = self._decode_block(lane, number)
             block.decode_s = time.perf_counter() - begin
             blocks[number] = block
-            while len(blocks) > self._data.shared_blocks:
+            if len(blocks) > self._data.shared_blocks:
+                # The one decoded first, not the one used longest ago: that is what the slowest reader asks for next.
                 blocks.popitem(last=False)
-        blocks.move_to_end(number)
         return blocks[number]
 
     def _decode_block(self, lane: int, number: int) -> Block:
@@ -187,7 +187,7 @@ class _Windows:
             samples = future.result() if future is not None else []
             loaded[place] = samples if place_ahead == place else self._read(lane, window)
             while len(loaded) > self._num_kept:
-                loaded.pop(min(loaded))
+                loaded.pop(next(iter(loaded)))  # the oldest
             if self._threads is not None:
                 following, _ = self._order.window(lane, index - slot + len(window.permutation))
                 place_ahead = following.epoch, following.start
@@ -233,9 +233,7 @@ class _Cache:
 class _LineReader:
     """Reads one epoch's line of shards from a position on. Neighbouring windows share an open shard."""
 
-    def __init__(
-        self, manifest: Manifest, dataset: DatasetOrder, data: DataConfig, epoch: int, position: int
-    ) -> None:
+    def __init__(self, manifest: Manifest, dataset: DatasetOrder, data: DataConfig, epoch: int, position: int) -> None:
         self.epoch, self.position = epoch, position
         self._manifest, self._dataset, self._data = manifest, dataset, data
         self._samples = self._read()

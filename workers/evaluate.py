@@ -26,9 +26,9 @@ from workers.checkpoint import CheckpointInfo, load_weights
 from workers.config import DataConfig, EvalConfig, EvalSet, ModelConfig, Patterns, WeightedShards
 from workers.decode import Decoder, Refused
 from workers.shards import read_samples, scan_shards
+from workers.storage import Storage
 from workers.tar import DataError, TarSample
 from workers.tokenizer import Tokenizer, build_tokenizer
-from workers.storage import Storage
 from workers.towers import build_model, normalize_pixels, shapes
 
 _PIXEL_BASELINE_SIZE = 16

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import time
 from typing import Any
 
@@ -34,7 +35,7 @@ class WorkerList:
     def __init__(self) -> None:
         self._actors: list[Any] = []
 
-    def set(self, actors: list[Any]) -> None:
+    def put(self, actors: list[Any]) -> None:
         self._actors = actors
 
     def get(self) -> list[Any]:
@@ -60,7 +61,9 @@ class DataWorkerActor(DataWorker):
     def __init__(self, manifest: Manifest, data: DataConfig, model: ModelConfig, *, seed: int) -> None:
         import torch
 
+        # One core is what Ray reserves for this process.
         torch.set_num_threads(1)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
         keep_freed_memory()
         super().__init__(manifest, data, model, seed=seed)
 
@@ -90,7 +93,7 @@ class DataPool:
         self.worker_list: Any = ray.remote(num_cpus=0)(WorkerList).remote()
         # The first ones are listed at once: whoever asks waits for them.
         self._actors = [self._start() for _ in range(least if isinstance(least, int) else least[0])]
-        ray.get(self.worker_list.set.remote(self._actors))
+        self._publish()
 
     @property
     def size(self) -> int:
@@ -104,7 +107,7 @@ class DataPool:
             self._starting.append((actor, actor.is_up.remote()))
         while self.size > size and len(self._actors) > 1:
             self._leaving.append((time.monotonic(), self._actors.pop()))
-            self.worker_list.set.remote(self._actors)
+            self._publish()
 
     def tend(self) -> None:
         """List the workers that have come up, stop those that have left. Called a few times a second."""
@@ -114,19 +117,32 @@ class DataPool:
             if ray.wait([reference], timeout=0)[0]:
                 self._starting.remove((actor, reference))
                 self._actors.append(actor)
-                self.worker_list.set.remote(self._actors)
+                self._publish()
         for since, actor in list(self._leaving):
             if time.monotonic() - since > 4 * _LOOK_S:
                 self._leaving.remove((since, actor))
                 ray.kill(actor)
 
+    def close(self) -> None:
+        """Stop all workers."""
+        import ray
+
+        leaving = [actor for _, actor in self._leaving]
+        for actor in [*self._actors, *(actor for actor, _ in self._starting), *leaving, self.worker_list]:
+            ray.kill(actor)
+
+    def _publish(self) -> None:
+        import ray
+
+        ray.get(self.worker_list.put.remote(self._actors))
+
     def _start(self) -> Any:
         import ray
 
         # Ray restarts one that dies, and asks the new one what the old one was asked.
-        actor = ray.remote(
-            num_cpus=self._cpus, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD"
-        )(DataWorkerActor)
+        actor = ray.remote(num_cpus=self._cpus, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD")(
+            DataWorkerActor
+        )
         return actor.remote(*self._arguments, seed=self._seed)
 
 
@@ -136,6 +152,8 @@ class PoolBlocks:
     A dead worker is restarted by Ray, which repeats the question. One that takes several times as long as usual has
     its lane asked of another worker as well; whoever answers first gets the lane. One that gives no answer for
     `timeout_s` is killed, and thereby restarted.
+
+    For one thread, that of its feed.
 
     Args:
         worker_list: handle of the pool's `WorkerList`.
@@ -149,7 +167,8 @@ class PoolBlocks:
         self._suspects: dict[Any, tuple[float, Any]] = {}  # slow workers: since when, and what they owe
         self._usual_s = 0.0  # running mean of how long a worker is busy with a block
         self._num_blocks = self._num_asked_twice = 0
-        self._looked_at, self._look: float = 0.0, None
+        self._looked_at = 0.0
+        self._look: Any = None  # reference of the list that is on its way
 
     def request(self, lane: int, number: int) -> Any:
         """An actor and the reference of its answer."""

@@ -24,6 +24,7 @@ import yaml
 from orchestrator.config import load_config
 from tests.bare import train_bare
 from tests.conftest import COLOURS, TOWERS, write_dataset
+from tests.processes import descendants_named
 from tests.ranks import run_on_ranks
 from tests.s3 import BUCKET, s3_server
 
@@ -104,13 +105,7 @@ class Sigray:
 
     def workers(self, name: str) -> list[int]:
         """Process ids of this run's Ray workers with a name."""
-        listing = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
-        rows = [line.split(maxsplit=2) for line in listing.splitlines()]
-        children = [(int(pid), int(parent), args) for pid, parent, args in rows]
-        family = {self.process.pid}
-        while grown := {pid for pid, parent, _ in children if parent in family} - family:
-            family |= grown
-        return [pid for pid, _, args in children if pid in family and args.startswith(f"ray::{name}")]
+        return descendants_named(self.process.pid, f"ray::{name}")
 
 
 @pytest.fixture(scope="module")

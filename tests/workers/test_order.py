@@ -109,7 +109,9 @@ def test_mixed_datasets_keep_their_own_epochs(order, batch):
     """Slow twin: count the samples of the steps one by one."""
     seen: list[list] = [[] for _ in order.datasets]
     for step in range(12):
-        refs = [(piece.lane // order.num_lanes, ref) for piece in order.batch(step, batch) for ref in order.samples(piece)]
+        refs = [
+            (piece.lane // order.num_lanes, ref) for piece in order.batch(step, batch) for ref in order.samples(piece)
+        ]
         assert len(refs) == batch
         parts = [order.rank_part(step, batch, rank, 3) for rank in range(3)]
         assert [(p.lane // order.num_lanes, ref) for part in parts for p in part for ref in order.samples(p)] == refs

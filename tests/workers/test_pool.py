@@ -1,0 +1,308 @@
+"""The stream through real data-shard workers under Ray, while they and their reader are killed, stopped and resized.
+
+What must come out is computed without Ray, by one `DataWorker` in this process in which nothing dies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bare import OneWorker
+from tests.conftest import TOWERS, drawn_sample, write_dataset, write_tar
+from tests.processes import descendants_named
+from workers.config import DataConfig, ModelConfig
+from workers.data_worker import DataWorker, build_order
+from workers.feed import BlockSource, Feed
+from workers.ledger import Ledger, audit
+from workers.pool import DataPool, PoolBlocks
+from workers.shards import Manifest, scan_shards
+from workers.storage import Storage
+from workers.tokenizer import train_tokenizer
+
+BATCH, SEED = 24, 5
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[Any]:
+    import ray
+
+    os.environ.setdefault("RAY_enable_metrics_collection", "0")
+    ray.init(
+        address="local",
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        object_store_memory=200 * 2**20,
+    )
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture
+def pools(ray_session: Any) -> Iterator[Callable[..., DataPool]]:
+    """Makes a pool that is gone after the test, processes and all."""
+    made: list[DataPool] = []
+
+    def make(manifest: Manifest, data: DataConfig, model: ModelConfig) -> DataPool:
+        made.append(DataPool(manifest, data, model, seed=SEED))
+        return made[-1]
+
+    yield make
+    for pool in made:
+        pool.close()
+    deadline = time.monotonic() + 30
+    while descendants_named(os.getpid(), "ray::DataWorkerActor"):
+        assert time.monotonic() < deadline, "data-shard workers outlive their pool"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    """With a tokenizer that needs no open_clip: a data-shard worker is then up again in three seconds."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train_tokenizer((f"field number {n}" for n in range(100)), vocab_size=200, kind="bpe").save(str(path))
+    return ModelConfig(towers=TOWERS, tokenizer=str(path))
+
+
+class Group:
+    """All training workers of one attempt, up to the loss: feeds in step, ledgers, and a commit every few steps."""
+
+    def read(
+        self,
+        sources: list[BlockSource],
+        manifest: Manifest,
+        data: DataConfig,
+        *,
+        folder: str,
+        first_step: int,
+        last_step: int,
+        commit_every: int = 4,
+        wait_at_every: int = 0,
+    ) -> None:
+        """Leaves `commit.json` (steps done, the digest of each global batch) and the ledger in `folder`.
+
+        With `wait_at_every`, says in `waiting` when that many steps have passed, and goes on when the file is gone.
+        """
+        order, storage = build_order(manifest, data, SEED), Storage(folder)
+        feeds = [
+            Feed(
+                order,
+                source,
+                global_batch_size=BATCH,
+                block_size=data.block_size,
+                rank=rank,
+                world_size=len(sources),
+                first_step=first_step,
+                last_step=last_step,
+                prefetch_batches=2,
+                max_bad_fraction=data.max_bad_fraction,
+            )
+            for rank, source in enumerate(sources)
+        ]
+        ledgers = [Ledger(storage, rank, first_step) for rank in range(len(sources))]
+        digests = committed(Path(folder))["digests"][:first_step]
+        for parts in zip(*feeds, strict=True):
+            if wait_at_every and parts[0].step % wait_at_every == 0:
+                Path(folder, "waiting").touch()
+                while Path(folder, "waiting").exists():
+                    time.sleep(0.02)
+            digest = hashlib.sha256()
+            for part in parts:
+                digest.update(part.images.numpy().tobytes() + part.tokens.numpy().tobytes())
+            digests.append(digest.hexdigest())
+            for ledger, part in zip(ledgers, parts, strict=True):
+                ledger.add(part)
+            steps_done = parts[0].step + 1
+            if steps_done % commit_every == 0 or steps_done == last_step:
+                for ledger in ledgers:
+                    ledger.write(steps_done)
+                storage.write("commit.json", json.dumps({"steps": steps_done, "digests": digests}).encode())
+
+
+def committed(folder: Path) -> dict[str, Any]:
+    path = folder / "commit.json"
+    return json.loads(path.read_text()) if path.exists() else {"steps": 0, "digests": []}
+
+
+def undisturbed(manifest: Manifest, data: DataConfig, model: ModelConfig, folder: Path, num_steps: int) -> list[str]:
+    """The digests of all global batches, from one worker in this process."""
+    source = OneWorker(DataWorker(manifest, data, model, seed=SEED))
+    Group().read([source], manifest, data, folder=str(folder), first_step=0, last_step=num_steps)
+    return committed(folder)["digests"]
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_ledger_of_a_stream_in_which_everything_dies(ray_session, pools, model, tmp_path):
+    """Two epochs; 50 kills of data-shard workers and of the reader; 1 to 4 training workers, 1 to 3 data workers."""
+    ray, rng = ray_session, random.Random(7)
+    write_dataset(tmp_path / "tars", [150, 90, 160, 80])
+    write_tar(tmp_path / "tars" / "bad.tar", [drawn_sample(n) | {"png": b"no image"} for n in range(480, 484)])
+    write_dataset(tmp_path / "more", [57])
+    parts = {
+        "fields": {"shards": str(tmp_path / "tars"), "weight": 2},
+        "more": {"shards": str(tmp_path / "more"), "weight": 1},
+    }
+    data = DataConfig(
+        shards=parts,
+        num_lanes=4,
+        shuffle_window=40,
+        block_size=8,
+        num_workers=2,
+        cpus_per_worker=0,
+        max_bad_fraction=0.1,
+        worker_timeout_s=30,
+    )
+    manifest = scan_shards(data.shards, data)
+    order = build_order(manifest, data, SEED)
+    num_steps = 62
+    assert order.num_of_dataset(0, num_steps * BATCH) > 2 * order.datasets[0].num_samples
+    folder = tmp_path / "run"
+    folder.mkdir()
+    expected = undisturbed(manifest, data, model, tmp_path / "undisturbed", num_steps)
+
+    num_kills, attempts, waiting = 0, [], folder / "waiting"
+    pool = pools(manifest, data, model)
+    group_actor = ray.remote(num_cpus=0, max_restarts=0)(Group)
+
+    def kill(pid: int) -> None:
+        nonlocal num_kills
+        os.kill(pid, signal.SIGKILL)
+        num_kills += 1
+
+    while (first_step := committed(folder)["steps"]) < num_steps:
+        world_size = [3, 1, 4, 2][len(attempts) % 4]
+        attempts.append((first_step, world_size))
+        group = group_actor.remote()
+        running = group.read.remote(
+            [PoolBlocks(pool.worker_list, data.worker_timeout_s) for _ in range(world_size)],
+            manifest,
+            data,
+            folder=str(folder),
+            first_step=first_step,
+            last_step=num_steps,
+            wait_at_every=3,
+        )
+        num_pauses_to_live = rng.randint(2, 5)
+        while not ray.wait([running], timeout=0.02)[0]:
+            pool.tend()
+            if not waiting.exists():
+                continue
+            time.sleep(rng.uniform(0, 0.3))  # what has been asked for ahead is in any state of being answered
+            num_pauses_to_live -= 1
+            if num_pauses_to_live < 0 and committed(folder)["steps"] > first_step:
+                for pid in descendants_named(os.getpid(), "ray::Group"):
+                    kill(pid)
+                waiting.unlink()
+                break
+            workers = descendants_named(os.getpid(), "ray::DataWorkerActor")
+            for victim in rng.sample(workers, min(rng.choice([1, 2, 3, 3]), len(workers))):
+                kill(victim)
+            pool.resize(rng.choice([1, 2, 3, 3]))
+            waiting.unlink()
+        try:
+            ray.get(running)
+        except ray.exceptions.RayActorError:
+            continue
+
+    assert num_kills >= 50
+    assert {world_size for _, world_size in attempts} == {1, 2, 3, 4}, attempts
+    assert committed(folder)["digests"] == expected
+    found = audit(Storage(folder), manifest, order, BATCH)
+    assert found.is_exact, found
+    assert [(epoch.dataset, epoch.epoch) for epoch in found.epochs if epoch.is_over][:2] == [
+        ("fields", 0),
+        ("fields", 1),
+    ]
+    assert found.epochs[0].num_used == 484
+    assert found.epochs[0].num_replaced == 4
+    for epoch in found.epochs:
+        assert epoch.num_used == epoch.num_samples or not epoch.is_over
+
+
+@pytest.mark.ray
+def test_a_worker_that_hangs_is_bypassed_and_replaced(pools, model, tmp_path):
+    write_dataset(tmp_path / "tars", [200])
+    data = DataConfig(
+        shards=str(tmp_path / "tars"),
+        num_lanes=2,
+        shuffle_window=20,
+        block_size=4,
+        num_workers=2,
+        cpus_per_worker=0,
+        worker_timeout_s=6,
+    )
+    manifest = scan_shards(data.shards, data)
+    pool = pools(manifest, data, model)
+    source = PoolBlocks(pool.worker_list, data.worker_timeout_s)
+    alone = DataWorker(manifest, data, model, seed=SEED)
+
+    def check(number: int) -> None:
+        for lane in (0, 1):
+            block = source.wait(lane, number, source.request(lane, number))
+            assert (block.images == alone.block(lane, number).images).all()
+            assert block.keys == alone.block(lane, number).keys
+
+    for number in range(3):
+        check(number)
+    hung = min(descendants_named(os.getpid(), "ray::DataWorkerActor"))
+    os.kill(hung, signal.SIGSTOP)
+    begin = time.monotonic()
+    try:
+        for number in range(3, 8):
+            check(number)
+        assert time.monotonic() - begin < 5  # by the other one, long before the time-out
+        deadline = time.monotonic() + 60
+        number = 8
+        while hung in descendants_named(os.getpid(), "ray::DataWorkerActor"):
+            assert time.monotonic() < deadline, "the hung worker is still there"
+            check(number)
+            number += 1
+            time.sleep(0.3)
+    finally:
+        if hung in descendants_named(os.getpid(), "ray::DataWorkerActor"):
+            os.kill(hung, signal.SIGKILL)
+    check(number)
+
+
+@pytest.mark.ray
+def test_two_readers_of_one_stream_share_the_decoding(pools, model, tmp_path):
+    """At different speeds inside the window: each block is decoded once; a reader far behind is served as well."""
+    write_dataset(tmp_path / "tars", [300])
+    data = DataConfig(
+        shards=str(tmp_path / "tars"),
+        num_lanes=2,
+        shuffle_window=20,
+        block_size=4,
+        num_workers=1,
+        cpus_per_worker=0,
+        shared_blocks=6,
+    )
+    manifest = scan_shards(data.shards, data)
+    pool = pools(manifest, data, model)
+    readers = [PoolBlocks(pool.worker_list, data.worker_timeout_s) for _ in range(2)]
+    alone = DataWorker(manifest, data, model, seed=SEED)
+
+    def read(reader: int, number: int) -> float:
+        block = readers[reader].wait(0, number, readers[reader].request(0, number))
+        assert (block.images == alone.block(0, number).images).all()
+        return block.decode_s
+
+    seen = {}
+    for number in range(20):
+        seen[number] = read(0, number)
+        if number >= 4:
+            # The very block of the other reader: the time that decoding took is that of the first time.
+            assert read(1, number - 4) == seen[number - 4]
+    assert read(1, 3) != seen[3]  # fallen out of the window: evaluated again
