@@ -32,7 +32,7 @@ from benchmarks.stream_peers import BATCH, CONTESTANTS, NUM_WORKERS
 from orchestrator.launch import _LEAN_RAY
 
 ALWAYS = ("sigray", "floor", "open_clip", "webdataset", "ray_data", "shared")
-TIMEOUT_S = 600
+TIMEOUT_S = 1800  # of a contestant; for --memory on a busy machine
 # open_clip_train 3.3.0 asks for this one and dies at a shard's end with 1.0.2.
 OPEN_CLIP_NEEDS = "webdataset==0.2.86"
 MEMORY_EPOCHS = 20

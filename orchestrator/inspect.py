@@ -42,7 +42,7 @@ from orchestrator.config import ConfigError, RunConfig, load_config, override
 from orchestrator.folder import RunFolder
 from workers.config import DataConfig, ModelConfig, Patterns, TrainConfig
 from workers.data_worker import build_order
-from workers.decode import Decoder, Refused, SampleRandom, _captions_at, decode_pixels, sample_random
+from workers.decode import Decoder, Refused, SampleRandom, captions_at, decode_pixels, sample_random
 from workers.ledger import Audit, EpochAudit, audit
 from workers.order import StreamOrder
 from workers.shards import (
@@ -436,7 +436,7 @@ class _Visitor:
         is_captioned = False
         for source, captions in self._look.captions.items():
             try:
-                texts = _captions_at(source, sample.members)
+                texts = captions_at(source, sample.members)
             except Refused as refused:
                 captions.reasons[str(refused)] += 1
                 continue
@@ -458,7 +458,7 @@ class _Visitor:
         captions = []
         for source in self._data.captions:
             try:
-                captions += [(source, _shown(text, 400)) for text in _captions_at(source, sample.members)[:4]]
+                captions += [(source, _shown(text, 400)) for text in captions_at(source, sample.members)[:4]]
             except Refused:
                 continue
         if captions:
@@ -713,7 +713,7 @@ def _caption_again(url: str, place: int, source: str, hashed: int, data: DataCon
         else:
             tar = MappedFile(url, place)
         try:
-            texts = _captions_at(source, next(read_tar(tar)).members)
+            texts = captions_at(source, next(read_tar(tar)).members)
         finally:
             tar.close()
     except (ValueError, OSError, StopIteration, Refused):
@@ -1028,6 +1028,6 @@ def train_caption_tokenizer(
 def _all_captions(sample: TarSample, data: DataConfig) -> Iterator[str]:
     for source in data.captions:
         try:
-            yield from _captions_at(source, sample.members)
+            yield from captions_at(source, sample.members)
         except Refused:
             continue

@@ -43,9 +43,9 @@ class Fault:
     """What happens to one answer.
 
     `kind` is one of BODY_FAULTS (after `num_bytes` of a body that is longer), a key of ANSWERS (instead of the object),
-    "hang up" (before it), "no ranges" (all of it, as from a store that knows no ranges), "no if-match" (as from one that
-    does not know those), "other range" (one byte later than asked for), or "short" (`num_bytes` less than asked for,
-    under a Content-Length that fits them).
+    "hang up" (before it), "no ranges" (all of it, as from a store that knows no ranges), "no if-match" (as from one
+    that does not know those), "other range" (one byte later than asked for), or "short" (`num_bytes` less than asked
+    for, under a Content-Length that fits them).
     """
 
     kind: str

@@ -135,7 +135,7 @@ class Decoder:
         reasons = []
         for source, _ in sources:
             try:
-                texts = _captions_at(source, members)
+                texts = captions_at(source, members)
             except Refused as refused:
                 reasons.append(str(refused))
             else:
@@ -280,7 +280,7 @@ def _resize_and_cut_centre(pixels: np.ndarray, out: np.ndarray) -> None:
     out[:] = _cut(resized, (resized_height - size) // 2, (resized_width - size) // 2, size, size)
 
 
-def _captions_at(source: str, members: Members) -> list[str]:
+def captions_at(source: str, members: Members) -> list[str]:
     """The captions that a source of data.captions has for a sample, one or more, none empty."""
     path = source.removeprefix("json:")
     content = members.get(source if path == source else "json")

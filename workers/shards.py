@@ -257,7 +257,9 @@ def open_shard(shard: Shard | ShardFile, data: DataConfig, start: int = 0) -> By
         if data.shard_cache is None:
             return S3Stream(info, data.s3, start)
         cache = ShardCache(data.shard_cache, int(data.shard_cache_gib * 2**30))
-        return MappedFile(cache.path_of(info, data.s3), start)
+        while True:
+            with contextlib.suppress(FileNotFoundError):  # another process needed the room before it was opened
+                return MappedFile(cache.path_of(info, data.s3), start)
     try:
         status = os.stat(shard.url)
         source = MappedFile(shard.url, start)
@@ -340,6 +342,7 @@ class _Counts:
         for file in self.files:
             by_folder.setdefault(file.url.rpartition("/")[0], []).append(file)
         self._memory = {folder: _memory_path(folder, self.data) for folder in by_folder}
+        self._saved: dict[str, dict[str, Any]] = {}  # what the memory of a folder held
         for folder, files in by_folder.items():
             self._recall(folder, files)
             unknown = [file for file in files if file not in self.known]
@@ -347,10 +350,11 @@ class _Counts:
                 self.known |= _sidecar_counts(folder, unknown, self.data.s3)
 
     def _recall(self, folder: str, files: list[ShardFile]) -> None:
+        self._saved[folder] = {}
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            saved = json.loads(self._memory[folder].read_text())
+            self._saved[folder] |= json.loads(self._memory[folder].read_text())
             for file in files:
-                entry = saved.get(f"{file.url} {file.num_bytes} {file.fingerprint}")
+                entry = self._saved[folder].get(f"{file.url} {file.num_bytes} {file.fingerprint}")
                 if entry is not None:
                     self.known[file] = ShardCount(
                         entry["num_samples"], tuple(entry["marks"]), entry["num_pairs"], tuple(entry["endings"])
@@ -364,10 +368,12 @@ class _Counts:
                 for file, count in self.known.items()
                 if file.url.rpartition("/")[0] == folder and count.endings
             }
+            if not entries.keys() - self._saved[folder].keys():
+                continue
             with contextlib.suppress(OSError):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-                temporary.write_text(json.dumps(entries))
+                temporary.write_text(json.dumps(self._saved[folder] | entries))
                 temporary.replace(path)
 
 
@@ -498,6 +504,6 @@ def _where(pattern: str) -> str:
     """What there is at the fixed front part of a pattern that names nothing."""
     if pattern.startswith("s3://"):
         return "no object's key begins with that prefix and ends in .tar"
-    folder = Path(re.split(r"[*?\[{]", pattern)[0]).absolute()
-    folder = folder if folder.is_dir() else folder.parent
+    fixed = re.split(r"[*?\[{]", pattern)[0]
+    folder = Path(fixed if fixed.endswith("/") or os.path.isdir(fixed) else os.path.dirname(fixed)).absolute()
     return f"the folder {folder} {'exists' if folder.is_dir() else 'does not exist'}"

@@ -137,11 +137,11 @@ def read_members(source: ByteSource, *, headers_only: bool = False) -> Iterator[
         if kind in b"Lx":
             extra = bytes(source.read(padded)[:size])
             if kind == b"L":
-                long_name = extra.rstrip(b"\0").decode()
+                long_name = _text(extra.rstrip(b"\0"), position)
             else:
                 fields = dict(re.findall(rb"(?:^|\n)\d+ (path|size)=([^\n]*)", extra))
-                long_name = fields[b"path"].decode() if b"path" in fields else long_name
-                long_size = int(fields[b"size"]) if b"size" in fields else None
+                long_name = _text(fields[b"path"], position) if b"path" in fields else long_name
+                long_size = _size(fields[b"size"], position) if b"size" in fields else None
             continue
         if kind in _FILE_KINDS:
             content = None
@@ -153,7 +153,7 @@ def read_members(source: ByteSource, *, headers_only: bool = False) -> Iterator[
             if long_name is None:
                 plain = name.partition(b"\0")[0]
                 folder = prefix.partition(b"\0")[0] if magic == b"ustar\0" else b""
-                long_name = (folder + b"/" + plain if folder else plain).decode()
+                long_name = _text(folder + b"/" + plain if folder else plain, position)
             yield Member(long_name, first, content)
         else:
             source.skip(padded)
@@ -192,6 +192,19 @@ def read_tar(source: ByteSource, *, first_index: int = 0, headers_only: bool = F
             sample.members[ending] = member.content
     if sample is not None:
         yield sample
+
+
+def _text(name: bytes, position: int) -> str:
+    try:
+        return name.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"damaged: the member at byte {position} has a name that is not UTF-8: {name!r}") from error
+
+
+def _size(field: bytes, position: int) -> int:
+    if not field.isdigit():
+        raise DataError(f"damaged: the member at byte {position} has a size that is no number: {field!r}")
+    return int(field)
 
 
 def _number(field: bytes) -> int:
