@@ -10,6 +10,7 @@ owns. All of them read the same tars, crop at random as open_clip does by defaul
     open_clip         open_clip_train's own data pipeline as shipped (PIL, float32, normalised), two loader workers
     webdataset        webdataset and DataLoader, two loader workers, with sigray's decoder and tokenizer in them
     ray_data          ray.data.read_webdataset(decoder=None) with sigray's decoder and tokenizer in map_batches
+    ray_data_fused    the same with whole blocks in map_batches, for which Ray Data reads and decodes in one task
     ray_data_default  the same with Ray Data's default decoder and torchvision's transform of the PIL image
 
 The last line of the output is JSON; see `measure` for what counts.
@@ -24,7 +25,6 @@ import json
 import multiprocessing.connection
 import os
 import random
-import sys
 import tempfile
 import threading
 import time
@@ -257,7 +257,7 @@ def webdataset(paths: list[Path]) -> Iterator[Batch]:
     yield from wds.WebLoader(dataset, batch_size=None, num_workers=NUM_WORKERS)
 
 
-def ray_data(paths: list[Path], default_decoder: bool = False) -> Iterator[Batch]:
+def ray_data(paths: list[Path], map_size: int | None = BATCH, default_decoder: bool = False) -> Iterator[Batch]:
     start_ray()
     import ray
 
@@ -265,7 +265,9 @@ def ray_data(paths: list[Path], default_decoder: bool = False) -> Iterator[Batch
     # The same shards again and again: a stream that does not end inside the measurement.
     dataset = ray.data.read_webdataset(
         [str(path) for path in paths] * 40, decoder=True if default_decoder else None, shuffle="files"
-    ).map_batches(ray_transform_default if default_decoder else ray_transform, batch_size=BATCH, batch_format="numpy")
+    )
+    transform = ray_transform_default if default_decoder else ray_transform
+    dataset = dataset.map_batches(transform, batch_size=map_size, batch_format="numpy")
     try:
         for batch in dataset.iter_batches(batch_size=BATCH, batch_format="numpy", prefetch_batches=2):
             yield batch["images"], batch["tokens"]
@@ -308,6 +310,7 @@ CONTESTANTS: dict[str, Callable[[list[Path]], Iterator[Batch]]] = {
     "open_clip": open_clip,
     "webdataset": webdataset,
     "ray_data": ray_data,
+    "ray_data_fused": functools.partial(ray_data, map_size=None),
     "ray_data_default": functools.partial(ray_data, default_decoder=True),
 }
 
@@ -383,19 +386,22 @@ def cpu_s(pid: int) -> float:
 
 
 def tree_memory() -> dict[str, float]:
-    """Resident MiB of this process and all its descendants: the sum, and with each page counted once (files' apart)."""
-    names = {"Rss": "rss_mib", "Pss": "pss_mib", "Pss_File": "file_pss_mib"}
-    sums = dict.fromkeys(names.values(), 0.0)
+    """MiB of this process and all its descendants.
+
+    The sum of their resident sizes (RSS), the same with each page counted once (PSS), and that without the pages of
+    mapped files, which the kernel takes back when it needs them.
+    """
+    sums = dict.fromkeys(("Rss", "Pss", "Pss_File"), 0.0)
     for pid in tree():
         try:
             lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        except OSError:
+        except OSError:  # it has just ended
             continue
         for line in lines:
             key, _, rest = line.partition(":")
-            if key in names:
-                sums[names[key]] += int(rest.split()[0]) / 1024
-    return sums
+            if key in sums:
+                sums[key] += int(rest.split()[0]) / 1024
+    return {"rss_mib": sums["Rss"], "pss_mib": sums["Pss"], "own_mib": sums["Pss"] - sums["Pss_File"]}
 
 
 def _stat(pid: int) -> list[str]:
@@ -416,18 +422,18 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     paths = ensure_photos(options.data)
-    result: Any
     if options.name == "shared":
-        result = shared(paths, options.readers, num_batches=2 * NUM_SHARDS * SHARD_SAMPLES // BATCH)
+        result: Any = shared(paths, options.readers, num_batches=2 * NUM_SHARDS * SHARD_SAMPLES // BATCH)
+        print(json.dumps(result), flush=True)
+        return
+    batches = CONTESTANTS[options.name](paths)
+    if options.epochs:
+        result = measure_memory(batches, options.epochs * NUM_SHARDS * SHARD_SAMPLES)
     else:
-        batches = CONTESTANTS[options.name](paths)
-        if options.epochs:
-            result = measure_memory(batches, options.epochs * NUM_SHARDS * SHARD_SAMPLES)
-        else:
-            result = measure(batches, options.seconds)
-        batches.close()  # type: ignore[attr-defined]
+        result = measure(batches, options.seconds)
+    # Before the end of it all: Ray Data may end the process where its stream is left in the middle.
     print(json.dumps(result), flush=True)
-    sys.stdout.flush()
+    batches.close()  # type: ignore[attr-defined]
     os._exit(0)  # loader workers and their queues are of no more interest
 
 

@@ -60,6 +60,7 @@ class SmallRun:
                 "num_samples": NUM_STEPS * BATCH,
                 "global_batch_size": BATCH,
                 "micro_batch_size": 4,
+                "ledger": True,
                 "log_every_steps": 1,
             },
             "optim": {"num_warmup_samples": 48},
@@ -180,6 +181,14 @@ def test_killed_and_resumed_equals_undisturbed_bit_for_bit(small, bucket, undist
     assert small.losses() == undisturbed["losses"]
     commit = bucket.Object(f"runs/small/checkpoints/{name(NUM_STEPS)}/commit.json").get()["Body"].read()
     assert json.loads(commit)["files"] == undisturbed["files"]  # sizes and SHA-256 of weights and optimizer state
+
+
+@pytest.mark.ray
+def test_the_ledger_shows_every_sample_once_per_epoch(small, s3, second_life):
+    """120 steps of 24 in epochs of 200, with a killed trainer, a killed data-shard worker and two drivers."""
+    run = Sigray(small.folder / "audit.log", s3, "data", "audit", STORAGE)
+    assert run.wait() == 0, run.output()
+    assert "2,880" in run.output() or "120" in run.output(), run.output()
 
 
 @pytest.mark.ray

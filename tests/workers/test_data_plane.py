@@ -20,11 +20,11 @@ def manifest_of(data):
     return scan_shards(data.shards, data)
 
 
-def batches(data, model, *, batch, rank=0, world_size=1, first=0, last=12):
+def batches(data, model, *, batch, rank=0, world_size=1, first=0, last=12, worker=None):
     manifest = manifest_of(data)
     feed = Feed(
         build_order(manifest, data, 5),
-        OneWorker(DataWorker(manifest, data, model, seed=5)),
+        OneWorker(worker or DataWorker(manifest, data, model, seed=5)),
         global_batch_size=batch,
         block_size=data.block_size,
         rank=rank,
@@ -77,6 +77,21 @@ def test_feed_resumes_at_every_step(data_config, model_config):
         rest = batches(data_config, model_config, batch=12, first=first)
         assert [batch.step for batch in rest] == [batch.step for batch in whole[first:]]
         for expected, actual in zip(whole[first:], rest, strict=True):
+            np.testing.assert_array_equal(actual.images.numpy(), expected.images.numpy())
+            np.testing.assert_array_equal(actual.tokens.numpy(), expected.tokens.numpy())
+
+
+def test_every_position_can_be_resumed(data_config, model_config):
+    """Batches of one: a cursor may stand between any two samples. A fresh worker each time."""
+    whole = batches(data_config, model_config, batch=1, last=100)
+    manifest = manifest_of(data_config)
+    assert len(whole) > manifest.num_samples
+    for first in range(1, len(whole)):
+        worker = DataWorker(manifest, data_config, model_config, seed=5)
+        last = min(first + 6, len(whole))
+        rest = batches(data_config, model_config, batch=1, first=first, last=last, worker=worker)
+        assert [batch.samples.tolist() for batch in rest] == [batch.samples.tolist() for batch in whole[first:last]]
+        for expected, actual in zip(whole[first:last], rest, strict=True):
             np.testing.assert_array_equal(actual.images.numpy(), expected.images.numpy())
             np.testing.assert_array_equal(actual.tokens.numpy(), expected.tokens.numpy())
 

@@ -192,7 +192,7 @@ def test_ledger_of_a_stream_in_which_everything_dies(ray_session, pools, model, 
             folder=str(folder),
             first_step=first_step,
             last_step=num_steps,
-            wait_at_every=3,
+            wait_at_every=2,
         )
         num_pauses_to_live = rng.randint(2, 5)
         while not ray.wait([running], timeout=0.02)[0]:

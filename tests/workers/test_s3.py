@@ -74,11 +74,23 @@ def config(proxy: FaultProxy, **changes: object) -> S3Config:
 
 
 def stream_through(
-    proxy: FaultProxy, info: ObjectInfo, start: int = 0, *, part_bytes: int = PART, **changes: object
+    proxy: FaultProxy,
+    info: ObjectInfo,
+    start: int = 0,
+    *,
+    num_parts: int = 2,
+    part_bytes: int = PART,
+    **changes: object,
 ) -> contextlib.closing[S3Stream]:
-    """A stream of small parts that hardly waits between two tries."""
+    """A stream of small parts that hardly waits between two tries and begins with so many threads."""
     s3 = config(proxy, **({"read_timeout_s": 5} | changes))
+    s3_module._store(s3).num_parts = num_parts
     return contextlib.closing(S3Stream(info, s3, start, part_bytes=part_bytes, draw=lambda: 0.02))
+
+
+@pytest.fixture
+def every_store_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_module, "_FAST_BYTES_PER_S", 1e-3)
 
 
 def read_all(stream: S3Stream, piece_bytes: int = 50_000) -> bytes:
@@ -113,19 +125,26 @@ def test_objects_are_listed_with_size_and_etag() -> None:
         read_object(f"s3://{BUCKET}/nothing", S3Config())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     start=st.integers(0, len(SMALL)),
     part_bytes=st.integers(500, 20_000),
     num_connections=st.integers(1, 4),
+    fast=st.sampled_from([200e6, 1e-3]),
+    num_parts=st.integers(0, 4),
     steps=st.lists(st.tuples(st.sampled_from(["read", "skip"]), st.integers(0, 4000)), max_size=20),
 )
 def test_any_pattern_of_reads_and_skips_gives_the_objects_bytes(
-    start: int, part_bytes: int, num_connections: int, steps: list[tuple[str, int]]
+    start: int, part_bytes: int, num_connections: int, fast: float, num_parts: int, steps: list[tuple[str, int]]
 ) -> None:
-    with contextlib.closing(
-        S3Stream(info_of("small"), S3Config(num_connections=num_connections), start, part_bytes=part_bytes)
-    ) as stream:
+    s3 = S3Config(num_connections=num_connections)
+    s3_module._store(s3).num_parts = num_parts
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.closing(S3Stream(info_of("small"), s3, start, part_bytes=part_bytes)) as stream,
+    ):
+        patch.setattr(s3_module, "_FAST_BYTES_PER_S", fast)
+        patch.setattr(s3_module, "_BLOCK_BYTES", 1000)
         position, held = start, []
         for action, count in steps:
             if action == "skip":
@@ -142,16 +161,20 @@ def test_any_pattern_of_reads_and_skips_gives_the_objects_bytes(
         assert view == SMALL[position : position + len(view)]
 
 
-def test_a_hundred_faults_alter_nothing(proxy: FaultProxy) -> None:
+def test_a_hundred_faults_alter_nothing(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     info, rng = info_of("large"), random.Random(5)
     kinds = ["reset", "close", "stall", "503", "429", "500", "hang up", "short", "other range"]
     proxy.schedule = drawn(7, 0.4, kinds, PART)
     retries: Counter[str] = Counter()
-    for _ in range(40):
-        if proxy.faults.total() >= 150:
+    num_faults = {True: 0, False: 0}
+    for number in range(60):
+        directly = number % 3 > 0
+        if min(num_faults.values()) >= 60:
             break
-        position = rng.randrange(PART)
-        with stream_through(proxy, info, position, read_timeout_s=0.2) as stream:
+        position, before = rng.randrange(PART), proxy.faults.total()
+        monkeypatch.setattr(s3_module, "_FAST_BYTES_PER_S", 1e-3 if directly else 200e6)
+        monkeypatch.setattr(s3_module, "_BLOCK_BYTES", 20_000)
+        with stream_through(proxy, info, position, num_parts=0 if directly else 2, read_timeout_s=0.2) as stream:
             while position < len(LARGE):
                 count = min(rng.choice([512, 512, 3000, 35_000, PART, 3 * PART]), len(LARGE) - position)
                 if rng.random() < 0.1:
@@ -160,16 +183,19 @@ def test_a_hundred_faults_alter_nothing(proxy: FaultProxy) -> None:
                     assert stream.read(count) == LARGE[position : position + count]
                 position += count
             retries += stream.retries
-    assert proxy.faults.total() >= 150
+            assert (stream.num_parts == 0) == directly
+        num_faults[directly] += proxy.faults.total() - before
+    assert min(num_faults.values()) >= 60, num_faults
     assert set(proxy.faults) == set(kinds)
     assert all(retries[kind] >= 5 for kind in ("reset", "stall", "slow down", "server error", "wrong answer")), retries
 
 
+@pytest.mark.parametrize("num_parts", [0, 2])
 @pytest.mark.parametrize("kind", ["reset", "close", "stall"])
-def test_a_broken_part_goes_on_where_it_broke(proxy: FaultProxy, kind: str) -> None:
+def test_a_broken_part_goes_on_where_it_broke(proxy: FaultProxy, kind: str, num_parts: int) -> None:
     info = put("one-part", random.Random(2).randbytes(1 << 20))
     proxy.schedule = in_turn([Fault(kind, 700_000)])
-    with stream_through(proxy, info, part_bytes=1 << 20, read_timeout_s=1) as stream:
+    with stream_through(proxy, info, num_parts=num_parts, part_bytes=1 << 20, read_timeout_s=1) as stream:
         assert hashlib.md5(stream.read(1 << 20)).hexdigest() == info.etag
     assert proxy.faults == {kind: 1}
     assert stream.retries == {"stall" if kind == "stall" else "reset": 1}
@@ -181,12 +207,14 @@ def test_a_broken_part_goes_on_where_it_broke(proxy: FaultProxy, kind: str) -> N
         assert resumed == 700_000
 
 
-def test_hardly_more_bytes_than_the_object_are_asked_for(proxy: FaultProxy) -> None:
+@pytest.mark.parametrize("num_parts", [0, 2])
+@pytest.mark.usefixtures("every_store_is_fast")
+def test_hardly_more_bytes_than_the_object_are_asked_for(proxy: FaultProxy, num_parts: int) -> None:
     info = info_of("large")
-    proxy.schedule = drawn(3, 0.3, ["close", "503", "hang up"], PART)
-    with stream_through(proxy, info) as stream:
+    proxy.schedule = drawn(3, 0.5, ["close", "503", "hang up"], PART)
+    with stream_through(proxy, info, num_parts=num_parts) as stream:
         assert read_all(stream) == LARGE
-    assert proxy.faults.total() > 5
+    assert proxy.faults.total() > 3
     assert proxy.num_sent == len(LARGE)
 
 
@@ -326,39 +354,54 @@ def test_memory_is_bounded_and_views_stay_valid(proxy: FaultProxy) -> None:
         assert view == LARGE[position : position + 10_000]
 
 
-def test_a_fast_store_is_read_over_two_connections(proxy: FaultProxy) -> None:
+@pytest.mark.usefixtures("every_store_is_fast")
+def test_a_fast_store_is_read_directly_in_long_ranges(proxy: FaultProxy) -> None:
+    with stream_through(proxy, info_of("large"), num_parts=0) as stream:
+        assert read_all(stream) == LARGE
+        assert stream.num_parts == 0
+        assert num_part_threads() == 0
+    assert proxy.ranges[:2] == [(0, PART - 1), (PART, 9 * PART - 1)]
+    assert len(proxy.ranges) == 1 + 5
+    assert proxy.most_at_once == 1
+
+
+def test_a_reader_that_never_waits_needs_two_connections_and_then_none(proxy: FaultProxy) -> None:
     with stream_through(proxy, info_of("large")) as stream:
         while stream.position + 1000 < len(LARGE):
             wait_until(lambda: all(part.done.is_set() for part in stream._ahead))
             stream.read(1000)
             stream.skip(min(PART // 2, len(LARGE) - stream.position))
-    assert stream.num_parts == 2
+        assert stream.num_parts == 2
     assert proxy.most_at_once == 2
+    assert s3_module._store(config(proxy, read_timeout_s=5)).num_parts == 0
 
 
 def test_a_slow_store_is_read_over_all_connections_and_remembered(store: str) -> None:
     with throttled(store, latency_s=0.01, bytes_per_s=5e6) as endpoint:
-        for first, last in ((2, 4), (4, 4)):
+        for first, last in ((0, 4), (4, 4)):
             with contextlib.closing(S3Stream(info_of("large"), S3Config(endpoint=endpoint), part_bytes=PART)) as stream:
                 assert stream.num_parts == first
                 assert read_all(stream) == LARGE
                 assert stream.num_parts == last
 
 
-def test_a_long_skip_does_not_download_what_it_passes(proxy: FaultProxy) -> None:
-    with stream_through(proxy, info_of("large")) as stream:
+@pytest.mark.parametrize("num_parts", [0, 2])
+def test_a_long_skip_does_not_download_what_it_passes(proxy: FaultProxy, num_parts: int) -> None:
+    with stream_through(proxy, info_of("large"), num_parts=num_parts) as stream:
         assert stream.read(512) == LARGE[:512]
         stream.skip(30 * PART)
         assert stream.read(512) == LARGE[30 * PART + 512 : 30 * PART + 1024]
         wait_until(lambda: all(part.done.is_set() for part in stream._ahead))
     assert len(proxy.ranges) <= 3 + 3
-    assert proxy.ranges[-1][0] >= 30 * PART
+    assert proxy.num_sent <= (6 if num_parts else 9) * PART
+    assert all(last < 4 * PART or first >= 30 * PART for first, last in proxy.ranges)
 
 
 @pytest.mark.parametrize("how", ["closed", "forgotten"])
 def test_nothing_goes_on_behind_a_stream_that_ended(proxy: FaultProxy, how: str) -> None:
     wait_until(lambda: num_part_threads() == 0)
     proxy.schedule = lambda: Fault("stall", 1000)
+    s3_module._store(config(proxy, read_timeout_s=60)).num_parts = 2
     stream = S3Stream(info_of("large"), config(proxy, read_timeout_s=60), part_bytes=PART)
     wait_until(lambda: proxy.faults["stall"] == 2)
     assert num_part_threads() == 2
