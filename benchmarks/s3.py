@@ -144,7 +144,7 @@ def main() -> None:
             assert hashlib.md5(stream.read(infos[0].num_bytes)).digest() == hashlib.md5(content).digest()
         fast = measure_fast(endpoint, infos, options.repetitions)
         with throttled(endpoint, LATENCY_S, BYTES_PER_S) as slow_endpoint:
-            slow = measure_slow(slow_endpoint, infos, max(3, options.repetitions // 3))
+            slow = measure_slow(slow_endpoint, infos, max(5, options.repetitions // 2))
     figures = {
         "cpu_over_boto3": statistics.median(r["sigray_cpu_s_per_gb"] / r["boto3_cpu_s_per_gb"] for r in fast),
         "speedup_slow_store": statistics.median(r["slow_sigray_mb_per_s"] / r["slow_boto3_mb_per_s"] for r in slow),

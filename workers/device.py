@@ -6,7 +6,7 @@ torch-xla joins here and in `orchestrator/backends.py`; nothing else of the trai
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -21,14 +21,22 @@ class Device:
 
     torch_device: torch.device
     precision: Literal["fp32", "bf16"]
+    _copied: list[tuple[torch.cuda.Event, tuple[torch.Tensor, ...]]] = field(default_factory=list)
 
     @property
     def pins_memory(self) -> bool:
         return self.torch_device.type == "cuda"
 
     def to_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Copies that overlap with compute where the source is pinned."""
-        return [tensor.to(self.torch_device, non_blocking=True) for tensor in tensors]
+        """Copies that overlap with compute where the source is pinned; the source is held until its copy is done."""
+        copies = [tensor.to(self.torch_device, non_blocking=True) for tensor in tensors]
+        if self.pins_memory:
+            # The feed writes into a batch's memory again once nobody holds it.
+            self._copied[:] = [pair for pair in self._copied if not pair[0].query()]
+            done = torch.cuda.Event()
+            done.record()
+            self._copied.append((done, tensors))
+        return copies
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """bf16 for the towers where the config says so."""

@@ -8,6 +8,7 @@ DataWorker.
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 import time
 from collections import Counter
@@ -43,6 +44,27 @@ class Batch:
     samples: np.ndarray  # (b, 3) int64: epoch, shard in the manifest, index in the shard
     keys: list[str]  # of the pairs that stand in the rows
     replaced: np.ndarray  # (b,) bool: another pair stands in the place of the row's own sample
+
+
+class _Buffers:
+    """Memory for batches that is used again once nobody holds the batch.
+
+    The first touch of a page costs as much as copying it, and page-locked memory costs a system call.
+    """
+
+    def __init__(self, pin_memory: bool) -> None:
+        self._pin_memory = pin_memory
+        self._buffers: list[np.ndarray] = []
+
+    def take(self, shape: tuple[int, ...]) -> np.ndarray:
+        """A uint8 array of this shape, contents undefined."""
+        for buffer in self._buffers:
+            # The list, the loop and the call itself; a tensor made of the array, or a view of either, would be one more.
+            if buffer.shape == shape and sys.getrefcount(buffer) == 3:
+                return buffer
+        buffer = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin_memory).numpy()
+        self._buffers.append(buffer)
+        return buffer
 
 
 class Feed:
@@ -87,6 +109,7 @@ class Feed:
         self._steps = range(first_step, last_step)
         self._prefetch_batches, self._max_bad_fraction = prefetch_batches, max_bad_fraction
         self._pin_memory = pin_memory
+        self._images = _Buffers(pin_memory)
         self._num_read = 0
         self._stop = threading.Event()
         self._ready: queue.Queue[Batch | Exception | None] = queue.Queue(maxsize=2)
@@ -165,14 +188,13 @@ class Feed:
         return (number + 1) * self._block_size <= self._order.next_index(lane, step, self._global_batch_size)
 
     def _assemble(self, step: int, parts: list[tuple[Block, slice]]) -> Batch:
-        images = torch.from_numpy(np.concatenate([block.images[rows] for block, rows in parts]))
+        images = self._images.take((self._global_batch_size // self._world_size, *parts[0][0].images.shape[1:]))
+        np.concatenate([block.images[rows] for block, rows in parts], out=images)
         tokens = torch.from_numpy(np.concatenate([block.tokens[rows] for block, rows in parts]))
-        if self._pin_memory:
-            images, tokens = images.pin_memory(), tokens.pin_memory()
         return Batch(
             step,
-            images,
-            tokens,
+            torch.from_numpy(images),
+            tokens.pin_memory() if self._pin_memory else tokens,
             samples=np.concatenate([block.samples[rows] for block, rows in parts]),
             keys=[key for block, rows in parts for key in block.keys[rows]],
             replaced=np.concatenate([block.replaced[rows] for block, rows in parts]),

@@ -5,19 +5,21 @@ the store needs:
 
     directly        The reader takes blocks of 2 MiB from the connection itself, in ranges of 64 MiB. Nothing is
                     cheaper: no thread, few requests, and the bytes are still in the core's cache when they are looked
-                    at. So it begins, and goes on while 8 MiB cost the reader less than 42 ms (200 MB/s).
+                    at. So it begins, and goes on while 8 MiB cost the reader less than 84 ms (100 MB/s).
     over threads    Each part of 8 MiB is fetched by a thread ahead of the reader: two at first, and one more each time
-                    that the reader waits as long, up to `s3.num_connections`. A store that gives each connection 30 ms
-                    and 60 MB/s, as Amazon's does, is soon read over all of them.
+                    that the reader waits 21 ms for one, up to `s3.num_connections`. A store that gives each connection
+                    30 ms and 60 MB/s, as Amazon's does, is soon read over all of them.
 
 What goes wrong inside a part is mended inside it: another GET begins at the byte that was reached. boto3 retries a 503,
 but never a body that breaks off, and waits 60 s for one that stalls. Every GET carries If-Match with the ETag of the
 run's manifest, so an object that is replaced in mid-run is an error and never a mixture. What to do after a failure is
 `after_failure`, a pure function; the thread acts on what it says.
 
-boto3 signs each object once (a presigned URL, which covers neither Range nor If-Match, for ten minutes) and lists them;
-the GETs are written here. That saves boto3's 2.7 ms of CPU per request, and bodies go from the socket into buffers that
-are used again. Measured with benchmarks/s3.py on two cores.
+boto3 lists the objects and signs each once (a presigned URL, which covers neither Range nor If-Match, for ten minutes);
+the GETs are written here, and bodies go from the socket into buffers that are used again. Client CPU per GB over
+loopback, medians of benchmarks/s3.py on two busy cores: boto3 `Body.read(1 MiB)` 0.32 s, directly 0.33 s, over threads
+0.40 s; over threads through botocore's session and urllib3 it was 0.7 s. What makes the difference are 8 MiB buffers,
+which do not fit into a core's cache (0.05 s), and requests.
 """
 
 from __future__ import annotations
@@ -53,11 +55,11 @@ PART_BYTES = 8 << 20
 """Of one ranged GET: 140 ms at 60 MB/s, so that a latency of 30 ms costs a connection a sixth of its time."""
 FIRST_PARTS = 2
 _BLOCK_BYTES = 2 << 20  # one large page
-_DIRECT_PARTS = 8
+_DIRECT_PARTS = 8  # of a range that is read directly, once the store is known to be fast
 _MOST_IDLE = 64
-# A store is fast where a waiting reader gets so much: 5,700 samples a second, and twice what one connection to Amazon's
-# brings.
-_FAST_BYTES_PER_S = 200e6
+# A connection is fast that brings a waiting reader so much: three times what a core decodes (35 kB a sample), and more
+# than one connection to Amazon's brings. Threads aim at four times as much.
+_FAST_BYTES_PER_S = 100e6
 _SIGNED_FOR_S, _SIGN_AGAIN_S = 3600, 600
 _LONGEST_WAIT_S = 10.0
 # Kind of a failure that is worth another try -> seconds of the first wait; it doubles with each further failure.
@@ -103,8 +105,6 @@ class Retry:
 class GiveUp:
     """No other try would help, or the deadline has passed."""
 
-    late: bool
-
 
 def after_failure(
     kind: str, failures: Counter[str], silent_s: float, deadline_s: float, jitter: float
@@ -120,10 +120,8 @@ def after_failure(
     """
     if kind == "denied" and failures[kind] == 1:
         return Retry(0.0, sign_again=True)  # credentials may have been renewed, the bucket's region become known
-    if kind not in _FIRST_WAIT_S:
-        return GiveUp(late=False)
-    if silent_s >= deadline_s:
-        return GiveUp(late=True)
+    if kind not in _FIRST_WAIT_S or silent_s >= deadline_s:
+        return GiveUp()
     wait_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S[kind] * 2 ** min(failures.total() - 1, 16))
     return Retry(min(jitter * wait_s, deadline_s - silent_s))
 
@@ -154,7 +152,7 @@ class _Connections:
     """Connections to one store, which are kept for the next request.
 
     http.client connects, through the proxy and with the certificates that boto3 would use. Requests and heads of
-    answers are written and read here: a GET costs 0.1 ms of CPU, against 0.4 in http.client and 1.0 in botocore's own
+    answers are written and read here: a GET costs 0.2 ms of CPU, against 0.5 in http.client and 1.0 in botocore's own
     session, and body bytes go from the socket to where they belong without a buffer in between.
     """
 
@@ -198,7 +196,8 @@ class _Connections:
     def keep(self, url: str, answer: _Answer) -> None:
         """Take back the connection of an answer that has been read to its end."""
         idle = self._idle.setdefault(_origin(url), [])
-        if len(idle) >= _MOST_IDLE or answer.headers.get("connection", "").lower() == "close":
+        is_over = bool(answer.begun) or answer.headers.get("connection", "").lower() == "close"
+        if is_over or len(idle) >= _MOST_IDLE:
             answer.connection.close()
         else:
             idle.append(answer.connection)
@@ -517,7 +516,7 @@ def _end(parts: deque[_Part], work: queue.SimpleQueue[_Part | None]) -> None:
 
 
 def _new_buffer(num_bytes: int) -> mmap.mmap:
-    """Memory for a part. Large pages make the kernel's copy into it cheaper: 0.25 s of CPU per GB instead of 0.31."""
+    """Memory for a part. Large pages make the kernel's copy into it cheaper: 0.27 s of CPU per GB instead of 0.32."""
     buffer = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
@@ -780,9 +779,9 @@ class S3Stream:
 
     def close(self) -> None:
         """Stop the downloads; views that were read stay valid."""
-        if self.num_parts and not self._has_waited and not self._just_placed:  # a fast store, or a slow reader
-            self.num_parts = self.num_parts - 1 if self.num_parts > FIRST_PARTS else 0
-        self._fetcher.store.num_parts = self.num_parts
+        # Where the reader never waited for a thread, the store is fast or the reader slow: the next one reads directly.
+        needs_none = not self._has_waited and not self._just_placed
+        self._fetcher.store.num_parts = 0 if needs_none else self.num_parts
         self._end()
         self._hang_up()
         self._let_go()
@@ -876,7 +875,7 @@ class S3Stream:
         part = self._ahead[0]
         if self._just_placed:
             part.done.wait()
-        elif not part.done.wait(self._part_bytes / _FAST_BYTES_PER_S):
+        elif not part.done.wait(self._part_bytes / _FAST_BYTES_PER_S / 4):
             self._has_waited = True
             if self.num_parts < self._most_parts:
                 self.num_parts += 1
