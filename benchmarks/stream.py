@@ -30,7 +30,7 @@ import numpy as np
 from benchmarks.common import ROOT, report
 from benchmarks.photos import PHOTOS, ensure_photos
 from benchmarks.stream_peers import BATCH, CONTESTANTS, NUM_WORKERS
-from orchestrator.launch import _LEAN_RAY
+from orchestrator.launch import LEAN_RAY
 
 ALWAYS = ("sigray", "floor", "open_clip", "webdataset", "ray_data", "ray_data_fused", "shared")
 TIMEOUT_S = 1800  # of a contestant; for --memory on a busy machine
@@ -66,7 +66,7 @@ def environment(first_on_path: Path | None) -> dict[str, str]:
     return (
         kept
         | threads
-        | _LEAN_RAY
+        | LEAN_RAY
         | {
             "PYTHONPATH": os.pathsep.join(path),
             "PYTHONHASHSEED": "0",

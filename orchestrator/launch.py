@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _POLL_S = 0.5
 # For a Ray that this run starts itself. Every process of Ray costs about 1 % of a core by being there, and on a small
 # machine those are the trainers' cores: nobody scrapes its metrics, reads its task events or sends it preemptions.
-_LEAN_RAY = {
+LEAN_RAY = {
     "RAY_enable_metrics_collection": "0",
     "RAY_task_events_report_interval_ms": "0",
     "RAY_raylet_report_resources_period_milliseconds": "1000",
@@ -448,7 +448,7 @@ def _ray(config: RunConfig, display: Display) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1" if config.cluster.dashboard else "0")
     address = _cluster_address(config)
     if not address and not config.cluster.dashboard:
-        for name, value in _LEAN_RAY.items():
+        for name, value in LEAN_RAY.items():
             os.environ.setdefault(name, value)
     import ray
 

@@ -47,7 +47,7 @@ class S3Config(Section):
     anonymous: bool = False
     """Send unsigned requests, for public buckets."""
     num_connections: PositiveInt = 4
-    """Parts of one shard that are fetched at the same time where its reader waits for them; 8 MiB of memory each."""
+    """Parts of one shard that are fetched at the same time where the store is slower than its reader; 8 MiB each."""
     read_timeout_s: Annotated[float, Field(gt=0)] = 10
     """A connection that brings no byte for this long is given up and resumed by another."""
     deadline_s: Annotated[float, Field(gt=0)] = 300
@@ -82,8 +82,8 @@ class DataConfig(Section):
     """Smallest and largest width / height of a random crop."""
     max_image_pixels: PositiveInt = 89_478_485
     """Images with more pixels are refused before they are decoded (Pillow's limit against decompression bombs)."""
-    block_size: PositiveInt = 64
-    """Decoded samples that travel together through the object store."""
+    block_size: PositiveInt = 128
+    """Decoded samples that travel together through the object store; 19 MB at 224 px."""
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
     """Data-shard workers: Ray actors that read, decode and tokenize. [least, most]: as many as the trainers need."""
     cpus_per_worker: Annotated[float, Field(ge=0)] = 1
