@@ -371,7 +371,9 @@ def _add_baselines(config: RunConfig, result: dict[str, Any]) -> None:
 
 
 def _scan(config: RunConfig, display: Display) -> Manifest:
-    parallel_map = _in_tasks if _cluster_address(config) else in_threads
+    from workers.pool import in_tasks
+
+    parallel_map = in_tasks if _cluster_address(config) else in_threads
     manifest = scan_shards(config.data.shards, config.data, _ScanProgress(display), parallel_map)
 
     from workers.data_worker import build_order
@@ -402,15 +404,6 @@ class _ScanProgress:
         else:
             return
         self._said = time.monotonic()
-
-
-def _in_tasks(function: Any, items: list[Any]) -> Iterator[Any]:
-    """A `ParallelMap` over the cluster that this driver has joined."""
-    import ray
-
-    task: Any = ray.remote(num_cpus=1, max_retries=3)(lambda item: function(item))
-    for reference in [task.remote(item) for item in items]:
-        yield ray.get(reference)
 
 
 def _check_unchanged(saved: Manifest, now: Manifest) -> None:

@@ -89,7 +89,7 @@ class DataConfig(Section):
     cpus_per_worker: Annotated[float, Field(ge=0)] = 1
     """CPUs that Ray reserves for each data-shard worker."""
     prefetch_batches: PositiveInt = 4
-    """Global batches that are asked for ahead of use."""
+    """Global batches that are asked for ahead of use, besides those that the blocks in use still hold."""
     shared_blocks: PositiveInt = 1
     """Newest blocks of each lane that a data-shard worker keeps for other readers of the same stream."""
     cache_mib: NonNegativeInt = 256

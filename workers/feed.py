@@ -59,7 +59,7 @@ class _Buffers:
     def take(self, shape: tuple[int, ...]) -> np.ndarray:
         """A uint8 array of this shape, contents undefined."""
         for buffer in self._buffers:
-            # The list, the loop and the call itself; a tensor made of the array, or a view of either, would be one more.
+            # The list, the loop and the call itself; a tensor made of the array, or a view of it, would be one more.
             if buffer.shape == shape and sys.getrefcount(buffer) == 3:
                 return buffer
         buffer = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin_memory).numpy()
@@ -107,7 +107,11 @@ class Feed:
         self._global_batch_size, self._block_size = global_batch_size, block_size
         self._rank, self._world_size = rank, world_size
         self._steps = range(first_step, last_step)
-        self._prefetch_batches, self._max_bad_fraction = prefetch_batches, max_bad_fraction
+        self._max_bad_fraction = max_bad_fraction
+        # All lanes come to the end of a block at about the same step: what they are asked for ahead must reach into the
+        # next block, or the data-shard workers have nothing to do between one round of blocks and the next.
+        num_lanes = order.num_lanes * len(order.datasets)
+        self._num_ahead = prefetch_batches + -(-block_size * num_lanes // global_batch_size)
         self._pin_memory = pin_memory
         self._images = _Buffers(pin_memory)
         self._num_read = 0
@@ -168,7 +172,7 @@ class Feed:
         blocks: dict[tuple[int, int], Block] = {}
         asked_until = self._steps.start
         for step in self._steps:
-            while asked_until < min(step + self._prefetch_batches, self._steps.stop):
+            while asked_until < min(step + self._num_ahead, self._steps.stop):
                 for lane, number, _, _ in self._pieces(asked_until):
                     if (lane, number) not in handles and (lane, number) not in blocks:
                         handles[lane, number] = self._source.request(lane, number)

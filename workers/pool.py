@@ -14,6 +14,7 @@ import ctypes
 import logging
 import os
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from workers.config import DataConfig, ModelConfig
@@ -27,6 +28,15 @@ _LOOK_S = 5.0
 # A block is asked of a second worker once its reader has waited this many times as long as a block usually takes.
 _SLOW = 8.0
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def in_tasks(function: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
+    """A `workers.shards.ParallelMap` over the cluster that this process has joined."""
+    import ray
+
+    task: Any = ray.remote(num_cpus=1, max_retries=3)(lambda item: function(item))
+    for reference in [task.remote(item) for item in items]:
+        yield ray.get(reference)
 
 
 class WorkerList:

@@ -52,7 +52,13 @@ class SmallRun:
         }
         content = {
             "run": {"name": "small", "dir": str(folder / "runs")},
-            "data": {"shards": str(folder / "train"), "block_size": 16, "num_lanes": 3, "shuffle_window": 32},
+            "data": {
+                "shards": str(folder / "train"),
+                "block_size": 16,
+                "num_lanes": 3,
+                "shuffle_window": 32,
+                "num_workers": [1, 2],
+            },
             # Patch dropout: a step depends on its random state, which a resumed run must find again, and the second
             # pass over a micro-batch as well.
             "model": {"towers": {**TOWERS, "vision_cfg": {**TOWERS["vision_cfg"], "patch_dropout": 0.25}}},

@@ -24,9 +24,10 @@ from workers.config import DataConfig, ModelConfig
 from workers.data_worker import DataWorker, build_order
 from workers.feed import BlockSource, Feed
 from workers.ledger import Ledger, audit
-from workers.pool import DataPool, PoolBlocks
+from workers.pool import DataPool, PoolBlocks, in_tasks
 from workers.shards import Manifest, scan_shards
 from workers.storage import Storage
+from workers.tar import DataError
 from workers.tokenizer import train_tokenizer
 
 BATCH, SEED = 24, 5
@@ -229,6 +230,20 @@ def test_ledger_of_a_stream_in_which_everything_dies(ray_session, pools, model, 
     assert found.epochs[0].num_replaced == 4
     for epoch in found.epochs:
         assert epoch.num_used == epoch.num_samples or not epoch.is_over
+
+
+@pytest.mark.ray
+def test_headers_are_read_on_the_cluster(ray_session, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_dataset(tmp_path / "tars", [12, 7, 9])
+    data = DataConfig(shards=str(tmp_path / "tars"))
+    manifest = scan_shards(data.shards, data, parallel_map=in_tasks)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    assert manifest == scan_shards(data.shards, data)
+    path = Path(manifest.shards[1].url)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"shard-001\.tar: cut short"):
+        scan_shards(data.shards, data, parallel_map=in_tasks)
 
 
 @pytest.mark.ray

@@ -10,7 +10,9 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from workers.tar import BLOCK, DataError, MappedFile, read_members, read_tar
 
-names = st.text("ab./ü", min_size=1, max_size=30).filter(lambda n: not n.startswith("/") and not n.endswith("/") and n.strip("./"))
+names = st.text("ab./ü", min_size=1, max_size=30).filter(
+    lambda n: not n.startswith("/") and not n.endswith("/") and n.strip("./")
+)
 contents = st.binary(max_size=1500)
 formats = st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 
