@@ -17,6 +17,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from open_clip.loss import SigLipLoss
 from open_clip_train.train import train_one_epoch
@@ -39,7 +40,9 @@ def random_batch(num_pairs: int, model: ModelConfig) -> Batch:
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (num_pairs, size, size, 3), generator=generator, dtype=torch.uint8)
     tokens = torch.randint(1, text["vocab_size"], (num_pairs, text["context_length"]), generator=generator)
-    return Batch(0, images, tokens.int())
+    size = len(images)
+    origin = {"samples": np.zeros((size, 3), np.int64), "keys": [""] * size, "replaced": np.zeros(size, bool)}
+    return Batch(0, images, tokens.int(), **origin)
 
 
 def make_trainer(model: ModelConfig, num_pairs: int, micro_batch_size: int) -> Trainer:

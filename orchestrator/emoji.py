@@ -51,8 +51,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workers.tokenizer import train_tokenizer
-
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
@@ -281,6 +279,8 @@ def build_emoji(
             classes = [{"id": c, "name": captions[c]["en"]["name"]} for c in sorted({d.concept for d in splits[split]})]
             (staging / split / "classes.json").write_text(to_json(classes), encoding="utf-8")
         trained = sorted({d.concept for d in splits[TRAIN]})
+        from workers.tokenizer import train_tokenizer
+
         texts = (caption_text(**captions[c]["en"]) for c in trained)
         tokenizer = train_tokenizer(texts, vocab_size=MAX_VOCABULARY, kind="bpe")
         (staging / "tokenizer.json").write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")

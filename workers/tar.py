@@ -198,7 +198,7 @@ def _text(name: bytes, position: int) -> str:
     try:
         return name.decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"damaged: the member at byte {position} has a name that is not UTF-8: {name!r}") from error
+        raise DataError(f"damaged: a member's name is not UTF-8, at byte {position}: {name!r}") from error
 
 
 def _size(field: bytes, position: int) -> int:

@@ -46,7 +46,9 @@ def make_trainer(world_size, *, model=MODEL, loss=LossConfig(), micro_batch_size
 def part_of(rank, world_size):
     images, tokens = global_batch()
     part = slice(rank * NUM_PAIRS // world_size, (rank + 1) * NUM_PAIRS // world_size)
-    return Batch(0, images[part], tokens[part])
+    size = len(images[part])
+    origin = {"samples": np.zeros((size, 3), np.int64), "keys": [""] * size, "replaced": np.zeros(size, bool)}
+    return Batch(0, images[part], tokens[part], **origin)
 
 
 def step_on_rank(rank, world_size, num_micro_batches=1, **settings):

@@ -114,5 +114,5 @@ def test_a_name_that_is_not_utf8_is_named(tmp_path):
     content[0] = 0xFF
     content[148:156] = b"%06o\0 " % (sum(content[:148]) + 8 * 32 + sum(content[156:BLOCK]))
     path.write_bytes(content)
-    with pytest.raises(DataError, match="a name that is not UTF-8"):
+    with pytest.raises(DataError, match="name is not UTF-8"):
         list(read_tar(MappedFile(path)))
