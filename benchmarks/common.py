@@ -27,12 +27,13 @@ def peak_growth_mib(run: Callable[[], object]) -> float:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what earlier work left free would hide what this takes
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
-    before = _status_mib("VmRSS")
+    before = status_mib("VmRSS")
     run()
-    return _status_mib("VmHWM") - before
+    return status_mib("VmHWM") - before
 
 
-def _status_mib(key: str) -> float:
+def status_mib(key: str) -> float:
+    """A figure of /proc/self/status, such as VmRSS."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 

@@ -5,7 +5,8 @@ Pairs of 224 x 224 pixels and 77 tokens, from the same tars of real photographs 
 environment on the same two cores, and its start and first batches do not count.
 
     speedup_open_clip   sigray's samples/s over the peer's; likewise speedup_webdataset
-    speedup_ray_data    the same over the fastest of Ray Data's variants that ran
+    speedup_ray_data    the same over Ray Data with its own decoder
+    speedup_ray_data_our_decoder  the same over the faster of the two ways of running sigray's decoder in Ray Data
     floor_ratio         sigray's samples/s over those of two bare processes that hand nothing over
     shared_cpu_ratio    CPU time of the data-shard workers with two readers of one stream over that with one
 
@@ -32,7 +33,6 @@ from benchmarks.photos import PHOTOS, ensure_photos
 from benchmarks.stream_peers import BATCH, CONTESTANTS, NUM_WORKERS
 from orchestrator.launch import LEAN_RAY
 
-ALWAYS = ("sigray", "floor", "open_clip", "webdataset", "ray_data", "ray_data_fused", "shared")
 TIMEOUT_S = 1800  # of a contestant; for --memory on a busy machine
 # open_clip_train 3.3.0 asks for this one and dies at a shard's end with 1.0.2.
 OPEN_CLIP_NEEDS = "webdataset==0.2.86"
@@ -129,8 +129,13 @@ def repetition(names: list[str], data: Path, seconds: float) -> dict[str, float]
         )
     ours = found.get("sigray_samples_per_s")
     if ours is not None:
-        against = {"floor_ratio": ["floor"], "speedup_open_clip": ["open_clip"], "speedup_webdataset": ["webdataset"]}
-        against["speedup_ray_data"] = [name for name in CONTESTANTS if name.startswith("ray_data")]
+        against = {
+            "floor_ratio": ["floor"],
+            "speedup_open_clip": ["open_clip"],
+            "speedup_webdataset": ["webdataset"],
+            "speedup_ray_data": ["ray_data_default"],
+            "speedup_ray_data_our_decoder": ["ray_data", "ray_data_fused"],
+        }
         for key, peers in against.items():
             rates = [found[f"{name}_samples_per_s"] for name in peers if name in names]
             if rates:
@@ -142,7 +147,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=20, help="measured of each contestant, at least")
-    parser.add_argument("--only", nargs="+", choices=[*CONTESTANTS, "shared"], default=list(ALWAYS), metavar="NAME")
+    everything = [*CONTESTANTS, "shared"]
+    parser.add_argument("--only", nargs="+", choices=everything, default=everything, metavar="NAME")
     parser.add_argument("--memory", action="store_true", help="a long stream's memory instead")
     parser.add_argument("--data", type=Path, default=PHOTOS, help="where the tars are, or are made")
     parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results/")
@@ -158,8 +164,8 @@ def main() -> None:
         print(f"repetition {number + 1}")
         repetitions.append(repetition(names[begin:] + names[:begin], options.data, options.seconds))
     figures = {key: statistics.median(found[key] for found in repetitions) for key in repetitions[0]}
-    order = ["speedup_open_clip", "speedup_webdataset", "speedup_ray_data", "floor_ratio", "shared_cpu_ratio"]
-    last = {key: figures.pop(key) for key in order if key in figures}
+    speedups = ["speedup_open_clip", "speedup_webdataset", "speedup_ray_data", "speedup_ray_data_our_decoder"]
+    last = {key: figures.pop(key) for key in [*speedups, "floor_ratio", "shared_cpu_ratio"] if key in figures}
     report("stream", repetitions, last or figures, options.save)
 
 

@@ -3,15 +3,19 @@
 from losses.exchange import NonFiniteFeatures, ring_sigmoid_loss, ring_softmax_loss
 from losses.gradcache import cached_backward
 from losses.negatives import Negatives
+from losses.sharded import Shards, sharded_sigmoid_loss, sharded_softmax_loss
 from losses.sigmoid import sigmoid_loss, sigmoid_loss_plain
 from losses.softmax import softmax_loss_plain
 
 __all__ = [
     "Negatives",
     "NonFiniteFeatures",
+    "Shards",
     "cached_backward",
     "ring_sigmoid_loss",
     "ring_softmax_loss",
+    "sharded_sigmoid_loss",
+    "sharded_softmax_loss",
     "sigmoid_loss",
     "sigmoid_loss_plain",
     "softmax_loss_plain",

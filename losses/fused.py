@@ -3,8 +3,8 @@
     R  rows of the tile (images)      C  columns of the tile (texts)
 
 `negative_terms_` is what callers use; `eager_terms_` says in torch what it computes. On CPU it runs `fused.c`, compiled
-once per machine with the C compiler that is found, on CUDA what torch.compile makes of the eager form (one Triton
-kernel), elsewhere the eager form itself (XLA fuses it by its own means).
+once per machine with the C compiler that is found, on CUDA the Triton kernel of `fused_cuda.py`, elsewhere, and for
+float64, the eager form itself. XLA fuses `negative_terms` by its own means (`losses/sharded.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -43,22 +42,39 @@ def negative_terms_(x: Tensor, scale: Tensor, bias: Tensor, sums: Tensor) -> Non
     if on_cpu and (scale_value := scale.item()) > 0 and (library := _library()) is not None:
         function = library.tile_float32 if x.dtype == torch.float32 else library.tile_bfloat16
         function(x.data_ptr(), *x.shape, scale_value, bias.item(), sums.data_ptr(), sums.stride(0))
-    elif x.device.type == "cuda":
-        _compiled_terms()(x, scale, bias, sums)
+    elif x.device.type == "cuda" and sums.dtype == torch.float32:
+        from losses.fused_cuda import negative_terms_cuda_  # Triton is there where CUDA is
+
+        negative_terms_cuda_(x, scale, bias, sums)
     else:
         eager_terms_(x, scale, bias, sums)
 
 
-def eager_terms_(x: Tensor, scale: Tensor, bias: Tensor, sums: Tensor) -> None:
-    """`negative_terms_` in plain torch operations."""
-    counts = x != -torch.inf
-    cosine = torch.where(counts, x.to(sums.dtype), 0.0)
+def negative_terms(x: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The terms of negative pairs, in plain torch operations and without a sum.
+
+    Args:
+        x: cosines, in the dtype of the sums; -inf marks an element that does not count.
+        scale, bias: scalars.
+
+    Returns:
+        sigmoid(z), softplus(z), sigmoid(z) again and x * sigmoid(z) for z = scale * x + bias, shaped like x: dL/dz, the
+        loss, and its gradients by bias and scale.
+    """
+    # Against a tensor: XLA would widen the whole tile to compare it with a number of Python's. Cosines are above -2.
+    counts = x > x.new_full((), -2.0)
+    cosine = torch.where(counts, x, 0.0)
     z = torch.where(counts, scale * cosine + bias, -torch.inf)
     e = torch.exp(-z.abs())  # softplus and sigmoid share it; it cannot overflow
     sigmoid = torch.where(z >= 0, 1.0, e) / (1 + e)
-    softplus = z.clamp(min=0) + torch.log1p(e)
-    sums += torch.stack([softplus.sum(dim=1), sigmoid.sum(dim=1), (cosine * sigmoid).sum(dim=1)])
-    x.copy_(sigmoid)
+    return sigmoid, z.clamp(min=0) + torch.log1p(e), sigmoid, cosine * sigmoid
+
+
+def eager_terms_(x: Tensor, scale: Tensor, bias: Tensor, sums: Tensor) -> None:
+    """`negative_terms_` in plain torch operations."""
+    dz, *terms = negative_terms(x.to(sums.dtype), scale, bias)
+    sums += torch.stack([term.sum(dim=1) for term in terms])
+    x.copy_(dz)
 
 
 def add_(total: Tensor, addend: Tensor) -> None:
@@ -90,24 +106,6 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset(
         flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split(":")[1].split()
     )
-
-
-@functools.cache
-def _compiled_terms() -> Callable[..., None]:
-    compiled = torch.compile(eager_terms_, dynamic=True)
-
-    def terms_(*arguments: Tensor) -> None:
-        nonlocal compiled
-        try:
-            compiled(*arguments)
-        except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
-            if compiled is eager_terms_:
-                raise
-            warnings.warn(f"the loss runs unfused, torch.compile failed: {error}", stacklevel=2)
-            compiled = eager_terms_
-            compiled(*arguments)
-
-    return terms_
 
 
 @functools.cache

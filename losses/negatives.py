@@ -104,25 +104,39 @@ def _find(histogram: Tensor, rank: int) -> tuple[int, int]:
 
 
 def _random_mask(seed: int, fraction: float) -> Mask:
-    limit = min(round(fraction * 2**31), 2**31 - 1)
-
     def mask(x: Tensor, first_image: int, first_text: int) -> None:
         num_images, num_texts = x.shape
-        rows = _mix(torch.arange(first_image, first_image + num_images, device=x.device), 2 * seed)
-        columns = _mix(torch.arange(first_text, first_text + num_texts, device=x.device), 2 * seed + 1)
-        # Two rounds of multiply and shift on wrapping int32; a row or a column alone decides nothing.
-        h = rows.to(torch.int32)[:, None] ^ columns.to(torch.int32)[None, :]
-        for factor in (0x2C1B3C6D, 0x297A2D39):
-            h = h * factor
-            h = h ^ ((h >> 15) & 0x1FFFF)
-        _fill_(x, (h & 0x7FFFFFFF) >= limit)
+        images = torch.arange(first_image, first_image + num_images, device=x.device)
+        texts = torch.arange(first_text, first_text + num_texts, device=x.device)
+        _fill_(x, random_drop(images, texts, seed, fraction))
 
     return mask
 
 
+def random_drop(images: Tensor, texts: Tensor, seed: int, fraction: float) -> Tensor:
+    """Which pairs a random choice leaves out, by their numbers in the global batch alone.
+
+    Args:
+        images: (..., R) numbers.
+        texts: (..., C) numbers.
+        seed: another one draws others.
+        fraction: of the pairs that stay.
+
+    Returns:
+        (..., R, C) bool.
+    """
+    limit = min(round(fraction * 2**31), 2**31 - 1)
+    # Two rounds of multiply and shift on wrapping int32; a row or a column alone decides nothing.
+    h = _mix(images, 2 * seed).to(torch.int32)[..., :, None] ^ _mix(texts, 2 * seed + 1).to(torch.int32)[..., None, :]
+    for factor in (0x2C1B3C6D, 0x297A2D39):
+        h = h * factor
+        h = h ^ ((h >> 15) & 0x1FFFF)
+    return (h & 0x7FFFFFFF) >= limit
+
+
 def _mix(index: Tensor, seed: int) -> Tensor:
     """int64 in 31 bits, well mixed: splitmix-like rounds that fit into int64 without overflow."""
-    h = (index + (seed % 2**20) * 0x9E3779B1) & 0xFFFFFFFF
+    h = (index.to(torch.int64) + (seed % 2**20) * 0x9E3779B1) & 0xFFFFFFFF
     for factor in (0x5BD1E995, 0x2C9277B5):
         h = ((h ^ (h >> 15)) * (factor & 0x7FFFFFFF)) & 0x7FFFFFFF
     return h ^ (h >> 13)

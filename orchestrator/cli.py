@@ -6,12 +6,15 @@ Heavy imports (torch, Ray) happen inside the commands, so that `--help` and a co
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from orchestrator.config import ConfigError, RunConfig, json_schema, load_config, override
+from orchestrator.devices import CPU, DEVICES
 
 _DESCRIPTION = """\
 Train SigLIP-style image-text models from WebDataset tars on a Ray cluster.
@@ -23,12 +26,15 @@ Train SigLIP-style image-text models from WebDataset tars on a Ray cluster.
   sigray resume runs/emoji_cpu                    go on from the newest checkpoint
   sigray eval runs/emoji_cpu                      measure the newest checkpoint again
   sigray config examples/emoji_cpu.yaml           print the whole config, every default written out
+  sigray plan examples/emoji_cpu.yaml             predict memory, time and cost before anything starts
+  sigray sweep tuning/studies/batch_size.yaml     train many runs that differ in chosen keys, and compare them
 
   sigray data inspect 'data/emoji36/train/*.tar' --sheet sheet.html
                                                   what shards hold, what is broken in them, and pictures
   sigray data tokenizer 'data/emoji36/train/*.tar' tokenizer.json
                                                   a tokenizer from their captions
   sigray data audit runs/emoji_cpu                did the run use every sample exactly once per epoch?
+  sigray chaos run.yaml --faults 20               kill whatever can die: does the run end with the same weights?
 """
 _EPILOG = """\
 Exit codes: 0 done; 1 the run failed; 2 the command, config, data or storage cannot be used; 130 interrupted
@@ -68,9 +74,56 @@ characters; unigram is for any languages, and knows no unknown character.
 """
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point of `sigray`. Returns the exit code."""
-    parser = _parser()
+_PLAN_EXAMPLES = """\
+examples:
+  sigray plan examples/emoji_cpu.yaml                             on this machine
+  sigray plan examples/siglip_b16_32xtpu_v4.yaml                  on the devices that the config names
+  sigray plan my_run.yaml --device h100 --devices 8 --price-per-hour 3
+  sigray plan my_run.yaml --device l4 train.micro_batch_size=256  any key can be overridden
+  sigray plan examples/siglit_g14_4xtpu_v4.yaml --stored-embeddings
+                                                                  the locked tower's embeddings exist already
+  sigray plan my_run.yaml --json                                  for programs
+
+Devices: cpu (this machine), {devices}.
+Needs no cluster, no accelerator and no data. docs/plan.md says what is counted, what is assumed and how far it was off.
+
+Exit codes: 0 it fits; 2 it does not, and the message says which train.micro_batch_size would.
+"""
+
+_CHAOS_EXAMPLES = """\
+examples:
+  sigray chaos examples/emoji_cpu.yaml train.num_samples=100000
+  sigray chaos run.yaml --kinds trainer,driver --faults 5 --every-s 60
+  sigray chaos run.yaml --faults 200 --seed 1                     a soak; the seed repeats its faults
+
+Runs the config twice, on this machine and in a Ray of its own: once undisturbed (not again where that is done already),
+and once with faults at random moments. A driver that ends is started again by the same `sigray train`. Then compares
+weights, optimizer state, losses and ledger. Kinds of faults, by default all that are possible with the config:
+  trainer           kill a training worker
+  trainer-hang      stop a training worker for good
+  data-worker       kill a data-shard worker
+  data-worker-hang  stop a data-shard worker for good
+  evaluation        kill an evaluation
+  driver            kill the driver and its Ray
+  node              kill the raylet
+  gcs               kill Ray's gcs_server
+  storage           have the storage refuse checkpoints for a while
+  truncate          cut the newest checkpoint in half, kill the driver
+Only processes that the runs have started are touched. DIR holds the runs, their output (undisturbed.log, disturbed.log)
+and chaos.json, which has each fault.
+
+Exit codes: 0 both runs ended alike; 1 they did not, or the run did not come to its end; 2 it cannot be started.
+"""
+
+
+def main(arguments: list[str] | None = None, add_more: Callable[[Any], None] = lambda command: None) -> int:
+    """Run a command and return the exit code. The entry point of `sigray` is `tuning/cli.py`, which adds `sweep`.
+
+    Args:
+        arguments: of the command line; None: those of this process.
+        add_more: given a function that adds a command: (name, run, help, examples=...) -> its parser.
+    """
+    parser = _parser(add_more)
     # argparse ends a list of overrides at the first option; `train x.yaml --overwrite run.name=a` shall work too.
     options, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(options, "overrides")):
@@ -130,6 +183,50 @@ def _report(options: argparse.Namespace, console: Console) -> int:
     from orchestrator.report import write_report
 
     console.print(f"report: {write_report(Path(options.run_folder))}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _chaos(options: argparse.Namespace, console: Console) -> int:
+    from orchestrator.chaos import chaos, result_table
+
+    result = chaos(
+        options.config,
+        options.overrides,
+        console,
+        out=Path(options.out) if options.out else None,
+        seed=options.seed,
+        num_faults=options.faults,
+        every_s=options.every_s,
+        kinds=options.kinds.split(",") if options.kinds is not None else None,
+        stuck_s=options.stuck_s,
+    )
+    console.print(result_table(result))
+    if result.differences:
+        raise RuntimeError(result.verdict)
+    console.print(result.verdict, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _plan(options: argparse.Namespace, console: Console) -> int:
+    config = load_config(options.config, options.overrides)
+    from orchestrator.plan import check_fits, default_num_devices, plan, run_device, tables
+
+    kind = run_device(config, options.device, options.devices)
+    if kind is None:
+        raise ConfigError("which device? Give --device or cluster.device: " + ", ".join([CPU, *DEVICES]))
+    num_devices = options.devices or default_num_devices(config, kind)
+    predicted = plan(
+        config,
+        kind,
+        num_devices,
+        stored_embeddings=options.stored_embeddings,
+        price_per_hour=options.price_per_hour,
+    )
+    if options.json:
+        print(json.dumps(predicted.as_dict(), indent=1))
+    else:
+        console.print(tables(predicted))
+    check_fits(predicted, config, stored_embeddings=options.stored_embeddings)
     return 0
 
 
@@ -255,7 +352,7 @@ def _fail(error: BaseException, code: int) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(add_more: Callable[[Any], None]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sigray", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -302,6 +399,43 @@ def _parser() -> argparse.ArgumentParser:
     overrides(added)
     added.add_argument("--schema", action="store_true", help="the JSON schema, for completion in an editor")
 
+    added = command(
+        "plan",
+        _plan,
+        "predict memory, time, bytes on the wire and cost of a run",
+        examples=_PLAN_EXAMPLES.format(devices=", ".join(DEVICES)),
+    )
+    added.add_argument("config", metavar="CONFIG.yaml")
+    overrides(added)
+    added.add_argument("--device", choices=[CPU, *DEVICES], metavar="NAME", help="default cluster.device")
+    added.add_argument("--devices", type=_positive, metavar="N", help="how many (default those of the config)")
+    added.add_argument("--price-per-hour", type=_positive_price, metavar="X", help="of one device")
+    added.add_argument(
+        "--stored-embeddings", action="store_true", help="the locked tower's embeddings exist already: it does not run"
+    )
+    added.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+    added = command(
+        "chaos",
+        _chaos,
+        "break a run on purpose, again and again, and prove that it ends as if nothing had happened",
+        examples=_CHAOS_EXAMPLES,
+    )
+    added.add_argument("config", metavar="CONFIG.yaml")
+    overrides(added)
+    added.add_argument("--out", metavar="DIR", help="folder of both runs (default RUN_DIR/NAME-chaos)")
+    added.add_argument("--faults", type=_positive, default=20, metavar="N", help="how many (default 20)")
+    added.add_argument("--seed", type=int, default=0, metavar="N", help="decides which and when (default 0)")
+    added.add_argument(
+        "--every-s", type=_positive_s, default=20.0, metavar="S", help="mean seconds between two faults (default 20)"
+    )
+    added.add_argument("--kinds", metavar="A,B", help="kinds of faults, separated by commas")
+    added.add_argument(
+        "--stuck-s", type=_positive_s, default=900.0, metavar="S", help="give up after S seconds without a step (900)"
+    )
+
+    add_more(command)
+
     data = commands.add_parser("data", help="look at data, make data", description="Look at data, make data.")
     kinds = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
     added = command(
@@ -347,6 +481,20 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not positive")
     return number
+
+
+def _positive_price(text: str) -> float:
+    price = float(text)
+    if not 0 < price < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive price")
+    return price
+
+
+def _positive_s(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
+    return seconds
 
 
 class _BuildProgress:

@@ -1,6 +1,6 @@
 """RunConfig: one YAML, typed and checked before anything starts. Imports no torch and no Ray.
 
-    run data model train optim eval cluster checkpoint
+    run data model train loss optim sharding eval cluster checkpoint
 
 The sections that configure the workers stand in `workers/config.py`.
 """
@@ -11,12 +11,15 @@ import difflib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from orchestrator.devices import DEVICES, DeviceName
+from orchestrator.policy import micro_batch, usable_sizes
 from workers.config import (
+    Accelerator,
     CheckpointConfig,
     DataConfig,
     EvalConfig,
@@ -27,6 +30,7 @@ from workers.config import (
     OptimConfig,
     PositiveInt,
     Section,
+    ShardingConfig,
     TrainConfig,
 )
 
@@ -49,18 +53,92 @@ class RunSection(Section):
 class ClusterConfig(Section):
     address: str | None = None
     """Address of a running Ray cluster (`auto`, or host:port); null starts a Ray of this run's own on this machine."""
-    accelerator: Literal["cpu", "cuda"] = "cpu"
-    """What the training workers compute on: cpu (gloo) or cuda (nccl, one GPU each)."""
-    num_workers: PositiveInt = 1
-    """Training workers."""
+    accelerator: Accelerator = "cpu"
+    """What the training workers compute on: cpu (gloo); cuda (nccl, one GPU each); tpu (torch-xla, one host with its
+    chips each); xla_cpu: torch-xla's own CPU devices, to rehearse a TPU run on any machine."""
+    devices_per_worker: PositiveInt | None = None
+    """Devices of each training worker: of xla_cpu, as many are made (4 by default); of tpu, the chips that each host
+    must have, by default what it has. cpu and cuda workers have one."""
+    tpu_type: str | None = None
+    """Generation of a TPU slice that is reserved as a whole, as Ray names it: TPU-V4, TPU-V5LITEPOD, TPU-V5P, TPU-V6E.
+    With xla_cpu it rehearses the reservation."""
+    tpu_topology: str | None = None
+    """The slice's topology, such as 2x2x2 (four chips a host: two hosts); num_workers is the number of its hosts."""
+    device: DeviceName | None = None
+    """Sort of device, for `sigray plan`, and to refuse what cannot fit before anything starts: tpu-v4, tpu-v5e,
+    tpu-v5p, tpu-v6e, a100-40, a100-80, h100, h200 or l4. Null: not known; with cpu workers it is this machine."""
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Training workers: a number, or [least, most]. With a range the run goes on with fewer where machines die, and
+    takes more where there is room again; the global batch and the order of samples stay the same."""
+    shrink_after_s: Annotated[float, Field(ge=0)] = 10
+    """With a range: seconds to wait for room for the largest number before a smaller one is taken."""
+    grow_after_s: Annotated[float, Field(ge=0)] = 60
+    """With a range: seconds of training before a run of fewer workers looks for room for more. Growing writes a
+    checkpoint and starts the training workers anew."""
     cpus_per_worker: PositiveInt = 1
     """CPUs that Ray reserves for each training worker, and threads that it computes with."""
     resources_per_worker: dict[str, float] = {}
     """Further Ray resources of each training worker, for example {training: 1} where the cluster file declares it."""
-    max_failures: NonNegativeInt = 2
-    """Restarts of the training workers after one died; they go on from the newest checkpoint."""
+    max_failures_per_hour: NonNegativeInt = 10
+    """Restarts of the training workers within an hour, preemptions not counted; they go on from the newest checkpoint.
+    Bad input, a loss that is not a number and too little memory end the run at once."""
+    hang_timeout_s: Annotated[float, Field(gt=0)] = 1800
+    """Training workers from which nothing is heard for so long, no line of metrics and no checkpoint, are killed and
+    started again."""
     dashboard: bool = False
     """Serve Ray's dashboard on 127.0.0.1:8265 for a Ray that this run starts itself."""
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Training workers at least and at most."""
+        return (self.num_workers, self.num_workers) if isinstance(self.num_workers, int) else self.num_workers
+
+    @model_validator(mode="after")
+    def _range_rises(self) -> ClusterConfig:
+        least, most = self.worker_range
+        if least > most:
+            raise ValueError(f"num_workers=[{least}, {most}]: [least, most] expected")
+        return self
+
+    @model_validator(mode="after")
+    def _devices_fit(self) -> ClusterConfig:
+        if self.devices_per_worker not in (None, 1) and not self.uses_xla:
+            raise ValueError(
+                f"devices_per_worker={self.devices_per_worker}: a {self.accelerator} worker has one device; take more "
+                "workers by num_workers"
+            )
+        kind = DEVICES.get(self.device) if self.device is not None else None
+        if kind is not None and self.accelerator not in kind.accelerators:
+            raise ValueError(
+                f"device={self.device} needs accelerator={' or '.join(kind.accelerators)}, not {self.accelerator}"
+            )
+        if (self.tpu_type is None) != (self.tpu_topology is None):
+            raise ValueError(
+                f"tpu_type={self.tpu_type} and tpu_topology={self.tpu_topology} belong together: give both or neither"
+            )
+        if self.tpu_type is not None and not self.uses_xla:
+            raise ValueError(f"tpu_type={self.tpu_type} needs accelerator=tpu, not {self.accelerator}")
+        if self.accelerator == "tpu" and self.tpu_type is None:
+            if self.worker_range != (1, 1):
+                raise ValueError(
+                    f"num_workers={self.num_workers} TPU hosts form a slice: give tpu_type and tpu_topology, or "
+                    "num_workers=1"
+                )
+            if self.devices_per_worker is None:
+                raise ValueError("accelerator=tpu needs tpu_type and tpu_topology, or devices_per_worker of one host")
+        return self
+
+    @property
+    def uses_xla(self) -> bool:
+        """Whether the training workers compute under torch-xla."""
+        return self.accelerator in ("tpu", "xla_cpu")
+
+    @property
+    def num_devices(self) -> int | None:
+        """Devices of each training worker, as far as the config says; None: what a TPU host has."""
+        if self.accelerator == "tpu":
+            return self.devices_per_worker
+        return self.devices_per_worker or (4 if self.accelerator == "xla_cpu" else 1)
 
 
 class RunConfig(Section):
@@ -72,22 +150,24 @@ class RunConfig(Section):
     train: TrainConfig
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
+    sharding: ShardingConfig = ShardingConfig()
     eval: EvalConfig = EvalConfig()
     cluster: ClusterConfig = ClusterConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
     def _fields_agree(self) -> RunConfig:
-        batch, workers = self.train.global_batch_size, self.cluster.num_workers
+        batch, micro = self.train.global_batch_size, self.train.micro_batch_size
+        (least, most), workers = self.cluster.worker_range, self.cluster.num_workers
         problems = []
-        if batch % workers:
-            near = max(workers, batch // workers * workers)
+        if not usable_sizes(least, most, batch):
+            near = max(most, batch // most * most)
             problems.append(
                 f"train.global_batch_size={batch} does not divide by cluster.num_workers={workers}: "
-                f"{near} or {near + workers} would"
+                f"{near} or {near + most} would"
             )
-        micro, part = self.train.micro_batch_size, batch // workers
-        if micro is not None and part % micro:
+        elif micro is not None and isinstance(workers, int) and batch // workers % micro:
+            part = batch // workers
             divisors = [size for size in range(1, part + 1) if part % size == 0]
             nearest = [
                 *[size for size in divisors if size < micro][-1:],
@@ -98,6 +178,8 @@ class RunConfig(Section):
                 f"(train.global_batch_size={batch} over cluster.num_workers={workers}): "
                 f"{' or '.join(map(str, nearest))} would"
             )
+        else:
+            problems += self._device_problems()
         if batch > self.train.num_samples:
             problems.append(
                 f"train.global_batch_size={batch} is larger than train.num_samples={self.train.num_samples}: "
@@ -108,11 +190,52 @@ class RunConfig(Section):
                 f"optim.num_warmup_samples={self.optim.num_warmup_samples} is larger than "
                 f"train.num_samples={self.train.num_samples}: the run would end before its learning rate is reached"
             )
+        if self.cluster.hang_timeout_s <= self.data.worker_timeout_s:
+            problems.append(
+                f"cluster.hang_timeout_s={self.cluster.hang_timeout_s:g} is not above data.worker_timeout_s="
+                f"{self.data.worker_timeout_s:g}: a data-shard worker that hangs would have all training workers killed"
+            )
         if self.eval.pixel_baseline and not any(spec.classes for spec in self.eval.sets.values()):
             problems.append("eval.pixel_baseline=true needs a set with classes in eval.sets, and there is none")
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _device_problems(self) -> list[str]:
+        """What does not divide over a worker's devices, and what they cannot compute."""
+        num_devices, problems = self.cluster.num_devices, []
+        if self.cluster.uses_xla and self.loss.negatives in ("hardest", "easiest"):
+            problems.append(
+                f"loss.negatives={self.loss.negatives} cannot run with cluster.accelerator={self.cluster.accelerator}: "
+                "all or random can"
+            )
+        if num_devices is None:
+            return problems
+        least, most = self.cluster.worker_range
+        for size in usable_sizes(least, most, self.train.global_batch_size):
+            part = self.train.global_batch_size // size
+            micro = self.micro_batch_size(size) or part
+            key, pairs = ("train.micro_batch_size", micro) if micro < part else ("train.global_batch_size", part)
+            if pairs % num_devices:
+                problems.append(
+                    f"{key}: {pairs} pairs of each of {size} training worker(s) do not divide over its {num_devices} "
+                    "devices (cluster.devices_per_worker)"
+                )
+        return problems
+
+    def micro_batch_size(self, num_workers: int) -> int | None:
+        """train.micro_batch_size for so many training workers; None for their whole part.
+
+        With a range of workers it is the largest that divides the part and is within the configured one, or within the
+        part of the largest number of workers: fewer workers do not need more memory.
+        """
+        least, most = self.cluster.worker_range
+        batch, micro = self.train.global_batch_size, self.train.micro_batch_size
+        if least == most:
+            return micro
+        part, largest = batch // num_workers, usable_sizes(least, most, batch)[0]
+        size = micro_batch(part, micro or batch // largest, self.cluster.num_devices or 1)
+        return size if size < part else None
 
     @property
     def folder(self) -> Path:
@@ -146,7 +269,13 @@ FIXED_ON_RESUME = (
     "loss",
     "optim",
 )
-_FREE_ON_RESUME = ("train.log_every_steps", "train.micro_batch_size", "loss.tile_size")
+_FREE_ON_RESUME = (
+    "train.log_every_steps",
+    "train.micro_batch_size",
+    "train.on_bad_loss",
+    "train.max_loss_ratio",
+    "loss.tile_size",
+)
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -201,7 +330,7 @@ def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
         shown = "\n".join(f"  {line}" for line in lines)
         raise ConfigError(
             f"{saved.folder} cannot be resumed with another model, data order or recipe:\n{shown}\n"
-            "Leave these as they were, or start a new run with `sigray train` and another run.name"
+            "Leave these as they were, or start a new run with `sigray train` and another run.name, or with --overwrite"
         )
 
 
@@ -212,6 +341,15 @@ def json_schema() -> str:
 
 def _apply(content: dict[str, Any], override: str) -> None:
     """Put one `section.key=value` into a nested mapping."""
+    put(content, *override_of(override))
+
+
+def override_of(override: str) -> tuple[str, Any]:
+    """Key and value of `section.key=value`, the value in YAML.
+
+    Raises:
+        ConfigError: for anything else.
+    """
     key, equals, text = override.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*", key):
         raise ConfigError(
@@ -221,12 +359,23 @@ def _apply(content: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{override!r}: the value is not YAML: {error}") from error
+    return key, value
+
+
+def put(content: dict[str, Any], key: str, value: Any) -> None:
+    """Put a value at a dotted key of a nested mapping.
+
+    Raises:
+        ConfigError: where a part of the key is a value and no section.
+    """
     *path, last = key.split(".")
     place = content
     for part in path:
-        place = place.setdefault(part, {})
+        if place.get(part) is None:  # a section that may be left out
+            place[part] = {}
+        place = place[part]
         if not isinstance(place, dict):
-            raise ConfigError(f"{override!r}: {part!r} is a value, not a section")
+            raise ConfigError(f"{key}={value!r}: {part!r} is a value, not a section")
     place[last] = value
 
 

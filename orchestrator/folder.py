@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from orchestrator.config import ConfigError, RunConfig, parse_config
+from workers.checkpoint import read_metrics
 from workers.shards import Manifest
 from workers.storage import Storage
 
@@ -59,8 +60,9 @@ class RunFolder:
         for name, text in {CONFIG: config.to_yaml(), MANIFEST: json.dumps(manifest.to_json())}.items():
             (self.path / name).write_text(text)
             self.storage.write(name, text.encode())
-        # Ray Train would load its memory of an earlier driver's checkpoints and fail where one was deleted since.
-        # Which checkpoints exist is said by our own commit files.
+
+    def forget_ray_checkpoints(self) -> None:
+        """Delete Ray Train's memory of an earlier attempt. Which checkpoints exist is said by our own commit files."""
         self.storage.delete(_RAY_SNAPSHOT)
 
     def manifest(self) -> Manifest:
@@ -71,10 +73,18 @@ class RunFolder:
         with (self.path / METRICS).open("a") as file:
             file.write(json.dumps(metrics) + "\n")
 
-    def cut_metrics(self, last_step: int) -> None:
-        """Forget the lines behind a step: they belong to steps that are done again from a checkpoint."""
-        lines = [json.dumps(line) for line in self.metrics() if line["step"] <= last_step]
-        (self.path / METRICS).write_text("".join(line + "\n" for line in lines))
+    def restore_metrics(self, last_step: int) -> None:
+        """Have the lines up to a checkpoint and none behind it.
+
+        Those behind belong to steps that are done again; those that are not here, since the driver has moved to another
+        machine, were saved with the checkpoints.
+        """
+        lines = [line for line in self.metrics() if line["step"] <= last_step]
+        if last_step and (not lines or lines[-1]["step"] < last_step):
+            known = {line["step"] for line in lines}
+            lines += [line for line in read_metrics(self.storage, last_step) if line["step"] not in known]
+            lines.sort(key=lambda line: line["step"])
+        (self.path / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def metrics(self) -> list[dict[str, float]]:
         """All lines of metrics so far; a line that a crash cut short is left out."""

@@ -946,6 +946,9 @@ def audit_table(run: RunAudit) -> Group:
             if count:
                 of = f"{epoch.dataset}, epoch" if has_names else "epoch"
                 details.append(Text(f"{of} {epoch.epoch + 1}, {name}:{_first(first, count)}"))
+    if run.audit.left_out:
+        steps_left_out = ", ".join(f"{step:,}" for step in run.audit.left_out)
+        details.append(Text(f"left out after a bad loss, their pairs changed no weights: steps {steps_left_out}"))
     if run.audit.wrong_steps:
         details.append(Text(f"steps:{_first(run.audit.wrong_steps[:10], len(run.audit.wrong_steps))}"))
     return Group(table, *details)

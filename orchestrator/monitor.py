@@ -1,13 +1,14 @@
 """From the training workers to a person: a small actor that collects, sinks that keep, a display that shows.
 
-Rank 0 posts events to the `RunMonitor` actor; the driver takes them a few times a second. The way back is one bit: the
-answer to a line of metrics says whether the run shall stop at this step.
+The training workers post events to the `RunMonitor` actor; the driver takes them a few times a second. The way back is
+one word: the answer to a line of metrics says whether to save, or to stop, at this step.
 
 Imports no torch: the actor's process would spend six seconds of a busy start on it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -20,31 +21,56 @@ from rich.text import Text
 if TYPE_CHECKING:
     from orchestrator.folder import RunFolder
     from workers.checkpoint import CheckpointInfo
+    from workers.train import Answer, Request
 
 
 class RunMonitor:
-    """A mailbox with a stop flag. Runs as a Ray actor with no CPU of its own."""
+    """A mailbox between training workers and driver. Runs as a Ray actor with no CPU of its own."""
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
-        self._stop = False
+        self._request: Request = "go on"
+        self._answers: dict[int, Answer] = {}
 
-    def post(self, kind: str, content: Any) -> bool:
-        """Leave an event for the driver. Returns whether the run shall stop."""
+    def post(self, kind: str, content: Any) -> None:
+        """Leave an event for the driver."""
         self._events.append({"kind": kind, "content": content})
-        return self._stop
+
+    def record(self, metrics: dict[str, float]) -> Request:
+        """Leave a line of metrics; returns what the driver wants of the training workers."""
+        self.post("metrics", metrics)
+        request = self._request
+        if request == "save":
+            self._request = "go on"
+        return request
+
+    def ask(self, step: int) -> Answer:
+        """What the driver has decided about a rung; it hears of every question."""
+        self.post("asked", step)
+        return self._answers.get(step, "wait")
+
+    def answer(self, step: int, answer: Answer) -> None:
+        """Decide about a rung."""
+        self._answers[step] = answer
 
     def take(self) -> list[dict[str, Any]]:
         """The events since the last call, in order."""
         events, self._events = self._events, []
         return events
 
-    def request_stop(self) -> None:
-        self._stop = True
+    def request(self, request: Request) -> None:
+        self._request = request
+
+    def begin(self, request: Request) -> None:
+        """Forget what an attempt before was told."""
+        self._request, self._answers = request, {}
 
 
 class RayHooks:
-    """The training loop's hooks under Ray Train: events to the monitor, checkpoints made known to Ray.
+    """The training loop's hooks under Ray Train: all goes to the monitor.
+
+    Ray Train is told of no checkpoint: `ray.train.report` holds all ranks until its controller has polled them, and
+    what it knows of checkpoints can differ from what is durable.
 
     Args:
         monitor: handle of the `RunMonitor`.
@@ -53,33 +79,41 @@ class RayHooks:
     def __init__(self, monitor: Any) -> None:
         self._monitor = monitor
 
+    def joined(self) -> None:
+        """This training worker is up; the driver learns how to kill it."""
+        import ray
+
+        self._post("joined", ray.get_runtime_context().current_actor)
+
     def started(self, facts: dict[str, Any]) -> None:
         self._post("started", facts)
 
-    def record(self, metrics: dict[str, float]) -> bool:
-        return self._post("metrics", metrics)
-
-    def checkpointed(self, info: CheckpointInfo | None, metrics: dict[str, float]) -> None:
-        import ray.train
-        from ray.train.v2.api.report_config import CheckpointUploadMode
-
-        checkpoint = None
-        if info is not None:
-            self._post("checkpoint", asdict(info))
-            ray_storage = ray.train.get_context().get_storage()
-            path = f"{ray_storage.experiment_fs_path}/checkpoints/{info.name}"
-            checkpoint = ray.train.Checkpoint(path, ray_storage.storage_filesystem)
-        # The files are durable already; Ray is told where they are, and every rank has to call.
-        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
-
-    def failed(self, error: Exception) -> None:
-        """An error that would come again: the driver ends the run instead of letting Ray restart the workers."""
-        self._post("failed", error)
-
-    def _post(self, kind: str, content: Any) -> bool:
+    def record(self, metrics: dict[str, float]) -> Request:
         import ray
 
-        return ray.get(self._monitor.post.remote(kind, content))
+        return ray.get(self._monitor.record.remote(metrics))
+
+    def checkpointed(self, info: CheckpointInfo) -> None:
+        self._post("checkpoint", asdict(info))
+
+    def ask(self, step: int) -> Answer:
+        import ray
+
+        return ray.get(self._monitor.ask.remote(step))
+
+    def warn(self, message: str) -> None:
+        self._post("warning", message)
+
+    def failed(self, error: BaseException) -> None:
+        """What ended this training worker. Ray Train passes on what ended the first."""
+        # In a list: Ray takes an error of its own that is an argument for one that the argument's making raised.
+        with contextlib.suppress(Exception):  # what cannot be sent is told by Ray Train
+            self._post("failed", [error])
+
+    def _post(self, kind: str, content: Any) -> None:
+        import ray
+
+        ray.get(self._monitor.post.remote(kind, content))
 
 
 class TensorBoard:
@@ -115,7 +149,7 @@ class Display:
     """What a person sees: a start-up block, a live line on a terminal or plain lines elsewhere, a closing table."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
+        self.console = console
         self._progress: Progress | None = None
         self._bar: Any = None
         self._first: tuple[float, float] | None = None
@@ -123,7 +157,7 @@ class Display:
         self._next_waiting_s: float | None = 0.0  # None once the training workers are up
 
     def say(self, message: str) -> None:
-        self._console.print(message, highlight=False, soft_wrap=True)
+        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def start(self, title: str, facts: dict[str, Any], data: dict[str, Any]) -> None:
         """The start-up block, and from here on the progress."""
@@ -145,12 +179,12 @@ class Display:
         grid = Table.grid(padding=(0, 2))
         for key, value in rows.items():
             grid.add_row(Text(key, style="bold"), Text(value))
-        self._console.print(grid)
+        self.console.print(grid)
         self._num_samples = facts["num_steps"] * facts["global_batch_size"]
         self._first = None
-        if self._console.is_terminal:
+        if self.console.is_terminal:
             self._stop_progress()
-            self._progress = Progress(TextColumn("{task.description}"), BarColumn(), _TimeLeft(), console=self._console)
+            self._progress = Progress(TextColumn("{task.description}"), BarColumn(), _TimeLeft(), console=self.console)
             self._bar = self._progress.add_task("starting", total=self._num_samples, left_s=None)
             self._progress.update(self._bar, completed=facts["first_step"] * facts["global_batch_size"])
             self._progress.start()

@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import base64
 import importlib.resources
-import io
 import json
 import math
-import re
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -30,22 +28,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from orchestrator import drawing, words
 from orchestrator.config import ConfigError
 from orchestrator.folder import CONFIG, METRICS, SUMMARY
-from orchestrator.monitor import format_duration
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_NBSP, _TIMES = "\u00a0", "\u00d7"
 _ORDINALS = ("1st", "2nd", "3rd", "4th", "5th")
 _IMAGE_PX = 128  # side of a held-out image on the page
-
-# Colours that matplotlib is given, and the CSS that stands in their place on the page. Black itself (#000000) is
-# matplotlib's own default and would be left out of the SVG.
-_INK, _RULE, _FIRST, _SECOND = "#000001", "#000002", "#000003", "#000004"
-_CSS_COLORS = {_INK: "var(--soft)", _RULE: "var(--rule)", _FIRST: "var(--first)", _SECOND: "var(--second)"}
 
 
 def write_report(folder: Path) -> Path:
@@ -82,10 +73,16 @@ def write_report(folder: Path) -> Path:
         facts=_facts(run),
         config_text=run.config_text,
         unreadable=run.unreadable,
+        css=page_css(),
     )
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def page_css() -> str:
+    """The style of the pages of runs and sweeps."""
+    return importlib.resources.files("orchestrator").joinpath("page.css").read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------- read
@@ -221,47 +218,6 @@ def _list(content: Any, *keys: str) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-# -------------------------------------------------------------------------------------- numbers for people
-
-
-def _count(value: float) -> str:
-    """84992 -> '84,992'."""
-    return f"{value:,.0f}"
-
-
-def _counted(value: float, one: str, many: str | None = None) -> str:
-    """(1, 'step') -> '1 step', (1720, 'step') -> '1,720 steps'."""
-    return f"{_count(value)}{_NBSP}{one if value == 1 else many or one + 's'}"
-
-
-def _percent(rate: float) -> str:
-    """0.1012 -> '10.1 %', 0.0029 -> '0.29 %', 0.00058 -> '0.058 %', 1.0 -> '100 %'."""
-    percent = 100 * rate
-    if percent in (0, 100):
-        digits = f"{percent:.0f}"
-    elif percent >= 0.1:
-        digits = f"{percent:.1f}" if percent >= 1 else f"{percent:.2f}"
-    else:
-        digits = f"{percent:.2g}" if percent >= 0.001 else "under 0.001"
-    return f"{digits}{_NBSP}%"
-
-
-def _decimal(value: float) -> str:
-    """Four significant digits and a true minus sign: 2.1319 -> '2.132', 0.00098 -> '0.00098', -10.0 -> '−10'."""
-    return (_count(value) if abs(value) >= 1000 else f"{value:.4g}").replace("-", "\u2212")
-
-
-def _multiple(rate: float, chance: float) -> str:
-    """(0.101, 0.0029) -> '35 times chance'."""
-    ratio = rate / chance
-    return f"{_count(ratio) if ratio >= 10 else f'{ratio:.1f}'} times chance"
-
-
-def _duration(seconds: float) -> str:
-    """As `format_duration`; the parts do not break over a line."""
-    return format_duration(seconds).replace(" ", _NBSP)
-
-
 # -------------------------------------------------------------------------------------------------- say
 
 
@@ -279,14 +235,18 @@ def _progress(run: _Run) -> str:
     seen, planned = run.samples_seen, run.planned_samples
     if not seen:
         return ""
-    text = f"{_count(seen)} of {_count(planned)} pairs" if planned and seen < planned else _counted(seen, "pair")
+    text = (
+        f"{words.count(seen)} of {words.count(planned)} pairs"
+        if planned and seen < planned
+        else words.counted(seen, "pair")
+    )
     samples = _number(run.summary, "data", "samples")
     if samples:
-        text += f" ({seen / samples:.1f}{_NBSP}epochs)"
+        text += f" ({seen / samples:.1f}{words.NBSP}epochs)"
     train_s = _number(run.summary, "train_s")
     # train_s is that of the last session: not the time of the whole where the run went on from a checkpoint.
     if train_s and run.status != "unfinished" and not _number(run.summary, "facts", "first_step"):
-        text += f" in {_duration(train_s)}"
+        text += f" in {words.duration(train_s)}"
     return text
 
 
@@ -299,7 +259,7 @@ def _finding(run: _Run) -> str:
     for name, figures in run.retrieval.items():
         found, blind = _number(figures, "image_to_text_r10"), _number(figures, "image_to_text_chance10")
         if found is not None and blind:
-            share = f"{_percent(found)} of the {name} images"
+            share = f"{words.percent(found)} of the {name} images"
             against = _against(found, blind, _number(figures, "num_images"))
             return f"the model has the right caption of {share} among its ten closest: {against}"
     if run.config and not _mapping(run.config, "eval", "sets"):
@@ -320,18 +280,18 @@ def _best_of(run: _Run, name: str) -> _Best | None:
     """Five guesses, or one where five would cover half of the names or more."""
     figures = run.zero_shot[name]
     num_classes, num_images = _number(figures, "num_classes"), _number(figures, "num_images")
-    of = f" of {_counted(num_classes, 'name')}" if num_classes else ""
+    of = f" of {words.counted(num_classes, 'name')}" if num_classes else ""
     for k, place in ((5, f"among its five best{of}"), (1, f"as its first guess{of}")):
         rate, chance = _number(figures, f"top{k}"), _number(figures, f"chance{k}")
         if rate is not None and chance and (k == 1 or chance < 0.5):
-            return _Best(_percent(rate), place, _against(rate, chance, num_images))
+            return _Best(words.percent(rate), place, _against(rate, chance, num_images))
     return None
 
 
 def _against(rate: float, chance: float, num_images: float | None) -> str:
     if not _beats(rate, chance, num_images):
-        return f"no better than chance ({_percent(chance)})"
-    return _multiple(rate, chance)
+        return f"no better than chance ({words.percent(chance)})"
+    return words.multiple(rate, chance)
 
 
 def _beats(rate: float, level: float, num_images: float | None) -> bool:
@@ -348,8 +308,8 @@ def _remarks(run: _Run) -> list[str]:
         baseline, top1 = run.baseline(name), _number(run.zero_shot, name, "top1")
         if baseline and top1 is not None and top1 < baseline:
             remarks.append(
-                f"As a first guess on {name} it is still below a plain look-alike: {_percent(top1)} right, where the "
-                f"name of the training image with the closest pixels is right for {_percent(baseline)}."
+                f"As a first guess on {name} it is still below a plain look-alike: {words.percent(top1)} right, where "
+                f"the name of the training image with the closest pixels is right for {words.percent(baseline)}."
             )
     return remarks
 
@@ -362,10 +322,10 @@ def _measured(run: _Run) -> str:
     if samples is None:
         return "Measured on held-out images."
     step = _number(run.newest, "step") or _number(run.newest, "steps")
-    which = f" of step {_count(step)}," if step else ""
-    text = f"Measured on the checkpoint{which} after {_count(samples)} pairs."
+    which = f" of step {words.count(step)}," if step else ""
+    text = f"Measured on the checkpoint{which} after {words.count(samples)} pairs."
     later = run.samples_seen - samples
-    return text + (f" The run went on for {_count(later)} more." if later > 0 else "")
+    return text + (f" The run went on for {words.count(later)} more." if later > 0 else "")
 
 
 def _cards(run: _Run) -> list[dict[str, Any]]:
@@ -386,12 +346,12 @@ def _cards(run: _Run) -> list[dict[str, Any]]:
         longest = max((rate for *_, rate in bars), default=0) or 1
         groups: dict[str, list[dict[str, str]]] = {}
         for group, label, kind, rate in bars:
-            bar = {"label": label, "kind": kind, "text": _percent(rate), "width": f"{100 * rate / longest:.2f}"}
+            bar = {"label": label, "kind": kind, "text": words.percent(rate), "width": f"{100 * rate / longest:.2f}"}
             groups.setdefault(group, []).append(bar)
         refused = _number(figures, "num_refused")
-        size = [_counted(num_images, "image")] if num_images else []
-        size += [_counted(num_classes, "name")] if num_classes else []
-        size += [f"{_counted(refused, 'sample')} refused"] if refused else []
+        size = [words.counted(num_images, "image")] if num_images else []
+        size += [words.counted(num_classes, "name")] if num_classes else []
+        size += [f"{words.counted(refused, 'sample')} refused"] if refused else []
         cards.append({"name": name, "size": ", ".join(size), "groups": groups, "verdict": _verdict(run, name)})
     return cards
 
@@ -434,8 +394,8 @@ def _retrieval(run: _Run) -> list[dict[str, Any]]:
     rows = []
     for name, figures in run.retrieval.items():
         num_images, num_captions = _number(figures, "num_images"), _number(figures, "num_captions")
-        size = [_counted(num_images, "image")] if num_images else []
-        size += [_counted(num_captions, "different caption")] if num_captions else []
+        size = [words.counted(num_images, "image")] if num_images else []
+        size += [words.counted(num_captions, "different caption")] if num_captions else []
         ways = []
         for way, asked in (("image_to_text", num_images), ("text_to_image", num_captions)):
             cells = []
@@ -443,8 +403,8 @@ def _retrieval(run: _Run) -> list[dict[str, Any]]:
                 rate, chance = _number(figures, f"{way}_r{k}"), _number(figures, f"{way}_chance{k}")
                 against = _against(rate, chance, asked) if rate is not None and chance else ""
                 if "times" in against and chance:
-                    against = f"{against.replace(' times ', _TIMES + _NBSP)} ({_percent(chance)})"
-                cells.append({"rate": _percent(rate) if rate is not None else "not measured", "against": against})
+                    against = f"{against.replace(' times ', words.TIMES + words.NBSP)} ({words.percent(chance)})"
+                cells.append({"rate": words.percent(rate) if rate is not None else "not measured", "against": against})
             ways.append({"name": way.replace("_", " "), "cells": cells})
         rows.append({"name": name, "size": ", ".join(size), "ways": ways})
     return rows
@@ -524,14 +484,14 @@ def _facts(run: _Run) -> list[tuple[str, str]]:
         ("Model", _model(run)),
         ("Recipe", settings(("optim", "lr"), ("optim", "schedule"), ("train", "precision"), ("run", "seed"))),
         ("Training data", _data(run)),
-        ("Refused samples", None if (n := _number(newest, "data/refused_samples")) is None else _count(n)),
+        ("Refused samples", None if (n := _number(newest, "data/refused_samples")) is None else words.count(n)),
         (
             "Peak memory",
-            f"{n:.2f}{_NBSP}GiB in the first worker" if (n := _number(newest, "memory/peak_gib")) else None,
+            f"{n:.2f}{words.NBSP}GiB in the first worker" if (n := _number(newest, "memory/peak_gib")) else None,
         ),
         ("Date", environment.pop("date", None)),
         ("Commit", environment.pop("commit", None)),
-        ("Versions", ", ".join(f"{key}{_NBSP}{value}" for key, value in environment.items())),
+        ("Versions", ", ".join(f"{key}{words.NBSP}{value}" for key, value in environment.items())),
     ]
     missing = [label.lower() for label, value in rows if not value]
     known = [(label, value) for label, value in rows if value]
@@ -543,9 +503,9 @@ def _batch(run: _Run) -> str:
     workers = _number(run.summary, "facts", "world_size")
     if not batch:
         return ""
-    text = f"{_counted(batch, 'pair')} per step"
+    text = f"{words.counted(batch, 'pair')} per step"
     if workers:
-        text += f" = {_count(batch / workers)} on each of {_counted(workers, 'training worker')}"
+        text += f" = {words.count(batch / workers)} on each of {words.counted(workers, 'training worker')}"
     return text + "; the loss sees all of them"
 
 
@@ -555,14 +515,14 @@ def _steps(run: _Run) -> str:
     )
     planned = _number(run.summary, "facts", "num_steps")
     first = _number(run.summary, "facts", "first_step")
-    text = f"{_count(done)} of {_count(planned)}" if planned else _count(done)
-    return text + (f"; the last start was from the checkpoint of step {_count(first)}" if first else "")
+    text = f"{words.count(done)} of {words.count(planned)}" if planned else words.count(done)
+    return text + (f"; the last start was from the checkpoint of step {words.count(first)}" if first else "")
 
 
 def _time(run: _Run) -> str:
     train_s, total_s = _number(run.summary, "train_s"), _number(run.summary, "total_s")
-    parts = [f"{_duration(train_s)} training"] if train_s is not None else []
-    parts += [f"{_duration(total_s)} in all"] if total_s is not None else []
+    parts = [f"{words.duration(train_s)} training"] if train_s is not None else []
+    parts += [f"{words.duration(total_s)} in all"] if total_s is not None else []
     session = " (last session)" if parts and _number(run.summary, "facts", "first_step") else ""
     return ", ".join(parts) + session
 
@@ -573,23 +533,23 @@ def _model(run: _Run) -> str:
     name = _text(run.config, "model", "name") or ("towers written out in the config" if run.config else "")
     parts = [name] if name else []
     if "all" in sizes:
-        parts.append(f"{sizes['all']:,.1f}{_NBSP}M parameters")
+        parts.append(f"{sizes['all']:,.1f}{words.NBSP}M parameters")
     labels = {"visual": "image tower", "text": "text tower"}
-    parts += [f"{label} {sizes[key]:,.1f}{_NBSP}M" for key, label in labels.items() if key in sizes]
+    parts += [f"{label} {sizes[key]:,.1f}{words.NBSP}M" for key, label in labels.items() if key in sizes]
     return ", ".join(parts)
 
 
 def _data(run: _Run) -> str:
     samples, shards, size = (_number(run.summary, "data", key) for key in ("samples", "shards", "bytes"))
-    parts = [_counted(samples, "pair")] if samples else []
-    parts += [f"in {_counted(shards, 'shard')}"] if shards else []
-    parts += [f"({size / 1e6:,.1f}{_NBSP}MB)" if size < 1e9 else f"({size / 1e9:,.1f}{_NBSP}GB)"] if size else []
+    parts = [words.counted(samples, "pair")] if samples else []
+    parts += [f"in {words.counted(shards, 'shard')}"] if shards else []
+    parts += (
+        [f"({size / 1e6:,.1f}{words.NBSP}MB)" if size < 1e9 else f"({size / 1e9:,.1f}{words.NBSP}GB)"] if size else []
+    )
     return " ".join(parts)
 
 
 # ------------------------------------------------------------------------------------------------- draw
-
-Points = list[tuple[float, float]]  # samples seen, value
 
 
 def _figures(run: _Run) -> list[dict[str, Any]]:
@@ -614,13 +574,13 @@ def _loss_figure(run: _Run) -> tuple[str, Any] | None:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        _plot(axes, points, _FIRST)
-        if _spans_decades([value for _, value in points]):
+        drawing.plot(axes, points, drawing.FIRST)
+        if drawing.spans_decades([value for _, value in points]):
             axes.set_yscale("log")
         axes.set_ylabel("sigmoid loss per image")
-        _samples_axis(axes)
+        drawing.samples_axis(axes)
 
-    return _from_to("Loss per image, lower is better", points), _svg(draw)
+    return _from_to("Loss per image, lower is better", points), drawing.svg(draw)
 
 
 def _zero_shot_figure(run: _Run, name: str) -> tuple[str, Any] | None:
@@ -636,17 +596,17 @@ def _zero_shot_figure(run: _Run, name: str) -> tuple[str, Any] | None:
 
         axes = figure.subplots()
         levels = [value for points in curves.values() for _, value in points]
-        for (k, points), color, marker in zip(curves.items(), (_FIRST, _SECOND), "os", strict=False):
-            _plot(axes, points, color, marker=marker, label=f"top-{k}")
+        for (k, points), color, marker in zip(curves.items(), (drawing.FIRST, drawing.SECOND), "os", strict=False):
+            drawing.plot(axes, points, color, marker=marker, label=f"top-{k}")
             chance = chances[k]
             if chance:
                 levels.append(chance)
                 axes.axhline(chance, color=color, linewidth=1.2, linestyle=(0, (4, 3)), label=f"chance top-{k}")
         if baseline:
             levels.append(baseline)
-            axes.axhline(baseline, color=_INK, linewidth=1.2, linestyle=(0, (1, 2)), label="pixel neighbour")
+            axes.axhline(baseline, color=drawing.INK, linewidth=1.2, linestyle=(0, (1, 2)), label="pixel neighbour")
         positive = [level for level in levels if level > 0]
-        if _spans_decades(positive):
+        if drawing.spans_decades(positive):
             # A rate of 0 has no place on a log axis: its line comes from below the frame.
             low, high = min(positive) / 2, min(1.0, max(positive) * 2)
             axes.set_yscale("log", nonpositive="clip", subs=[])
@@ -656,16 +616,16 @@ def _zero_shot_figure(run: _Run, name: str) -> tuple[str, Any] | None:
             axes.set_ylim(0, min(1.0, max(positive, default=1.0) * 1.1))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{100 * rate:g} %"))
         axes.set_ylabel("images named right")
-        _samples_axis(axes)
+        drawing.samples_axis(axes)
         figure.legend(
             loc="upper center", ncols=3 if baseline else 2, frameon=False, handlelength=1.6, columnspacing=1.2
         )
         figure.subplots_adjust(top=0.83)
 
-    parts = [f"top-{k} {_percent(points[-1][1])}" for k, points in curves.items()]
+    parts = [f"top-{k} {words.percent(points[-1][1])}" for k, points in curves.items()]
     count = "the only evaluation so far" if max(map(len, curves.values())) == 1 else "the newest evaluation"
     lines = "dashed: a blind guess" + ("; dotted: the pixel nearest neighbour at top-1" if baseline else "")
-    return f"{', '.join(parts)} at {count}; {lines}.".capitalize(), _svg(draw)
+    return f"{', '.join(parts)} at {count}; {lines}.".capitalize(), drawing.svg(draw)
 
 
 def _logit_figure(run: _Run) -> tuple[str, Any] | None:
@@ -675,14 +635,20 @@ def _logit_figure(run: _Run) -> tuple[str, Any] | None:
 
     def draw(figure: Figure) -> None:
         for axes, points, color, label in zip(
-            figure.subplots(2, sharex=True), (scale, bias), (_FIRST, _SECOND), ("scale", "bias"), strict=True
+            figure.subplots(2, sharex=True),
+            (scale, bias),
+            (drawing.FIRST, drawing.SECOND),
+            ("scale", "bias"),
+            strict=True,
         ):
-            _plot(axes, points, color)
+            drawing.plot(axes, points, color)
             axes.set_ylabel(label)
-        _samples_axis(axes)
+        drawing.samples_axis(axes)
 
-    caption = f"{_from_to(f'A logit is scale {_TIMES} cosine + bias. Scale', scale)[:-1]}; {_from_to('bias', bias)}"
-    return caption, _svg(draw)
+    caption = (
+        f"{_from_to(f'A logit is scale {words.TIMES} cosine + bias. Scale', scale)[:-1]}; {_from_to('bias', bias)}"
+    )
+    return caption, drawing.svg(draw)
 
 
 def _learning_rate_figure(run: _Run) -> tuple[str, Any] | None:
@@ -692,13 +658,13 @@ def _learning_rate_figure(run: _Run) -> tuple[str, Any] | None:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        _plot(axes, points, _FIRST)
+        drawing.plot(axes, points, drawing.FIRST)
         axes.set_ylim(bottom=0)
         axes.set_ylabel("learning rate")
-        _samples_axis(axes)
+        drawing.samples_axis(axes)
 
     samples, top = max(points, key=lambda point: point[1])
-    return f"Highest after {_count(samples)} pairs: {_decimal(top)}.", _svg(draw)
+    return f"Highest after {words.count(samples)} pairs: {words.decimal(top)}.", drawing.svg(draw)
 
 
 def _throughput_figure(run: _Run) -> tuple[str, Any] | None:
@@ -708,98 +674,33 @@ def _throughput_figure(run: _Run) -> tuple[str, Any] | None:
 
     def draw(figure: Figure) -> None:
         for axes, points, color, label in zip(
-            figure.subplots(2, sharex=True), (rate, wait), (_FIRST, _SECOND), ("pairs/s", "data wait, %"), strict=True
+            figure.subplots(2, sharex=True),
+            (rate, wait),
+            (drawing.FIRST, drawing.SECOND),
+            ("pairs/s", "data wait, %"),
+            strict=True,
         ):
-            _plot(axes, points, color)
+            drawing.plot(axes, points, color)
             axes.set_ylim(bottom=0, top=1.15 * max(value for _, value in points) or 1)
             axes.set_ylabel(label)
-        _samples_axis(axes)
+        drawing.samples_axis(axes)
 
     speed, waiting = median(value for _, value in rate), median(value for _, value in wait)
     return (
-        f"Median {_count(speed)} pairs per second; training waited for data {_percent(waiting / 100)} of the time.",
-        _svg(draw),
+        f"Median {words.count(speed)} pairs per second; training waited for data {words.percent(waiting / 100)} of the "
+        "time.",
+        drawing.svg(draw),
     )
 
 
-def _curve(lines: Iterable[dict[str, Any]], *keys: str) -> Points:
+def _curve(lines: Iterable[dict[str, Any]], *keys: str) -> drawing.Points:
     """(samples seen, value) of each line that has both."""
     pairs = [(_number(line, "samples_seen"), _number(line, *keys)) for line in lines]
     return [(samples, value) for samples, value in pairs if samples is not None and value is not None]
 
 
-def _from_to(what: str, points: Points) -> str:
+def _from_to(what: str, points: drawing.Points) -> str:
     (first_samples, first), (_, last) = points[0], points[-1]
     if len(points) == 1:
-        return f"{what}: {_decimal(first)} after {_count(first_samples)} pairs, the only line of metrics."
-    return f"{what}: from {_decimal(first)} after {_count(first_samples)} pairs to {_decimal(last)}."
-
-
-def _spans_decades(values: list[float]) -> bool:
-    """Whether a log axis shows more than a linear one would."""
-    return bool(values) and min(values) > 0 and max(values) / min(values) > 20
-
-
-def _plot(axes: Axes, points: Points, color: str, *, marker: str = "", label: str = "") -> None:
-    marker = marker or ("o" if len(points) < 3 else "")
-    axes.plot(*zip(*points, strict=True), color=color, linewidth=1.8, marker=marker, markersize=4, label=label or None)
-
-
-def _samples_axis(axes: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    axes.set_xlim(left=0)
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda samples, _: _short_count(samples)))
-    axes.set_xlabel("pairs seen")
-
-
-def _short_count(value: float) -> str:
-    """20000 -> '20k', 1500000 -> '1.5M'."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:g}{letter}"
-    return f"{value:g}"
-
-
-def _svg(draw: Callable[[Figure], None]) -> Any:
-    """A figure as SVG inside the page: no ids that could meet those of another one, colours from the page's CSS."""
-    import matplotlib
-    from markupsafe import Markup
-    from matplotlib.figure import Figure
-
-    style: dict[Any, Any] = {
-        "svg.fonttype": "none",  # text stays text: in the page's font, and searchable
-        "svg.hashsalt": "sigray",  # the same run gives the same bytes
-        "font.size": 9.5,
-        "text.color": _INK,
-        "axes.edgecolor": _RULE,
-        "axes.labelcolor": _INK,
-        "xtick.color": _RULE,
-        "ytick.color": _RULE,
-        "xtick.labelcolor": _INK,
-        "ytick.labelcolor": _INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "axes.axisbelow": True,
-        "grid.color": _RULE,
-        "grid.linewidth": 0.6,
-        "legend.fontsize": 9.0,
-    }
-    buffer = io.StringIO()
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.2, 2.9))
-        # One frame for all: their axes line up, and a layout engine would draw each figure twice.
-        figure.subplots_adjust(left=0.18, right=0.98, bottom=0.16, top=0.97, hspace=0.16)
-        draw(figure)
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it is about `*`: all of the page
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"| id="(?![mp][0-9a-f]{10}")[^"]*"', "", svg)
-    for color, css in _CSS_COLORS.items():
-        svg = svg.replace(color, css)
-    return Markup(svg)
+        return f"{what}: {words.decimal(first)} after {words.count(first_samples)} pairs, the only line of metrics."
+    return f"{what}: from {words.decimal(first)} after {words.count(first_samples)} pairs to {words.decimal(last)}."

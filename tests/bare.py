@@ -12,7 +12,7 @@ from orchestrator.launch import train_job
 from workers.checkpoint import CheckpointInfo
 from workers.data_worker import Block, DataWorker
 from workers.shards import scan_shards
-from workers.train import train_loop_per_worker
+from workers.train import Answer, Request, train_loop_per_worker
 
 
 class OneWorker:
@@ -29,35 +29,43 @@ class OneWorker:
 
 
 class Recorder:
-    """Hooks that remember."""
+    """Hooks that remember, and stop the run after a step where they are told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, last_step: int | None = None) -> None:
+        self._last_step = last_step
         self.lines: list[dict[str, float]] = []
         self.checkpoints: list[CheckpointInfo] = []
+        self.warnings: list[str] = []
 
     def started(self, facts: dict[str, Any]) -> None:
         self.facts = facts
 
-    def record(self, metrics: dict[str, float]) -> bool:
+    def record(self, metrics: dict[str, float]) -> Request:
         self.lines.append(metrics)
-        return False
+        return "stop" if metrics["step"] == self._last_step else "go on"
 
-    def checkpointed(self, info: CheckpointInfo | None, metrics: dict[str, float]) -> None:
-        if info is not None:
-            self.checkpoints.append(info)
+    def checkpointed(self, info: CheckpointInfo) -> None:
+        self.checkpoints.append(info)
+
+    def ask(self, step: int) -> Answer:
+        return "go on"
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
 
 
-def train_bare(rank: int, world_size: int, config: RunConfig) -> dict[str, Any]:
-    """Train a config on this rank; see `tests.ranks.run_on_ranks`.
+def train_bare(rank: int, world_size: int, config: RunConfig, last_step: int | None = None) -> dict[str, Any]:
+    """Train a config on this rank, to its end or to a step of it; see `tests.ranks.run_on_ranks`.
 
     Returns:
-        `losses` by step and the newest checkpoint's `files`; both empty on ranks other than 0.
+        `losses` by step, the newest checkpoint's `files` and all `lines` of metrics; empty on ranks other than 0.
     """
     manifest = scan_shards(config.data.shards, config.data)
-    recorder = Recorder()
+    recorder = Recorder(last_step)
     blocks = OneWorker(DataWorker(manifest, config.data, config.model, seed=config.run.seed))
-    train_loop_per_worker(train_job(config, manifest, blocks, recorder))
+    train_loop_per_worker(train_job(config, world_size, manifest, blocks, recorder))
     return {
         "losses": {line["step"]: line["train/loss"] for line in recorder.lines},
+        "lines": recorder.lines,
         "files": recorder.checkpoints[-1].files if recorder.checkpoints else {},
     }

@@ -67,6 +67,75 @@ def drawn(seed: int, share: float, kinds: Sequence[str], most_bytes: int) -> Sch
     return lambda: Fault(rng.choice(kinds), rng.randrange(most_bytes)) if rng.random() < share else None
 
 
+class Outage:
+    """A context manager: a way to a server that can be cut. Moves bytes, looks at nothing.
+
+    Args:
+        port: of the server on this machine.
+
+    Attributes:
+        endpoint: where clients connect.
+        num_sent: bytes that clients have sent.
+        is_down: whether connections are refused.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._upstream, self._open = port, set[socket.socket]()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.num_sent, self.is_down, self._cut_at = 0, False, float("inf")
+
+    def __enter__(self) -> Outage:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cut_after(0)
+        self._listener.close()
+
+    def cut_after(self, num_bytes: int) -> None:
+        """Cut all connections, and refuse new ones, once clients have sent so many bytes more; 0: now."""
+        self._cut_at = self.num_sent + num_bytes
+        if not num_bytes:
+            self._cut()
+
+    def mend(self) -> None:
+        self._cut_at, self.is_down = float("inf"), False
+
+    def _cut(self) -> None:
+        self.is_down = True
+        for each in list(self._open):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            if self.is_down:
+                client.close()
+                continue
+            server = socket.create_connection(("127.0.0.1", self._upstream))
+            self._open |= {client, server}
+            for source, target in ((client, server), (server, client)):
+                threading.Thread(target=self._move, args=(source, target, source is client), daemon=True).start()
+
+    def _move(self, source: socket.socket, target: socket.socket, is_client: bool) -> None:
+        with contextlib.suppress(OSError):
+            while content := source.recv(65536):
+                if is_client:
+                    self.num_sent += len(content)
+                    if self.num_sent >= self._cut_at:
+                        self._cut()
+                        break
+                target.sendall(content)
+        for each in (source, target):
+            self._open.discard(each)
+            each.close()
+
+
 class FaultProxy:
     """A context manager; `endpoint` is its address.
 

@@ -37,6 +37,34 @@ def test_losses_and_the_training_loop_know_no_ray():
         assert "ray" not in imported_packages(path), path
 
 
+def accelerator_calls(path: Path) -> list[str]:
+    """Imports of torch_xla and uses of torch.cuda, with their lines."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        else:
+            continue
+        found += [
+            f"{name} in line {node.lineno}"
+            for name in names
+            if name.split(".")[0] == "torch_xla" or name in ("torch.cuda", "torch.backends.cuda")
+        ]
+    return found
+
+
+def test_only_two_files_know_an_accelerator():
+    known = {Path("workers/device.py"), Path("orchestrator/backends.py")}
+    files = [path for package in PACKAGES for path in Path(package).rglob("*.py")]
+    for path in set(files) - known:
+        assert not accelerator_calls(path), f"{path}: {accelerator_calls(path)}"
+    assert accelerator_calls(Path("workers/device.py"))
+
+
 def test_the_direction_is_really_checked(tmp_path):
     path = tmp_path / "wrong.py"
     path.write_text("def f():\n    from orchestrator.config import RunConfig\n")

@@ -1,8 +1,11 @@
-"""Checkpoints in a run's storage: written file by file, committed by one small object last.
+"""Checkpoints in a run's storage: written file by file beside training, committed by one small object last.
 
     RUN/checkpoints/step-0000000400/model.safetensors    the towers, logit_scale, logit_bias, by open_clip's names
     RUN/checkpoints/step-0000000400/optimizer.pt         AdamW's state
     RUN/checkpoints/step-0000000400/commit.json          step, samples seen, size and SHA-256 of the files, the model
+    RUN/best_checkpoint.json                             name and figure of the best one, for checkpoint.keep_best
+    RUN/left_out.json                                    steps whose batches change nothing, after a bad loss
+    RUN/metrics/0000000200-0000000400.jsonl              the lines of metrics between two checkpoints
 
 A folder without commit.json is not a checkpoint. Nothing else is needed to go on: the order of samples is a function
 of the step, and so is the random state of a step.
@@ -13,22 +16,34 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import tempfile
+import queue
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from workers.background import BackgroundWriter
+from workers.config import CheckpointConfig
+from workers.device import like, whole
+from workers.fence import Fence
 from workers.storage import Storage
 
-FOLDER = "checkpoints"
-_WEIGHTS, _OPTIMIZER, _COMMIT = "model.safetensors", "optimizer.pt", "commit.json"
+FOLDER, METRICS_FOLDER = "checkpoints", "metrics"
+_WEIGHTS, _OPTIMIZER, _COMMIT, _BEST = "model.safetensors", "optimizer.pt", "commit.json", "best_checkpoint.json"
+_LEFT_OUT = "left_out.json"
+_OF_THE_DEVICE = "fused", "foreach", "capturable", "lr"
+_LOOK_S = 0.1  # between two looks for files of other ranks
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is damaged or belongs to another run; the message names it."""
+    """A checkpoint that cannot be used; the message names it."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint whose files are not those that were committed: an older one may do."""
 
 
 @dataclass(frozen=True)
@@ -42,40 +57,203 @@ class CheckpointInfo:
     model: dict[str, Any]  # the run's model section
 
 
-def save_checkpoint(
-    storage: Storage,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    *,
-    step: int,
-    samples_seen: int,
-    model: dict[str, Any],
-) -> CheckpointInfo:
-    """Write a checkpoint of `step` steps and commit it. Called by one rank.
+def is_due(config: CheckpointConfig, steps_done: int, saved_step: int, since_saved_s: float) -> bool:
+    """Whether a checkpoint should be written now: a multiple of the steps was reached, or the time is up.
 
-    Raises:
-        OSError: from the storage; the checkpoint does not exist then.
+    Args:
+        saved_step: steps done at the newest one, or at the beginning of this attempt.
+        since_saved_s: seconds since then.
     """
-    from safetensors.torch import save_file
+    steps, seconds = config.save_every_steps, config.save_every_s
+    by_steps = steps is not None and steps_done // steps > saved_step // steps
+    return steps_done > saved_step and (by_steps or (seconds is not None and since_saved_s >= seconds))
 
-    name = f"step-{step:010d}"
-    with tempfile.TemporaryDirectory() as folder:
-        local = Path(folder)
-        tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
-        save_file(tensors, local / _WEIGHTS)
-        torch.save(optimizer.state_dict(), local / _OPTIMIZER)
-        files = {file.name: _fingerprint(file.read_bytes()) for file in sorted(local.iterdir())}
-        for file in files:
-            storage.upload(local / file, f"{FOLDER}/{name}/{file}")
-    info = CheckpointInfo(name, step, samples_seen, files, model)
-    storage.write(f"{FOLDER}/{name}/{_COMMIT}", json.dumps(asdict(info), indent=1).encode())
-    return info
+
+def superseded(infos: Sequence[CheckpointInfo], config: CheckpointConfig, best: str | None = None) -> list[str]:
+    """Names of the checkpoints that need not be kept.
+
+    Args:
+        infos: all, oldest first.
+        best: name of the one with the best figure so far.
+    """
+    kept = {info.name for info in infos[-config.keep_newest :]} | {best}
+    if config.keep_every_samples is not None:
+        milestone = -1
+        for info in infos:  # the first at or behind each multiple
+            if info.samples_seen // config.keep_every_samples > max(milestone, 0):
+                milestone = info.samples_seen // config.keep_every_samples
+                kept.add(info.name)
+    return [info.name for info in infos if info.name not in kept]
+
+
+class CheckpointWriter:
+    """Saves a run's state beside training. For rank 0.
+
+    `save` copies the state to memory of the host and returns; a thread writes the copy, commits it and deletes what
+    need not be kept. The host's memory holds the state once more for that.
+
+    Args:
+        storage: the run's.
+        module, optimizer: whose state is saved.
+        config: checkpoint section of the run.
+        model: model section of the run, for commit.json.
+        first_step: steps done when this attempt began.
+        owner: of the run's lease, see `workers/fence.py`.
+        warn: told, from the thread, when the storage refuses.
+
+    Attributes:
+        blocked_s: seconds for which `save` has held up training so far.
+        written_s: seconds for which the thread has written so far.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: CheckpointConfig,
+        model: dict[str, Any],
+        *,
+        first_step: int = 0,
+        owner: str | None = None,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.blocked_s = self.written_s = 0.0
+        self._storage, self._module, self._optimizer = storage, module, optimizer
+        self._config, self._model, self._warn = config, model, warn
+        self._saved_step, self._saved_at = first_step, time.monotonic()
+        self._fence = Fence(storage, owner)
+        self._writer = BackgroundWriter("checkpoint", warn, self._fence)
+        self._host: dict[str, torch.Tensor] = {}
+        self._committed: queue.SimpleQueue[CheckpointInfo] = queue.SimpleQueue()
+
+    def is_due(self, steps_done: int) -> bool:
+        """Whether to call `save`. Not while the last one is being written: it stays due until then."""
+        return not self._writer.is_busy and is_due(
+            self._config, steps_done, self._saved_step, time.monotonic() - self._saved_at
+        )
+
+    def save(
+        self,
+        steps_done: int,
+        samples_seen: int,
+        *,
+        metrics: Sequence[dict[str, float]] = (),
+        after: Iterable[str] = (),
+    ) -> None:
+        """Write a checkpoint in the background; waits until the one before is written.
+
+        Args:
+            metrics: lines since the last checkpoint.
+            after: paths that must be in the storage before this one is committed.
+
+        Raises:
+            OSError: where the one before cannot be written within checkpoint.storage_timeout_s.
+        """
+        begin = time.monotonic()
+        self._writer.wait(self._config.storage_timeout_s)
+        weights = {name: self._copy(value, name) for name, value in self._module.state_dict().items()}
+        optimizer = self._copy(self._optimizer.state_dict(), "optimizer")
+        lines = "".join(json.dumps(line) + "\n" for line in metrics)
+        history = f"{METRICS_FOLDER}/{self._saved_step:010d}-{steps_done:010d}.jsonl"
+        after = list(after)
+
+        def write() -> None:
+            began = time.monotonic()
+            self._storage.write(history, lines.encode())
+            self._write(weights, optimizer, steps_done, samples_seen, after)
+            self._delete_superseded()
+            self.written_s += time.monotonic() - began
+
+        self._writer.submit(f"the checkpoint of step {steps_done:,}", write)
+        self._saved_step, self._saved_at = steps_done, time.monotonic()
+        self.blocked_s += self._saved_at - begin
+
+    def take_committed(self) -> list[CheckpointInfo]:
+        """Checkpoints that became durable since the last call."""
+        return [self._committed.get() for _ in range(self._committed.qsize())]
+
+    def wait(self) -> None:
+        """Until what was saved is durable; raises as `close`."""
+        self._writer.wait(self._config.storage_timeout_s)
+
+    def close(self) -> None:
+        """Wait for what is being written.
+
+        Raises:
+            OSError: where the storage refuses for longer than checkpoint.storage_timeout_s.
+        """
+        self._writer.close(self._config.storage_timeout_s)
+
+    def abandon(self) -> None:
+        """Training failed: leave what is not committed."""
+        self._writer.abandon()
+
+    def _copy(self, value: Any, path: str) -> Any:
+        """A copy in host memory that is used again at the next checkpoint: the first touch of memory costs."""
+        if isinstance(value, dict):
+            return {key: self._copy(item, f"{path}.{key}") for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._copy(item, f"{path}.{number}") for number, item in enumerate(value)]
+        if not isinstance(value, torch.Tensor):
+            return value
+        host = self._host.get(path)
+        if host is None:
+            # Not empty_like: of an XLA tensor it makes one that has no memory of the host's.
+            host = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.device.type == "cuda")
+            self._host[path] = host
+        return host.copy_(whole(value.detach()))
+
+    def _write(
+        self, weights: dict[str, torch.Tensor], optimizer: Any, step: int, samples_seen: int, after: list[str]
+    ) -> None:
+        from safetensors.torch import save
+
+        name = f"step-{step:010d}"
+        folder = f"{FOLDER}/{name}"
+        # A damaged one of this name, from which a run could not go on, may still be marked as complete.
+        self._storage.delete(f"{folder}/{_COMMIT}")
+        files = {_WEIGHTS: self._storage.write_hashed(f"{folder}/{_WEIGHTS}", lambda file: file.write(save(weights)))}
+        files[_OPTIMIZER] = self._storage.write_hashed(
+            f"{folder}/{_OPTIMIZER}", lambda file: torch.save(optimizer, file)
+        )
+        while not all(map(self._storage.exists, after)):
+            time.sleep(_LOOK_S)
+        self._fence.check()  # again: the files may have taken minutes
+        info = CheckpointInfo(name, step, samples_seen, files, self._model)
+        self._storage.write(f"{folder}/{_COMMIT}", json.dumps(asdict(info), indent=1).encode())
+        self._committed.put(info)
+
+    def _delete_superseded(self) -> None:
+        try:
+            delete_superseded(self._storage, self._config)
+        except OSError as error:
+            self._warn(f"old checkpoints could not be deleted, which is tried again at the next one: {error}")
+
+
+def help_to_save(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """What the other ranks do while rank 0 calls `CheckpointWriter.save`: give it their parts of what is split."""
+
+    def give(value: Any) -> None:
+        if isinstance(value, dict | list):
+            for item in value.values() if isinstance(value, dict) else value:
+                give(item)
+        elif isinstance(value, torch.Tensor):
+            whole(value.detach())
+
+    give(dict(module.state_dict()))
+    give(optimizer.state_dict())
 
 
 def list_checkpoints(storage: Storage) -> list[CheckpointInfo]:
-    """The committed checkpoints of a run, oldest first."""
-    names = [name for name in storage.list(FOLDER) if storage.exists(f"{FOLDER}/{name}/{_COMMIT}")]
-    return sorted((read_info(storage, name) for name in names), key=lambda info: info.step)
+    """The committed checkpoints of a run, oldest first; without those whose commit.json is damaged."""
+    infos = []
+    for name in _committed_names(storage):
+        try:
+            infos.append(read_info(storage, name))
+        except DamagedCheckpoint:
+            continue
+    return sorted(infos, key=lambda info: info.step)
 
 
 def is_committed(storage: Storage, info: CheckpointInfo) -> bool:
@@ -87,23 +265,27 @@ def read_info(storage: Storage, name: str) -> CheckpointInfo:
     """commit.json of a checkpoint.
 
     Raises:
-        CheckpointError: where it is not there or not readable.
+        DamagedCheckpoint: where it is not there or not readable.
     """
     try:
         return CheckpointInfo(**json.loads(storage.read(f"{FOLDER}/{name}/{_COMMIT}")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{storage.uri}/{FOLDER}/{name} is not a complete checkpoint: {error}") from error
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        raise DamagedCheckpoint(f"{storage.uri}/{FOLDER}/{name} is not a complete checkpoint: {error}") from error
 
 
 def load_weights(storage: Storage, info: CheckpointInfo, module: nn.Module) -> None:
     """Put a checkpoint's weights into the model.
 
     Raises:
-        CheckpointError: for a damaged file, or weights of another model.
+        DamagedCheckpoint: for a file that is not what was committed.
+        CheckpointError: for weights of another model.
     """
     from safetensors.torch import load
 
     tensors = load(_verified(storage, info, _WEIGHTS))
+    for name, own in module.state_dict().items():
+        if name in tensors and tensors[name].shape == own.shape:
+            tensors[name] = like(tensors[name], own)
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
@@ -116,29 +298,114 @@ def load_checkpoint(
     """Put a checkpoint's weights and optimizer state back; raises as `load_weights`."""
     load_weights(storage, info, module)
     state = torch.load(io.BytesIO(_verified(storage, info, _OPTIMIZER)), map_location="cpu", weights_only=True)
+    for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        # The run may have been on another kind of device, whose optimizer had another implementation.
+        saved |= {key: group[key] for key in _OF_THE_DEVICE if key in group}
+        for number, parameter in zip(saved["params"], group["params"], strict=True):
+            known = state["state"].get(number, {})
+            known |= {key: like(value, parameter) for key, value in known.items() if value.shape == parameter.shape}
     optimizer.load_state_dict(state)
 
 
-def delete_old_checkpoints(storage: Storage, keep_newest: int) -> None:
-    """Keep the newest ones; also remove what was never committed and is older than the newest."""
-    committed = [info.name for info in list_checkpoints(storage)]
-    keep = set(committed[-keep_newest:])
+def load_newest(
+    storage: Storage, module: nn.Module, optimizer: torch.optim.Optimizer, warn: Callable[[str], None]
+) -> CheckpointInfo | None:
+    """Go on from the newest checkpoint that is whole; None where the run has none yet.
+
+    Newer ones that are damaged lose their commit mark: nothing shall count or try them again.
+
+    Args:
+        warn: told of each that is damaged.
+
+    Raises:
+        CheckpointError: where all are damaged, or the newest is of another model.
+    """
+    names, damaged = _committed_names(storage), []
+    for name in reversed(names):
+        try:
+            info = read_info(storage, name)
+            load_checkpoint(storage, info, module, optimizer)
+        except DamagedCheckpoint as error:
+            warn(f"{error}. The one before it is taken")
+            damaged.append(name)
+        else:
+            for other in damaged:
+                storage.delete(f"{FOLDER}/{other}/{_COMMIT}")
+            return info
+    if names:
+        raise CheckpointError(
+            f"{storage.uri}/{FOLDER}: all {len(names)} checkpoints are damaged ({', '.join(names)}); delete them to "
+            "begin the run anew"
+        )
+    return None
+
+
+def mark_best(storage: Storage, name: str, figure: float) -> None:
+    """Keep this checkpoint until another one is better."""
+    storage.write(_BEST, json.dumps({"name": name, "figure": figure}).encode())
+
+
+def read_best(storage: Storage) -> tuple[str, float] | None:
+    """Name and figure of the best checkpoint so far."""
+    try:
+        best = json.loads(storage.read(_BEST))
+        return best["name"], best["figure"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+
+
+def leave_out(storage: Storage, step: int) -> None:
+    """From now on this step (counted from 1) passes without changing the weights, in whatever attempt."""
+    storage.write(_LEFT_OUT, json.dumps({"steps": sorted({*read_left_out(storage), step})}).encode())
+
+
+def read_left_out(storage: Storage) -> list[int]:
+    """The steps that `leave_out` was told, counted from 1."""
+    try:
+        return json.loads(storage.read(_LEFT_OUT))["steps"]
+    except FileNotFoundError:
+        return []
+
+
+def read_metrics(storage: Storage, last_step: int) -> list[dict[str, float]]:
+    """The lines of metrics of a run up to a checkpoint, as they were saved with it and those before."""
+    lines: dict[int, dict[str, float]] = {}
+    for name in storage.list(METRICS_FOLDER):
+        if int(name[11:21]) <= last_step:
+            for line in storage.read(f"{METRICS_FOLDER}/{name}").splitlines():
+                content = json.loads(line)
+                lines[int(content["step"])] = content
+    return [lines[step] for step in sorted(lines)]
+
+
+def delete_superseded(storage: Storage, config: CheckpointConfig) -> None:
+    """Delete what need not be kept; also what was never committed and is older than the newest."""
+    infos, best = list_checkpoints(storage), read_best(storage)
+    old = set(superseded(infos, config, best[0] if best else None))
+    known = {info.name for info in infos}
     for name in storage.list(FOLDER):
-        if name not in keep and committed and name < committed[-1]:
+        is_leftover = name.startswith("step-") and name not in known and bool(infos) and name < infos[-1].name
+        if name in old or is_leftover:
             # The commit mark first: a reader never takes a half-deleted folder for a checkpoint.
             storage.delete(f"{FOLDER}/{name}/{_COMMIT}")
             storage.delete_folder(f"{FOLDER}/{name}")
 
 
+def _committed_names(storage: Storage) -> list[str]:
+    """Oldest first."""
+    return [name for name in storage.list(FOLDER) if storage.exists(f"{FOLDER}/{name}/{_COMMIT}")]
+
+
 def _verified(storage: Storage, info: CheckpointInfo, file: str) -> bytes:
-    content, path = storage.read(f"{FOLDER}/{info.name}/{file}"), f"{storage.uri}/{FOLDER}/{info.name}/{file}"
-    if _fingerprint(content) != info.files[file]:
-        raise CheckpointError(
-            f"{path} is damaged: {len(content)} bytes, {info.files[file]['bytes']} expected, or another SHA-256. "
-            f"Delete the folder {info.name} to go on from the checkpoint before it"
+    path = f"{FOLDER}/{info.name}/{file}"
+    try:
+        content = storage.read(path)
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(f"{storage.uri}/{path} is missing") from error
+    found = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    if found != info.files[file]:
+        raise DamagedCheckpoint(
+            f"{storage.uri}/{path} is damaged: {len(content)} bytes, {info.files[file]['bytes']} expected, or another "
+            "SHA-256"
         )
     return content
-
-
-def _fingerprint(content: bytes) -> dict[str, Any]:
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

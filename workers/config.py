@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -16,6 +17,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Accelerator = Literal["cpu", "cuda", "tpu", "xla_cpu"]
+Precision = Literal["fp32", "tf32", "bf16"]
 
 
 def _absolute(path: str) -> str:
@@ -27,6 +30,18 @@ LocalOrUri = Annotated[str, AfterValidator(_absolute)]
 LocalPath = Annotated[str, AfterValidator(os.path.abspath)]
 Patterns = LocalOrUri | list[LocalOrUri]
 TokenizerName = Annotated[str, AfterValidator(lambda name: name if name == "open_clip" else _absolute(name))]
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is not a regular expression: {error}") from None
+    return text
+
+
+Pattern = Annotated[str, AfterValidator(_pattern)]
+Tower = Literal["visual", "text"]
 
 
 class Section(BaseModel):
@@ -128,6 +143,9 @@ class ModelConfig(Section):
     """t' at the start, a log: the paper begins at log 10."""
     init_logit_bias: float = -10.0
     """b at the start: the paper begins at -10, so that the many negatives do not dominate the first steps."""
+    locked: list[Tower] = []
+    """Towers that keep their weights: `visual` (LiT, arXiv 2111.07991) or `text`. No gradients, no optimizer state, no
+    dropout."""
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Per channel, of pixels in 0..1; SigLIP's models use 0.5."""
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -145,7 +163,17 @@ class ModelConfig(Section):
                 raise ValueError(
                     f"towers needs the keys {sorted(required)}: missing {sorted(missing)}, unknown {sorted(unknown)}"
                 )
+        if len(self.locked) > 1:
+            raise ValueError(f"locked={self.locked}: one of visual and text at most, or nothing is left to train")
         return self
+
+
+class LabelNoise(Section):
+    kind: Literal["image", "text", "alignment", "image_text", "all"]
+    """What is corrupted (paper, section 4.8): images become noise, captions random tokens, captions go to other pairs
+    of the batch; or several of these, each by itself."""
+    fraction: Annotated[float, Field(gt=0, le=1)]
+    """Of the pairs, for each kind of corruption."""
 
 
 class TrainConfig(Section):
@@ -157,12 +185,28 @@ class TrainConfig(Section):
     """Pairs that a training worker takes through the towers at once; must divide its part of the global batch. Null:
     all of them. Smaller ones need less memory and compute each tower's forward pass twice (GradCache); the loss still
     sees every pair of the global batch, and the gradients are the same."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32, or bf16: autocast of the towers and products of the loss (weights, sums and optimizer stay fp32)."""
+    precision: Precision = "fp32"
+    """fp32; tf32: GPUs and TPUs may round the inputs of products; or bf16: autocast of the towers and products of the
+    loss (weights, sums and optimizer stay fp32)."""
     log_every_steps: PositiveInt = 10
     """Steps between two lines of metrics; the host reads the device only then."""
+    on_bad_loss: Literal["stop", "rewind"] = "stop"
+    """What happens when a loss or a gradient is NaN or infinite, or the loss leaps: stop the run with its last good
+    checkpoint, or go back to that one and leave the bad step's batch out."""
+    max_loss_ratio: Annotated[float, Field(gt=1)] | None = None
+    """A loss of more than so many times the median of the 100 steps before it is bad too; null: only NaN and infinity
+    are."""
     ledger: bool = False
     """Write every pair that entered a loss to RUN/ledger/, for `sigray data audit`."""
+    label_noise: LabelNoise | None = None
+    """Corrupt a part of the training pairs on purpose, to see what a loss bears; null: none."""
+
+
+class ShardingConfig(Section):
+    weights: Literal["whole", "split"] = "whole"
+    """whole: each device holds all weights, gradients and optimizer state. split: each holds a part of them, and a
+    block's weights are gathered when it computes: FSDP2 over the training workers; under XLA over a worker's devices.
+    For towers that do not fit."""
 
 
 class LossConfig(Section):
@@ -187,15 +231,30 @@ class LossConfig(Section):
         return self
 
 
+class ParameterGroup(Section):
+    match: Pattern
+    """Regular expression for whole parameter names, such as visual\\..* for the image tower."""
+    lr_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Times the learning rate of the schedule."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """In the place of optim.weight_decay; null: the same."""
+
+
 class OptimConfig(Section):
+    name: Literal["adamw", "lion"] = "adamw"
+    """adamw, or lion (arXiv 2302.06675; half of AdamW's state; wants lower rates, and beta2 0.99)."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Learning rate at the top of the schedule."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """0.95 instead of 0.999 keeps training with large batches stable (paper, section 4.6)."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's; Lion has none."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """Decoupled (AdamW); never applied to biases, norms, logit_scale and logit_bias."""
+    """Decoupled: times the learning rate, weights shrink by it; never applied to biases, norms, logit_scale and
+    logit_bias."""
+    groups: list[ParameterGroup] = []
+    """Parameters with a rate or decay of their own; the first entry that matches a name counts."""
     grad_clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of all gradients together; null to leave them as they are."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -238,7 +297,18 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
-    save_every_steps: PositiveInt = 500
-    """Steps between checkpoints; there is always one at the end, and one when the run is interrupted."""
+    save_every_steps: PositiveInt | None = 500
+    """Steps between checkpoints; null: by time alone. There is always one at the end, and one when the run is
+    interrupted."""
+    save_every_s: Annotated[float, Field(gt=0)] | None = 600
+    """Seconds after which a checkpoint is due too, at the next line of metrics; null: by steps alone. It bounds what a
+    dead machine costs."""
     keep_newest: PositiveInt = 3
-    """Older ones are deleted."""
+    """Older ones are deleted, but for those that the two keys below keep."""
+    keep_every_samples: PositiveInt | None = None
+    """Keep the first checkpoint at or behind each multiple of so many samples seen."""
+    keep_best: str | None = None
+    """Keep the best checkpoint by this figure of its evaluation, such as zero_shot.emoji.top1; higher is better."""
+    storage_timeout_s: Annotated[float, Field(gt=0)] = 900
+    """A storage that refuses writes does not stop training; the run ends with an error when its last checkpoint, or one
+    that is due while the one before still waits, cannot be written for so long."""

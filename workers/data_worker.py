@@ -13,10 +13,11 @@ own window, from half a window further on, so that the two copies of the replace
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -67,9 +68,14 @@ class DataWorker:
         data: the run's data section.
         model: decides image size, context length and tokenizer.
         seed: the run's seed.
+
+    Attributes:
+        num_decoded: samples in the blocks that were decoded so far, those decoded again counted again.
+        num_served: samples in the blocks that were asked for so far.
     """
 
     def __init__(self, manifest: Manifest, data: DataConfig, model: ModelConfig, *, seed: int) -> None:
+        self.num_decoded = self.num_served = 0
         self._manifest, self._data, self._seed = manifest, data, seed
         self._order = build_order(manifest, data, seed)
         self._image_size, self._context_length, vocab_size = shapes(model)
@@ -91,9 +97,11 @@ class DataWorker:
             block = self._decode_block(lane, number)
             block.decode_s = time.perf_counter() - begin
             blocks[number] = block
+            self.num_decoded += len(block.images)
             if len(blocks) > self._data.shared_blocks:
                 # The one decoded first, not the one used longest ago: that is what the slowest reader asks for next.
                 blocks.popitem(last=False)
+        self.num_served += len(blocks[number].images)
         return blocks[number]
 
     def _decode_block(self, lane: int, number: int) -> Block:
@@ -175,7 +183,7 @@ class _Windows:
         self._ahead: dict[int, tuple[tuple[int, int], Future[list[TarSample]]]] = {}
         # Local shards are mapped: reading them ahead is the kernel's work.
         is_remote = any(shard.url.startswith("s3://") for shard in manifest.shards)
-        self._threads = ThreadPoolExecutor(_NUM_READERS, "window") if is_remote else None
+        self._turns = threading.Semaphore(_NUM_READERS) if is_remote else None
 
     def get(self, lane: int, index: int) -> list[TarSample]:
         """The window around a lane's sample number `index`, in the order of the epoch's line."""
@@ -188,11 +196,25 @@ class _Windows:
             loaded[place] = samples if place_ahead == place else self._read(lane, window)
             while len(loaded) > self._num_kept:
                 loaded.pop(next(iter(loaded)))  # the oldest
-            if self._threads is not None:
+            if self._turns is not None:
                 following, _ = self._order.window(lane, index - slot + len(window.permutation))
                 place_ahead = following.epoch, following.start
-                self._ahead[lane] = place_ahead, self._threads.submit(self._read, lane, following)
+                self._ahead[lane] = place_ahead, self._read_ahead(lane, following, self._turns)
         return loaded[place]
+
+    def _read_ahead(self, lane: int, window: Window, turns: threading.Semaphore) -> Future[list[TarSample]]:
+        """In a thread that the end of the process does not wait for, as it would for an executor's."""
+        future: Future[list[TarSample]] = Future()
+
+        def read() -> None:
+            with turns:
+                try:
+                    future.set_result(self._read(lane, window))
+                except BaseException as error:  # raised where the window is wanted
+                    future.set_exception(error)
+
+        threading.Thread(target=read, name="window", daemon=True).start()
+        return future
 
     def _read(self, lane: int, window: Window) -> list[TarSample]:
         reader = self._readers.get(lane)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from workers.data_worker import Block
+from workers.noise import Noise
 from workers.order import StreamOrder
 from workers.tar import DataError
 
@@ -78,6 +79,7 @@ class Feed:
         first_step, last_step: the steps [first_step, last_step).
         max_bad_fraction: refused samples per sample read above which `DataError` is raised.
         pin_memory: copy batches to page-locked memory (CUDA).
+        noise: of the labels, where the run asks for it.
 
     Attributes:
         wait_s: seconds that the consumer has waited for batches so far.
@@ -99,6 +101,7 @@ class Feed:
         prefetch_batches: int,
         max_bad_fraction: float,
         pin_memory: bool = False,
+        noise: Noise | None = None,
     ) -> None:
         self.wait_s = self.decode_s = 0.0
         self.refused: Counter[str] = Counter()
@@ -114,6 +117,7 @@ class Feed:
         self._num_ahead = prefetch_batches + -(-block_size * num_lanes // global_batch_size)
         self._pin_memory = pin_memory
         self._images = _Buffers(pin_memory)
+        self._noise = noise
         self._num_read = 0
         self._stop = threading.Event()
         self._ready: queue.Queue[Batch | Exception | None] = queue.Queue(maxsize=2)
@@ -158,14 +162,20 @@ class Feed:
                 continue
         return False
 
-    def _pieces(self, step: int) -> list[tuple[int, int, int, int]]:
-        """(lane, block number, first row, last row) of this rank's part of a step, in the batch's order."""
+    def _pieces(self, step: int, rank: int, world_size: int) -> list[tuple[int, int, int, int]]:
+        """(lane, block number, first row, last row) of a rank's part of a step, in the batch's order."""
         size, pieces = self._block_size, []
-        for part in self._order.rank_part(step, self._global_batch_size, self._rank, self._world_size):
+        for part in self._order.rank_part(step, self._global_batch_size, rank, world_size):
             for number in range(part.start // size, -(-part.stop // size)):
                 rows = max(part.start - number * size, 0), min(part.stop - number * size, size)
                 pieces.append((part.lane, number, *rows))
         return pieces
+
+    def _needed(self, step: int) -> list[tuple[int, int, int, int]]:
+        """The pieces of this rank's part; of the whole batch where captions come from anywhere in it."""
+        if self._noise is not None and self._noise.moves_captions:
+            return self._pieces(step, 0, 1)
+        return self._pieces(step, self._rank, self._world_size)
 
     def _batches(self) -> Iterator[Batch]:
         handles: dict[tuple[int, int], Any] = {}
@@ -173,17 +183,16 @@ class Feed:
         asked_until = self._steps.start
         for step in self._steps:
             while asked_until < min(step + self._num_ahead, self._steps.stop):
-                for lane, number, _, _ in self._pieces(asked_until):
+                for lane, number, _, _ in self._needed(asked_until):
                     if (lane, number) not in handles and (lane, number) not in blocks:
                         handles[lane, number] = self._source.request(lane, number)
                 asked_until += 1
-            pieces = self._pieces(step)
+            pieces = self._needed(step)
             for lane, number, _, _ in pieces:
                 if (lane, number) not in blocks:
                     blocks[lane, number] = self._source.wait(lane, number, handles.pop((lane, number)))
                     self._count(blocks[lane, number])
-            parts = [(blocks[lane, number], slice(first, last)) for lane, number, first, last in pieces]
-            yield self._assemble(step, parts)
+            yield self._assemble(step, blocks)
             for place in [place for place in blocks if self._is_past(*place, step + 1)]:
                 del blocks[place]
 
@@ -191,15 +200,28 @@ class Feed:
         """Whether no batch from `step` on takes a sample of this block."""
         return (number + 1) * self._block_size <= self._order.next_index(lane, step, self._global_batch_size)
 
-    def _assemble(self, step: int, parts: list[tuple[Block, slice]]) -> Batch:
+    def _assemble(self, step: int, blocks: dict[tuple[int, int], Block]) -> Batch:
+        def cut(pieces: list[tuple[int, int, int, int]]) -> list[tuple[Block, slice]]:
+            return [(blocks[lane, number], slice(first, last)) for lane, number, first, last in pieces]
+
+        parts = cut(self._pieces(step, self._rank, self._world_size))
         images = self._images.take((self._global_batch_size // self._world_size, *parts[0][0].images.shape[1:]))
         np.concatenate([block.images[rows] for block, rows in parts], out=images)
-        tokens = torch.from_numpy(np.concatenate([block.tokens[rows] for block, rows in parts]))
+        tokens = np.concatenate([block.tokens[rows] for block, rows in parts])
+        samples = np.concatenate([block.samples[rows] for block, rows in parts])
+        if self._noise is not None:
+            if self._noise.moves_captions:
+                whole = cut(self._needed(step))
+                rows = self._noise.caption_rows(np.concatenate([block.samples[rows] for block, rows in whole]))
+                own = rows[self._rank * len(images) : (self._rank + 1) * len(images)]
+                tokens = np.concatenate([block.tokens[rows] for block, rows in whole])[own]
+            self._noise.corrupt(samples, images, tokens)
+        captions = torch.from_numpy(tokens)
         return Batch(
             step,
             torch.from_numpy(images),
-            tokens.pin_memory() if self._pin_memory else tokens,
-            samples=np.concatenate([block.samples[rows] for block, rows in parts]),
+            captions.pin_memory() if self._pin_memory else captions,
+            samples=samples,
             keys=[key for block, rows in parts for key in block.keys[rows]],
             replaced=np.concatenate([block.replaced[rows] for block, rows in parts]),
         )

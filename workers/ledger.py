@@ -2,9 +2,10 @@
 
     RUN/ledger/0000000040-0000000080-rank-0.parquet    rank 0's rows of steps 40 to 79, counted from 0
 
-Each rank writes its rows when a checkpoint is due, before the checkpoint is committed; so there is a row for every
-step that a resumed run does not repeat. What a dead attempt wrote beyond its last checkpoint is deleted when the next
-one begins. The ledger says what happened, not what should have: keys come from the tars, with the samples.
+Each rank writes its rows when a checkpoint is due, and the checkpoint is committed when they are there; so there is a
+row for every step that a resumed run does not repeat. What a dead attempt wrote beyond its last checkpoint is deleted
+when the next one begins. The ledger says what happened, not what should have: keys come from the tars, with the
+samples.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ import io
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from workers.background import BackgroundWriter
+from workers.checkpoint import read_left_out
 from workers.feed import Batch
+from workers.fence import Fence
 from workers.order import StreamOrder
 from workers.shards import Manifest
 from workers.storage import Storage
@@ -40,6 +44,11 @@ _SCHEMA = pa.schema(
 )
 
 
+def ledger_files(first_step: int, steps_done: int, world_size: int) -> list[str]:
+    """What the ranks write between two checkpoints, as paths in the run's storage."""
+    return [f"{FOLDER}/{first_step:010d}-{steps_done:010d}-rank-{rank}.parquet" for rank in range(world_size)]
+
+
 class Ledger:
     """One rank's rows since the last checkpoint.
 
@@ -47,11 +56,16 @@ class Ledger:
         storage: of the run.
         rank: of this training worker.
         first_step: the attempt's; rank 0 deletes what was written from there on.
+        warn: told, from another thread, when the storage refuses.
+        owner: of the run's lease, see `workers/fence.py`.
     """
 
-    def __init__(self, storage: Storage, rank: int, first_step: int) -> None:
+    def __init__(
+        self, storage: Storage, rank: int, first_step: int, warn: Callable[[str], None], owner: str | None = None
+    ) -> None:
         self._storage, self._rank, self._first_step = storage, rank, first_step
         self._rows: list[tuple[np.ndarray, np.ndarray, list[str], np.ndarray]] = []
+        self._writer = BackgroundWriter("ledger", warn, Fence(storage, owner))
         if rank == 0:
             for name in storage.list(FOLDER):
                 if (match := _NAME.fullmatch(name)) and int(match[2]) > first_step:
@@ -63,28 +77,38 @@ class Ledger:
         self._rows.append((steps, batch.samples, batch.keys, batch.replaced))  # not the batch: it holds the pixels
 
     def write(self, steps_done: int) -> None:
-        """Make the rows durable; to be called before the checkpoint of `steps_done` is committed.
-
-        Raises:
-            OSError: from the storage.
-        """
-        if not self._rows:
-            return
-        steps, samples, keys, replaced = zip(*self._rows, strict=True)
-        epoch, shard, index = np.concatenate(samples).T
-        columns = {
-            "step": np.concatenate(steps),
-            "epoch": epoch,
-            "shard": shard,
-            "index": index,
-            "key": list(itertools.chain.from_iterable(keys)),
-            "replaced": np.concatenate(replaced),
-        }
-        content = io.BytesIO()
-        pq.write_table(pa.table(columns, schema=_SCHEMA), content, compression="zstd")
-        name = f"{self._first_step:010d}-{steps_done:010d}-rank-{self._rank}.parquet"
-        self._storage.write(f"{FOLDER}/{name}", content.getvalue())
+        """Write the rows in the background; the checkpoint of `steps_done` waits for all ranks' files."""
+        rows, name = self._rows, ledger_files(self._first_step, steps_done, self._rank + 1)[-1]
         self._rows, self._first_step = [], steps_done
+        self._writer.submit(f"the ledger up to step {steps_done:,}", lambda: self._storage.write(name, _parquet(rows)))
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until all is written; raises OSError where the storage refuses for so long."""
+        self._writer.wait(timeout_s)
+
+    def close(self, timeout_s: float) -> None:
+        """`wait`, and end the thread."""
+        self._writer.close(timeout_s)
+
+    def abandon(self) -> None:
+        """Training failed: the steps behind the last checkpoint will be done again."""
+        self._writer.abandon()
+
+
+def _parquet(rows: list[tuple[np.ndarray, np.ndarray, list[str], np.ndarray]]) -> bytes:
+    steps, samples, keys, replaced = zip(*rows, strict=True)
+    epoch, shard, index = np.concatenate(samples).T
+    columns = {
+        "step": np.concatenate(steps),
+        "epoch": epoch,
+        "shard": shard,
+        "index": index,
+        "key": list(itertools.chain.from_iterable(keys)),
+        "replaced": np.concatenate(replaced),
+    }
+    content = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=_SCHEMA), content, compression="zstd")
+    return content.getvalue()
 
 
 @dataclass
@@ -110,6 +134,7 @@ class Audit:
     num_steps: int
     epochs: list[EpochAudit]
     wrong_steps: list[str]  # steps without exactly one global batch of rows
+    left_out: list[int]  # steps, counted from 1, whose pairs changed no weights
 
     @property
     def is_exact(self) -> bool:
@@ -169,7 +194,7 @@ def audit(storage: Storage, manifest: Manifest, order: StreamOrder, global_batch
             list(_names(manifest, first_number, numbers[:10])) for numbers in (expected, doubled)
         )
         found.append(result)
-    return Audit(num_steps, found, wrong)
+    return Audit(num_steps, found, wrong, read_left_out(storage))
 
 
 def _names(manifest: Manifest, first_number: np.ndarray, numbers: np.ndarray) -> Iterator[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,15 +26,54 @@ def learning_rate(optim: OptimConfig, samples_seen: int, num_samples: int) -> fl
     return optim.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, decay)))
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices only: never on biases, norms, `logit_scale` and `logit_bias`."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    decayed = [parameter for _, parameter in named if parameter.ndim >= 2]
-    plain = [parameter for _, parameter in named if parameter.ndim < 2]
-    return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=optim.lr,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
-        fused=True,
-    )
+def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """The parameters that train, as the optimizers of torch take them.
+
+    Weight decay is for matrices only: never for biases, norms, `logit_scale` and `logit_bias`. An entry of
+    `optim.groups` brings its `lr_scale` beside torch's own keys.
+
+    Raises:
+        ValueError: for an entry of optim.groups that no parameter is left for.
+    """
+    by_kind: dict[tuple[int | None, int], list[nn.Parameter]] = {}  # entry, None where none matches; dimensions
+    patterns = [re.compile(group.match) for group in optim.groups]
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for name in names:
+        parameter = model.get_parameter(name)
+        entry = next((number for number, pattern in enumerate(patterns) if pattern.fullmatch(name)), None)
+        by_kind.setdefault((entry, min(parameter.ndim, 2)), []).append(parameter)
+
+    def groups_of(entry: int | None, decay: float, **settings: float) -> list[dict[str, Any]]:
+        # Scalars apart: split weights (`sharding.weights`) are another kind of tensor, and scalars are never split.
+        return [
+            {"params": parameters, "weight_decay": decay if dimensions == 2 else 0.0, **settings}
+            for dimensions in (2, 1, 0)
+            if (parameters := by_kind.get((entry, dimensions)))
+        ]
+
+    groups = groups_of(None, optim.weight_decay)
+    for number, group in enumerate(optim.groups):
+        decay = optim.weight_decay if group.weight_decay is None else group.weight_decay
+        own = groups_of(number, decay, lr_scale=group.lr_scale)
+        if not own:
+            shown = ", ".join(names[:: max(1, len(names) // 8)])
+            raise ValueError(
+                f"optim.groups[{number}].match={group.match!r} is the first match of no parameter that trains; their "
+                f"names are such as {shown}"
+            )
+        groups += own
+    return groups
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig, options: dict[str, Any]) -> torch.optim.Optimizer:
+    """AdamW or Lion over the parameters that train; raises as `parameter_groups`.
+
+    Args:
+        options: which implementation of AdamW, see `Device.optimizer_options`.
+    """
+    groups, betas = parameter_groups(model, optim), (optim.beta1, optim.beta2)
+    if optim.name == "lion":
+        from timm.optim import Lion
+
+        return Lion(groups, lr=optim.lr, betas=betas)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, **options)

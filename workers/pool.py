@@ -1,8 +1,12 @@
 """Data-shard workers as Ray actors: a pool that grows and shrinks, and the way from a training worker to it.
 
     driver                      DataPool       starts and stops actors, writes the list of those that are up
-    one small actor             WorkerList     the list; named, so that other runs can read the same stream
+    one small actor             WorkerList     the list; whoever has its handle can read the stream
     each training worker        PoolBlocks     asks; replaces what is dead, hung or slow
+    driver of another run       SharedPool     reads along in the stream of a pool that somebody else owns
+
+Runs that read along keep pace: a block is decoded once for all of them if they ask for it while its data-shard worker
+still has it. So a reader waits where it would leave another one behind that is with it, see `leaves_behind`.
 
 Any worker can answer any question, so nothing is handed over when the list changes: a lane's next block is asked of
 another worker, which reads that lane's window and goes on.
@@ -14,7 +18,7 @@ import ctypes
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from workers.config import DataConfig, ModelConfig
@@ -27,6 +31,10 @@ logger = logging.getLogger(__name__)
 _LOOK_S = 5.0
 # A block is asked of a second worker once its reader has waited this many times as long as a block usually takes.
 _SLOW = 8.0
+# A reader that asks for nothing for so long has died or hangs, and the others go on without it. As long as the training
+# workers of a run may take to start on a busy machine.
+_LOST_S = 120.0
+_PACE_S = 0.05  # between two looks whether the others have come
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -39,17 +47,61 @@ def in_tasks(function: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
         yield ray.get(reference)
 
 
-class WorkerList:
-    """The actors that are up. Runs as a Ray actor with no CPU of its own."""
+def start_here(actor_class: Any, *arguments: Any) -> Any:
+    """A small actor with no CPU of its own on the driver's machine: it shall not die before the driver does."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def __init__(self) -> None:
-        self._actors: list[Any] = []
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(actor_class).options(num_cpus=0, scheduling_strategy=here).remote(*arguments)
+
+
+def leaves_behind(number: int, others: Iterable[int], window: int) -> bool:
+    """Whether a reader that asks for a block has it decoded at the cost of one that another reader still needs.
+
+    Args:
+        number: of the block in its lane; the reader has asked for those before it, or begins with it.
+        others: the newest block that each other reader has asked for; -1 before its first.
+        window: newest blocks of a lane that are kept. A reader that is further behind is on its own already.
+    """
+    return any(other + window < number <= other + window + 1 for other in others)
+
+
+class WorkerList:
+    """The actors that are up, and how far each reader has come. Runs as a Ray actor with no CPU of its own.
+
+    Args:
+        window: blocks of a lane within which readers keep pace; None: each goes as fast as it can.
+    """
+
+    def __init__(self, window: int | None = None) -> None:
+        self._window = window
+        self._readers: dict[str, tuple[int, float]] = {}  # newest block that was asked for, and when
 
     def put(self, actors: list[Any]) -> None:
         self._actors = actors
 
     def get(self) -> list[Any]:
         return self._actors
+
+    def expect(self, reader: str, number: int) -> None:
+        """A reader will begin with this block; the others wait for it."""
+        self._readers[reader] = number - 1, time.monotonic()
+
+    def leave(self, reader: str) -> None:
+        """Nobody waits for this reader any more, until it asks again."""
+        self._readers.pop(reader, None)
+
+    def may_ask(self, reader: str, number: int) -> bool:
+        """Whether a reader may ask for a block now; noted if so."""
+        now = time.monotonic()
+        others = [at for name, (at, since) in self._readers.items() if name != reader and now - since < _LOST_S]
+        if self._window is not None and leaves_behind(number, others, self._window):
+            # It waits for others and does not hang itself.
+            self._readers[reader] = number - 1, now
+            return False
+        self._readers[reader] = number, now
+        return True
 
 
 def keep_freed_memory() -> None:
@@ -77,9 +129,15 @@ class DataWorkerActor(DataWorker):
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         keep_freed_memory()
         super().__init__(manifest, data, model, seed=seed)
+        self._start_cpu_s = time.process_time()  # for imports and the like
 
     def is_up(self) -> bool:
         return True
+
+    def usage(self) -> dict[str, float]:
+        """Samples decoded and handed out so far, and CPU seconds of this process since it was up."""
+        cpu_s = time.process_time() - self._start_cpu_s
+        return {"decoded": self.num_decoded, "served": self.num_served, "cpu_s": cpu_s}
 
 
 class DataPool:
@@ -87,21 +145,22 @@ class DataPool:
 
     Args:
         manifest, data, model, seed: as `DataWorker`.
+        window: as `WorkerList`.
 
     Attributes:
-        worker_list: handle of the `WorkerList`, for `PoolBlocks`.
+        worker_list: handle of the `WorkerList`, for `SharedPool`.
     """
 
-    def __init__(self, manifest: Manifest, data: DataConfig, model: ModelConfig, *, seed: int) -> None:
-        import ray
-
+    def __init__(
+        self, manifest: Manifest, data: DataConfig, model: ModelConfig, *, seed: int, window: int | None = None
+    ) -> None:
         self._arguments: Any = (manifest, data, model)
         self._seed = seed
         self._cpus, least = data.cpus_per_worker, data.num_workers
         self._actors: list[Any] = []
         self._starting: list[tuple[Any, Any]] = []  # actors, and references that resolve when they are up
         self._leaving: list[tuple[float, Any]] = []  # since when
-        self.worker_list: Any = ray.remote(num_cpus=0)(WorkerList).remote()
+        self.worker_list: Any = start_here(WorkerList, window)
         # The first ones are listed at once: whoever asks waits for them.
         self._actors = [self._start() for _ in range(least if isinstance(least, int) else least[0])]
         self._publish()
@@ -134,6 +193,17 @@ class DataPool:
                 self._leaving.remove((since, actor))
                 ray.kill(actor)
 
+    def blocks(self, timeout_s: float) -> PoolBlocks:
+        """For the training workers of the run that owns the pool."""
+        return PoolBlocks(self.worker_list, timeout_s)
+
+    def usage(self) -> dict[str, float]:
+        """The sum of what the workers have used; one that was replaced counts from its start."""
+        import ray
+
+        used = ray.get([actor.usage.remote() for actor in self._actors])
+        return {key: sum(one[key] for one in used) for key in used[0]}
+
     def close(self) -> None:
         """Stop all workers."""
         import ray
@@ -157,6 +227,39 @@ class DataPool:
         return actor.remote(*self._arguments, seed=self._seed)
 
 
+class SharedPool:
+    """The stream of a pool that another driver owns, as a run that reads along sees it.
+
+    Args:
+        worker_list: handle of the pool's `WorkerList`.
+        reader: name of the run, its own in the pool.
+    """
+
+    def __init__(self, worker_list: Any, reader: str) -> None:
+        self._list, self._reader = worker_list, reader
+
+    def blocks(self, timeout_s: float) -> PoolBlocks:
+        """For the training workers of this run."""
+        return PoolBlocks(self._list, timeout_s, self._reader)
+
+    def expect(self, number: int) -> None:
+        """The training workers are about to start, with block `number` of each lane: the others wait for them."""
+        import ray
+
+        ray.get(self._list.expect.remote(self._reader, number))
+
+    def leave(self) -> None:
+        """The training workers ask for nothing for a while: the others go on."""
+        self._list.leave.remote(self._reader)
+
+    def tend(self) -> None:
+        """The owner's business."""
+
+    def close(self) -> None:
+        """The owner's business, but for the others that need not wait."""
+        self.leave()
+
+
 class PoolBlocks:
     """A training worker's `BlockSource`: lanes dealt over the listed workers.
 
@@ -169,10 +272,12 @@ class PoolBlocks:
     Args:
         worker_list: handle of the pool's `WorkerList`.
         timeout_s: data.worker_timeout_s.
+        reader: name of the run, where it keeps pace with others that read the same stream.
     """
 
-    def __init__(self, worker_list: Any, timeout_s: float) -> None:
-        self._list, self._timeout_s = worker_list, timeout_s
+    def __init__(self, worker_list: Any, timeout_s: float, reader: str | None = None) -> None:
+        self._list, self._timeout_s, self._reader = worker_list, timeout_s, reader
+        self._newest = -1  # block that was asked for
         self._actors: list[Any] = []
         self._taken_over: dict[int, Any] = {}  # lanes, and the worker that answers for a slow one
         self._suspects: dict[Any, tuple[float, Any]] = {}  # slow workers: since when, and what they owe
@@ -185,6 +290,7 @@ class PoolBlocks:
         """An actor and the reference of its answer."""
         self._follow_list()
         self._judge_suspects()
+        self._keep_pace(number)
         actor = self._taken_over.get(lane) or self._home(lane)
         return actor, actor.block.remote(lane, number)
 
@@ -227,6 +333,16 @@ class PoolBlocks:
                 other = self._next_to(asked[0][0])
                 asked.append((other, other.block.remote(lane, number)))
                 self._num_asked_twice += 1
+
+    def _keep_pace(self, number: int) -> None:
+        """Wait for the other readers of the stream that this block would leave behind."""
+        import ray
+
+        if self._reader is None or number <= self._newest:
+            return
+        while not ray.get(self._list.may_ask.remote(self._reader, number)):
+            time.sleep(_PACE_S)
+        self._newest = number
 
     def _note(self, lane: int, block: Block, answered: Any, others: list[Any]) -> None:
         """Remember how long a block takes, and who was slower than the one who answered."""

@@ -8,19 +8,19 @@ the loss nor any gradient beyond rounding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from losses import Negatives, NonFiniteFeatures, cached_backward, ring_sigmoid_loss, ring_softmax_loss
-from workers.config import LossConfig, ModelConfig, OptimConfig
+from losses import NonFiniteFeatures, cached_backward
+from workers.config import LossConfig, ModelConfig, OptimConfig, Tower
 from workers.device import Device
 from workers.feed import Batch
 from workers.optim import build_optimizer, learning_rate
-from workers.towers import build_model, normalize_pixels
+from workers.towers import TOWERS, build_model, lock_towers, normalize_pixels
 
 
 @dataclass
@@ -32,6 +32,21 @@ class StepResult:
     logit_bias: Tensor
     grad_norm: Tensor
     learning_rate: float
+
+
+class BadStep(FloatingPointError):
+    """A step whose loss or gradients are not finite, or whose loss leaps.
+
+    Attributes:
+        step: counted from 1.
+    """
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(step, message)  # both, so that it can travel between processes
+        self.step = step
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 class Trainer:
@@ -49,7 +64,7 @@ class Trainer:
 
     Attributes:
         module: the open_clip model, the same weights on every rank.
-        optimizer: its AdamW.
+        optimizer: its AdamW or Lion.
     """
 
     def __init__(
@@ -66,23 +81,19 @@ class Trainer:
     ) -> None:
         self._model, self._optim, self._loss, self._device = model, optim, loss, device
         self._num_samples, self._global_batch_size, self._seed = num_samples, global_batch_size, seed
-        self._micro_batch_size = micro_batch_size
+        self._micro_batch_size, self._is_first = micro_batch_size, True
         torch.manual_seed(seed)
-        self.module = build_model(model).to(device.torch_device)
-        self.optimizer = build_optimizer(self.module, optim)
+        self.module = device.place(build_model(model))
+        lock_towers(self.module, model.locked)
+        self.optimizer = build_optimizer(self.module, optim, device.optimizer_options())
         self._log_logit_scale = self.module.get_parameter("logit_scale")
         self._logit_bias = self.module.get_parameter("logit_bias")
-        self._rank = dist.get_rank() if dist.is_initialized() else 0
-        if dist.is_initialized():
-            for tensor in self.module.state_dict().values():
-                dist.broadcast(tensor, src=0)
-        self.module.train()
 
     def step(self, batch: Batch) -> StepResult:
         """Forward, loss over the global batch, backward, clip, update.
 
         Raises:
-            FloatingPointError: on every rank and before the weights change, where a rank's features hold NaN or
+            BadStep: on every rank and before the weights change, where a rank's features hold NaN or
                 infinity; names rank and micro-batch.
         """
         lr = self._set_learning_rate(batch.step)
@@ -91,64 +102,70 @@ class Trainer:
         try:
             loss = cached_backward(
                 lambda rows: self._encode(batch, rows, rows.start // size),
-                lambda image, text: self._global_loss(image, text, batch.step),
+                lambda image, text: self._global_loss(image, text, batch.step, size),
                 num_rows=len(batch.images),
                 micro_batch_size=size,
+                encode_again=lambda rows: self._encode_again(batch, rows, rows.start // size),
+                settle=self._device.settle,
             )
         except NonFiniteFeatures as error:
-            raise FloatingPointError(
+            raise BadStep(
+                batch.step + 1,
                 f"step {batch.step + 1}: NaN or infinity in {error.name} of rank {error.rank}, micro-batch "
                 f"{error.row // size} (pair {error.row % size} of it); the weights are those of step {batch.step}. "
-                "Lower optim.lr, or train in fp32"
+                "Lower optim.lr, or train in fp32",
             ) from error
-        average_gradients(self.module)
+        self._device.average_gradients(self.module)
         clip = self._optim.grad_clip_norm
-        grad_norm = nn.utils.clip_grad_norm_(self.module.parameters(), clip if clip is not None else float("inf"))
+        grad_norm = self._device.clip_gradients(self.module, clip if clip is not None else float("inf"))
         # The scalars of the weights that this loss was computed with.
         logit_scale, logit_bias = self._log_logit_scale.detach().exp(), self._logit_bias.detach().clone()
         self.optimizer.step()
+        if self._is_first:
+            self._device.split_state(self.optimizer)
+            self._is_first = False
+        if self._device.settle is not None:
+            self._device.settle()
         return StepResult(loss, logit_scale, logit_bias, grad_norm, lr)
 
-    def _encode(self, batch: Batch, rows: slice, micro_batch: int) -> tuple[Tensor, Tensor]:
-        """(rows, D) features of one micro-batch, in the dtype in which the loss multiplies them."""
+    def _encode(
+        self, batch: Batch, rows: slice, micro_batch: int, towers: Sequence[Tower] = TOWERS
+    ) -> tuple[Tensor, ...]:
+        """Features of one micro-batch, by tower, laid out for the loss, in the dtype in which it multiplies them."""
         # Dropout and the like depend on (seed, step, rank, micro-batch) alone: a second pass over the micro-batch
         # draws the same, and a resumed run needs no saved random state.
-        seeds = np.random.SeedSequence([self._seed, batch.step, self._rank, micro_batch])
-        torch.manual_seed(int(seeds.generate_state(1)[0]))
+        seeds = np.random.SeedSequence([self._seed, batch.step, self._device.random_rank, micro_batch])
+        self._device.seed(int(seeds.generate_state(1)[0]))
         images, tokens = self._device.to_device(batch.images[rows], batch.tokens[rows])
         with self._device.autocast():
-            features = self.module(normalize_pixels(images, self._model), tokens)
-        dtype = self._device.product_dtype
-        return features["image_features"].to(dtype), features["text_features"].to(dtype)
+            # A locked tower draws nothing, so leaving it out does not shift what the other one draws.
+            features = self.module(
+                normalize_pixels(images, self._model) if "visual" in towers else None,
+                tokens if "text" in towers else None,
+            )
+        names = {"visual": "image_features", "text": "text_features"}
+        return tuple(self._device.lay_out(features[names[tower]].to(self._device.product_dtype)) for tower in towers)
 
-    def _global_loss(self, image_features: Tensor, text_features: Tensor, step: int) -> Tensor:
-        scale, bias = self._log_logit_scale.exp(), self._logit_bias
-        if self._loss.name == "softmax":
-            return ring_softmax_loss(image_features, text_features, scale, bias, tile_size=self._loss.tile_size)
+    def _encode_again(self, batch: Batch, rows: slice, micro_batch: int) -> tuple[Tensor | None, ...]:
+        """As `_encode`; a locked tower is left out, with None in the place of its features."""
+        unlocked = [tower for tower in TOWERS if tower not in self._model.locked]
+        features = dict(zip(unlocked, self._encode(batch, rows, micro_batch, unlocked), strict=True))
+        return tuple(features.get(tower) for tower in TOWERS)
+
+    def _global_loss(self, image_features: Tensor, text_features: Tensor, step: int, micro_batch_size: int) -> Tensor:
         seeds = np.random.SeedSequence([self._seed, step])  # the same on all ranks
-        negatives = Negatives(self._loss.negatives, self._loss.negatives_fraction, int(seeds.generate_state(1)[0]))
-        return ring_sigmoid_loss(
-            image_features, text_features, scale, bias, negatives=negatives, tile_size=self._loss.tile_size
+        return self._device.loss(
+            image_features,
+            text_features,
+            self._log_logit_scale.exp(),
+            self._logit_bias,
+            self._loss,
+            seed=int(seeds.generate_state(1)[0]),
+            micro_batch_size=micro_batch_size,
         )
 
     def _set_learning_rate(self, step: int) -> float:
         lr = learning_rate(self._optim, step * self._global_batch_size, self._num_samples)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = self._device.number(lr * group.get("lr_scale", 1.0))
         return lr
-
-
-def average_gradients(module: nn.Module) -> None:
-    """Mean over ranks of every gradient, in one all-reduce of one flat buffer.
-
-    Not DistributedDataParallel: it regroups its buckets after the first step, so with three ranks or more a resumed
-    run would add the same numbers in another order than the unbroken one, and the weights would part in the last bit.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    flat.div_(dist.get_world_size())
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))

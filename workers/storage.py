@@ -6,15 +6,39 @@ usual AWS variables (AWS_ENDPOINT_URL included).
 
 from __future__ import annotations
 
+import hashlib
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pyarrow import fs
+
+_PIECE = 8 * 2**20  # bytes that are hashed, then written, while they are in the cache
 
 
 class StorageError(OSError):
     """A storage path that cannot be read or written; the message names it and the store's reason."""
+
+
+class _HashedFile:
+    """A file to write to that counts and hashes what passes. Both leave the interpreter to other threads meanwhile."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self.num_bytes, self.hash = stream, 0, hashlib.sha256()
+
+    def write(self, content: bytes | memoryview) -> int:
+        view = memoryview(content).cast("B")
+        for start in range(0, len(view), _PIECE):
+            piece = view[start : start + _PIECE]
+            self.hash.update(piece)
+            self._stream.write(piece)
+        self.num_bytes += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        pass
 
 
 class Storage:
@@ -66,6 +90,22 @@ class Storage:
             stream.write(content)
         if target != final:
             self.filesystem.move(target, final)
+
+    def write_hashed(self, path: str, write: Callable[[Any], Any]) -> dict[str, Any]:
+        """Write one file piece by piece, not all at once: a reader may see a part of it.
+
+        Args:
+            write: called with a file object to write to.
+
+        Returns:
+            {"bytes", "sha256"} of the content.
+        """
+        final = self._at(path)
+        self.filesystem.create_dir(str(Path(final).parent), recursive=True)
+        with self.filesystem.open_output_stream(final) as stream:
+            file = _HashedFile(stream)
+            write(file)
+        return {"bytes": file.num_bytes, "sha256": file.hash.hexdigest()}
 
     def read(self, path: str) -> bytes:
         """One file.

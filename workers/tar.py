@@ -1,7 +1,7 @@
 """Tars to samples: every header checked, neighbours with one key grouped, nothing copied.
 
 webdataset, open_clip and Ray Data read through Python's `tarfile`, which stops without a word where a header is damaged
-or the file ends early, and costs 124 us per sample of three members; this reader costs 9 (docs/data.md). Members are
+or the file ends early, and costs 124 us per sample of three members; this reader costs a tenth of that. Members are
 grouped as webdataset groups them, and the tests compare with webdataset itself.
 
 A source is read front to back. A local file is mapped, so members are views of the page cache; `workers/s3.py` has the

@@ -8,13 +8,15 @@ Every model is an open_clip `CustomTextCLIP`, so a checkpoint's weights load in 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from workers.config import ModelConfig
+from workers.config import ModelConfig, Tower
 
+TOWERS: tuple[Tower, ...] = ("visual", "text")
 # Keys of open_clip's config files that choose a class, not a shape; the class is always CustomTextCLIP here.
 _CLASS_KEYS = {"custom_text", "multimodal_cfg", "init_logit_scale", "init_logit_bias"}
 
@@ -74,15 +76,36 @@ def build_model(model: ModelConfig) -> nn.Module:
         raise ValueError(f"model.towers: open_clip cannot build this model: {error}") from error
 
 
-def check_model(model: ModelConfig) -> None:
-    """Build the model and run two pairs through it without memory or arithmetic (torch's meta device).
+def lock_towers(module: nn.Module, locked: Sequence[Tower]) -> None:
+    """Set a model to training, its locked towers apart: they have no gradients and no dropout from now on."""
+    module.train()
+    for name in locked:
+        getattr(module, name).requires_grad_(False).eval()
+
+
+def build_meta_model(model: ModelConfig) -> nn.Module:
+    """The towers without memory (torch's meta device), locked as in training; fetches no pretrained weights.
+
+    Raises:
+        ValueError: where open_clip cannot build it.
+    """
+    config = tower_config(model)
+    config["vision_cfg"]["timm_model_pretrained"] = config["text_cfg"]["hf_model_pretrained"] = False
+    with torch.device("meta"):
+        module = build_model(model.model_copy(update={"name": None, "towers": config}))
+    lock_towers(module, model.locked)
+    return module
+
+
+def check_model(model: ModelConfig) -> nn.Module:
+    """Run two pairs through the model without memory or arithmetic; returns it, as `build_meta_model`.
 
     Raises:
         ValueError: where open_clip cannot build it, or its towers do not give one vector per image and per text.
     """
     size, context_length, _ = shapes(model)
+    module = build_meta_model(model)
     with torch.device("meta"):
-        module = build_model(model)
         try:
             output = module(torch.empty(2, 3, size, size), torch.zeros(2, context_length, dtype=torch.int32))
         except RuntimeError as error:
@@ -91,6 +114,7 @@ def check_model(model: ModelConfig) -> None:
         shape = tuple(output[key].shape)
         if len(shape) != 2:
             raise ValueError(f"model: {key} of two pairs have shape {shape}, (2, embed_dim) expected; check pool_type")
+    return module
 
 
 def normalize_pixels(images: Tensor, model: ModelConfig) -> Tensor:
@@ -100,6 +124,16 @@ def normalize_pixels(images: Tensor, model: ModelConfig) -> Tensor:
     """
     mean, std = (torch.tensor(v, device=images.device).mul_(255) for v in (model.image_mean, model.image_std))
     return images.float().sub_(mean).div_(std).permute(0, 3, 1, 2)
+
+
+def tower_blocks(tower: nn.Module) -> list[nn.Module]:
+    """The repeated parts of a tower, inner ones first: members of one class in a list (open_clip) or a chain (timm)."""
+    blocks: list[nn.Module] = []
+    for part in reversed(list(tower.modules())):
+        members = list(part.children()) if isinstance(part, nn.ModuleList | nn.Sequential) else []
+        if len({type(member) for member in members}) == 1 and num_parameters(members[0]):
+            blocks += members
+    return blocks
 
 
 def num_parameters(module: nn.Module) -> int:

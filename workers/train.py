@@ -8,44 +8,74 @@ the tests and `benchmarks/overhead.py` run it in a bare one.
 
 from __future__ import annotations
 
+import math
 import os
+import statistics
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 
 from workers.checkpoint import (
     CheckpointInfo,
-    delete_old_checkpoints,
-    list_checkpoints,
+    CheckpointWriter,
+    help_to_save,
     load_checkpoint,
-    save_checkpoint,
+    load_newest,
+    read_info,
+    read_left_out,
 )
-from workers.config import CheckpointConfig, DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from workers.config import (
+    Accelerator,
+    CheckpointConfig,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    ShardingConfig,
+    TrainConfig,
+)
 from workers.data_worker import build_order
-from workers.device import Accelerator, Device, check_collectives, open_device
-from workers.feed import BlockSource, Feed
-from workers.ledger import Ledger
+from workers.device import Device, check_collectives, open_device
+from workers.feed import Batch, BlockSource, Feed
+from workers.ledger import Ledger, ledger_files
+from workers.noise import Noise
 from workers.shards import Manifest
-from workers.step import StepResult, Trainer
+from workers.step import BadStep, StepResult, Trainer
 from workers.storage import Storage
-from workers.towers import num_parameters
+from workers.towers import num_parameters, shapes
+
+Request = Literal["go on", "save", "stop"]
+"""What the driver wants of the training workers: nothing, a checkpoint now, or a checkpoint and an end."""
+
+Answer = Literal["go on", "stop", "wait"]
+"""What the driver says to a run that has come to a rung; after "wait" it is asked again."""
+
+_NUM_RECENT = 100  # losses with which a new one is compared
+_ASK_S = 0.3  # between two questions at a rung
 
 
 class Hooks(Protocol):
-    """What the loop tells whoever runs it. Called on every rank, except where said."""
+    """What the loop tells whoever runs it, and asks. Called on rank 0 only, except where said."""
 
     def started(self, facts: dict[str, Any]) -> None:
-        """Rank 0 only: the facts of the start-up block."""
+        """The facts of the start-up block."""
 
-    def record(self, metrics: dict[str, float]) -> bool:
-        """Rank 0 only: one line of metrics. Returns True when the run shall stop at this step."""
+    def record(self, metrics: dict[str, float]) -> Request:
+        """One line of metrics."""
 
-    def checkpointed(self, info: CheckpointInfo | None, metrics: dict[str, float]) -> None:
-        """A checkpoint is committed; its info on rank 0, None on the others. May be a barrier."""
+    def checkpointed(self, info: CheckpointInfo) -> None:
+        """A checkpoint is durable."""
+
+    def ask(self, step: int) -> Answer:
+        """Whether to go on behind a rung whose checkpoint is durable."""
+
+    def warn(self, message: str) -> None:
+        """Something to know that does not end the run. On any rank, from any thread."""
 
 
 @dataclass
@@ -57,14 +87,19 @@ class TrainJob:
     train: TrainConfig
     loss: LossConfig
     optim: OptimConfig
+    sharding: ShardingConfig
     checkpoint: CheckpointConfig
     seed: int
     accelerator: Accelerator
+    devices_per_worker: int | None  # of XLA; None: all of the host
     cpus_per_worker: int
     manifest: Manifest
     storage_uri: str
+    owner: str | None  # of the run's lease
     blocks: BlockSource
     hooks: Hooks
+    rungs: frozenset[int] = frozenset()
+    """Steps done at which a checkpoint is written and the driver is asked whether to go on."""
 
 
 def train_loop_per_worker(job: TrainJob) -> None:
@@ -72,14 +107,23 @@ def train_loop_per_worker(job: TrainJob) -> None:
 
     Raises:
         DataError: when too many samples are refused or a shard changed.
-        CheckpointError: when the newest checkpoint is damaged or of another model.
-        FloatingPointError: when the features or the loss are not finite numbers.
+        CheckpointError: when all checkpoints are damaged, or the newest is of another model.
+        OSError: when the last checkpoint cannot be written.
+        RunTakenOver: when another driver has the run.
+        BadStep: when features, loss or gradients are not finite numbers, or the loss leaps.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     torch.set_num_threads(max(1, job.cpus_per_worker))
     # Ray Train and torchrun both set it; the workers of a host see all of its GPUs.
-    device = open_device(job.accelerator, int(os.environ.get("LOCAL_RANK", "0")), job.train.precision)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = open_device(
+        job.accelerator,
+        local_rank,
+        job.train.precision,
+        job.devices_per_worker,
+        splits_weights=job.sharding.weights == "split",
+    )
     global_batch_size = job.train.global_batch_size
     num_steps = -(-job.train.num_samples // global_batch_size)
     trainer = Trainer(
@@ -93,11 +137,7 @@ def train_loop_per_worker(job: TrainJob) -> None:
         seed=job.seed,
     )
     storage = Storage(job.storage_uri)
-    checkpoints = list_checkpoints(storage)
-    first_step = 0
-    if checkpoints:
-        load_checkpoint(storage, checkpoints[-1], trainer.module, trainer.optimizer)
-        first_step = checkpoints[-1].step
+    first_step = _restore(job, storage, trainer, rank)
     check_collectives(device, global_batch_size // world_size)
     feed = Feed(
         build_order(job.manifest, job.data, job.seed),
@@ -111,96 +151,205 @@ def train_loop_per_worker(job: TrainJob) -> None:
         prefetch_batches=job.data.prefetch_batches,
         max_bad_fraction=job.data.max_bad_fraction,
         pin_memory=device.pins_memory,
+        noise=Noise(job.train.label_noise, job.seed, shapes(job.model)[2]) if job.train.label_noise else None,
     )
-    ledger = Ledger(storage, rank, first_step) if job.train.ledger else None
+    saver = _Saver(job, storage, trainer, rank, world_size, first_step)
     if rank == 0:
         job.hooks.started(_facts(job, trainer, device, world_size, first_step, num_steps))
 
-    stop = False
-    window = _LogWindow(feed, device, global_batch_size)
-    for batch in feed:
-        result = trainer.step(batch)
-        steps_done = batch.step + 1
-        window.add(result)
-        if ledger is not None:
-            ledger.add(batch)
-        if steps_done % job.train.log_every_steps == 0 or steps_done == num_steps:
-            metrics = window.close(steps_done)
-            asked = job.hooks.record(metrics) if rank == 0 else False
-            stop = _any_rank(asked, device)
-        if steps_done % job.checkpoint.save_every_steps == 0 or steps_done == num_steps or stop:
-            info = None
-            if ledger is not None:
-                ledger.write(steps_done)
-                _any_rank(False, device)  # all ranks have written before the checkpoint is committed
-            if rank == 0:
-                info = save_checkpoint(
-                    storage,
-                    trainer.module,
-                    trainer.optimizer,
-                    step=steps_done,
-                    samples_seen=steps_done * global_batch_size,
-                    model=job.model.model_dump(mode="json"),
-                )
-                delete_old_checkpoints(storage, job.checkpoint.keep_newest)
-            job.hooks.checkpointed(info, {"step": steps_done, "samples_seen": steps_done * global_batch_size})
-            window.restart_clock()
-        if stop:
-            break
-    feed.close()
+    window = _LogWindow(feed, device, global_batch_size, job.train.max_loss_ratio)
+    left_out = set(read_left_out(storage))
+    try:
+        for batch in feed:
+            steps_done, is_last = batch.step + 1, batch.step + 1 == num_steps
+            if steps_done not in left_out:
+                window.add(steps_done, trainer.step(batch))
+            saver.add(batch)
+            request: Request = "go on"
+            # A checkpoint is never written before all losses up to it were found good.
+            is_rung = steps_done in job.rungs and not is_last
+            if steps_done % job.train.log_every_steps == 0 or is_last or is_rung or saver.may_be_due(steps_done):
+                metrics = window.close(steps_done)
+                if rank == 0 and metrics:
+                    request = job.hooks.record(metrics)
+                    saver.add_metrics(metrics)
+                stop = _any_rank(request == "stop", device)
+                if _any_rank(request == "save" or saver.is_due(steps_done), device) or stop or is_last or is_rung:
+                    saver.save(steps_done)
+                    if is_rung and not stop:
+                        saver.wait()
+                        stop = _is_told_to_stop(job, steps_done, rank, device)
+                    window.restart_clock()
+                if stop:
+                    break
+            saver.tell_committed()
+        saver.close()
+    except BadStep:
+        saver.close()  # what was saved before it is good
+        raise
+    except BaseException:
+        saver.abandon()
+        raise
+    finally:
+        feed.close()
+
+
+def _restore(job: TrainJob, storage: Storage, trainer: Trainer, rank: int) -> int:
+    """Put the newest checkpoint that is whole into the trainer, on every rank the same; returns the steps done."""
+    info = load_newest(storage, trainer.module, trainer.optimizer, job.hooks.warn) if rank == 0 else None
+    if dist.is_initialized():
+        names = [info.name if info else None]
+        dist.broadcast_object_list(names)
+        if rank and names[0]:
+            info = read_info(storage, names[0])
+            load_checkpoint(storage, info, trainer.module, trainer.optimizer)
+    return info.step if info else 0
+
+
+class _Saver:
+    """What this rank makes durable: its part of the ledger, and on rank 0 the checkpoints."""
+
+    def __init__(
+        self, job: TrainJob, storage: Storage, trainer: Trainer, rank: int, world_size: int, first_step: int
+    ) -> None:
+        self._job, self._trainer, self._world_size = job, trainer, world_size
+        self._saved_step = first_step
+        self._ledger = Ledger(storage, rank, first_step, job.hooks.warn, job.owner) if job.train.ledger else None
+        self._metrics: list[dict[str, float]] = []
+        self._writer: CheckpointWriter | None = None
+        if rank == 0:
+            self._writer = CheckpointWriter(
+                storage,
+                trainer.module,
+                trainer.optimizer,
+                job.checkpoint,
+                job.model.model_dump(mode="json"),
+                first_step=first_step,
+                owner=job.owner,
+                warn=job.hooks.warn,
+            )
+
+    def add(self, batch: Batch) -> None:
+        """The batch has entered a loss."""
+        if self._ledger is not None:
+            self._ledger.add(batch)
+
+    def add_metrics(self, line: dict[str, float]) -> None:
+        self._metrics.append(line)
+
+    def may_be_due(self, steps_done: int) -> bool:
+        """Whether the ranks should agree on a checkpoint after this step; the same on all of them."""
+        steps = self._job.checkpoint.save_every_steps
+        return steps is not None and steps_done % steps == 0
+
+    def is_due(self, steps_done: int) -> bool:
+        return self._writer is not None and self._writer.is_due(steps_done)
+
+    def save(self, steps_done: int) -> None:
+        """Begin a checkpoint. Called on all ranks after the same step."""
+        if self._ledger is not None:
+            self._ledger.write(steps_done)
+        if self._writer is not None:
+            ledger = ledger_files(self._saved_step, steps_done, self._world_size) if self._ledger is not None else []
+            self._writer.save(
+                steps_done, steps_done * self._job.train.global_batch_size, metrics=self._metrics, after=ledger
+            )
+            self._metrics = []
+        elif self._job.sharding.weights == "split":
+            help_to_save(self._trainer.module, self._trainer.optimizer)
+        self._saved_step = steps_done
+
+    def wait(self) -> None:
+        """Until the newest checkpoint is durable and told.
+
+        Raises:
+            OSError: where the storage refuses for longer than checkpoint.storage_timeout_s.
+        """
+        if self._writer is not None:
+            self._writer.wait()
+        self.tell_committed()
+
+    def tell_committed(self) -> None:
+        for info in self._writer.take_committed() if self._writer is not None else ():
+            self._job.hooks.checkpointed(info)
+
+    def close(self) -> None:
+        """Wait until all is durable.
+
+        Raises:
+            OSError: where the storage refuses for longer than checkpoint.storage_timeout_s.
+        """
+        if self._ledger is not None:
+            self._ledger.close(self._job.checkpoint.storage_timeout_s)
+        if self._writer is not None:
+            self._writer.close()
+        self.tell_committed()
+
+    def abandon(self) -> None:
+        if self._ledger is not None:
+            self._ledger.abandon()
+        if self._writer is not None:
+            self._writer.abandon()
 
 
 class _LogWindow:
     """The steps between two lines of metrics. The host reads the device in `close` only."""
 
-    def __init__(self, feed: Feed, device: Device, global_batch_size: int) -> None:
+    def __init__(self, feed: Feed, device: Device, global_batch_size: int, max_loss_ratio: float | None) -> None:
         self._feed, self._device, self._global_batch_size = feed, device, global_batch_size
+        self._max_loss_ratio = max_loss_ratio
         self._results: list[StepResult] = []
+        self._steps: list[int] = []  # of the results, counted from 1
+        self._good_losses: deque[float] = deque(maxlen=_NUM_RECENT)
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave out what has passed: a checkpoint's pause is not training time."""
+        """Leave out what has passed: the copy for a checkpoint is not training time."""
         self._begin, self._num_timed = time.perf_counter(), 0
         self._wait_s, self._decode_s = self._feed.wait_s, self._feed.decode_s
 
-    def add(self, result: StepResult) -> None:
+    def add(self, step: int, result: StepResult) -> None:
+        self._steps.append(step)
         self._results.append(result)
         self._num_timed += 1
 
     def close(self, steps_done: int) -> dict[str, float]:
         """Metrics of the window, averaged over ranks where ranks differ; the loss is that of the last step.
 
+        Empty where all of its steps were left out.
+
         Raises:
-            FloatingPointError: where the loss of any step of the window is NaN or infinite.
+            BadStep: the first of the window's, on every rank.
         """
+        if not self._results:
+            return {}
         newest = self._results[-1]
-        losses = torch.stack([result.loss for result in self._results])
-        host = losses.new_tensor(
-            [
-                self._feed.num_ready,
-                self._feed.decode_s - self._decode_s,
-                self._feed.wait_s - self._wait_s,
-                self._feed.refused.total(),
-            ]
-        )
-        local = torch.cat([losses, host])
-        if dist.is_initialized():
-            dist.all_reduce(local)
-            local[: len(losses) + 1] /= dist.get_world_size()
-            local[-2] /= dist.get_world_size()
-        *means, num_ready, decode_s, wait_s, num_refused = local.tolist()
-        for number, loss in enumerate(means):
-            if loss != loss or abs(loss) == float("inf"):
-                step = steps_done - len(means) + number + 1
-                raise FloatingPointError(f"the loss of step {step} is {loss}: lower optim.lr, or train in fp32")
+        losses = self._device.read([result.loss for result in self._results])
+        norms = self._device.read([result.grad_norm for result in self._results])
+        scale, bias = self._device.read([newest.logit_scale, newest.logit_bias])
+        host = [
+            self._feed.num_ready,
+            self._feed.wait_s - self._wait_s,
+            self._feed.decode_s - self._decode_s,
+            self._feed.refused.total(),
+        ]
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        *losses, num_ready, wait_s, decode_s, num_refused = self._device.sum_over_ranks([*losses, *host])
+        means = [total / world_size for total in losses]
+        num_ready, wait_s = num_ready / world_size, wait_s / world_size
+        for step, loss, norm in zip(self._steps, means, norms, strict=True):
+            reason = why_bad(loss, norm, self._good_losses, self._max_loss_ratio)
+            if reason:
+                raise BadStep(step, f"step {step}: {reason}. Lower optim.lr, or train in fp32")
+            self._good_losses.append(loss)
         elapsed_s = time.perf_counter() - self._begin
         metrics = {
             "step": steps_done,
             "samples_seen": steps_done * self._global_batch_size,
             "train/loss": means[-1],
-            "train/logit_scale": float(newest.logit_scale),
-            "train/logit_bias": float(newest.logit_bias),
-            "train/grad_norm": float(newest.grad_norm),
+            "train/logit_scale": scale,
+            "train/logit_bias": bias,
+            "train/grad_norm": norms[-1],
             "train/learning_rate": newest.learning_rate,
             "throughput/samples_per_s": self._num_timed * self._global_batch_size / elapsed_s,
             "data/wait_pct": 100 * wait_s / elapsed_s,
@@ -208,19 +357,45 @@ class _LogWindow:
             "data/busy_workers": decode_s / elapsed_s,
             "data/refused_samples": num_refused,
             "memory/peak_gib": self._device.peak_memory_gib(),
+            "compile/num_programs": self._device.num_programs(),
         }
-        self._results = []
+        self._results, self._steps = [], []
         self.restart_clock()
         return metrics
 
 
+def why_bad(loss: float, grad_norm: float, before: Sequence[float], max_ratio: float | None) -> str:
+    """What is wrong with a step; empty for a good one.
+
+    Args:
+        before: losses of the good steps before it, the newest last.
+        max_ratio: train.max_loss_ratio.
+    """
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if not math.isfinite(grad_norm):
+        return f"the norm of the gradients is {grad_norm}"
+    if max_ratio is not None and len(before) >= _NUM_RECENT // 5:
+        median = statistics.median(before)
+        if loss > max_ratio * median:
+            return f"the loss is {loss:.4g}, the median of the {len(before)} steps before it {median:.4g}"
+    return ""
+
+
+def _is_told_to_stop(job: TrainJob, steps_done: int, rank: int, device: Device) -> bool:
+    """Ask the driver at a rung until it decides; the same answer on all ranks."""
+    while True:
+        answer = job.hooks.ask(steps_done) if rank == 0 else "wait"
+        # The other ranks hear of it twice a second, so that no collective waits for as long as a decision may take.
+        stop, go_on = _any_rank(answer == "stop", device), _any_rank(answer == "go on", device)
+        if stop or go_on:
+            return stop
+        time.sleep(_ASK_S)
+
+
 def _any_rank(value: bool, device: Device) -> bool:
     """True on all ranks where it is True on one."""
-    if not dist.is_initialized():
-        return value
-    flag = torch.tensor(float(value), device=device.torch_device)
-    dist.all_reduce(flag)
-    return bool(flag)
+    return device.sum_over_ranks([value])[0] > 0
 
 
 def _facts(

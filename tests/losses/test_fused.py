@@ -1,5 +1,6 @@
 """The fused tile against the same lines in float64: sums, what the tile becomes, and life without a compiler."""
 
+import os
 import subprocess
 import sys
 
@@ -85,15 +86,68 @@ def test_scales_that_are_no_exponentials(scale):
     torch.testing.assert_close(tile, want_tile, rtol=1e-5, atol=1e-30)
 
 
-def test_the_form_for_cuda_compiles():
-    """What torch.compile makes of the eager form; on CUDA the same call gives a Triton kernel."""
-    x = tile_of(20, 37, torch.float32, seed=2, excluded=0.1)
-    arguments = torch.tensor(10.0), torch.tensor(-10.0)
-    tile, sums, want_tile, want_sums = x.clone(), torch.zeros(3, 20), x.clone(), torch.zeros(3, 20)
-    fused._compiled_terms()(tile, *arguments, sums)
-    eager_terms_(want_tile, *arguments, want_sums)
-    torch.testing.assert_close(tile, want_tile, rtol=1e-6, atol=0)
-    torch.testing.assert_close(sums, want_sums, rtol=1e-5, atol=1e-6)
+INTERPRETED = """
+import torch
+
+from losses.fused import eager_terms_
+from losses.fused_cuda import BLOCK, negative_terms_cuda_
+from tests.losses.test_fused import tile_of
+
+for rows, columns, scale, bias, excluded in [
+    (1, 1, 10.0, -10.0, 0.0), (3, 37, 10.0, -10.0, 0.3), (2, BLOCK, 117.3, -16.0, 0.1), (2, BLOCK + 5, 1e6, 5.0, 0.0),
+    (2, 2 * BLOCK + 1, 1e-3, 0.0, 1.0), (4, 300, -3.0, -2.0, 0.2),
+]:
+    for dtype in (torch.float32, torch.bfloat16):
+        x = tile_of(rows, columns, dtype, seed=rows, excluded=excluded)
+        tile, sums = x.clone(), torch.ones(3, rows + 2)[:, :rows]
+        negative_terms_cuda_(tile, torch.tensor(scale), torch.tensor(bias), sums)
+        want_tile, want_sums = x.double(), torch.ones(3, rows, dtype=torch.float64)
+        eager_terms_(want_tile, torch.tensor(scale).double(), torch.tensor(bias).double(), want_sums)
+        # As test_equals_the_float64_twin.
+        relative = 1e-6 + 2e-7 * min(abs(scale) + abs(bias), 100)
+        atol = relative * float(want_sums.abs().max())
+        torch.testing.assert_close(sums.double(), want_sums, rtol=relative, atol=atol)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(tile.double(), want_tile, rtol=relative + eps, atol=1e-37)
+for poison in (torch.nan, torch.inf):
+    x, sums = tile_of(2, 33, torch.float32, seed=0), torch.zeros(3, 2)
+    x[1, 32] = poison
+    negative_terms_cuda_(x, torch.tensor(10.0), torch.tensor(-10.0), sums)
+    assert torch.isfinite(sums[:, 0]).all() and not torch.isfinite(sums[:, 1]).all(), (poison, sums)
+print("equal")
+"""
+
+
+def test_the_kernel_for_cuda_interpreted():
+    """Triton's interpreter runs the kernel on the CPU, against the same twin as the C form."""
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when the kernel is made
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
+    assert "equal" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_kernel_for_cuda_compiles(capability, dtype):
+    """To machine code of an A100 and an H100, by Triton's own compiler and assembler; no GPU is needed."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    from losses.fused_cuda import BLOCK, NUM_WARPS, tile_kernel
+
+    signature = {
+        "x": f"*{dtype}",
+        "scale": "*fp32",
+        "bias": "*fp32",
+        "sums": "*fp32",
+        "columns": "i32",
+        "stride": "i32",
+    }
+    source = triton.compiler.ASTSource(tile_kernel, signature | {"BLOCK": "constexpr"}, {"BLOCK": BLOCK})
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": NUM_WARPS})
+    assert f".target sm_{capability}" in made.asm["ptx"]
+    assert len(made.asm["cubin"]) > 1000
+    assert "st.local" not in made.asm["ptx"], "registers are spilled"
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 1001])

@@ -47,6 +47,7 @@ def write(tmp_path, content):
         ("model.towers={embed_dim: 8}", r"model: give exactly one of name and towers: both are given"),
         ("eval.sets={a: {shards: x, templates: [photo]}}", r"eval.sets.a: template 'photo' has no \{\}"),
         ("eval.sets.a.shard=x", r"eval.sets.a.shard: unknown key .* did you mean 'shards'"),
+        ("cluster.hang_timeout_s=60", r"cluster.hang_timeout_s=60 is not above data.worker_timeout_s=\d+: "),
         ("eval.pixel_baseline=true", r"eval.pixel_baseline=true needs a set with classes"),
         ("run.name=../up", r"run.name='../up': "),
         ("train", r"'train' is not an override: section.key=value expected"),

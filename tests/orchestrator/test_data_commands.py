@@ -58,7 +58,7 @@ def write_ledger(config: RunConfig, num_steps: int, change=lambda batch: batch) 
     folder.begin(config, manifest)
     order = build_order(manifest, config.data, config.run.seed)
     for rank in range(WORLD_SIZE):
-        ledger = Ledger(folder.storage, rank, 0)
+        ledger = Ledger(folder.storage, rank, 0, warn=print)
         for step in range(num_steps):
             part = order.rank_part(step, BATCH, rank, WORLD_SIZE)
             refs = [ref for piece in part for ref in order.samples(piece)]
@@ -73,7 +73,9 @@ def write_ledger(config: RunConfig, num_steps: int, change=lambda batch: batch) 
             ledger.add(change(batch))
             if step % 5 == 4:
                 ledger.write(step + 1)
-        ledger.write(num_steps)
+        if num_steps % 5:
+            ledger.write(num_steps)
+        ledger.close(10)
     return str(config.folder)
 
 

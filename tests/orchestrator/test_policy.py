@@ -1,6 +1,25 @@
 """Decisions without a cluster: from observed figures to values."""
 
-from orchestrator.policy import wanted_data_workers
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.policy import (
+    Attempt,
+    Failure,
+    GiveUp,
+    Retry,
+    after_bad_step,
+    after_failure,
+    choose_size,
+    classify_failure,
+    micro_batch,
+    usable_sizes,
+    wanted_data_workers,
+)
+from workers.checkpoint import DamagedCheckpoint
+from workers.storage import StorageError
+from workers.tar import DataError
 
 
 def lines(*waits_and_busy):
@@ -33,3 +52,99 @@ def test_growing_and_shrinking_come_to_rest():
             seen.append(current)
         assert len(set(seen[-8:])) == 1, seen
         assert 3 <= seen[-1] <= 4
+
+
+def error_named(name: str, message: str = "", **fields) -> Exception:
+    """An exception of a class that needs Ray or a GPU."""
+    error = type(name, (RuntimeError,), {})(message)
+    for key, value in fields.items():
+        setattr(error, key, value)
+    return error
+
+
+BROKEN = RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer [10.0.0.1]:4711")
+
+
+@pytest.mark.parametrize(
+    ("errors", "failure"),
+    [
+        ([error_named("ActorDiedError")], Failure.DIED),
+        ([BROKEN, error_named("ActorDiedError")], Failure.DIED),
+        ([BROKEN], Failure.DIED),  # Ray has not noticed the death yet
+        ([BROKEN, error_named("ActorDiedError", preempted=True)], Failure.PREEMPTED),
+        ([error_named("PreemptionError")], Failure.PREEMPTED),
+        ([error_named("ActorDiedError", "the node was running low on memory")], Failure.MEMORY),
+        ([error_named("OutOfMemoryError", "CUDA out of memory"), BROKEN], Failure.MEMORY),
+        ([BROKEN, FloatingPointError("the loss of step 3 is nan")], Failure.BAD_STEP),
+        ([BROKEN, DataError("12 of 90 samples refused")], Failure.INPUT),
+        ([DamagedCheckpoint("x")], Failure.INPUT),
+        ([StorageError("no space left on device")], Failure.STORE),
+        ([ConnectionRefusedError()], Failure.STORE),
+        ([error_named("WorkerGroupStartupTimeoutError")], Failure.NO_START),
+        ([KeyError("image")], Failure.ERROR),
+    ],
+)
+def test_what_ended_an_attempt(errors, failure):
+    assert classify_failure(errors)[0] is failure
+    assert classify_failure(errors[::-1])[0] is failure
+
+
+def test_a_death_is_told_and_not_the_connections_that_it_broke():
+    death = error_named("ActorDiedError")
+    assert classify_failure([BROKEN, death])[1] is death
+
+
+def attempts(*endings):
+    """(minutes, first step, last step, failure) each, the words the same."""
+    return [Attempt(60.0 * minutes, first, last, failure, "words") for minutes, first, last, failure in endings]
+
+
+def test_what_would_come_again_is_not_tried_again():
+    for failure in (Failure.INPUT, Failure.BAD_STEP, Failure.MEMORY):
+        assert isinstance(after_failure(attempts((0, 0, 50, failure)), 10), GiveUp)
+    once = attempts((0, 0, 50, Failure.ERROR))
+    assert after_failure(once, 10) == Retry(0)
+    assert isinstance(after_failure([*once, *attempts((5, 40, 50, Failure.ERROR))], 10), GiveUp)
+    assert after_failure([*once, *attempts((5, 40, 51, Failure.ERROR))], 10) == Retry(0)
+
+
+def test_failures_are_counted_by_the_hour_and_preemptions_are_not():
+    deaths = [(minutes, minutes, minutes + 1, Failure.DIED) for minutes in range(0, 600, 20)]
+    assert all(after_failure(attempts(*deaths[:count]), 3) == Retry(0) for count in range(1, len(deaths)))
+    assert isinstance(after_failure(attempts(*deaths), 2), GiveUp)
+    preemptions = [(minutes, minutes, minutes + 1, Failure.PREEMPTED) for minutes in range(100)]
+    assert after_failure(attempts(*preemptions), 0) == Retry(0)
+    assert isinstance(after_failure(attempts((0, 0, 9, Failure.DIED)), 0), GiveUp)
+
+
+def test_pauses_grow_while_nothing_is_done():
+    stuck = [(minutes, 40, 40, Failure.STORE) for minutes in range(9)]
+    pauses = [after_failure(attempts(*stuck[:count]), 100).pause_s for count in range(1, 10)]
+    assert pauses == [2, 4, 8, 16, 32, 64, 120, 120, 120]
+    assert after_failure(attempts(*stuck, (10, 40, 45, Failure.STORE)), 100) == Retry(0)
+
+
+def test_sizes_are_those_that_divide_the_batch():
+    assert usable_sizes(1, 8, 24) == [8, 6, 4, 3, 2, 1]
+    assert usable_sizes(5, 5, 24) == []
+
+
+def test_the_largest_group_at_once_and_a_smaller_one_after_some_patience():
+    assert choose_size([4, 2, 1], fitting=4, waited_s=0, patience_s=10) == 4
+    assert choose_size([4, 2, 1], fitting=3, waited_s=9, patience_s=10) is None
+    assert choose_size([4, 2, 1], fitting=3, waited_s=10, patience_s=10) == 2
+    assert choose_size([4, 2], fitting=1, waited_s=1000, patience_s=10) is None
+
+
+@given(part=st.integers(1, 3000), limit=st.integers(1, 3000))
+def test_a_micro_batch_divides_and_is_the_largest(part, limit):
+    size = micro_batch(part, limit)
+    assert size == max(other for other in range(1, min(part, limit) + 1) if part % other == 0)
+
+
+def test_bad_steps_are_left_out_unless_there_are_many():
+    assert isinstance(after_bad_step(500, [], "stop"), GiveUp)
+    assert after_bad_step(500, [], "rewind") == Retry(0)
+    many = list(range(400, 410))
+    assert isinstance(after_bad_step(500, many, "rewind"), GiveUp)
+    assert after_bad_step(5000, many, "rewind") == Retry(0)

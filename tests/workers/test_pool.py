@@ -111,7 +111,7 @@ class Group:
             )
             for rank, source in enumerate(sources)
         ]
-        ledgers = [Ledger(storage, rank, first_step) for rank in range(len(sources))]
+        ledgers = [Ledger(storage, rank, first_step, print) for rank in range(len(sources))]
         digests = committed(Path(folder))["digests"][:first_step]
         for parts in zip(*feeds, strict=True):
             if wait_at_every and parts[0].step % wait_at_every == 0:
@@ -129,6 +129,8 @@ class Group:
             if steps_done % commit_every == 0 or steps_done == last_step:
                 for ledger in ledgers:
                     ledger.write(steps_done)
+                for ledger in ledgers:
+                    ledger.wait(60)
                 storage.write("commit.json", json.dumps({"steps": steps_done, "digests": digests}).encode())
 
 

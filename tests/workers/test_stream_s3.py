@@ -76,11 +76,12 @@ def read(manifest: Manifest, data: DataConfig, model: ModelConfig, folder: Path,
         prefetch_batches=2,
         max_bad_fraction=0,
     )
-    ledger, batches = Ledger(Storage(folder), rank=0, first_step=first_step), []
+    ledger, batches = Ledger(Storage(folder), rank=0, first_step=first_step, warn=print), []
     for batch in feed:
         ledger.add(batch)
         batches.append(batch)
     ledger.write(NUM_STEPS)
+    ledger.close(60)
     return batches
 
 

@@ -1,5 +1,6 @@
 """Trained tokenizers: special tokens, any language, and the same file from the same captions."""
 
+import functools
 import hashlib
 import os
 import subprocess
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import TOWERS
 from workers.config import ModelConfig
-from workers.tokenizer import build_tokenizer, train_tokenizer
+from workers.tokenizer import _by_words, build_tokenizer, train_tokenizer
 
 WORDS = """
     a the red green cat dog house runs Straße Müßiggang größer кошка собака дом бежит 犬が走る 猫 家 赤い家と緑の犬
@@ -149,3 +150,65 @@ def test_smallest_unigram_keeps_the_most_frequent_character():
     assert tokenizer.get_vocab_size() == 261
     assert tokenizer.encode("a b").tokens == ["▁", "a", "▁", "<0x62>", "[EOS]"]
     assert tokenizer.decode(tokenizer.encode("ab c").ids) == "ab c"
+
+
+@settings(deadline=None)
+@given(
+    texts=st.lists(
+        st.one_of(
+            st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60),
+            st.lists(
+                st.sampled_from(
+                    [
+                        "don't",
+                        "I'LL",
+                        "<start_of_text>",
+                        "a<end_of_text>b",
+                        "x2",
+                        "&amp;",
+                        "<b>",
+                        "'s",
+                        "''re",
+                        "a\tb",
+                        "naïve",
+                        "“quoted”",
+                        "犬",
+                        "x" * 1100,
+                        "...",
+                        "_",
+                        "1,000",
+                        "\x1b[0m",
+                        "\n",
+                    ]
+                ),
+                max_size=60,
+            ).map(" ".join),
+            st.text(max_size=20),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    context_length=st.sampled_from([2, 3, 16, 77]),
+)
+def test_open_clips_tokens_word_by_word(texts, context_length):
+    by_words, peer = open_clip_tokenizers(context_length)
+    actual, expected = by_words(texts), peer(texts)
+    assert actual.dtype == np.int32
+    np.testing.assert_array_equal(actual, expected.numpy())
+
+
+@functools.cache
+def open_clip_tokenizers(context_length: int):
+    """Ours and theirs, the same ones for all examples, so that the caches are used."""
+    from open_clip import SimpleTokenizer
+
+    model = ModelConfig(towers=TOWERS, tokenizer="open_clip")
+    return build_tokenizer(model, context_length, 49408), SimpleTokenizer(context_length=context_length)
+
+
+@pytest.mark.parametrize("setting", [{"clean": "whitespace"}, {"reduction_mask": "shuffle"}])
+def test_another_tokenizer_is_not_taken_apart(setting):
+    from open_clip import SimpleTokenizer
+
+    assert _by_words(SimpleTokenizer(context_length=7), 7) is not None
+    assert _by_words(SimpleTokenizer(context_length=7, **setting), 7) is None

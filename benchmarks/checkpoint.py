@@ -1,0 +1,114 @@
+"""What does a checkpoint every 30 seconds cost?
+
+One process trains ViT-S-32 towers (AdamW's state included 0.8 GB) on random pixels with all cores. Windows of 30 s
+alternate: a checkpoint begins at the start of one, none is written in the next.
+
+    throughput_cost      1 - steps/s with checkpoints over steps/s without, median over pairs of neighbouring windows
+    blocking_fraction    time that `save` holds training up, over the time that its thread then writes
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.common import report
+from workers.checkpoint import CheckpointWriter
+from workers.config import CheckpointConfig, LossConfig, ModelConfig, OptimConfig
+from workers.device import open_device
+from workers.feed import Batch
+from workers.step import Trainer
+from workers.storage import Storage
+
+MODEL, BATCH = ModelConfig(name="ViT-S-32"), 8
+
+WARM_UP_CHECKPOINTS = 8
+
+
+def random_batch(step: int) -> Batch:
+    draws = torch.Generator().manual_seed(step)
+    images = torch.randint(0, 256, (BATCH, 224, 224, 3), generator=draws, dtype=torch.uint8)
+    tokens = torch.randint(1, 49000, (BATCH, 77), generator=draws, dtype=torch.int32)
+    tokens[:, -1] = 49407  # the end of text, at which the tower pools
+    return Batch(step, images, tokens, np.zeros((BATCH, 3), np.int64), [""] * BATCH, np.zeros(BATCH, bool))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=8, help="windows with a checkpoint, each beside one without")
+    parser.add_argument("--seconds", type=float, default=30, help="of a window")
+    parser.add_argument(
+        "--storage", help="where checkpoints go: a folder or s3://bucket/prefix (default: a temporary one)"
+    )
+    parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results/")
+    options = parser.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    device = open_device("cpu", 0, "fp32")
+    trainer = Trainer(
+        MODEL,
+        OptimConfig(),
+        LossConfig(),
+        device,
+        num_samples=10**9,
+        global_batch_size=BATCH,
+        micro_batch_size=None,
+        seed=0,
+    )
+    steps, repetitions = 0, []
+    with tempfile.TemporaryDirectory() as folder:
+        config = CheckpointConfig(keep_newest=2)
+        model = MODEL.model_dump(mode="json")
+        storage = Storage(options.storage or folder)
+        saver = CheckpointWriter(storage, trainer.module, trainer.optimizer, config, model, warn=print)
+
+        def window(with_checkpoint: bool) -> float:
+            """Steps per second."""
+            nonlocal steps
+            begin, first = time.perf_counter(), steps
+            if with_checkpoint:
+                saver.save(steps, steps * BATCH)
+            while time.perf_counter() - begin < options.seconds:
+                trainer.step(random_batch(steps))
+                steps += 1
+            return (steps - first) / (time.perf_counter() - begin)
+
+        # The first checkpoint takes its memory. On a virtual machine the first ones also fill pages of the file cache
+        # that its host has never given it, at several times the cost of filling them again.
+        for _ in range(WARM_UP_CHECKPOINTS):
+            trainer.step(random_batch(steps))
+            steps += 1
+            saver.save(steps, steps * BATCH)
+            while not saver.take_committed():
+                time.sleep(0.1)
+        for number in range(options.pairs):
+            blocked_s, written_s = saver.blocked_s, saver.written_s
+            order = [True, False] if number % 2 else [False, True]
+            rates = {with_checkpoint: window(with_checkpoint) for with_checkpoint in order}
+            while not saver.take_committed():
+                time.sleep(0.1)
+            found: dict[str, Any] = {
+                "steps_per_s": rates[False],
+                "steps_per_s_with_checkpoint": rates[True],
+                "throughput_cost": 1 - rates[True] / rates[False],
+                "blocked_s": saver.blocked_s - blocked_s,
+                "written_s": saver.written_s - written_s,
+            }
+            found["blocking_fraction"] = found["blocked_s"] / found["written_s"]
+            repetitions.append(found)
+            print(" ".join(f"{key}={value:.4g}" for key, value in found.items()), flush=True)
+        saver.close()
+    figures = {
+        key: statistics.median(found[key] for found in repetitions) for key in ("throughput_cost", "blocking_fraction")
+    }
+    report("checkpoint", repetitions, figures, options.save)
+
+
+if __name__ == "__main__":
+    main()

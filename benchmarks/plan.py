@@ -1,0 +1,195 @@
+"""How far is `sigray plan` from the truth?
+
+`memory_error_max`: predicted against measured memory of a training step on this CPU, for three configurations, each in
+a fresh process that runs the real `workers.step.Trainer`. Measured is by how much the resident set grows at most during
+a step that begins without gradients, and how large it is then; the larger error of the two counts. As in
+benchmarks/step.py the allocator gives freed blocks back: what counts is what is held. The growth with glibc's own
+settings is printed beside it.
+
+`paper_days_error_max`: predicted days of the five runs of the paper's table 1 (arXiv 2303.15343 v4), from the configs
+in examples/, against the paper's. Where the paper says less than so many days, a prediction below that has no error.
+All rows rest on one assumption about the TPU v4, `orchestrator.devices.UTILISATION`; which utilisation would make each
+row exact is printed beside it.
+
+`paper_batch_ratio`: the largest global batch that the plan fits on four TPU v4 in one piece, without micro-batches,
+over the paper's 4,096 (section 4.2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import torch
+
+from benchmarks.common import ROOT, peak_growth_mib, report, status_mib
+from orchestrator.config import RunConfig, load_config
+from orchestrator.devices import DEVICES, GIB
+from orchestrator.plan import default_num_devices, largest_batch, plan, run_device, this_cpu
+
+MIB = 2**20
+PAPER_BATCH = 4096
+EMOJI = ROOT / "examples" / "emoji_cpu.yaml"
+MIDDLE = (
+    "model.towers={embed_dim: 256, vision_cfg: {image_size: 96, patch_size: 8, width: 256, head_width: 64, layers: 8}, "
+    "text_cfg: {context_length: 32, vocab_size: 8192, width: 256, heads: 4, layers: 6}}"
+)
+CONFIGS = {
+    "emoji towers, 2,048 in micro-batches of 256": [
+        "train.global_batch_size=2048",
+        "train.micro_batch_size=256",
+        "train.num_samples=204800",
+    ],
+    "256 wide, 8 + 6 layers, 96 in one piece, bf16": [
+        MIDDLE,
+        "train.global_batch_size=96",
+        "train.precision=bf16",
+    ],
+    "ViT-B-16-SigLIP, 16 in micro-batches of 8": [
+        "model.name=ViT-B-16-SigLIP",
+        "model.towers=null",
+        "train.global_batch_size=16",
+        "train.micro_batch_size=8",
+    ],
+}
+# Example, days of table 1, whether they are a bound, whether the image embeddings were stored.
+PAPER = [
+    ("siglit_b8_4xtpu_v4", 1.0, True, True),
+    ("siglit_g14_4xtpu_v4", 2.0, True, True),
+    ("siglip_b16_finetune_16xtpu_v4", 3.0, False, False),
+    ("siglip_b16_2days_32xtpu_v4", 2.0, False, False),
+    ("siglip_b16_5days_32xtpu_v4", 5.0, False, False),
+]
+
+
+def cpu_config(name: str) -> RunConfig:
+    one_worker = ["cluster.num_workers=1", "eval={}", "optim.num_warmup_samples=0"]
+    return load_config(EMOJI, [*one_worker, *CONFIGS[name]])
+
+
+def measure(name: str) -> dict[str, float]:
+    """In a process of its own: MiB by which a step grows the resident set at most, and MiB that are resident then."""
+    import ray.train.torch  # noqa: F401 - as a training worker does
+
+    from workers.device import open_device
+    from workers.feed import Batch
+    from workers.step import Trainer
+    from workers.towers import shapes
+
+    config = cpu_config(name)
+    size = config.train.global_batch_size
+    trainer = Trainer(
+        config.model,
+        config.optim,
+        config.loss,
+        open_device("cpu", 0, config.train.precision),
+        num_samples=config.train.num_samples,
+        global_batch_size=size,
+        micro_batch_size=config.train.micro_batch_size,
+        seed=0,
+    )
+    edge, length, vocabulary = shapes(config.model)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (size, edge, edge, 3), generator=generator, dtype=torch.uint8)
+    tokens = torch.randint(1, vocabulary, (size, length), generator=generator).int()
+    origin = {"samples": np.zeros((size, 3), np.int64), "keys": [""] * size, "replaced": np.zeros(size, bool)}
+    batch = Batch(0, images, tokens, **origin)
+    trainer.step(batch)  # makes the optimizer's state
+    trainer.optimizer.zero_grad(set_to_none=True)
+    growth = peak_growth_mib(lambda: trainer.step(batch))
+    return {"growth_mib": growth, "process_mib": status_mib("VmHWM")}
+
+
+def measure_apart(name: str, **environment: str) -> dict[str, float]:
+    """`measure` in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.plan", "--measure", name]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare_memory(name: str) -> dict[str, float]:
+    """Predicted and measured, MiB, and both errors."""
+    config = cpu_config(name)
+    found = plan(config, this_cpu(1, torch.get_num_threads()), 1)
+    standing = ("weights", "optimizer state", "framework")
+    rest = ("input batches", "checkpoint copy")  # there is one batch here, and no checkpoint
+    growth = max(
+        sum(size for item, size in phase.items.items() if item not in (*standing, *rest)) for phase in found.phases
+    )
+    items = found.phases[0].items
+    process = growth + sum(items[item] for item in standing) + items["input batches"] / 4
+    given_back = measure_apart(name, MALLOC_MMAP_THRESHOLD_=str(2**20))
+    kept = measure_apart(name)
+    return {
+        "predicted_growth_mib": growth / MIB,
+        "growth_mib": given_back["growth_mib"],
+        "growth_mib_default_malloc": kept["growth_mib"],
+        "predicted_process_mib": process / MIB,
+        "process_mib": given_back["process_mib"],
+        "growth_error": abs(growth / MIB / given_back["growth_mib"] - 1),
+        "process_error": abs(process / MIB / given_back["process_mib"] - 1),
+    }
+
+
+def compare_days(example: str, days: float, is_bound: bool, stored: bool) -> dict[str, float]:
+    """Predicted days, their error, and the utilisation that would make them the paper's."""
+    config = load_config(ROOT / "examples" / f"{example}.yaml")
+    kind = run_device(config)
+    assert kind is not None
+    found = plan(config, kind, default_num_devices(config, kind), stored_embeddings=stored)
+    assert found.fits, example
+    error = found.days / days - 1
+    return {
+        "days": found.days,
+        "paper_days": days,
+        "is_bound": is_bound,
+        "error": max(0.0, error) if is_bound else abs(error),
+        "utilisation_of_the_paper": kind.utilisation
+        * found.compute_s
+        / (days * 86_400 / found.num_steps - found.wire_s),
+        "peak_gib": found.peak.total / GIB,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results/")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure)))
+        return
+    repetitions = []
+    for name in CONFIGS:
+        print(name, flush=True)
+        repetitions.append(compare_memory(name))
+    memory_error = max(max(found["growth_error"], found["process_error"]) for found in repetitions)
+    rows = []
+    for example, *of_the_paper in PAPER:
+        print(example, flush=True)
+        rows.append(compare_days(example, *of_the_paper))
+    base = load_config(ROOT / "examples" / "siglip_b16_5days_32xtpu_v4.yaml")
+    in_one_piece = largest_batch(base, DEVICES["tpu-v4"], 4)
+    assert in_one_piece is not None
+    train = base.train.model_copy(update={"global_batch_size": PAPER_BATCH})
+    cut = plan(base.model_copy(update={"train": train}), DEVICES["tpu-v4"], 4)
+    print(
+        f"four TPU v4: {PAPER_BATCH:,} {'fit' if cut.fits else 'do not fit'} in micro-batches of "
+        f"{cut.batch['micro-batch']} on each chip ({cut.peak.total / GIB:.1f} GiB), {in_one_piece:,} in one piece"
+    )
+    figures = {
+        "paper_batch_ratio": in_one_piece / PAPER_BATCH,
+        "memory_error_max": memory_error,
+        "paper_days_error_max": max(row["error"] for row in rows),
+    }
+    report("plan", [*repetitions, *rows], figures, options.save)
+
+
+if __name__ == "__main__":
+    main()

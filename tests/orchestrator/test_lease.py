@@ -1,0 +1,99 @@
+"""One driver per run: a second one is refused, a dead one's lease ends, a lost lease is noticed."""
+
+import json
+import os
+import socket
+import time
+
+import pytest
+
+from orchestrator.config import ConfigError
+from orchestrator.lease import Lease, RunLease, is_free
+from workers.fence import Fence, RunTakenOver
+from workers.storage import Storage
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr("orchestrator.lease._SETTLE_S", 0.01)
+    monkeypatch.setattr("orchestrator.lease._RENEW_S", 0.05)
+
+
+def lease(**fields) -> Lease:
+    return Lease(**{"owner": "other", "host": "far", "boot": "b", "pid": 7, "expires": 100.0, **fields})
+
+
+@pytest.mark.parametrize(
+    ("held", "now", "alive", "free"),
+    [
+        (None, 50, True, True),
+        (lease(), 50, True, False),
+        (lease(), 50, False, False),  # a pid of another machine says nothing
+        (lease(), 100, True, True),
+        (lease(host="here", boot="now"), 50, True, False),
+        (lease(host="here", boot="now"), 50, False, True),
+        (
+            lease(host="here", boot="before"),
+            50,
+            False,
+            False,
+        ),  # another machine of that name
+    ],
+)
+def test_when_a_run_may_be_taken(held, now, alive, free):
+    assert is_free(held, now, "here", "now", lambda pid: alive) is free
+
+
+def test_a_second_driver_is_refused_and_told_whom(tmp_path):
+    storage = Storage(tmp_path)
+    with RunLease(storage), pytest.raises(ConfigError, match=rf"process {os.getpid()} on {socket.gethostname()}"):
+        RunLease(storage).__enter__()
+    assert not (tmp_path / "lease.json").exists()
+    with RunLease(storage):
+        pass
+
+
+def test_it_is_renewed(tmp_path):
+    with RunLease(Storage(tmp_path)):
+        first = json.loads((tmp_path / "lease.json").read_text())["expires"]
+        deadline = time.monotonic() + 30
+        while json.loads((tmp_path / "lease.json").read_text())["expires"] == first:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_a_driver_whose_run_was_taken_over_is_told_and_leaves_the_lease(tmp_path):
+    taken = json.dumps(lease(expires=time.time() + 60).__dict__)
+    with RunLease(Storage(tmp_path)) as held:
+        held.check()
+        (tmp_path / "lease.json").write_text(taken)
+        deadline = time.monotonic() + 30
+        while not held._lost and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with pytest.raises(RunTakenOver, match="another driver has taken over"):
+            held.check()
+    assert (tmp_path / "lease.json").read_text() == taken
+
+
+def test_a_dead_drivers_lease_is_taken_at_once_on_its_machine(tmp_path):
+    """The lease of a process that was killed: no waiting for its end."""
+    pid = os.fork()
+    if not pid:
+        try:
+            RunLease(Storage(tmp_path)).__enter__()
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    assert json.loads((tmp_path / "lease.json").read_text())["pid"] == pid
+    with RunLease(Storage(tmp_path)) as held:
+        held.check()
+
+
+def test_the_fence_lets_through_the_owner_alone(tmp_path):
+    storage = Storage(tmp_path)
+    with RunLease(storage) as held:
+        Fence(storage, held.owner).check()
+        Fence(storage, None).check()
+        with pytest.raises(RunTakenOver, match="has another driver by now"):
+            Fence(storage, "before").check()
+    Fence(storage, "before").check()  # nobody has it: its own driver has just ended

@@ -1,0 +1,414 @@
+"""A real sweep through the command line: its driver is killed, a trial crashes, one cannot run; and it ends as it must.
+
+A sweep costs a minute of process starts here, so there is one. What it must equal is computed without Ray: every trial
+trained in this process (`tests/bare.py`), its checkpoints evaluated, and the decisions made in the order of the trials.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestrator.config import load_config, parse_config
+from tests.bare import train_bare
+from tests.conftest import COLOURS, TOWERS, write_dataset
+from tests.processes import descendants_named
+from tuning.cli import main
+from tuning.feasible import feasible
+from tuning.judge import Judge
+from tuning.study import Study, load_study
+from tuning.sweep import figure_of, shortened
+from tuning.table import Table, as_csv, read_table
+from workers.checkpoint import list_checkpoints
+from workers.evaluate import evaluate_checkpoint
+from workers.storage import Storage
+
+SWEEP = "import sys; from tuning.cli import main; sys.exit(main(sys.argv[1:]))"
+RUNGS = (192, 384, 768)
+
+
+def write_study(folder: Path) -> Path:
+    write_dataset(folder / "train", [60, 40, 70, 30])
+    write_dataset(folder / "held_out", [24])
+    (folder / "classes.json").write_text(json.dumps([{"id": name, "name": name} for name in COLOURS]))
+    base = {
+        "run": {"name": "base"},
+        "data": {"shards": str(folder / "train"), "block_size": 8, "num_lanes": 3, "shuffle_window": 32},
+        "model": {"towers": TOWERS},
+        "train": {"num_samples": 768, "global_batch_size": 24, "log_every_steps": 2},
+        "eval": {"sets": {"colours": {"shards": str(folder / "held_out"), "classes": str(folder / "classes.json")}}},
+        # Between the rungs too: a trial goes on from where it was killed, not only from a rung.
+        "checkpoint": {"save_every_steps": 4},
+    }
+    (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    study = {
+        "name": "small",
+        "base": "base.yaml",
+        "dir": str(folder / "sweeps"),
+        "metric": "retrieval.colours.image_to_text_r10",
+        "budget": RUNGS[-1],
+        "rungs": list(RUNGS[:-1]),
+        "scheduler": {"name": "asha", "eta": 2},
+        # The order: large batch and good side by side to the end, then crashes, then slow, which is stopped.
+        "search": {"seed": 1},
+        "space": {
+            "trial": {
+                "cases": {
+                    "slow": {"optim.lr": 1.0e-5, "train.global_batch_size": 24},
+                    "good": {"optim.lr": 3.0e-3, "train.global_batch_size": 24},
+                    "large batch": {"optim.lr": 1.0e-3, "train.global_batch_size": 48},
+                    "crashes": {"optim.lr": 1.0e30, "train.global_batch_size": 24},
+                    "cannot run": {"train.global_batch_size": 400},
+                }
+            }
+        },
+    }
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(study, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return load_study(write_study(tmp_path_factory.mktemp("sweep")))
+
+
+class Driver:
+    """`sigray sweep` in the background, its output in a file."""
+
+    def __init__(self, log: Path, *arguments: object) -> None:
+        self.log = log
+        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"COLUMNS": "200"}
+        with log.open("w") as output:
+            command = [sys.executable, "-c", SWEEP, "sweep", *map(str, arguments)]
+            self.process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+
+    def wait_until(self, condition: Any, timeout_s: float = 200) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        """-9, and its Ray: processes of a driver that is killed may outlive it."""
+        processes = descendants_named(self.process.pid, "")
+        self.process.kill()
+        self.process.wait()
+        for pid in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def table_now(study: Study) -> Table:
+    return read_table(Storage(study.config.storage_uri))
+
+
+@pytest.fixture(scope="module")
+def outputs(study: Study) -> tuple[str, str]:
+    """What the two drivers printed, the first killed after the first decision."""
+    folder = study.config.folder.parent.parent
+    first = Driver(folder / "first.log", folder / "study.yaml")
+    first.wait_until(lambda: any(row.results and row.results[0].answer for row in table_now(study).rows.values()))
+    first.kill()
+    second = Driver(folder / "second.log", "--resume", study.config.folder)
+    assert second.process.wait(timeout=250) == 0, second.log.read_text()
+    return first.log.read_text(), second.log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_killed_at_three_moments_gives_the_same_table(tmp_path):
+    """Before any result, between a result and the next, and when a trial is over already."""
+    path = write_study(tmp_path)
+    study = load_study(path)
+
+    def rows() -> list[Any]:
+        return list(table_now(study).rows.values())
+
+    trials = study.config.folder / "trials"
+    moments = [
+        lambda: list(trials.glob("*/metrics.jsonl")) and not any(row.results for row in rows()),
+        lambda: any(len(row.results) >= 1 and row.status == "begun" for row in rows()),
+        lambda: any(row.status in ("finished", "stopped") for row in rows()),
+    ]
+    for number, moment in enumerate(moments):
+        driver = Driver(tmp_path / f"{number}.log", path)
+        driver.wait_until(moment)
+        driver.kill()
+        assert any(not row.is_over for row in rows()), "it was over before it was killed"
+    last = Driver(tmp_path / "last.log", path)
+    assert last.process.wait(timeout=400) == 0, last.log.read_text()
+    expected = as_csv(without_ray(study, tmp_path / "bare"), len(RUNGS))
+    assert (study.config.folder / "trials.csv").read_text() == expected
+
+
+def without_ray(study: Study, folder: Path) -> Table:
+    """The table as it must be: every trial trained here, and the judge asked in the order of the trials."""
+    from tuning.search import Search
+
+    config, search = study.config, Search(study)
+    judge = Judge("expected", str(folder), config.rules, {config.budgets[0]: len(RUNGS)})
+    for number in range(search.num_trials):
+        proposal = search.propose(number, [])
+        overrides = proposal.point.overrides
+        judge.add(
+            {
+                "event": "trial",
+                "number": number,
+                "seed": proposal.seed,
+                "budget": proposal.budget,
+                "values": proposal.point.values,
+                "overrides": overrides,
+            }
+        )
+        if proposal.point.values["trial"] == "cannot run":
+            judge.add({"event": "infeasible", "number": number, "why": ""})
+            continue
+        if proposal.point.values["trial"] == "crashes":
+            judge.add({"event": "failed", "number": number, "why": ""})
+            continue
+        content = study.trial_content(number, proposal.seed, proposal.budget, overrides)
+        content["run"]["dir"] = str(folder / "runs")
+        content["checkpoint"] |= {"save_every_steps": RUNGS[0] // content["train"]["global_batch_size"]}
+        content["checkpoint"]["keep_newest"] = 100
+        run = parse_config(content, "bare")
+        train_bare(0, 1, run)
+        at = {info.samples_seen: info for info in list_checkpoints(Storage(run.storage_uri))}
+        for rung, samples in enumerate(RUNGS):
+            evaluation = evaluate_checkpoint(run.storage_uri, at[samples], run.model, run.data, run.eval)
+            more = {"loss": None, "figures": {}}
+            if judge.decide(number, rung, samples, figure_of(evaluation, config.metric), more) == "stop":
+                break
+    return judge.table()[0]
+
+
+@pytest.mark.ray
+def test_killed_and_resumed_gives_the_table_that_no_ray_gives(study, outputs, tmp_path):
+    """Figures to the last digit, and every decision: Ray, sharing, the kill and the resume change nothing."""
+    expected = as_csv(without_ray(study, tmp_path), len(RUNGS))
+    assert (study.config.folder / "trials.csv").read_text() == expected
+    statuses = [row.status for row in table_now(study).rows.values()]
+    assert statuses.count("finished") >= 1
+    assert statuses.count("stopped") >= 1
+    assert (statuses.count("failed"), statuses.count("infeasible")) == (1, 1)
+
+
+@pytest.mark.ray
+def test_what_was_done_is_not_done_again(study, outputs):
+    events = [json.loads(line) for line in (study.config.folder / "results.jsonl").read_text().splitlines()]
+    places = [(event["event"], event["number"], event.get("rung")) for event in events if "number" in event]
+    assert len(places) == len(set(places))
+    logs = [path.read_text() for path in sorted((study.config.folder / "trials").glob("*.log"))]
+    assert sum("holds a run of this name: going on with it" in log for log in logs) >= 1
+    assert all(int(step) > 0 for log in logs[:1] for step in re.findall(r"steps +(\d+) to", log)[1:])
+
+
+@pytest.mark.ray
+def test_what_cannot_run_is_told_before_anything_starts(study, outputs):
+    first, second = outputs
+    told = re.search(r"trial \d cannot run and is left out \(trial=cannot run\): .* takes 400 samples", first)
+    assert told is not None, first
+    assert told.start() < first.index("starting Ray")
+    assert not list((study.config.folder / "trials").glob(f"trial-*{number_of(study, 'cannot run')}*"))
+    assert "cannot run and is left out" not in second
+
+
+@pytest.mark.ray
+def test_a_trial_that_crashes_is_told_and_ends_nothing(study, outputs):
+    row = table_now(study).rows[number_of(study, "crashes")]
+    assert re.search(r"the (loss|norm of the gradients) is|NaN or infinity", row.error), row.error
+    assert f"trial {row.number} (trial=crashes, seed 0) failed, the sweep goes on:" in "".join(outputs)
+    assert "Traceback" not in "".join(outputs)
+
+
+@pytest.mark.ray
+def test_trials_side_by_side_share_what_is_decoded(study, outputs):
+    """Of the second driver. A trial asks for each block once: what was served more often was shared."""
+    (stream,) = table_now(study).streams
+    assert 0 < 1.15 * stream["decoded"] < stream["served"]
+
+
+@pytest.mark.ray
+def test_a_sweep_leaves_what_its_user_expects(study, outputs):
+    folder = study.config.folder
+    best = load_config(folder / "best.yaml")
+    assert best.train.num_samples == RUNGS[-1]
+    page = (folder / "report.html").read_text()
+    assert "Of 3\u00a0configurations" in page
+    assert "failed</b> (trial\u00a0crashes)" in page
+    assert "1 failed, " in outputs[1]
+    assert "best: trial=" in outputs[1]
+    summary = json.loads((folder / "trials" / f"trial-{number_of(study, 'good'):03d}" / "summary.json").read_text())
+    assert summary["status"] in ("finished", "stopped")
+
+
+@pytest.mark.ray
+def test_a_finished_sweep_starts_nothing(study, outputs, capsys, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before = (study.config.folder / "results.jsonl").read_bytes()
+    assert main(["sweep", "--resume", str(study.config.folder)]) == 0
+    assert "starting Ray" not in capsys.readouterr().out
+    assert (study.config.folder / "results.jsonl").read_bytes() == before
+
+
+def number_of(study: Study, name: str) -> int:
+    return next(number for number, row in table_now(study).rows.items() if row.values["trial"] == name)
+
+
+def test_a_long_reason_is_cut_and_says_where_the_rest_is():
+    assert shortened("training failed:\n  out of memory\n\n", "trial-001.log") == "training failed: out of memory"
+    long = shortened("training failed\n" + "x " * 1000, "trial-001.log")
+    assert len(long) < 450
+    assert long.endswith("... (all of it: trials/trial-001.log)")
+
+
+def test_another_study_under_the_same_name_is_refused(study, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    home = tmp_path / "small"
+    home.mkdir()
+    (home / "study.yaml").write_text(study.config.to_yaml())
+    path = study.config.folder.parent.parent / "study.yaml"
+    assert main(["sweep", str(path), f"dir={tmp_path}", "budget=1000", "optim.lr=5"]) == 2
+    error = capsys.readouterr().err
+    for text in (
+        "holds another study of this name:",
+        "budget: the sweep was started with 768, now 1000",
+        "optim.lr: the run was started with 0.001, now 5",
+        "--overwrite",
+    ):
+        assert text in error, error
+
+
+def test_where_a_sweep_runs_may_change(study, tmp_path):
+    from tuning.sweep import _check_same
+
+    home = tmp_path / "small"
+    home.mkdir()
+    (home / "study.yaml").write_text(study.config.to_yaml())
+    path = study.config.folder.parent.parent / "study.yaml"
+    other = load_study(path, [f"dir={tmp_path}", "cluster.num_workers=2", "data.num_workers=3", "parallel=7"])
+    _check_same(other, Storage(home))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep"], "give a study"),
+        (["sweep", "none.yaml"], "none.yaml: no such file"),
+        (["sweep", "--resume", "{folder}"], "is no sweep: it holds no study.yaml"),
+        (["sweep", "study.yaml", "--resume", "{folder}"], "take the study from their folder"),
+        (["sweep", "--resume", "{folder}", "cluster.address=auto"], "is no sweep"),
+    ],
+)
+def test_bad_input_is_told(arguments, message, tmp_path, capsys):
+    assert main([argument.format(folder=tmp_path) for argument in arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_study_of_which_nothing_can_run_is_refused(study, tmp_path, capsys):
+    path = study.config.folder.parent.parent / "study.yaml"
+    assert (
+        main(["sweep", str(path), f"dir={tmp_path}", "space.trial={cases: {big: {train.global_batch_size: 400}}}"]) == 2
+    )
+    error = capsys.readouterr().err
+    assert "no trial of the study can run; trial 0: train.global_batch_size=400 takes 400 samples" in error
+    assert not (tmp_path / "small" / "results.jsonl").exists()
+
+
+def test_the_plan_shows_all_trials_and_writes_nothing(study, tmp_path, capsys):
+    path = study.config.folder.parent.parent / "study.yaml"
+    assert main(["sweep", str(path), f"dir={tmp_path}", "--plan"]) == 0
+    output = capsys.readouterr().out
+    assert output.count("waiting") == 4
+    assert output.count("infeasible") == 1
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"train.global_batch_size": 400}, "takes 400 samples of data.shards, which has 200"),
+        ({"train.global_batch_size": 192}, "the rungs at 96 and 192 samples fall on the same step"),
+        ({"train.micro_batch_size": 7}, "train.micro_batch_size=7 does not divide the 24 pairs"),
+        ({"model.towers": {**TOWERS, "embed_dim": "x"}}, "open_clip cannot build this model"),
+        ({"optim.beta2": 2}, "optim.beta2=2: should be less than 1"),
+        # 6.4 billion numbers in the embedding alone, on a device of 24 GB.
+        (
+            {
+                "model.towers": {**TOWERS, "text_cfg": {**TOWERS["text_cfg"], "vocab_size": 400_000_000}},
+                "cluster.accelerator": "cuda",
+                "cluster.device": "l4",
+            },
+            "one l4 needs",
+        ),
+    ],
+)
+def test_why_a_trial_cannot_run(study, overrides, message):
+    from workers.shards import scan_shards
+
+    content = study.trial_content(0, 0, 768, {"train.global_batch_size": 24} | overrides)
+    found = feasible(content, (96, *RUNGS), lambda config: scan_shards(config.data.shards, config.data))
+    assert isinstance(found, str)
+    assert message in found
+
+
+class Undecided:
+    """A trial that has to wait at its rung."""
+
+    def __init__(self, pool: Any, seconds: float) -> None:
+        self.pool, self.rungs, self.passed = pool, RUNGS[1:], frozenset()
+        self.asked: list[tuple[int, float]] = []  # samples seen, and CPUs that were free
+        self._seconds, self._until = seconds, 0.0
+
+    def heard(self, line: dict[str, float]) -> bool:
+        return False
+
+    def decide(self, evaluation: dict[str, Any], line: dict[str, float]) -> str:
+        import ray
+
+        self._until = self._until or time.monotonic() + self._seconds
+        self.asked.append((evaluation["samples_seen"], ray.available_resources()["CPU"]))
+        if evaluation["samples_seen"] == RUNGS[-1]:
+            return "stop"
+        return "wait" if time.monotonic() < self._until else "go on"
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_trial_that_waits_long_gives_its_places_to_others_and_repeats_no_step(tmp_path, monkeypatch):
+    import ray
+    from rich.console import Console
+
+    from orchestrator import launch
+    from workers.pool import DataPool, SharedPool
+    from workers.shards import scan_shards
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(launch, "_HOLD_S", 2.0)
+    write_study(tmp_path)
+    config = load_config(tmp_path / "base.yaml", [f"run.dir={tmp_path}/runs", "checkpoint.save_every_steps=100"])
+    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False)
+    try:
+        pool = DataPool(scan_shards(config.data.shards, config.data), config.data, config.model, seed=0, window=20)
+        trial = Undecided(SharedPool(pool.worker_list, "trial"), seconds=12)
+        summary = launch.train(config, Console(file=(tmp_path / "log").open("w")), trial=trial)
+    finally:
+        ray.shutdown()
+    assert summary["status"] == "finished"
+    free = [cpus for samples, cpus in trial.asked if samples == RUNGS[1]]
+    assert max(free) > free[0], "the training worker kept its place"
+    steps = [json.loads(line)["step"] for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(2, 34, 2))

@@ -1,0 +1,211 @@
+"""Locked towers, parameter groups and Lion: what they change, and that nothing else changes."""
+
+import io
+
+import pytest
+import torch
+
+from tests.conftest import TOWERS
+from tests.workers.test_step import global_batch, make_trainer, part_of
+from workers.config import ModelConfig, OptimConfig
+from workers.device import open_device
+from workers.optim import build_optimizer, parameter_groups
+from workers.step import Trainer
+from workers.towers import build_model, check_model, lock_towers
+
+LOCKED = ModelConfig(towers=TOWERS, locked=["visual"])
+
+
+def gradients(trainer):
+    return {name: parameter.grad for name, parameter in trainer.module.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("tower", ["visual", "text"])
+@pytest.mark.parametrize("num_micro_batches", [1, 4])
+def test_a_locked_tower_keeps_its_weights_and_changes_no_other_gradient(tower, num_micro_batches):
+    size = len(global_batch()[0]) // num_micro_batches
+    free, locked = (
+        make_trainer(1, model=ModelConfig(towers=TOWERS, locked=towers), micro_batch_size=size)
+        for towers in ([], [tower])
+    )
+    before = {name: tensor.clone() for name, tensor in locked.module.state_dict().items()}
+    losses = [trainer.step(part_of(0, 1)).loss for trainer in (free, locked)]
+    assert losses[0] == losses[1]
+    all_gradients, left = gradients(free), gradients(locked)
+    assert left.keys() == {name for name in all_gradients if not name.startswith(f"{tower}.")}
+    assert {"logit_scale", "logit_bias"} <= left.keys()
+    for name, gradient in left.items():
+        torch.testing.assert_close(gradient, all_gradients[name], msg=name)
+    for name, tensor in locked.module.state_dict().items():
+        assert torch.equal(tensor, before[name]) == name.startswith(f"{tower}."), name
+    in_optimizer = {id(parameter) for group in locked.optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in locked.module.named_parameters():
+        assert (id(parameter) in in_optimizer) != name.startswith(f"{tower}."), name
+
+
+@pytest.mark.parametrize(("num_micro_batches", "image_passes", "text_passes"), [(1, 1, 1), (4, 4, 8)])
+def test_a_locked_tower_runs_once_and_keeps_no_graph(num_micro_batches, image_passes, text_passes):
+    trainer = make_trainer(1, model=LOCKED, micro_batch_size=48 // num_micro_batches)
+    calls = {"visual": [], "text": []}
+    for name, made in calls.items():
+        trainer.module.get_submodule(name).register_forward_hook(lambda _, __, out, made=made: made.append(out))
+    trainer.step(part_of(0, 1))
+    assert (len(calls["visual"]), len(calls["text"])) == (image_passes, text_passes)
+    assert not any(features.requires_grad for features in calls["visual"])
+
+
+def test_a_locked_tower_has_no_dropout():
+    dropout = TOWERS | {"vision_cfg": TOWERS["vision_cfg"] | {"patch_dropout": 0.5}}
+    with_dropout = make_trainer(1, model=ModelConfig(towers=dropout, locked=["visual"]))
+    without = make_trainer(1, model=LOCKED)
+    assert with_dropout.step(part_of(0, 1)).loss == without.step(part_of(0, 1)).loss
+    assert (
+        make_trainer(1, model=ModelConfig(towers=dropout)).step(part_of(0, 1)).loss != without.step(part_of(0, 1)).loss
+    )
+
+
+def test_both_towers_locked_is_refused():
+    with pytest.raises(ValueError, match=r"locked=\['visual', 'text'\]: one of visual and text at most"):
+        ModelConfig(towers=TOWERS, locked=["visual", "text"])
+
+
+def test_without_groups_the_optimizer_is_what_it_was():
+    module = build_model(ModelConfig(towers=TOWERS))
+    optimizer = build_optimizer(module, OptimConfig(lr=0.5, weight_decay=0.1), {"fused": True})
+    assert type(optimizer) is torch.optim.AdamW
+    named = list(module.named_parameters())
+    expected = torch.optim.AdamW(
+        [
+            {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": 0.1},
+            {"params": [p for _, p in named if p.ndim == 1], "weight_decay": 0.0},
+            {"params": [p for _, p in named if p.ndim == 0], "weight_decay": 0.0},
+        ],
+        lr=0.5,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        fused=True,
+    )
+    assert optimizer.state_dict() == expected.state_dict()
+
+
+def groups_of(optim, model=None):
+    module = build_model(model or ModelConfig(towers=TOWERS))
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    lock_towers(module, model.locked if model else [])
+    return [
+        ({names[id(parameter)] for parameter in group["params"]}, group["weight_decay"], group.get("lr_scale"))
+        for group in parameter_groups(module, optim)
+    ]
+
+
+def test_the_first_group_that_matches_counts_and_biases_never_decay():
+    optim = OptimConfig(
+        weight_decay=0.1,
+        groups=[
+            {"match": r"visual\.conv1\..*", "weight_decay": 0.3},
+            {"match": r"visual\..*", "lr_scale": 0.1, "weight_decay": 0},
+        ],
+    )
+    matrices, plain, scalars, conv, image_matrices, image_plain = groups_of(optim)
+    assert (conv[0], conv[1], conv[2]) == ({"visual.conv1.weight"}, 0.3, 1.0)
+    assert image_matrices[1:] == (0.0, 0.1)
+    assert image_plain[1:] == (0.0, 0.1)
+    assert matrices[1:] == (0.1, None)
+    assert plain[1:] == (0.0, None)
+    assert scalars == ({"logit_scale", "logit_bias"}, 0.0, None)
+    everything = [matrices[0], plain[0], scalars[0], conv[0], image_matrices[0], image_plain[0]]
+    assert sum(map(len, everything)) == len(set().union(*everything))
+    assert all(name.startswith("visual.") for name in image_matrices[0] | image_plain[0])
+    assert not any(name.startswith("visual.") for name in matrices[0] | plain[0])
+    assert "visual.ln_post.bias" in image_plain[0]
+
+
+def test_a_group_keeps_the_decay_of_the_run_unless_it_names_one():
+    groups = groups_of(OptimConfig(weight_decay=0.2, groups=[{"match": "text.*", "lr_scale": 2}]))
+    assert groups[3][1:] == (0.2, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("match", "model"),
+    [(r"vision\..*", ModelConfig(towers=TOWERS)), ("conv1", ModelConfig(towers=TOWERS)), (r"visual\..*", LOCKED)],
+)
+def test_a_pattern_that_matches_nothing_that_trains_is_an_error_with_names(match, model):
+    optim = OptimConfig(groups=[{"match": match}])
+    with pytest.raises(ValueError, match=r"optim\.groups\[0\]\.match=.* no parameter that trains; .* text\."):
+        parameter_groups(check_model(model), optim)
+
+
+def test_a_pattern_hidden_by_those_before_it_is_an_error():
+    optim = OptimConfig(groups=[{"match": ".*"}, {"match": "logit_bias"}])
+    with pytest.raises(ValueError, match=r"optim\.groups\[1\]\.match='logit_bias' is the first match of no parameter"):
+        groups_of(optim)
+
+
+def test_what_is_no_regular_expression_is_an_error_of_the_config():
+    with pytest.raises(ValueError, match=r"'\(' is not a regular expression: missing \)"):
+        OptimConfig(groups=[{"match": "("}])
+
+
+def trainer_of(optim):
+    return Trainer(
+        ModelConfig(towers=TOWERS),
+        optim,
+        make_trainer(1)._loss,
+        open_device("cpu", 0, "fp32"),
+        num_samples=480,
+        global_batch_size=48,
+        micro_batch_size=None,
+        seed=3,
+    )
+
+
+def test_a_scaled_rate_scales_the_step():
+    """SGD-like check: AdamW's first step is lr * sign-like, so the change scales with the rate."""
+    plain, scaled = (
+        trainer_of(OptimConfig(schedule="constant", weight_decay=0, groups=groups))
+        for groups in ([], [{"match": r"visual\..*", "lr_scale": 0.1}])
+    )
+    before = {name: tensor.clone() for name, tensor in plain.module.state_dict().items()}
+    rates = [trainer.step(part_of(0, 1)).learning_rate for trainer in (plain, scaled)]
+    assert rates[0] == rates[1] == 1e-3
+    for name, tensor in plain.module.state_dict().items():
+        change, other = tensor - before[name], scaled.module.state_dict()[name] - before[name]
+        factor = 0.1 if name.startswith("visual.") else 1.0
+        torch.testing.assert_close(other, factor * change, rtol=1e-3, atol=1e-7, msg=name)
+
+
+def test_lion_does_what_its_paper_says():
+    optim = OptimConfig(name="lion", lr=0.1, beta1=0.9, beta2=0.99, weight_decay=0.5)
+    module = build_model(ModelConfig(towers=TOWERS))
+    optimizer = build_optimizer(module, optim, {})
+    name = "visual.conv1.weight"
+    parameter = module.get_parameter(name)
+    weights, momentum = parameter.detach().double(), torch.zeros_like(parameter).double()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        gradient = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        # Algorithm 2 of arXiv 2302.06675.
+        update = (0.9 * momentum + 0.1 * gradient.double()).sign()
+        weights = weights - 0.1 * (update + 0.5 * weights)
+        momentum = 0.99 * momentum + 0.01 * gradient.double()
+    torch.testing.assert_close(parameter.detach().double(), weights, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_a_resumed_run_with_groups_goes_on_as_the_unbroken_one(name):
+    optim = OptimConfig(name=name, lr=1e-3, groups=[{"match": r"visual\..*", "lr_scale": 0.1, "weight_decay": 0}])
+    unbroken = trainer_of(optim)
+    unbroken.step(part_of(0, 1))
+    file = io.BytesIO()
+    torch.save(unbroken.optimizer.state_dict(), file)
+    weights = {key: tensor.clone() for key, tensor in unbroken.module.state_dict().items()}
+    resumed = trainer_of(optim)
+    resumed.module.load_state_dict(weights)
+    file.seek(0)
+    resumed.optimizer.load_state_dict(torch.load(file, weights_only=True))
+    for trainer in (unbroken, resumed):
+        trainer.step(part_of(0, 1))
+    for key, tensor in unbroken.module.state_dict().items():
+        assert torch.equal(tensor, resumed.module.state_dict()[key]), key

@@ -1,0 +1,169 @@
+"""Training under torch-xla on its CPU client, as a TPU host trains: several devices in one program.
+
+All runs share one process, not that of the tests: the number of devices is fixed when torch_xla is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from orchestrator.config import RunConfig, load_config
+from tests.bare import train_bare
+from tests.conftest import TOWERS, write_dataset
+from tests.ranks import run_on_ranks
+from workers.checkpoint import list_checkpoints
+from workers.device import open_device
+from workers.feed import Batch
+from workers.step import Trainer
+from workers.storage import Storage
+
+pytestmark = [
+    pytest.mark.xla,
+    pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="torch-xla (the tpu extra) is missing"),
+]
+NUM_STEPS, BATCH = 10, 16
+ON_XLA = ["cluster.accelerator=xla_cpu", "cluster.devices_per_worker=2"]
+VARIANTS = {
+    "whole": [],
+    "micro": ["train.micro_batch_size=8"],
+    "random": ["train.micro_batch_size=4", "loss.negatives=random", "loss.negatives_fraction=0.5"],
+    "softmax": ["train.micro_batch_size=8", "loss.name=softmax"],
+    "bfloat16": ["train.precision=bf16"],
+    "split": ["train.micro_batch_size=8", "sharding.weights=split"],
+}
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("xla")
+    write_dataset(folder / "train", [40, 24])
+    content = {
+        "run": {"name": "small", "dir": str(folder / "runs")},
+        "data": {"shards": str(folder / "train"), "block_size": 8, "num_lanes": 2, "shuffle_window": 16},
+        "model": {"towers": TOWERS},
+        "train": {"num_samples": NUM_STEPS * BATCH, "global_batch_size": BATCH, "log_every_steps": 1},
+        "optim": {"lr": 3e-3, "num_warmup_samples": 32},
+        "checkpoint": {"save_every_steps": 5},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def main() -> None:
+    """In a process of its own: runs on XLA, one after another, and what they reported."""
+    path, runs = sys.argv[1], json.loads(sys.argv[2])
+    found = {}
+    for name, (overrides, last_step) in runs.items():
+        config = load_config(path, [*ON_XLA, f"run.name={name}", *overrides])
+        found[name] = train_bare(0, 1, config, last_step)["lines"]
+    found["parts"] = split_parts(load_config(path, ON_XLA))
+    print(json.dumps(found))
+
+
+def split_parts(config: RunConfig) -> list[str]:
+    """How XLA has laid out the weights and the optimizer's state after two steps with split weights."""
+    import torch_xla
+
+    trainer = Trainer(
+        config.model,
+        config.optim,
+        config.loss,
+        open_device("xla_cpu", 0, "fp32", 2, splits_weights=True),
+        num_samples=BATCH,
+        global_batch_size=BATCH,
+        micro_batch_size=None,
+        seed=0,
+    )
+    images, tokens = torch.zeros(BATCH, 16, 16, 3, dtype=torch.uint8), torch.ones(BATCH, 8, dtype=torch.int32)
+    origin = {"samples": np.zeros((BATCH, 3), np.int64), "keys": [""] * BATCH, "replaced": np.zeros(BATCH, bool)}
+    for step in range(2):
+        trainer.step(Batch(step, images, tokens, **origin))
+    states = [tensor for state in trainer.optimizer.state.values() for tensor in state.values()]
+    matrices = [tensor for tensor in [*trainer.module.parameters(), *states] if tensor.ndim == 2]
+    return [torch_xla._XLAC._get_xla_sharding_spec(matrix) for matrix in matrices]
+
+
+def train_on_xla(config_file: Path, runs: dict[str, tuple[list[str], int]]) -> dict[str, list[dict[str, float]]]:
+    """Lines of metrics of each run: overrides and last step by name."""
+    command = [sys.executable, "-c", "from tests.workers.test_xla import main; main()", str(config_file)]
+    # Compiled without optimization: the tests compile far more than they compute.
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    done = subprocess.run([*command, json.dumps(runs)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def losses(lines: list[dict[str, float]]) -> dict[int, float]:
+    return {int(line["step"]): line["train/loss"] for line in lines}
+
+
+def train_on_cpu(config_file: Path, *overrides: str, last_step: int = NUM_STEPS) -> dict[int, float]:
+    return run_on_ranks(1, train_bare, load_config(config_file, overrides), last_step)[0]["losses"]
+
+
+@pytest.fixture(scope="module")
+def on_xla(config_file):
+    train_on_cpu(config_file, "run.name=back", last_step=5)
+    runs = {name: (overrides, NUM_STEPS) for name, overrides in VARIANTS.items()}
+    return train_on_xla(config_file, runs | {"there": ([], 5), "back": ([], NUM_STEPS)})
+
+
+@pytest.mark.parametrize(
+    ("name", "num_steps"), [("whole", 10), ("micro", 10), ("random", 3), ("softmax", 10), ("split", 10)]
+)
+def test_the_losses_are_those_of_the_cpu(config_file, on_xla, name, num_steps):
+    """Ten steps of AdamW from the same weights on the same batches; float32, other order of additions.
+
+    With random negatives, which are others in each step, the losses part sooner: AdamW divides gradients that are
+    nothing but rounding by themselves.
+    """
+    overrides = [text for text in VARIANTS[name] if "sharding" not in text]
+    expected = train_on_cpu(config_file, *overrides, f"run.name={name}-cpu")
+    first = {step: loss for step, loss in expected.items() if step <= num_steps}
+    assert {step: losses(on_xla[name])[step] for step in first} == pytest.approx(first, rel=1e-4)
+    assert expected[NUM_STEPS] < 0.9 * expected[1]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_nothing_is_compiled_after_the_second_step(on_xla, name):
+    """The first step makes the optimizer's state, the second is the program of all others."""
+    programs = [line["compile/num_programs"] for line in on_xla[name]]
+    assert programs[0] > 0
+    assert set(programs[1:]) == {programs[1]}, programs
+
+
+def test_a_run_goes_on_on_another_kind_of_device(config_file, on_xla):
+    """Five steps on XLA, five on a CPU from its checkpoint, and the other way round: as if all were on one."""
+    expected = losses(on_xla["whole"])
+    rest = train_on_cpu(config_file, "run.name=there")
+    assert min(rest) == 6
+    assert losses(on_xla["there"]) | rest == pytest.approx(expected, rel=1e-4)
+    rest = losses(on_xla["back"])
+    assert min(rest) == 6
+    assert rest == pytest.approx({step: expected[step] for step in rest}, rel=1e-4)
+    for name in ("there", "back"):
+        storage = Storage(load_config(config_file, [f"run.name={name}"]).storage_uri)
+        assert [info.step for info in list_checkpoints(storage)] == [5, 10]
+
+
+def test_split_weights_lie_in_parts(on_xla):
+    """Every matrix of the towers and of AdamW's two averages has half of itself on each of two devices."""
+    assert len(on_xla["parts"]) > 30
+    assert set(on_xla["parts"]) <= {"{devices=[2,1]0,1}", "{devices=[1,2]0,1}"}
+
+
+def test_bfloat16_keeps_the_loss(on_xla):
+    # 8 bits: as in tests/workers/test_step.py.
+    assert losses(on_xla["bfloat16"]) == pytest.approx(losses(on_xla["whole"]), rel=3e-2)
+    assert losses(on_xla["bfloat16"]) != pytest.approx(losses(on_xla["whole"]), rel=1e-5)

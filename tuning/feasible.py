@@ -1,0 +1,59 @@
+"""Whether a trial can run at all, before anything of it starts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from orchestrator.config import RunConfig, parse_config
+from orchestrator.launch import check_batch, check_model_and_sets, rung_step
+from orchestrator.plan import check_memory
+from workers.shards import Manifest
+
+Check = Callable[[RunConfig, Manifest, Sequence[int]], None]
+
+
+def check_rungs(config: RunConfig, manifest: Manifest, rungs: Sequence[int]) -> None:
+    """Refuse rungs that are closer together than a step.
+
+    Raises:
+        ValueError: naming two of them.
+    """
+    batch = config.train.global_batch_size
+    for before, after in itertools.pairwise(rungs):
+        if rung_step(before, batch) == rung_step(after, batch):
+            raise ValueError(
+                f"the rungs at {before:,} and {after:,} samples fall on the same step of "
+                f"train.global_batch_size={batch}: they must be a batch apart"
+            )
+
+
+# In this order; each raises ValueError with the remedy.
+CHECKS: list[Check] = [
+    lambda config, manifest, rungs: check_batch(config, manifest),
+    check_rungs,
+    lambda config, manifest, rungs: check_model_and_sets(config),
+    lambda config, manifest, rungs: check_memory(config),
+]
+
+
+def feasible(
+    content: dict[str, Any], rungs: Sequence[int], manifest_of: Callable[[RunConfig], Manifest]
+) -> RunConfig | str:
+    """The config of a trial, or why it cannot run.
+
+    Args:
+        content: of the config, not yet checked.
+        rungs: samples seen.
+        manifest_of: reads, or remembers, the shards of a config.
+    """
+    try:
+        config = parse_config(content, content["run"]["name"])
+        manifest = manifest_of(config)
+        for check in CHECKS:
+            check(config, manifest, rungs)
+    except ValueError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        return "; ".join(line for line in lines if not line.endswith("cannot be run:"))
+    return config

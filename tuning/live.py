@@ -1,0 +1,127 @@
+"""What a person sees of a sweep: a table that lives on a terminal, lines of what happened elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.live import Live
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from orchestrator.monitor import Display
+from tuning.study import Study
+from tuning.table import Row, Table
+
+_MAX_ROWS = 40  # on a terminal
+
+
+def words(values: dict[str, Any]) -> str:
+    """{'optim.lr': 0.001, 'loss.name': 'softmax'} -> 'lr=0.001 name=softmax': the last part of each key."""
+    return " ".join(f"{name.rpartition('.')[2]}={value_text(value)}" for name, value in values.items())
+
+
+def value_text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class LiveTable:
+    """Shows the table of a sweep as it fills.
+
+    Args:
+        display: of the sweep.
+        study: whose trials they are.
+    """
+
+    def __init__(self, display: Display, study: Study) -> None:
+        self._display, self._study = display, study
+        self._live: Live | None = None
+        self._told: dict[int, tuple[int, int, str]] = {}  # results, decisions and status that were printed
+
+    def start(self, table: Table, at_once: int, num_streams: int) -> None:
+        """What is about to happen."""
+        config = self._study.config
+        rungs = " and ".join(
+            ", ".join(f"{rung:,}" for rung in config.rungs_of(budget)) + " samples" for budget in config.budgets
+        )
+        over = sum(row.is_over for row in table.rows.values())
+        self._display.say(
+            f"sweep    {config.folder}\n"
+            f"trials   {len(table.rows)}{' so far' if config.search.name == 'optuna' else ''}, {over} of them over; "
+            f"{at_once} at once\n"
+            f"rungs    {rungs}; scheduler {config.scheduler.name}\n"
+            f"metric   {config.metric}\n"
+            f"streams  {num_streams}, each read by the trials that have the same data and seed\n"
+            f"output   {config.folder / 'trials'}/trial-*.log"
+        )
+        for row in table.rows.values():
+            self._told[row.number] = _state(row)
+        if self._display.console.is_terminal:
+            self._live = Live(console=self._display.console, refresh_per_second=2, transient=True)
+            self._live.start()
+
+    def show(self, table: Table, lines: dict[int, dict[str, float]], running: Iterable[int]) -> None:
+        """The table as it is now."""
+        running = set(running)
+        for number, row in sorted(table.rows.items()):
+            if self._told.get(number) != _state(row):
+                self._tell(row, self._told.get(number, (0, 0, "")))
+                self._told[number] = _state(row)
+        if self._live is not None:
+            self._live.update(results_table(table, self._study, lines, running))
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _tell(self, row: Row, before: tuple[int, int, str]) -> None:
+        name = f"trial {row.number} ({words(row.values)}, seed {row.seed})"
+        decided = [result for result in row.results if result.answer is not None]
+        for result in decided[before[1] :]:
+            word = {"go on": "goes on", "stop": "stops"}[str(result.answer)]
+            why = f": {result.why}" if result.why else ""
+            self._display.say(f"{name} at {result.samples_seen:,} samples: {result.value:.2%}, {word}{why}")
+        if row.status == "failed" and before[2] != "failed":
+            self._display.say(f"{name} failed, the sweep goes on: {row.error}")
+
+
+def _state(row: Row) -> tuple[int, int, str]:
+    return len(row.results), sum(result.answer is not None for result in row.results), row.status
+
+
+def results_table(
+    table: Table, study: Study, lines: dict[int, dict[str, float]] | None = None, running: Iterable[int] = ()
+) -> RichTable:
+    """All trials with their figures at the rungs; those at work and the best first where there are too many to show."""
+    running, lines = set(running), lines or {}
+    names = list(study.config.space)
+    shown = RichTable(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    shown.add_column("trial", justify="right")
+    for name in names:
+        shown.add_column(name.rpartition(".")[2], justify="right")
+    for column in ("seed", "budget", "status", "samples", "figure", "loss", "samples/s"):
+        if (column == "seed" and len(study.config.seeds) == 1) or (
+            column == "budget" and len(study.config.budgets) == 1
+        ):
+            continue
+        shown.add_column(column, justify="left" if column == "status" else "right")
+    rows = sorted(table.rows.values(), key=lambda row: row.number)
+    if len(rows) > _MAX_ROWS:
+        best = sorted(rows, key=lambda row: -(row.results[-1].value if row.results else 0))
+        first = [row for row in rows if row.number in running]
+        rows = (first + [row for row in best if row not in first])[:_MAX_ROWS]
+    for row in rows:
+        line = lines.get(row.number, {}) if row.number in running else {}
+        status = "running" if row.number in running and not row.is_over else row.status
+        seen = max(line.get("samples_seen", 0), row.samples_seen)
+        cells = [str(row.number), *(value_text(row.values.get(name, "")) for name in names)]
+        cells += [str(row.seed)] if len(study.config.seeds) > 1 else []
+        cells += [f"{row.budget:,}"] if len(study.config.budgets) > 1 else []
+        cells += [status, f"{seen:,.0f}" if seen else ""]
+        cells.append(f"{row.results[-1].value:.2%}" if row.results else "")
+        cells.append(f"{line['train/loss']:.4f}" if "train/loss" in line else "")
+        cells.append(f"{line['throughput/samples_per_s']:,.0f}" if line else "")
+        style = {"failed": "red", "infeasible": "red", "stopped": "dim", "running": "bold"}.get(status, "")
+        shown.add_row(*(Text(cell) for cell in cells), style=style)
+    return shown

@@ -1,0 +1,597 @@
+"""The page of a sweep: what was asked, what came out, and how sure that is.
+
+    read      the study and its table; nothing else
+    say       sentences, tables and verdicts as plain values
+    draw      curves, in the page as SVG and beside it as PNG
+    fill      report.html.j2, in the style of a run's page
+
+Beside it: trials.csv, figures/*.png, and best.yaml, the best configuration as a run of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from orchestrator import drawing, words
+from orchestrator.report import page_css
+from tuning.live import value_text
+from tuning.search import Search
+from tuning.study import FigureConfig, Study
+from tuning.table import Ranked, Row, Table, as_csv, ranking
+from tuning.verdict import Verdict, verdict
+from workers.storage import Storage
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MIN_FOR_IMPORTANCE = 10  # configurations; with fewer the estimate is mostly chance
+_MAX_LEGEND = 6
+
+
+def write_report(study: Study, storage: Storage, table: Table) -> Path:
+    """Write report.html, figures/, trials.csv and best.yaml into the sweep's local folder, and to its storage.
+
+    Returns:
+        The path of the page.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    folder = study.config.folder
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    for old in (folder / "figures").glob("*.png"):
+        old.unlink()
+    best = _best(table)
+    best_yaml = _best_yaml(study, best) if best else ""
+    if best_yaml:
+        (folder / "best.yaml").write_text(best_yaml)
+    num_rungs = max(len(study.config.rungs_of(budget)) for budget in study.config.budgets)
+    (folder / "trials.csv").write_text(as_csv(table, num_rungs))
+    template = importlib.resources.files("tuning").joinpath("report.html.j2").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(template).render(
+        name=study.config.name,
+        status=_status(study, table),
+        css=page_css(),
+        question=study.config.question,
+        headline=_headline(study, table),
+        remarks=_remarks(study, table),
+        claims=[_claim(study, table, number) for number in range(len(study.config.expect))],
+        blocks=[_block(study, table, figure, folder) for figure in _figures(study)],
+        curves=_curves(study, table, folder),
+        importance=_importance(study, table, folder),
+        trials=_trials(study, table),
+        left_out=[
+            (row.number, _words(row.values), row.status, row.error)
+            for row in table.rows.values()
+            if row.status in ("infeasible", "failed")
+        ],
+        best_yaml=best_yaml,
+        best_path=folder / "best.yaml",
+        study_yaml=study.config.to_yaml(),
+    )
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    if str(folder) != storage.uri:
+        for file in [path, folder / "trials.csv", folder / "best.yaml", *(folder / "figures").glob("*.png")]:
+            if file.exists():
+                storage.upload(file, file.relative_to(folder).as_posix())
+    return path
+
+
+# -------------------------------------------------------------------------------------------------- say
+
+
+def _status(study: Study, table: Table) -> str:
+    rows = table.rows.values()
+    return "finished" if all(row.is_over for row in rows) and len(rows) == Search(study).num_trials else "unfinished"
+
+
+def _best(table: Table) -> Ranked | None:
+    return next((one for one in ranking(table.rows.values()) if one.rung >= 0), None)
+
+
+def _headline(study: Study, table: Table) -> str:
+    ranked = [one for one in ranking(table.rows.values()) if one.rung >= 0]
+    if not ranked:
+        return "No trial has come to a result."
+    best = ranked[0]
+    samples = best.rows[0].results[best.rung].samples_seen
+    text = (
+        f"Of {words.counted(len(ranked), 'configuration')}, {_words(best.values) or 'the base'} is best: "
+        f"{words.percent(best.mean)}{_plus_minus(best)} after {words.counted(samples, 'pair')}."
+    )
+    level = [one for one in ranked[1:] if one.rung == best.rung and _is_level(study, best, one)]
+    if level:
+        text += (
+            f" {words.counted(len(level), 'other')} {'is' if len(level) == 1 else 'are'} within two standard errors of "
+            "it: this sweep does not tell them apart."
+        )
+    return text
+
+
+def _is_level(study: Study, best: Ranked, other: Ranked) -> bool:
+    """Whether two configurations are closer than chance explains."""
+    variance = sum(_variance(study, one) for one in (best, other))
+    return best.mean - other.mean < 2 * variance**0.5
+
+
+def _variance(study: Study, one: Ranked) -> float:
+    """Of the mean over seeds: that of the images, or of the seeds where there are enough to say."""
+    from tuning.verdict import sample_variance
+
+    count = len(one.rows)
+    images = sum(sample_variance(row.results[one.rung], study.config.metric) for row in one.rows) / count**2
+    return max(images, one.spread**2 / count) if count >= 3 else images
+
+
+def _remarks(study: Study, table: Table) -> list[str]:
+    rows = list(table.rows.values())
+    counts = table.counts()
+    chance = _chance(study, rows)
+    remarks = [
+        f"The figure is {study.config.metric}"
+        + (f"; a blind guess gets {words.percent(chance)}." if chance else ".")
+        + (
+            " One seed: how much another one would change is not known."
+            if len(study.config.seeds) == 1
+            else f" Means over {len(study.config.seeds)} seeds, ± their standard deviation."
+        ),
+    ]
+    whole = sum(row.budget for row in rows if row.status != "infeasible")
+    spent = table.samples_spent
+    if whole:
+        saved = (
+            f", {words.percent(spent / whole)} of what all of them to the end would have"
+            if spent < 0.98 * whole
+            else ""
+        )
+        outcomes = ", ".join(f"{count} {status}" for status, count in counts.items())
+        remarks.append(
+            f"{words.counted(len(rows), 'trial')} ({outcomes}) saw {words.counted(spent, 'pair')} in all{saved}."
+        )
+    decoded = sum(stream["decoded"] for stream in table.streams)
+    if decoded:
+        cpu_s = sum(stream["cpu_s"] for stream in table.streams)
+        served = sum(stream["served"] for stream in table.streams)
+        remarks.append(
+            f"Their streams decoded {words.counted(decoded, 'sample')} in {cpu_s:,.0f}{words.NBSP}s of CPU; each was "
+            f"read {served / decoded:.1f} times."
+        )
+    return remarks
+
+
+def _chance(study: Study, rows: Iterable[Row]) -> float | None:
+    task, _, rest = study.config.metric.partition(".")
+    name, _, figure = rest.rpartition(".")
+    key = figure.replace("top", "chance") if task == "zero_shot" else figure.replace("_r", "_chance")
+    for row in rows:
+        for result in row.results:
+            value = result.figures.get(task, {}).get(name, {}).get(key)
+            if value is not None:
+                return float(value)
+    return None
+
+
+def _claim(study: Study, table: Table, number: int) -> dict[str, str]:
+    claim = study.config.expect[number]
+    derived = [name for name, dimension in study.config.space.items() if dimension.expr is not None]
+    found = verdict(claim, table.rows.values(), study.config.metric, derived)
+    return {
+        "text": claim.text,
+        "answer": found.answer,
+        "kind": found.answer.replace(" ", "-"),
+        "detail": _detail(found),
+    }
+
+
+def _detail(found: Verdict) -> str:
+    if found.answer == "no data":
+        return "No pair of trials to compare: those that would tell were stopped, failed, or not run yet."
+    text = f"Difference {_points(found.mean)}{words.NBSP}± {100 * found.error:.2f} (standard error)"
+    text += f", from {words.counted(found.num_pairs, 'pair of trials', 'pairs of trials')}"
+    if len(found.by_seed) > 1:
+        text += f"; by seed {', '.join(_points(value) for value in found.by_seed)}"
+    else:
+        text += "; one seed only, so the error is that of the images alone"
+    return text + "."
+
+
+def _points(difference: float) -> str:
+    """Percentage points with sign: 0.0123 -> '+1.23 points'."""
+    return f"{100 * difference:+.2f}{words.NBSP}points".replace("-", "\u2212")
+
+
+def _plus_minus(one: Ranked) -> str:
+    return f"{words.NBSP}±{words.NBSP}{100 * one.spread:.2f}" if len(one.rows) > 1 else ""
+
+
+def _words(values: dict[str, Any]) -> str:
+    return ", ".join(f"{_short(name)}{words.NBSP}{value_text(value)}" for name, value in values.items())
+
+
+def _short(name: str) -> str:
+    """'train.global_batch_size' -> 'global batch size', 'loss.name' -> 'loss'."""
+    *before, last = name.split(".")
+    return (before[-1] if before and last in ("name", "kind") else last).replace("_", " ")
+
+
+def _samples(count: int) -> str:
+    """25000 -> '25k', 24576 -> '24,576'."""
+    return words.short_count(count) if count % 1000 == 0 else words.count(count)
+
+
+def _trials(study: Study, table: Table) -> dict[str, Any]:
+    names = list(study.config.space)
+    has_seeds, has_budgets = len(study.config.seeds) > 1, len(study.config.budgets) > 1
+    head = [
+        "trial",
+        *map(_short, names),
+        *["seed"] * has_seeds,
+        *["budget"] * has_budgets,
+        "outcome",
+        "pairs seen",
+        "figure",
+    ]
+    rows = []
+    best = _best(table)
+    best_numbers = {row.number for row in best.rows} if best else set()
+    order = sorted(
+        table.rows.values(), key=lambda row: (-row.samples_seen, -(row.results[-1].value if row.results else 0))
+    )
+    for row in order:
+        outcome: str = row.status
+        if row.status == "stopped":
+            outcome += f": {row.results[-1].why}"
+        cells = [str(row.number), *(value_text(row.values.get(name, "")) for name in names)]
+        cells += [str(row.seed)] * has_seeds + [words.count(row.budget)] * has_budgets
+        cells += [outcome, words.count(row.samples_seen), words.percent(row.results[-1].value) if row.results else ""]
+        rows.append({"cells": cells, "is_best": row.number in best_numbers})
+    return {"head": head, "rows": rows}
+
+
+def _best_yaml(study: Study, best: Ranked) -> str:
+    """The best configuration as a run that `sigray train` takes."""
+    row = best.rows[0]
+    content = study.trial_content(row.number, row.seed, row.budget, row.overrides)
+    content["run"] = {"name": f"{study.config.name}_best", "seed": row.seed}
+    note = (
+        f"# The best of the sweep {study.config.name}: {_words(best.values)}".replace(words.NBSP, " ")
+        + f"\n# {study.config.metric} {100 * best.mean:.2f} % at {row.results[best.rung].samples_seen:,} samples"
+        + (f", mean of {len(best.rows)} seeds" if len(best.rows) > 1 else "")
+        + "\n#\n#   sigray train best.yaml\n"
+    )
+    return note + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+# ------------------------------------------------------------------------------------------------- draw
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A figure over seeds."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+def _figures(study: Study) -> list[FigureConfig]:
+    """Those of the study; one that suits its space where it names none."""
+    if study.config.figures:
+        return list(study.config.figures)
+    numbers = [name for name, dimension in study.config.space.items() if _is_numeric(dimension.values or [0.0])]
+    others = [name for name in study.config.space if name not in numbers]
+    if not numbers:
+        return [
+            FigureConfig(title="The figure", kind="table", rows=others[0], columns=others[1] if others[1:] else None)
+        ]
+    series = others[0] if others else None
+    return [FigureConfig(title=f"The figure against {_short(numbers[0])}", x=numbers[0], series=series)]
+
+
+def _is_numeric(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+def _block(study: Study, table: Table, figure: FigureConfig, folder: Path) -> dict[str, Any]:
+    """A titled group of panels, or a table."""
+    rows = [
+        row
+        for row in table.rows.values()
+        # A trial that does not have a dimension, as one without noise has no kind of noise, belongs to all its values.
+        if all(row.values.get(name, value) == value for name, value in figure.where.items())
+        and row.status not in ("infeasible", "failed")
+    ]
+    if figure.kind == "table":
+        return {"title": figure.title, "tables": _tables(study, rows, figure), "panels": []}
+    panels = []
+    for budget in study.config.budgets:
+        rungs = study.config.rungs_of(budget)
+        for samples in rungs if figure.every_rung else rungs[-1:]:
+            panel = _lines_panel(study, [row for row in rows if row.budget == budget], figure, samples, budget)
+            if panel is not None:
+                title, caption, draw = panel
+                panels.append(_drawn(title, caption, draw, folder, f"{figure.title} {samples}"))
+    return {"title": figure.title, "tables": [], "panels": panels}
+
+
+def _drawn(title: str, caption: str, draw: Callable[[Figure], None], folder: Path, name: str) -> dict[str, Any]:
+    slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:80]
+    drawing.png(draw, folder / "figures" / f"{slug}.png")
+    return {"title": title, "caption": caption, "svg": drawing.svg(draw), "png": f"figures/{slug}.png"}
+
+
+def _summary(rows: Sequence[Row], samples: int) -> _Point | None:
+    """The best configuration among some rows: its mean over seeds, and their range."""
+    by_key: dict[str, list[float]] = {}
+    for row in rows:
+        result = row.at(samples)
+        if result is not None:
+            by_key.setdefault(row.key, []).append(result.value)
+    if not by_key:
+        return None
+    most = max(map(len, by_key.values()))
+    values = max((group for group in by_key.values() if len(group) == most), key=statistics.fmean)
+    return _Point(statistics.fmean(values), min(values), max(values), len(values))
+
+
+def _lines_panel(
+    study: Study, rows: Sequence[Row], figure: FigureConfig, samples: int, budget: int
+) -> tuple[str, str, Callable[[Figure], None]] | None:
+    x = str(figure.x)
+    series = figure.series
+    labels = _distinct(row.values[series] for row in rows if series in row.values) if series else [None]
+    places = sorted(_distinct(row.values[x] for row in rows if x in row.values), key=_sort_key)
+    lines: dict[str, list[tuple[Any, _Point]]] = {}
+    for label in labels:
+        chosen = [row for row in rows if series is None or row.values.get(series, label) == label]
+        points = [(place, _summary([row for row in chosen if row.values.get(x) == place], samples)) for place in places]
+        known = [(place, point) for place, point in points if point is not None]
+        if known:
+            lines[value_text(label) if series else "figure"] = known
+    if not lines:
+        return None
+    chance = _chance(study, rows)
+    is_numeric = _is_numeric(places)
+    positions = {str(place): place if is_numeric else number for number, place in enumerate(places)}
+    is_log = is_numeric and min(places) > 0 and max(places) / min(places) >= 8
+
+    def draw(drawn: Figure) -> None:
+        axes = drawn.subplots()
+        for number, (label, points) in enumerate(lines.items()):
+            color = drawing.SERIES[number % len(drawing.SERIES)]
+            at = [positions[str(place)] for place, _ in points]
+            axes.plot(
+                at,
+                [point.mean for _, point in points],
+                color=color,
+                marker="os^Dv*"[number % 6],
+                linewidth=1.8,
+                markersize=5,
+                label=label,
+            )
+            if any(point.count > 1 for _, point in points):
+                axes.fill_between(
+                    at,
+                    [point.low for _, point in points],
+                    [point.high for _, point in points],
+                    color=color,
+                    alpha=0.18,
+                    linewidth=0,
+                )
+        if chance:
+            axes.axhline(chance, color=drawing.INK, linewidth=1.0, linestyle=(0, (4, 3)))
+        if is_log:
+            axes.set_xscale("log", base=2)
+        axes.set_xticks([positions[str(place)] for place in places], [_tick(place) for place in places])
+        axes.minorticks_off()
+        _rate_axis(axes, study)
+        axes.set_xlabel(_short(x))
+        if len(lines) > 1:
+            drawn.legend(loc="upper center", ncols=min(3, len(lines)), frameon=False, handlelength=1.6)
+            drawn.subplots_adjust(top=0.80 if len(lines) > 3 else 0.87)
+
+    best_label, (best_place, best_point) = max(
+        ((label, max(points, key=lambda point: point[1].mean)) for label, points in lines.items()),
+        key=lambda one: one[1][1].mean,
+    )
+    others = [
+        name for name in study.config.space if name not in (x, figure.series) and study.config.space[name].expr is None
+    ]
+    caption = f"Highest: {words.percent(best_point.mean)} at {_short(x)} {value_text(best_place)}"
+    caption += f", {best_label}." if figure.series else "."
+    caption += f" Of {_list(others)} the best value at each point." if others else ""
+    caption += " Bands: from the lowest seed to the highest." if len(study.config.seeds) > 1 else ""
+    caption += " Dashed: a blind guess." if chance else ""
+    title = f"After {_samples(samples)} pairs"
+    if samples != budget:
+        title += f" of {_samples(budget)}"
+    return title, caption, draw
+
+
+def _tables(study: Study, rows: Sequence[Row], figure: FigureConfig) -> list[dict[str, Any]]:
+    tables = []
+    for budget in study.config.budgets:
+        here = [row for row in rows if row.budget == budget]
+        down = _distinct(row.values.get(str(figure.rows)) for row in here)
+        across = _distinct(row.values.get(figure.columns) for row in here) if figure.columns else [None]
+        points = {
+            (str(one), str(other)): _summary(
+                [
+                    row
+                    for row in here
+                    if row.values.get(str(figure.rows)) == one
+                    and (figure.columns is None or row.values.get(figure.columns) == other)
+                ],
+                budget,
+            )
+            for one in down
+            for other in across
+        }
+        best = max((point.mean for point in points.values() if point is not None), default=None)
+        lines = []
+        for one in down:
+            cells = []
+            for other in across:
+                point = points[str(one), str(other)]
+                text = words.percent(point.mean) if point else "\u2013"
+                spread = (
+                    f"{words.percent(point.low)} to {words.percent(point.high)}"
+                    if point is not None and point.count > 1
+                    else ""
+                )
+                cells.append({"text": text, "spread": spread, "is_best": point is not None and point.mean == best})
+            lines.append({"head": value_text(one), "cells": cells})
+        tables.append(
+            {
+                "title": f"After {_samples(budget)} pairs",
+                "corner": _short(str(figure.rows)) + (f" \\ {_short(figure.columns)}" if figure.columns else ""),
+                "head": [value_text(other) for other in across] if figure.columns else [study.config.metric],
+                "rows": lines,
+            }
+        )
+    return tables
+
+
+def _curves(study: Study, table: Table, folder: Path) -> list[dict[str, Any]]:
+    """The figure of every trial against samples seen, with the rungs."""
+    panels = []
+    for budget in study.config.budgets:
+        rungs = study.config.rungs_of(budget)
+        rows = [row for row in table.rows.values() if row.budget == budget and row.results]
+        if len(rungs) == 1 or not rows:
+            continue
+        name = _colour_dimension(study, rows)
+        labels = _distinct(row.values.get(name) for row in rows) if name else []
+        numbers = {row.number: labels.index(row.values.get(str(name))) if name else 0 for row in rows}
+
+        def draw(
+            figure: Figure,
+            rows: Sequence[Row] = rows,
+            name: str | None = name,
+            labels: list[Any] = labels,
+            numbers: dict[int, int] = numbers,
+            rungs: list[int] = rungs,
+        ) -> None:
+            axes = figure.subplots()
+            for rung in rungs:
+                axes.axvline(rung, color=drawing.RULE, linewidth=0.8)
+            named = set()
+            for row in rows:
+                number = numbers[row.number]
+                color = drawing.SERIES[number % len(drawing.SERIES)]
+                label = value_text(labels[number]) if name and number not in named else None
+                named.add(number)
+                seen = [result.samples_seen for result in row.results]
+                values = [result.value for result in row.results]
+                axes.plot(seen, values, color=color, linewidth=1.3, alpha=0.85, marker=".", markersize=5, label=label)
+                if row.status == "stopped":
+                    axes.plot(seen[-1:], values[-1:], color=color, marker="x", markersize=7, linestyle="")
+            _rate_axis(axes, study)
+            drawing.samples_axis(axes)
+            if name:
+                figure.legend(loc="upper center", ncols=3, frameon=False, handlelength=1.6)
+                figure.subplots_adjust(top=0.80 if len(labels) > 3 else 0.87)
+
+        stopped = sum(row.status == "stopped" for row in rows)
+        caption = f"{words.counted(len(rows), 'trial')}"
+        caption += f", coloured by {_short(name)}" if name else ""
+        caption += f"; {stopped} stopped at a rung (crosses)" if stopped else ""
+        caption += ". Upright lines: rungs; a trial reaches one at the first step at or behind it."
+        panels.append(_drawn(f"Learning curves, {_samples(budget)} pairs", caption, draw, folder, f"curves {budget}"))
+    return panels
+
+
+def _colour_dimension(study: Study, rows: Sequence[Row]) -> str | None:
+    """The first dimension with few enough values for a legend."""
+    for name in study.config.space:
+        count = len(_distinct(row.values.get(name) for row in rows))
+        if 2 <= count <= _MAX_LEGEND:
+            return name
+    return None
+
+
+def importances(study: Study, table: Table) -> dict[str, float]:
+    """Share of each dimension in what makes a good configuration good: PED-ANOVA (arXiv 2304.10255), as optuna has it.
+
+    Of the configurations that came to their end, by the mean over seeds; empty where these are too few to say.
+    """
+    space = study.config.space
+    names = [name for name, dimension in space.items() if dimension.expr is None]
+    ended = [
+        one for one in ranking(table.rows.values()) if one.rung >= 0 and all(r.status == "finished" for r in one.rows)
+    ]
+    complete = [one for one in ended if all(name in one.values for name in names)]
+    if len(complete) < _MIN_FOR_IMPORTANCE or len(names) < 2:
+        return {}
+    import optuna
+
+    from tuning.search import Outcome, frozen_trial
+    from tuning.space import Point
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    known = optuna.create_study(direction="maximize")
+    for one in complete:
+        row: Row = one.rows[0]
+        known.add_trial(frozen_trial(space, Outcome(Point(row.values, row.overrides), [one.mean], True, True)))
+    found = optuna.importance.get_param_importances(known, evaluator=optuna.importance.PedAnovaImportanceEvaluator())
+    return dict(found)
+
+
+def _importance(study: Study, table: Table, folder: Path) -> list[dict[str, Any]]:
+    found = importances(study, table)
+    if not found:
+        return []
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        names = list(found)[::-1]
+        axes.barh([_short(name) for name in names], [found[name] for name in names], color=drawing.FIRST, height=0.6)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("share")
+        figure.subplots_adjust(left=0.36)
+
+    first = next(iter(found))
+    caption = (
+        f"{_short(first)} decides most about being among the better configurations. PED-ANOVA over those that came to "
+        "their end; shares add up to one."
+    )
+    return [_drawn("What matters", caption, draw, folder, "importance")]
+
+
+def _rate_axis(axes: Any, study: Study) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{100 * rate:g} %"))
+    axes.set_ylabel(study.config.metric.rpartition(".")[2].replace("_", " "))
+    axes.set_ylim(bottom=0)
+
+
+def _tick(place: Any) -> str:
+    return words.short_count(place) if isinstance(place, int) and place >= 10_000 else value_text(place)
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    """In the order in which they come; of lists and mappings too."""
+    found: list[Any] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
+
+
+def _sort_key(value: Any) -> tuple[int, Any]:
+    return (0, value) if isinstance(value, int | float) else (1, str(value))
+
+
+def _list(names: Sequence[str]) -> str:
+    return " and ".join(map(_short, names))

@@ -1,0 +1,167 @@
+"""Which trials a sweep makes: trial number n as a function of (study, n, results of earlier trials).
+
+    seed 0: budget 0: points 0 to N - 1, budget 1: points 0 to N - 1, ...
+    seed 1: ...
+
+Trials of one seed and one budget are a group: they are compared with each other, and read the same samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tuning.space import Dimension, Point, crossed_points, draw, make_point, random_uniform
+from tuning.study import Study
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One trial to be."""
+
+    number: int
+    seed: int
+    budget: int
+    point: Point
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a searcher learns of an earlier trial.
+
+    Attributes:
+        point: its values.
+        values: its figure at each rung that it came to; empty where it failed or was infeasible.
+        is_over: whether anything will be added.
+        is_complete: whether it came to its end.
+    """
+
+    point: Point
+    values: Sequence[float]
+    is_over: bool
+    is_complete: bool
+
+
+class Search:
+    """The trials of a study, by number.
+
+    Args:
+        study: whose space is searched.
+
+    Attributes:
+        num_trials: in all.
+        needs_results: whether trials depend on the results of others.
+    """
+
+    def __init__(self, study: Study) -> None:
+        self._study, config = study, study.config
+        self.needs_results = config.search.name == "optuna"
+        self._groups = [(seed, budget) for seed in config.seeds for budget in config.budgets]
+        self._points: dict[int, list[Point]] = {}
+        if not self.needs_results:
+            self._points = {budget: self._all_points(budget) for budget in config.budgets}
+        else:
+            self._num_draws = config.search.num_trials or 0
+        self.num_trials = sum(self._size(budget) for _, budget in self._groups)
+
+    def propose(self, number: int, outcomes: Sequence[Outcome]) -> Proposal | None:
+        """Trial `number`; None while it depends on results that are not there yet.
+
+        Args:
+            outcomes: of the trials with lower numbers.
+
+        Raises:
+            ConfigError: for an expression of the space that cannot be computed.
+        """
+        first = 0
+        for seed, budget in self._groups:
+            size = self._size(budget)
+            if number < first + size:
+                if not self.needs_results:
+                    return Proposal(number, seed, budget, self._points[budget][number - first])
+                point = self._ask_optuna(number - first, budget, outcomes[first:])
+                return Proposal(number, seed, budget, point) if point else None
+            first += size
+        raise IndexError(f"trial {number} of {self.num_trials}")
+
+    def _size(self, budget: int) -> int:
+        return self._num_draws if self.needs_results else len(self._points[budget])
+
+    def _all_points(self, budget: int) -> list[Point]:
+        config, base = self._study.config, self._study.base_of(budget)
+        if config.search.name == "grid":
+            points = crossed_points(config.space, base)
+            if config.scheduler.name == "none":
+                return points
+            # A grid rises and falls along its axes. Where trials are compared with those before them, each better than
+            # the last would stop none.
+            places = {point.key: random_uniform(config.search.seed, "order", point.key) for point in points}
+            return sorted(points, key=lambda point: places[point.key])
+        points = []
+        for number in range(config.search.num_trials or 0):
+
+            def pick(name: str, dimension: Dimension, number: int = number) -> Any:
+                return draw(dimension, random_uniform(config.search.seed, number, name))
+
+            points += crossed_points(config.space, base, pick)
+        return points
+
+    def _ask_optuna(self, index: int, budget: int, outcomes: Sequence[Outcome]) -> Point | None:
+        """Replay what is known into a fresh study of optuna's, and ask it for one point."""
+        search = self._study.config.search
+        known = outcomes[: max(0, index - search.lag + 1)]
+        if not all(outcome.is_over for outcome in known):
+            return None
+        import optuna
+
+        space, base = self._study.config.space, self._study.base_of(budget)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        sampler = optuna.samplers.TPESampler(
+            # Each proposal has random numbers of its own: it does not matter how many were made in this process.
+            seed=int(random_uniform(search.seed, index) * 2**32),
+            n_startup_trials=search.num_startup_trials,
+        )
+        study = optuna.create_study(direction="maximize", sampler=sampler)
+        for outcome in known:
+            study.add_trial(frozen_trial(space, outcome))
+        trial = study.ask()
+
+        def pick(name: str, dimension: Dimension) -> Any:
+            if dimension.uniform is not None:
+                return trial.suggest_float(name, *dimension.uniform)
+            if dimension.loguniform is not None:
+                return trial.suggest_float(name, *dimension.loguniform, log=True)
+            # By its place: optuna takes no lists and mappings as choices.
+            return dimension.values[trial.suggest_categorical(name, list(range(len(dimension.values))))]
+
+        return make_point(space, base, pick)
+
+
+def frozen_trial(space: Any, outcome: Outcome) -> Any:
+    """An earlier trial as optuna knows them: what was stopped or could not run counts as pruned."""
+    import optuna
+
+    params: dict[str, Any] = {}
+    distributions: dict[str, Any] = {}
+    for name, value in outcome.point.values.items():
+        dimension = space[name]
+        if dimension.expr is not None:
+            continue
+        if dimension.uniform is not None:
+            distributions[name] = optuna.distributions.FloatDistribution(*dimension.uniform)
+        elif dimension.loguniform is not None:
+            low, high = dimension.loguniform
+            distributions[name] = optuna.distributions.FloatDistribution(low, high, log=True)
+        else:
+            distributions[name] = optuna.distributions.CategoricalDistribution(list(range(len(dimension.values))))
+            value = dimension.values.index(value)
+        params[name] = value
+    is_complete = outcome.is_complete
+    return optuna.trial.create_trial(
+        state=optuna.trial.TrialState.COMPLETE if is_complete else optuna.trial.TrialState.PRUNED,
+        params=params,
+        distributions=distributions,
+        value=outcome.values[-1] if is_complete else None,
+        intermediate_values=dict(enumerate(outcome.values)),
+    )

@@ -1,0 +1,315 @@
+"""The search space: which keys of a run's config a study varies, and how one point of the space is made.
+
+A dimension is a dotted key of the config, or a name of one's own where it sets several keys at once (`cases`). They are
+walked in the order of the file, and each may look at what the ones before it have set: `expr` computes a key from
+others, `when` leaves a dimension out where it means nothing.
+
+    train.global_batch_size: {grid: [128, 512, 2048]}
+    loss.name:               {grid: [sigmoid, softmax]}
+    model.init_logit_bias:   {expr: "log(1 / (train.global_batch_size - 1))", when: "loss.name == 'sigmoid'"}
+
+A point is a function of (space, base config, seed, number): nothing is remembered between two points.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import difflib
+import hashlib
+import itertools
+import json
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from orchestrator.config import ConfigError, put
+from workers.config import Section
+
+_KINDS = ("grid", "cases", "choice", "uniform", "loguniform", "expr")
+
+
+class Dimension(Section):
+    """Exactly one of grid, cases, choice, uniform, loguniform and expr; `when` beside any of them."""
+
+    grid: Annotated[list[Any], Field(min_length=1)] | None = None
+    """Every value, crossed with every other grid and cases."""
+    cases: Annotated[dict[str, Annotated[dict[str, Any], Field(min_length=1)]], Field(min_length=1)] | None = None
+    """As grid, but each value has a name and sets several keys: {NAME: {KEY: VALUE, ...}, ...}."""
+    choice: Annotated[list[Any], Field(min_length=1)] | None = None
+    """One of these, drawn."""
+    uniform: tuple[float, float] | None = None
+    """A number between two, drawn."""
+    loguniform: tuple[float, float] | None = None
+    """A number between two, whose logarithm is drawn."""
+    expr: str | None = None
+    """Computed from the rest of the config: numbers, + - * / ** //, comparisons, `a if b else c`, and the functions
+    log, log2, log10, exp, sqrt, min, max, round, floor, ceil, abs. Keys stand as train.global_batch_size."""
+    when: str | None = None
+    """The dimension exists only where this is true; otherwise the key stays as it is."""
+
+    @property
+    def kind(self) -> str:
+        return next(kind for kind in _KINDS if getattr(self, kind) is not None)
+
+    @property
+    def is_crossed(self) -> bool:
+        return self.kind in ("grid", "cases")
+
+    @property
+    def values(self) -> list[Any]:
+        """The values of a grid, cases (their names) or a choice."""
+        return list(self.grid or self.cases or self.choice or [])
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Dimension:
+        given = [kind for kind in _KINDS if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(f"exactly one of {', '.join(_KINDS)} expected, not {', '.join(given) or 'none'}")
+        for name in ("uniform", "loguniform"):
+            bounds = getattr(self, name)
+            if bounds is not None and not bounds[0] < bounds[1]:
+                raise ValueError(f"{name}={list(bounds)}: [smaller, larger] expected")
+        if self.loguniform is not None and self.loguniform[0] <= 0:
+            raise ValueError(f"loguniform={list(self.loguniform)}: both must be above 0")
+        texts = [json.dumps(value, sort_keys=True) for value in self.grid or self.choice or []]
+        twice = sorted({text for text in texts if texts.count(text) > 1})
+        if twice:
+            raise ValueError(f"{self.kind} has {', '.join(twice)} twice")
+        for expression in (self.expr, self.when):
+            if expression is not None:
+                _parse(expression)
+        return self
+
+
+Space = Mapping[str, Dimension]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One configuration.
+
+    Attributes:
+        values: of the dimensions that exist at this point, for people and for tables.
+        overrides: dotted keys of the config and their values.
+    """
+
+    values: dict[str, Any]
+    overrides: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """The same for the same configuration."""
+        return json.dumps(self.overrides, sort_keys=True)
+
+
+def make_point(space: Space, base: dict[str, Any], pick: Callable[[str, Dimension], Any]) -> Point:
+    """Walk the dimensions.
+
+    Args:
+        base: the config that the space varies, complete.
+        pick: called for each dimension that exists, but those with `expr`; returns a value, or the name of a case.
+
+    Raises:
+        ConfigError: for an expression that cannot be computed.
+    """
+    content = copy.deepcopy(base)
+    values: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
+    for name, dimension in space.items():
+        if dimension.when is not None and not evaluate(dimension.when, content):
+            continue
+        value = evaluate(dimension.expr, content) if dimension.expr is not None else pick(name, dimension)
+        values[name] = value
+        for key, item in dimension.cases[value].items() if dimension.cases is not None else [(name, value)]:
+            put(content, key, copy.deepcopy(item))
+            overrides[key] = item
+    return Point(values, overrides)
+
+
+def crossed_points(
+    space: Space, base: dict[str, Any], pick_rest: Callable[[str, Dimension], Any] | None = None
+) -> list[Point]:
+    """Every combination of the grids and cases, each once.
+
+    Args:
+        pick_rest: for the other dimensions.
+    """
+    crossed = {name: dimension.values for name, dimension in space.items() if dimension.is_crossed}
+    points: dict[str, Point] = {}
+    for combination in itertools.product(*crossed.values()):
+        chosen = dict(zip(crossed, combination, strict=True))
+
+        def pick(name: str, dimension: Dimension, chosen: dict[str, Any] = chosen) -> Any:
+            if name in chosen:
+                return chosen[name]
+            assert pick_rest is not None, name
+            return pick_rest(name, dimension)
+
+        point = make_point(space, base, pick)
+        points.setdefault(point.key, point)  # where `when` leaves a dimension out, several combinations are one
+    return list(points.values())
+
+
+def draw(dimension: Dimension, uniform: float) -> Any:
+    """The value of a dimension for a number in [0, 1)."""
+    if dimension.uniform is not None:
+        low, high = dimension.uniform
+        return low + uniform * (high - low)
+    if dimension.loguniform is not None:
+        low, high = (math.log(bound) for bound in dimension.loguniform)
+        return math.exp(low + uniform * (high - low))
+    return dimension.values[int(uniform * len(dimension.values))]
+
+
+def random_uniform(*place: object) -> float:
+    """A number in [0, 1) from a hash of its place: another dimension does not change those that are there."""
+    digest = hashlib.blake2b(repr(place).encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+# ------------------------------------------------------------------------------------------- expressions
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "log": math.log,
+    "log2": math.log2,
+    "log10": math.log10,
+    "exp": math.exp,
+    "sqrt": math.sqrt,
+    "min": min,
+    "max": max,
+    "round": round,
+    "floor": math.floor,
+    "ceil": math.ceil,
+    "abs": abs,
+}
+_OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+    ast.Not: operator.not_,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.In: lambda a, b: operator.contains(b, a),
+    ast.NotIn: lambda a, b: not operator.contains(b, a),
+}
+_LONGEST, _LARGEST_POWER = 500, 64
+
+
+def evaluate(expression: str, content: Mapping[str, Any]) -> Any:
+    """The value of an expression over a config.
+
+    Args:
+        content: nested; `train.global_batch_size` in the expression is content["train"]["global_batch_size"].
+
+    Raises:
+        ConfigError: for what is no expression, an unknown key, or arithmetic that fails; names the expression.
+    """
+    body = _parse(expression).body
+    try:
+        value = _value(body, content)
+    except (ArithmeticError, ValueError, TypeError) as error:
+        raise ConfigError(f"expression {expression!r}: {error}") from error
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"expression {expression!r} is {value}")
+    return value
+
+
+def _parse(expression: str) -> ast.Expression:
+    """The syntax tree, of allowed nodes only."""
+    if len(expression) > _LONGEST:
+        raise ConfigError(f"an expression of {len(expression)} characters; {_LONGEST} are allowed")
+    try:
+        tree = ast.parse(expression.strip(), mode="eval")
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(f"expression {expression!r} cannot be read: {error}") from error
+    for node in ast.walk(tree):
+        allowed = (
+            isinstance(
+                node,
+                ast.Expression
+                | ast.Constant
+                | ast.Name
+                | ast.Attribute
+                | ast.BinOp
+                | ast.UnaryOp
+                | ast.BoolOp
+                | ast.Compare
+                | ast.IfExp
+                | ast.Call
+                | ast.List
+                | ast.Tuple
+                | ast.expr_context
+                | ast.boolop,
+            )
+            or type(node) in _OPERATORS
+        )
+        if isinstance(node, ast.Call):
+            allowed = isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS and not node.keywords
+        if not allowed:
+            what = ast.unparse(node) if isinstance(node, ast.expr) else type(node).__name__
+            raise ConfigError(f"expression {expression!r}: {what!r} is not allowed; functions: {', '.join(_FUNCTIONS)}")
+    return tree
+
+
+def _value(node: ast.AST, content: Mapping[str, Any]) -> Any:
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name | ast.Attribute):
+        return _lookup(ast.unparse(node), content)
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_value(item, content) for item in node.elts]
+    if isinstance(node, ast.UnaryOp):
+        return _OPERATORS[type(node.op)](_value(node.operand, content))
+    if isinstance(node, ast.BinOp):
+        left, right = _value(node.left, content), _value(node.right, content)
+        if isinstance(node.op, ast.Pow) and abs(right) > _LARGEST_POWER:
+            raise ValueError(f"a power of {right}; {_LARGEST_POWER} is the largest")
+        return _OPERATORS[type(node.op)](left, right)
+    if isinstance(node, ast.BoolOp):
+        values = (_value(item, content) for item in node.values)
+        return all(values) if isinstance(node.op, ast.And) else any(values)
+    if isinstance(node, ast.Compare):
+        left = _value(node.left, content)
+        for operation, item in zip(node.ops, node.comparators, strict=True):
+            right = _value(item, content)
+            if not _OPERATORS[type(operation)](left, right):
+                return False
+            left = right
+        return True
+    if isinstance(node, ast.IfExp):
+        return _value(node.body if _value(node.test, content) else node.orelse, content)
+    assert isinstance(node, ast.Call)
+    assert isinstance(node.func, ast.Name)
+    return _FUNCTIONS[node.func.id](*(_value(item, content) for item in node.args))
+
+
+def _lookup(key: str, content: Mapping[str, Any]) -> Any:
+    place: Any = content
+    for part in key.split("."):
+        if not isinstance(place, Mapping) or part not in place:
+            near = difflib.get_close_matches(key, list(_keys(content)), n=1)
+            raise ValueError(f"no key {key!r} in the config" + (f"; did you mean {near[0]}?" if near else ""))
+        place = place[part]
+    return place
+
+
+def _keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in content.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{prefix}{key}.")

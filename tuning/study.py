@@ -1,0 +1,406 @@
+"""STUDY.yaml: what a sweep varies, how long, by which figure it judges, and what it expects. Typed, checked at once.
+
+name question base overrides metric budget rungs seeds space search scheduler expect figures
+dir storage parallel scale scales
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from orchestrator.config import ConfigError, RunConfig, override_of, parse_config, put
+from tuning.decide import Rules, Scheduler, geometric_rungs
+from tuning.space import Dimension
+from workers.config import LocalOrUri, NonNegativeInt, PositiveInt, Section
+
+STUDY = "study.yaml"  # in the folder of a sweep
+_FIGURES = {
+    "zero_shot": ("top1", "top5"),
+    "retrieval": tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)),
+}
+
+
+class SearchConfig(Section):
+    name: Literal["grid", "random", "optuna"] = "grid"
+    """grid: every combination of grid and cases. random: num_trials draws of the other dimensions, each crossed with
+    the grids. optuna: num_trials proposals of its TPE sampler, each made from the results of earlier ones."""
+    num_trials: PositiveInt | None = None
+    """Draws or proposals, for each seed."""
+    seed: NonNegativeInt = 0
+    """Of the draws; another thing than the seeds of the runs."""
+    num_startup_trials: PositiveInt = 8
+    """optuna: so many are drawn at random first."""
+    lag: PositiveInt = 4
+    """optuna: proposal n looks at the results of the trials 0 to n - lag and waits for these, so that it does not
+    depend on which trial ended first; up to so many trials run at once."""
+
+    @model_validator(mode="after")
+    def _num_trials_where_needed(self) -> SearchConfig:
+        if (self.num_trials is None) != (self.name == "grid"):
+            needs = "takes no" if self.name == "grid" else "needs"
+            raise ValueError(f"name={self.name} {needs} num_trials (num_trials={self.num_trials})")
+        return self
+
+
+class SchedulerConfig(Section):
+    name: Scheduler = "none"
+    """none: every trial runs to the end. asha, median, hyperband: weak trials are stopped at rungs."""
+    eta: Annotated[int, Field(ge=2)] = 3
+    """asha, hyperband: one in eta goes on at a rung, and each rung has eta times the samples of the one before."""
+    first_rung: PositiveInt | None = None
+    """asha, hyperband, median: no rung has fewer samples seen; by default a ninth of the budget."""
+    min_trials: PositiveInt = 3
+    """median: other trials at a rung before any is stopped there."""
+    in_order: bool = True
+    """A trial is compared with those of lower number, and waits for them: the decisions do not depend on timing. false:
+    with whatever is there already; nobody waits, and another sweep may decide otherwise."""
+
+
+class Claim(Section):
+    """One expectation: which of two sides is better, where."""
+
+    text: str
+    """In words."""
+    better: Annotated[dict[str, Any], Field(min_length=1)]
+    """{DIMENSION: VALUE} of the side that should be ahead."""
+    worse: Annotated[dict[str, Any], Field(min_length=1)]
+    """And of the other one. Both sides are compared at equal values of all other dimensions, and equal seed."""
+    where: dict[str, Any] = {}
+    """Only trials with these values."""
+    than_where: dict[str, Any] | None = None
+    """Then the claim is that the lead is larger at `where` than here."""
+    at: PositiveInt | None = None
+    """Samples seen, one of the rungs; by default at the end of each budget."""
+
+
+class FigureConfig(Section):
+    """A figure of the report in which the study's question is answered."""
+
+    title: str
+    kind: Literal["lines", "table"] = "lines"
+    """lines: the figure over x, a line for each series. table: rows by columns."""
+    x: str | None = None
+    """lines: the dimension along the axis."""
+    series: str | None = None
+    """lines: the dimension of which each value is a line."""
+    rows: str | None = None
+    """table: a dimension."""
+    columns: str | None = None
+    """table: another one; by default the metric alone."""
+    where: dict[str, Any] = {}
+    """Only trials with these values."""
+    every_rung: bool = False
+    """lines: a panel for each rung, not for the end alone."""
+
+    @model_validator(mode="after")
+    def _axes_of_its_kind(self) -> FigureConfig:
+        needed, foreign = (("x",), ("rows", "columns")) if self.kind == "lines" else (("rows",), ("x", "series"))
+        for name in needed:
+            if getattr(self, name) is None:
+                raise ValueError(f"kind={self.kind} needs {name}")
+        for name in foreign:
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}={getattr(self, name)} has no effect with kind={self.kind}")
+        return self
+
+
+class StudyConfig(Section):
+    """A whole study. See tuning/studies/ for complete files."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the sweep; its folder is {dir}/{name}."""
+    question: str = ""
+    """What the study asks, in a sentence."""
+    base: str | dict[str, Any]
+    """The run that is varied: a run's YAML, relative to the study's file, or its content."""
+    overrides: dict[str, Any] = {}
+    """Dotted keys of the run and their values, for all trials."""
+    metric: str
+    """The figure by which trials are judged, higher is better: zero_shot.SET.top1, retrieval.SET.image_to_text_r10."""
+    budget: PositiveInt | Annotated[list[PositiveInt], Field(min_length=1)]
+    """Samples that a trial sees in its whole run: train.num_samples. Of several, each makes a search of its own, whose
+    learning rates end with it."""
+    rungs: list[PositiveInt] = []
+    """Further counts of samples seen at which every trial is evaluated, and where a scheduler may stop it. By default
+    those of the scheduler."""
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] = [0]
+    """run.seed: the whole search is done once for each, and the report says how much they differ."""
+    space: Annotated[dict[str, Dimension], Field(min_length=1)]
+    """What is varied, see docs/sweeps.md."""
+    search: SearchConfig = SearchConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    expect: list[Claim] = []
+    """Expected directions; the report says of each whether it was seen."""
+    figures: list[FigureConfig] = []
+    """Figures of the report, besides those that every report has."""
+    dir: LocalOrUri = "sweeps"
+    """Local folder of all sweeps."""
+    storage: LocalOrUri | None = None
+    """A folder that all hosts see, or s3://bucket/prefix: results and checkpoints go there. By default `dir`."""
+    parallel: PositiveInt | None = None
+    """Trials at once at most; null: as many as the cluster has room for. Where a cluster grows on demand, the number up
+    to which it shall grow."""
+    scale: str = "demo"
+    """demo: as it stands here; or the name of one of `scales`."""
+    scales: dict[str, dict[str, Any]] = {}
+    """Named changes of this file: {full: {base: ..., budget: ..., overrides: ...}}. overrides and space are merged."""
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> StudyConfig:
+        problems = []
+        if self.budgets != sorted(set(self.budgets)):
+            problems.append(f"budget={self.budget}: rising counts of samples expected")
+        if self.rungs != sorted(set(self.rungs)) or (self.rungs and self.rungs[-1] > self.budgets[-1]):
+            problems.append(f"rungs={self.rungs}: rising counts of samples, none above budget={self.budget}, expected")
+        if len(set(self.seeds)) < len(self.seeds):
+            problems.append(f"seeds={self.seeds}: one stands there twice")
+        drawn = [
+            name for name, dimension in self.space.items() if dimension.kind in ("choice", "uniform", "loguniform")
+        ]
+        if self.search.name == "grid" and drawn:
+            problems.append(
+                f"space.{drawn[0]} is drawn ({self.space[drawn[0]].kind}), which search.name=grid does not do: "
+                "write grid, or search: {name: random, num_trials: 20}"
+            )
+        if self.search.name != "grid" and not drawn:
+            problems.append(
+                f"search.name={self.search.name} has nothing to draw in the space: write search: {{name: grid}}"
+            )
+        if self.search.name == "optuna" and len(self.seeds) > 1:
+            problems.append(
+                f"seeds={self.seeds}: search.name=optuna takes one; repeat what it finds with a grid over seeds"
+            )
+        names = set(self.space)
+        for number, claim in enumerate(self.expect):
+            for part in ("better", "worse", "where", "than_where"):
+                problems += [
+                    f"expect.{number}.{part}: {name!r} is no dimension of the space ({', '.join(names)})"
+                    for name in (getattr(claim, part) or {})
+                    if name not in names
+                ]
+            rungs = sorted({rung for budget in self.budgets for rung in self.rungs_of(budget)})
+            if claim.at is not None and claim.at not in rungs:
+                problems.append(f"expect.{number}.at={claim.at} is none of the rungs {rungs}")
+        for number, figure in enumerate(self.figures):
+            problems += [
+                f"figures.{number}: {name!r} is no dimension of the space ({', '.join(names)})"
+                for name in (figure.x, figure.series, figure.rows, figure.columns, *figure.where)
+                if name is not None and name not in names
+            ]
+        for key, value in self.overrides.items():
+            if "." not in key:
+                problems.append(f"overrides.{key}={value!r}: a dotted key such as train.global_batch_size expected")
+        for key in ("train.num_samples", "run.seed", "run.name", "run.dir", "run.storage"):
+            if key in self.overrides or key in names:
+                remedy = {"train.num_samples": "budget", "run.seed": "seeds"}.get(key, "name, dir and storage")
+                problems.append(f"{key} is set by the study's {remedy}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def budgets(self) -> list[int]:
+        return [self.budget] if isinstance(self.budget, int) else self.budget
+
+    def rungs_of(self, budget: int) -> list[int]:
+        """Samples seen at each rung of a trial; the last one is its budget."""
+        if self.rungs:
+            return [*(rung for rung in self.rungs if rung < budget), budget]
+        if self.scheduler.name == "none":
+            return [budget]
+        return geometric_rungs(budget, self.scheduler.eta, self.scheduler.first_rung or budget // 9)
+
+    @property
+    def rules(self) -> Rules:
+        scheduler = self.scheduler
+        return Rules(scheduler.name, scheduler.eta, scheduler.min_trials, scheduler.in_order)
+
+    @property
+    def folder(self) -> Path:
+        """The sweep's local folder, absolute."""
+        return Path(self.dir, self.name)
+
+    @property
+    def storage_uri(self) -> str:
+        """Where results and checkpoints live: {storage}/{name}."""
+        return f"{(self.storage or self.dir).rstrip('/')}/{self.name}"
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study and the run that it varies.
+
+    Attributes:
+        config: its base is the content of a run, so that it needs no other file.
+        base: the resolved config of the run, overrides put in.
+    """
+
+    config: StudyConfig
+    base: dict[str, Any]
+
+    def base_of(self, budget: int) -> dict[str, Any]:
+        """The run with a budget; what expressions see."""
+        content = copy.deepcopy(self.base)
+        content["train"]["num_samples"] = budget
+        return content
+
+    def trial_content(self, number: int, seed: int, budget: int, overrides: dict[str, Any]) -> dict[str, Any]:
+        """The config of one trial, not yet checked."""
+        content = self.base_of(budget)
+        for key, value in overrides.items():
+            put(content, key, value)
+        content["run"] |= {"name": trial_name(number), "dir": str(self.config.folder / "trials"), "seed": seed}
+        if self.config.storage:
+            content["run"]["storage"] = f"{self.config.storage_uri}/trials"
+        return content
+
+
+def trial_name(number: int) -> str:
+    return f"trial-{number:03d}"
+
+
+def load_study(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Study:
+    """Read a study's YAML and put dotted overrides over it.
+
+    `budget=1000`, `scale=full` and the like change the study; `optim.lr=1e-3` and other keys of a run go to its
+    overrides; `space.optim.lr={grid: [...]}` changes a dimension.
+
+    Raises:
+        ConfigError: for a missing or unreadable file, an unknown key, a wrong type, fields that contradict.
+    """
+    content = _read_yaml(path)
+    given = [override_of(text) for text in overrides]
+    scale = dict(given).get("scale", content.get("scale", "demo"))
+    scales = content.get("scales") or {}
+    if scale != "demo":
+        if scale not in scales:
+            raise ConfigError(f"{path}: scale={scale}: there are demo, {', '.join(scales) or 'and no others'}")
+        for key, value in scales[scale].items():
+            merged = isinstance(content.get(key), dict) and key in ("overrides", "space")
+            content[key] = content[key] | value if merged else value
+    _put_overrides(content, given)
+    base = content.get("base")
+    if isinstance(base, str):
+        # Of the command line it is relative to where that was written, of the study to the study.
+        content["base"] = _read_yaml(base if "base" in dict(given) else Path(path).parent / base)
+    return parse_study(content, str(path))
+
+
+def read_study(uri: str, overrides: list[str] | tuple[str, ...] = ()) -> Study:
+    """The study of a sweep that has begun, given its folder or storage; overrides as of `load_study`.
+
+    Raises:
+        ConfigError: where there is none.
+    """
+    from workers.storage import Storage
+
+    try:
+        content = yaml.safe_load(Storage(uri).read(STUDY))
+    except OSError as error:
+        raise ConfigError(
+            f"{uri} is no sweep: it holds no {STUDY}. Give the folder that `sigray sweep` named"
+        ) from error
+    home = Storage(uri)
+    parent, _, content["name"] = home.uri.rpartition("/")
+    if not home.is_local or not content.get("storage"):
+        content["dir" if home.is_local else "storage"] = parent  # where it lies now
+    _put_overrides(content, [override_of(text) for text in overrides])
+    return parse_study(content, f"{uri}/{STUDY}")
+
+
+def _put_overrides(content: dict[str, Any], given: list[tuple[str, Any]]) -> None:
+    """Put keys of the study, and keys of its run, where they belong."""
+    for key, value in given:
+        first, _, rest = key.partition(".")
+        if first in RunConfig.model_fields:
+            content["overrides"] = (content.get("overrides") or {}) | {key: value}
+        elif first in ("overrides", "space") and rest:
+            content[first] = (content.get(first) or {}) | {rest: value}
+        else:
+            put(content, key, value)
+
+
+def parse_study(content: dict[str, Any], source: str) -> Study:
+    """Check a study whose base is the content of a run; raises as `load_study`, naming `source`."""
+    try:
+        config = StudyConfig.model_validate(content)
+    except ValidationError as error:
+        lines = [line for item in error.errors() for line in _explain(dict(item))]
+        raise ConfigError("\n".join([f"{source} is no study:", *(f"  {line}" for line in lines)])) from None
+    assert isinstance(config.base, dict)
+    run = copy.deepcopy(config.base)
+    run["run"] = (run.get("run") or {}) | {"name": config.name}
+    put(run, "train.num_samples", config.budgets[-1])
+    for key, value in config.overrides.items():
+        put(run, key, value)
+    base = parse_config(run, f"{source}: the base run")
+    _check_metric(config.metric, base, source)
+    return Study(config, base.model_dump(mode="json"))
+
+
+def _check_metric(metric: str, base: RunConfig, source: str) -> None:
+    task, _, rest = metric.partition(".")
+    name, _, figure = rest.rpartition(".")
+    sets = base.eval.sets
+    if task not in _FIGURES or figure not in _FIGURES[task]:
+        known = [f"{task}.SET.{figure}" for task, figures in _FIGURES.items() for figure in figures]
+        near = difflib.get_close_matches(metric, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(
+            f"{source}: metric={metric} is no figure of an evaluation{hint}. There are {', '.join(known)}"
+        )
+    if name not in sets:
+        raise ConfigError(
+            f"{source}: metric={metric}: the base run has no eval.sets.{name}, but {', '.join(sets) or 'none'}"
+        )
+    if task == "zero_shot" and not sets[name].classes:
+        raise ConfigError(f"{source}: metric={metric}: eval.sets.{name} has no classes")
+    if task == "retrieval" and not sets[name].retrieval:
+        raise ConfigError(f"{source}: metric={metric}: eval.sets.{name} has retrieval=false")
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a mapping expected")
+    return content
+
+
+def _explain(error: dict[str, Any]) -> list[str]:
+    """A pydantic error as lines that name key, value and what is allowed."""
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] == "value_error":
+        return [f"{key}: {line}" if key else line for line in str(error["ctx"]["error"]).split("\n")]
+    if error["type"] == "extra_forbidden":
+        models: dict[str, type[Section]] = {
+            "search": SearchConfig,
+            "scheduler": SchedulerConfig,
+            "space": Dimension,
+            "expect": Claim,
+            "figures": FigureConfig,
+        }
+        section = models.get(str(error["loc"][0]), StudyConfig) if len(error["loc"]) > 1 else StudyConfig
+        known, last = list(section.model_fields), str(error["loc"][-1])
+        near = difflib.get_close_matches(last, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return [f"{key}: unknown key (value {error['input']!r}); {hint}allowed here: {', '.join(known)}"]
+    if error["type"] == "missing":
+        return [f"{key}: missing; every study needs it"]
+    message = re.sub(r"^(Input should be |Value error, )", "", error["msg"])
+    return [f"{key}={error['input']!r}: should be {message}"]

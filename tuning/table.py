@@ -1,0 +1,254 @@
+"""The results of a sweep, on disk at every moment, and the whole state of the sweep.
+
+results.jsonl has a line for each thing that happened:
+
+    {"event": "trial", "number", "seed", "budget", "values", "overrides"}        it was proposed
+    {"event": "infeasible", "number", "why"}                                     it cannot run, and was not started
+    {"event": "result", "number", "rung", "samples_seen", "value", "loss", "figures"}     it came to a rung
+    {"event": "decision", "number", "rung", "answer", "why"}                     go on or stop
+    {"event": "failed", "number", "why"}                                         it ended by an error
+    {"event": "retry", "number"}                                                 and shall be tried again
+    {"event": "stream", "decoded", "served", "cpu_s"}                what a shared stream has cost and given, in samples
+
+Everything else (which trials are over, what a searcher has learned, what a scheduler compares) is computed from these
+lines, so a sweep that goes on after its driver has died knows all that it knew.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tuning.decide import Progress
+from tuning.search import Outcome
+from tuning.space import Point
+from workers.storage import Storage
+
+RESULTS = "results.jsonl"
+Status = Literal["waiting", "begun", "finished", "stopped", "failed", "infeasible"]
+
+
+@dataclass
+class Result:
+    """A trial at a rung."""
+
+    rung: int
+    samples_seen: int
+    value: float
+    loss: float | None = None
+    figures: dict[str, Any] = field(default_factory=dict)  # zero_shot and retrieval, as of the evaluation
+    answer: str | None = None  # None until it is decided
+    why: str = ""
+
+
+@dataclass
+class Row:
+    """All that is known of a trial."""
+
+    number: int
+    seed: int
+    budget: int
+    values: dict[str, Any]
+    overrides: dict[str, Any]
+    results: list[Result] = field(default_factory=list)
+    error: str | None = None
+    is_infeasible: bool = False
+
+    @property
+    def status(self) -> Status:
+        if self.is_infeasible:
+            return "infeasible"
+        if self.error is not None:
+            return "failed"
+        if not self.results:
+            return "waiting"
+        if self.results[-1].answer == "stop":
+            return "finished" if self.results[-1].samples_seen >= self.budget else "stopped"
+        return "begun"
+
+    @property
+    def is_over(self) -> bool:
+        return self.status not in ("waiting", "begun")
+
+    @property
+    def group(self) -> tuple[int, int]:
+        """Trials that are compared with each other."""
+        return self.seed, self.budget
+
+    @property
+    def key(self) -> str:
+        """The same for the same configuration under another seed."""
+        return json.dumps([self.budget, self.overrides], sort_keys=True)
+
+    @property
+    def samples_seen(self) -> int:
+        return self.results[-1].samples_seen if self.results else 0
+
+    def at(self, samples: int | None) -> Result | None:
+        """The result at a rung given in samples; None: at the end of the budget."""
+        wanted = self.budget if samples is None else samples
+        # A rung falls on the first step at or behind its count.
+        found = [result for result in self.results if result.samples_seen >= wanted]
+        before = [result for result in self.results if result.samples_seen < wanted]
+        return found[0] if found and found[0].rung == len(before) else None
+
+    def progress(self) -> Progress:
+        return Progress([result.value for result in self.results], self.is_over)
+
+    def outcome(self) -> Outcome:
+        """For the searcher: figures of a trial that failed count for nothing."""
+        usable = [] if self.status in ("failed", "infeasible") else [result.value for result in self.results]
+        return Outcome(Point(self.values, self.overrides), usable, self.is_over, self.status == "finished")
+
+
+@dataclass
+class Table:
+    """The rows by number, and what the streams have cost."""
+
+    rows: dict[int, Row] = field(default_factory=dict)
+    streams: list[dict[str, float]] = field(default_factory=list)
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Take in one line.
+
+        Raises:
+            ValueError: for a line that is none of ours.
+        """
+        kind = event.get("event")
+        if kind == "trial":
+            fields = {key: event[key] for key in ("number", "seed", "budget", "values", "overrides")}
+            self.rows[event["number"]] = Row(**fields)
+        elif kind == "stream":
+            self.streams.append({key: event[key] for key in ("decoded", "served", "cpu_s")})
+        elif kind == "infeasible":
+            row = self.rows[event["number"]]
+            row.is_infeasible, row.error = True, event["why"]
+        elif kind == "failed":
+            self.rows[event["number"]].error = event["why"]
+        elif kind == "retry":
+            self.rows[event["number"]].error = None
+        elif kind == "result":
+            fields = {key: event[key] for key in ("rung", "samples_seen", "value", "loss", "figures")}
+            self.rows[event["number"]].results.append(Result(**fields))
+        elif kind == "decision":
+            result = self.rows[event["number"]].results[event["rung"]]
+            result.answer, result.why = event["answer"], event["why"]
+        else:
+            raise ValueError(f"unknown event {kind!r}")
+
+    @property
+    def samples_spent(self) -> int:
+        """Samples seen by all trials together, up to their last results."""
+        return sum(row.samples_seen for row in self.rows.values())
+
+    def counts(self) -> dict[str, int]:
+        """How many trials have each status."""
+        statuses = [row.status for row in self.rows.values()]
+        return {status: statuses.count(status) for status in sorted(set(statuses))}
+
+
+def read_table(storage: Storage) -> Table:
+    """The table of a sweep; an empty one where none is there.
+
+    Raises:
+        ValueError: where the file is not ours.
+    """
+    table = Table()
+    for event in read_events(storage):
+        table.add(event)
+    return table
+
+
+def read_events(storage: Storage) -> list[dict[str, Any]]:
+    if not storage.exists(RESULTS):
+        return []
+    return [json.loads(line) for line in storage.read(RESULTS).decode().splitlines()]
+
+
+class Writer:
+    """Adds events to the table in memory and to the file, which is replaced at once: a reader never sees half a line.
+
+    Args:
+        storage: of the sweep.
+
+    Attributes:
+        table: what the file says.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage, self._events = storage, read_events(storage)
+        self.table = Table()
+        for event in self._events:
+            self.table.add(event)
+
+    def add(self, *events: dict[str, Any]) -> None:
+        """Durable when it returns."""
+        for event in events:
+            self.table.add(event)
+        self._events += events
+        self._storage.write(RESULTS, "".join(json.dumps(event) + "\n" for event in self._events).encode())
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A configuration over all of its seeds."""
+
+    rows: Sequence[Row]
+    rung: int  # to which all of them came; -1: not all came to one
+    mean: float  # of the figure there
+    spread: float  # standard deviation over seeds; 0 for one
+
+    @property
+    def values(self) -> dict[str, Any]:
+        return self.rows[0].values
+
+
+def ranking(rows: Iterable[Row]) -> list[Ranked]:
+    """The configurations, best first: those that came furthest, and among these by the mean of their figure.
+
+    Only among equal budgets, where there are several: of the largest.
+    """
+    rows = list(rows)
+    largest = max((row.budget for row in rows), default=0)
+    by_key: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.budget == largest and row.status not in ("infeasible", "failed"):
+            by_key.setdefault(row.key, []).append(row)
+    ranked = []
+    for group in by_key.values():
+        rung = min(len(row.results) for row in group) - 1
+        values = [row.results[rung].value for row in group] if rung >= 0 else [float("-inf")]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        ranked.append(Ranked(group, rung, statistics.fmean(values), spread))
+    return sorted(ranked, key=lambda one: (-one.rung, -one.mean, one.rows[0].number))
+
+
+def as_csv(table: Table, num_rungs: int) -> str:
+    """The final table: what was tried and what came of it. Nothing in it depends on when or where."""
+    names = list(dict.fromkeys(name for row in table.rows.values() for name in row.values))
+    head = ["trial", "seed", "budget", *names, "status", "samples_seen", *(f"rung_{n + 1}" for n in range(num_rungs))]
+    lines = [head]
+    for number in sorted(table.rows):
+        row = table.rows[number]
+        figures = [f"{result.value!r}" for result in row.results]
+        lines.append(
+            [
+                str(number),
+                str(row.seed),
+                str(row.budget),
+                *(_cell(row.values.get(name, "")) for name in names),
+                row.status,
+                str(row.samples_seen),
+                *figures,
+                *[""] * (num_rungs - len(figures)),
+            ]
+        )
+    return "".join(",".join(line) + "\n" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f'"{text.replace(chr(34), chr(34) * 2)}"' if any(sign in text for sign in ',"\n') else text

@@ -1,0 +1,69 @@
+"""The two places where Ray Tune calls us: it asks for the next trial, and it lets us look while it works.
+
+Both are thin: what they answer is the driver's business, `tuning/sweep.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from ray.tune import Callback
+from ray.tune.search import Searcher
+
+
+class Driver(Protocol):
+    """What Ray Tune needs of the sweep."""
+
+    def next_trial(self, trial_id: str) -> int | str | None: ...
+
+    def trial_ended(self, trial_id: str, error: str | None) -> None: ...
+
+    def trial_restarts(self, trial_id: str) -> None: ...
+
+    def look(self, at_once: bool = False) -> None: ...
+
+
+class Trials(Searcher):
+    """Ray Tune's searcher: hands out the numbers of trials."""
+
+    def __init__(self, driver: Driver) -> None:
+        super().__init__()
+        self._driver = driver
+
+    def suggest(self, trial_id: str) -> Any:
+        number = self._driver.next_trial(trial_id)
+        return {"number": number} if isinstance(number, int) else number
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        """Told once for each trial, after the last of its restarts."""
+        if not error:
+            self._driver.trial_ended(trial_id, None)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Ray Tune would keep a searcher's state beside its own. Ours is the table."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """See `save`."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Ray Tune pickles it for a restore that we do not use
+
+
+class Watch(Callback):
+    """Ray Tune's callback: a look at the table several times a second, and trials whose process died for good."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._driver.look()
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._driver.trial_restarts(trial.trial_id)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        text = str(trial.get_error() or "its process died").strip()
+        self._driver.trial_ended(trial.trial_id, text.splitlines()[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}

@@ -1,0 +1,110 @@
+"""Was it seen? What a study expected against what its table says, with the noise that it has to be told from.
+
+A claim compares two sides at equal values of everything else: equal seed, budget, and all other dimensions. Each seed
+gives one mean difference. Two things blur it: a figure over n images is a sample (for two rates p and q the variance of
+their difference is p(1-p)/n + q(1-q)/n, or less, since the images are the same), and another seed gives another model.
+So a direction counts as seen where every seed shows it, and their mean is more than two standard errors from zero; the
+error is the larger of that of the images and, with three seeds or more, that of the seeds.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tuning.study import Claim
+from tuning.table import Result, Row
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a claim."""
+
+    answer: Literal["seen", "the other way", "undecided", "no data"]
+    mean: float = 0.0  # difference, better - worse; or by how much it is larger at one place than at the other
+    error: float = 0.0  # standard error of the mean
+    by_seed: tuple[float, ...] = ()
+    num_pairs: int = 0
+
+
+def verdict(claim: Claim, rows: Iterable[Row], metric: str, derived: Iterable[str]) -> Verdict:
+    """Judge a claim.
+
+    Args:
+        rows: of the sweep.
+        metric: of the study.
+        derived: dimensions that follow from others (`expr`): they need not be equal.
+    """
+    rows = [row for row in rows if row.status not in ("failed", "infeasible")]
+    here = _pairs(claim, rows, claim.where, set(derived))
+    there = _pairs(claim, rows, claim.than_where, set(derived)) if claim.than_where is not None else None
+    if not here or (there is not None and not there):
+        return Verdict("no data")
+    leads, variances = _by_seed(here, metric)
+    num_pairs = len(here)
+    if there is not None:
+        others, other_variances = _by_seed(there, metric)
+        common = leads.keys() & others.keys()
+        leads = {seed: leads[seed] - others[seed] for seed in common}
+        variances = {seed: variances[seed] + other_variances[seed] for seed in common}
+        num_pairs += len(there)
+        if not leads:
+            return Verdict("no data")
+    by_seed = tuple(leads[seed] for seed in sorted(leads))
+    mean = statistics.fmean(by_seed)
+    error = math.sqrt(sum(variances[seed] for seed in leads)) / len(leads)
+    if len(by_seed) >= 3:
+        error = max(error, statistics.stdev(by_seed) / math.sqrt(len(by_seed)))
+    answer: Literal["seen", "the other way", "undecided"] = "undecided"
+    if mean > 2 * error and min(by_seed) > 0:
+        answer = "seen"
+    elif mean < -2 * error and max(by_seed) < 0:
+        answer = "the other way"
+    return Verdict(answer, mean, error, by_seed, num_pairs)
+
+
+def _pairs(
+    claim: Claim, rows: Sequence[Row], where: dict[str, Any], derived: set[str]
+) -> list[tuple[Row, Result, Result]]:
+    named = claim.better.keys() | claim.worse.keys()
+    pairs = []
+    for row in rows:
+        ahead = row.at(claim.at)
+        if ahead is None or not _matches(row, claim.better | where):
+            continue
+        for other in rows:
+            behind = other.at(claim.at)
+            if behind is None or other.group != row.group or not _matches(other, claim.worse | where):
+                continue
+            # A dimension that only one of them has (`when`) is no difference.
+            names = (row.values.keys() & other.values.keys()) - named - derived
+            if all(row.values[name] == other.values[name] for name in names):
+                pairs.append((row, ahead, behind))
+    return pairs
+
+
+def _matches(row: Row, values: dict[str, Any]) -> bool:
+    return all(name in row.values and row.values[name] == value for name, value in values.items())
+
+
+def _by_seed(pairs: Sequence[tuple[Row, Result, Result]], metric: str) -> tuple[dict[int, float], dict[int, float]]:
+    """Mean difference of each seed, and its variance as a sample of images."""
+    differences: dict[int, list[float]] = {}
+    variances: dict[int, list[float]] = {}
+    for row, ahead, behind in pairs:
+        differences.setdefault(row.seed, []).append(ahead.value - behind.value)
+        variances.setdefault(row.seed, []).append(sample_variance(ahead, metric) + sample_variance(behind, metric))
+    means = {seed: statistics.fmean(values) for seed, values in differences.items()}
+    return means, {seed: sum(values) / len(values) ** 2 for seed, values in variances.items()}
+
+
+def sample_variance(result: Result, metric: str) -> float:
+    """p(1-p)/n of a rate over n images, or captions."""
+    task, _, rest = metric.partition(".")
+    name, _, figure = rest.rpartition(".")
+    counted = "num_captions" if figure.startswith("text_to_image") else "num_images"
+    count = result.figures.get(task, {}).get(name, {}).get(counted) or 1
+    return result.value * (1 - result.value) / count
