@@ -27,6 +27,7 @@ Train SigLIP-style image-text models from WebDataset tars on a Ray cluster.
   sigray eval runs/emoji_cpu                      measure the newest checkpoint again
   sigray config examples/emoji_cpu.yaml           print the whole config, every default written out
   sigray plan examples/emoji_cpu.yaml             predict memory, time and cost before anything starts
+  sigray embed examples/emoji_siglit.yaml         compute a locked image tower's embeddings once, for training
   sigray sweep tuning/studies/batch_size.yaml     train many runs that differ in chosen keys, and compare them
 
   sigray data inspect 'data/emoji36/train/*.tar' --sheet sheet.html
@@ -88,6 +89,18 @@ Devices: cpu (this machine), {devices}.
 Needs no cluster, no accelerator and no data. docs/plan.md says what is counted, what is assumed and how far it was off.
 
 Exit codes: 0 it fits; 2 it does not, and the message says which train.micro_batch_size would.
+"""
+
+_EMBED_EXAMPLES = """\
+examples:
+  sigray embed examples/emoji_siglit.yaml                         once
+  sigray train examples/emoji_siglit.yaml                         as often as you like
+  sigray embed run.yaml embeddings.store=s3://bucket/embeddings cluster.num_workers=8
+
+Runs the locked image tower once over the shards of data.shards and eval.sets, with cluster.num_workers workers of
+cluster.accelerator, and writes one tar of embeddings, captions and classes for each tar of images (docs/data.md).
+Interrupted, or run again with more data, it embeds what is missing. A store of another tower or preprocessing is
+refused.
 """
 
 _CHAOS_EXAMPLES = """\
@@ -215,18 +228,27 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     if kind is None:
         raise ConfigError("which device? Give --device or cluster.device: " + ", ".join([CPU, *DEVICES]))
     num_devices = options.devices or default_num_devices(config, kind)
+    stored_embeddings = options.stored_embeddings or config.embeddings.store is not None
     predicted = plan(
         config,
         kind,
         num_devices,
-        stored_embeddings=options.stored_embeddings,
+        stored_embeddings=stored_embeddings,
         price_per_hour=options.price_per_hour,
     )
     if options.json:
         print(json.dumps(predicted.as_dict(), indent=1))
     else:
         console.print(tables(predicted))
-    check_fits(predicted, config, stored_embeddings=options.stored_embeddings)
+    check_fits(predicted, config, stored_embeddings=stored_embeddings)
+    return 0
+
+
+def _embed(options: argparse.Namespace, console: Console) -> int:
+    config = load_config(options.config, options.overrides)
+    from orchestrator.embed import embed
+
+    console.print(embed(config, console), highlight=False, soft_wrap=True)
     return 0
 
 
@@ -393,6 +415,12 @@ def _parser(add_more: Callable[[Any], None]) -> argparse.ArgumentParser:
 
     added = command("report", _report, "write a run's report.html again")
     added.add_argument("run_folder", metavar="RUN")
+
+    added = command(
+        "embed", _embed, "compute a locked image tower's embeddings once, into a store", examples=_EMBED_EXAMPLES
+    )
+    added.add_argument("config", metavar="CONFIG.yaml")
+    overrides(added)
 
     added = command("config", _config, "print a config with every default written out, or the JSON schema")
     added.add_argument("config", nargs="?", metavar="CONFIG.yaml")

@@ -22,6 +22,7 @@ from workers.config import (
     Accelerator,
     CheckpointConfig,
     DataConfig,
+    EmbeddingsConfig,
     EvalConfig,
     LocalOrUri,
     LossConfig,
@@ -148,6 +149,7 @@ class RunConfig(Section):
     data: DataConfig
     model: ModelConfig
     train: TrainConfig
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     sharding: ShardingConfig = ShardingConfig()
@@ -195,11 +197,34 @@ class RunConfig(Section):
                 f"cluster.hang_timeout_s={self.cluster.hang_timeout_s:g} is not above data.worker_timeout_s="
                 f"{self.data.worker_timeout_s:g}: a data-shard worker that hangs would have all training workers killed"
             )
+        problems += self._embeddings_problems()
         if self.eval.pixel_baseline and not any(spec.classes for spec in self.eval.sets.values()):
             problems.append("eval.pixel_baseline=true needs a set with classes in eval.sets, and there is none")
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _embeddings_problems(self) -> list[str]:
+        """Why embeddings.store cannot stand for the image tower."""
+        if self.embeddings.store is None:
+            return []
+        problems = []
+        if "visual" not in self.model.locked:
+            problems.append(
+                f"embeddings.store={self.embeddings.store} needs a locked image tower: set model.locked=[visual]"
+            )
+        if self.embeddings.num_views > 1 and self.data.crop == "center":
+            problems.append(
+                f"embeddings.num_views={self.embeddings.num_views} with data.crop=center would store one view so many "
+                "times: set data.crop=random, or num_views=1"
+            )
+        noise = self.train.label_noise
+        if noise is not None and noise.kind in ("image", "image_text", "all"):
+            problems.append(
+                f"train.label_noise.kind={noise.kind} corrupts images, and embeddings.store holds none: text or "
+                "alignment can be had"
+            )
+        return problems
 
     def _device_problems(self) -> list[str]:
         """What does not divide over a worker's devices, and what they cannot compute."""
@@ -265,11 +290,13 @@ FIXED_ON_RESUME = (
     "data.crop_ratio",
     "data.max_image_pixels",
     "model",
+    "embeddings",
     "train",
     "loss",
     "optim",
 )
 _FREE_ON_RESUME = (
+    "embeddings.batch_size",
     "train.log_every_steps",
     "train.micro_batch_size",
     "train.on_bad_loss",

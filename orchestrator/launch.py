@@ -753,7 +753,7 @@ def _submit_evaluation(config: RunConfig, folder: RunFolder, info: CheckpointInf
     from workers.evaluate import evaluate_checkpoint
 
     task: Any = ray.remote(num_cpus=EVALUATION_CPUS)(evaluate_checkpoint)
-    return task.remote(folder.storage.uri, info, config.model, config.data, config.eval)
+    return task.remote(folder.storage.uri, info, config.model, config.data, config.eval, config.embeddings)
 
 
 def _add_baselines(config: RunConfig, result: dict[str, Any]) -> None:
@@ -769,11 +769,16 @@ def _add_baselines(config: RunConfig, result: dict[str, Any]) -> None:
 
 
 def scan(config: RunConfig, display: Display) -> Manifest:
-    """The manifest of a run's shards, their headers read where they are not known."""
+    """The manifest of a run's shards, their headers read where they are not known; of the store's where it has one."""
     from workers.pool import in_tasks
 
     parallel_map = in_tasks if _cluster_address(config) else in_threads
-    return scan_shards(config.data.shards, config.data, _ScanProgress(display), parallel_map)
+    manifest = scan_shards(config.data.shards, config.data, _ScanProgress(display), parallel_map)
+    if config.embeddings.store is None:
+        return manifest
+    from orchestrator.embed import check_store
+
+    return check_store(config).manifest(manifest, config.data, parallel_map)
 
 
 def check_batch(config: RunConfig, manifest: Manifest) -> None:

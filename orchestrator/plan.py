@@ -397,7 +397,9 @@ def check_memory(config: RunConfig) -> None:
         return
     if kind.name == CPU:
         kind = dataclasses.replace(kind, framework=0)
-    check_fits(plan(config, kind, default_num_devices(config, kind)), config)
+    stored = config.embeddings.store is not None
+    found = plan(config, kind, default_num_devices(config, kind), stored_embeddings=stored)
+    check_fits(found, config, stored_embeddings=stored)
 
 
 def run_device(config: RunConfig, name: str | None = None, num_devices: int | None = None) -> DeviceKind | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrator.config import RunConfig
+from orchestrator.embed import check_store
 from orchestrator.launch import train_job
 from workers.checkpoint import CheckpointInfo
 from workers.data_worker import Block, DataWorker
@@ -61,6 +62,8 @@ def train_bare(rank: int, world_size: int, config: RunConfig, last_step: int | N
         `losses` by step, the newest checkpoint's `files` and all `lines` of metrics; empty on ranks other than 0.
     """
     manifest = scan_shards(config.data.shards, config.data)
+    if config.embeddings.store is not None:
+        manifest = check_store(config).manifest(manifest, config.data)
     recorder = Recorder(last_step)
     blocks = OneWorker(DataWorker(manifest, config.data, config.model, seed=config.run.seed))
     train_loop_per_worker(train_job(config, world_size, manifest, blocks, recorder))

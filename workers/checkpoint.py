@@ -276,6 +276,9 @@ def read_info(storage: Storage, name: str) -> CheckpointInfo:
 def load_weights(storage: Storage, info: CheckpointInfo, module: nn.Module) -> None:
     """Put a checkpoint's weights into the model.
 
+    A run that read its locked image tower's embeddings from a store has none of that tower's weights: the module keeps
+    the ones that it has.
+
     Raises:
         DamagedCheckpoint: for a file that is not what was committed.
         CheckpointError: for weights of another model.
@@ -283,8 +286,11 @@ def load_weights(storage: Storage, info: CheckpointInfo, module: nn.Module) -> N
     from safetensors.torch import load
 
     tensors = load(_verified(storage, info, _WEIGHTS))
+    of_store = "visual" in info.model["locked"] and not any(name.startswith("visual.") for name in tensors)
     for name, own in module.state_dict().items():
-        if name in tensors and tensors[name].shape == own.shape:
+        if of_store and name.startswith("visual."):
+            tensors[name] = own
+        elif name in tensors and tensors[name].shape == own.shape:
             tensors[name] = like(tensors[name], own)
     try:
         module.load_state_dict(tensors)

@@ -29,6 +29,13 @@ def _absolute(path: str) -> str:
 LocalOrUri = Annotated[str, AfterValidator(_absolute)]
 LocalPath = Annotated[str, AfterValidator(os.path.abspath)]
 Patterns = LocalOrUri | list[LocalOrUri]
+
+
+def _absolute_file(name: str) -> str:
+    return os.path.abspath(name) if name.endswith((".onnx", ".pt", ".ts")) else name
+
+
+ImageTowerName = Annotated[str, AfterValidator(_absolute_file)]
 TokenizerName = Annotated[str, AfterValidator(lambda name: name if name == "open_clip" else _absolute(name))]
 
 
@@ -137,6 +144,10 @@ class ModelConfig(Section):
     """An open_clip model config such as ViT-B-16-SigLIP. Give either this or `towers`."""
     towers: dict[str, Any] | None = None
     """An open_clip model config written out: embed_dim, vision_cfg, text_cfg."""
+    image_tower: ImageTowerName | None = None
+    """A tower that is not open_clip's, in the place of vision_cfg's: `package.module:function`, called without
+    arguments for a torch.nn.Module, or a TorchScript (.pt, .ts) or ONNX (.onnx) file. Takes (b, 3, S, S), gives
+    (b, embed_dim)."""
     tokenizer: TokenizerName = "open_clip"
     """`open_clip` for the tokenizer of the model (its BPE), or the path of a Hugging Face tokenizer.json."""
     init_logit_scale: float = math.log(10)
@@ -163,9 +174,23 @@ class ModelConfig(Section):
                 raise ValueError(
                     f"towers needs the keys {sorted(required)}: missing {sorted(missing)}, unknown {sorted(unknown)}"
                 )
+        if self.image_tower and self.image_tower.endswith((".onnx", ".pt", ".ts")) and "visual" not in self.locked:
+            raise ValueError(f"image_tower={self.image_tower} is a file and cannot be trained: set locked=[visual]")
         if len(self.locked) > 1:
             raise ValueError(f"locked={self.locked}: one of visual and text at most, or nothing is left to train")
         return self
+
+
+class EmbeddingsConfig(Section):
+    store: LocalOrUri | None = None
+    """Folder, or s3:// prefix, of the embeddings that `sigray embed` makes with a locked image tower. Training then
+    reads them in the place of images, and never runs the tower; null: the tower runs in every step."""
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """In which they are stored."""
+    num_views: PositiveInt = 1
+    """Random crops of each training image (data.crop=random); each epoch draws one of them."""
+    batch_size: PositiveInt = 128
+    """Crops that go through the tower at once."""
 
 
 class LabelNoise(Section):

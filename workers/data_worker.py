@@ -23,9 +23,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from workers.config import DataConfig, ModelConfig
-from workers.decode import Decoder, Refused, sample_random
+from workers.decode import Decoder, Refused, SampleRandom, sample_random
 from workers.order import DatasetOrder, SampleRef, StreamOrder, Window
 from workers.shards import Manifest, caption_member, read_samples
+from workers.store import EmbeddingReader, StoreFormat
 from workers.tar import DataError, TarSample
 from workers.tokenizer import build_tokenizer
 from workers.towers import shapes
@@ -38,7 +39,7 @@ _NUM_READERS = 2
 class Block:
     """K consecutive samples of a lane, as they travel through the object store."""
 
-    images: np.ndarray  # (K, S, S, 3) uint8
+    images: np.ndarray  # (K, S, S, 3) uint8; of a store (K, D), uint16 standing for bfloat16
     tokens: np.ndarray  # (K, T) int32
     samples: np.ndarray  # (K, 3) int64: epoch, shard in the manifest, index in the shard
     keys: list[str]  # of the pairs that stand in the rows
@@ -81,9 +82,12 @@ class DataWorker:
         self._image_size, self._context_length, vocab_size = shapes(model)
         self._tokenizer = build_tokenizer(model, self._context_length, vocab_size)
         self._decoder = Decoder(data, self._image_size)
+        self._store = StoreFormat(**manifest.store) if manifest.store is not None else None
+        self._embeddings = EmbeddingReader(self._store) if self._store is not None else None
         self._windows = _Windows(manifest, self._order, data)
         self._blocks: dict[int, OrderedDict[int, Block]] = {}  # the latest decoded last
-        self._cache = _Cache(data.cache_mib * 2**20 if data.crop == "center" else 0, data)
+        is_fixed = data.crop == "center" if self._store is None else self._store.num_views == 1
+        self._cache = _Cache(data.cache_mib * 2**20 if is_fixed else 0, data)
 
     def block(self, lane: int, number: int) -> Block:
         """Samples [number K, (number + 1) K) of a lane.
@@ -107,7 +111,9 @@ class DataWorker:
     def _decode_block(self, lane: int, number: int) -> Block:
         size, image_size = self._data.block_size, self._image_size
         block = Block(
-            images=np.empty((size, image_size, image_size, 3), np.uint8),
+            images=np.empty((size, image_size, image_size, 3), np.uint8)
+            if self._store is None
+            else np.empty((size, self._store.dim), self._store.numpy_dtype),
             tokens=np.empty((size, self._context_length), np.int32),
             samples=np.empty((size, 3), np.int64),
             keys=[],
@@ -144,11 +150,18 @@ class DataWorker:
         caption = self._decoder.choose_caption(sample.members, random)
         cached = self._cache.image(ref)
         if cached is None:
-            self._decoder.decode_image(sample.members, out, random)
+            self._decode_image(sample, random, out)
             self._cache.put(ref, sample, out)
         else:
             out[:] = cached
         return caption
+
+    def _decode_image(self, sample: TarSample, random: SampleRandom, out: np.ndarray) -> None:
+        if self._embeddings is None or self._store is None:
+            self._decoder.decode_image(sample.members, out, random)
+        else:
+            view = int(next(random.uniforms("view")) * self._store.num_views)
+            out[:] = self._embeddings.read(sample.members, view)
 
     def _replacement(self, lane: int, index: int, ref: SampleRef, out: np.ndarray) -> tuple[TarSample, str]:
         window, slot = self._order.window(lane, index)
@@ -161,7 +174,7 @@ class DataWorker:
                     continue
                 random = sample_random(self._seed, ref.epoch, ref.shard, ref.index)
                 caption = self._decoder.choose_caption(sample.members, random)
-                self._decoder.decode_image(sample.members, out, random)
+                self._decode_image(sample, random, out)
             except Refused:
                 continue
             return sample, caption

@@ -23,10 +23,11 @@ from PIL import Image
 from torch import Tensor
 
 from workers.checkpoint import CheckpointInfo, load_weights
-from workers.config import DataConfig, EvalConfig, EvalSet, ModelConfig, Patterns, WeightedShards
+from workers.config import DataConfig, EmbeddingsConfig, EvalConfig, EvalSet, ModelConfig
 from workers.decode import Decoder, Refused
-from workers.shards import read_samples, scan_shards
+from workers.shards import Manifest, read_samples, scan_shards
 from workers.storage import Storage
+from workers.store import EmbeddingStore, read_embeddings
 from workers.tar import DataError, TarSample
 from workers.tokenizer import Tokenizer, build_tokenizer
 from workers.towers import build_model, normalize_pixels, shapes
@@ -40,28 +41,35 @@ class LoadedSet:
 
     images: np.ndarray  # (n, S, S, 3) uint8
     captions: list[str]  # n
+    places: list[tuple[int, int]]  # n; shard in the set's manifest, index in the shard
     class_ids: list[str]  # n; empty strings where the set has no classes
     num_refused: int
 
 
 def evaluate_checkpoint(
-    storage_uri: str, info: CheckpointInfo, model: ModelConfig, data: DataConfig, evaluation: EvalConfig
+    storage_uri: str,
+    info: CheckpointInfo,
+    model: ModelConfig,
+    data: DataConfig,
+    evaluation: EvalConfig,
+    embeddings: EmbeddingsConfig,
 ) -> dict[str, Any]:
-    """All figures of one checkpoint.
+    """All figures of one checkpoint; with a store the image features come from there.
 
     Returns:
         {"step", "samples_seen", "zero_shot": {set: ...}, "retrieval": {set: ...}, "sheets": {set: [...]}}; rates
         are fractions. `sheets` holds images as base64 PNG with their five best captions.
     """
     image_size, context_length, vocab_size = shapes(model)
-    module = build_model(model)
+    store = EmbeddingStore(embeddings.store) if embeddings.store is not None else None
+    module = build_model(model, stored_embeddings=store is not None)
     load_weights(Storage(storage_uri), info, module)
     encoder = Encoder(module, model, build_tokenizer(model, context_length, vocab_size), evaluation.batch_size)
     result: dict[str, Any] = {"step": info.step, "samples_seen": info.samples_seen}
     result |= {"zero_shot": {}, "retrieval": {}, "sheets": {}}
     for name, spec in evaluation.sets.items():
         loaded = load_set(spec, data, image_size)
-        features = encoder.images(loaded.images)
+        features = encoder.images(loaded.images) if store is None else _stored_features(store, spec, data, loaded)
         if spec.classes:
             classes = read_classes(spec.classes)
             labels = class_labels(loaded, classes, name)
@@ -74,6 +82,23 @@ def evaluate_checkpoint(
             owner = torch.tensor([captions.index(caption) for caption in loaded.captions])
             result["retrieval"][name] = retrieval_recall(features @ encoder.texts(captions).T, owner)
     return result
+
+
+def _stored_features(store: EmbeddingStore, spec: EvalSet, data: DataConfig, loaded: LoadedSet) -> Tensor:
+    """(n, D) of unit norm.
+
+    Raises:
+        StoreError: where the store lacks a shard of the set.
+        DataError: where the store refused an image that is usable now.
+    """
+    rows = [list(read_embeddings(store, shard, data)) for shard in scan_shards(spec.shards, data).shards]
+    found = [row for shard, index in loaded.places if (row := rows[shard][index]) is not None]
+    if len(found) < len(loaded.places):
+        raise DataError(
+            f"{store.uri} lacks the embeddings of {len(loaded.places) - len(found)} images of {spec.shards} "
+            "that can be read now: delete its eval folder and run `sigray embed` again"
+        )
+    return torch.nn.functional.normalize(torch.from_numpy(np.stack(found)), dim=-1)
 
 
 class Encoder:
@@ -108,8 +133,8 @@ def load_set(spec: EvalSet, data: DataConfig, image_size: int) -> LoadedSet:
         DataError: where shards are missing or nothing in them is usable.
     """
     decoder = Decoder(data, image_size)
-    images, captions, class_ids, num_refused = [], [], [], 0
-    for sample in _all_samples(spec.shards, data):
+    images, captions, places, class_ids, num_refused = [], [], [], [], 0
+    for place, sample in _all_samples(scan_shards(spec.shards, data), data):
         try:
             caption = decoder.choose_caption(sample.members, None)
             class_id = _class_id(sample, spec) if spec.classes else ""
@@ -120,10 +145,11 @@ def load_set(spec: EvalSet, data: DataConfig, image_size: int) -> LoadedSet:
             continue
         images.append(image)
         captions.append(caption)
+        places.append(place)
         class_ids.append(class_id)
     if not images:
         raise DataError(f"{spec.shards}: none of {num_refused} samples is usable")
-    return LoadedSet(np.stack(images), captions, class_ids, num_refused)
+    return LoadedSet(np.stack(images), captions, places, class_ids, num_refused)
 
 
 def read_classes(path: str) -> list[dict[str, str]]:
@@ -226,9 +252,10 @@ def _rank_of(scores: Tensor, truth: Tensor) -> Tensor:
     return (scores > own).sum(dim=1) + ((scores == own).sum(dim=1) - 1) / 2
 
 
-def _all_samples(patterns: Patterns | dict[str, WeightedShards], data: DataConfig) -> Iterator[TarSample]:
-    for shard in scan_shards(patterns, data).shards:
-        yield from read_samples(shard, data)
+def _all_samples(manifest: Manifest, data: DataConfig) -> Iterator[tuple[tuple[int, int], TarSample]]:
+    for number, shard in enumerate(manifest.shards):
+        for sample in read_samples(shard, data):
+            yield (number, sample.index), sample
 
 
 def _class_id(sample: TarSample, spec: EvalSet) -> str:

@@ -40,11 +40,17 @@ class Batch:
     """This rank's part of the global batch of `step`."""
 
     step: int
-    images: torch.Tensor  # (b, S, S, 3) uint8
+    images: torch.Tensor  # (b, S, S, 3) uint8; of a store (b, D) floats
     tokens: torch.Tensor  # (b, T) int32
     samples: np.ndarray  # (b, 3) int64: epoch, shard in the manifest, index in the shard
     keys: list[str]  # of the pairs that stand in the rows
     replaced: np.ndarray  # (b,) bool: another pair stands in the place of the row's own sample
+
+
+def as_tensor(images: np.ndarray) -> torch.Tensor:
+    """Images or embeddings as a block holds them, without a copy; its uint16 are the bits of bfloat16."""
+    tensor = torch.from_numpy(images)
+    return tensor.view(torch.bfloat16) if images.dtype == np.uint16 else tensor
 
 
 class _Buffers:
@@ -57,13 +63,14 @@ class _Buffers:
         self._pin_memory = pin_memory
         self._buffers: list[np.ndarray] = []
 
-    def take(self, shape: tuple[int, ...]) -> np.ndarray:
-        """A uint8 array of this shape, contents undefined."""
+    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array of this shape, contents undefined."""
         for buffer in self._buffers:
             # The list, the loop and the call itself; a tensor made of the array, or a view of it, would be one more.
             if buffer.shape == shape and sys.getrefcount(buffer) == 3:
                 return buffer
-        buffer = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin_memory).numpy()
+        memory = torch.from_numpy(np.empty(shape, dtype))
+        buffer = (memory.pin_memory() if self._pin_memory else memory).numpy()
         self._buffers.append(buffer)
         return buffer
 
@@ -205,7 +212,8 @@ class Feed:
             return [(blocks[lane, number], slice(first, last)) for lane, number, first, last in pieces]
 
         parts = cut(self._pieces(step, self._rank, self._world_size))
-        images = self._images.take((self._global_batch_size // self._world_size, *parts[0][0].images.shape[1:]))
+        first = parts[0][0].images
+        images = self._images.take((self._global_batch_size // self._world_size, *first.shape[1:]), first.dtype)
         np.concatenate([block.images[rows] for block, rows in parts], out=images)
         tokens = np.concatenate([block.tokens[rows] for block, rows in parts])
         samples = np.concatenate([block.samples[rows] for block, rows in parts])
@@ -219,7 +227,7 @@ class Feed:
         captions = torch.from_numpy(tokens)
         return Batch(
             step,
-            torch.from_numpy(images),
+            as_tensor(images),
             captions.pin_memory() if self._pin_memory else captions,
             samples=samples,
             keys=[key for block, rows in parts for key in block.keys[rows]],

@@ -49,6 +49,7 @@ class Manifest:
     """All shards of a run, dataset by dataset, in the order of the patterns and, within each, by name."""
 
     shards: tuple[Shard, ...]
+    store: dict[str, Any] | None = None  # where the shards are those of an embedding store: its StoreFormat
 
     @property
     def num_samples(self) -> int:
@@ -66,16 +67,18 @@ class Manifest:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        return {"shards": [asdict(shard) for shard in self.shards]}
+        return {"shards": [asdict(shard) for shard in self.shards], "store": self.store}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Manifest:
-        return cls(tuple(Shard(**{**shard, "marks": tuple(shard["marks"])}) for shard in content["shards"]))
+        shards = tuple(Shard(**{**shard, "marks": tuple(shard["marks"])}) for shard in content["shards"])
+        return cls(shards, content["store"])
 
     def differences(self, now: Manifest) -> list[str]:
         """What changed in the shards since this manifest was made, one line each."""
         before, after = ({shard.url: shard for shard in manifest.shards} for manifest in (self, now))
-        lines = [f"{url}: gone" for url in before if url not in after]
+        lines = [] if self.store == now.store else [f"embeddings: {self.store} before, {now.store} now"]
+        lines += [f"{url}: gone" for url in before if url not in after]
         lines += [f"{url}: new" for url in after if url not in before]
         lines += [
             f"{url}: content changed"

@@ -60,6 +60,7 @@ class Trainer:
         num_samples: length of the run, for the schedule.
         global_batch_size: B, over all ranks.
         micro_batch_size: pairs that go through the towers at once; None: all b of this rank.
+        stored_embeddings: whether batches hold the locked image tower's embeddings in the place of images.
         seed: of the run; weights and the random state of every step follow from it.
 
     Attributes:
@@ -78,12 +79,13 @@ class Trainer:
         global_batch_size: int,
         micro_batch_size: int | None,
         seed: int,
+        stored_embeddings: bool = False,
     ) -> None:
         self._model, self._optim, self._loss, self._device = model, optim, loss, device
         self._num_samples, self._global_batch_size, self._seed = num_samples, global_batch_size, seed
         self._micro_batch_size, self._is_first = micro_batch_size, True
         torch.manual_seed(seed)
-        self.module = device.place(build_model(model))
+        self.module = device.place(build_model(model, stored_embeddings=stored_embeddings))
         lock_towers(self.module, model.locked)
         self.optimizer = build_optimizer(self.module, optim, device.optimizer_options())
         self._log_logit_scale = self.module.get_parameter("logit_scale")
@@ -140,11 +142,14 @@ class Trainer:
         with self._device.autocast():
             # A locked tower draws nothing, so leaving it out does not shift what the other one draws.
             features = self.module(
-                normalize_pixels(images, self._model) if "visual" in towers else None,
+                self._tower_input(images) if "visual" in towers else None,
                 tokens if "text" in towers else None,
             )
         names = {"visual": "image_features", "text": "text_features"}
         return tuple(self._device.lay_out(features[names[tower]].to(self._device.product_dtype)) for tower in towers)
+
+    def _tower_input(self, images: Tensor) -> Tensor:
+        return normalize_pixels(images, self._model) if images.dtype == torch.uint8 else images
 
     def _encode_again(self, batch: Batch, rows: slice, micro_batch: int) -> tuple[Tensor | None, ...]:
         """As `_encode`; a locked tower is left out, with None in the place of its features."""

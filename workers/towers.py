@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.config import ModelConfig, Tower
+from workers.image_towers import StoredTower, load_image_tower
 
 TOWERS: tuple[Tower, ...] = ("visual", "text")
 # Keys of open_clip's config files that choose a class, not a shape; the class is always CustomTextCLIP here.
@@ -54,26 +55,39 @@ def shapes(model: ModelConfig) -> tuple[int, int, int]:
     return size, text.get("context_length", 77), text.get("vocab_size", 49408)
 
 
-def build_model(model: ModelConfig) -> nn.Module:
-    """The towers with fresh weights from torch's current random state.
+def build_model(model: ModelConfig, *, stored_embeddings: bool = False) -> nn.Module:
+    """The towers with fresh weights from torch's current random state; `model.image_tower` with its own.
 
     Its forward takes (b, 3, S, S) float images and (b, T) int tokens and returns a dict: `image_features` and
     `text_features`, both (b, D) of unit norm, `logit_scale` (already exponentiated) and `logit_bias`.
 
+    Args:
+        stored_embeddings: leave the image tower out: forward takes its embeddings, (b, D), in the place of images.
+
     Raises:
-        ValueError: where open_clip cannot build what the config says.
+        ValueError: where open_clip cannot build what the config says, or `model.image_tower` names nothing usable.
     """
     from open_clip.model import CustomTextCLIP
 
+    config = tower_config(model)
+    if stored_embeddings or model.image_tower is not None:
+        # Replaced below; open_clip cannot leave it out.
+        size = config["vision_cfg"].get("image_size", 224)
+        config["vision_cfg"] = {"image_size": size, "patch_size": size, "width": 64, "head_width": 64, "layers": 1}
     try:
-        return CustomTextCLIP(
-            **tower_config(model),
+        module = CustomTextCLIP(
+            **config,
             init_logit_scale=model.init_logit_scale,
             init_logit_bias=model.init_logit_bias,
             output_dict=True,
         )
     except (TypeError, AssertionError) as error:
         raise ValueError(f"model.towers: open_clip cannot build this model: {error}") from error
+    if stored_embeddings:
+        module.visual = StoredTower()
+    elif model.image_tower is not None:
+        module.visual = load_image_tower(model.image_tower)
+    return module
 
 
 def lock_towers(module: nn.Module, locked: Sequence[Tower]) -> None:

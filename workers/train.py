@@ -135,6 +135,7 @@ def train_loop_per_worker(job: TrainJob) -> None:
         global_batch_size=global_batch_size,
         micro_batch_size=job.train.micro_batch_size,
         seed=job.seed,
+        stored_embeddings=job.manifest.store is not None,
     )
     storage = Storage(job.storage_uri)
     first_step = _restore(job, storage, trainer, rank)

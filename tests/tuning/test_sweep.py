@@ -188,7 +188,9 @@ def without_ray(study: Study, folder: Path) -> Table:
         train_bare(0, 1, run)
         at = {info.samples_seen: info for info in list_checkpoints(Storage(run.storage_uri))}
         for rung, samples in enumerate(RUNGS):
-            evaluation = evaluate_checkpoint(run.storage_uri, at[samples], run.model, run.data, run.eval)
+            evaluation = evaluate_checkpoint(
+                run.storage_uri, at[samples], run.model, run.data, run.eval, run.embeddings
+            )
             more = {"loss": None, "figures": {}}
             if judge.decide(number, rung, samples, figure_of(evaluation, config.metric), more) == "stop":
                 break
