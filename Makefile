@@ -1,4 +1,4 @@
-# make demo   train, evaluate and show a real model (about 6 minutes on two cores, set-up included)
+# make demo   embed, train, evaluate and show a real model (about 7 minutes on two cores, set-up included)
 # make test   all tests
 # make check  format, lint, types
 # make env    the environment .venv alone; the other targets call it
@@ -12,7 +12,8 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 
 demo: $(STAMP)
 	$(BIN)/sigray data emoji data/emoji36
-	$(BIN)/sigray train examples/emoji_cpu.yaml run.name=demo --overwrite
+	$(BIN)/sigray embed examples/emoji_siglit.yaml
+	$(BIN)/sigray train examples/emoji_siglit.yaml run.name=demo --overwrite
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

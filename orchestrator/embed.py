@@ -45,7 +45,7 @@ def embed(config: RunConfig, console: Console) -> str:
         StorageError: where the store cannot be written.
     """
     begin = time.monotonic()
-    from orchestrator.launch import ray_of_run, scan
+    from orchestrator.launch import environment, ray_of_run, scan
 
     display = Display(console)
     source = scan(
@@ -65,7 +65,12 @@ def embed(config: RunConfig, console: Console) -> str:
             f"{to_do:,} images to do, {store_format.num_views} view(s) of {store_format.dim} x {store_format.dtype}"
         )
         with ray_of_run(config, display):
-            _embed_all(config, missing, display)
+            began = time.monotonic()
+            num_workers = _embed_all(config, missing, display)
+            seconds = time.monotonic() - began
+        store.add_history(
+            {"num_images": to_do, "seconds": round(seconds, 1), "num_workers": num_workers, **environment()}
+        )
     return (
         f"embeddings of {num_images:,} images in {len(wanted):,} shards: {store.uri} "
         f"({format_duration(time.monotonic() - begin)}, {len(missing):,} shards of it new)"
@@ -110,8 +115,8 @@ def _wanted(source: Manifest, held_out: list[Manifest]) -> list[tuple[Part, Shar
     )
 
 
-def _embed_all(config: RunConfig, missing: list[tuple[Part, Shard]], display: Display) -> None:
-    """Have all shards embedded by actors of the cluster; shows progress."""
+def _embed_all(config: RunConfig, missing: list[tuple[Part, Shard]], display: Display) -> int:
+    """Have all shards embedded by actors of the cluster, and show progress; returns how many actors."""
     import ray
 
     from orchestrator.backends import worker_resources
@@ -163,6 +168,7 @@ def _embed_all(config: RunConfig, missing: list[tuple[Part, Shard]], display: Di
                 raise error.cause if isinstance(error.cause, ValueError | OSError) else error from None
             give(actor)
         progress.show()
+    return num_workers
 
 
 class _Progress:

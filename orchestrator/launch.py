@@ -983,6 +983,16 @@ def _data_facts(manifest: Manifest) -> dict[str, int]:
     return {"shards": len(manifest.shards), "samples": manifest.num_samples, "bytes": manifest.num_bytes}
 
 
+def _embeddings_facts(config: RunConfig) -> dict[str, float]:
+    """What it took to make the store that a run reads; empty without one."""
+    if config.embeddings.store is None:
+        return {}
+    from workers.store import EmbeddingStore
+
+    history = EmbeddingStore(config.embeddings.store).history()
+    return {name: sum(entry[name] for entry in history) for name in ("num_images", "seconds")}
+
+
 def _summary(run: _Run, status: str, total_s: float) -> dict[str, Any]:
     evaluation = run.newest_evaluation or {}
     lines = run.folder.metrics()
@@ -997,6 +1007,7 @@ def _summary(run: _Run, status: str, total_s: float) -> dict[str, Any]:
         "loss": newest.get("train/loss"),
         "facts": run.facts,
         "data": _data_facts(run.manifest),
+        "embeddings": _embeddings_facts(run.config),
         "zero_shot": evaluation.get("zero_shot", {}),
         "retrieval": evaluation.get("retrieval", {}),
         "environment": environment(),

@@ -170,8 +170,9 @@ class Display:
             "run": title,
             "devices": f"{facts['world_size']} training worker(s) on {facts['device']}",
             "batch": batch,
-            "model": f"{parameters['all']:.1f} M parameters (image {parameters['visual']:.1f} M, "
-            f"text {parameters['text']:.1f} M)",
+            "model": f"{parameters['all']:.1f} M parameters ("
+            + (f"image {parameters['visual']:.1f} M" if parameters["visual"] else "image embeddings from a store")
+            + f", text {parameters['text']:.1f} M)",
             "data": f"{data['samples']:,} pairs in {data['shards']} shards, {data['bytes'] / 1e6:,.1f} MB; "
             f"{facts['epochs']:.1f} epochs",
             "steps": f"{facts['first_step']:,} to {facts['num_steps']:,}",

@@ -63,6 +63,7 @@ def write_report(folder: Path) -> Path:
         headline=_headline(run),
         remarks=_remarks(run),
         measured=_measured(run),
+        stages=_stages(run),
         cards=_cards(run),
         without_classes=[name for name in run.retrieval if name not in run.zero_shot],
         has_baseline=any(run.baseline(name) is not None for name in run.zero_shot),
@@ -326,6 +327,24 @@ def _measured(run: _Run) -> str:
     text = f"Measured on the checkpoint{which} after {words.count(samples)} pairs."
     later = run.samples_seen - samples
     return text + (f" The run went on for {words.count(later)} more." if later > 0 else "")
+
+
+def _stages(run: _Run) -> str:
+    """For a run from stored embeddings, what was computed once before it, and what each stage took."""
+    num_images, seconds = (_number(run.summary, "embeddings", name) for name in ("num_images", "seconds"))
+    if not num_images or not seconds:
+        return ""
+    text = (
+        f"Two stages. The locked image tower ran once over {words.counted(num_images, 'image')}: "
+        f"{words.duration(seconds)}, {words.count(num_images / seconds)} images per second."
+    )
+    train_s = _number(run.summary, "train_s")
+    if train_s:
+        text += (
+            f" From its stored embeddings the text tower then trained for {words.duration(train_s)} "
+            f"on {words.count(run.samples_seen)} pairs."
+        )
+    return text
 
 
 def _cards(run: _Run) -> list[dict[str, Any]]:

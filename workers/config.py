@@ -157,6 +157,9 @@ class ModelConfig(Section):
     locked: list[Tower] = []
     """Towers that keep their weights: `visual` (LiT, arXiv 2111.07991) or `text`. No gradients, no optimizer state, no
     dropout."""
+    trained_blocks: dict[Tower, PositiveInt] = {}
+    """Of a tower, train only the last so many blocks and what follows them: {visual: 2}. What comes before keeps its
+    weights, as if locked."""
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Per channel, of pixels in 0..1; SigLIP's models use 0.5."""
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -176,6 +179,9 @@ class ModelConfig(Section):
                 )
         if self.image_tower and self.image_tower.endswith((".onnx", ".pt", ".ts")) and "visual" not in self.locked:
             raise ValueError(f"image_tower={self.image_tower} is a file and cannot be trained: set locked=[visual]")
+        both = sorted(set(self.locked) & self.trained_blocks.keys())
+        if both:
+            raise ValueError(f"{both[0]} is in locked and in trained_blocks: leave it out of one of them")
         if len(self.locked) > 1:
             raise ValueError(f"locked={self.locked}: one of visual and text at most, or nothing is left to train")
         return self

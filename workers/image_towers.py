@@ -123,7 +123,11 @@ def _from_factory(name: str) -> nn.Module:
         raise ValueError(f"model.image_tower={name!r} is neither package.module:function nor a file (.pt, .ts, .onnx)")
     try:
         tower = getattr(importlib.import_module(module_name), function)()
-    except (ImportError, AttributeError, TypeError) as error:
+    except ImportError as error:
+        raise ValueError(
+            f"model.image_tower={name!r}: {error}; it must be installed, or on PYTHONPATH, on every machine"
+        ) from error
+    except (AttributeError, TypeError) as error:
         raise ValueError(f"model.image_tower={name!r}: {error}") from error
     if not isinstance(tower, nn.Module):
         raise ValueError(f"model.image_tower={name!r} gave a {type(tower).__name__}, a torch.nn.Module expected")

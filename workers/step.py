@@ -86,7 +86,7 @@ class Trainer:
         self._micro_batch_size, self._is_first = micro_batch_size, True
         torch.manual_seed(seed)
         self.module = device.place(build_model(model, stored_embeddings=stored_embeddings))
-        lock_towers(self.module, model.locked)
+        lock_towers(self.module, model)
         self.optimizer = build_optimizer(self.module, optim, device.optimizer_options())
         self._log_logit_scale = self.module.get_parameter("logit_scale")
         self._logit_bias = self.module.get_parameter("logit_bias")

@@ -12,6 +12,7 @@ replaces it as it would have.
     STORE/train/NAME-HASH.tar        embeddings of NAME.tar; HASH is of the URL and content of that shard
     STORE/train/NAME-HASH.json       written when the tar is complete: source, counts
     STORE/eval/...                   the same for the held-out sets, always of the centre of the image
+    STORE/history/00000.json         what each `sigray embed` took
 
 A shard that is replaced gets another hash, so a store grows with its data and never mixes old with new.
 """
@@ -49,7 +50,7 @@ from workers.towers import shapes
 
 EMBEDDING, REFUSED = "embedding.safetensors", "refused.txt"
 VERSION = 1
-_INDEX = "store.json"
+_INDEX, _HISTORY = "store.json", "history"
 _TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _NUMPY = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32}  # numpy knows no bfloat16
 
@@ -224,6 +225,15 @@ class EmbeddingStore:
         """Add one complete tar. Written again, it is the same, bit for bit."""
         self.storage.write(f"{shard.part}/{name}.tar", content)
         self.storage.write(f"{shard.part}/{name}.json", json.dumps(asdict(shard)).encode())
+
+    def add_history(self, entry: dict[str, Any]) -> None:
+        """Keep what one `sigray embed` has done: {"num_images", "seconds", ...}."""
+        self.storage.write(f"{_HISTORY}/{len(self.storage.list(_HISTORY)):05d}.json", json.dumps(entry).encode())
+
+    def history(self) -> list[dict[str, Any]]:
+        """What each `sigray embed` that came to its end has done, in order."""
+        names = self.storage.list(_HISTORY)
+        return [json.loads(self.storage.read(f"{_HISTORY}/{name}")) for name in names if name.endswith(".json")]
 
     def url(self, part: Part, name: str) -> str:
         return f"{self.uri}/{part}/{name}.tar"

@@ -8,7 +8,6 @@ Every model is an open_clip `CustomTextCLIP`, so a checkpoint's weights load in 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -90,11 +89,49 @@ def build_model(model: ModelConfig, *, stored_embeddings: bool = False) -> nn.Mo
     return module
 
 
-def lock_towers(module: nn.Module, locked: Sequence[Tower]) -> None:
-    """Set a model to training, its locked towers apart: they have no gradients and no dropout from now on."""
+def lock_towers(module: nn.Module, model: ModelConfig) -> None:
+    """Set a model to training, what is locked apart: that has no gradients and no dropout from now on.
+
+    Raises:
+        ValueError: for more `trained_blocks` than a tower has.
+    """
     module.train()
-    for name in locked:
-        getattr(module, name).requires_grad_(False).eval()
+    for name in model.locked:
+        module.get_submodule(name).requires_grad_(False).eval()
+    for name, num_trained in model.trained_blocks.items():
+        tower = module.get_submodule(name).eval()
+        blocks = _chain(tower)
+        if num_trained > len(blocks):
+            raise ValueError(f"model.trained_blocks: the {name} tower has {len(blocks)} blocks, not {num_trained}")
+        trained = _behind(model, name, num_trained)
+        for parameter_name, parameter in tower.named_parameters():
+            parameter.requires_grad_(parameter_name in trained)
+        for block in blocks[-num_trained:]:
+            block.train()
+
+
+def _behind(model: ModelConfig, name: Tower, num_trained: int) -> set[str]:
+    """Names of a tower's parameters in its last blocks and behind them.
+
+    Found by a backward pass without memory: where the input of the first trained block is cut off, what lies before it
+    gets no gradient. So it holds for any tower, whatever its parts are called.
+    """
+    size, context_length, _ = shapes(model)
+    with torch.device("meta"):
+        tower = build_model(model).get_submodule(name)
+        block = _chain(tower)[-num_trained]
+        block.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(), *inputs[1:]))
+        text = torch.zeros(2, context_length, dtype=torch.int32)
+        output = tower(text if name == "text" else torch.zeros(2, 3, size, size))
+        (output[0] if isinstance(output, tuple) else output).sum().backward()
+    return {path for path, parameter in tower.named_parameters() if parameter.grad is not None}
+
+
+def _chain(tower: nn.Module) -> list[nn.Module]:
+    """The blocks of a tower in their order: the members of one class, in a list or a chain, with the most weights."""
+    chains = [list(part.children()) for part in tower.modules() if isinstance(part, nn.ModuleList | nn.Sequential)]
+    alike = [chain for chain in chains if len({type(member) for member in chain}) == 1]
+    return max(alike, key=lambda chain: sum(map(num_parameters, chain)), default=[])
 
 
 def build_meta_model(model: ModelConfig) -> nn.Module:
@@ -107,7 +144,7 @@ def build_meta_model(model: ModelConfig) -> nn.Module:
     config["vision_cfg"]["timm_model_pretrained"] = config["text_cfg"]["hf_model_pretrained"] = False
     with torch.device("meta"):
         module = build_model(model.model_copy(update={"name": None, "towers": config}))
-    lock_towers(module, model.locked)
+    lock_towers(module, model)
     return module
 
 

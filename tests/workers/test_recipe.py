@@ -43,6 +43,63 @@ def test_a_locked_tower_keeps_its_weights_and_changes_no_other_gradient(tower, n
         assert (id(parameter) in in_optimizer) != name.startswith(f"{tower}."), name
 
 
+DEEP = TOWERS | {
+    "vision_cfg": TOWERS["vision_cfg"] | {"layers": 3},
+    "text_cfg": TOWERS["text_cfg"] | {"layers": 3},
+}
+
+
+@pytest.mark.parametrize(
+    ("towers", "tower", "num_trained", "trained"),
+    [
+        (DEEP, "visual", 1, {"transformer.resblocks.2", "ln_post", "proj"}),
+        (DEEP, "visual", 2, {"transformer.resblocks.1", "transformer.resblocks.2", "ln_post", "proj"}),
+        (DEEP, "text", 2, {"transformer.resblocks.1", "transformer.resblocks.2", "ln_final", "text_projection"}),
+    ],
+)
+@pytest.mark.parametrize("num_micro_batches", [1, 4])
+def test_the_last_blocks_of_a_tower_are_trained(towers, tower, num_trained, trained, num_micro_batches):
+    size = len(global_batch()[0]) // num_micro_batches
+    # What is locked drops nothing.
+    dropping = towers | {"vision_cfg": towers["vision_cfg"] | ({"patch_dropout": 0.5} if tower == "visual" else {})}
+    free = make_trainer(1, model=ModelConfig(towers=towers), micro_batch_size=size)
+    partly = make_trainer(
+        1, model=ModelConfig(towers=dropping, trained_blocks={tower: num_trained}), micro_batch_size=size
+    )
+    before = {name: tensor.clone() for name, tensor in partly.module.state_dict().items()}
+    losses = [trainer.step(part_of(0, 1)).loss for trainer in (free, partly)]
+    torch.testing.assert_close(losses[1], losses[0])
+    all_gradients, left = gradients(free), gradients(partly)
+    fixed = {
+        name
+        for name in all_gradients
+        if name.startswith(f"{tower}.")
+        and not any(f"{name.removeprefix(f'{tower}.')}.".startswith(f"{part}.") for part in trained)
+    }
+    assert fixed
+    assert left.keys() == all_gradients.keys() - fixed
+    for name, gradient in left.items():
+        torch.testing.assert_close(gradient, all_gradients[name], msg=name)
+    for name, tensor in partly.module.state_dict().items():
+        if name in all_gradients:
+            assert torch.equal(tensor, before[name]) == (name in fixed), name
+
+
+def test_the_last_block_of_a_tower_of_timm():
+    vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "image_size": 224}
+    module = check_model(ModelConfig(towers=TOWERS | {"vision_cfg": vision}, trained_blocks={"visual": 1}))
+    trained = {name for name, value in module.get_submodule("visual").named_parameters() if value.requires_grad}
+    assert {name.rpartition(".")[0] for name in trained if "blocks" not in name} == {"trunk.norm", "head.proj"}
+    assert {name.split(".")[2] for name in trained if "blocks" in name} == {"11"}
+
+
+def test_more_trained_blocks_than_there_are():
+    with pytest.raises(ValueError, match="trained_blocks: the text tower has 3 blocks, not 4"):
+        check_model(ModelConfig(towers=DEEP, trained_blocks={"text": 4}))
+    with pytest.raises(ValueError, match="visual is in locked and in trained_blocks"):
+        ModelConfig(towers=DEEP, trained_blocks={"visual": 1}, locked=["visual"])
+
+
 @pytest.mark.parametrize(("num_micro_batches", "image_passes", "text_passes"), [(1, 1, 1), (4, 4, 8)])
 def test_a_locked_tower_runs_once_and_keeps_no_graph(num_micro_batches, image_passes, text_passes):
     trainer = make_trainer(1, model=LOCKED, micro_batch_size=48 // num_micro_batches)
@@ -91,7 +148,7 @@ def test_without_groups_the_optimizer_is_what_it_was():
 def groups_of(optim, model=None):
     module = build_model(model or ModelConfig(towers=TOWERS))
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    lock_towers(module, model.locked if model else [])
+    lock_towers(module, model or ModelConfig(towers=TOWERS))
     return [
         ({names[id(parameter)] for parameter in group["params"]}, group["weight_decay"], group.get("lr_scale"))
         for group in parameter_groups(module, optim)
