@@ -115,6 +115,18 @@ and chaos.json, which has each fault.
 Exit codes: 0 both runs ended alike; 1 they did not, or the run did not come to its end; 2 it cannot be started.
 """
 
+_CLUSTER_EXAMPLES = """\
+examples:
+  sigray cluster check cluster.yaml clusters/*.yaml
+
+Takes `ray up` files of the providers aws, gcp and local, and KubeRay manifests (RayCluster, RayJob). Looks at Ray's own
+schema and preparation, and at what they let pass: machine types, chips and GPUs of a host, images, regions and zones by
+their form, tokens, health checks, a head that would train, secrets. Asks no cloud: quotas and the existence of images
+are not checked.
+
+Exit codes: 0 nothing is wrong; 2 something is, each named with its place.
+"""
+
 
 def main(arguments: list[str] | None = None, add_more: Callable[[Any], None] = lambda command: None) -> int:
     """Run a command and return the exit code. The entry point of `sigray` is `tuning/cli.py`, which adds `sweep`.
@@ -205,6 +217,16 @@ def _chaos(options: argparse.Namespace, console: Console) -> int:
         raise RuntimeError(result.verdict)
     console.print(result.verdict, highlight=False, soft_wrap=True)
     return 0
+
+
+def _cluster_check(options: argparse.Namespace, console: Console) -> int:
+    from orchestrator.clusters import check_cluster_file, report_lines
+
+    checks = [check_cluster_file(path) for path in options.files]
+    for check in checks:
+        for line in report_lines(check):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return 2 if any(check.problems for check in checks) else 0
 
 
 def _plan(options: argparse.Namespace, console: Console) -> int:
@@ -433,6 +455,17 @@ def _parser(add_more: Callable[[Any], None]) -> argparse.ArgumentParser:
     added.add_argument(
         "--stuck-s", type=_positive_s, default=900.0, metavar="S", help="give up after S seconds without a step (900)"
     )
+
+    cluster = commands.add_parser("cluster", help="check cluster files", description="Check cluster files.")
+    cluster_kinds = cluster.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    added = command(
+        "check",
+        _cluster_check,
+        "find what is wrong with cluster files, before anything is started",
+        cluster_kinds,
+        _CLUSTER_EXAMPLES,
+    )
+    added.add_argument("files", nargs="+", metavar="FILE")
 
     add_more(command)
 

@@ -882,10 +882,7 @@ def ray_of_run(config: RunConfig, display: Display, num_trials: int = 0) -> Iter
             address="local",
             # Ray only counts CPUs: on a small machine the data-shard workers and the trainers share the cores.
             num_cpus=max(os.cpu_count() or 1, int(needed + 0.5)),
-            resources={
-                name: amount * config.cluster.worker_range[1] * num_runs
-                for name, amount in config.cluster.resources_per_worker.items()
-            },
+            resources=_extra_resources(config, num_runs, num_data_workers * (2 if num_trials else 1)),
             include_dashboard=config.cluster.dashboard,
             log_to_driver=False,
             configure_logging=False,
@@ -896,6 +893,18 @@ def ray_of_run(config: RunConfig, display: Display, num_trials: int = 0) -> Iter
         left = {} if address else _ray_processes()
         ray.shutdown()
         _end(left)
+
+
+def _extra_resources(config: RunConfig, num_runs: int, num_data_workers: int) -> dict[str, float]:
+    """What a Ray of a run's own offers besides CPUs, so that a config for a cluster runs on one machine too."""
+    extra: dict[str, float] = {}
+    for resources, count in (
+        (config.cluster.resources_per_worker, config.cluster.worker_range[1] * num_runs),
+        (config.data.resources_per_worker, num_data_workers),
+    ):
+        for name, amount in resources.items():
+            extra[name] = extra.get(name, 0) + amount * count
+    return extra
 
 
 def _ray_processes() -> dict[int, str]:

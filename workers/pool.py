@@ -156,7 +156,7 @@ class DataPool:
     ) -> None:
         self._arguments: Any = (manifest, data, model)
         self._seed = seed
-        self._cpus, least = data.cpus_per_worker, data.num_workers
+        self._cpus, self._resources, least = data.cpus_per_worker, data.resources_per_worker, data.num_workers
         self._actors: list[Any] = []
         self._starting: list[tuple[Any, Any]] = []  # actors, and references that resolve when they are up
         self._leaving: list[tuple[float, Any]] = []  # since when
@@ -221,9 +221,13 @@ class DataPool:
         import ray
 
         # Ray restarts one that dies, and asks the new one what the old one was asked.
-        actor = ray.remote(num_cpus=self._cpus, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD")(
-            DataWorkerActor
-        )
+        actor = ray.remote(
+            num_cpus=self._cpus,
+            resources=self._resources,
+            max_restarts=-1,
+            max_task_retries=-1,
+            scheduling_strategy="SPREAD",
+        )(DataWorkerActor)
         return actor.remote(*self._arguments, seed=self._seed)
 
 
