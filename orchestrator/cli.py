@@ -35,6 +35,10 @@ Train SigLIP-style image-text models from WebDataset tars on a Ray cluster.
   sigray data tokenizer 'data/emoji36/train/*.tar' tokenizer.json
                                                   a tokenizer from their captions
   sigray data audit runs/emoji_cpu                did the run use every sample exactly once per epoch?
+  sigray submit --cluster cluster.yaml -- train run.yaml
+                                                  the same as a job on a cluster (also logs, status, stop)
+  sigray monitor                                  Prometheus, alerts and pictures beside a cluster's head
+  sigray cluster check cluster.yaml               what is wrong with a cluster file
   sigray chaos run.yaml --faults 20               kill whatever can die: does the run end with the same weights?
 """
 _EPILOG = """\
@@ -128,6 +132,44 @@ and chaos.json, which has each fault.
 Exit codes: 0 both runs ended alike; 1 they did not, or the run did not come to its end; 2 it cannot be started.
 """
 
+_CLUSTER_EXAMPLES = """\
+examples:
+  sigray cluster check cluster.yaml clusters/*.yaml
+
+Takes `ray up` files of the providers aws, gcp and local, and KubeRay manifests (RayCluster, RayJob). Looks at Ray's own
+schema and preparation, and at what they let pass: machine types, chips and GPUs of a host, images, regions and zones by
+their form, tokens, health checks, a head that would train, secrets. Asks no cloud: quotas and the existence of images
+are not checked.
+
+Exit codes: 0 nothing is wrong; 2 something is, each named with its place.
+"""
+
+_SUBMIT_EXAMPLES = """\
+examples:
+  sigray submit --cluster cluster.yaml -- train my_run.yaml run.storage=s3://bucket/runs
+  sigray submit --address http://127.0.0.1:8265 -- train my_run.yaml optim.lr=5e-4 --overwrite
+  sigray submit --env AWS_ENDPOINT_URL --env AWS_ACCESS_KEY_ID --env AWS_SECRET_ACCESS_KEY -- train my_run.yaml
+  sigray logs my_run-1126-101500                                  the terminal was lost: follow the job again
+  sigray stop my_run-1126-101500                                  end it with a last checkpoint
+
+The config is checked here first; then the code of this checkout, the resolved config, and tokenizer and class lists
+travel to the head, where `sigray train` runs as a Ray job. Shards and run.storage must be where all hosts see them.
+Submitting the same run again goes on from its newest checkpoint. Ctrl-C leaves the job running. Give --env what has no
+other way to the hosts; where they have a role of their own, nothing.
+
+Exit codes: those of `sigray train`; 1 also where the cluster does not answer; 2 where the run cannot be submitted.
+"""
+
+_MONITOR_EXAMPLES = """\
+examples:
+  sigray monitor                          on the head of a cluster, beside it (tmux, or systemd); Ctrl-C ends it
+  sigray monitor --generate --out rules   alert rules and Grafana dashboard for a Prometheus and Grafana of your own
+  ray exec cluster.yaml --tmux 'sigray monitor'
+
+Needs prometheus on PATH (`apt-get install prometheus`). Where grafana-server is installed it is started with Ray's
+dashboards and ours; where it is not, sigray draws them itself. All listens on 127.0.0.1 only.
+"""
+
 
 def main(arguments: list[str] | None = None, add_more: Callable[[Any], None] = lambda command: None) -> int:
     """Run a command and return the exit code. The entry point of `sigray` is `tuning/cli.py`, which adds `sweep`.
@@ -149,8 +191,8 @@ def main(arguments: list[str] | None = None, add_more: Callable[[Any], None] = l
         return _fail(error, code=2)
     except RuntimeError as error:  # a tool that is missing, a run that failed
         return _fail(error, code=1)
-    except KeyboardInterrupt:
-        return _fail(KeyboardInterrupt("interrupted"), code=130)
+    except KeyboardInterrupt as error:
+        return _fail(KeyboardInterrupt(str(error) or "interrupted"), code=130)
 
 
 def _train(options: argparse.Namespace, console: Console) -> int:
@@ -218,6 +260,110 @@ def _chaos(options: argparse.Namespace, console: Console) -> int:
         raise RuntimeError(result.verdict)
     console.print(result.verdict, highlight=False, soft_wrap=True)
     return 0
+
+
+def _submit(options: argparse.Namespace, console: Console) -> int:
+    import os
+
+    from orchestrator.submit import check_job, job_client, submit
+
+    command, *words = options.words or [""]
+    if command != "train" or not words or words[0].startswith("-"):
+        raise ConfigError("give a run, as `sigray submit -- train CONFIG.yaml`; `sigray submit --help`")
+    flags = [word for word in words[1:] if word.startswith("-")]
+    if set(flags) - {"--overwrite"}:
+        raise ConfigError(f"{', '.join(sorted(set(flags) - {'--overwrite'}))}: `sigray train` has no such option")
+    config = check_job(words[0], [word for word in words[1:] if not word.startswith("-")])
+    missing = [name for name in options.env if name not in os.environ]
+    if missing:
+        raise ConfigError(f"--env {', '.join(missing)}: not set here")
+    if options.cluster:
+        from orchestrator.clusters import check_cluster_file
+
+        problems = check_cluster_file(options.cluster).problems
+        if problems:
+            raise ConfigError("\n".join([f"{options.cluster} cannot be used:", *(f"  {line}" for line in problems)]))
+    env = {name: os.environ[name] for name in options.env}
+    with job_client(options.cluster, options.address) as client:
+        job = submit(client, config, flags, env=env, job=options.job)
+        console.print(f"job {job}", highlight=False)
+        if options.no_follow:
+            return 0
+        return _follow(client, job, options)
+
+
+def _follow(client: Any, job: str, options: argparse.Namespace) -> int:
+    import shlex
+    import sys
+
+    from orchestrator.submit import follow
+
+    def show(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    try:
+        return follow(client, job, show)
+    except KeyboardInterrupt:
+        where = f" --cluster {shlex.quote(options.cluster)}" if options.cluster else ""
+        where += f" --address {options.address}" if options.address else ""
+        raise KeyboardInterrupt(f"the job goes on: sigray logs{where} {job}, sigray stop{where} {job}") from None
+
+
+def _logs(options: argparse.Namespace, console: Console) -> int:
+    from orchestrator.submit import job_client, newest_job
+
+    with job_client(options.cluster, options.address) as client:
+        return _follow(client, options.job or newest_job(client.list_jobs()), options)
+
+
+def _status(options: argparse.Namespace, console: Console) -> int:
+    from orchestrator.submit import job_client, jobs_table
+
+    with job_client(options.cluster, options.address) as client:
+        console.print(jobs_table(client.list_jobs()))
+    return 0
+
+
+def _stop(options: argparse.Namespace, console: Console) -> int:
+    from orchestrator.submit import job_client, stop
+
+    with job_client(options.cluster, options.address) as client:
+        stop(client, options.job, console)
+    return 0
+
+
+def _monitor(options: argparse.Namespace, console: Console) -> int:
+    import signal
+    import threading
+
+    from orchestrator.monitoring import generate, monitor
+
+    out = Path(options.out)
+    if options.generate:
+        for path in generate(out):
+            console.print(str(path), highlight=False, soft_wrap=True)
+        return 0
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    with monitor(
+        console, session=options.session, out=out, port=options.port, grafana_port=options.grafana_port
+    ) as process:
+        while not ended.wait(1):
+            if process.poll() is not None:
+                raise RuntimeError(f"Prometheus ended; see {out / 'prometheus.log'}")
+    return 0
+
+
+def _cluster_check(options: argparse.Namespace, console: Console) -> int:
+    from orchestrator.clusters import check_cluster_file, report_lines
+
+    checks = [check_cluster_file(path) for path in options.files]
+    for check in checks:
+        for line in report_lines(check):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return 2 if any(check.problems for check in checks) else 0
 
 
 def _plan(options: argparse.Namespace, console: Console) -> int:
@@ -462,6 +608,50 @@ def _parser(add_more: Callable[[Any], None]) -> argparse.ArgumentParser:
         "--stuck-s", type=_positive_s, default=900.0, metavar="S", help="give up after S seconds without a step (900)"
     )
 
+    cluster = commands.add_parser("cluster", help="check cluster files", description="Check cluster files.")
+    cluster_kinds = cluster.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    added = command(
+        "check",
+        _cluster_check,
+        "find what is wrong with cluster files, before anything is started",
+        cluster_kinds,
+        _CLUSTER_EXAMPLES,
+    )
+    added.add_argument("files", nargs="+", metavar="FILE")
+
+    added = command(
+        "submit", _submit, "run `sigray train` as a job on a cluster, and follow it", examples=_SUBMIT_EXAMPLES
+    )
+    added.usage = "sigray submit [--cluster FILE | --address URL] [options] -- train CONFIG.yaml [KEY=VALUE ...]"
+    added.add_argument("words", nargs="*", metavar="-- train CONFIG.yaml", help="a `sigray train` command")
+    _where(added)
+    added.add_argument("--job", metavar="ID", help="the job's id (default the run's name and the time)")
+    added.add_argument(
+        "--env", action="append", default=[], metavar="NAME", help="a variable that the run gets from here"
+    )
+    added.add_argument("--no-follow", action="store_true", help="return as soon as the job is submitted")
+    for name, run, help in (
+        ("logs", _logs, "follow a job on a cluster from its beginning, as often as you like"),
+        ("status", _status, "list the jobs of a cluster"),
+        ("stop", _stop, "end a job with a last checkpoint"),
+    ):
+        added = command(name, run, help)
+        if name != "status":
+            added.add_argument("job", nargs=None if name == "stop" else "?", metavar="JOB", help="default the newest")
+        _where(added)
+
+    added = command(
+        "monitor",
+        _monitor,
+        "run Prometheus with alerts on the head, and pictures for the Metrics page of Ray's dashboard",
+        examples=_MONITOR_EXAMPLES,
+    )
+    added.add_argument("--session", default="/tmp/ray/session_latest", metavar="DIR", help="Ray's session folder")
+    added.add_argument("--out", default="monitor", metavar="DIR", help="database and generated files (default monitor)")
+    added.add_argument("--port", type=_positive, default=9090, metavar="N", help="of Prometheus (default 9090)")
+    added.add_argument("--grafana-port", type=_positive, default=3000, metavar="N", help="default 3000")
+    added.add_argument("--generate", action="store_true", help="write the alert rules and the dashboard, run nothing")
+
     add_more(command)
 
     data = commands.add_parser("data", help="look at data, make data", description="Look at data, make data.")
@@ -502,6 +692,12 @@ def _parser(add_more: Callable[[Any], None]) -> argparse.ArgumentParser:
     added.add_argument("--kind", choices=["bpe", "unigram"], default="bpe", help="default bpe")
     added.add_argument("--keep-case", action="store_true", help="keep capitals; by default all is made lower case")
     return parser
+
+
+def _where(added: argparse.ArgumentParser) -> None:
+    where = added.add_mutually_exclusive_group()
+    where.add_argument("--cluster", metavar="FILE", help="a `ray up` file: its head is reached by ssh")
+    where.add_argument("--address", metavar="URL", help="of the dashboard (default http://127.0.0.1:8265)")
 
 
 def _positive(text: str) -> int:

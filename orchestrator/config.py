@@ -35,6 +35,9 @@ from workers.config import (
     TrainConfig,
 )
 
+FILES = "sigray-files"
+"""Folder of the small files that a submitted job carries, each below the hash of its content."""
+
 
 class ConfigError(ValueError):
     """A config that cannot be run; one line per problem, each with key, value and what is allowed."""
@@ -347,7 +350,10 @@ def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
     Raises:
         ConfigError: naming each key that must not change, with both values.
     """
-    before, after = (_flatten(config.model_dump(mode="json")) for config in (saved, wanted))
+    before, after = (
+        {key: _content_name(value) for key, value in _flatten(config.model_dump(mode="json")).items()}
+        for config in (saved, wanted)
+    )
     lines = [
         f"{key}: the run was started with {before.get(key)!r}, now {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
@@ -359,6 +365,11 @@ def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
             f"{saved.folder} cannot be resumed with another model, data order or recipe:\n{shown}\n"
             "Leave these as they were, or start a new run with `sigray train` and another run.name, or with --overwrite"
         )
+
+
+def _content_name(value: Any) -> Any:
+    """A file that a job carries is what it holds, wherever the job was unpacked."""
+    return value.rpartition(f"/{FILES}/")[2] if isinstance(value, str) else value
 
 
 def json_schema() -> str:

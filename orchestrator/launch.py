@@ -48,6 +48,7 @@ from workers.checkpoint import (
     read_best,
     read_left_out,
 )
+from workers.metrics import RunMetrics
 from workers.shards import Manifest, in_threads, list_shards, scan_shards
 from workers.tar import DataError
 
@@ -222,8 +223,15 @@ class _Run:
         self._pool: DataPool | SharedPool = (
             self.trial.pool
             if self.trial
-            else DataPool(self.manifest, self.config.data, self.config.model, seed=self.config.run.seed)
+            else DataPool(
+                self.manifest,
+                self.config.data,
+                self.config.model,
+                seed=self.config.run.seed,
+                run=self.config.run.name,
+            )
         )
+        self._metrics = RunMetrics(self.config.run.name, self.config.checkpoint.save_every_s)
         self._lines_since_resize: list[dict[str, float]] = []
         self._tensorboard: TensorBoard | None = None
         self._to_evaluate: list[CheckpointInfo] = []
@@ -452,6 +460,7 @@ class _Run:
         from workers.step import BadStep
 
         failure, error = classify_failure(self._errors)
+        self._metrics.ended(isinstance(error, BadStep))
         if isinstance(error, BadStep):
             return self._judge_bad_step(error)
         attempt = Attempt(time.monotonic(), self._first_step, self._last_step, failure, str(error))
@@ -527,6 +536,7 @@ class _Run:
                 self._last_step = int(content["step"])
                 self.folder.append_metrics(content)
                 self.display.metrics(content)
+                self._metrics.line(content, getattr(self._pool, "size", None))
                 self._resize_pool(content)
                 if self.trial and self.trial.heard(content) and not self._stopping:
                     self._ask_to_stop()
@@ -534,6 +544,7 @@ class _Run:
                     self._tensorboard.metrics(content)
             elif event["kind"] == "checkpoint":
                 self._newest_checkpoint = info = CheckpointInfo(**content)
+                self._metrics.checkpoint()
                 if self.config.eval.sets:
                     self._to_evaluate.append(info)
                 if info.step in self._rungs and info.step < self._num_steps:
@@ -567,6 +578,7 @@ class _Run:
         else:
             self.display.say(f"the training workers were restarted and go on from step {facts['first_step']:,}")
         self.facts = facts
+        self._metrics.started(facts)
         self._first_step = self._last_step = facts["first_step"]
         self.folder.restore_metrics(facts["first_step"])
         if self._tensorboard is not None:
@@ -609,6 +621,7 @@ class _Run:
     def _keep_evaluation(self, result: dict[str, Any]) -> None:
         self.folder.save_evaluation(result)
         self._mark_best(result)
+        self._metrics.evaluation(result)
         self.display.evaluation(result)
         if self._tensorboard is not None:
             self._tensorboard.evaluation(result)
@@ -887,10 +900,7 @@ def ray_of_run(config: RunConfig, display: Display, num_trials: int = 0) -> Iter
             address="local",
             # Ray only counts CPUs: on a small machine the data-shard workers and the trainers share the cores.
             num_cpus=max(os.cpu_count() or 1, int(needed + 0.5)),
-            resources={
-                name: amount * config.cluster.worker_range[1] * num_runs
-                for name, amount in config.cluster.resources_per_worker.items()
-            },
+            resources=_extra_resources(config, num_runs, num_data_workers * (2 if num_trials else 1)),
             include_dashboard=config.cluster.dashboard,
             log_to_driver=False,
             configure_logging=False,
@@ -901,6 +911,18 @@ def ray_of_run(config: RunConfig, display: Display, num_trials: int = 0) -> Iter
         left = {} if address else _ray_processes()
         ray.shutdown()
         _end(left)
+
+
+def _extra_resources(config: RunConfig, num_runs: int, num_data_workers: int) -> dict[str, float]:
+    """What a Ray of a run's own offers besides CPUs, so that a config for a cluster runs on one machine too."""
+    extra: dict[str, float] = {}
+    for resources, count in (
+        (config.cluster.resources_per_worker, config.cluster.worker_range[1] * num_runs),
+        (config.data.resources_per_worker, num_data_workers),
+    ):
+        for name, amount in resources.items():
+            extra[name] = extra.get(name, 0) + amount * count
+    return extra
 
 
 def _ray_processes() -> dict[int, str]:

@@ -110,6 +110,9 @@ class DataConfig(Section):
     """Data-shard workers: Ray actors that read, decode and tokenize. [least, most]: as many as the trainers need."""
     cpus_per_worker: Annotated[float, Field(ge=0)] = 1
     """CPUs that Ray reserves for each data-shard worker."""
+    resources_per_worker: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Further Ray resources of each data-shard worker, for example {data: 1} where the cluster file declares it: they
+    then stay off the hosts that train."""
     prefetch_batches: PositiveInt = 4
     """Global batches that are asked for ahead of use, besides those that the blocks in use still hold."""
     shared_blocks: PositiveInt = 1

@@ -73,10 +73,12 @@ class DataWorker:
     Attributes:
         num_decoded: samples in the blocks that were decoded so far, those decoded again counted again.
         num_served: samples in the blocks that were asked for so far.
+        refused: samples of the blocks decoded so far that could not be used, by reason.
     """
 
     def __init__(self, manifest: Manifest, data: DataConfig, model: ModelConfig, *, seed: int) -> None:
         self.num_decoded = self.num_served = 0
+        self.refused: Counter[str] = Counter()
         self._manifest, self._data, self._seed = manifest, data, seed
         self._order = build_order(manifest, data, seed)
         self._image_size, self._context_length, vocab_size = shapes(model)
@@ -102,6 +104,7 @@ class DataWorker:
             block.decode_s = time.perf_counter() - begin
             blocks[number] = block
             self.num_decoded += len(block.images)
+            self.refused.update(block.refused)
             if len(blocks) > self._data.shared_blocks:
                 # The one decoded first, not the one used longest ago: that is what the slowest reader asks for next.
                 blocks.popitem(last=False)

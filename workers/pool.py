@@ -18,11 +18,14 @@ import ctypes
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from workers import s3
 from workers.config import DataConfig, ModelConfig
 from workers.data_worker import Block, DataWorker
+from workers.metrics import WorkerMetrics
 from workers.shards import Manifest
 
 logger = logging.getLogger(__name__)
@@ -34,6 +37,7 @@ _SLOW = 8.0
 # A reader that asks for nothing for so long has died or hangs, and the others go on without it. As long as the training
 # workers of a run may take to start on a busy machine.
 _LOST_S = 120.0
+_TELL_S = 2.0  # between two words to Prometheus
 _PACE_S = 0.05  # between two looks whether the others have come
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -121,7 +125,7 @@ def keep_freed_memory() -> None:
 class DataWorkerActor(DataWorker):
     """A `DataWorker` in a process of its own."""
 
-    def __init__(self, manifest: Manifest, data: DataConfig, model: ModelConfig, *, seed: int) -> None:
+    def __init__(self, manifest: Manifest, data: DataConfig, model: ModelConfig, *, seed: int, run: str = "") -> None:
         import torch
 
         # One core is what Ray reserves for this process.
@@ -130,6 +134,15 @@ class DataWorkerActor(DataWorker):
         keep_freed_memory()
         super().__init__(manifest, data, model, seed=seed)
         self._start_cpu_s = time.process_time()  # for imports and the like
+        self._metrics, self._told_at = WorkerMetrics(run), 0.0
+
+    def block(self, lane: int, number: int) -> Block:
+        """As `DataWorker.block`; tells Prometheus now and then."""
+        block = super().block(lane, number)
+        if time.monotonic() - self._told_at > _TELL_S:
+            self._told_at = time.monotonic()
+            self._metrics.tell(self.num_decoded, self.refused, Counter(s3.TRAFFIC))
+        return block
 
     def is_up(self) -> bool:
         return True
@@ -146,17 +159,25 @@ class DataPool:
     Args:
         manifest, data, model, seed: as `DataWorker`.
         window: as `WorkerList`.
+        run: name under which their metrics stand.
 
     Attributes:
         worker_list: handle of the `WorkerList`, for `SharedPool`.
     """
 
     def __init__(
-        self, manifest: Manifest, data: DataConfig, model: ModelConfig, *, seed: int, window: int | None = None
+        self,
+        manifest: Manifest,
+        data: DataConfig,
+        model: ModelConfig,
+        *,
+        seed: int,
+        window: int | None = None,
+        run: str = "",
     ) -> None:
         self._arguments: Any = (manifest, data, model)
-        self._seed = seed
-        self._cpus, least = data.cpus_per_worker, data.num_workers
+        self._seed, self._run = seed, run
+        self._cpus, self._resources, least = data.cpus_per_worker, data.resources_per_worker, data.num_workers
         self._actors: list[Any] = []
         self._starting: list[tuple[Any, Any]] = []  # actors, and references that resolve when they are up
         self._leaving: list[tuple[float, Any]] = []  # since when
@@ -221,10 +242,14 @@ class DataPool:
         import ray
 
         # Ray restarts one that dies, and asks the new one what the old one was asked.
-        actor = ray.remote(num_cpus=self._cpus, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD")(
-            DataWorkerActor
-        )
-        return actor.remote(*self._arguments, seed=self._seed)
+        actor = ray.remote(
+            num_cpus=self._cpus,
+            resources=self._resources,
+            max_restarts=-1,
+            max_task_retries=-1,
+            scheduling_strategy="SPREAD",
+        )(DataWorkerActor)
+        return actor.remote(*self._arguments, seed=self._seed, run=self._run)
 
 
 class SharedPool:

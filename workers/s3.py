@@ -524,6 +524,10 @@ def _new_buffer(num_bytes: int) -> mmap.mmap:
     return buffer
 
 
+TRAFFIC: Counter[str] = Counter()
+"""What this process has read from S3: "bytes", and how often it asked again, by kind of failure."""
+
+
 class _Fetcher:
     """What the threads of a stream need: they know the object and nothing of its reader."""
 
@@ -576,6 +580,7 @@ class _Fetcher:
                     return
                 with self._lock:
                     self.retries[failure.kind] += 1
+                    TRAFFIC[failure.kind] += 1
                 if decision.sign_again:
                     self._sign_again(signed)
                 self._sleep(part.dropped, decision.after_s)
@@ -601,7 +606,10 @@ class _Fetcher:
         failure = self._judge(answer, first, last)
         if failure is None:
             with memoryview(part.buffer) as buffer, buffer[: part.end - part.begin] as view:
+                before = part.num_filled
                 part.num_filled, failure = _fill(view, part.num_filled, answer, part.dropped)
+                with self._lock:
+                    TRAFFIC["bytes"] += part.num_filled - before
         part.watch(None)
         if part.num_filled < part.end - part.begin:
             answer.connection.close()

@@ -1,0 +1,172 @@
+"""Every cluster file passes; a deliberate mistake in each is caught by name."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestrator.clusters import check_cluster_file, chips_per_host, tpu_chips
+from orchestrator.config import ConfigError
+from tuning.cli import main
+
+FILES = [Path("cluster.yaml"), *sorted(Path("clusters").glob("*.yaml"))]
+GCP, AWS, LOCAL = Path("cluster.yaml"), Path("clusters/aws_gpu.yaml"), Path("clusters/on_premises.yaml")
+TPU, KUBE, JOB = Path("clusters/gcp_tpu.yaml"), Path("clusters/kuberay_cluster.yaml"), Path("clusters/kuberay_job.yaml")
+GROUPS = "available_node_types"
+
+
+def test_there_is_a_file_for_each_place():
+    kinds = {check_cluster_file(path).kind for path in FILES}
+    assert kinds == {"gcp", "aws", "local", "RayCluster", "RayJob"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_file_passes(path):
+    check = check_cluster_file(path)
+    assert check.problems == []
+    assert check.kind == "local" or check.groups
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_file_has_ports_on_loopback_and_token_auth(path):
+    text = path.read_text()
+    assert "0.0.0.0" not in text
+    assert "RAY_AUTH_MODE=token" in text or "authOptions: {mode: token}" in text
+
+
+def place(content: Any, dotted: str) -> tuple[Any, Any]:
+    """The container that a dotted place lies in, and its key there; numbers index lists."""
+    *path, last = [int(part) if part.isdigit() else part for part in dotted.split("/")]
+    for part in path:
+        content = content[part]
+    return content, last
+
+
+DELETE = object()
+MISTAKES = [
+    # what Ray's own code finds
+    (GCP, "max_wokers", 3, "'max_wokers' was unexpected"),
+    (GCP, "head_node_type", "haed", "head_node_type"),
+    (GCP, f"{GROUPS}/data/resources", DELETE, f"{GROUPS}.data: 'resources' is a required property"),
+    (AWS, f"{GROUPS}/data/min_workers", 99, "smaller than the sum of `min_workers`"),
+    (LOCAL, "max_workers", 9, "9, but there are 3 worker_ips"),
+    (KUBE, "spec/workerGroupSpecs/0/rayStartParams/resources", "data=8", "data"),
+    # what nobody else finds
+    (GCP, f"{GROUPS}/gpu/node_config/machineType", "a2-highgpu-3g", "gpu.node_config.machineType: 'a2-highgpu-3g'"),
+    (GCP, f"{GROUPS}/data/node_config/machineType", "n2-standart-16", "data.node_config.machineType"),
+    (GCP, f"{GROUPS}/tpu_host/resources/TPU", 8, "tpu_host.resources.TPU: 8, but one node of v4-8 has 4"),
+    (TPU, f"{GROUPS}/tpu_v4_64/node_config/acceleratorType", "v4-63", "acceleratorType: 'v4-63': no slice"),
+    (TPU, f"{GROUPS}/tpu_v4_64/node_config/acceleratorType", "v9-64", "acceleratorType: 'v9-64'"),
+    (TPU, f"{GROUPS}/tpu_v4_64/node_config/runtimeVersion", DELETE, "runtimeVersion"),
+    (GCP, f"{GROUPS}/gpu/resources/GPU", 2, "gpu.resources.GPU: 2, but one node of a2-highgpu-1g has 1"),
+    (GCP, f"{GROUPS}/gpu/node_config/scheduling/onHostMaintenance", "MIGRATE", "onHostMaintenance: TERMINATE"),
+    (GCP, f"{GROUPS}/head/node_config/disks/0/initializeParams/sourceImage", "ubuntu", "sourceImage 'ubuntu'"),
+    (GCP, "provider/availability_zone", "us-east1-b", "'us-east1-b' is no zone of us-central2"),
+    (GCP, "idle_timeout_minutes", DELETE, "idle_timeout_minutes"),
+    (GCP, "head_start_ray_commands/1", "ray start --head --num-cpus=0", "RAY_AUTH_MODE=token"),
+    (GCP, f"{GROUPS}/head/resources/CPU", 8, "head.resources.CPU"),
+    (GCP, f"{GROUPS}/head/node_config/scheduling", {"preemptible": True}, "the head is preemptible"),
+    (GCP, f"{GROUPS}/gpu/worker_setup_commands", ["pip install torch"], "environment of their own"),
+    (GCP, "file_mounts/~\\.ray\\auth_token", DELETE, "~/.ray/auth_token is missing"),
+    (GCP, "file_mounts/~\\sigray\\losses", "lossses", "lossses does not exist"),
+    (GCP, "setup_commands", ["pip install sigray"], "clusters/setup.sh"),
+    (GCP, f"{GROUPS}/data/resources/data", DELETE, "no node offers the resource 'data'"),
+    (AWS, f"{GROUPS}/gpu/node_config/InstanceType", "g6.3xlarge", "InstanceType: 'g6.3xlarge' is no machine type"),
+    (AWS, f"{GROUPS}/gpu8/resources/GPU", 4, "gpu8.resources.GPU: 4, but one node of p4d.24xlarge has 8"),
+    (AWS, f"{GROUPS}/data/resources/CPU", 17, "data.resources.CPU: 17, but one node of c7i.4xlarge has 16"),
+    (AWS, f"{GROUPS}/data/node_config/InstanceTyp", "c7i.xlarge", "InstanceTyp"),
+    (AWS, f"{GROUPS}/gpu/node_config/ImageId", "ami-12345", "ImageId: 'ami-12345'"),
+    (AWS, f"{GROUPS}/gpu/node_config/ImageId", DELETE, "ImageId"),
+    (AWS, "provider/region", "us-west-9", "'us-west-9' is no region"),
+    (AWS, "provider/aws_credentials", {"aws_access_key_id": "x"}, "provider.aws_credentials"),
+    (AWS, "cluster_name", "AKIAABCDEFGHIJKLMNOP", "an Amazon access key"),
+    (LOCAL, "provider/worker_ips", ["192.0.2.300"], "'192.0.2.300' is no address"),
+    (LOCAL, "provider/head_ip", "192.0.2.11", "twice"),
+    (LOCAL, "worker_start_ray_commands/1", "RAY_AUTH_MODE=token ray start", "$RAY_HEAD_IP"),
+    (KUBE, "spec/rayVersion", "2.9.0", "spec.rayVersion"),
+    (KUBE, "spec/authOptions", DELETE, "authOptions.mode"),
+    (KUBE, "spec/headGroupSpec/serviceType", "LoadBalancer", "serviceType: LoadBalancer"),
+    (KUBE, "spec/headGroupSpec/rayStartParams", {}, "num-cpus"),
+    (KUBE, "spec/workerGroupSpecs/2/numOfHosts", 4, "tpu-v4-16.numOfHosts: 4, but a slice of 2x2x2 has 2 hosts"),
+    (KUBE, "spec/workerGroupSpecs/1/maxReplica", 4, "maxReplica: unknown key; did you mean 'maxReplicas'?"),
+    (KUBE, "spec/workerGroupSpecs/0/template/spec/containers/0/image", "a:latest", "its environment is not pinned"),
+    (KUBE, "spec/workerGroupSpecs/0/template/spec/containers/0/image", "REGISTRY/sigray:0.2", "images differ"),
+    (JOB, "spec/shutdownAfterJobFinishes", False, "shutdownAfterJobFinishes"),
+    (JOB, "spec/entrypoint", "python run.py", "spec.entrypoint"),
+    (JOB, "spec/rayClusterSpec/workerGroupSpecs/2/template/spec/containers/0/resources/limits/google.com\\tpu", "8",
+     "google.com/tpu: 8, but a host of tpu-v4-podslice 2x2x2 has 4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "where", "value", "said"), MISTAKES, ids=[f"{m[0].stem}-{m[1]}" for m in MISTAKES])
+def test_a_mistake_is_caught_by_name(path, where, value, said, tmp_path):
+    content = copy.deepcopy(yaml.safe_load(path.read_text()))
+    container, key = place(content, where)
+    key = key.replace("\\", "/") if isinstance(key, str) else key
+    if value is DELETE:
+        del container[key]
+    else:
+        container[key] = value
+    broken = tmp_path / path.name
+    broken.write_text(yaml.safe_dump(content))
+    problems = check_cluster_file(broken).problems
+    assert any(said in problem for problem in problems), problems
+    # What is said is said of the mistake: the rest of the file is as good as before.
+    assert len(problems) <= 6, problems
+
+
+def test_every_file_has_a_mistake_that_is_caught():
+    assert {mistake[0] for mistake in MISTAKES} == set(FILES)
+
+
+@pytest.mark.parametrize(
+    ("generation", "size", "chips", "per_host"),
+    # cloud.google.com/tpu/docs: v4-8 one host, v4-16 two of four, v5e: 1, 4 and 8 chips on one host, 16 on four
+    [("v4", 8, 4, 4), ("v4", 16, 8, 4), ("v5litepod", 8, 8, 8), ("v5litepod", 16, 16, 4), ("v6e", 1, 1, 1)],
+)
+def test_chips_of_a_slice(generation, size, chips, per_host):
+    assert tpu_chips(generation, size) == chips
+    assert chips_per_host(generation, chips) == per_host
+
+
+def test_ray_agrees_about_the_hosts_of_a_slice():
+    from ray.util.tpu import get_tpu_worker_resources
+
+    for topology, kind, chips in (("2x2x2", "TPU-V4", 8), ("2x4x4", "TPU-V4", 32), ("4x4", "TPU-V6E", 16)):
+        hosts, resources = get_tpu_worker_resources(topology, kind)
+        generation = kind.removeprefix("TPU-").lower()
+        assert chips_per_host(generation, chips) == resources["TPU"]
+        assert hosts * resources["TPU"] == chips
+
+
+def test_versions_agree_with_what_is_pinned():
+    from orchestrator.clusters import RAY_VERSION
+
+    pinned = Path("requirements.txt").read_text()
+    assert f"\nray=={RAY_VERSION}\n" in pinned
+    assert f"rayproject/ray:{RAY_VERSION}-py311" in Path("clusters/Dockerfile").read_text()
+    version = re.search(r"uv==([\d.]+)", Path("Makefile").read_text())[1]
+    assert f"UV_VERSION={version}" in Path("clusters/setup.sh").read_text()
+    assert f"uv=={version}" in Path("clusters/Dockerfile").read_text()
+
+
+def test_the_command_says_what_is_wrong(tmp_path, capsys):
+    assert main(["cluster", "check", *map(str, FILES)]) == 0
+    assert "cluster.yaml (gcp): ok" in capsys.readouterr().out
+    broken = tmp_path / "cluster.yaml"
+    broken.write_text(GCP.read_text().replace("a2-highgpu-1g", "a2-hugegpu-1g"))
+    assert main(["cluster", "check", str(broken)]) == 2
+    assert "'a2-hugegpu-1g' is no machine type" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["[1]", "a: [", "provider: {type: azure}", "{apiVersion: v1, kind: Pod}"])
+def test_what_is_no_cluster_file_is_refused(text, tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="x.yaml"):
+        check_cluster_file(path)
