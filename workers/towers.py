@@ -76,6 +76,13 @@ def build_model(model: ModelConfig) -> nn.Module:
         raise ValueError(f"model.towers: open_clip cannot build this model: {error}") from error
 
 
+def build_bare_model(model: ModelConfig) -> nn.Module:
+    """As `build_model`, for weights that come from elsewhere: fetches no pretrained ones."""
+    config = tower_config(model)
+    config["vision_cfg"]["timm_model_pretrained"] = config["text_cfg"]["hf_model_pretrained"] = False
+    return build_model(model.model_copy(update={"name": None, "towers": config}))
+
+
 def lock_towers(module: nn.Module, locked: Sequence[Tower]) -> None:
     """Set a model to training, its locked towers apart: they have no gradients and no dropout from now on."""
     module.train()
@@ -89,10 +96,8 @@ def build_meta_model(model: ModelConfig) -> nn.Module:
     Raises:
         ValueError: where open_clip cannot build it.
     """
-    config = tower_config(model)
-    config["vision_cfg"]["timm_model_pretrained"] = config["text_cfg"]["hf_model_pretrained"] = False
     with torch.device("meta"):
-        module = build_model(model.model_copy(update={"name": None, "towers": config}))
+        module = build_bare_model(model)
     lock_towers(module, model.locked)
     return module
 
