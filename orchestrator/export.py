@@ -79,9 +79,9 @@ def export_run(config: RunConfig, info: CheckpointInfo, form: str, out: Path | N
                 remarks.append("tokenizer not compared: open_clip reads it with transformers, which is not installed")
             elif found.other_tokens:
                 remarks.append(
-                    f"tokenizer: {len(found.other_tokens)} of {found.num_texts} prompts give other tokens in open_clip, which "
-                    f"cleans texts first (ftfy), such as {found.other_tokens[0]!r}; {path.name}/tokenizer.json "
-                    "itself gives those of the training"
+                    f"tokenizer: {len(found.other_tokens)} of {found.num_texts} prompts give other tokens in "
+                    f"open_clip, which cleans texts first (ftfy), such as {found.other_tokens[0]!r}; "
+                    f"{path.name}/tokenizer.json itself gives those of the training"
                 )
             else:
                 remarks.append(f"tokenizer: the same tokens in open_clip for all of {found.num_texts} prompts")

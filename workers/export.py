@@ -82,7 +82,10 @@ def export_open_clip(module: nn.Module, model: ModelConfig, folder: Path) -> Non
 def export_safetensors(module: nn.Module, model: ModelConfig, folder: Path) -> None:
     """Write the weights by open_clip's names, with the model section beside them; arguments as `export_open_clip`."""
     _save_tokenizer(model, folder)
-    content = {"model": model.model_dump(mode="json") | {"tokenizer": _tokenizer_name(folder)}}
+    content = {
+        "model": model.model_dump(mode="json", exclude={"init_from", "init_fresh"})
+        | {"tokenizer": _tokenizer_name(folder)}
+    }
     (folder / CONFIG).write_text(json.dumps(content | {"preprocessing": preprocessing(model)}, indent=2) + "\n")
     _save_weights(module, folder / WEIGHTS)
 
