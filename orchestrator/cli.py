@@ -107,6 +107,17 @@ Interrupted, or run again with more data, it embeds what is missing. A store of 
 refused.
 """
 
+_EXPORT_EXAMPLES = """\
+examples:
+  sigray export runs/emoji_cpu                                    the newest checkpoint, for open_clip
+  sigray export runs/emoji_cpu --format onnx --out emoji_onnx     both towers, for onnxruntime
+  sigray export s3://bucket/runs/a --format safetensors --out a
+  sigray export runs/emoji_cpu/checkpoints/step-0000000400        another checkpoint
+
+An open_clip export is loaded again with plain open_clip and compared. Each folder has a model card, README.md: how to
+load it, data, recipe, results.
+"""
+
 _CHAOS_EXAMPLES = """\
 examples:
   sigray chaos examples/emoji_cpu.yaml train.num_samples=100000
@@ -231,6 +242,27 @@ def _eval(options: argparse.Namespace, console: Console) -> int:
 
     console.print(f"checkpoint {checkpoints[-1].name} of {run}", highlight=False)
     console.print(figures_table(evaluate(config, checkpoints[-1], console)))
+    return 0
+
+
+def _export(options: argparse.Namespace, console: Console) -> int:
+    from orchestrator.folder import read_run
+
+    run, _, name = options.run_folder.rstrip("/").partition("/checkpoints/")
+    config = read_run(run)
+    from workers.checkpoint import CheckpointError, list_checkpoints, read_info
+    from workers.storage import Storage
+
+    storage = Storage(run)
+    checkpoints = [read_info(storage, name)] if name else list_checkpoints(storage)
+    if not checkpoints:
+        raise CheckpointError(f"{run} has no checkpoint yet")
+    from orchestrator.export import export_run
+
+    out = Path(options.out) if options.out else None
+    made = export_run(config, checkpoints[-1], options.format, out, overwrite=options.overwrite)
+    lines = [f"checkpoint {checkpoints[-1].name} of {run}", *made.remarks, f"exported: {made.path}"]
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -558,6 +590,17 @@ def _parser(add_more: Callable[[Any], None]) -> argparse.ArgumentParser:
         "run_folder", metavar="RUN_OR_CHECKPOINT", help="a run (its newest checkpoint), or RUN/checkpoints/step-..."
     )
     overrides(added)
+
+    added = command(
+        "export",
+        _export,
+        "write a checkpoint for open_clip or onnxruntime, with a model card",
+        examples=_EXPORT_EXAMPLES,
+    )
+    added.add_argument("run_folder", metavar="RUN_OR_CHECKPOINT", help="a run (its newest checkpoint), or one of them")
+    added.add_argument("--format", choices=["open_clip", "safetensors", "onnx"], default="open_clip")
+    added.add_argument("--out", metavar="DIR", help="folder to make (default RUN_DIR/NAME/export/FORMAT)")
+    added.add_argument("--overwrite", action="store_true", help="delete an earlier export first")
 
     added = command("report", _report, "write a run's report.html again")
     added.add_argument("run_folder", metavar="RUN")

@@ -216,6 +216,12 @@ class RunConfig(Section):
             problems.append(
                 f"embeddings.store={self.embeddings.store} needs a locked image tower: set model.locked=[visual]"
             )
+        vision = (self.model.towers or {}).get("vision_cfg", {})
+        if not (self.model.image_tower or self.model.init_from or vision.get("timm_model_pretrained")):
+            problems.append(
+                f"embeddings.store={self.embeddings.store} of a tower with fresh weights would be of no use: set "
+                "model.image_tower or model.init_from"
+            )
         if self.embeddings.num_views > 1 and self.data.crop == "center":
             problems.append(
                 f"embeddings.num_views={self.embeddings.num_views} with data.crop=center would store one view so many "

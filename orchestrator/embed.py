@@ -82,14 +82,15 @@ def _open(config: RunConfig) -> tuple[EmbeddingStore, dict[str, Any], StoreForma
     import torch
 
     from workers.image_towers import tower_sha256
-    from workers.towers import build_model, shapes, tower_config
+    from workers.initial import build_initial_model
+    from workers.towers import shapes, tower_config
 
     if config.embeddings.store is None:
         raise ConfigError(
             "embeddings.store is not set: give the folder or s3:// prefix that holds, or shall hold, the store"
         )
     torch.manual_seed(config.run.seed)
-    tower = build_model(config.model).eval().get_submodule("visual")
+    tower = build_initial_model(config.model).eval().get_submodule("visual")
     key = store_key(config.model, config.data, config.embeddings, tower_sha256(tower))
     size, dim = shapes(config.model)[0], tower_config(config.model)["embed_dim"]
     with torch.inference_mode():

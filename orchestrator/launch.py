@@ -157,6 +157,10 @@ def train(
         if trial is None:
             check_model_and_sets(config)
             check_memory(config)
+        if config.model.init_from is not None and resume_from is None:
+            from workers.initial import check_initial_weights
+
+            display.say(check_initial_weights(config.model).text())
         if resume_from is None and folder.is_used():
             folder.clear()
             lease.renew()

@@ -273,11 +273,14 @@ def read_info(storage: Storage, name: str) -> CheckpointInfo:
         raise DamagedCheckpoint(f"{storage.uri}/{FOLDER}/{name} is not a complete checkpoint: {error}") from error
 
 
-def load_weights(storage: Storage, info: CheckpointInfo, module: nn.Module) -> None:
+def load_weights(
+    storage: Storage, info: CheckpointInfo, module: nn.Module, load_tower: Callable[[], None] = lambda: None
+) -> None:
     """Put a checkpoint's weights into the model.
 
-    A run that read its locked image tower's embeddings from a store has none of that tower's weights: the module keeps
-    the ones that it has.
+    Args:
+        load_tower: called where the checkpoint has none of a locked image tower's weights, since its run read that
+            tower's embeddings from a store; has the module hold them.
 
     Raises:
         DamagedCheckpoint: for a file that is not what was committed.
@@ -287,6 +290,8 @@ def load_weights(storage: Storage, info: CheckpointInfo, module: nn.Module) -> N
 
     tensors = load(_verified(storage, info, _WEIGHTS))
     of_store = "visual" in info.model["locked"] and not any(name.startswith("visual.") for name in tensors)
+    if of_store:
+        load_tower()
     for name, own in module.state_dict().items():
         if of_store and name.startswith("visual."):
             tensors[name] = own

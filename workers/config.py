@@ -153,6 +153,11 @@ class ModelConfig(Section):
     (b, embed_dim)."""
     tokenizer: TokenizerName = "open_clip"
     """`open_clip` for the tokenizer of the model (its BPE), or the path of a Hugging Face tokenizer.json."""
+    init_from: LocalPath | None = None
+    """Weights to begin with: a local file, seen by all training workers, of a sigray or open_clip checkpoint
+    (.safetensors, or what torch.load reads with weights_only). Positional embeddings are resized; null: fresh ones."""
+    init_fresh: list[Pattern] = []
+    """Regular expressions for whole parameter names that stay fresh although init_from has them, as text\\..*"""
     init_logit_scale: float = math.log(10)
     """t' at the start, a log: the paper begins at log 10."""
     init_logit_bias: float = -10.0
@@ -185,6 +190,8 @@ class ModelConfig(Section):
         both = sorted(set(self.locked) & self.trained_blocks.keys())
         if both:
             raise ValueError(f"{both[0]} is in locked and in trained_blocks: leave it out of one of them")
+        if self.init_fresh and self.init_from is None:
+            raise ValueError(f"init_fresh={self.init_fresh} has no effect without init_from")
         if len(self.locked) > 1:
             raise ValueError(f"locked={self.locked}: one of visual and text at most, or nothing is left to train")
         return self

@@ -21,10 +21,11 @@ from torch import Tensor
 from workers.config import Accelerator, DataConfig, EmbeddingsConfig, ModelConfig, Precision
 from workers.decode import Decoder, Refused, SampleRandom
 from workers.device import open_device
+from workers.initial import build_initial_model
 from workers.shards import Shard, read_samples
 from workers.store import EmbeddingStore, Part, StoredShard, StoreFormat, kept_members, stored_name, write_tar
 from workers.tar import TarSample
-from workers.towers import build_model, normalize_pixels, shapes, tower_config
+from workers.towers import normalize_pixels, shapes, tower_config
 
 
 class Embedder:
@@ -55,7 +56,7 @@ class Embedder:
         self._num_views = embeddings.num_views
         self._dtype, self._dim = embeddings.dtype, tower_config(model)["embed_dim"]
         self._device = open_device(accelerator, 0, precision, num_devices)
-        module = build_model(model).requires_grad_(False).eval()
+        module = build_initial_model(model).requires_grad_(False).eval()
         self._module: Any = self._device.place(module)
 
     def is_up(self) -> bool:

@@ -25,6 +25,7 @@ from torch import Tensor
 from workers.checkpoint import CheckpointInfo, load_weights
 from workers.config import DataConfig, EmbeddingsConfig, EvalConfig, EvalSet, ModelConfig
 from workers.decode import Decoder, Refused
+from workers.initial import build_trained_model
 from workers.shards import Manifest, read_samples, scan_shards
 from workers.storage import Storage
 from workers.store import EmbeddingStore, read_embeddings
@@ -62,8 +63,11 @@ def evaluate_checkpoint(
     """
     image_size, context_length, vocab_size = shapes(model)
     store = EmbeddingStore(embeddings.store) if embeddings.store is not None else None
-    module = build_model(model, stored_embeddings=store is not None)
-    load_weights(Storage(storage_uri), info, module)
+    if store is None:
+        module = build_trained_model(Storage(storage_uri), info, model)
+    else:
+        module = build_model(model, stored_embeddings=True)
+        load_weights(Storage(storage_uri), info, module)
     encoder = Encoder(module, model, build_tokenizer(model, context_length, vocab_size), evaluation.batch_size)
     result: dict[str, Any] = {"step": info.step, "samples_seen": info.samples_seen}
     result |= {"zero_shot": {}, "retrieval": {}, "sheets": {}}

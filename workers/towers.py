@@ -89,6 +89,13 @@ def build_model(model: ModelConfig, *, stored_embeddings: bool = False) -> nn.Mo
     return module
 
 
+def build_bare_model(model: ModelConfig) -> nn.Module:
+    """As `build_model`, for weights that come from elsewhere: fetches no pretrained ones."""
+    config = tower_config(model)
+    config["vision_cfg"]["timm_model_pretrained"] = config["text_cfg"]["hf_model_pretrained"] = False
+    return build_model(model.model_copy(update={"name": None, "towers": config}))
+
+
 def lock_towers(module: nn.Module, model: ModelConfig) -> None:
     """Set a model to training, what is locked apart: that has no gradients and no dropout from now on.
 
@@ -140,10 +147,8 @@ def build_meta_model(model: ModelConfig) -> nn.Module:
     Raises:
         ValueError: where open_clip cannot build it.
     """
-    config = tower_config(model)
-    config["vision_cfg"]["timm_model_pretrained"] = config["text_cfg"]["hf_model_pretrained"] = False
     with torch.device("meta"):
-        module = build_model(model.model_copy(update={"name": None, "towers": config}))
+        module = build_bare_model(model)
     lock_towers(module, model)
     return module
 

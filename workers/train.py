@@ -42,6 +42,7 @@ from workers.config import (
 from workers.data_worker import build_order
 from workers.device import Device, check_collectives, open_device
 from workers.feed import Batch, BlockSource, Feed
+from workers.initial import load_initial_weights
 from workers.ledger import Ledger, ledger_files
 from workers.noise import Noise
 from workers.shards import Manifest
@@ -139,6 +140,8 @@ def train_loop_per_worker(job: TrainJob) -> None:
     )
     storage = Storage(job.storage_uri)
     first_step = _restore(job, storage, trainer, rank)
+    if first_step == 0 and job.model.init_from is not None:
+        load_initial_weights(trainer.module, job.model)
     check_collectives(device, global_batch_size // world_size)
     feed = Feed(
         build_order(job.manifest, job.data, job.seed),
