@@ -107,7 +107,12 @@ class ExportedRun:
         train_bare(0, 1, self.config)
         self.info = list_checkpoints(self.run.storage)[-1]
         self.figures = evaluate_checkpoint(
-            self.config.storage_uri, self.info, self.config.model, self.config.data, self.config.eval
+            self.config.storage_uri,
+            self.info,
+            self.config.model,
+            self.config.data,
+            self.config.eval,
+            self.config.embeddings,
         )
         self.run.save_evaluation(self.figures)
 
