@@ -312,9 +312,8 @@ def _submit(options: argparse.Namespace, console: Console) -> int:
     if options.cluster:
         from orchestrator.clusters import check_cluster_file
 
-        problems = check_cluster_file(options.cluster).problems
-        if problems:
-            raise ConfigError("\n".join([f"{options.cluster} cannot be used:", *(f"  {line}" for line in problems)]))
+        for problem in check_cluster_file(options.cluster).problems:  # the cluster is up: it is not refused for them
+            console.print(f"{options.cluster}: {problem}", highlight=False, markup=False, soft_wrap=True)
     env = {name: os.environ[name] for name in options.env}
     with job_client(options.cluster, options.address) as client:
         job = submit(client, config, flags, env=env, job=options.job)

@@ -756,7 +756,9 @@ def _room_in_words() -> str:
     import ray
 
     total, free = ray.cluster_resources(), ray.available_resources()
-    names = sorted(name for name in total if name in ("CPU", "GPU") or name.islower())
+    # Those that cluster files name, not memory and the node:ADDRESS that Ray adds.
+    own = [name for name in total if name.islower() and "memory" not in name and not name.startswith("node:")]
+    names = sorted([*own, *(name for name in ("CPU", "GPU", "TPU") if name in total)])
     return ", ".join(f"{free.get(name, 0):g} of {total[name]:g} {name} free" for name in names)
 
 

@@ -67,7 +67,9 @@ class Manifest:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        return {"shards": [asdict(shard) for shard in self.shards], "store": self.store}
+        # Not `asdict`, which copies every mark by itself: 11 s for 100,000 shards of 10,000 samples.
+        shards = [{**vars(shard), "marks": list(shard.marks)} for shard in self.shards]
+        return {"shards": shards, "store": self.store}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Manifest:

@@ -152,3 +152,16 @@ def test_next_index_is_the_first_that_no_step_has_taken():
         for piece in order.batch(step, 7):
             assert piece.start == taken[piece.lane]
             taken[piece.lane] = piece.stop
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (3.0, 1.0)])
+def test_parts_are_cuts_of_the_batch_with_many_lanes(weights):
+    """`rank_part` works on all lanes at once; the loop over `batch` is its slow twin."""
+    order = StreamOrder([[5000, 70]] * len(weights), weights, seed=1, num_lanes=37, shuffle_window=64)
+    for step, world_size in ((0, 4), (3, 6), (50, 12), (7, 120)):
+        pairs = [(piece.lane, index) for piece in order.batch(step, 120) for index in range(piece.start, piece.stop)]
+        parts = [order.rank_part(step, 120, rank, world_size) for rank in range(world_size)]
+        cut = [[(piece.lane, index) for piece in part for index in range(piece.start, piece.stop)] for part in parts]
+        size = 120 // world_size
+        assert cut == [pairs[rank * size : (rank + 1) * size] for rank in range(world_size)]
+        assert all(type(value) is int for part in parts for piece in part for value in (piece.start, piece.stop))
