@@ -13,7 +13,7 @@ import io
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from workers.checkpoint import CheckpointInfo, load_weights
 from workers.config import DataConfig, EvalConfig, EvalSet, ModelConfig, Patterns, WeightedShards
 from workers.decode import Decoder, Refused
+from workers.languages import figures_by_language, translations
 from workers.shards import read_samples, scan_shards
 from workers.storage import Storage
 from workers.tar import DataError, TarSample
@@ -42,6 +43,7 @@ class LoadedSet:
     captions: list[str]  # n
     class_ids: list[str]  # n; empty strings where the set has no classes
     num_refused: int
+    translations: list[list[str | None]] = field(default_factory=list)  # n; by language of the set
 
 
 def evaluate_checkpoint(
@@ -50,15 +52,15 @@ def evaluate_checkpoint(
     """All figures of one checkpoint.
 
     Returns:
-        {"step", "samples_seen", "zero_shot": {set: ...}, "retrieval": {set: ...}, "sheets": {set: [...]}}; rates
-        are fractions. `sheets` holds images as base64 PNG with their five best captions.
+        {"step", "samples_seen", "zero_shot": {set: ...}, "retrieval": {set: ...}, "languages": {set: {language: ...}},
+        "sheets": {set: [...]}}; rates are fractions. `sheets` holds images as base64 PNG with their five best captions.
     """
     image_size, context_length, vocab_size = shapes(model)
     module = build_model(model)
     load_weights(Storage(storage_uri), info, module)
     encoder = Encoder(module, model, build_tokenizer(model, context_length, vocab_size), evaluation.batch_size)
     result: dict[str, Any] = {"step": info.step, "samples_seen": info.samples_seen}
-    result |= {"zero_shot": {}, "retrieval": {}, "sheets": {}}
+    result |= {"zero_shot": {}, "retrieval": {}, "languages": {}, "sheets": {}}
     for name, spec in evaluation.sets.items():
         loaded = load_set(spec, data, image_size)
         features = encoder.images(loaded.images)
@@ -73,6 +75,16 @@ def evaluate_checkpoint(
             captions = sorted(set(loaded.captions))
             owner = torch.tensor([captions.index(caption) for caption in loaded.captions])
             result["retrieval"][name] = retrieval_recall(features @ encoder.texts(captions).T, owner)
+        if spec.languages:
+            result["languages"][name] = figures_by_language(
+                features,
+                loaded.translations,
+                loaded.class_ids,
+                spec,
+                encoder.texts,
+                retrieval_recall,
+                zero_shot_accuracy,
+            )
     return result
 
 
@@ -109,6 +121,7 @@ def load_set(spec: EvalSet, data: DataConfig, image_size: int) -> LoadedSet:
     """
     decoder = Decoder(data, image_size)
     images, captions, class_ids, num_refused = [], [], [], 0
+    by_language = []
     for sample in _all_samples(spec.shards, data):
         try:
             caption = decoder.choose_caption(sample.members, None)
@@ -121,9 +134,10 @@ def load_set(spec: EvalSet, data: DataConfig, image_size: int) -> LoadedSet:
         images.append(image)
         captions.append(caption)
         class_ids.append(class_id)
+        by_language.append(translations(sample.members, spec))
     if not images:
         raise DataError(f"{spec.shards}: none of {num_refused} samples is usable")
-    return LoadedSet(np.stack(images), captions, class_ids, num_refused)
+    return LoadedSet(np.stack(images), captions, class_ids, num_refused, by_language)
 
 
 def read_classes(path: str) -> list[dict[str, str]]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workers.bottleneck import use_bottleneck
 from workers.config import ModelConfig, Tower
 
 TOWERS: tuple[Tower, ...] = ("visual", "text")
@@ -66,7 +67,7 @@ def build_model(model: ModelConfig) -> nn.Module:
     from open_clip.model import CustomTextCLIP
 
     try:
-        return CustomTextCLIP(
+        module = CustomTextCLIP(
             **tower_config(model),
             init_logit_scale=model.init_logit_scale,
             init_logit_bias=model.init_logit_bias,
@@ -74,6 +75,9 @@ def build_model(model: ModelConfig) -> nn.Module:
         )
     except (TypeError, AssertionError) as error:
         raise ValueError(f"model.towers: open_clip cannot build this model: {error}") from error
+    if model.token_bottleneck is not None:
+        use_bottleneck(module, model.token_bottleneck)
+    return module
 
 
 def build_bare_model(model: ModelConfig) -> nn.Module:
