@@ -998,6 +998,7 @@ def _summary(run: _Run, status: str, total_s: float) -> dict[str, Any]:
         "data": _data_facts(run.manifest),
         "zero_shot": evaluation.get("zero_shot", {}),
         "retrieval": evaluation.get("retrieval", {}),
+        "linear_probe": evaluation.get("linear_probe", {}),
         "environment": environment(),
     }
 

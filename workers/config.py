@@ -309,6 +309,9 @@ class EvalSet(Section):
     """Prompts; `{}` stands for the class name. The features of several are averaged."""
     retrieval: bool = True
     """Image-to-text and text-to-image recall over the whole set."""
+    linear_probe: Patterns | None = None
+    """Tars of images with classes, as data.shards, to fit a linear classifier of image features on; it is measured on
+    `shards`. All are held in memory."""
     languages: list[str] = []
     """Languages to measure apart, each with the captions that language_captions has for it."""
     language_captions: str = "json:captions.{language}.name"
@@ -319,6 +322,8 @@ class EvalSet(Section):
         for template in self.templates:
             if "{}" not in template:
                 raise ValueError(f"template {template!r} has no {{}} for the class name")
+        if self.linear_probe is not None and self.classes is None:
+            raise ValueError("linear_probe needs classes: the key of its images' class is class_field")
         if "{language}" not in self.language_captions:
             raise ValueError(f"language_captions={self.language_captions!r} has no {{language}}")
         if not self.templates:

@@ -26,6 +26,7 @@ from workers.checkpoint import CheckpointInfo, load_weights
 from workers.config import DataConfig, EvalConfig, EvalSet, ModelConfig, Patterns, WeightedShards
 from workers.decode import Decoder, Refused
 from workers.languages import figures_by_language, translations
+from workers.probe import linear_probe
 from workers.shards import read_samples, scan_shards
 from workers.storage import Storage
 from workers.tar import DataError, TarSample
@@ -52,15 +53,16 @@ def evaluate_checkpoint(
     """All figures of one checkpoint.
 
     Returns:
-        {"step", "samples_seen", "zero_shot": {set: ...}, "retrieval": {set: ...}, "languages": {set: {language: ...}},
-        "sheets": {set: [...]}}; rates are fractions. `sheets` holds images as base64 PNG with their five best captions.
+        {"step", "samples_seen", "zero_shot": {set: ...}, "retrieval": {set: ...}, "linear_probe": {set: ...},
+        "languages": {set: {language: ...}}, "sheets": {set: [...]}}; rates are fractions. `sheets` holds images as
+        base64 PNG with their five best captions.
     """
     image_size, context_length, vocab_size = shapes(model)
     module = build_model(model)
     load_weights(Storage(storage_uri), info, module)
     encoder = Encoder(module, model, build_tokenizer(model, context_length, vocab_size), evaluation.batch_size)
     result: dict[str, Any] = {"step": info.step, "samples_seen": info.samples_seen}
-    result |= {"zero_shot": {}, "retrieval": {}, "languages": {}, "sheets": {}}
+    result |= {"zero_shot": {}, "retrieval": {}, "linear_probe": {}, "languages": {}, "sheets": {}}
     for name, spec in evaluation.sets.items():
         loaded = load_set(spec, data, image_size)
         features = encoder.images(loaded.images)
@@ -75,6 +77,10 @@ def evaluate_checkpoint(
             captions = sorted(set(loaded.captions))
             owner = torch.tensor([captions.index(caption) for caption in loaded.captions])
             result["retrieval"][name] = retrieval_recall(features @ encoder.texts(captions).T, owner)
+        if spec.linear_probe is not None:
+            fit = load_set(spec.model_copy(update={"shards": spec.linear_probe, "languages": []}), data, image_size)
+            fit_features = encoder.images(fit.images)
+            result["linear_probe"][name] = linear_probe(fit_features, fit.class_ids, features, loaded.class_ids)
         if spec.languages:
             result["languages"][name] = figures_by_language(
                 features,
