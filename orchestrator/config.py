@@ -190,6 +190,11 @@ class RunConfig(Section):
                 f"train.global_batch_size={batch} is larger than train.num_samples={self.train.num_samples}: "
                 "the run would not make one step"
             )
+        if self.optim.name == "adafactor" and self.sharding.weights == "split":
+            problems.append(
+                "optim.name=adafactor cannot run with sharding.weights=split: it needs whole rows and columns of a "
+                "gradient; adamw and lion can"
+            )
         if self.optim.num_warmup_samples > self.train.num_samples:
             problems.append(
                 f"optim.num_warmup_samples={self.optim.num_warmup_samples} is larger than "

@@ -107,7 +107,7 @@ def measure_towers(
 @functools.lru_cache(maxsize=256)
 def _measure_towers(
     model_json: str,
-    optimizer_name: Literal["adamw", "lion"],
+    optimizer_name: Literal["adamw", "lion", "adafactor"],
     precision: Precision,
     num_pairs: int,
     cached: bool,

@@ -51,7 +51,9 @@ def embed(config: RunConfig, console: Console) -> str:
     source = scan(
         config.model_copy(update={"embeddings": config.embeddings.model_copy(update={"store": None})}), display
     )
-    held_out = [scan_shards(spec.shards, config.data) for spec in config.eval.sets.values()]
+    sets = [spec.shards for spec in config.eval.sets.values()]
+    sets += [spec.linear_probe for spec in config.eval.sets.values() if spec.linear_probe is not None]
+    held_out = [scan_shards(shards, config.data) for shards in sets]
     store, key, store_format = _open(config)
     store.begin(key, store_format)
     wanted = _wanted(source, held_out)

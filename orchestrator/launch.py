@@ -1038,6 +1038,7 @@ def _summary(run: _Run, status: str, total_s: float) -> dict[str, Any]:
         "embeddings": _embeddings_facts(run.config),
         "zero_shot": evaluation.get("zero_shot", {}),
         "retrieval": evaluation.get("retrieval", {}),
+        "linear_probe": evaluation.get("linear_probe", {}),
         "environment": environment(),
     }
 

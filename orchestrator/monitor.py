@@ -253,6 +253,9 @@ def figures_table(result: dict[str, Any]) -> Group:
             for k in (1, 5, 10)
         ]
         parts += [Text(f"{name}: retrieval, {figures['num_images']:,} images", style="bold"), _table(rows)]
+    for name, figures in result.get("linear_probe", {}).items():
+        row = _figure("top-1", figures["top1"], figures["chance1"])
+        parts += [Text(f"{name}: linear probe, fitted on {figures['num_fit']:,} images", style="bold"), _table([row])]
     return Group(*parts)
 
 

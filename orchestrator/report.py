@@ -68,6 +68,7 @@ def write_report(folder: Path) -> Path:
         without_classes=[name for name in run.retrieval if name not in run.zero_shot],
         has_baseline=any(run.baseline(name) is not None for name in run.zero_shot),
         retrieval=_retrieval(run),
+        languages=_languages(run),
         figures=_figures(run),
         num_lines=len(run.metrics),
         sheets=_sheets(run),
@@ -427,6 +428,76 @@ def _retrieval(run: _Run) -> list[dict[str, Any]]:
             ways.append({"name": way.replace("_", " "), "cells": cells})
         rows.append({"name": name, "size": ", ".join(size), "ways": ways})
     return rows
+
+
+def _languages(run: _Run) -> list[dict[str, Any]]:
+    """Per set: a table of its languages, a sentence, and a bar for each language."""
+    sets = []
+    for name in _mapping(run.newest, "languages"):
+        figures = _mapping(run.newest, "languages", name)
+        columns = [
+            ("image to text R@1", "retrieval", "image_to_text_r1", "image_to_text_chance1"),
+            ("text to image R@1", "retrieval", "text_to_image_r1", "text_to_image_chance1"),
+            ("named right", "zero_shot", "top1", "chance1"),
+        ]
+        columns = [
+            column for column in columns if any(_number(row, *column[1:3]) is not None for row in figures.values())
+        ]
+        rows, bars = [], []
+        for language, row in figures.items():
+            cells = []
+            for _, kind, key, chance_key in columns:
+                rate, chance = _number(row, kind, key), _number(row, kind, chance_key)
+                against = words.multiple(rate, chance) if rate is not None and chance else ""
+                cells.append({"rate": words.percent(rate) if rate is not None else "not measured", "against": against})
+            rows.append({"language": language, "num": _number(row, "retrieval", "num_images"), "cells": cells})
+            rate, chance = (_number(row, "retrieval", f"image_to_text_{key}1") for key in ("r", "chance"))
+            if rate is not None and chance:
+                bars.append((language, rate, chance))
+        if bars:
+            mean = sum(rate for _, rate, _ in bars) / len(bars)
+            far = sum(rate >= 50 * chance for _, rate, chance in bars)
+            (best, best_rate, _), (worst, worst_rate, _) = (
+                max(bars, key=lambda bar: bar[1]),
+                min(bars, key=lambda b: b[1]),
+            )
+            said = (
+                f"Image to text R@1 over {words.counted(len(bars), 'language')}: mean {words.percent(mean)}, from "
+                f"{words.percent(worst_rate)} ({worst}) to {words.percent(best_rate)} ({best}); "
+                f"{far} of them at 50 times chance or more."
+            )
+            sets.append(
+                {
+                    "name": name,
+                    "head": [title for title, *_ in columns],
+                    "rows": rows,
+                    "said": said,
+                    "svg": _language_bars(bars),
+                }
+            )
+    return sets
+
+
+def _language_bars(bars: list[tuple[str, float, float]]) -> Any:
+    """A bar for each language, the highest first, with the chance level of each."""
+    ordered = sorted(bars, key=lambda bar: -bar[1])
+
+    def draw(figure: Figure) -> None:
+        from matplotlib.ticker import FuncFormatter
+
+        figure.set_size_inches(8.6, 2.9)
+        axes = figure.subplots()
+        places = range(len(ordered))
+        axes.bar(places, [rate for _, rate, _ in ordered], color=drawing.FIRST, width=0.7)
+        axes.plot(places, [chance for _, _, chance in ordered], color=drawing.SECOND, linewidth=1.2, label="chance")
+        axes.set_xticks(places, [language for language, *_ in ordered], fontsize=8)
+        axes.set_xlim(-0.6, len(ordered) - 0.4)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{100 * rate:g} %"))
+        axes.set_ylabel("image to text R@1")
+        axes.legend(frameon=False, loc="upper right")
+        figure.subplots_adjust(left=0.09)
+
+    return drawing.svg(draw)
 
 
 def _sheets(run: _Run) -> list[dict[str, Any]]:

@@ -92,6 +92,9 @@ class DataConfig(Section):
     captions: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] = {"txt": 1.0}
     """Where a sample's caption stands, with weights: a member's ending (txt), or a field of a JSON member
     (json:captions.en). Of those that a sample has, one is drawn for each epoch."""
+    languages: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Languages with weights, for sources that have {language} in them: {json:captions.{language}.name: 1} with
+    {en: 2, sw: 1} stands for json:captions.en.name twice as often as json:captions.sw.name."""
     num_lanes: PositiveInt = 8
     """Parallel streams that an epoch is cut into. A property of the run's order, not of the machines: keep it."""
     shuffle_window: PositiveInt = 1024
@@ -131,6 +134,26 @@ class DataConfig(Section):
     shard_cache_gib: Annotated[float, Field(gt=0)] = 50
     """Size of that folder at most; the shards used longest ago are deleted first."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _languages_fill_their_places(cls, content: Any) -> Any:
+        """Here, once: what reads captions sees sources without places, and so does one who reads a saved config."""
+        if not isinstance(content, dict) or not isinstance(content.get("captions"), dict):
+            return content
+        filled: dict[str, float] = {}
+        for source, weight in content["captions"].items():
+            if "{language}" not in str(source):
+                filled[source] = weight
+                continue
+            if not content.get("languages"):
+                raise ValueError(f"captions.{source}: data.languages is empty, so {{language}} stands for nothing")
+            total = sum(content["languages"].values())
+            filled |= {
+                source.replace("{language}", language): weight * share / total
+                for language, share in content["languages"].items()
+            }
+        return content | {"captions": filled}
+
     @model_validator(mode="after")
     def _ranges_rise(self) -> DataConfig:
         for name in ("crop_scale", "crop_ratio", "num_workers"):
@@ -153,6 +176,9 @@ class ModelConfig(Section):
     (b, embed_dim)."""
     tokenizer: TokenizerName = "open_clip"
     """`open_clip` for the tokenizer of the model (its BPE), or the path of a Hugging Face tokenizer.json."""
+    token_bottleneck: PositiveInt | None = None
+    """K of a token embedding in two parts, vocabulary x K and K x width, for large vocabularies of many languages
+    (paper, section 4.3; K = 96 there); null: one table."""
     init_from: LocalPath | None = None
     """Weights to begin with: a local file, seen by all training workers, of a sigray or open_clip checkpoint
     (.safetensors, or what torch.load reads with weights_only). Positional embeddings are resized; null: fresh ones."""
@@ -282,15 +308,17 @@ class ParameterGroup(Section):
 
 
 class OptimConfig(Section):
-    name: Literal["adamw", "lion"] = "adamw"
-    """adamw, or lion (arXiv 2302.06675; half of AdamW's state; wants lower rates, and beta2 0.99)."""
+    name: Literal["adamw", "lion", "adafactor"] = "adamw"
+    """adamw; lion (arXiv 2302.06675; half of AdamW's state; wants lower rates, and beta2 0.99); or adafactor as
+    big_vision has it (arXiv 2106.04560; a quarter of AdamW's state: momentum in bf16, a factored second moment, whose
+    decay rises to beta2 at most)."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Learning rate at the top of the schedule."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """0.95 instead of 0.999 keeps training with large batches stable (paper, section 4.6)."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """AdamW's; Lion has none."""
+    """AdamW's; the others have none."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """Decoupled: times the learning rate, weights shrink by it; never applied to biases, norms, logit_scale and
     logit_bias."""
@@ -315,12 +343,23 @@ class EvalSet(Section):
     """Prompts; `{}` stands for the class name. The features of several are averaged."""
     retrieval: bool = True
     """Image-to-text and text-to-image recall over the whole set."""
+    linear_probe: Patterns | None = None
+    """Tars of images with classes, as data.shards, to fit a linear classifier of image features on; it is measured on
+    `shards`. All are held in memory."""
+    languages: list[str] = []
+    """Languages to measure apart, each with the captions that language_captions has for it."""
+    language_captions: str = "json:captions.{language}.name"
+    """Source, as in data.captions, of a sample's caption in a language; with classes, of its class's name."""
 
     @model_validator(mode="after")
     def _templates_have_a_place(self) -> EvalSet:
         for template in self.templates:
             if "{}" not in template:
                 raise ValueError(f"template {template!r} has no {{}} for the class name")
+        if self.linear_probe is not None and self.classes is None:
+            raise ValueError("linear_probe needs classes: the key of its images' class is class_field")
+        if "{language}" not in self.language_captions:
+            raise ValueError(f"language_captions={self.language_captions!r} has no {{language}}")
         if not self.templates:
             raise ValueError("templates is empty: at least one prompt such as 'a photo of a {}.' is needed")
         return self

@@ -13,7 +13,7 @@ import io
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from PIL import Image
 from torch import Tensor
 
 from workers.checkpoint import CheckpointInfo, load_weights
-from workers.config import DataConfig, EmbeddingsConfig, EvalConfig, EvalSet, ModelConfig
+from workers.config import DataConfig, EmbeddingsConfig, EvalConfig, EvalSet, ModelConfig, Patterns
 from workers.decode import Decoder, Refused
 from workers.initial import build_trained_model
+from workers.languages import figures_by_language, translations
+from workers.probe import linear_probe
 from workers.shards import Manifest, read_samples, scan_shards
 from workers.storage import Storage
 from workers.store import EmbeddingStore, read_embeddings
@@ -45,6 +47,7 @@ class LoadedSet:
     places: list[tuple[int, int]]  # n; shard in the set's manifest, index in the shard
     class_ids: list[str]  # n; empty strings where the set has no classes
     num_refused: int
+    translations: list[list[str | None]] = field(default_factory=list)  # n; by language of the set
 
 
 def evaluate_checkpoint(
@@ -58,8 +61,9 @@ def evaluate_checkpoint(
     """All figures of one checkpoint; with a store the image features come from there.
 
     Returns:
-        {"step", "samples_seen", "zero_shot": {set: ...}, "retrieval": {set: ...}, "sheets": {set: [...]}}; rates
-        are fractions. `sheets` holds images as base64 PNG with their five best captions.
+        {"step", "samples_seen", "zero_shot": {set: ...}, "retrieval": {set: ...}, "linear_probe": {set: ...},
+        "languages": {set: {language: ...}}, "sheets": {set: [...]}}; rates are fractions. `sheets` holds images as
+        base64 PNG with their five best captions.
     """
     image_size, context_length, vocab_size = shapes(model)
     store = EmbeddingStore(embeddings.store) if embeddings.store is not None else None
@@ -69,11 +73,15 @@ def evaluate_checkpoint(
         module = build_model(model, stored_embeddings=True)
         load_weights(Storage(storage_uri), info, module)
     encoder = Encoder(module, model, build_tokenizer(model, context_length, vocab_size), evaluation.batch_size)
+
+    def features_of(shards: Patterns, loaded: LoadedSet) -> Tensor:
+        return encoder.images(loaded.images) if store is None else _stored_features(store, shards, data, loaded)
+
     result: dict[str, Any] = {"step": info.step, "samples_seen": info.samples_seen}
-    result |= {"zero_shot": {}, "retrieval": {}, "sheets": {}}
+    result |= {"zero_shot": {}, "retrieval": {}, "linear_probe": {}, "languages": {}, "sheets": {}}
     for name, spec in evaluation.sets.items():
         loaded = load_set(spec, data, image_size)
-        features = encoder.images(loaded.images) if store is None else _stored_features(store, spec, data, loaded)
+        features = features_of(spec.shards, loaded)
         if spec.classes:
             classes = read_classes(spec.classes)
             labels = class_labels(loaded, classes, name)
@@ -85,21 +93,35 @@ def evaluate_checkpoint(
             captions = sorted(set(loaded.captions))
             owner = torch.tensor([captions.index(caption) for caption in loaded.captions])
             result["retrieval"][name] = retrieval_recall(features @ encoder.texts(captions).T, owner)
+        if spec.linear_probe is not None:
+            fit = load_set(spec.model_copy(update={"shards": spec.linear_probe, "languages": []}), data, image_size)
+            fit_features = features_of(spec.linear_probe, fit)
+            result["linear_probe"][name] = linear_probe(fit_features, fit.class_ids, features, loaded.class_ids)
+        if spec.languages:
+            result["languages"][name] = figures_by_language(
+                features,
+                loaded.translations,
+                loaded.class_ids,
+                spec,
+                encoder.texts,
+                retrieval_recall,
+                zero_shot_accuracy,
+            )
     return result
 
 
-def _stored_features(store: EmbeddingStore, spec: EvalSet, data: DataConfig, loaded: LoadedSet) -> Tensor:
+def _stored_features(store: EmbeddingStore, shards: Patterns, data: DataConfig, loaded: LoadedSet) -> Tensor:
     """(n, D) of unit norm.
 
     Raises:
         StoreError: where the store lacks a shard of the set.
         DataError: where the store refused an image that is usable now.
     """
-    rows = [list(read_embeddings(store, shard, data)) for shard in scan_shards(spec.shards, data).shards]
+    rows = [list(read_embeddings(store, shard, data)) for shard in scan_shards(shards, data).shards]
     found = [row for shard, index in loaded.places if (row := rows[shard][index]) is not None]
     if len(found) < len(loaded.places):
         raise DataError(
-            f"{store.uri} lacks the embeddings of {len(loaded.places) - len(found)} images of {spec.shards} "
+            f"{store.uri} lacks the embeddings of {len(loaded.places) - len(found)} images of {shards} "
             "that can be read now: delete its eval folder and run `sigray embed` again"
         )
     return torch.nn.functional.normalize(torch.from_numpy(np.stack(found)), dim=-1)
@@ -138,6 +160,7 @@ def load_set(spec: EvalSet, data: DataConfig, image_size: int) -> LoadedSet:
     """
     decoder = Decoder(data, image_size)
     images, captions, places, class_ids, num_refused = [], [], [], [], 0
+    by_language = []
     for place, sample in _all_samples(scan_shards(spec.shards, data), data):
         try:
             caption = decoder.choose_caption(sample.members, None)
@@ -151,9 +174,10 @@ def load_set(spec: EvalSet, data: DataConfig, image_size: int) -> LoadedSet:
         captions.append(caption)
         places.append(place)
         class_ids.append(class_id)
+        by_language.append(translations(sample.members, spec))
     if not images:
         raise DataError(f"{spec.shards}: none of {num_refused} samples is usable")
-    return LoadedSet(np.stack(images), captions, places, class_ids, num_refused)
+    return LoadedSet(np.stack(images), captions, places, class_ids, num_refused, by_language)
 
 
 def read_classes(path: str) -> list[dict[str, str]]:

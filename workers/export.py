@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from workers.bottleneck import fold_bottleneck
 from workers.config import ModelConfig
 from workers.tokenizer import build_tokenizer
 from workers.towers import shapes, tower_config
@@ -83,7 +84,7 @@ def export_safetensors(module: nn.Module, model: ModelConfig, folder: Path) -> N
     """Write the weights by open_clip's names, with the model section beside them; arguments as `export_open_clip`."""
     _save_tokenizer(model, folder)
     content = {
-        "model": model.model_dump(mode="json", exclude={"init_from", "init_fresh"})
+        "model": model.model_dump(mode="json", exclude={"init_from", "init_fresh", "token_bottleneck"})
         | {"tokenizer": _tokenizer_name(folder)}
     }
     (folder / CONFIG).write_text(json.dumps(content | {"preprocessing": preprocessing(model)}, indent=2) + "\n")
@@ -198,7 +199,7 @@ class _UnitNorm(nn.Module):
 def _save_weights(module: nn.Module, path: Path) -> None:
     from safetensors.torch import save_file
 
-    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
+    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in fold_bottleneck(module).items()}
     save_file(weights, path, metadata={"format": "pt"})
 
 

@@ -176,7 +176,7 @@ def _read(path: str) -> dict[str, Tensor]:
         raise ValueError(f"model.init_from: {path} holds no mapping of names to tensors")
     state = {name.removeprefix("module."): tensor for name, tensor in content.items()}
     if "positional_embedding" in state:  # open_clip's CLIP class has the text tower's parts at the top
-        state = convert_to_custom_text_state_dict(state)
+        state = dict(convert_to_custom_text_state_dict(state))
     state.pop("text.transformer.embeddings.position_ids", None)  # a buffer of older transformers
     return state
 

@@ -66,7 +66,7 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig, options: dict[str, Any]) -> torch.optim.Optimizer:
-    """AdamW or Lion over the parameters that train; raises as `parameter_groups`.
+    """AdamW, Lion or Adafactor over the parameters that train; raises as `parameter_groups`.
 
     Args:
         options: which implementation of AdamW, see `Device.optimizer_options`.
@@ -76,4 +76,20 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, options: dict[str, Any
         from timm.optim import Lion
 
         return Lion(groups, lr=optim.lr, betas=betas)
+    if optim.name == "adafactor":
+        from timm.optim import AdafactorBigVision
+
+        # big_vision's defaults (optax.py, scale_by_adafactor), but for the cap of beta2, which is the config's. Weight
+        # decay is times the whole learning rate, as AdamW's here; big_vision's is times the schedule alone.
+        return AdafactorBigVision(
+            groups,
+            lr=optim.lr,
+            momentum=optim.beta1,
+            beta2_cap=optim.beta2,
+            decay_rate=0.8,
+            min_dim_size_to_factor=32,
+            momentum_dtype=torch.bfloat16,
+            clipping_threshold=None,
+            unscaled_wd=False,
+        )
     return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, **options)

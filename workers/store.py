@@ -187,7 +187,8 @@ class EmbeddingStore:
         lines = [
             f"{name}: the store has {saved.get(name)!r}, this config {key.get(name)!r}"
             for name in sorted(saved.keys() | key.keys())
-            if saved.get(name) != key.get(name)
+            # More members than are asked for do no harm.
+            if (not set(key[name]) <= set(saved[name]) if name == "members" else saved.get(name) != key.get(name))
         ]
         if lines:
             shown = "\n  ".join(lines)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workers.bottleneck import use_bottleneck
 from workers.config import ModelConfig, Tower
 from workers.image_towers import StoredTower, load_image_tower
 
@@ -86,6 +87,8 @@ def build_model(model: ModelConfig, *, stored_embeddings: bool = False) -> nn.Mo
         module.visual = StoredTower()
     elif model.image_tower is not None:
         module.visual = load_image_tower(model.image_tower)
+    if model.token_bottleneck is not None:
+        use_bottleneck(module, model.token_bottleneck)
     return module
 
 

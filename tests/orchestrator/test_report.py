@@ -332,3 +332,20 @@ def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a run"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_languages_have_a_table_a_bar_each_and_a_sentence(tmp_path):
+    def row(recall: float) -> dict[str, Any]:
+        return {"retrieval": retrieval(recall, 1000), "zero_shot": zero_shot(recall, 5 * recall, 1000, 1000)}
+
+    content = evaluation(10, 0.1, 0.3) | {"languages": {SET: {"en": row(0.2), "sw": row(0.01), "<b>": row(0.06)}}}
+    (tmp_path / "evaluations").mkdir()
+    (tmp_path / "evaluations" / "step-10.json").write_text(json.dumps(content))
+    text = write_report(tmp_path).read_text()
+    said = text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "over 3 languages: mean 9.0 %, from 1.0 % (sw) to 20.0 % (en); 2 of them at 50 times chance or more." in said
+    assert "<b>" not in text.replace("&lt;b&gt;", "")
+    table = text[text.index("Languages: ") :]
+    svg = table[table.index("<svg") : table.index("</svg>")]
+    places = [svg.index(f">{language}<") for language in ("en", "&lt;b&gt;", "sw")]
+    assert places == sorted(places), "the highest bar first"

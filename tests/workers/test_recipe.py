@@ -250,7 +250,68 @@ def test_lion_does_what_its_paper_says():
     torch.testing.assert_close(parameter.detach().double(), weights, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion"])
+def adafactor_of_big_vision(weights, gradients, *, lr, cap, decay):
+    """Its chain in float64, step by step: optax's factored RMS scaling, its average, rate and decay.
+
+    The average is stored in bfloat16 between steps and used unrounded, as optax.ema does.
+    """
+    factored = weights.ndim >= 2 and sorted(weights.shape)[-2] >= 32
+    rows = columns = second = torch.zeros(())
+    momentum = torch.zeros_like(weights)
+    for step, gradient in enumerate(gradients, start=1):
+        gradient = gradient.double()
+        beta2 = min(cap, 1 - step**-0.8)
+        square = gradient**2 + 1e-30
+        if factored:
+            row_axis, column_axis = sorted(range(weights.ndim), key=lambda axis: weights.shape[axis])[-2:]
+            rows = beta2 * rows + (1 - beta2) * square.mean(dim=column_axis, keepdim=True)
+            columns = beta2 * columns + (1 - beta2) * square.mean(dim=row_axis, keepdim=True)
+            update = gradient * (rows / rows.mean(dim=row_axis, keepdim=True)) ** -0.5 * columns**-0.5
+        else:
+            second = beta2 * second + (1 - beta2) * square
+            update = gradient * second**-0.5
+        average = 0.9 * momentum + 0.1 * update
+        momentum = average.bfloat16().double()
+        weights = weights - lr * (average + decay * weights)
+    return weights
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (96, 40), (40, 3, 8, 64), (48, 16), (64,), ()])
+def test_adafactor_is_that_of_big_vision(shape):
+    """Also past the step from which the cap of beta2 holds: 1 - t**-0.8 is 0.95 at step 42."""
+    optim = OptimConfig(name="adafactor", lr=0.01, beta1=0.9, beta2=0.95, weight_decay=0.05)
+    generator = torch.Generator().manual_seed(0)
+    module = torch.nn.Module()
+    start = torch.randn(shape, generator=generator)
+    module.weight = torch.nn.Parameter(start.clone())
+    optimizer = build_optimizer(module, optim, {})
+    # Gradients shrink late: how fast the second moment forgets the large ones is what the cap decides.
+    gradients = [torch.randn(shape, generator=generator) * (10 if step < 150 else 1) for step in range(200)]
+    for gradient in gradients:
+        module.weight.grad = gradient.clone()
+        optimizer.step()
+    decay = 0.05 if len(shape) >= 2 else 0.0
+    expected = adafactor_of_big_vision(start.double(), gradients, lr=0.01, cap=0.95, decay=decay)
+    uncapped = adafactor_of_big_vision(start.double(), gradients, lr=0.01, cap=0.999, decay=decay)
+    change = (expected - start).norm()
+    # timm rounds to bfloat16 what optax uses unrounded: up to 2**-9 of each update.
+    assert (module.weight.detach() - expected).norm() < 0.01 * change
+    assert (uncapped - expected).norm() > 0.02 * change, "the cap must be seen"
+
+
+def test_adafactor_keeps_a_quarter_of_the_state():
+    sizes = {}
+    for name in ("adamw", "adafactor"):
+        module = torch.nn.Linear(256, 512, bias=False)
+        optimizer = build_optimizer(module, OptimConfig(name=name), {})
+        module.weight.grad = torch.ones_like(module.weight)
+        optimizer.step()
+        state = optimizer.state[module.weight].values()
+        sizes[name] = sum(tensor.numel() * tensor.element_size() for tensor in state)
+    assert sizes["adafactor"] / sizes["adamw"] == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
 def test_a_resumed_run_with_groups_goes_on_as_the_unbroken_one(name):
     optim = OptimConfig(name=name, lr=1e-3, groups=[{"match": r"visual\..*", "lr_scale": 0.1, "weight_decay": 0}])
     unbroken = trainer_of(optim)

@@ -1,0 +1,70 @@
+"""The bottlenecked token embedding of mSigLIP (arXiv 2303.15343, section 4.6): N x K, then K x W.
+
+    N  vocabulary      K  bottleneck      W  width of the text tower
+
+A multilingual vocabulary of 250,000 tokens at width 768 is 192 M parameters, more than the rest of the tower; through
+K = 96 it is 24 M.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+EMBEDDING = "text.token_embedding"
+_STD = 0.02  # of open_clip's token embedding, so that the tower begins with inputs of the usual size
+
+
+class BottleneckEmbedding(nn.Module):
+    """Takes the place of an `nn.Embedding(N, W)`.
+
+    Attributes:
+        table: N x K.
+        expand: K x W, without a bias: the product of both is one table again.
+    """
+
+    def __init__(self, num_tokens: int, bottleneck: int, width: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(num_tokens, bottleneck)
+        self.expand = nn.Linear(bottleneck, width, bias=False)
+        nn.init.normal_(self.table.weight, std=_STD)
+        nn.init.normal_(self.expand.weight, std=bottleneck**-0.5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(b, T) ints -> (b, T, W)."""
+        return self.expand(self.table(tokens))
+
+    def folded(self) -> Tensor:
+        """(N, W): the rows that all tokens are embedded as. The product is rounded once."""
+        return (self.table.weight.detach().double() @ self.expand.weight.detach().double().T).to(
+            self.table.weight.dtype
+        )
+
+
+def use_bottleneck(module: nn.Module, bottleneck: int) -> None:
+    """Replace the token embedding of a model's text tower.
+
+    Raises:
+        ValueError: where the tower has none of open_clip's kind, or one that is no wider than the bottleneck.
+    """
+    text = module.get_submodule("text")
+    embedding = getattr(text, "token_embedding", None)
+    if not isinstance(embedding, nn.Embedding):
+        raise ValueError(f"model.token_bottleneck={bottleneck} needs open_clip's own text tower, without hf_model_name")
+    if bottleneck >= embedding.embedding_dim:
+        raise ValueError(
+            f"model.token_bottleneck={bottleneck} is no bottleneck: the text tower's width is {embedding.embedding_dim}"
+        )
+    with torch.device(embedding.weight.device):
+        text.token_embedding = BottleneckEmbedding(embedding.num_embeddings, bottleneck, embedding.embedding_dim)
+
+
+def fold_bottleneck(module: nn.Module) -> dict[str, Tensor]:
+    """The model's weights by open_clip's names: a bottleneck has become one table."""
+    weights = dict(module.state_dict())
+    embedding = getattr(module.get_submodule("text"), "token_embedding", None)
+    if isinstance(embedding, BottleneckEmbedding):
+        for name in [name for name in weights if name.startswith(f"{EMBEDDING}.")]:
+            del weights[name]
+        weights[f"{EMBEDDING}.weight"] = embedding.folded()
+    return weights
