@@ -7,7 +7,7 @@ import torch
 
 from tests.conftest import TOWERS, write_dataset
 from workers.checkpoint import CheckpointWriter, list_checkpoints
-from workers.config import CheckpointConfig, DataConfig, EvalConfig, EvalSet, ModelConfig, OptimConfig
+from workers.config import CheckpointConfig, DataConfig, EmbeddingsConfig, EvalConfig, EvalSet, ModelConfig, OptimConfig
 from workers.evaluate import evaluate_checkpoint
 from workers.optim import build_optimizer
 from workers.probe import PENALTIES, fit_logistic, linear_probe
