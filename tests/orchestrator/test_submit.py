@@ -113,10 +113,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}", "--num-cpus=4"]
     command += [f"--metrics-export-port={metrics}", "--object-store-memory=200000000", f"--temp-dir={folder}"]
     command += ["--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
-    log = (tmp_path_factory.mktemp("head") / "ray.log").open("w")
+    home = tmp_path_factory.mktemp("head")  # jobs keep their runs' folders there
+    log = (home / "ray.log").open("w")
     # As clusters/setup.sh has it: `python` of the head is that of the pinned environment.
     path = f"{BIN}:{os.environ['PATH']}"
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PATH": path}
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PATH": path, "HOME": str(home)}
     process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
         deadline = time.monotonic() + 90
