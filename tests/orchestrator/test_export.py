@@ -227,6 +227,7 @@ def test_the_card_tells_data_recipe_and_results(trained):
     assert "| training data | 96 | 1 |" in card
     assert "960 pairs" in card
     assert "adamw, learning rate 0.003" in card
+    assert "| captions | `txt` 1 |" in card
     row = trained.figures["zero_shot"]["colours"]
     assert f"| colours | 4 | 40 | {row['top1']:.2%} | 25.00% |" in card
 
