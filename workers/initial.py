@@ -19,7 +19,7 @@ from workers.checkpoint import CheckpointInfo, load_weights
 from workers.config import ModelConfig
 from workers.device import like
 from workers.storage import Storage
-from workers.towers import build_bare_model, build_meta_model, build_model
+from workers.towers import TOWERS, build_bare_model, build_meta_model, build_model
 
 _POSITIONS = ("visual.positional_embedding", "text.positional_embedding")
 _NUM_NAMED = 6
@@ -139,11 +139,14 @@ def _match(module: nn.Module, model: ModelConfig) -> tuple[InitialWeights, dict[
         lines = [
             f"  {name}: {list(old)} in the file, {list(new)} here" for name, (old, new) in found.other_shape.items()
         ]
-        first = next(iter(found.other_shape))
+        more = [f"  and {len(lines) - 2 * _NUM_NAMED} more"] if len(lines) > 2 * _NUM_NAMED else []
+        parts = sorted({name.partition(".")[0] for name in found.other_shape})
+        fresh_parts = [rf"{part}\..*" if part in TOWERS else part for part in parts]
+        shown = "', '".join(fresh_parts)
         raise ValueError(
             f"model.init_from={model.init_from}: {len(lines)} tensors have another shape:\n"
-            + "\n".join(lines[: 2 * _NUM_NAMED])
-            + f"\nTake towers of the checkpoint's shape, or begin there anew: model.init_fresh=['{re.escape(first)}']"
+            + "\n".join(lines[: 2 * _NUM_NAMED] + more)
+            + f"\nTake towers of the checkpoint's shape, or begin there anew: model.init_fresh=['{shown}']"
         )
     if not any(name.startswith(("visual.", "text.")) for name in taken):
         raise ValueError(
