@@ -289,7 +289,7 @@ def load_weights(
     from safetensors.torch import load
 
     tensors = load(_verified(storage, info, _WEIGHTS))
-    of_store = "visual" in info.model["locked"] and not any(name.startswith("visual.") for name in tensors)
+    of_store = "visual" in info.model.get("locked", ()) and not any(name.startswith("visual.") for name in tensors)
     if of_store:
         load_tower()
     for name, own in module.state_dict().items():
