@@ -310,7 +310,8 @@ def read_embeddings(store: EmbeddingStore, source: Shard, data: DataConfig) -> I
         StoreError: where the shard is not in the store.
         DataError: where its tar is damaged.
     """
-    name, store_format = stored_name(source), store.format()
+    # Held-out images have one view, however many those of training have.
+    name, store_format = stored_name(source), dataclasses.replace(store.format(), num_views=1)
     as_stored = data.model_copy(update={"image_keys": [EMBEDDING]})
     try:
         (shard,) = scan_shards(store.url("eval", name), as_stored).shards

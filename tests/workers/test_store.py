@@ -24,7 +24,16 @@ from workers.evaluate import evaluate_checkpoint
 from workers.feed import Feed
 from workers.image_towers import OnnxTower, load_image_tower, tower_sha256
 from workers.shards import Manifest, scan_shards
-from workers.store import EmbeddingReader, EmbeddingStore, StoredShard, StoreError, StoreFormat, store_key, stored_name
+from workers.store import (
+    EmbeddingReader,
+    EmbeddingStore,
+    StoredShard,
+    StoreError,
+    StoreFormat,
+    read_embeddings,
+    store_key,
+    stored_name,
+)
 from workers.towers import build_model, normalize_pixels
 
 SIZES = [24, 7, 32, 13]
@@ -143,7 +152,7 @@ def test_views_are_crops_and_each_epoch_draws_one(data, model, tmp_path):
     pictures = {f"noise{n}": encode_image(rng.integers(0, 256, (24, 24, 3), np.uint8)) for n in range(24)}
     write_tar(tmp_path / "0.tar", [{"__key__": key, "png": png, "txt": key} for key, png in pictures.items()])
     data = data.model_copy(update={"shards": str(tmp_path), "crop": "random", "crop_scale": (0.3, 0.9)})
-    stored = make_store(tmp_path / "store", data, model, dtype="fp32", num_views=3)
+    stored = make_store(tmp_path / "store", data, model, str(tmp_path / "0.tar"), dtype="fp32", num_views=3)
     manifest = stored.manifest(scan_shards(data.shards, data), data)
     tower, decoder, views = make_tower(), Decoder(data, 16), {}
     for key, png in pictures.items():
@@ -152,6 +161,8 @@ def test_views_are_crops_and_each_epoch_draws_one(data, model, tmp_path):
             decoder.decode_image({"png": png}, images[view], _view_random(key, view))
         with torch.no_grad():
             views[key] = nn.functional.normalize(tower(normalize_pixels(torch.from_numpy(images), model)), dim=-1)
+    (shard,) = scan_shards(data.shards, data).shards
+    assert sum(row is not None for row in read_embeddings(stored, shard, data)) == 24  # one view of each, of the centre
     drawn: dict[str, set[int]] = {key: set() for key in pictures}
     for batch in batches(manifest, data, model, last=2 * 12):  # twelve epochs
         for key, row in zip(batch.keys, batch.images, strict=True):
