@@ -325,6 +325,21 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         ConfigError: for a missing or unreadable file, an unknown key, a wrong type, fields that contradict.
     """
+    content = read_mapping(path, f"a mapping of sections expected ({', '.join(RunConfig.model_fields)})")
+    for text in overrides:
+        _apply(content, text)
+    return parse_config(content, str(path))
+
+
+def read_mapping(path: str | Path, expected: str) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Args:
+        expected: what the error says of a file that holds something else.
+
+    Raises:
+        ConfigError: for a missing or unreadable file, or another content.
+    """
     try:
         content = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -332,10 +347,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a mapping of sections expected ({', '.join(RunConfig.model_fields)})")
-    for text in overrides:
-        _apply(content, text)
-    return parse_config(content, str(path))
+        raise ConfigError(f"{path}: {expected}")
+    return content
 
 
 def override(config: RunConfig, overrides: list[str], source: str) -> RunConfig:

@@ -272,7 +272,7 @@ class _Run:
         Raises:
             RunFailed, DataError: what ended it.
         """
-        with _stop_on_signal(self._ask_to_stop):
+        with stop_on_signal(self._ask_to_stop):
             self._find_open_rung()
             while not self._stopping:
                 if not self._is_let_go_on():
@@ -973,8 +973,8 @@ def _starts(pids: Iterable[int]) -> dict[int, str]:
 
 
 @contextlib.contextmanager
-def _stop_on_signal(ask: Any) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM asks the run to stop, the second ends the driver."""
+def stop_on_signal(ask: Any) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM asks the run, or the sweep, to stop; the second ends the driver."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

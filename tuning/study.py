@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from orchestrator.config import ConfigError, RunConfig, override_of, parse_config, put
+from orchestrator.config import ConfigError, RunConfig, override_of, parse_config, put, read_mapping
 from tuning.decide import Rules, Scheduler, geometric_rungs
 from tuning.space import Dimension
 from workers.config import LocalOrUri, NonNegativeInt, PositiveInt, Section
@@ -279,7 +279,7 @@ def load_study(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) ->
     Raises:
         ConfigError: for a missing or unreadable file, an unknown key, a wrong type, fields that contradict.
     """
-    content = _read_yaml(path)
+    content = read_mapping(path, "a mapping expected")
     given = [override_of(text) for text in overrides]
     scale = dict(given).get("scale", content.get("scale", "demo"))
     scales = content.get("scales") or {}
@@ -293,7 +293,9 @@ def load_study(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) ->
     base = content.get("base")
     if isinstance(base, str):
         # Of the command line it is relative to where that was written, of the study to the study.
-        content["base"] = _read_yaml(base if "base" in dict(given) else Path(path).parent / base)
+        content["base"] = read_mapping(
+            base if "base" in dict(given) else Path(path).parent / base, "a mapping expected"
+        )
     return parse_study(content, str(path))
 
 
@@ -368,18 +370,6 @@ def _check_metric(metric: str, base: RunConfig, source: str) -> None:
         raise ConfigError(f"{source}: metric={metric}: eval.sets.{name} has no classes")
     if task == "retrieval" and not sets[name].retrieval:
         raise ConfigError(f"{source}: metric={metric}: eval.sets.{name} has retrieval=false")
-
-
-def _read_yaml(path: str | Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: {(error.strerror or str(error)).lower()}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a mapping expected")
-    return content
 
 
 def _explain(error: dict[str, Any]) -> list[str]:

@@ -21,9 +21,7 @@ import json
 import logging
 import os
 import shutil
-import signal
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -35,7 +33,7 @@ from rich.console import Console
 
 from orchestrator.backends import worker_resources
 from orchestrator.config import ConfigError, RunConfig, check_resume, parse_config
-from orchestrator.launch import EVALUATION_CPUS, TRIAL_CPUS, ray_of_run, rung_step, scan, train
+from orchestrator.launch import EVALUATION_CPUS, TRIAL_CPUS, ray_of_run, rung_step, scan, stop_on_signal, train
 from orchestrator.lease import RunHeld, RunLease
 from orchestrator.monitor import Display
 from tuning.capacity import Demand, Node, count_trials
@@ -294,7 +292,7 @@ class _Sweep:
         )
         self._live.start(self._table, self._capacity_now(), self.num_streams)
         log = self.study.config.folder / "tune.log"
-        with _stop_on_signal(self._ask_to_stop), log.open("a") as file, contextlib.redirect_stdout(file):
+        with stop_on_signal(self._ask_to_stop), log.open("a") as file, contextlib.redirect_stdout(file):
             tuner.fit()
         self._note_streams()
         self.look(at_once=True)
@@ -644,25 +642,3 @@ def _used_by_others() -> dict[str, dict[str, float]]:
         for node in ray.nodes()
         if node["Alive"]
     }
-
-
-@contextlib.contextmanager
-def _stop_on_signal(ask: Any) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM asks the sweep to stop, the second ends the driver."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: Any) -> None:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-        ask()
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
