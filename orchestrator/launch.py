@@ -53,6 +53,7 @@ from workers.shards import Manifest, in_threads, list_shards, scan_shards
 from workers.tar import DataError
 
 if TYPE_CHECKING:
+    from workers.config import EvalConfig
     from workers.feed import BlockSource
     from workers.pool import DataPool, SharedPool
     from workers.step import BadStep
@@ -61,7 +62,6 @@ if TYPE_CHECKING:
 _POLL_S = 0.5
 _ROOM_S = 1.0  # how long a placement group may take to be ready where there is room
 _GROW_LOOK_S = 10.0  # between two looks for room for more training workers
-EVALUATION_CPUS = 1.0  # that Ray reserves while a checkpoint is evaluated
 TRIAL_CPUS = 0.5  # and for the driver of a trial; Ray Tune allows no 0
 _LEFT_S = 3.0  # for which the processes of a Ray that was shut down may take to end
 _HOLD_S = 60.0  # for which training workers wait at a rung; then they leave their places to others
@@ -766,12 +766,19 @@ def _words(resources: dict[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 
+def evaluation_resources(evaluation: EvalConfig) -> dict[str, float]:
+    """What Ray reserves for each worker of an evaluation while it works."""
+    resources = {"CPU": float(evaluation.cpus_per_worker)}
+    return resources if evaluation.accelerator == "cpu" else {**resources, "GPU": 1.0}
+
+
 def _submit_evaluation(config: RunConfig, folder: RunFolder, info: CheckpointInfo) -> Any:
     import ray
 
     from workers.evaluate import evaluate_checkpoint
 
-    task: Any = ray.remote(num_cpus=EVALUATION_CPUS)(evaluate_checkpoint)
+    resources = evaluation_resources(config.eval)
+    task: Any = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))(evaluate_checkpoint)
     return task.remote(folder.storage.uri, info, config.model, config.data, config.eval, config.embeddings)
 
 
@@ -844,17 +851,20 @@ def _check_unchanged(saved: Manifest, now: Manifest) -> None:
 
 def check_model_and_sets(config: RunConfig) -> None:
     """What can be found wrong without a cluster: shapes, tokenizer, held-out sets, towers, optimizer."""
-    from workers.evaluate import read_classes
+    from workers.held_out import check_set, classes_of, probe_set
     from workers.optim import parameter_groups
     from workers.tokenizer import build_tokenizer
     from workers.towers import check_model, shapes
 
     _, context_length, vocab_size = shapes(config.model)
     build_tokenizer(config.model, context_length, vocab_size)
-    for spec in config.eval.sets.values():
-        list_shards(spec.shards, config.data.s3)
+    is_stored = config.embeddings.store is not None
+    for name, spec in config.eval.sets.items():
+        for each in [spec, *([probe_set(spec)] if spec.linear_probe is not None else [])]:
+            if check_set(name, each, config.data, is_stored=is_stored) is None:
+                list_shards(each.shards, config.data.s3)
         if spec.classes:
-            read_classes(spec.classes)
+            classes_of(spec)
     parameter_groups(check_model(config.model), config.optim)
     if config.cluster.tpu_type is not None:
         from orchestrator.backends import check_slices
@@ -898,7 +908,8 @@ def ray_of_run(config: RunConfig, display: Display, num_trials: int = 0) -> Iter
         needed = (
             # Two streams run side by side where one seed of a sweep ends and the next begins.
             num_data_workers * config.data.cpus_per_worker * (2 if num_trials else 1)
-            + num_runs * (config.cluster.worker_range[1] * config.cluster.cpus_per_worker + EVALUATION_CPUS)
+            + num_runs * config.cluster.worker_range[1] * config.cluster.cpus_per_worker
+            + num_runs * config.eval.num_workers * config.eval.cpus_per_worker
             + num_trials * TRIAL_CPUS
         )
         display.say("starting Ray on this machine")

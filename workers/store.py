@@ -303,8 +303,10 @@ def write_tar(
     return buffer.getvalue()
 
 
-def read_embeddings(store: EmbeddingStore, source: Shard, data: DataConfig) -> Iterator[np.ndarray | None]:
-    """The first view of each sample of a held-out shard, (D,) float32; None for a refused image.
+def read_embeddings(
+    store: EmbeddingStore, source: Shard, data: DataConfig, start: int = 0
+) -> Iterator[np.ndarray | None]:
+    """The first view of each sample of a held-out shard from number `start` on, (D,) float32; None for a refused image.
 
     Raises:
         StoreError: where the shard is not in the store.
@@ -312,7 +314,8 @@ def read_embeddings(store: EmbeddingStore, source: Shard, data: DataConfig) -> I
     """
     # Held-out images have one view, however many those of training have.
     name, store_format = stored_name(source), dataclasses.replace(store.format(), num_views=1)
-    as_stored = data.model_copy(update={"image_keys": [EMBEDDING]})
+    # A set without captions has an embedding and perhaps nothing beside it.
+    as_stored = data.model_copy(update={"image_keys": [EMBEDDING], "captions": {EMBEDDING: 1.0}})
     try:
         (shard,) = scan_shards(store.url("eval", name), as_stored).shards
     except DataError as error:
@@ -321,7 +324,7 @@ def read_embeddings(store: EmbeddingStore, source: Shard, data: DataConfig) -> I
             f"again ({error})"
         ) from error
     reader = EmbeddingReader(store_format)
-    for sample in read_samples(shard, as_stored):
+    for sample in read_samples(shard, as_stored, start=start):
         try:
             row = torch.from_numpy(reader.read(sample.members, 0).copy())
         except Refused:
