@@ -597,7 +597,8 @@ def _check_same(study: Study, storage: Storage) -> None:
         for key in ("metric", "budget", "rungs", "seeds", "space", "search", "scheduler")
         if before[key] != after[key]
     ]
-    if saved.base["eval"] != study.base["eval"]:
+    old, new = (_base(each).eval.model_copy(update={"num_workers": 1}) for each in (saved, study))
+    if old != new:
         lines.append("eval: the sweep was started with other held-out sets")
     try:
         check_resume(_base(saved), _base(study))  # where and on what it runs may change

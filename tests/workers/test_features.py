@@ -142,18 +142,18 @@ class Watched:
         monkeypatch.setattr(Crew, "_start", count_start)
         monkeypatch.setattr(Crew, "images", keep_features)
 
-    def begin(self, disturb: Callable[[int, int], None] = lambda number, pid: None) -> None:
+    def begin(self, disturb: Callable[[int, int], None] | None = None) -> None:
         self.num_here, self.num_starts, self.disturb = 0, 0, disturb
         self.features: list[torch.Tensor] = []
         self.also: Callable[[Crew], None] = lambda crew: None
 
     def _images(self, crew: Crew, images: Callable[..., Any], *arguments: Any) -> Any:
         self.num_here += 1
-        if self.num_here == 1 and crew._helpers:
-            import ray
+        if self.disturb is not None:
+            if self.num_here == 1:
+                import ray
 
-            self._pid = ray.get(crew._helpers[0].pid.remote())
-        if self.num_starts:
+                self._pid = ray.get(crew._helpers[0].pid.remote())
             self.disturb(self.num_here, self._pid)
         return images(*arguments)
 
@@ -171,38 +171,40 @@ def stop_and_kill(number: int, pid: int) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(900)  # seven processes import torch, on a machine that may be busy
+@pytest.mark.parametrize("name", ["live", "stored"])
 def test_figures_are_the_same_with_any_number_of_workers(
-    folder, checkpoints, store, ray_session, monkeypatch, tmp_path
+    name, folder, checkpoints, store, ray_session, monkeypatch, tmp_path
 ):
+    """From the live tower, one of three workers is killed; from the store, one of two stops for good."""
     watched, data = Watched(monkeypatch), data_of(folder)
+    model, embeddings = {"live": (LIVE, EmbeddingsConfig()), "stored": (LOCKED, store)}[name]
     num_parts = 7 + 4 + 13  # of 26, 13 and 50 samples, in fours
-    for name, model, embeddings in (("live", LIVE, EmbeddingsConfig()), ("stored", LOCKED, store)):
 
-        def evaluate(num_workers: int) -> dict[str, Any]:
-            evaluation = everything(folder, num_workers=num_workers)
-            return evaluate_checkpoint(*checkpoints[name], model, data, evaluation, embeddings)  # noqa: B023
+    def evaluate(num_workers: int) -> dict[str, Any]:
+        return evaluate_checkpoint(
+            *checkpoints[name], model, data, everything(folder, num_workers=num_workers), embeddings
+        )
 
-        watched.begin()
-        alone, features_alone = evaluate(1), watched.features
-        assert (watched.num_here, watched.num_starts) == (num_parts, 0)
-        assert alone["zero_shot"]["a"]["num_refused"] == 1
-        assert alone["linear_probe"]["a"]["num_fit"] == 50
-        assert alone["languages"]["a"].keys() == {"en", "de"}
-        assert len(alone["sheets"]["a"]) == 6  # of seven, one is broken
-        assert 0 < alone["retrieval"]["a"]["image_to_text_r10"] < 1
+    watched.begin()
+    alone, features_alone = evaluate(1), watched.features
+    assert (watched.num_here, watched.num_starts) == (num_parts, 0)
+    assert alone["zero_shot"]["a"]["num_refused"] == 1
+    assert alone["linear_probe"]["a"]["num_fit"] == 50
+    assert alone["languages"]["a"].keys() == {"en", "de"}
+    assert len(alone["sheets"]["a"]) == 6  # of seven, one is broken
+    assert 0 < alone["retrieval"]["a"]["image_to_text_r10"] < 1
 
-        for num_workers in (2, 3):
-            # From the live tower, one of three dies, and one of two stops for good.
-            disturb = {3: stop_and_kill, 2: stop}[num_workers] if name == "live" else (lambda number, pid: None)
-            with monkeypatch.context() as patch:
-                patch.setattr(features, "_PATIENCE_S", 1.0 if disturb is stop else 60.0)
-                watched.begin(disturb)
-                if name == "stored":
-                    watched.also = partial(an_error_comes_through, data=data, path=tmp_path / f"{num_workers}.tar")
-                assert evaluate(num_workers) == alone
-            assert all(torch.equal(*pair) for pair in zip(features_alone, watched.features, strict=True))
-            assert watched.num_here < num_parts, "the others had no part"
-            assert watched.num_starts == num_workers - 1 + (name == "live")
+    for num_workers in (2, 3):
+        disturb = {("live", 3): stop_and_kill, ("stored", 2): stop}.get((name, num_workers))
+        monkeypatch.setattr(features, "_PATIENCE_S", 1.0 if disturb is stop else 60.0)
+        watched.begin(disturb)
+        if (name, num_workers) == ("live", 2):
+            watched.also = partial(an_error_comes_through, data=data, path=tmp_path / "0.tar")
+        assert evaluate(num_workers) == alone
+        assert all(torch.equal(*pair) for pair in zip(features_alone, watched.features, strict=True))
+        assert watched.num_here < num_parts, "the others had no part"
+        assert watched.num_starts == num_workers - 1 + (disturb is not None)
 
 
 def an_error_comes_through(crew: Crew, data: DataConfig, path: Path) -> None:
