@@ -36,7 +36,6 @@ OPEN_CLIP_USER = """
 import json, sys
 import numpy as np, open_clip, torch
 from PIL import Image
-from open_clip_train.zero_shot import accuracy
 
 asked = json.load(open("asked.json"))
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:" + asked["folder"])
@@ -47,7 +46,7 @@ with torch.no_grad():
     features = model.encode_image(images, normalize=True)
     texts = model.encode_text(tokenizer(asked["texts"]), normalize=True)
 classifier = open_clip.build_zero_shot_classifier(model, tokenizer, asked["names"], asked["templates"])
-hits, _ = accuracy(features @ classifier, torch.tensor(asked["labels"]), topk=(1, 2))
+hits = ((features @ classifier).argmax(dim=1) == torch.tensor(asked["labels"])).sum().item()
 wide = preprocess(Image.open("wide.png"))
 np.savez("answer.npz", images=features, texts=texts, tokens=tokenizer(asked["texts"]), wide=wide)
 foreign = [name for name in sys.modules if name.split(".")[0] in ("losses", "workers", "orchestrator", "tuning")]
