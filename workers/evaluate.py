@@ -26,7 +26,7 @@ from workers.checkpoint import CheckpointInfo, load_weights
 from workers.config import DataConfig, EmbeddingsConfig, EvalConfig, EvalSet, ModelConfig, Patterns
 from workers.decode import Decoder, Refused
 from workers.initial import build_trained_model
-from workers.languages import figures_by_language, translations
+from workers.languages import figures_by_language, mean_over_languages, translations
 from workers.probe import linear_probe
 from workers.shards import Manifest, read_samples, scan_shards
 from workers.storage import Storage
@@ -62,8 +62,8 @@ def evaluate_checkpoint(
 
     Returns:
         {"step", "samples_seen", "zero_shot": {set: ...}, "retrieval": {set: ...}, "linear_probe": {set: ...},
-        "languages": {set: {language: ...}}, "sheets": {set: [...]}}; rates are fractions. `sheets` holds images as
-        base64 PNG with their five best captions.
+        "languages": {set: {language: ...}}, "multilingual": {set: ...}, "sheets": {set: [...]}}; rates are fractions.
+        `multilingual` is the mean over the languages, `sheets` images as base64 PNG with their five best captions.
     """
     image_size, context_length, vocab_size = shapes(model)
     store = EmbeddingStore(embeddings.store) if embeddings.store is not None else None
@@ -78,7 +78,7 @@ def evaluate_checkpoint(
         return encoder.images(loaded.images) if store is None else _stored_features(store, shards, data, loaded)
 
     result: dict[str, Any] = {"step": info.step, "samples_seen": info.samples_seen}
-    result |= {"zero_shot": {}, "retrieval": {}, "linear_probe": {}, "languages": {}, "sheets": {}}
+    result |= {"zero_shot": {}, "retrieval": {}, "linear_probe": {}, "languages": {}, "multilingual": {}, "sheets": {}}
     for name, spec in evaluation.sets.items():
         loaded = load_set(spec, data, image_size)
         features = features_of(spec.shards, loaded)
@@ -107,6 +107,8 @@ def evaluate_checkpoint(
                 retrieval_recall,
                 zero_shot_accuracy,
             )
+            if result["languages"][name]:
+                result["multilingual"][name] = mean_over_languages(result["languages"][name])
     return result
 
 

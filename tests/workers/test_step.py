@@ -28,7 +28,15 @@ def global_batch():
     return images, torch.from_numpy(random.randint(1, 400, (NUM_PAIRS, 8)).astype(np.int32))
 
 
-def make_trainer(world_size, *, model=MODEL, loss=LossConfig(), micro_batch_size=None, precision="fp32"):  # noqa: B008
+def make_trainer(
+    world_size,
+    *,
+    model=MODEL,
+    loss=LossConfig(),  # noqa: B008
+    micro_batch_size=None,
+    precision="fp32",
+    activation_checkpointing=False,
+):
     device = open_device("cpu", 0, precision)
     check_collectives(device, NUM_PAIRS // world_size)
     return Trainer(
@@ -40,6 +48,7 @@ def make_trainer(world_size, *, model=MODEL, loss=LossConfig(), micro_batch_size
         global_batch_size=NUM_PAIRS,
         micro_batch_size=micro_batch_size,
         seed=SEED,
+        activation_checkpointing=activation_checkpointing,
     )
 
 
@@ -130,6 +139,40 @@ def test_dropout_is_replayed_in_the_second_pass(world_size, num_micro_batches):
 def test_dropout_is_on_in_the_test_above():
     with_dropout, without = step_on_rank(0, 1, model=WITH_DROPOUT), step_on_rank(0, 1)
     assert with_dropout[0] != without[0]
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 4])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activation_checkpointing_changes_no_bit(num_micro_batches, precision):
+    """Towers with dropout inside their blocks (timm's), beside patch dropout: draws are the same in both passes."""
+    vision = {"timm_model_name": "vit_tiny_patch16_224", "image_size": 16, "timm_drop_path": 0.5, "timm_pool": ""}
+    for model in (WITH_DROPOUT, ModelConfig(towers=TOWERS | {"vision_cfg": vision})):
+        settings = {"num_micro_batches": num_micro_batches, "model": model, "precision": precision}
+        loss, gradients, weights = step_on_rank(0, 1, **settings)
+        again = step_on_rank(0, 1, **settings, activation_checkpointing=True)
+        assert again[0] == loss
+        assert again[1].keys() == gradients.keys()
+        assert again[2].keys() == weights.keys()
+        assert all(torch.equal(again[1][name], gradient) for name, gradient in gradients.items())
+
+
+def test_activation_checkpointing_keeps_the_inputs_of_blocks_alone():
+    """Of what autograd saves between the passes, the blocks' share falls to one input for each block."""
+
+    def saved(**settings):
+        trainer, batch, sizes = make_trainer(1, **settings), part_of(0, 1), {}
+
+        def pack(tensor):
+            sizes[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        weights = {parameter.data_ptr() for parameter in trainer.module.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            features = trainer._encode(batch, slice(0, NUM_PAIRS), 0)
+        assert all(part.requires_grad for part in features)
+        return sum(size for address, size in sizes.items() if address not in weights)
+
+    assert saved(activation_checkpointing=True) < 0.4 * saved()
 
 
 def test_bfloat16_steps_keep_the_loss_and_the_direction():
