@@ -141,19 +141,37 @@ def test_dropout_is_on_in_the_test_above():
     assert with_dropout[0] != without[0]
 
 
+def test_without_a_bias_all_else_is_as_with_one_of_zero():
+    with_one, without = (
+        step_on_rank(0, 1, model=ModelConfig(towers=TOWERS, init_logit_bias=bias)) for bias in (0.0, None)
+    )
+    assert without[0] == with_one[0]
+    assert with_one[1].keys() - without[1].keys() == {"logit_bias"}
+    assert all(torch.equal(with_one[1][name], gradient) for name, gradient in without[1].items())
+
+
 @pytest.mark.parametrize("num_micro_batches", [1, 4])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activation_checkpointing_changes_no_bit(num_micro_batches, precision):
-    """Towers with dropout inside their blocks (timm's), beside patch dropout: draws are the same in both passes."""
-    vision = {"timm_model_name": "vit_tiny_patch16_224", "image_size": 16, "timm_drop_path": 0.5, "timm_pool": ""}
-    for model in (WITH_DROPOUT, ModelConfig(towers=TOWERS | {"vision_cfg": vision})):
-        settings = {"num_micro_batches": num_micro_batches, "model": model, "precision": precision}
-        loss, gradients, weights = step_on_rank(0, 1, **settings)
-        again = step_on_rank(0, 1, **settings, activation_checkpointing=True)
-        assert again[0] == loss
-        assert again[1].keys() == gradients.keys()
-        assert again[2].keys() == weights.keys()
-        assert all(torch.equal(again[1][name], gradient) for name, gradient in gradients.items())
+    """With patch dropout before the blocks and dropout inside them: draws are the same in both passes."""
+    results = []
+    for on in (False, True):
+        trainer = make_trainer(
+            1,
+            model=WITH_DROPOUT,
+            micro_batch_size=NUM_PAIRS // num_micro_batches,
+            precision=precision,
+            activation_checkpointing=on,
+        )
+        for tower in (trainer.module.visual.transformer, trainer.module.text.transformer):
+            for block in tower.resblocks:
+                block.mlp.append(nn.Dropout(0.5))
+        loss = float(trainer.step(part_of(0, 1)).loss)
+        results.append((loss, {name: parameter.grad for name, parameter in trainer.module.named_parameters()}))
+    (loss, gradients), (same_loss, same) = results
+    assert same_loss == loss
+    assert same.keys() == gradients.keys()
+    assert all(torch.equal(same[name], gradient) for name, gradient in gradients.items())
 
 
 def test_activation_checkpointing_keeps_the_inputs_of_blocks_alone():
