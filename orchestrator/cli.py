@@ -82,11 +82,11 @@ characters; unigram is for any languages, and knows no unknown character.
 _PLAN_EXAMPLES = """\
 examples:
   sigray plan examples/emoji_cpu.yaml                             on this machine
-  sigray plan examples/siglip_b16_32xtpu_v4.yaml                  on the devices that the config names
+  sigray plan examples/siglip_b16_5days_32xtpu_v4.yaml            on the devices that the config names
   sigray plan my_run.yaml --device h100 --devices 8 --price-per-hour 3
   sigray plan my_run.yaml --device l4 train.micro_batch_size=256  any key can be overridden
-  sigray plan examples/siglit_g14_4xtpu_v4.yaml --stored-embeddings
-                                                                  the locked tower's embeddings exist already
+  sigray plan examples/siglit_g14_4xtpu_v4.yaml embeddings.store=null
+                                                                  the locked tower in every step
   sigray plan my_run.yaml --json                                  for programs
 
 Devices: cpu (this machine), {devices}.
@@ -405,19 +405,12 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     if kind is None:
         raise ConfigError("which device? Give --device or cluster.device: " + ", ".join([CPU, *DEVICES]))
     num_devices = options.devices or default_num_devices(config, kind)
-    stored_embeddings = options.stored_embeddings or config.embeddings.store is not None
-    predicted = plan(
-        config,
-        kind,
-        num_devices,
-        stored_embeddings=stored_embeddings,
-        price_per_hour=options.price_per_hour,
-    )
+    predicted = plan(config, kind, num_devices, price_per_hour=options.price_per_hour)
     if options.json:
         print(json.dumps(predicted.as_dict(), indent=1))
     else:
         console.print(tables(predicted))
-    check_fits(predicted, config, stored_embeddings=stored_embeddings)
+    check_fits(predicted, config)
     return 0
 
 
@@ -626,9 +619,6 @@ def _parser(add_more: Callable[[Any], None]) -> argparse.ArgumentParser:
     added.add_argument("--device", choices=[CPU, *DEVICES], metavar="NAME", help="default cluster.device")
     added.add_argument("--devices", type=_positive, metavar="N", help="how many (default those of the config)")
     added.add_argument("--price-per-hour", type=_positive_price, metavar="X", help="of one device")
-    added.add_argument(
-        "--stored-embeddings", action="store_true", help="the locked tower's embeddings exist already: it does not run"
-    )
     added.add_argument("--json", action="store_true", help="print the plan as JSON")
 
     added = command(

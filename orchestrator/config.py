@@ -313,6 +313,7 @@ _FREE_ON_RESUME = (
     "embeddings.batch_size",
     "train.log_every_steps",
     "train.micro_batch_size",
+    "train.activation_checkpointing",
     "train.on_bad_loss",
     "train.max_loss_ratio",
     "loss.tile_size",

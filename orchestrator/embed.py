@@ -96,7 +96,9 @@ def _open(config: RunConfig) -> tuple[EmbeddingStore, dict[str, Any], StoreForma
         )
     torch.manual_seed(config.run.seed)
     tower = build_initial_model(config.model).eval().get_submodule("visual")
-    key = store_key(config.model, config.data, config.embeddings, tower_sha256(tower))
+    key = store_key(
+        config.model, config.data, config.embeddings, sha256=tower_sha256(tower), precision=config.train.precision
+    )
     size, dim = shapes(config.model)[0], tower_config(config.model)["embed_dim"]
     with torch.inference_mode():
         shape = tuple(tower(torch.zeros(1, 3, size, size)).shape)

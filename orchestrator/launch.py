@@ -496,6 +496,8 @@ class _Run:
         advice = f"go on from step {self._saved_step:,} with `sigray resume {self.folder.storage.uri}`"
         if self._failed and self._failed[-1].failure is Failure.MEMORY:
             advice += f" and train.micro_batch_size={self._smaller_micro_batch()}"
+            if not self.config.train.activation_checkpointing:
+                advice += ", or train.activation_checkpointing=true"
         return advice
 
     def _smaller_micro_batch(self) -> int:

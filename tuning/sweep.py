@@ -502,7 +502,7 @@ class _SweepTrial:
         rung = self._rung_of_step[evaluation["step"]]
         more = {
             "loss": line.get("train/loss"),
-            "figures": {task: evaluation[task] for task in ("zero_shot", "retrieval")},
+            "figures": {task: evaluation[task] for task in ("zero_shot", "retrieval", "multilingual")},
         }
         asked = self._judge.decide.remote(self._number, rung, evaluation["samples_seen"], value, more)
         answer: Answer = ray.get(asked)

@@ -188,8 +188,9 @@ class ModelConfig(Section):
     """Regular expressions for whole parameter names that stay fresh although init_from has them, as text\\..*"""
     init_logit_scale: float = math.log(10)
     """t' at the start, a log: the paper begins at log 10."""
-    init_logit_bias: float = -10.0
-    """b at the start: the paper begins at -10, so that the many negatives do not dominate the first steps."""
+    init_logit_bias: float | None = -10.0
+    """b at the start: the paper begins at -10, so that the many negatives do not dominate the first steps. Null: there
+    is no bias (first row of the paper's table 4)."""
     locked: list[Tower] = []
     """Towers that keep their weights: `visual` (LiT, arXiv 2111.07991) or `text`. No gradients, no optimizer state, no
     dropout."""
@@ -254,6 +255,9 @@ class TrainConfig(Section):
     """Pairs that a training worker takes through the towers at once; must divide its part of the global batch. Null:
     all of them. Smaller ones need less memory and compute each tower's forward pass twice (GradCache); the loss still
     sees every pair of the global batch, and the gradients are the same."""
+    activation_checkpointing: bool = False
+    """Keep of each block of a tower its input only, and compute the block again in the backward pass: a third more
+    arithmetic for a fraction of the memory. It may be combined with micro_batch_size, which costs as much."""
     precision: Precision = "fp32"
     """fp32; tf32: GPUs and TPUs may round the inputs of products; or bf16: autocast of the towers and products of the
     loss (weights, sums and optimizer stay fp32)."""

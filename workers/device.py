@@ -116,6 +116,12 @@ class Device:
         """Begin the random draws of dropout and patch dropout anew."""
         torch.manual_seed(number)
 
+    def checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function that keeps its arguments only, and is called again in the backward pass, with equal draws."""
+        from torch.utils.checkpoint import checkpoint
+
+        return checkpoint(function, *args, use_reentrant=False, **kwargs)
+
     def lay_out(self, features: Tensor) -> Tensor:
         """(rows, D) as the towers give them -> what `loss` takes."""
         return features
@@ -339,6 +345,19 @@ class XlaDevice(Device):
         import torch_xla
 
         torch_xla.manual_seed(number)
+
+    def checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # torch's own has no barrier: XLA would find both passes equal, and keep the result of the first.
+        from torch_xla.utils.checkpoint import checkpoint
+
+        inputs = (*args, *kwargs.values())
+        if not any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
+            return function(*args, **kwargs)  # torch_xla's finds gradients of weights only behind one of an input
+
+        def run(*values: Any) -> Any:
+            return function(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
+
+        return checkpoint(run, *inputs)
 
     def lay_out(self, features: Tensor) -> Tensor:
         """(rows, D) -> (n, rows / n, D): one slice on each device, where the batch put it."""

@@ -22,7 +22,7 @@ from workers.checkpoint import CheckpointInfo
 from workers.config import DataConfig, EmbeddingsConfig, EvalConfig, ModelConfig
 from workers.features import Crew, SetFeatures
 from workers.held_out import LoadedSet, classes_of, load_set, probe_set
-from workers.languages import figures_by_language
+from workers.languages import figures_by_language, mean_over_languages
 from workers.probe import linear_probe
 from workers.tar import DataError
 
@@ -44,11 +44,11 @@ def evaluate_checkpoint(
 
     Returns:
         {"step", "samples_seen", "zero_shot": {set: ...}, "retrieval": {set: ...}, "linear_probe": {set: ...},
-        "languages": {set: {language: ...}}, "sheets": {set: [...]}}; rates are fractions. `sheets` holds images as
-        base64 PNG with their five best captions.
+        "languages": {set: {language: ...}}, "multilingual": {set: ...}, "sheets": {set: [...]}}; rates are fractions.
+        `multilingual` is the mean over the languages, `sheets` images as base64 PNG with their five best captions.
     """
     result: dict[str, Any] = {"step": info.step, "samples_seen": info.samples_seen}
-    result |= {"zero_shot": {}, "retrieval": {}, "linear_probe": {}, "languages": {}, "sheets": {}}
+    result |= {"zero_shot": {}, "retrieval": {}, "linear_probe": {}, "languages": {}, "multilingual": {}, "sheets": {}}
     with Crew(storage_uri, info, model, data, evaluation, embeddings) as crew:
         for name, spec in evaluation.sets.items():
             found = crew.images(name, spec, evaluation.num_sheet_images if spec.classes else 0)
@@ -76,6 +76,8 @@ def evaluate_checkpoint(
                     retrieval_recall,
                     zero_shot_accuracy,
                 )
+                if result["languages"][name]:
+                    result["multilingual"][name] = mean_over_languages(result["languages"][name])
     return result
 
 

@@ -20,7 +20,7 @@ from workers.config import LossConfig, ModelConfig, OptimConfig, Tower
 from workers.device import Device
 from workers.feed import Batch
 from workers.optim import build_optimizer, learning_rate
-from workers.towers import TOWERS, build_model, lock_towers, normalize_pixels
+from workers.towers import TOWERS, build_model, checkpoint_activations, lock_towers, normalize_pixels
 
 
 @dataclass
@@ -60,6 +60,7 @@ class Trainer:
         num_samples: length of the run, for the schedule.
         global_batch_size: B, over all ranks.
         micro_batch_size: pairs that go through the towers at once; None: all b of this rank.
+        activation_checkpointing: whether the towers' blocks keep their inputs only.
         stored_embeddings: whether batches hold the locked image tower's embeddings in the place of images.
         seed: of the run; weights and the random state of every step follow from it.
 
@@ -79,6 +80,7 @@ class Trainer:
         global_batch_size: int,
         micro_batch_size: int | None,
         seed: int,
+        activation_checkpointing: bool = False,
         stored_embeddings: bool = False,
     ) -> None:
         self._model, self._optim, self._loss, self._device = model, optim, loss, device
@@ -87,9 +89,12 @@ class Trainer:
         torch.manual_seed(seed)
         self.module = device.place(build_model(model, stored_embeddings=stored_embeddings))
         lock_towers(self.module, model)
+        if activation_checkpointing:
+            checkpoint_activations(self.module, model, device.checkpoint)
         self.optimizer = build_optimizer(self.module, optim, device.optimizer_options())
         self._log_logit_scale = self.module.get_parameter("logit_scale")
-        self._logit_bias = self.module.get_parameter("logit_bias")
+        bias = self.module.logit_bias
+        self._logit_bias = bias if isinstance(bias, Tensor) else torch.zeros((), device=device.torch_device)
 
     def step(self, batch: Batch) -> StepResult:
         """Forward, loss over the global batch, backward, clip, update.

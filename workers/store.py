@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.config import DataConfig, EmbeddingsConfig, ModelConfig
+from workers.config import DataConfig, EmbeddingsConfig, ModelConfig, Precision
 from workers.decode import Refused
 from workers.shards import (
     Manifest,
@@ -124,17 +124,23 @@ class StoredShard:
     refused: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-def store_key(model: ModelConfig, data: DataConfig, embeddings: EmbeddingsConfig, sha256: str) -> dict[str, Any]:
-    """All that an embedding depends on, the image apart. Stores of equal keys hold equal numbers.
+def store_key(
+    model: ModelConfig, data: DataConfig, embeddings: EmbeddingsConfig, *, sha256: str, precision: Precision
+) -> dict[str, Any]:
+    """All that an embedding depends on, the image and the kind of device apart.
+
+    Stores of equal keys made on one kind of device hold equal numbers.
 
     Args:
         sha256: of the tower, see `workers.image_towers.tower_sha256`.
+        precision: with which the tower computes, that of training.
     """
     crop: dict[str, Any] = {"crop": data.crop}
     if data.crop == "random":
         crop |= {"crop_scale": list(data.crop_scale), "crop_ratio": list(data.crop_ratio)}
     return {
         "tower_sha256": sha256,
+        "precision": precision,
         "image_size": shapes(model)[0],
         "image_mean": list(model.image_mean),
         "image_std": list(model.image_std),

@@ -136,6 +136,7 @@ def train_loop_per_worker(job: TrainJob) -> None:
         global_batch_size=global_batch_size,
         micro_batch_size=job.train.micro_batch_size,
         seed=job.seed,
+        activation_checkpointing=job.train.activation_checkpointing,
         stored_embeddings=job.manifest.store is not None,
     )
     storage = Storage(job.storage_uri)

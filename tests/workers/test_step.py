@@ -28,7 +28,15 @@ def global_batch():
     return images, torch.from_numpy(random.randint(1, 400, (NUM_PAIRS, 8)).astype(np.int32))
 
 
-def make_trainer(world_size, *, model=MODEL, loss=LossConfig(), micro_batch_size=None, precision="fp32"):  # noqa: B008
+def make_trainer(
+    world_size,
+    *,
+    model=MODEL,
+    loss=LossConfig(),  # noqa: B008
+    micro_batch_size=None,
+    precision="fp32",
+    activation_checkpointing=False,
+):
     device = open_device("cpu", 0, precision)
     check_collectives(device, NUM_PAIRS // world_size)
     return Trainer(
@@ -40,6 +48,7 @@ def make_trainer(world_size, *, model=MODEL, loss=LossConfig(), micro_batch_size
         global_batch_size=NUM_PAIRS,
         micro_batch_size=micro_batch_size,
         seed=SEED,
+        activation_checkpointing=activation_checkpointing,
     )
 
 
@@ -130,6 +139,58 @@ def test_dropout_is_replayed_in_the_second_pass(world_size, num_micro_batches):
 def test_dropout_is_on_in_the_test_above():
     with_dropout, without = step_on_rank(0, 1, model=WITH_DROPOUT), step_on_rank(0, 1)
     assert with_dropout[0] != without[0]
+
+
+def test_without_a_bias_all_else_is_as_with_one_of_zero():
+    with_one, without = (
+        step_on_rank(0, 1, model=ModelConfig(towers=TOWERS, init_logit_bias=bias)) for bias in (0.0, None)
+    )
+    assert without[0] == with_one[0]
+    assert with_one[1].keys() - without[1].keys() == {"logit_bias"}
+    assert all(torch.equal(with_one[1][name], gradient) for name, gradient in without[1].items())
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 4])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activation_checkpointing_changes_no_bit(num_micro_batches, precision):
+    """With patch dropout before the blocks and dropout inside them: draws are the same in both passes."""
+    results = []
+    for on in (False, True):
+        trainer = make_trainer(
+            1,
+            model=WITH_DROPOUT,
+            micro_batch_size=NUM_PAIRS // num_micro_batches,
+            precision=precision,
+            activation_checkpointing=on,
+        )
+        for tower in (trainer.module.visual.transformer, trainer.module.text.transformer):
+            for block in tower.resblocks:
+                block.mlp.append(nn.Dropout(0.5))
+        loss = float(trainer.step(part_of(0, 1)).loss)
+        results.append((loss, {name: parameter.grad for name, parameter in trainer.module.named_parameters()}))
+    (loss, gradients), (same_loss, same) = results
+    assert same_loss == loss
+    assert same.keys() == gradients.keys()
+    assert all(torch.equal(same[name], gradient) for name, gradient in gradients.items())
+
+
+def test_activation_checkpointing_keeps_the_inputs_of_blocks_alone():
+    """Of what autograd saves between the passes, the blocks' share falls to one input for each block."""
+
+    def saved(**settings):
+        trainer, batch, sizes = make_trainer(1, **settings), part_of(0, 1), {}
+
+        def pack(tensor):
+            sizes[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        weights = {parameter.data_ptr() for parameter in trainer.module.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            features = trainer._encode(batch, slice(0, NUM_PAIRS), 0)
+        assert all(part.requires_grad for part in features)
+        return sum(size for address, size in sizes.items() if address not in weights)
+
+    assert saved(activation_checkpointing=True) < 0.4 * saved()
 
 
 def test_bfloat16_steps_keep_the_loss_and_the_direction():

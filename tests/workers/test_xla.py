@@ -39,6 +39,9 @@ VARIANTS = {
     "random": ["train.micro_batch_size=4", "loss.negatives=random", "loss.negatives_fraction=0.5"],
     "softmax": ["train.micro_batch_size=8", "loss.name=softmax"],
     "bfloat16": ["train.precision=bf16"],
+    "checkpointed": ["train.micro_batch_size=8", "train.activation_checkpointing=true"],
+    "lion": ["optim.name=lion", "optim.lr=3e-4"],
+    "adafactor": ["optim.name=adafactor"],
     "split": ["train.micro_batch_size=8", "sharding.weights=split"],
 }
 
@@ -68,6 +71,7 @@ def main() -> None:
         config = load_config(path, [*ON_XLA, f"run.name={name}", *overrides])
         found[name] = train_bare(0, 1, config, last_step)["lines"]
     found["parts"] = split_parts(load_config(path, ON_XLA))
+    found["checkpoint"] = checkpointed_product()
     print(json.dumps(found))
 
 
@@ -92,6 +96,30 @@ def split_parts(config: RunConfig) -> list[str]:
     states = [tensor for state in trainer.optimizer.state.values() for tensor in state.values()]
     matrices = [tensor for tensor in [*trainer.module.parameters(), *states] if tensor.ndim == 2]
     return [torch_xla._XLAC._get_xla_sharding_spec(matrix) for matrix in matrices]
+
+
+def checkpointed_product() -> dict[str, float]:
+    """Dropout and two products, checkpointed: does the second pass happen, and does it draw what the first drew?"""
+    import torch_xla
+
+    device = open_device("xla_cpu", 0, "fp32", 2)
+    device.seed(5)
+    x = torch.ones(64, 32, device=device.torch_device, requires_grad=True)
+    weight = torch.eye(32, device=device.torch_device, requires_grad=True)
+
+    def block(x, *, weight):
+        return torch.nn.functional.dropout(x, 0.5) @ weight @ weight
+
+    output = device.checkpoint(block, x, weight=weight)
+    output.sum().backward()
+    program = torch_xla._XLAC._get_xla_tensors_hlo([output, x.grad, weight.grad])
+    torch_xla.sync()
+    return {
+        "equal": bool(torch.equal(output.cpu(), x.grad.cpu())),  # dropout's mask twice, as the weight is one
+        "kept": float((output != 0).float().mean()),
+        "num_products": program.count(" dot("),
+        "has_barrier": "opt-barrier" in program,
+    }
 
 
 def train_on_xla(config_file: Path, runs: dict[str, tuple[list[str], int]]) -> dict[str, list[dict[str, float]]]:
@@ -120,7 +148,17 @@ def on_xla(config_file):
 
 
 @pytest.mark.parametrize(
-    ("name", "num_steps"), [("whole", 10), ("micro", 10), ("random", 3), ("softmax", 10), ("split", 10)]
+    ("name", "num_steps"),
+    [
+        ("whole", 10),
+        ("micro", 10),
+        ("random", 3),
+        ("softmax", 10),
+        ("checkpointed", 10),
+        ("lion", 5),
+        ("adafactor", 10),
+        ("split", 10),
+    ],
 )
 def test_the_losses_are_those_of_the_cpu(config_file, on_xla, name, num_steps):
     """Ten steps of AdamW from the same weights on the same batches; float32, other order of additions.
@@ -128,7 +166,7 @@ def test_the_losses_are_those_of_the_cpu(config_file, on_xla, name, num_steps):
     With random negatives, which are others in each step, the losses part sooner: AdamW divides gradients that are
     nothing but rounding by themselves.
     """
-    overrides = [text for text in VARIANTS[name] if "sharding" not in text]
+    overrides = [text for text in VARIANTS[name] if not text.startswith(("sharding", "train.activation"))]
     expected = train_on_cpu(config_file, *overrides, f"run.name={name}-cpu")
     first = {step: loss for step, loss in expected.items() if step <= num_steps}
     assert {step: losses(on_xla[name])[step] for step in first} == pytest.approx(first, rel=1e-4)
@@ -155,6 +193,15 @@ def test_a_run_goes_on_on_another_kind_of_device(config_file, on_xla):
     for name in ("there", "back"):
         storage = Storage(load_config(config_file, [f"run.name={name}"]).storage_uri)
         assert [info.step for info in list_checkpoints(storage)] == [5, 10]
+
+
+def test_checkpointed_blocks_are_computed_again_with_equal_draws(on_xla):
+    found = on_xla["checkpoint"]
+    assert found["equal"]
+    assert 0.4 < found["kept"] < 0.6
+    assert found["has_barrier"]
+    # Two forward, one of them again (the last one's result is not needed), two gradients each.
+    assert found["num_products"] in (7, 8)
 
 
 def test_split_weights_lie_in_parts(on_xla):
