@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from losses import NonFiniteFeatures, cached_backward
+from losses import NonFiniteFeatures, cached_backward, feature_means
 from workers.config import LossConfig, ModelConfig, OptimConfig, Tower
 from workers.device import Device
 from workers.feed import Batch
@@ -25,9 +25,10 @@ from workers.towers import TOWERS, build_model, lock_towers, normalize_pixels
 
 @dataclass
 class StepResult:
-    """Scalars of one step, still on the device. `loss` is this rank's part; its mean over ranks is the loss."""
+    """Figures of one step, still on the device. `loss` is this rank's part; its mean over ranks is the loss."""
 
     loss: Tensor
+    feature_means: Tensor  # (2 D + 1,) of this rank's rows, see `losses.mean_logits`
     logit_scale: Tensor
     logit_bias: Tensor
     grad_norm: Tensor
@@ -101,10 +102,16 @@ class Trainer:
         lr = self._set_learning_rate(batch.step)
         size = self._micro_batch_size or len(batch.images)
         self.optimizer.zero_grad(set_to_none=True)
+        means: list[Tensor] = []
+
+        def global_loss(image_features: Tensor, text_features: Tensor) -> Tensor:
+            means.append(feature_means(image_features, text_features))
+            return self._global_loss(image_features, text_features, batch.step, size)
+
         try:
             loss = cached_backward(
                 lambda rows: self._encode(batch, rows, rows.start // size),
-                lambda image, text: self._global_loss(image, text, batch.step, size),
+                global_loss,
                 num_rows=len(batch.images),
                 micro_batch_size=size,
                 encode_again=lambda rows: self._encode_again(batch, rows, rows.start // size),
@@ -128,7 +135,7 @@ class Trainer:
             self._is_first = False
         if self._device.settle is not None:
             self._device.settle()
-        return StepResult(loss, logit_scale, logit_bias, grad_norm, lr)
+        return StepResult(loss, means[0], logit_scale, logit_bias, grad_norm, lr)
 
     def _encode(
         self, batch: Batch, rows: slice, micro_batch: int, towers: Sequence[Tower] = TOWERS

@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 
+from losses import mean_logits
 from workers.checkpoint import (
     CheckpointInfo,
     CheckpointWriter,
@@ -161,7 +162,7 @@ def train_loop_per_worker(job: TrainJob) -> None:
     if rank == 0:
         job.hooks.started(_facts(job, trainer, device, world_size, first_step, num_steps))
 
-    window = _LogWindow(feed, device, global_batch_size, job.train.max_loss_ratio)
+    window = _LogWindow(feed, device, job)
     left_out = set(read_left_out(storage))
     try:
         for batch in feed:
@@ -299,9 +300,9 @@ class _Saver:
 class _LogWindow:
     """The steps between two lines of metrics. The host reads the device in `close` only."""
 
-    def __init__(self, feed: Feed, device: Device, global_batch_size: int, max_loss_ratio: float | None) -> None:
-        self._feed, self._device, self._global_batch_size = feed, device, global_batch_size
-        self._max_loss_ratio = max_loss_ratio
+    def __init__(self, feed: Feed, device: Device, job: TrainJob) -> None:
+        self._feed, self._device, self._global_batch_size = feed, device, job.train.global_batch_size
+        self._max_loss_ratio, self._has_bias = job.train.max_loss_ratio, job.loss.name == "sigmoid"
         self._results: list[StepResult] = []
         self._steps: list[int] = []  # of the results, counted from 1
         self._good_losses: deque[float] = deque(maxlen=_NUM_RECENT)
@@ -331,6 +332,7 @@ class _LogWindow:
         losses = self._device.read([result.loss for result in self._results])
         norms = self._device.read([result.grad_norm for result in self._results])
         scale, bias = self._device.read([newest.logit_scale, newest.logit_bias])
+        features = newest.feature_means.tolist()
         host = [
             self._feed.num_ready,
             self._feed.wait_s - self._wait_s,
@@ -338,7 +340,9 @@ class _LogWindow:
             self._feed.refused.total(),
         ]
         world_size = dist.get_world_size() if dist.is_initialized() else 1
-        *losses, num_ready, wait_s, decode_s, num_refused = self._device.sum_over_ranks([*losses, *host])
+        sums = self._device.sum_over_ranks([*features, *losses, *host])
+        features = [total / world_size for total in sums[: len(features)]]
+        *losses, num_ready, wait_s, decode_s, num_refused = sums[len(features) :]
         means = [total / world_size for total in losses]
         num_ready, wait_s = num_ready / world_size, wait_s / world_size
         for step, loss, norm in zip(self._steps, means, norms, strict=True):
@@ -346,6 +350,7 @@ class _LogWindow:
             if reason:
                 raise BadStep(step, f"step {step}: {reason}. Lower optim.lr, or train in fp32")
             self._good_losses.append(loss)
+        positive, negative = mean_logits(features, self._global_batch_size, scale, bias if self._has_bias else 0.0)
         elapsed_s = time.perf_counter() - self._begin
         metrics = {
             "step": steps_done,
@@ -353,6 +358,8 @@ class _LogWindow:
             "train/loss": means[-1],
             "train/logit_scale": scale,
             "train/logit_bias": bias,
+            "train/positive_logit_mean": positive,
+            **({} if negative is None else {"train/negative_logit_mean": negative}),
             "train/grad_norm": norms[-1],
             "train/learning_rate": newest.learning_rate,
             "throughput/samples_per_s": self._num_timed * self._global_batch_size / elapsed_s,

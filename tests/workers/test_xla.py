@@ -109,7 +109,11 @@ def losses(lines: list[dict[str, float]]) -> dict[int, float]:
 
 
 def train_on_cpu(config_file: Path, *overrides: str, last_step: int = NUM_STEPS) -> dict[int, float]:
-    return run_on_ranks(1, train_bare, load_config(config_file, overrides), last_step)[0]["losses"]
+    return losses(lines_on_cpu(config_file, *overrides, last_step=last_step))
+
+
+def lines_on_cpu(config_file: Path, *overrides: str, last_step: int = NUM_STEPS) -> list[dict[str, float]]:
+    return run_on_ranks(1, train_bare, load_config(config_file, overrides), last_step)[0]["lines"]
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +133,12 @@ def test_the_losses_are_those_of_the_cpu(config_file, on_xla, name, num_steps):
     nothing but rounding by themselves.
     """
     overrides = [text for text in VARIANTS[name] if "sharding" not in text]
-    expected = train_on_cpu(config_file, *overrides, f"run.name={name}-cpu")
+    lines = lines_on_cpu(config_file, *overrides, f"run.name={name}-cpu")
+    expected = losses(lines)
+    for key in ("train/positive_logit_mean", "train/negative_logit_mean"):
+        found = [line[key] for line in on_xla[name][:num_steps]]
+        # Cosines within 1e-5, times a scale of 10.
+        assert found == pytest.approx([line[key] for line in lines[:num_steps]], abs=1e-3), key
     first = {step: loss for step, loss in expected.items() if step <= num_steps}
     assert {step: losses(on_xla[name])[step] for step in first} == pytest.approx(first, rel=1e-4)
     assert expected[NUM_STEPS] < 0.9 * expected[1]
