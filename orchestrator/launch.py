@@ -415,12 +415,19 @@ class _Run:
                 return size
             if waited_s > next_word_s:
                 next_word_s += 30
-                self.display.say(
-                    f"waiting for room for {sizes[-1]} training worker(s) of {_words(resources)}; "
-                    f"the cluster has {_room_in_words()} ({format_duration(waited_s)})"
-                )
+                self.display.say(f"{self._room(sizes[-1])} ({format_duration(waited_s)})")
             time.sleep(_POLL_S)
         return None
+
+    def _room(self, count: int) -> str:
+        """What so many training workers lack. The run goes on waiting even for what this cluster cannot bring up by
+        itself: machines are started by hand, and a changed cluster file comes with another `ray up`."""
+        import ray
+
+        from orchestrator.room import cluster_hosts, find_autoscaler, need_of, room
+
+        autoscaler = find_autoscaler(ray.get_runtime_context().gcs_address)
+        return room(need_of(self.config.cluster, count), cluster_hosts(), autoscaler).sentence
 
     def _grow(self, size: int, running_s: float) -> None:
         """Where there is room for more training workers, have this attempt write a checkpoint and stop."""
@@ -750,20 +757,6 @@ def _draining_nodes() -> dict[str, int]:
     from ray._private.state import state  # as Ray Train's own watcher; Ray has no public way
 
     return state.get_draining_nodes()
-
-
-def _room_in_words() -> str:
-    import ray
-
-    total, free = ray.cluster_resources(), ray.available_resources()
-    # Those that cluster files name, not memory and the node:ADDRESS that Ray adds.
-    own = [name for name in total if name.islower() and "memory" not in name and not name.startswith("node:")]
-    names = sorted([*own, *(name for name in ("CPU", "GPU", "TPU") if name in total)])
-    return ", ".join(f"{free.get(name, 0):g} of {total[name]:g} {name} free" for name in names)
-
-
-def _words(resources: dict[str, float]) -> str:
-    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 
 def _submit_evaluation(config: RunConfig, folder: RunFolder, info: CheckpointInfo) -> Any:
