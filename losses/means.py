@@ -25,7 +25,7 @@ def feature_means(image_features: Tensor, text_features: Tensor) -> Tensor:
         text_features: (..., D); row i belongs to image i.
 
     Returns:
-        (2 D + 1,) without a graph: the mean image, the mean text, the mean cosine of the pairs; in the loss's sums' dtype.
+        (2 D + 1,) without a graph, in the dtype of the loss's sums: mean image, mean text, mean cosine of the pairs.
     """
     image, text = image_features.detach(), text_features.detach()
     sums, rows = sum_dtype(image), tuple(range(image.ndim - 1))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from losses import NonFiniteFeatures, cached_backward, feature_means
+from losses.spans import span
 from workers.config import LossConfig, ModelConfig, OptimConfig, Tower
 from workers.device import Device
 from workers.feed import Batch
@@ -105,8 +106,9 @@ class Trainer:
         means: list[Tensor] = []
 
         def global_loss(image_features: Tensor, text_features: Tensor) -> Tensor:
-            means.append(feature_means(image_features, text_features))
-            return self._global_loss(image_features, text_features, batch.step, size)
+            with span("loss: tiles"):
+                means.append(feature_means(image_features, text_features))
+                return self._global_loss(image_features, text_features, batch.step, size)
 
         try:
             loss = cached_backward(
@@ -124,12 +126,14 @@ class Trainer:
                 f"{error.row // size} (pair {error.row % size} of it); the weights are those of step {batch.step}. "
                 "Lower optim.lr, or train in fp32",
             ) from error
-        self._device.average_gradients(self.module)
-        clip = self._optim.grad_clip_norm
-        grad_norm = self._device.clip_gradients(self.module, clip if clip is not None else float("inf"))
-        # The scalars of the weights that this loss was computed with.
-        logit_scale, logit_bias = self._log_logit_scale.detach().exp(), self._logit_bias.detach().clone()
-        self.optimizer.step()
+        with span("gradient all-reduce"):
+            self._device.average_gradients(self.module)
+        with span("optimizer"):
+            clip = self._optim.grad_clip_norm
+            grad_norm = self._device.clip_gradients(self.module, clip if clip is not None else float("inf"))
+            # The scalars of the weights that this loss was computed with.
+            logit_scale, logit_bias = self._log_logit_scale.detach().exp(), self._logit_bias.detach().clone()
+            self.optimizer.step()
         if self._is_first:
             self._device.split_state(self.optimizer)
             self._is_first = False
@@ -145,8 +149,9 @@ class Trainer:
         # draws the same, and a resumed run needs no saved random state.
         seeds = np.random.SeedSequence([self._seed, batch.step, self._device.random_rank, micro_batch])
         self._device.seed(int(seeds.generate_state(1)[0]))
-        images, tokens = self._device.to_device(batch.images[rows], batch.tokens[rows])
-        with self._device.autocast():
+        with span("to device"):
+            images, tokens = self._device.to_device(batch.images[rows], batch.tokens[rows])
+        with span("forward"), self._device.autocast():
             # A locked tower draws nothing, so leaving it out does not shift what the other one draws.
             features = self.module(
                 self._tower_input(images) if "visual" in towers else None,

@@ -86,7 +86,7 @@ class Storage:
         self.filesystem.create_dir(str(Path(final).parent), recursive=True)
         # An S3 object appears whole when its upload ends; a local file needs the rename.
         target = f"{final}.{uuid.uuid4().hex}.tmp" if self.is_local else final
-        with self.filesystem.open_output_stream(target) as stream:
+        with self.filesystem.open_output_stream(target, compression=None) as stream:
             stream.write(content)
         if target != final:
             self.filesystem.move(target, final)
@@ -102,7 +102,7 @@ class Storage:
         """
         final = self._at(path)
         self.filesystem.create_dir(str(Path(final).parent), recursive=True)
-        with self.filesystem.open_output_stream(final) as stream:
+        with self.filesystem.open_output_stream(final, compression=None) as stream:
             file = _HashedFile(stream)
             write(file)
         return {"bytes": file.num_bytes, "sha256": file.hash.hexdigest()}
@@ -113,7 +113,7 @@ class Storage:
         Raises:
             FileNotFoundError: where there is none.
         """
-        with self.filesystem.open_input_stream(self._at(path)) as stream:
+        with self.filesystem.open_input_stream(self._at(path), compression=None) as stream:
             return stream.read()
 
     def exists(self, path: str) -> bool:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from losses import mean_logits
+from losses.spans import span
 from workers.checkpoint import (
     CheckpointInfo,
     CheckpointWriter,
@@ -46,6 +47,7 @@ from workers.feed import Batch, BlockSource, Feed
 from workers.initial import load_initial_weights
 from workers.ledger import Ledger, ledger_files
 from workers.noise import Noise
+from workers.profile import Profile, StepProfiler
 from workers.shards import Manifest
 from workers.step import BadStep, StepResult, Trainer
 from workers.storage import Storage
@@ -102,6 +104,8 @@ class TrainJob:
     hooks: Hooks
     rungs: frozenset[int] = frozenset()
     """Steps done at which a checkpoint is written and the driver is asked whether to go on."""
+    profile: Profile | None = None
+    """Which steps are profiled; the run ends behind them."""
 
 
 def train_loop_per_worker(job: TrainJob) -> None:
@@ -144,6 +148,8 @@ def train_loop_per_worker(job: TrainJob) -> None:
     if first_step == 0 and job.model.init_from is not None:
         load_initial_weights(trainer.module, job.model)
     check_collectives(device, global_batch_size // world_size)
+    if job.profile is not None:  # the schedule of the learning rate is that of the whole run
+        num_steps = min(num_steps, job.profile.total)
     feed = Feed(
         build_order(job.manifest, job.data, job.seed),
         job.blocks,
@@ -164,30 +170,35 @@ def train_loop_per_worker(job: TrainJob) -> None:
 
     window = _LogWindow(feed, device, job)
     left_out = set(read_left_out(storage))
+    profiler = StepProfiler(job.profile, device, storage, rank)
     try:
-        for batch in feed:
-            steps_done, is_last = batch.step + 1, batch.step + 1 == num_steps
-            if steps_done not in left_out:
-                window.add(steps_done, trainer.step(batch))
-            saver.add(batch)
-            request: Request = "go on"
-            # A checkpoint is never written before all losses up to it were found good.
-            is_rung = steps_done in job.rungs and not is_last
-            if steps_done % job.train.log_every_steps == 0 or is_last or is_rung or saver.may_be_due(steps_done):
-                metrics = window.close(steps_done)
-                if rank == 0 and metrics:
-                    request = job.hooks.record(metrics)
-                    saver.add_metrics(metrics)
-                stop = _any_rank(request == "stop", device)
-                if _any_rank(request == "save" or saver.is_due(steps_done), device) or stop or is_last or is_rung:
-                    saver.save(steps_done)
-                    if is_rung and not stop:
-                        saver.wait()
-                        stop = _is_told_to_stop(job, steps_done, rank, device)
-                    window.restart_clock()
-                if stop:
-                    break
-            saver.tell_committed()
+        with profiler:
+            for batch in feed:
+                steps_done, is_last = batch.step + 1, batch.step + 1 == num_steps
+                if steps_done not in left_out:
+                    window.add(steps_done, trainer.step(batch))
+                saver.add(batch)
+                request: Request = "go on"
+                # A checkpoint is never written before all losses up to it were found good.
+                is_rung = steps_done in job.rungs and not is_last
+                if steps_done % job.train.log_every_steps == 0 or is_last or is_rung or saver.may_be_due(steps_done):
+                    with span("metrics"):
+                        metrics = window.close(steps_done)
+                        if rank == 0 and metrics:
+                            request = job.hooks.record(metrics)
+                            saver.add_metrics(metrics)
+                        stop = _any_rank(request == "stop", device)
+                    if _any_rank(request == "save" or saver.is_due(steps_done), device) or stop or is_last or is_rung:
+                        with span("checkpoint"):
+                            saver.save(steps_done)
+                        if is_rung and not stop:
+                            saver.wait()
+                            stop = _is_told_to_stop(job, steps_done, rank, device)
+                        window.restart_clock()
+                    if stop:
+                        break
+                saver.tell_committed()
+                profiler.step_done()
         saver.close()
     except BadStep:
         saver.close()  # what was saved before it is good

@@ -24,6 +24,7 @@ from tests.ranks import run_on_ranks
 from workers.checkpoint import list_checkpoints
 from workers.device import open_device
 from workers.feed import Batch
+from workers.profile import Profile
 from workers.step import Trainer
 from workers.storage import Storage
 
@@ -66,7 +67,8 @@ def main() -> None:
     found = {}
     for name, (overrides, last_step) in runs.items():
         config = load_config(path, [*ON_XLA, f"run.name={name}", *overrides])
-        found[name] = train_bare(0, 1, config, last_step)["lines"]
+        profile = Profile(warm_up=2, steps=2) if name == "there" else None  # five steps
+        found[name] = train_bare(0, 1, config, last_step, profile)["lines"]
     found["parts"] = split_parts(load_config(path, ON_XLA))
     print(json.dumps(found))
 
@@ -164,6 +166,19 @@ def test_a_run_goes_on_on_another_kind_of_device(config_file, on_xla):
     for name in ("there", "back"):
         storage = Storage(load_config(config_file, [f"run.name={name}"]).storage_uri)
         assert [info.step for info in list_checkpoints(storage)] == [5, 10]
+
+
+def test_a_profile_counts_the_program_and_compiles_no_other(config_file, on_xla):
+    """Two steps, and one with the checkpoint; the losses are those of the run that nobody profiled."""
+    programs = [line["compile/num_programs"] for line in on_xla["there"]]
+    assert set(programs[1:]) == {programs[1]}
+    assert losses(on_xla["there"]) == {step: losses(on_xla["whole"])[step] for step in range(1, 6)}
+    storage = Storage(load_config(config_file, ["run.name=there"]).storage_uri)
+    steps = json.loads(storage.read("profile/rank-0000-steps.json"))["steps"]
+    assert len(steps) == 3
+    assert all(step["device program"] > 0 for step in steps)
+    assert [step["checkpoint"] > 0 for step in steps] == [False, False, True]
+    assert "Metric: ExecuteTime" in storage.read("profile/rank-0000-xla.txt").decode()
 
 
 def test_split_weights_lie_in_parts(on_xla):
