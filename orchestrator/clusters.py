@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from orchestrator.config import ConfigError
+from orchestrator.secrets import AMAZON_KEY, PRIVATE_KEY
 
 RAY_VERSION = "2.60.0"
 TRAINING, DATA = "training", "data"
@@ -68,8 +69,8 @@ _GKE_TPU = {
 
 _PLACEHOLDER = re.compile(r"YOUR-|REGISTRY|\b192\.0\.2\.|\b198\.51\.100\.|\b203\.0\.113\.")
 _SECRETS = {
-    "an Amazon access key": re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b"),
-    "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY"),
+    "an Amazon access key": AMAZON_KEY,
+    "a private key": PRIVATE_KEY,
     "a secret": re.compile(
         r"(?i)\b[\w-]*(secret_access_key|secret[_-]?key|password|passwd|api[_-]?key|hf_token|auth_token|wandb_key)"
         r"""["']?\s*[:=]\s*["']?(?!~|/|\$|\{|null\b)[^\s"',}]{6,}"""

@@ -57,6 +57,8 @@ class Storage:
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
         text = os.fspath(uri)
+        if "@" in text.partition("://")[2].partition("/")[0]:  # pyarrow would take them, and every message repeat them
+            raise StorageError("the URL of a storage holds credentials: give them by the environment, or by a role")
         self.is_local = "://" not in text
         self.uri = os.path.abspath(text) if self.is_local else text.rstrip("/")
         try:
