@@ -89,7 +89,8 @@ def profile_run(config: RunConfig, profile: Profile, console: Console) -> tuple[
 
     train(wanted, console, overwrite=True, profile=profile)
     folder = RunFolder(wanted)
-    folder.storage.delete_folder("checkpoints")  # of no use to anyone
+    if folder.storage.exists("checkpoints"):
+        folder.storage.delete_folder("checkpoints")  # of no use to anyone
     ranks = read_profiles(folder.storage, folder.path)
     if not ranks:
         raise RunFailed(f"no rank has written a profile to {folder.storage.uri}: the run ended before it was done")
