@@ -178,7 +178,7 @@ def test_a_profile_counts_the_program_and_compiles_no_other(config_file, on_xla)
     assert len(steps) == 3
     assert all(step["device program"] > 0 for step in steps)
     assert [step["checkpoint"] > 0 for step in steps] == [False, False, True]
-    assert "Metric: ExecuteTime" in storage.read("profile/rank-0000-xla.txt").decode()
+    assert "Counter: UncachedCompile" in storage.read("profile/rank-0000-xla.txt").decode()
 
 
 def test_split_weights_lie_in_parts(on_xla):
