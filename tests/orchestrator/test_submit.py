@@ -156,6 +156,7 @@ def head() -> Iterator[str]:
     # As clusters/setup.sh has it: `python` of the head is that of the pinned environment.
     path = f"{BIN}:{os.environ['PATH']}"
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PATH": path, "HOME": str(home)}
+    environment |= {"RAY_LOGGER_LEVEL": "warning"}  # as the cluster files have it; else Ray logs what --env passes
     process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
         deadline = time.monotonic() + 90
