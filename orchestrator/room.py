@@ -237,7 +237,8 @@ def find_autoscaler(gcs_address: str, processes: Path = Path("/proc")) -> Autosc
         processes: where the kernel lists them.
     """
     for file in processes.glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
+        # A process that has just ended, a file that is none of Ray's: a sentence is not worth a run.
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
             words = file.read_bytes().decode(errors="replace").split("\0")
             is_monitor = any(word.endswith("/monitor.py") and "/autoscaler/" in word for word in words)
             if not is_monitor or f"--gcs-address={gcs_address}" not in words:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.room import Autoscaler, Need, cluster_hosts, find_autoscaler, room
 from tests.bare import OneWorker
 from tests.conftest import TOWERS, drawn_sample, write_dataset, write_tar
 from tests.processes import descendants_named
@@ -32,6 +33,7 @@ from workers.tar import DataError
 from workers.tokenizer import train_tokenizer
 
 BATCH, SEED = 24, 5
+BY_HAND = Autoscaler(runs=False)
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +340,13 @@ def test_hosts_without_accelerators_are_preferred_and_not_required(ray_session, 
         where = [actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()) for actor in pool._actors]
         used = Counter(ray.get(where))
         assert used == {ray_session.head_node.node_id: 2, with_gpu.node_id: 1}
+        # What a run that waits would say: four of the GPU host's CPUs are taken by a data-shard worker.
+        said = [room(Need(1, need), cluster_hosts(), BY_HAND).sentence for need in ({"GPU": 1.0}, {"GPU": 1, "CPU": 1})]
+        assert said == [
+            "needs 1 training worker of 1 GPU, has them: waiting for Ray to place them",
+            "needs 1 training worker of 1 GPU, 1 CPU, has 1, 0 free: waiting for those that hold the others",
+        ]
+        assert find_autoscaler(ray.get_runtime_context().gcs_address) in (None, BY_HAND)
     finally:
         for node in (with_gpu, without):
             ray_session.remove_node(node)
