@@ -16,7 +16,15 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from orchestrator.config import ConfigError, RunConfig, override_of, parse_config, put, read_mapping
+from orchestrator.config import (
+    ConfigError,
+    RunConfig,
+    override_of,
+    parse_config,
+    put,
+    read_mapping,
+    refuse_secrets,
+)
 from tuning.decide import Rules, Scheduler, geometric_rungs
 from tuning.space import Dimension
 from workers.config import LocalOrUri, NonNegativeInt, PositiveInt, Section
@@ -337,6 +345,7 @@ def _put_overrides(content: dict[str, Any], given: list[tuple[str, Any]]) -> Non
 
 def parse_study(content: dict[str, Any], source: str) -> Study:
     """Check a study whose base is the content of a run; raises as `load_study`, naming `source`."""
+    refuse_secrets(content, source)
     try:
         config = StudyConfig.model_validate(content)
     except ValidationError as error:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from losses import Negatives, Shards, ring_sigmoid_loss, ring_softmax_loss, sharded_sigmoid_loss, sharded_softmax_loss
+from losses.spans import span
 from workers.config import Accelerator, LossConfig, Precision
 from workers.towers import tower_blocks
 
@@ -159,6 +160,17 @@ class Device:
     def settle(self) -> Callable[[], None] | None:
         """Have what was recorded compiled and computed; None where operations run as they are called."""
         return None
+
+    @property
+    def settle_span(self) -> Callable[[], None] | None:
+        """Wait until what a span of a profile asked for is computed; None where it is, or cannot be told apart."""
+        if self.torch_device.type == "cuda":
+            return lambda: torch.cuda.synchronize(self.torch_device)
+        return None
+
+    def compiler_report(self) -> str:
+        """What the compiler under this device counts; empty where there is none."""
+        return ""
 
     def average_gradients(self, module: nn.Module) -> None:
         """Mean over ranks of every gradient, in one all-reduce of one flat buffer.
@@ -399,7 +411,13 @@ class XlaDevice(Device):
     def _settle() -> None:
         import torch_xla
 
-        torch_xla.sync()
+        with span("device program") as is_profiled:
+            torch_xla.sync(wait=is_profiled)
+
+    def compiler_report(self) -> str:
+        from torch_xla.debug import metrics
+
+        return metrics.metrics_report()
 
     def average_gradients(self, module: nn.Module) -> None:
         if self._num_hosts == 1:  # else the program has summed over all of its hosts

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from losses import NonFiniteFeatures, cached_backward
+from losses import NonFiniteFeatures, cached_backward, feature_means
+from losses.spans import span
 from workers.config import LossConfig, ModelConfig, OptimConfig, Tower
 from workers.device import Device
 from workers.feed import Batch
@@ -25,9 +26,10 @@ from workers.towers import TOWERS, build_model, checkpoint_activations, lock_tow
 
 @dataclass
 class StepResult:
-    """Scalars of one step, still on the device. `loss` is this rank's part; its mean over ranks is the loss."""
+    """Figures of one step, still on the device. `loss` is this rank's part; its mean over ranks is the loss."""
 
     loss: Tensor
+    feature_means: Tensor  # (2 D + 1,) of this rank's rows, see `losses.mean_logits`
     logit_scale: Tensor
     logit_bias: Tensor
     grad_norm: Tensor
@@ -106,10 +108,17 @@ class Trainer:
         lr = self._set_learning_rate(batch.step)
         size = self._micro_batch_size or len(batch.images)
         self.optimizer.zero_grad(set_to_none=True)
+        means: list[Tensor] = []
+
+        def global_loss(image_features: Tensor, text_features: Tensor) -> Tensor:
+            with span("loss: tiles"):
+                means.append(feature_means(image_features, text_features))
+                return self._global_loss(image_features, text_features, batch.step, size)
+
         try:
             loss = cached_backward(
                 lambda rows: self._encode(batch, rows, rows.start // size),
-                lambda image, text: self._global_loss(image, text, batch.step, size),
+                global_loss,
                 num_rows=len(batch.images),
                 micro_batch_size=size,
                 encode_again=lambda rows: self._encode_again(batch, rows, rows.start // size),
@@ -122,18 +131,20 @@ class Trainer:
                 f"{error.row // size} (pair {error.row % size} of it); the weights are those of step {batch.step}. "
                 "Lower optim.lr, or train in fp32",
             ) from error
-        self._device.average_gradients(self.module)
-        clip = self._optim.grad_clip_norm
-        grad_norm = self._device.clip_gradients(self.module, clip if clip is not None else float("inf"))
-        # The scalars of the weights that this loss was computed with.
-        logit_scale, logit_bias = self._log_logit_scale.detach().exp(), self._logit_bias.detach().clone()
-        self.optimizer.step()
+        with span("gradient all-reduce"):
+            self._device.average_gradients(self.module)
+        with span("optimizer"):
+            clip = self._optim.grad_clip_norm
+            grad_norm = self._device.clip_gradients(self.module, clip if clip is not None else float("inf"))
+            # The scalars of the weights that this loss was computed with.
+            logit_scale, logit_bias = self._log_logit_scale.detach().exp(), self._logit_bias.detach().clone()
+            self.optimizer.step()
         if self._is_first:
             self._device.split_state(self.optimizer)
             self._is_first = False
         if self._device.settle is not None:
             self._device.settle()
-        return StepResult(loss, logit_scale, logit_bias, grad_norm, lr)
+        return StepResult(loss, means[0], logit_scale, logit_bias, grad_norm, lr)
 
     def _encode(
         self, batch: Batch, rows: slice, micro_batch: int, towers: Sequence[Tower] = TOWERS
@@ -143,8 +154,9 @@ class Trainer:
         # draws the same, and a resumed run needs no saved random state.
         seeds = np.random.SeedSequence([self._seed, batch.step, self._device.random_rank, micro_batch])
         self._device.seed(int(seeds.generate_state(1)[0]))
-        images, tokens = self._device.to_device(batch.images[rows], batch.tokens[rows])
-        with self._device.autocast():
+        with span("to device"):
+            images, tokens = self._device.to_device(batch.images[rows], batch.tokens[rows])
+        with span("forward"), self._device.autocast():
             # A locked tower draws nothing, so leaving it out does not shift what the other one draws.
             features = self.module(
                 self._tower_input(images) if "visual" in towers else None,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from losses import sigmoid_loss_plain
+from losses import mean_logits, sigmoid_loss_plain
 from tests.conftest import TOWERS
 from tests.ranks import run_on_ranks
 from tests.reference import step_gradients
@@ -16,6 +16,7 @@ from workers.device import Device, check_collectives, open_device
 from workers.feed import Batch
 from workers.optim import build_optimizer, learning_rate
 from workers.step import Trainer
+from workers.towers import normalize_pixels
 
 NUM_PAIRS, SEED = 48, 3
 MODEL = ModelConfig(towers=TOWERS)
@@ -61,13 +62,14 @@ def part_of(rank, world_size):
 
 
 def step_on_rank(rank, world_size, num_micro_batches=1, **settings):
-    """Loss, gradients and new weights of one step; and the features of every micro-batch, as the step embeds it."""
+    """Loss, gradients and new weights of one step, and what the mean logits come from."""
     size = NUM_PAIRS // world_size // num_micro_batches
     trainer = make_trainer(world_size, micro_batch_size=size, **settings)
     batch = part_of(rank, world_size)
     result = trainer.step(batch)
     gradients = {name: parameter.grad for name, parameter in trainer.module.named_parameters()}
-    return float(result.loss), gradients, trainer.module.state_dict()
+    figures = result.feature_means.tolist(), float(result.logit_scale), float(result.logit_bias)
+    return float(result.loss), gradients, trainer.module.state_dict(), figures
 
 
 def check_gradients(actual, expected):
@@ -82,13 +84,29 @@ def check_gradients(actual, expected):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("num_micro_batches", [1, 4])
 def test_loss_and_every_gradient_equal_the_oracle(world_size, num_micro_batches):
-    expected_loss, expected, _ = step_gradients(MODEL, SEED, *global_batch())
+    expected_loss, expected, module = step_gradients(MODEL, SEED, *global_batch())
     ranks = run_on_ranks(world_size, step_on_rank, num_micro_batches)
-    assert sum(loss for loss, _, _ in ranks) / world_size == pytest.approx(expected_loss, rel=1e-5)
-    for _, gradients, _ in ranks:
+    assert sum(rank[0] for rank in ranks) / world_size == pytest.approx(expected_loss, rel=1e-5)
+    for _, gradients, _, _ in ranks:
         check_gradients(gradients, expected)
     for name, tensor in ranks[0][2].items():
-        assert all(torch.equal(tensor, state[name]) for _, _, state in ranks), name
+        assert all(torch.equal(tensor, rank[2][name]) for rank in ranks), name
+    check_mean_logits([rank[3] for rank in ranks], module)
+
+
+def check_mean_logits(figures, module):
+    """Against every entry of the float64 matrix of logits."""
+    images, tokens = global_batch()
+    with torch.no_grad():
+        output = module(normalize_pixels(images, MODEL).double(), tokens)
+        z = output["logit_scale"] * output["image_features"] @ output["text_features"].T + output["logit_bias"]
+    is_pair = torch.eye(NUM_PAIRS, dtype=torch.bool)
+    means = np.mean([means for means, _, _ in figures], axis=0)
+    positive, negative = mean_logits(means.tolist(), NUM_PAIRS, *figures[0][1:])
+    # Cosines differ by some 1e-6 (float32 towers), times a scale of 10; the two means must be told apart.
+    assert positive == pytest.approx(float(z[is_pair].mean()), abs=3e-5)
+    assert negative == pytest.approx(float(z[~is_pair].mean()), abs=3e-5)
+    assert abs(float(z[is_pair].mean() - z[~is_pair].mean())) > 1e-3
 
 
 def dropout_step(rank, world_size, num_micro_batches):
@@ -117,7 +135,7 @@ def dropout_step(rank, world_size, num_micro_batches):
             # all_gather's backward sums the ranks' losses, which are equal; the scale and bias are in each of them.
             torch.distributed.all_reduce(gradient)
             gradient /= world_size
-    actual_loss, gradients, _ = step_on_rank(rank, world_size, num_micro_batches, model=WITH_DROPOUT)
+    actual_loss, gradients, *_ = step_on_rank(rank, world_size, num_micro_batches, model=WITH_DROPOUT)
     return float(loss.detach()), expected, actual_loss, gradients
 
 
@@ -195,8 +213,8 @@ def test_activation_checkpointing_keeps_the_inputs_of_blocks_alone():
 
 def test_bfloat16_steps_keep_the_loss_and_the_direction():
     _, expected, _ = step_gradients(MODEL, SEED, *global_batch())
-    loss, gradients, _ = step_on_rank(0, 1, num_micro_batches=4, precision="bf16")
-    again, whole, _ = step_on_rank(0, 1, precision="bf16")
+    loss, gradients, *_ = step_on_rank(0, 1, num_micro_batches=4, precision="bf16")
+    again, whole, *_ = step_on_rank(0, 1, precision="bf16")
     # bfloat16 has 8 bits: 2**-8 per operation in towers of depth 2, which do not add up in one direction.
     assert loss == pytest.approx(step_gradients(MODEL, SEED, *global_batch())[0], rel=1e-2)
     assert loss == pytest.approx(again, rel=1e-6)

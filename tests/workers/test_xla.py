@@ -24,6 +24,7 @@ from tests.ranks import run_on_ranks
 from workers.checkpoint import list_checkpoints
 from workers.device import open_device
 from workers.feed import Batch
+from workers.profile import Profile
 from workers.step import Trainer
 from workers.storage import Storage
 
@@ -69,7 +70,8 @@ def main() -> None:
     found = {}
     for name, (overrides, last_step) in runs.items():
         config = load_config(path, [*ON_XLA, f"run.name={name}", *overrides])
-        found[name] = train_bare(0, 1, config, last_step)["lines"]
+        profile = Profile(warm_up=2, steps=2) if name == "there" else None  # five steps
+        found[name] = train_bare(0, 1, config, last_step, profile)["lines"]
     found["parts"] = split_parts(load_config(path, ON_XLA))
     found["checkpoint"] = checkpointed_product()
     print(json.dumps(found))
@@ -137,7 +139,11 @@ def losses(lines: list[dict[str, float]]) -> dict[int, float]:
 
 
 def train_on_cpu(config_file: Path, *overrides: str, last_step: int = NUM_STEPS) -> dict[int, float]:
-    return run_on_ranks(1, train_bare, load_config(config_file, overrides), last_step)[0]["losses"]
+    return losses(lines_on_cpu(config_file, *overrides, last_step=last_step))
+
+
+def lines_on_cpu(config_file: Path, *overrides: str, last_step: int = NUM_STEPS) -> list[dict[str, float]]:
+    return run_on_ranks(1, train_bare, load_config(config_file, overrides), last_step)[0]["lines"]
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +173,12 @@ def test_the_losses_are_those_of_the_cpu(config_file, on_xla, name, num_steps):
     nothing but rounding by themselves.
     """
     overrides = [text for text in VARIANTS[name] if not text.startswith(("sharding", "train.activation"))]
-    expected = train_on_cpu(config_file, *overrides, f"run.name={name}-cpu")
+    lines = lines_on_cpu(config_file, *overrides, f"run.name={name}-cpu")
+    expected = losses(lines)
+    for key in ("train/positive_logit_mean", "train/negative_logit_mean"):
+        found = [line[key] for line in on_xla[name][:num_steps]]
+        # Cosines within 1e-5, times a scale of 10.
+        assert found == pytest.approx([line[key] for line in lines[:num_steps]], abs=1e-3), key
     first = {step: loss for step, loss in expected.items() if step <= num_steps}
     assert {step: losses(on_xla[name])[step] for step in first} == pytest.approx(first, rel=1e-4)
     assert expected[NUM_STEPS] < 0.9 * expected[1]
@@ -202,6 +213,19 @@ def test_checkpointed_blocks_are_computed_again_with_equal_draws(on_xla):
     assert found["has_barrier"]
     # Two forward, one of them again (the last one's result is not needed), two gradients each.
     assert found["num_products"] in (7, 8)
+
+
+def test_a_profile_counts_the_program_and_compiles_no_other(config_file, on_xla):
+    """Two steps, and one with the checkpoint; the losses are those of the run that nobody profiled."""
+    programs = [line["compile/num_programs"] for line in on_xla["there"]]
+    assert set(programs[1:]) == {programs[1]}
+    assert losses(on_xla["there"]) == {step: losses(on_xla["whole"])[step] for step in range(1, 6)}
+    storage = Storage(load_config(config_file, ["run.name=there"]).storage_uri)
+    steps = json.loads(storage.read("profile/rank-0000-steps.json"))["steps"]
+    assert len(steps) == 3
+    assert all(step["device program"] > 0 for step in steps)
+    assert [step["checkpoint"] > 0 for step in steps] == [False, False, True]
+    assert "Counter: UncachedCompile" in storage.read("profile/rank-0000-xla.txt").decode()
 
 
 def test_split_weights_lie_in_parts(on_xla):
