@@ -165,6 +165,7 @@ def train(
             folder.clear()
             lease.renew()
         folder.begin(config, manifest)
+        display.keep = folder.append_event
         if not _cluster_address(config):
             stack.enter_context(ray_of_run(config, display))
         run = stack.enter_context(_Run(config, folder, manifest, display, lease, trial))
@@ -172,9 +173,11 @@ def train(
             status = run.watch()
             if status == "finished":
                 run.finish_evaluations()
-        except Exception:
+        except Exception as error:
+            folder.append_event(str(error), "failure")
             _sum_up(run, "failed", time.monotonic() - begin)
             raise
+        folder.append_event(status, "note")
         return _sum_up(run, status, time.monotonic() - begin)
 
 
@@ -580,7 +583,9 @@ class _Run:
         if self._training_since is None:
             self._training_since = time.monotonic()
         else:
-            self.display.say(f"the training workers were restarted and go on from step {facts['first_step']:,}")
+            self.display.say(
+                f"the training workers were restarted and go on from step {facts['first_step']:,}", "restart"
+            )
         self.facts = facts
         self._metrics.started(facts)
         self._first_step = self._last_step = facts["first_step"]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import queue
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -256,6 +257,18 @@ def list_checkpoints(storage: Storage) -> list[CheckpointInfo]:
     return sorted(infos, key=lambda info: info.step)
 
 
+def newest_checkpoint(storage: Storage) -> tuple[CheckpointInfo, float] | None:
+    """The newest committed checkpoint whose commit.json can be read, and when it was committed, in Unix time."""
+    for name in reversed(storage.list(FOLDER)):
+        written = storage.modified(f"{FOLDER}/{name}/{_COMMIT}")
+        if written is not None:
+            try:
+                return read_info(storage, name), written
+            except DamagedCheckpoint:
+                continue
+    return None
+
+
 def is_committed(storage: Storage, info: CheckpointInfo) -> bool:
     """Whether a checkpoint is there, and not deleted since."""
     return storage.exists(f"{FOLDER}/{info.name}/{_COMMIT}")
@@ -378,7 +391,7 @@ def read_left_out(storage: Storage) -> list[int]:
         return []
 
 
-def read_metrics(storage: Storage, last_step: int) -> list[dict[str, float]]:
+def read_metrics(storage: Storage, last_step: float = math.inf) -> list[dict[str, float]]:
     """The lines of metrics of a run up to a checkpoint, as they were saved with it and those before."""
     lines: dict[int, dict[str, float]] = {}
     for name in storage.list(METRICS_FOLDER):

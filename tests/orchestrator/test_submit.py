@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
-import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +14,12 @@ import pytest
 import yaml
 
 from orchestrator.config import FILES, ConfigError, check_resume, load_config
+from orchestrator.pages import RUNS, Pages
+from orchestrator.serving import serve
 from orchestrator.submit import check_job, environment_differences, stage
 from tests.conftest import TOWERS, write_dataset
-from tests.s3 import free_ports
+from tests.head import BIN, ray_head
 from tuning.cli import main
-
-BIN = Path(sys.executable).parent
 
 
 @pytest.fixture(scope="module")
@@ -105,40 +104,9 @@ def test_another_environment_is_named():
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Ray head with a dashboard, its processes in a group of their own; yields the dashboard's address."""
-    gcs, dashboard, agent, grpc, metrics = free_ports(5)
-    # Not pytest's folder: the path of a socket may have 107 characters.
-    folder = Path(f"/tmp/sigray-head-{os.getpid()}")
-    command = [str(BIN / "ray"), "start", "--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--block"]
-    command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}", "--num-cpus=4"]
-    command += [f"--metrics-export-port={metrics}", "--object-store-memory=200000000", f"--temp-dir={folder}"]
-    command += ["--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
-    home = tmp_path_factory.mktemp("head")  # jobs keep their runs' folders there
-    log = (home / "ray.log").open("w")
-    # As clusters/setup.sh has it: `python` of the head is that of the pinned environment.
-    path = f"{BIN}:{os.environ['PATH']}"
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PATH": path, "HOME": str(home)}
-    process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 90
-        while True:
-            asked = subprocess.run(
-                [str(BIN / "sigray"), "status", "--address", f"http://127.0.0.1:{dashboard}"],
-                env=environment,
-                capture_output=True,
-                text=True,
-            )
-            if asked.returncode == 0:
-                break
-            assert process.poll() is None, Path(log.name).read_text()
-            assert time.monotonic() < deadline, asked.stderr + Path(log.name).read_text()
-            time.sleep(1)
-        yield f"http://127.0.0.1:{dashboard}"
-    finally:
-        process.send_signal(signal.SIGTERM)  # with --block it ends all that it has started
-        process.wait(timeout=60)
-        log.close()
-        subprocess.run(["rm", "-rf", str(folder)], check=True)
+    """The dashboard's address."""
+    with ray_head(tmp_path_factory.mktemp("head")) as up:
+        yield up.address
 
 
 def sigray(head: str, command: str, *words: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
@@ -155,8 +123,16 @@ def sigray(head: str, command: str, *words: str, timeout: float = 200) -> subpro
 def test_a_job_from_its_submission_to_its_end(head, run_config):
     """One head for all: starting it costs ten seconds, a job forty."""
     # Submitted and left alone; a lost terminal is one that is killed.
-    submitted = sigray(head, "submit", "--job=first", "--no-follow", "--", "train", str(run_config))
+    pages = "--pages=http://127.0.0.1:3999"
+    submitted = sigray(head, "submit", "--job=first", pages, "--no-follow", "--", "train", str(run_config))
     assert (submitted.returncode, submitted.stdout) == (0, "job first\n"), submitted.stderr
+    # What the Jobs page of Ray's dashboard shows of it.
+    (listed,) = json.loads(urllib.request.urlopen(f"{head}/api/jobs/").read())
+    assert listed["metadata"] == {
+        "job_name": "job",
+        "page": "http://127.0.0.1:3999/runs/job",
+        "storage": f"{run_config.parent}/storage/job",
+    }
     lost = subprocess.Popen(
         [str(BIN / "sigray"), "logs", "--address", head, "first"],
         env=os.environ | {"RAY_AUTH_MODE": "disabled"},
@@ -174,9 +150,16 @@ def test_a_job_from_its_submission_to_its_end(head, run_config):
     assert again.stdout.count("step      4  samples        64") == 1
     assert "finished at 64 samples" in again.stdout
     assert list((run_config.parent / "storage" / "job" / "checkpoints").glob("step-0000000004"))
-    listed = sigray(head, "status").stdout
-    assert "first" in listed
-    assert "succeeded" in listed
+    table = sigray(head, "status").stdout
+    assert "first" in table
+    assert "succeeded" in table
+    # Its page is fed by the folder that the job has left below the head's home.
+    (folder,) = (run_config.parent.parent).glob("head*/sigray-runs")
+    with serve(Pages([str(folder)], [RUNS]).answer, 0) as port:
+        told = json.loads(urllib.request.urlopen(f"http://127.0.0.1:{port}/api/runs/job").read())
+    assert (told["status"], told["step"], told["planned_samples"]) == ("finished", 4, 64)
+    assert told["checkpoint"]["step"] == 4
+    assert told["zero_shot"]["colours"]["num_images"] == 4
 
     # The exit code is the run's; where nothing is there to train on, 2.
     words = ["train", str(run_config), "run.name=other", "data.shards=/nowhere/*.tar"]
@@ -199,6 +182,4 @@ def test_a_job_from_its_submission_to_its_end(head, run_config):
 
 
 def log_of(head: str, job: str) -> str:
-    import urllib.request
-
     return json.loads(urllib.request.urlopen(f"{head}/api/jobs/{job}/logs").read())["logs"]
