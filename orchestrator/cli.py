@@ -253,7 +253,7 @@ def _eval(options: argparse.Namespace, console: Console) -> int:
     config = override(read_run(run), options.overrides, run)
     if not config.eval.sets:
         raise ConfigError(f"{run} has no eval.sets: add one, as eval.sets.NAME.shards=PATTERN")
-    from workers.checkpoint import CheckpointError, list_checkpoints, read_info
+    from workers.committed import CheckpointError, list_checkpoints, read_info
     from workers.storage import Storage
 
     storage = Storage(run)
@@ -273,7 +273,7 @@ def _export(options: argparse.Namespace, console: Console) -> int:
 
     run, _, name = options.run_folder.rstrip("/").partition("/checkpoints/")
     config = read_run(run)
-    from workers.checkpoint import CheckpointError, list_checkpoints, read_info
+    from workers.committed import CheckpointError, list_checkpoints, read_info
     from workers.storage import Storage
 
     storage = Storage(run)

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from orchestrator.config import ConfigError, RunConfig, parse_config
-from workers.checkpoint import read_metrics
+from workers.committed import read_metrics
 from workers.shards import Manifest
 from workers.storage import Storage
 

@@ -39,15 +39,8 @@ from orchestrator.policy import (
     usable_sizes,
     wanted_data_workers,
 )
-from workers.checkpoint import (
-    CheckpointInfo,
-    is_committed,
-    leave_out,
-    list_checkpoints,
-    mark_best,
-    read_best,
-    read_left_out,
-)
+from workers.checkpoint import leave_out, mark_best, read_best, read_left_out
+from workers.committed import CheckpointInfo, is_committed, list_checkpoints
 from workers.metrics import RunMetrics
 from workers.shards import Manifest, in_threads, list_shards, scan_shards
 from workers.tar import DataError
@@ -560,6 +553,7 @@ class _Run:
                 self.display.say(content)
             elif event["kind"] == "failed":
                 self._errors += content
+        self._metrics.repeat()
         self._pool.tend()
         self._evaluate_next()
         self._decide_rung()
@@ -582,6 +576,7 @@ class _Run:
     def _begin_attempt(self, facts: dict[str, Any]) -> None:
         if self._training_since is None:
             self._training_since = time.monotonic()
+            self.display.keep(f"training begins at step {facts['first_step']:,}", "note")
         else:
             self.display.say(
                 f"the training workers were restarted and go on from step {facts['first_step']:,}", "restart"

@@ -21,7 +21,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from orchestrator.folder import RunFolder
-    from workers.checkpoint import CheckpointInfo
+    from workers.committed import CheckpointInfo
     from workers.train import Answer, Request
 
 

@@ -9,7 +9,8 @@
 NAME is a path below one of the places, such as demo or batch_size/trials/trial-003, and its folder must hold the file
 that makes it a run. Of a folder only the files that a `Kind` names are given out.
 
-A run is drawn where something of it has changed, at most every few seconds, however many look.
+A page is drawn where something of it has changed, and so seldom that it costs a tenth of a core, however many look:
+the curves of a run take a second or two.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from orchestrator.lease import is_driven
 from orchestrator.page import content_policy, page, render
 from orchestrator.report import RunFiles, draw_run, read_run_files
 from orchestrator.serving import HTML, JSON, TEXT, Answer
-from workers.checkpoint import newest_checkpoint
+from workers.committed import newest_checkpoint
 from workers.storage import Storage
 
 PLACES = ("~/sigray-runs", "runs", "sweeps")
@@ -43,7 +44,7 @@ _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a name: nothing that cou
 _MAX_PARTS = 4
 _MAX_ENTRIES = 100  # of a kind in the list
 _MAX_EVENTS = 40
-_KEEP_S, _KEEP_LIST_S = 3.0, 15.0  # what was read is not read again before
+_KEEP_S, _REST = 3.0, 10  # what is shown is shown for so long, and for so many times as long as it took to make
 _NOT_FOUND = Answer("not found\n", TEXT, 404)
 
 
@@ -194,7 +195,7 @@ RUNS = Kind("runs", CONFIG, re.escape(REPORT), look_at_run)
 class _Kept:
     """The last answer for an address."""
 
-    read_at: float  # of time.monotonic
+    until: float  # of time.monotonic
     content: dict[str, Any]
     answer: dict[str, Any]  # with title and html
 
@@ -211,6 +212,7 @@ class Pages:
     """
 
     def __init__(self, places: Sequence[str], kinds: Sequence[Kind]) -> None:
+        self._given = list(places)
         self._places = [Storage(Path(place).expanduser() if "://" not in place else place) for place in places]
         self._kinds = {kind.name: kind for kind in kinds}
         self._kept: dict[str, _Kept] = {}
@@ -248,7 +250,8 @@ class Pages:
     def _page(self, kind: Kind, name: str, is_api: bool) -> Answer:
         address = f"/{kind.name}/{name}"
         kept = self._kept.get(address)
-        if kept is None or time.monotonic() - kept.read_at >= _KEEP_S:
+        begin = time.monotonic()
+        if kept is None or begin >= kept.until:
             storage = self._find(kind, name)
             if storage is None:
                 self._kept.pop(address, None)
@@ -256,7 +259,7 @@ class Pages:
             look = kind.look(storage, address)
             if kept is None or kept.content != look.content:
                 kept = self._keep(address, look.content, f"{name} ({look.status})", look.draw())
-            kept.read_at = time.monotonic()
+            kept.until = _rest(begin)
         return self._as(kept, kind.css, is_api)
 
     def _list(self, parts: list[str], is_api: bool) -> Answer:
@@ -264,25 +267,26 @@ class Pages:
             return _NOT_FOUND
         kinds = [self._kinds[name] for name in parts or self._kinds]
         address = "/" + "".join(parts)
-        kept = self._kept.get(address)
-        if kept is None or time.monotonic() - kept.read_at >= _KEEP_LIST_S:
+        kept, begin = self._kept.get(address), time.monotonic()
+        if kept is None or begin >= kept.until:
             content: dict[str, Any] = {kind.name: self._entries(kind) for kind in kinds}
             title = " and ".join(kind.name.capitalize() if not n else kind.name for n, kind in enumerate(kinds))
             html = render(
                 "orchestrator",
                 "index.html.j2",
                 title=title,
-                places=[place.uri for place in self._places],
+                places=self._given,
                 kinds={name: entries[:_MAX_ENTRIES] for name, entries in content.items()},
                 left_out={name: max(len(entries) - _MAX_ENTRIES, 0) for name, entries in content.items()},
                 clock=clock,
             )
             kept = self._keep(address, content, title, html)
+            kept.until = _rest(begin)
         return self._as(kept, "", is_api)
 
     def _keep(self, address: str, content: dict[str, Any], title: str, html: Markup) -> _Kept:
         answer = {**content, "title": title, "html": html}
-        self._kept[address] = _Kept(time.monotonic(), content, answer)
+        self._kept[address] = _Kept(0.0, content, answer)
         return self._kept[address]
 
     def _as(self, kept: _Kept, css: str, is_api: bool) -> Answer:
@@ -324,6 +328,12 @@ class Pages:
             return _NOT_FOUND
         kinds = {"html": HTML, "png": "image/png"}
         return Answer(storage.read(file), kinds.get(file.rpartition(".")[2], TEXT))
+
+
+def _rest(begin: float) -> float:
+    """Until when that is shown which was begun to be made at a time, and is made now."""
+    now = time.monotonic()
+    return now + max(_KEEP_S, _REST * (now - begin))
 
 
 def _is_inside(storage: Storage, place: Storage) -> bool:

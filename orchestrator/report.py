@@ -33,7 +33,7 @@ from orchestrator import drawing, words
 from orchestrator.config import ConfigError
 from orchestrator.folder import CONFIG, EVALUATIONS, METRICS, REPORT, SUMMARY
 from orchestrator.page import page, render
-from workers.checkpoint import read_metrics
+from workers.committed import read_metrics
 from workers.storage import Storage
 
 if TYPE_CHECKING:

@@ -132,10 +132,10 @@ def submit(
                     **(env or {}),
                 },
             },
-            # Ray's dashboard lists a job by its job_name, and shows all of this on the job's own page.
+            # Ray's dashboard lists a job by its job_name; on the job's own page it shows the beginning of all this.
             metadata={
-                "job_name": config.run.name,
                 "page": f"{pages.rstrip('/')}/runs/{config.run.name}",
+                "job_name": config.run.name,
                 "storage": config.storage_uri,
             },
         )

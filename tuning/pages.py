@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 from markupsafe import Markup
 
@@ -24,18 +25,18 @@ def look_at_sweep(storage: Storage, address: str) -> Look:
     table = read_table(home)
     status = "running" if is_driven(home) else sweep_status(study, table)
     looks = _trials_at_work(storage, home, table)
-    trials = {
-        number: Trial(
-            f"{address.replace('/sweeps/', f'/{RUNS.name}/', 1)}/trials/{trial_name(number)}",
-            looks[number].status if number in looks else row.status,
-            looks[number].content["samples_seen"] if number in looks else 0,
+    pages = f"/{RUNS.name}/{address.partition('/sweeps/')[2]}/trials"
+    trials = {}
+    for number, row in sorted(table.rows.items()):
+        look = looks.get(number)
+        trials[number] = Trial(
+            f"{pages}/{trial_name(number)}" if row.results or look else "",
+            look.status if look else row.status,
+            max(row.samples_seen, look.content["samples_seen"] if look else 0),
         )
-        for number, row in table.rows.items()
-        if row.results or number in looks
-    }
     times = [home.modified(RESULTS), *(look.heard_at for look in looks.values())]
     heard_at = max((at for at in times if at), default=None)
-    spent = sum(max(row.samples_seen, trials[n].samples_seen if n in trials else 0) for n, row in table.rows.items())
+    spent = sum(trial.samples_seen for trial in trials.values())
     has_report = storage.exists(REPORT)
     content = {
         "name": study.config.name,
@@ -43,19 +44,22 @@ def look_at_sweep(storage: Storage, address: str) -> Look:
         "heard_at": heard_at,
         "trials": {
             number: {
-                "values": row.values,
-                "seed": row.seed,
-                "status": trials[number].status if number in trials and not row.is_over else row.status,
-                "samples_seen": max(row.samples_seen, trials[number].samples_seen if number in trials else 0),
-                "results": [(result.samples_seen, result.value, result.answer) for result in row.results],
+                "values": table.rows[number].values,
+                "seed": table.rows[number].seed,
+                "status": trial.status,
+                "samples_seen": trial.samples_seen,
+                "results": [
+                    (result.samples_seen, result.value, result.answer) for result in table.rows[number].results
+                ],
             }
-            for number, row in sorted(table.rows.items())
+            for number, trial in trials.items()
         },
         "has_report": has_report,
     }
 
     def draw() -> Markup:
-        tiles = [(outcome, str(count)) for outcome, count in table.counts().items()]
+        counts = Counter(trial.status for trial in trials.values())
+        tiles = [(outcome, str(count)) for outcome, count in sorted(counts.items())]
         now = draw_moment(
             percent=_percent(table, spent),
             place=_place(table),

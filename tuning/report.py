@@ -114,7 +114,7 @@ def sweep_css() -> str:
 class Trial:
     """What a live page knows of a trial besides the table."""
 
-    address: str  # of its own page
+    address: str  # of its own page; empty where it has none
     status: str
     samples_seen: int
 
@@ -287,11 +287,11 @@ def _trials(study: Study, table: Table, known: Mapping[int, Trial]) -> dict[str,
             outcome += f": {row.results[-1].why}"
         elif trial and not row.is_over:
             outcome = trial.status
-        seen = max(row.samples_seen, trial.samples_seen if trial else 0)
+        seen = trial.samples_seen if trial else row.samples_seen
         cells = [str(row.number), *(value_text(row.values.get(name, "")) for name in names)]
         cells += [str(row.seed)] * has_seeds + [words.count(row.budget)] * has_budgets
         cells += [outcome, words.count(seen), words.percent(row.results[-1].value) if row.results else ""]
-        address = trial.address if trial else None
+        address = trial.address if trial else ""
         rows.append({"cells": cells, "is_best": row.number in best_numbers, "address": address})
     return {"head": head, "rows": rows}
 

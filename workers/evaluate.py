@@ -22,7 +22,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from workers.checkpoint import CheckpointInfo, load_weights
+from workers.checkpoint import load_weights
+from workers.committed import CheckpointInfo
 from workers.config import DataConfig, EmbeddingsConfig, EvalConfig, EvalSet, ModelConfig, Patterns
 from workers.decode import Decoder, Refused
 from workers.initial import build_trained_model

@@ -19,7 +19,8 @@ from orchestrator.config import RunConfig, parse_config
 from orchestrator.folder import RunFolder
 from tests.bare import train_bare
 from tests.conftest import COLOURS, TOWERS, drawn_sample, write_tar
-from workers.checkpoint import list_checkpoints, load_weights
+from workers.checkpoint import load_weights
+from workers.committed import list_checkpoints
 from workers.evaluate import Encoder, evaluate_checkpoint, load_set, read_classes
 from workers.shards import scan_shards
 from workers.tokenizer import build_tokenizer, train_tokenizer

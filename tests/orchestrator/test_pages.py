@@ -29,7 +29,7 @@ from workers.storage import Storage
 def quick(monkeypatch):
     monkeypatch.setattr("orchestrator.lease._SETTLE_S", 0.01)
     monkeypatch.setattr("orchestrator.pages._KEEP_S", 0.0)
-    monkeypatch.setattr("orchestrator.pages._KEEP_LIST_S", 0.0)
+    monkeypatch.setattr("orchestrator.pages._REST", 0)
 
 
 Get = Callable[..., tuple[int, str]]

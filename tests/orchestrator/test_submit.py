@@ -103,9 +103,15 @@ def test_another_environment_is_named():
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the head."""
+    return tmp_path_factory.mktemp("head")
+
+
+@pytest.fixture(scope="module")
+def head(home: Path) -> Iterator[str]:
     """The dashboard's address."""
-    with ray_head(tmp_path_factory.mktemp("head")) as up:
+    with ray_head(home) as up:
         yield up.address
 
 
@@ -120,7 +126,7 @@ def sigray(head: str, command: str, *words: str, timeout: float = 200) -> subpro
 
 
 @pytest.mark.ray
-def test_a_job_from_its_submission_to_its_end(head, run_config):
+def test_a_job_from_its_submission_to_its_end(head, home, run_config):
     """One head for all: starting it costs ten seconds, a job forty."""
     # Submitted and left alone; a lost terminal is one that is killed.
     pages = "--pages=http://127.0.0.1:3999"
@@ -153,9 +159,8 @@ def test_a_job_from_its_submission_to_its_end(head, run_config):
     table = sigray(head, "status").stdout
     assert "first" in table
     assert "succeeded" in table
-    # Its page is fed by the folder that the job has left below the head's home.
-    (folder,) = (run_config.parent.parent).glob("head*/sigray-runs")
-    with serve(Pages([str(folder)], [RUNS]).answer, 0) as port:
+    # Its page is fed by the folder that the job keeps below the head's home.
+    with serve(Pages([str(home / "sigray-runs")], [RUNS]).answer, 0) as port:
         told = json.loads(urllib.request.urlopen(f"http://127.0.0.1:{port}/api/runs/job").read())
     assert (told["status"], told["step"], told["planned_samples"]) == ("finished", 4, 64)
     assert told["checkpoint"]["step"] == 4

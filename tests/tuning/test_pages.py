@@ -43,6 +43,7 @@ def point(batch: int, loss: str) -> dict[str, object]:
 def test_a_sweep_at_work_and_at_its_end(study, tmp_path, monkeypatch):
     monkeypatch.setattr("orchestrator.lease._SETTLE_S", 0.01)
     monkeypatch.setattr("orchestrator.pages._KEEP_S", 0.0)
+    monkeypatch.setattr("orchestrator.pages._REST", 0)
     storage = Storage(study.config.storage_uri)
     writer = Writer(storage)
     writer.add(trial(0, **point(2, "sigmoid")), trial(1, **point(20, "sigmoid")), trial(2, **point(2, "softmax")))
