@@ -1,6 +1,6 @@
 """The pictures of docs/cluster.md, taken of the real thing: a Ray head, `sigray monitor`, a submitted run, a sweep.
 
-    apt-get install prometheus chromium fonts-dejavu-core
+    apt-get install prometheus chromium fonts-dejavu-core fonts-liberation
     pip install -e '.[docs]'                       # playwright, which drives Debian's Chromium
     sigray data emoji data/emoji36
     python -m docs.take_screenshots                # about ten minutes on two cores, into docs/screenshots
@@ -91,6 +91,14 @@ def _run_pictures(browser: Any, head: Head, home: Path, where: dict[str, str], n
     with _tab(browser, DESKTOP) as tab:
         tab.goto(f"{where['pages']}/runs/{RUN}")
         tab.locator("time", has_text="ago").first.wait_for()
+        # It keeps itself current: another step without a reload, which would forget the mark.
+        place = tab.locator(".place").inner_text().partition(",")[0]
+        tab.evaluate("window.isTheSame = true")
+        tab.wait_for_function(
+            "place => window.isTheSame && !document.querySelector('.place').textContent.startsWith(place + ',')",
+            arg=place,
+            timeout=120_000,
+        )
         _keep("run", tab, height=1750)
     with _tab(browser, PHONE, scale=2, is_mobile=True) as tab:
         tab.goto(f"{where['pages']}/runs/{RUN}")
@@ -125,8 +133,8 @@ def _run_pictures(browser: Any, head: Head, home: Path, where: dict[str, str], n
         frame.locator("figure", has_text="Loss").first.wait_for()
         assert frame.get_by_text("no data in this time").count() == 0
         _keep("metrics", tab, settle_s=3)
-    with _tab(browser, {"width": 1280, "height": 760}) as tab:
-        graph = urllib.parse.urlencode({"g0.expr": query, "g0.tab": 0, "g0.range_input": "5m"})
+    with _tab(browser, {"width": 1280, "height": 880}) as tab:
+        graph = urllib.parse.urlencode({"g0.expr": query, "g0.tab": 0, "g0.range_input": "3m"})
         tab.goto(f"{where['prometheus']}/graph?{graph}")
         tab.get_by_text(f'run="{RUN}"').first.wait_for()
         _keep("prometheus", tab, settle_s=3)
@@ -134,18 +142,13 @@ def _run_pictures(browser: Any, head: Head, home: Path, where: dict[str, str], n
 
 
 def _sweep_pictures(browser: Any, head: Head, home: Path, where: dict[str, str]) -> None:
-    """Of a sweep in a Ray of its own while its trials are at work; the head's is idle by now."""
+    """Of a sweep while its trials are at work, on the same head."""
     study = home / "study.yaml"
     study.write_text(json.dumps(_STUDY | {"dir": str(home / "sweeps")}))
-    environment = {name: value for name, value in head.environment.items() if name != "RAY_ADDRESS"}
+    command = [BIN / "sigray", "sweep", study, f"cluster.address={head.cluster}"]
     with (home / "sweep.log").open("w") as log:
         sweep = subprocess.Popen(
-            [BIN / "sigray", "sweep", study],
-            env=environment,
-            cwd=ROOT,
-            stdout=log,
-            stderr=log,
-            stdin=subprocess.DEVNULL,
+            command, env=head.environment, cwd=ROOT, stdout=log, stderr=log, stdin=subprocess.DEVNULL
         )
         try:
 
@@ -194,7 +197,7 @@ def _sigray(head: Head, log: Path, *words: object) -> Iterator[None]:
         command = [str(BIN / "sigray"), *map(str, words)]
         process = subprocess.Popen(command, env=head.environment, stdout=output, stderr=output)
         try:
-            _wait(f"sigray {words[0]}", lambda: "Metrics page" in log.read_text() or process.poll() is not None, 120)
+            _wait(f"sigray {words[0]}", lambda: "pages of runs" in log.read_text() or process.poll() is not None, 120)
             assert process.poll() is None, log.read_text()
             yield
         finally:

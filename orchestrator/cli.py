@@ -397,10 +397,10 @@ def _monitor(options: argparse.Namespace, console: Console) -> int:
         return 0
     ended = _end_signal()
     with (
-        _serve_pages(options, console, "127.0.0.1"),
         monitor(
             console, session=options.session, out=out, port=options.port, grafana_port=options.grafana_port
         ) as process,
+        _serve_pages(options, console, "127.0.0.1"),
     ):
         while not ended.wait(1):
             if process.poll() is not None:

@@ -29,7 +29,6 @@ from typing import Any
 from markupsafe import Markup
 
 from orchestrator import words
-from orchestrator.config import ConfigError
 from orchestrator.folder import CONFIG, EVENTS, METRICS, REPORT
 from orchestrator.lease import is_driven
 from orchestrator.page import content_policy, page, render
@@ -235,7 +234,7 @@ class Pages:
                 name = "/".join(parts[1:])
                 file = re.fullmatch(rf"(.+?)/({kind.files})", name)
                 return self._file(kind, file[1], file[2]) if file and not is_api else self._page(kind, name, is_api)
-        except (OSError, ConfigError) as error:
+        except (OSError, ValueError, KeyError) as error:  # a storage that is away, a file that is none of ours
             return Answer(f"{error}\n", TEXT, 502)
 
     def _find(self, kind: Kind, name: str) -> Storage | None:
@@ -305,7 +304,7 @@ class Pages:
                 if not storage.exists(kind.mark):
                     return None
                 look = kind.look(storage, address)
-            except (OSError, ConfigError) as error:
+            except (OSError, ValueError, KeyError) as error:
                 status, says, heard_at = "unreadable", str(error), None
             else:
                 status, says, heard_at = look.status, look.says, look.heard_at

@@ -30,6 +30,9 @@ def serve(answer: Callable[[str], Answer], port: int, *, host: str = "127.0.0.1"
 
     Args:
         answer: given the path with its query; called from several threads.
+
+    Raises:
+        OSError: where the port cannot be had.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -56,7 +59,10 @@ def serve(answer: Callable[[str], Answer], port: int, *, host: str = "127.0.0.1"
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer((host, port), Handler)
+    try:
+        server = ThreadingHTTPServer((host, port), Handler)
+    except OSError as error:
+        raise OSError(f"port {port} of {host}: {error.strerror}") from error
     thread = threading.Thread(target=server.serve_forever, name="pages", daemon=True)
     thread.start()
     try:

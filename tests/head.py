@@ -24,11 +24,13 @@ class Head:
 
     Attributes:
         address: of its dashboard.
+        cluster: its address for drivers, as cluster.address takes it.
         session: Ray's session folder.
         environment: of commands that speak with it.
     """
 
     address: str
+    cluster: str
     session: Path
     environment: dict[str, str]
 
@@ -65,7 +67,7 @@ def ray_head(home: Path, num_cpus: int = 4, **environment: str) -> Iterator[Head
                 assert process.poll() is None, Path(log.name).read_text()
                 assert time.monotonic() < deadline, asked.stderr + Path(log.name).read_text()
                 time.sleep(1)
-            yield Head(address, folder / "session_latest", variables)
+            yield Head(address, f"127.0.0.1:{gcs}", folder / "session_latest", variables)
         finally:
             process.send_signal(signal.SIGTERM)  # with --block it ends all that it has started
             process.wait(timeout=60)

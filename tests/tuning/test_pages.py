@@ -90,6 +90,10 @@ def test_a_sweep_at_work_and_at_its_end(study, tmp_path, monkeypatch):
         figure = next((study.config.folder / "figures").iterdir())
         answer = urllib.request.urlopen(f"http://127.0.0.1:{port}/sweeps/tiny/figures/{figure.name}")
         assert (answer.headers["Content-Type"], answer.read()[:4]) == ("image/png", b"\x89PNG")
+        (study.config.folder / "results.jsonl").write_text('{"event": "none of ours"}\n')
+        with pytest.raises(urllib.error.HTTPError, match="502"):
+            get("/sweeps/tiny")
+        assert json.loads(get("/api/"))["sweeps"][0]["status"] == "unreadable"
         for path in ("/sweeps/tiny/study.yaml", "/sweeps/tiny/figures/../study.yaml", "/sweeps/tiny/tune.log"):
             with pytest.raises(urllib.error.HTTPError, match="404"):
                 get(path)
@@ -105,6 +109,9 @@ def test_the_command_serves_until_it_is_told_to_end(study, tmp_path):
         assert process.stdout.readline() == f"pages of runs and sweeps: http://127.0.0.1:{port}\n"
         told = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/api/"))
         assert [entry["name"] for entry in told["sweeps"]] == ["tiny"]
+        taken = subprocess.run(command, capture_output=True, text=True)
+        assert taken.returncode == 2
+        assert f"port {port} of 127.0.0.1: Address already in use" in taken.stderr
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0
     finally:
