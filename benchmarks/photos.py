@@ -25,7 +25,7 @@ from PIL import Image
 
 from benchmarks.common import EMOJI, report
 from orchestrator.folder import read_run
-from workers.checkpoint import list_checkpoints
+from workers.committed import list_checkpoints
 from workers.config import DataConfig, EvalSet
 from workers.evaluate import class_labels
 from workers.features import Encoder

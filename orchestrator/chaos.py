@@ -32,8 +32,8 @@ from rich.text import Text
 from orchestrator.config import ClusterConfig, ConfigError, RunConfig, load_config
 from orchestrator.folder import SUMMARY, RunFolder, read_run
 from orchestrator.monitor import format_duration
-from workers.checkpoint import FOLDER as CHECKPOINTS
-from workers.checkpoint import list_checkpoints
+from workers.committed import FOLDER as CHECKPOINTS
+from workers.committed import list_checkpoints
 from workers.tar import DataError
 
 FILE = "chaos.json"

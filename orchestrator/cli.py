@@ -6,15 +6,22 @@ Heavy imports (torch, Ray) happen inside the commands, so that `--help` and a co
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from orchestrator.config import ConfigError, RunConfig, json_schema, load_config, override
 from orchestrator.devices import CPU, DEVICES
+from orchestrator.submit import DEFAULT_PAGES
+
+if TYPE_CHECKING:
+    from orchestrator.pages import Kind
 
 _DESCRIPTION = """\
 Train SigLIP-style image-text models from WebDataset tars on a Ray cluster.
@@ -38,7 +45,8 @@ Train SigLIP-style image-text models from WebDataset tars on a Ray cluster.
   sigray data audit runs/emoji_cpu                did the run use every sample exactly once per epoch?
   sigray submit --cluster cluster.yaml -- train run.yaml
                                                   the same as a job on a cluster (also logs, status, stop)
-  sigray monitor                                  Prometheus, alerts and pictures beside a cluster's head
+  sigray pages                                    live pages of the runs and sweeps here, for browser and phone
+  sigray monitor                                  the same on a cluster's head, with Prometheus and alerts
   sigray cluster check cluster.yaml               what is wrong with a cluster file
   sigray chaos run.yaml --faults 20               kill whatever can die: does the run end with the same weights?
 """
@@ -202,20 +210,35 @@ examples:
   ray exec cluster.yaml --tmux 'sigray monitor'
 
 Needs prometheus on PATH (`apt-get install prometheus`). Where grafana-server is installed it is started with Ray's
-dashboards and ours; where it is not, sigray draws them itself. All listens on 127.0.0.1 only.
+dashboards and ours; where it is not, sigray draws them itself. It serves what `sigray pages` serves.
+All listens on 127.0.0.1 only.
+"""
+
+_PAGES_EXAMPLES = """\
+examples:
+  sigray pages                            what runs/, sweeps/ and ~/sigray-runs hold, on http://127.0.0.1:3001
+  sigray pages /data/runs s3://bucket/runs s3://bucket/sweeps
+  sigray pages --host 0.0.0.0             for a phone in the same network; nobody is asked who they are
+
+Needs no Ray and asks nothing of a run: each page is drawn from the run's folder, and asks for news every few seconds.
 """
 
 
-def main(arguments: list[str] | None = None, add_more: Callable[[Any], None] = lambda command: None) -> int:
+def main(
+    arguments: list[str] | None = None,
+    add_more: Callable[[Any], None] = lambda command: None,
+    more_pages: Callable[[], list[Kind]] = list,
+) -> int:
     """Run a command and return the exit code. The entry point of `sigray` is `tuning/cli.py`, which adds `sweep`.
 
     Args:
         arguments: of the command line; None: those of this process.
         add_more: given a function that adds a command: (name, run, help, examples=...) -> its parser.
+        more_pages: what has live pages besides runs; asked when they are served.
     """
     parser = _parser(add_more)
     # argparse ends a list of overrides at the first option; `train x.yaml --overwrite run.name=a` shall work too.
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(arguments, argparse.Namespace(more_pages=more_pages))
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(options, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -254,7 +277,7 @@ def _eval(options: argparse.Namespace, console: Console) -> int:
     config = override(read_run(run), options.overrides, run)
     if not config.eval.sets:
         raise ConfigError(f"{run} has no eval.sets: add one, as eval.sets.NAME.shards=PATTERN")
-    from workers.checkpoint import CheckpointError, list_checkpoints, read_info
+    from workers.committed import CheckpointError, list_checkpoints, read_info
     from workers.storage import Storage
 
     storage = Storage(run)
@@ -274,7 +297,7 @@ def _export(options: argparse.Namespace, console: Console) -> int:
 
     run, _, name = options.run_folder.rstrip("/").partition("/checkpoints/")
     config = read_run(run)
-    from workers.checkpoint import CheckpointError, list_checkpoints, read_info
+    from workers.committed import CheckpointError, list_checkpoints, read_info
     from workers.storage import Storage
 
     storage = Storage(run)
@@ -352,7 +375,7 @@ def _submit(options: argparse.Namespace, console: Console) -> int:
             console.print(f"{options.cluster}: {problem}", highlight=False, markup=False, soft_wrap=True)
     env = {name: os.environ[name] for name in options.env}
     with job_client(options.cluster, options.address) as client:
-        job = submit(client, config, flags, env=env, job=options.job)
+        job = submit(client, config, flags, env=env, job=options.job, pages=options.pages)
         console.print(f"job {job}", highlight=False)
         if options.no_follow:
             return 0
@@ -401,9 +424,6 @@ def _stop(options: argparse.Namespace, console: Console) -> int:
 
 
 def _monitor(options: argparse.Namespace, console: Console) -> int:
-    import signal
-    import threading
-
     from orchestrator.monitoring import generate, monitor
 
     out = Path(options.out)
@@ -411,16 +431,43 @@ def _monitor(options: argparse.Namespace, console: Console) -> int:
         for path in generate(out):
             console.print(str(path), highlight=False, soft_wrap=True)
         return 0
-    ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
-    with monitor(
-        console, session=options.session, out=out, port=options.port, grafana_port=options.grafana_port
-    ) as process:
+    ended = _end_signal()
+    with (
+        monitor(
+            console, session=options.session, out=out, port=options.port, grafana_port=options.grafana_port
+        ) as process,
+        _serve_pages(options, console, "127.0.0.1"),
+    ):
         while not ended.wait(1):
             if process.poll() is not None:
                 raise RuntimeError(f"Prometheus ended; see {out / 'prometheus.log'}")
     return 0
+
+
+def _pages(options: argparse.Namespace, console: Console) -> int:
+    ended = _end_signal()
+    with _serve_pages(options, console, options.host):
+        ended.wait()
+    return 0
+
+
+@contextlib.contextmanager
+def _serve_pages(options: argparse.Namespace, console: Console, host: str) -> Iterator[None]:
+    from orchestrator.pages import PLACES, RUNS, Pages
+    from orchestrator.serving import serve
+
+    pages = Pages(options.places or PLACES, [RUNS, *options.more_pages()])
+    with serve(pages.answer, options.pages_port, host=host):
+        console.print(f"pages of runs and sweeps: http://{host}:{options.pages_port}", highlight=False, soft_wrap=True)
+        yield
+
+
+def _end_signal() -> threading.Event:
+    """Set by Ctrl-C and SIGTERM."""
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    return ended
 
 
 def _cluster_check(options: argparse.Namespace, console: Console) -> int:
@@ -709,6 +756,12 @@ def _parser(add_more: Callable[[Any], None]) -> argparse.ArgumentParser:
         "--env", action="append", default=[], metavar="NAME", help="a variable that the run gets from here"
     )
     added.add_argument("--no-follow", action="store_true", help="return as soon as the job is submitted")
+    added.add_argument(
+        "--pages",
+        default=DEFAULT_PAGES,
+        metavar="URL",
+        help="where your browser finds the pages of runs, for the link at the job (default %(default)s)",
+    )
     for name, run, help in (
         ("logs", _logs, "follow a job on a cluster from its beginning, as often as you like"),
         ("status", _status, "list the jobs of a cluster"),
@@ -730,6 +783,24 @@ def _parser(add_more: Callable[[Any], None]) -> argparse.ArgumentParser:
     added.add_argument("--port", type=_positive, default=9090, metavar="N", help="of Prometheus (default 9090)")
     added.add_argument("--grafana-port", type=_positive, default=3000, metavar="N", help="default 3000")
     added.add_argument("--generate", action="store_true", help="write the alert rules and the dashboard, run nothing")
+    added.add_argument(
+        "--runs",
+        action="append",
+        dest="places",
+        metavar="PLACE",
+        help="a folder or s3://bucket/prefix of runs or sweeps that have pages, as of `sigray pages`; repeat it",
+    )
+    _pages_port(added)
+
+    added = command("pages", _pages, "serve live pages of runs and sweeps", examples=_PAGES_EXAMPLES)
+    added.add_argument(
+        "places",
+        nargs="*",
+        metavar="PLACE",
+        help="a folder or s3://bucket/prefix of runs or sweeps (default ~/sigray-runs, runs and sweeps)",
+    )
+    added.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (default 127.0.0.1)")
+    _pages_port(added)
 
     add_more(command)
 
@@ -777,6 +848,12 @@ def _where(added: argparse.ArgumentParser) -> None:
     where = added.add_mutually_exclusive_group()
     where.add_argument("--cluster", metavar="FILE", help="a `ray up` file: its head is reached by ssh")
     where.add_argument("--address", metavar="URL", help="of the dashboard (default http://127.0.0.1:8265)")
+
+
+def _pages_port(added: argparse.ArgumentParser) -> None:
+    added.add_argument(
+        "--pages-port", type=_positive, default=3001, metavar="N", help="of the pages of runs and sweeps (default 3001)"
+    )
 
 
 def _positive(text: str) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 from orchestrator.config import ConfigError, RunConfig
 from orchestrator.folder import SUMMARY, RunFolder
-from workers.checkpoint import CheckpointInfo
+from workers.committed import CheckpointInfo
 from workers.shards import Manifest
 from workers.tar import DataError
 

@@ -3,6 +3,7 @@
     config.yaml          the resolved config                                      at the start
     manifest.json        the shards that the order is computed from               at the start
     metrics.jsonl        one line per log interval                                as they come
+    events.jsonl         what was said of it: restarts, warnings, the end         as they come
     tensorboard/         the same for TensorBoard                                 as they come
     evaluations/         one JSON per evaluated checkpoint                        as they come
     checkpoints/         unless run.storage says otherwise                        by the training workers
@@ -16,16 +17,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from typing import Any
 
 import yaml
 
 from orchestrator.config import ConfigError, RunConfig, parse_config
-from workers.checkpoint import read_metrics
+from workers.committed import read_metrics
 from workers.shards import Manifest
 from workers.storage import Storage
 
 CONFIG, MANIFEST, METRICS, SUMMARY = "config.yaml", "manifest.json", "metrics.jsonl", "summary.json"
+EVENTS, EVALUATIONS, REPORT = "events.jsonl", "evaluations", "report.html"
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
@@ -73,6 +76,11 @@ class RunFolder:
         with (self.path / METRICS).open("a") as file:
             file.write(json.dumps(metrics) + "\n")
 
+    def append_event(self, text: str, kind: str) -> None:
+        """Keep what was said of the run, and when."""
+        with (self.path / EVENTS).open("a") as file:
+            file.write(json.dumps({"time": round(time.time(), 1), "kind": kind, "text": text}) + "\n")
+
     def restore_metrics(self, last_step: int) -> None:
         """Have the lines up to a checkpoint and none behind it.
 
@@ -97,7 +105,7 @@ class RunFolder:
         return lines
 
     def save_evaluation(self, result: dict[str, Any]) -> None:
-        folder = self.path / "evaluations"
+        folder = self.path / EVALUATIONS
         folder.mkdir(exist_ok=True)
         (folder / f"step-{result['step']:010d}.json").write_text(json.dumps(result))
 
@@ -107,8 +115,8 @@ class RunFolder:
     def upload_records(self) -> None:
         """Copy what lies only here to a remote storage."""
         if not self.storage.is_local:
-            records = [self.path / METRICS, self.path / SUMMARY, self.path / "report.html"]
-            for file in [*records, *(self.path / "evaluations").glob("*.json")]:
+            records = [self.path / name for name in (METRICS, EVENTS, SUMMARY, REPORT)]
+            for file in [*records, *(self.path / EVALUATIONS).glob("*.json")]:
                 if file.exists():
                     self.storage.upload(file, file.relative_to(self.path).as_posix())
 

@@ -39,15 +39,8 @@ from orchestrator.policy import (
     usable_sizes,
     wanted_data_workers,
 )
-from workers.checkpoint import (
-    CheckpointInfo,
-    is_committed,
-    leave_out,
-    list_checkpoints,
-    mark_best,
-    read_best,
-    read_left_out,
-)
+from workers.checkpoint import leave_out, mark_best, read_best, read_left_out
+from workers.committed import CheckpointInfo, is_committed, list_checkpoints
 from workers.metrics import RunMetrics
 from workers.shards import Manifest, in_threads, list_shards, scan_shards
 from workers.tar import DataError
@@ -168,6 +161,7 @@ def train(
             folder.clear()
             lease.renew()
         folder.begin(config, manifest)
+        display.keep = folder.append_event
         if not _cluster_address(config):
             stack.enter_context(ray_of_run(config, display, records_tasks=profile is not None))
         run = stack.enter_context(_Run(config, folder, manifest, display, lease, trial, profile))
@@ -177,9 +171,11 @@ def train(
                 _save_timeline(folder)
             if status == "finished":
                 run.finish_evaluations()
-        except Exception:
+        except Exception as error:
+            folder.append_event(str(error), "failure")
             _sum_up(run, "failed", time.monotonic() - begin)
             raise
+        folder.append_event(status, "note")
         return _sum_up(run, status, time.monotonic() - begin)
 
 
@@ -582,6 +578,7 @@ class _Run:
                 self.display.say(content)
             elif event["kind"] == "failed":
                 self._errors += content
+        self._metrics.repeat()
         self._pool.tend()
         self._evaluate_next()
         self._decide_rung()
@@ -604,8 +601,11 @@ class _Run:
     def _begin_attempt(self, facts: dict[str, Any]) -> None:
         if self._training_since is None:
             self._training_since = time.monotonic()
+            self.display.keep(f"training begins at step {facts['first_step']:,}", "note")
         else:
-            self.display.say(f"the training workers were restarted and go on from step {facts['first_step']:,}")
+            self.display.say(
+                f"the training workers were restarted and go on from step {facts['first_step']:,}", "restart"
+            )
         self.facts = facts
         self._metrics.started(facts)
         self._first_step = self._last_step = facts["first_step"]

@@ -51,6 +51,19 @@ def is_free(lease: Lease | None, now: float, host: str, boot: str, is_alive: Cal
     return (lease.host, lease.boot) == (host, boot) and not is_alive(lease.pid)
 
 
+def read_lease(storage: Storage) -> Lease | None:
+    """Of a run or sweep; None where nobody has one, or half of one."""
+    try:
+        return Lease(**json.loads(storage.read(LEASE_FILE)))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def is_driven(storage: Storage) -> bool:
+    """Whether a driver holds the run or sweep now."""
+    return not is_free(read_lease(storage), time.time(), socket.gethostname(), _boot(), _is_alive)
+
+
 class RunLease:
     """A context manager that holds the lease of a run.
 
@@ -71,12 +84,12 @@ class RunLease:
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def __enter__(self) -> RunLease:
-        held = self._read()
+        held = read_lease(self._storage)
         if not is_free(held, time.time(), socket.gethostname(), _boot(), _is_alive):
             raise self._refusal(held)
         self.renew()
         time.sleep(_SETTLE_S)
-        held = self._read()
+        held = read_lease(self._storage)
         if held is None or held.owner != self.owner:
             raise self._refusal(held)
         self._thread.start()
@@ -85,7 +98,7 @@ class RunLease:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        held = self._read()
+        held = read_lease(self._storage)
         if held is not None and held.owner == self.owner:
             self._storage.delete(LEASE_FILE)
 
@@ -100,19 +113,13 @@ class RunLease:
     def _renew(self) -> None:
         while not self._stop.wait(_RENEW_S):
             try:
-                held = self._read()
+                held = read_lease(self._storage)
                 if held is not None and held.owner != self.owner:
                     self._lost = True
                     return
                 self.renew()
             except OSError:
                 continue  # the storage is away for a while: it is away for other drivers too
-
-    def _read(self) -> Lease | None:
-        try:
-            return Lease(**json.loads(self._storage.read(LEASE_FILE)))
-        except (FileNotFoundError, ValueError, TypeError):
-            return None
 
     def renew(self) -> None:
         """Hold it for another minute. Done in the background too."""

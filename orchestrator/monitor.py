@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from orchestrator.folder import RunFolder
-    from workers.checkpoint import CheckpointInfo
+    from workers.committed import CheckpointInfo
     from workers.train import Answer, Request
 
 
@@ -146,17 +147,26 @@ class TensorBoard:
 
 
 class Display:
-    """What a person sees: a start-up block, a live line on a terminal or plain lines elsewhere, a closing table."""
+    """What a person sees: a start-up block, a live line on a terminal or plain lines elsewhere, a closing table.
+
+    Attributes:
+        keep: also told what is said, and its kind: "note", "restart" or "failure".
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.keep: Callable[[str, str], None] = lambda text, kind: None
         self._progress: Progress | None = None
         self._bar: Any = None
         self._first: tuple[float, float] | None = None
         self._num_samples = 0
         self._next_waiting_s: float | None = 0.0  # None once the training workers are up
 
-    def say(self, message: str) -> None:
+    def say(self, message: str, kind: str = "note") -> None:
+        self._print(message)
+        self.keep(message, kind)
+
+    def _print(self, message: str) -> None:
         self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def start(self, title: str, facts: dict[str, Any], data: dict[str, Any]) -> None:
@@ -193,7 +203,7 @@ class Display:
     def waiting(self, elapsed_s: float) -> None:
         """Say now and then that the training workers are still starting: on a small machine that takes a minute."""
         if self._next_waiting_s is not None and elapsed_s >= self._next_waiting_s:
-            self.say(f"starting the training workers ({format_duration(elapsed_s)})")
+            self._print(f"starting the training workers ({format_duration(elapsed_s)})")
             self._next_waiting_s += 20
 
     def metrics(self, line: dict[str, float]) -> None:
@@ -210,12 +220,12 @@ class Display:
         if self._progress is not None:
             self._progress.update(self._bar, description=text, completed=samples, left_s=left_s)
         else:
-            self.say(text + (f"  {format_duration(left_s)} left" if left_s is not None else ""))
+            self._print(text + (f"  {format_duration(left_s)} left" if left_s is not None else ""))
 
     def evaluation(self, result: dict[str, Any]) -> None:
         """One line per zero-shot set of an evaluated checkpoint."""
         for name, figures in result["zero_shot"].items():
-            self.say(
+            self._print(
                 f"  zero-shot at {result['samples_seen']:,} samples, {name}: "
                 f"top-1 {figures['top1']:.1%} (chance {figures['chance1']:.2%}), "
                 f"top-5 {figures['top5']:.1%} (chance {figures['chance5']:.2%})"

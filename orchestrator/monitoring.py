@@ -16,19 +16,18 @@ import os
 import re
 import shutil
 import subprocess
-import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console
 
+from orchestrator.serving import JSON, TEXT, Answer, serve
 from workers.metrics import BY_NAME, METRICS
 
 UID = "sigrayTraining"
@@ -239,30 +238,8 @@ def serve_pictures(dashboards: Path, prometheus: str, port: int) -> Iterator[int
         dashboards: folder of Grafana's dashboard files, Ray's and ours; read anew for every page.
         prometheus: its address.
     """
-    pictures = Pictures(dashboards, prometheus)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            status, kind, body = pictures.answer(self.path)
-            data = body.encode()
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(data)))
-            self.send_header("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'")
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    thread = threading.Thread(target=server.serve_forever, name="pictures", daemon=True)
-    thread.start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serve(Pictures(dashboards, prometheus).answer, port) as served:
+        yield served
 
 
 class Pictures:
@@ -276,13 +253,13 @@ class Pictures:
     def __init__(self, dashboards: Path, prometheus: str) -> None:
         self._folder, self._prometheus = dashboards, prometheus
 
-    def answer(self, path: str) -> tuple[int, str, str]:
-        """Status, content type and body for a GET."""
+    def answer(self, path: str) -> Answer:
+        """To a GET."""
         url = urllib.parse.urlsplit(path)
         parts = [part for part in url.path.split("/") if part]
         variables = dict(urllib.parse.parse_qsl(url.query))
         if parts == ["api", "health"]:
-            return 200, "application/json", json.dumps({"database": "ok", "version": "sigray", "commit": ""})
+            return Answer(json.dumps({"database": "ok", "version": "sigray", "commit": ""}), JSON)
         if len(parts) >= 2 and parts[0] in ("d", "d-solo"):
             dashboard = self._dashboard(parts[1])
             if dashboard is not None:
@@ -292,8 +269,8 @@ class Pictures:
                 elif dashboard["uid"] == "rayDefaultDashboard":  # what Ray's Metrics page embeds: the training first
                     panels = [*_panels(grafana_dashboard()), *panels]
                 if panels:
-                    return 200, "text/html; charset=utf-8", self._page(dashboard, panels, variables)
-        return 404, "text/plain", "not found\n"
+                    return Answer(self._page(dashboard, panels, variables))
+        return Answer("not found\n", TEXT, 404)
 
     def _dashboard(self, uid: str) -> dict[str, Any] | None:
         if uid == UID:

@@ -5,6 +5,8 @@
     draw      curves as SVG, in the page's own colours so that they follow its dark mode
     fill      report.html.j2 lays the values out and escapes everything that came from data
 
+While a run lasts, `orchestrator/pages.py` serves the same page, always drawn anew, below what is known of the moment.
+
 Any file may be missing, cut short or older than the others: a run can be stopped before its first evaluation, or die
 after a resume and leave the summary of its life before. So the newest evaluation file decides over the summary, every
 figure is looked up as one that may not be there, and the page says what is missing instead of leaving a hole.
@@ -16,7 +18,6 @@ would reach it in fewer than about one run of forty (two standard deviations of 
 from __future__ import annotations
 
 import base64
-import importlib.resources
 import json
 import math
 import struct
@@ -30,12 +31,18 @@ import yaml
 
 from orchestrator import drawing, words
 from orchestrator.config import ConfigError
-from orchestrator.folder import CONFIG, METRICS, SUMMARY
+from orchestrator.folder import CONFIG, EVALUATIONS, METRICS, REPORT, SUMMARY
+from orchestrator.page import page, render
+from workers.committed import read_metrics
+from workers.storage import Storage
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
     from matplotlib.figure import Figure
 
 _ORDINALS = ("1st", "2nd", "3rd", "4th", "5th")
+_PACE_LINES = 10  # of metrics, from which the time left is told
+_MAX_POINTS = 1000  # of a curve; of more, the lowest and highest of each stretch
 _IMAGE_PX = 128  # side of a held-out image on the page
 
 
@@ -51,12 +58,22 @@ def write_report(folder: Path) -> Path:
     Raises:
         ConfigError: where the folder holds nothing of a run.
     """
-    from jinja2 import Environment, StrictUndefined
+    run = read_run_files(Storage(folder))
+    path = folder / REPORT
+    path.write_text(page(f"{run.name} ({run.status})", draw_run(run)), encoding="utf-8")
+    return path
 
-    run = _read(folder)
-    template = importlib.resources.files("orchestrator").joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(template).render(
+
+def draw_run(run: RunFiles, now: Markup | None = None) -> Markup:
+    """The content of the page.
+
+    Args:
+        now: of a live page, what it says of the moment. Held-out images are then left to the report.
+    """
+    return render(
+        "orchestrator",
+        "report.html.j2",
+        now=now,
         name=run.name,
         status=run.status,
         date=_text(run.summary, "environment", "date"),
@@ -71,36 +88,36 @@ def write_report(folder: Path) -> Path:
         languages=_languages(run),
         figures=_figures(run),
         num_lines=len(run.metrics),
-        sheets=_sheets(run),
+        sheets=_sheets(run) if now is None else [],
         facts=_facts(run),
         config_text=run.config_text,
         unreadable=run.unreadable,
-        css=page_css(),
     )
-    path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
-
-
-def page_css() -> str:
-    """The style of the pages of runs and sweeps."""
-    return importlib.resources.files("orchestrator").joinpath("page.css").read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------- read
 
 
 @dataclass
-class _Run:
-    """What was found in a run folder."""
+class RunFiles:
+    """What was found in a run folder.
 
+    Attributes:
+        storage: the folder.
+        metrics, evaluations: by step.
+        unreadable: names of files that could not be read.
+        is_driven: a driver has the run now. A page that is written does not ask.
+    """
+
+    storage: Storage
     name: str
     config_text: str
     config: dict[str, Any]
-    metrics: list[dict[str, Any]]  # by step
-    evaluations: list[dict[str, Any]]  # by step
+    metrics: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
     summary: dict[str, Any]
     unreadable: list[str]
+    is_driven: bool
 
     @property
     def newest(self) -> dict[str, Any]:
@@ -120,17 +137,44 @@ class _Run:
         return int(max(_number(line, "samples_seen") or 0 for line in [self.summary, *self.metrics[-1:]]))
 
     @property
+    def step(self) -> int:
+        """Steps done."""
+        ends = [(self.summary, "steps"), *((line, "step") for line in self.metrics[-1:])]
+        return int(max(_number(content, key) or 0 for content, key in ends))
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds to the end at the pace of the newest lines; pauses for checkpoints and restarts not counted."""
+        rates = [_number(line, "throughput/samples_per_s") or 0 for line in self.metrics[-_PACE_LINES:]]
+        pace = median(rates) if rates else 0
+        planned = self.planned_samples
+        return max(planned - self.samples_seen, 0) / pace if planned and pace else None
+
+    @property
+    def global_batch_size(self) -> int | None:
+        sizes = (
+            _number(self.summary, "facts", "global_batch_size"),
+            _number(self.config, "train", "global_batch_size"),
+        )
+        return next((int(size) for size in sizes if size), None)
+
+    @property
     def planned_samples(self) -> int | None:
         """Length of the whole run, in whole steps."""
-        steps, batch = _number(self.summary, "facts", "num_steps"), _number(self.summary, "facts", "global_batch_size")
+        steps, batch = _number(self.summary, "facts", "num_steps"), self.global_batch_size
         if steps and batch:
             return int(steps * batch)
-        wanted, batch = (_number(self.config, "train", key) for key in ("num_samples", "global_batch_size"))
-        return int(math.ceil(wanted / batch) * batch) if wanted and batch else None
+        wanted = _number(self.config, "train", "num_samples")
+        return math.ceil(wanted / batch) * batch if wanted and batch else None
 
     @property
     def status(self) -> str:
-        """The summary's word, or "unfinished" where there is none that covers the newest line of metrics."""
+        """The summary's word, or "unfinished" where there is none that covers the newest line of metrics.
+
+        While a driver has the run: "running", or "starting" before the first line.
+        """
+        if self.is_driven:
+            return "running" if self.metrics else "starting"
         trained = _number(self.metrics[-1], "step") if self.metrics else None
         is_stale = (_number(self.summary, "steps") or 0) < (trained or 0)
         return "unfinished" if is_stale else _text(self.summary, "status") or "unfinished"
@@ -144,46 +188,63 @@ class _Run:
         return None
 
 
-def _read(folder: Path) -> _Run:
+def read_run_files(storage: Storage, is_driven: bool = False) -> RunFiles:
+    """What a run folder holds, locally or in S3.
+
+    Raises:
+        ConfigError: where the folder holds nothing of a run.
+    """
     unreadable: list[str] = []
 
-    def load(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    def text(path: str) -> str:
         try:
-            content = parse(path.read_text(encoding="utf-8"))
+            return storage.read(path).decode("utf-8", errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def load(path: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+        try:
+            content = parse(storage.read(path).decode("utf-8"))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, yaml.YAMLError):
             content = None
         if not isinstance(content, dict):
-            unreadable.append(path.relative_to(folder).as_posix())
+            unreadable.append(path)
             return {}
         return content
 
-    evaluation_files = sorted(folder.glob("evaluations/*.json"))
-    if not evaluation_files and not any((folder / name).exists() for name in (CONFIG, METRICS, SUMMARY)):
+    files = [f"{EVALUATIONS}/{name}" for name in storage.list(EVALUATIONS) if name.endswith(".json")]
+    if not files and not any(storage.exists(name) for name in (CONFIG, METRICS, SUMMARY)):
         raise ConfigError(
-            f"{folder} is not a run: it holds no {CONFIG}. Give the local folder that `sigray train` named"
+            f"{storage.uri} is not a run: it holds no {CONFIG}. Give the local folder that `sigray train` named"
         )
-    config_text = (folder / CONFIG).read_text(encoding="utf-8", errors="replace") if (folder / CONFIG).exists() else ""
-    config, summary = load(folder / CONFIG, yaml.safe_load), load(folder / SUMMARY, json.loads)
-    evaluations = [content for file in evaluation_files if (content := load(file, json.loads))]
-    return _Run(
-        name=_text(summary, "name") or _text(config, "run", "name") or folder.resolve().name,
-        config_text=config_text,
+    config, summary = load(CONFIG, yaml.safe_load), load(SUMMARY, json.loads)
+    evaluations = [content for file in files if (content := load(file, json.loads))]
+    lines = _lines(text(METRICS))
+    if not storage.is_local:  # its metrics.jsonl is written at the end; the lines up to a checkpoint come with that
+        known = {line.get("step") for line in lines}
+        lines += [line for line in read_metrics(storage) if line["step"] not in known]
+        lines.sort(key=lambda line: line["samples_seen"])
+    return RunFiles(
+        storage=storage,
+        name=_text(summary, "name") or _text(config, "run", "name") or storage.uri.rpartition("/")[2],
+        config_text=text(CONFIG),
         config=config,
-        metrics=_read_metrics(folder / METRICS),
+        metrics=lines,
         evaluations=sorted(evaluations, key=lambda evaluation: _number(evaluation, "step") or 0),
         summary=summary,
         unreadable=unreadable,
+        is_driven=is_driven,
     )
 
 
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
+def _lines(text: str) -> list[dict[str, Any]]:
     """The lines of metrics; one that a crash cut short is left out."""
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+    for each in text.splitlines():
         try:
-            line = json.loads(text)
+            line = json.loads(each)
         except ValueError:
             continue
         if isinstance(line, dict) and _number(line, "samples_seen") is not None:
@@ -223,16 +284,18 @@ def _list(content: Any, *keys: str) -> list[Any]:
 # -------------------------------------------------------------------------------------------------- say
 
 
-def _headline(run: _Run) -> str:
+def _headline(run: RunFiles) -> str:
     """The run's outcome in one sentence, with the numbers that matter."""
     progress = _progress(run)
-    if run.status == "finished":
-        return f"After {progress}, {_finding(run)}." if progress else f"Finished: {_finding(run)}."
+    if run.status == "starting":
+        return "The training workers are starting."
+    if run.status in ("running", "finished"):
+        return f"After {progress}, {_finding(run)}." if progress else f"{run.status.capitalize()}: {_finding(run)}."
     begin = {"stopped": "Stopped", "failed": "Failed"}.get(run.status, "Not finished")
     return f"{begin} after {progress}: {_finding(run)}." if progress else f"{begin} before its first line of metrics."
 
 
-def _progress(run: _Run) -> str:
+def _progress(run: RunFiles) -> str:
     """'84,992 pairs (8.5 epochs) in 3 min 20 s'; empty before the first step."""
     seen, planned = run.samples_seen, run.planned_samples
     if not seen:
@@ -247,12 +310,12 @@ def _progress(run: _Run) -> str:
         text += f" ({seen / samples:.1f}{words.NBSP}epochs)"
     train_s = _number(run.summary, "train_s")
     # train_s is that of the last session: not the time of the whole where the run went on from a checkpoint.
-    if train_s and run.status != "unfinished" and not _number(run.summary, "facts", "first_step"):
+    if train_s and run.status not in ("unfinished", "running") and not _number(run.summary, "facts", "first_step"):
         text += f" in {words.duration(train_s)}"
     return text
 
 
-def _finding(run: _Run) -> str:
+def _finding(run: RunFiles) -> str:
     """What the newest evaluation says of the model, on the first set that has classes."""
     for name in run.zero_shot:
         best = _best_of(run, name)
@@ -278,7 +341,7 @@ class _Best:
     against: str
 
 
-def _best_of(run: _Run, name: str) -> _Best | None:
+def _best_of(run: RunFiles, name: str) -> _Best | None:
     """Five guesses, or one where five would cover half of the names or more."""
     figures = run.zero_shot[name]
     num_classes, num_images = _number(figures, "num_classes"), _number(figures, "num_images")
@@ -301,7 +364,7 @@ def _beats(rate: float, level: float, num_images: float | None) -> bool:
     return rate > level + 2 * math.sqrt(level * max(0.0, 1 - level) / max(1.0, num_images or 1.0))
 
 
-def _remarks(run: _Run) -> list[str]:
+def _remarks(run: RunFiles) -> list[str]:
     """Sentences under the headline: the other sets, and where the model stands against looking at pixels."""
     remarks: list[str] = []
     named = [(name, best) for name in run.zero_shot if (best := _best_of(run, name))]
@@ -316,7 +379,7 @@ def _remarks(run: _Run) -> list[str]:
     return remarks
 
 
-def _measured(run: _Run) -> str:
+def _measured(run: RunFiles) -> str:
     """Which checkpoint the figures are of."""
     if not run.zero_shot and not run.retrieval:
         return ""
@@ -330,7 +393,7 @@ def _measured(run: _Run) -> str:
     return text + (f" The run went on for {words.count(later)} more." if later > 0 else "")
 
 
-def _stages(run: _Run) -> str:
+def _stages(run: RunFiles) -> str:
     """For a run from stored embeddings, what was computed once before it, and what each stage took."""
     num_images, seconds = (_number(run.summary, "embeddings", name) for name in ("num_images", "seconds"))
     if not num_images or not seconds:
@@ -348,7 +411,7 @@ def _stages(run: _Run) -> str:
     return text
 
 
-def _cards(run: _Run) -> list[dict[str, Any]]:
+def _cards(run: RunFiles) -> list[dict[str, Any]]:
     """One card per zero-shot set: the model's rates as bars beside chance and the pixel neighbour."""
     cards = []
     for name, figures in run.zero_shot.items():
@@ -381,7 +444,7 @@ def _guesses(figures: Any) -> tuple[int, ...]:
     return (1,) if _number(figures, "chance5") == 1 else (1, 5)
 
 
-def _verdict(run: _Run, name: str) -> str:
+def _verdict(run: RunFiles, name: str) -> str:
     figures, sentences = run.zero_shot[name], []
     num_images, top1 = _number(figures, "num_images"), _number(figures, "top1")
     parts = []
@@ -409,7 +472,7 @@ def _verdict(run: _Run, name: str) -> str:
     return " ".join(sentences)
 
 
-def _retrieval(run: _Run) -> list[dict[str, Any]]:
+def _retrieval(run: RunFiles) -> list[dict[str, Any]]:
     """One row per set and direction, one cell per k."""
     rows = []
     for name, figures in run.retrieval.items():
@@ -430,7 +493,7 @@ def _retrieval(run: _Run) -> list[dict[str, Any]]:
     return rows
 
 
-def _languages(run: _Run) -> list[dict[str, Any]]:
+def _languages(run: RunFiles) -> list[dict[str, Any]]:
     """Per set: a table of its languages, a sentence, and a bar for each language."""
     sets = []
     for name in _mapping(run.newest, "languages"):
@@ -500,7 +563,7 @@ def _language_bars(bars: list[tuple[str, float, float]]) -> Any:
     return drawing.svg(draw)
 
 
-def _sheets(run: _Run) -> list[dict[str, Any]]:
+def _sheets(run: RunFiles) -> list[dict[str, Any]]:
     """Per set: held-out images with the truth, the five best names and whether they are right."""
     sheets = []
     for name in _mapping(run.newest, "sheets"):
@@ -555,7 +618,7 @@ def _png_width(png_base64: str) -> int:
         return 0
 
 
-def _facts(run: _Run) -> list[tuple[str, str]]:
+def _facts(run: RunFiles) -> list[tuple[str, str]]:
     """What it ran on and how, as rows; what was not recorded is said in the last row."""
     summary, config = run.summary, run.config
     environment = {key: str(value) for key, value in _mapping(summary, "environment").items()}
@@ -585,11 +648,11 @@ def _facts(run: _Run) -> list[tuple[str, str]]:
     ]
     missing = [label.lower() for label, value in rows if not value]
     known = [(label, value) for label, value in rows if value]
-    return known + ([("Not recorded", ", ".join(missing))] if missing else [])
+    return known + ([("Known at the end" if run.is_driven else "Not recorded", ", ".join(missing))] if missing else [])
 
 
-def _batch(run: _Run) -> str:
-    batch = _number(run.summary, "facts", "global_batch_size") or _number(run.config, "train", "global_batch_size")
+def _batch(run: RunFiles) -> str:
+    batch = run.global_batch_size
     workers = _number(run.summary, "facts", "world_size")
     if not batch:
         return ""
@@ -599,17 +662,14 @@ def _batch(run: _Run) -> str:
     return text + "; the loss sees all of them"
 
 
-def _steps(run: _Run) -> str:
-    done = max(
-        _number(line, key) or 0 for line, key in [(run.summary, "steps"), *((m, "step") for m in run.metrics[-1:])]
-    )
+def _steps(run: RunFiles) -> str:
     planned = _number(run.summary, "facts", "num_steps")
     first = _number(run.summary, "facts", "first_step")
-    text = f"{words.count(done)} of {words.count(planned)}" if planned else words.count(done)
+    text = f"{words.count(run.step)} of {words.count(planned)}" if planned else words.count(run.step)
     return text + (f"; the last start was from the checkpoint of step {words.count(first)}" if first else "")
 
 
-def _time(run: _Run) -> str:
+def _time(run: RunFiles) -> str:
     train_s, total_s = _number(run.summary, "train_s"), _number(run.summary, "total_s")
     parts = [f"{words.duration(train_s)} training"] if train_s is not None else []
     parts += [f"{words.duration(total_s)} in all"] if total_s is not None else []
@@ -617,7 +677,7 @@ def _time(run: _Run) -> str:
     return ", ".join(parts) + session
 
 
-def _model(run: _Run) -> str:
+def _model(run: RunFiles) -> str:
     parameters = _mapping(run.summary, "facts", "parameters_m")
     sizes = {key: value for key in ("all", "visual", "text") if (value := _number(parameters, key)) is not None}
     name = _text(run.config, "model", "name") or ("towers written out in the config" if run.config else "")
@@ -629,7 +689,7 @@ def _model(run: _Run) -> str:
     return ", ".join(parts)
 
 
-def _data(run: _Run) -> str:
+def _data(run: RunFiles) -> str:
     samples, shards, size = (_number(run.summary, "data", key) for key in ("samples", "shards", "bytes"))
     parts = [words.counted(samples, "pair")] if samples else []
     parts += [f"in {words.counted(shards, 'shard')}"] if shards else []
@@ -642,7 +702,7 @@ def _data(run: _Run) -> str:
 # ------------------------------------------------------------------------------------------------- draw
 
 
-def _figures(run: _Run) -> list[dict[str, Any]]:
+def _figures(run: RunFiles) -> list[dict[str, Any]]:
     """The curves that there is something to draw for, each with a sentence that tells what it shows."""
     figures = []
     for title, figure in (
@@ -657,7 +717,7 @@ def _figures(run: _Run) -> list[dict[str, Any]]:
     return figures
 
 
-def _loss_figure(run: _Run) -> tuple[str, Any] | None:
+def _loss_figure(run: RunFiles) -> tuple[str, Any] | None:
     points = _curve(run.metrics, "train/loss")
     if not points:
         return None
@@ -673,7 +733,7 @@ def _loss_figure(run: _Run) -> tuple[str, Any] | None:
     return _from_to("Loss per image, lower is better", points), drawing.svg(draw)
 
 
-def _zero_shot_figure(run: _Run, name: str) -> tuple[str, Any] | None:
+def _zero_shot_figure(run: RunFiles, name: str) -> tuple[str, Any] | None:
     curves = {k: _curve(run.evaluations, "zero_shot", name, f"top{k}") for k in _guesses(run.zero_shot[name])}
     curves = {k: points for k, points in curves.items() if points}
     if not curves:
@@ -718,7 +778,7 @@ def _zero_shot_figure(run: _Run, name: str) -> tuple[str, Any] | None:
     return f"{', '.join(parts)} at {count}; {lines}.".capitalize(), drawing.svg(draw)
 
 
-def _logit_figure(run: _Run) -> tuple[str, Any] | None:
+def _logit_figure(run: RunFiles) -> tuple[str, Any] | None:
     scale, bias = _curve(run.metrics, "train/logit_scale"), _curve(run.metrics, "train/logit_bias")
     if not scale or not bias:
         return None
@@ -741,7 +801,7 @@ def _logit_figure(run: _Run) -> tuple[str, Any] | None:
     return caption, drawing.svg(draw)
 
 
-def _learning_rate_figure(run: _Run) -> tuple[str, Any] | None:
+def _learning_rate_figure(run: RunFiles) -> tuple[str, Any] | None:
     points = _curve(run.metrics, "train/learning_rate")
     if not points:
         return None
@@ -757,7 +817,7 @@ def _learning_rate_figure(run: _Run) -> tuple[str, Any] | None:
     return f"Highest after {words.count(samples)} pairs: {words.decimal(top)}.", drawing.svg(draw)
 
 
-def _throughput_figure(run: _Run) -> tuple[str, Any] | None:
+def _throughput_figure(run: RunFiles) -> tuple[str, Any] | None:
     rate, wait = _curve(run.metrics, "throughput/samples_per_s"), _curve(run.metrics, "data/wait_pct")
     if not rate or not wait:
         return None
@@ -784,9 +844,17 @@ def _throughput_figure(run: _Run) -> tuple[str, Any] | None:
 
 
 def _curve(lines: Iterable[dict[str, Any]], *keys: str) -> drawing.Points:
-    """(samples seen, value) of each line that has both."""
+    """(samples seen, value) of each line that has both; of very many the first, the last and the extremes between."""
     pairs = [(_number(line, "samples_seen"), _number(line, *keys)) for line in lines]
-    return [(samples, value) for samples, value in pairs if samples is not None and value is not None]
+    points = [(samples, value) for samples, value in pairs if samples is not None and value is not None]
+    if len(points) <= _MAX_POINTS:
+        return points
+    stretch = -(-2 * len(points) // _MAX_POINTS)
+    kept = {points[0], points[-1]}
+    for begin in range(0, len(points), stretch):
+        part = points[begin : begin + stretch]
+        kept |= {min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])}
+    return sorted(kept)
 
 
 def _from_to(what: str, points: drawing.Points) -> str:

@@ -32,6 +32,7 @@ from orchestrator.monitor import format_duration
 from workers.config import SUBFOLDERS
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+DEFAULT_PAGES = "http://127.0.0.1:3001"  # where `sigray monitor` serves the pages of runs, and where they are forwarded
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("losses", "workers", "orchestrator", "tuning")
 _CONFIG = "sigray-config.yaml"
@@ -96,7 +97,13 @@ def stage(config: RunConfig, folder: Path) -> None:
 
 
 def submit(
-    client: Any, config: RunConfig, options: list[str], *, env: dict[str, str] | None = None, job: str | None = None
+    client: Any,
+    config: RunConfig,
+    options: list[str],
+    *,
+    env: dict[str, str] | None = None,
+    job: str | None = None,
+    pages: str = DEFAULT_PAGES,
 ) -> str:
     """Upload and start a run; returns the job's id.
 
@@ -106,6 +113,7 @@ def submit(
         options: of `sigray train`, such as --overwrite.
         env: variables that the run's processes get; Ray keeps their values out of its API.
         job: the job's id; by default the run's name and the time.
+        pages: where the browser that shows the dashboard finds the pages of runs.
     """
     entrypoint = ["python", "-m", "tuning.cli", "train", _CONFIG, *options]
     words = shlex.join(entrypoint)
@@ -125,7 +133,12 @@ def submit(
                     **(env or {}),
                 },
             },
-            metadata={"run": config.run.name, "storage": config.storage_uri},
+            # Ray's dashboard lists a job by its job_name; on the job's own page it shows the beginning of all this.
+            metadata={
+                "page": f"{pages.rstrip('/')}/runs/{config.run.name}",
+                "job_name": config.run.name,
+                "storage": config.storage_uri,
+            },
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.config import RunConfig
 from orchestrator.embed import check_store
 from orchestrator.launch import train_job
-from workers.checkpoint import CheckpointInfo
+from workers.committed import CheckpointInfo
 from workers.data_worker import Block, DataWorker
 from workers.profile import Profile
 from workers.shards import scan_shards

@@ -49,7 +49,13 @@ cannot be used; 130 interrupted (`sigray sweep --resume DIR` goes on).
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code."""
-    return orchestrator_main(arguments, _add_sweep)
+    return orchestrator_main(arguments, _add_sweep, _sweep_pages)
+
+
+def _sweep_pages() -> list[Any]:
+    from tuning.pages import SWEEPS
+
+    return [SWEEPS]
 
 
 def _add_sweep(command: Any) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.resources
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from orchestrator import drawing, words
-from orchestrator.report import page_css
+from orchestrator.folder import REPORT
+from orchestrator.page import page, render
 from tuning.live import value_text
 from tuning.search import Search
 from tuning.study import FigureConfig, Study
@@ -30,8 +31,10 @@ from tuning.verdict import Verdict, verdict
 from workers.storage import Storage
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
     from matplotlib.figure import Figure
 
+TRIALS, BEST = "trials.csv", "best.yaml"
 _MIN_FOR_IMPORTANCE = 10  # configurations; with fewer the estimate is mostly chance
 _MAX_LEGEND = 6
 
@@ -42,54 +45,85 @@ def write_report(study: Study, storage: Storage, table: Table) -> Path:
     Returns:
         The path of the page.
     """
-    from jinja2 import Environment, StrictUndefined
-
     folder = study.config.folder
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    for old in (folder / "figures").glob("*.png"):
+    figures = folder / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    for old in figures.glob("*.png"):
         old.unlink()
-    best = _best(table)
-    best_yaml = _best_yaml(study, best) if best else ""
+    best_yaml = _best_yaml(study, table)
     if best_yaml:
-        (folder / "best.yaml").write_text(best_yaml)
+        (folder / BEST).write_text(best_yaml)
     num_rungs = max(len(study.config.rungs_of(budget)) for budget in study.config.budgets)
-    (folder / "trials.csv").write_text(as_csv(table, num_rungs))
-    template = importlib.resources.files("tuning").joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(template).render(
-        name=study.config.name,
-        status=_status(study, table),
-        css=page_css(),
-        question=study.config.question,
-        headline=_headline(study, table),
-        remarks=_remarks(study, table),
-        claims=[_claim(study, table, number) for number in range(len(study.config.expect))],
-        blocks=[_block(study, table, figure, folder) for figure in _figures(study)],
-        curves=_curves(study, table, folder),
-        importance=_importance(study, table, folder),
-        trials=_trials(study, table),
-        left_out=[
-            (row.number, _words(row.values), row.status, row.error)
-            for row in table.rows.values()
-            if row.status in ("infeasible", "failed")
-        ],
-        best_yaml=best_yaml,
-        best_path=folder / "best.yaml",
-        study_yaml=study.config.to_yaml(),
-    )
-    path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    (folder / TRIALS).write_text(as_csv(table, num_rungs))
+    path = folder / REPORT
+    title = f"{study.config.name} ({sweep_status(study, table)})"
+    path.write_text(page(title, draw_sweep(study, table, figures), css=sweep_css()), encoding="utf-8")
     if str(folder) != storage.uri:
-        for file in [path, folder / "trials.csv", folder / "best.yaml", *(folder / "figures").glob("*.png")]:
+        for file in [path, folder / TRIALS, folder / BEST, *figures.glob("*.png")]:
             if file.exists():
                 storage.upload(file, file.relative_to(folder).as_posix())
     return path
 
 
+def draw_sweep(
+    study: Study,
+    table: Table,
+    figures: Path | None,
+    now: Markup | None = None,
+    status: str = "",
+    trials: Mapping[int, Trial] | None = None,
+) -> Markup:
+    """The content of the page.
+
+    Args:
+        figures: folder to write the figures into as PNG too.
+        now, status: of a live page, what it says of the moment.
+        trials: of a live page, what is known of trials besides the table, by number.
+    """
+    return render(
+        "tuning",
+        "report.html.j2",
+        now=now,
+        name=study.config.name,
+        status=status or sweep_status(study, table),
+        question=study.config.question,
+        headline=_headline(study, table),
+        remarks=_remarks(study, table),
+        claims=[_claim(study, table, number) for number in range(len(study.config.expect))],
+        blocks=[_block(study, table, figure, figures) for figure in _figures(study)],
+        curves=_curves(study, table, figures),
+        importance=_importance(study, table, figures),
+        trials=_trials(study, table, trials or {}),
+        left_out=[
+            (row.number, _words(row.values), row.status, row.error)
+            for row in table.rows.values()
+            if row.status in ("infeasible", "failed")
+        ],
+        best_yaml=_best_yaml(study, table),
+        best_path=study.config.folder / BEST,
+        study_yaml=study.config.to_yaml(),
+    )
+
+
+def sweep_css() -> str:
+    """The style of sweeps' pages, besides that of all."""
+    return importlib.resources.files("tuning").joinpath("report.css").read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a live page knows of a trial besides the table."""
+
+    address: str  # of its own page; empty where it has none
+    status: str
+    samples_seen: int
+
+
 # -------------------------------------------------------------------------------------------------- say
 
 
-def _status(study: Study, table: Table) -> str:
+def sweep_status(study: Study, table: Table) -> str:
+    """ "finished" or "unfinished"."""
     rows = table.rows.values()
     return "finished" if all(row.is_over for row in rows) and len(rows) == Search(study).num_trials else "unfinished"
 
@@ -228,7 +262,7 @@ def _samples(count: int) -> str:
     return words.short_count(count) if count % 1000 == 0 else words.count(count)
 
 
-def _trials(study: Study, table: Table) -> dict[str, Any]:
+def _trials(study: Study, table: Table, known: Mapping[int, Trial]) -> dict[str, Any]:
     names = list(study.config.space)
     has_seeds, has_budgets = len(study.config.seeds) > 1, len(study.config.budgets) > 1
     head = [
@@ -247,18 +281,26 @@ def _trials(study: Study, table: Table) -> dict[str, Any]:
         table.rows.values(), key=lambda row: (-row.samples_seen, -(row.results[-1].value if row.results else 0))
     )
     for row in order:
+        trial = known.get(row.number)
         outcome: str = row.status
         if row.status == "stopped":
             outcome += f": {row.results[-1].why}"
+        elif trial and not row.is_over:
+            outcome = trial.status
+        seen = trial.samples_seen if trial else row.samples_seen
         cells = [str(row.number), *(value_text(row.values.get(name, "")) for name in names)]
         cells += [str(row.seed)] * has_seeds + [words.count(row.budget)] * has_budgets
-        cells += [outcome, words.count(row.samples_seen), words.percent(row.results[-1].value) if row.results else ""]
-        rows.append({"cells": cells, "is_best": row.number in best_numbers})
+        cells += [outcome, words.count(seen), words.percent(row.results[-1].value) if row.results else ""]
+        address = trial.address if trial else ""
+        rows.append({"cells": cells, "is_best": row.number in best_numbers, "address": address})
     return {"head": head, "rows": rows}
 
 
-def _best_yaml(study: Study, best: Ranked) -> str:
-    """The best configuration as a run that `sigray train` takes."""
+def _best_yaml(study: Study, table: Table) -> str:
+    """The best configuration as a run that `sigray train` takes; empty where there is none."""
+    best = _best(table)
+    if best is None:
+        return ""
     row = best.rows[0]
     content = study.trial_content(row.number, row.seed, row.budget, row.overrides)
     content["run"] = {"name": f"{study.config.name}_best", "seed": row.seed}
@@ -302,7 +344,7 @@ def _is_numeric(values: Iterable[Any]) -> bool:
     return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
 
-def _block(study: Study, table: Table, figure: FigureConfig, folder: Path) -> dict[str, Any]:
+def _block(study: Study, table: Table, figure: FigureConfig, figures: Path | None) -> dict[str, Any]:
     """A titled group of panels, or a table."""
     rows = [
         row
@@ -320,14 +362,16 @@ def _block(study: Study, table: Table, figure: FigureConfig, folder: Path) -> di
             panel = _lines_panel(study, [row for row in rows if row.budget == budget], figure, samples, budget)
             if panel is not None:
                 title, caption, draw = panel
-                panels.append(_drawn(title, caption, draw, folder, f"{figure.title} {samples}"))
+                panels.append(_drawn(title, caption, draw, figures, f"{figure.title} {samples}"))
     return {"title": figure.title, "tables": [], "panels": panels}
 
 
-def _drawn(title: str, caption: str, draw: Callable[[Figure], None], folder: Path, name: str) -> dict[str, Any]:
+def _drawn(title: str, caption: str, draw: Callable[[Figure], None], figures: Path | None, name: str) -> dict[str, Any]:
     slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:80]
-    drawing.png(draw, folder / "figures" / f"{slug}.png")
-    return {"title": title, "caption": caption, "svg": drawing.svg(draw), "png": f"figures/{slug}.png"}
+    if figures is not None:
+        drawing.png(draw, figures / f"{slug}.png")
+    png = f"{figures.name}/{slug}.png" if figures is not None else None
+    return {"title": title, "caption": caption, "svg": drawing.svg(draw), "png": png}
 
 
 def _summary(rows: Sequence[Row], samples: int) -> _Point | None:
@@ -462,7 +506,7 @@ def _tables(study: Study, rows: Sequence[Row], figure: FigureConfig) -> list[dic
     return tables
 
 
-def _curves(study: Study, table: Table, folder: Path) -> list[dict[str, Any]]:
+def _curves(study: Study, table: Table, figures: Path | None) -> list[dict[str, Any]]:
     """The figure of every trial against samples seen, with the rungs."""
     panels = []
     for budget in study.config.budgets:
@@ -507,7 +551,7 @@ def _curves(study: Study, table: Table, folder: Path) -> list[dict[str, Any]]:
         caption += f", coloured by {_short(name)}" if name else ""
         caption += f"; {stopped} stopped at a rung (crosses)" if stopped else ""
         caption += ". Upright lines: rungs; a trial reaches one at the first step at or behind it."
-        panels.append(_drawn(f"Learning curves, {_samples(budget)} pairs", caption, draw, folder, f"curves {budget}"))
+        panels.append(_drawn(f"Learning curves, {_samples(budget)} pairs", caption, draw, figures, f"curves {budget}"))
     return panels
 
 
@@ -547,7 +591,7 @@ def importances(study: Study, table: Table) -> dict[str, float]:
     return dict(found)
 
 
-def _importance(study: Study, table: Table, folder: Path) -> list[dict[str, Any]]:
+def _importance(study: Study, table: Table, figures: Path | None) -> list[dict[str, Any]]:
     found = importances(study, table)
     if not found:
         return []
@@ -565,7 +609,7 @@ def _importance(study: Study, table: Table, folder: Path) -> list[dict[str, Any]
         f"{_short(first)} decides most about being among the better configurations. PED-ANOVA over those that came to "
         "their end; shares add up to one."
     )
-    return [_drawn("What matters", caption, draw, folder, "importance")]
+    return [_drawn("What matters", caption, draw, figures, "importance")]
 
 
 def _rate_axis(axes: Any, study: Study) -> None:

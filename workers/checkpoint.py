@@ -19,42 +19,33 @@ import json
 import queue
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
 
 from workers.background import BackgroundWriter
+from workers.committed import (
+    COMMIT,
+    FOLDER,
+    METRICS_FOLDER,
+    CheckpointError,
+    CheckpointInfo,
+    DamagedCheckpoint,
+    committed_names,
+    list_checkpoints,
+    read_info,
+)
 from workers.config import CheckpointConfig
 from workers.device import like, whole
 from workers.fence import Fence
 from workers.storage import Storage
 
-FOLDER, METRICS_FOLDER = "checkpoints", "metrics"
-_WEIGHTS, _OPTIMIZER, _COMMIT, _BEST = "model.safetensors", "optimizer.pt", "commit.json", "best_checkpoint.json"
+_WEIGHTS, _OPTIMIZER, _BEST = "model.safetensors", "optimizer.pt", "best_checkpoint.json"
 _LEFT_OUT = "left_out.json"
 _OF_THE_DEVICE = "fused", "foreach", "capturable", "lr"
 _LOOK_S = 0.1  # between two looks for files of other ranks
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names it."""
-
-
-class DamagedCheckpoint(CheckpointError):
-    """A checkpoint whose files are not those that were committed: an older one may do."""
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """What commit.json says."""
-
-    name: str
-    step: int  # steps done
-    samples_seen: int
-    files: dict[str, dict[str, Any]]  # name -> bytes, sha256
-    model: dict[str, Any]  # the run's model section
 
 
 def is_due(config: CheckpointConfig, steps_done: int, saved_step: int, since_saved_s: float) -> bool:
@@ -212,7 +203,7 @@ class CheckpointWriter:
         name = f"step-{step:010d}"
         folder = f"{FOLDER}/{name}"
         # A damaged one of this name, from which a run could not go on, may still be marked as complete.
-        self._storage.delete(f"{folder}/{_COMMIT}")
+        self._storage.delete(f"{folder}/{COMMIT}")
         files = {_WEIGHTS: self._storage.write_hashed(f"{folder}/{_WEIGHTS}", lambda file: file.write(save(weights)))}
         files[_OPTIMIZER] = self._storage.write_hashed(
             f"{folder}/{_OPTIMIZER}", lambda file: torch.save(optimizer, file)
@@ -221,7 +212,7 @@ class CheckpointWriter:
             time.sleep(_LOOK_S)
         self._fence.check()  # again: the files may have taken minutes
         info = CheckpointInfo(name, step, samples_seen, files, self._model)
-        self._storage.write(f"{folder}/{_COMMIT}", json.dumps(asdict(info), indent=1).encode())
+        self._storage.write(f"{folder}/{COMMIT}", json.dumps(asdict(info), indent=1).encode())
         self._committed.put(info)
 
     def _delete_superseded(self) -> None:
@@ -243,34 +234,6 @@ def help_to_save(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
     give(dict(module.state_dict()))
     give(optimizer.state_dict())
-
-
-def list_checkpoints(storage: Storage) -> list[CheckpointInfo]:
-    """The committed checkpoints of a run, oldest first; without those whose commit.json is damaged."""
-    infos = []
-    for name in _committed_names(storage):
-        try:
-            infos.append(read_info(storage, name))
-        except DamagedCheckpoint:
-            continue
-    return sorted(infos, key=lambda info: info.step)
-
-
-def is_committed(storage: Storage, info: CheckpointInfo) -> bool:
-    """Whether a checkpoint is there, and not deleted since."""
-    return storage.exists(f"{FOLDER}/{info.name}/{_COMMIT}")
-
-
-def read_info(storage: Storage, name: str) -> CheckpointInfo:
-    """commit.json of a checkpoint.
-
-    Raises:
-        DamagedCheckpoint: where it is not there or not readable.
-    """
-    try:
-        return CheckpointInfo(**json.loads(storage.read(f"{FOLDER}/{name}/{_COMMIT}")))
-    except (FileNotFoundError, ValueError, TypeError) as error:
-        raise DamagedCheckpoint(f"{storage.uri}/{FOLDER}/{name} is not a complete checkpoint: {error}") from error
 
 
 def load_weights(
@@ -331,7 +294,7 @@ def load_newest(
     Raises:
         CheckpointError: where all are damaged, or the newest is of another model.
     """
-    names, damaged = _committed_names(storage), []
+    names, damaged = committed_names(storage), []
     for name in reversed(names):
         try:
             info = read_info(storage, name)
@@ -341,7 +304,7 @@ def load_newest(
             damaged.append(name)
         else:
             for other in damaged:
-                storage.delete(f"{FOLDER}/{other}/{_COMMIT}")
+                storage.delete(f"{FOLDER}/{other}/{COMMIT}")
             return info
     if names:
         raise CheckpointError(
@@ -378,17 +341,6 @@ def read_left_out(storage: Storage) -> list[int]:
         return []
 
 
-def read_metrics(storage: Storage, last_step: int) -> list[dict[str, float]]:
-    """The lines of metrics of a run up to a checkpoint, as they were saved with it and those before."""
-    lines: dict[int, dict[str, float]] = {}
-    for name in storage.list(METRICS_FOLDER):
-        if int(name[11:21]) <= last_step:
-            for line in storage.read(f"{METRICS_FOLDER}/{name}").splitlines():
-                content = json.loads(line)
-                lines[int(content["step"])] = content
-    return [lines[step] for step in sorted(lines)]
-
-
 def delete_superseded(storage: Storage, config: CheckpointConfig) -> None:
     """Delete what need not be kept; also what was never committed and is older than the newest."""
     infos, best = list_checkpoints(storage), read_best(storage)
@@ -398,13 +350,8 @@ def delete_superseded(storage: Storage, config: CheckpointConfig) -> None:
         is_leftover = name.startswith("step-") and name not in known and bool(infos) and name < infos[-1].name
         if name in old or is_leftover:
             # The commit mark first: a reader never takes a half-deleted folder for a checkpoint.
-            storage.delete(f"{FOLDER}/{name}/{_COMMIT}")
+            storage.delete(f"{FOLDER}/{name}/{COMMIT}")
             storage.delete_folder(f"{FOLDER}/{name}")
-
-
-def _committed_names(storage: Storage) -> list[str]:
-    """Oldest first."""
-    return [name for name in storage.list(FOLDER) if storage.exists(f"{FOLDER}/{name}/{_COMMIT}")]
 
 
 def _verified(storage: Storage, info: CheckpointInfo, file: str) -> bytes:

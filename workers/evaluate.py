@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from workers.checkpoint import CheckpointInfo
+from workers.committed import CheckpointInfo
 from workers.config import DataConfig, EmbeddingsConfig, EvalConfig, ModelConfig
 from workers.features import Crew, SetFeatures
 from workers.held_out import LoadedSet, classes_of, load_set, probe_set

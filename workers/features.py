@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.checkpoint import CheckpointInfo, load_weights
+from workers.checkpoint import load_weights
+from workers.committed import CheckpointInfo
 from workers.config import DataConfig, EmbeddingsConfig, EvalConfig, EvalSet, ModelConfig
 from workers.device import Device, open_device
 from workers.held_out import LoadedSet, Part, check_usable, cut, load

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.checkpoint import CheckpointInfo, load_weights
+from workers.checkpoint import load_weights
+from workers.committed import CheckpointInfo
 from workers.config import ModelConfig
 from workers.device import like
 from workers.storage import Storage

@@ -99,6 +99,8 @@ METRICS = (
     Metric("sigray_zero_shot_top1", "Zero-shot top-1", "percentunit", "Evaluation",
            "Of each set's classes, on the newest evaluated checkpoint.", tags=("set",)),
 )  # fmt: skip
+REPEAT_S = 5.0
+"""Between two settings of a gauge that has not changed."""
 BY_NAME = {metric.name: metric for metric in METRICS}
 
 
@@ -128,6 +130,9 @@ class _Exporter:
 class RunMetrics(_Exporter):
     """What the driver knows of its run.
 
+    Ray drops a gauge that is not set again within twice its export interval (20 s), and a rule that compares the time
+    of the last word with now would find nothing to compare: the driver calls `repeat` while it lives.
+
     Args:
         run: its name.
         save_every_s: checkpoint.save_every_s.
@@ -137,6 +142,20 @@ class RunMetrics(_Exporter):
     def __init__(self, run: str, save_every_s: float | None = None, clock: Callable[[], float] = time.time) -> None:
         super().__init__(run)
         self._clock, self._save_every_s = clock, save_every_s
+        self._gauges: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._repeated_at = clock()
+
+    def set(self, name: str, value: float, **tags: str) -> None:
+        if BY_NAME[name].kind == "gauge":
+            self._gauges[name, tuple(tags.items())] = value
+        super().set(name, value, **tags)
+
+    def repeat(self) -> None:
+        """Set the gauges again where that is due. Called often."""
+        if self._clock() - self._repeated_at >= REPEAT_S:
+            self._repeated_at = self._clock()
+            for (name, tags), value in list(self._gauges.items()):
+                self.set(name, value, **dict(tags))
 
     def started(self, facts: dict[str, Any]) -> None:
         """The training workers are up."""

@@ -121,6 +121,11 @@ class Storage:
     def exists(self, path: str) -> bool:
         return self.filesystem.get_file_info(self._at(path)).type != fs.FileType.NotFound
 
+    def modified(self, path: str) -> float | None:
+        """When a file was last written, in seconds of Unix time; None where there is none."""
+        info = self.filesystem.get_file_info(self._at(path))
+        return info.mtime_ns / 1e9 if info.mtime_ns is not None else None
+
     def list(self, path: str) -> list[str]:
         """Names of the files and folders in a folder, sorted; empty where the folder does not exist."""
         selector = fs.FileSelector(self._at(path), allow_not_found=True)

@@ -22,15 +22,8 @@ import torch.distributed as dist
 
 from losses import mean_logits
 from losses.spans import span
-from workers.checkpoint import (
-    CheckpointInfo,
-    CheckpointWriter,
-    help_to_save,
-    load_checkpoint,
-    load_newest,
-    read_info,
-    read_left_out,
-)
+from workers.checkpoint import CheckpointWriter, help_to_save, load_checkpoint, load_newest, read_left_out
+from workers.committed import CheckpointInfo, read_info
 from workers.config import (
     Accelerator,
     CheckpointConfig,

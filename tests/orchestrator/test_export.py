@@ -20,7 +20,8 @@ from orchestrator.export import model_card
 from orchestrator.folder import RunFolder
 from tests.bare import train_bare
 from tests.conftest import COLOURS, TOWERS, drawn_sample, write_tar
-from workers.checkpoint import list_checkpoints, load_weights
+from workers.checkpoint import load_weights
+from workers.committed import list_checkpoints
 from workers.evaluate import evaluate_checkpoint
 from workers.features import Encoder
 from workers.held_out import load_set, read_classes

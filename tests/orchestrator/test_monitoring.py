@@ -18,7 +18,7 @@ import yaml
 from orchestrator.monitoring import UID, alert_rules, fill_in, generate, grafana_dashboard, serve_pictures
 from tests.s3 import free_ports
 from tuning.cli import main
-from workers.metrics import METRICS, RunMetrics, WorkerMetrics
+from workers.metrics import BY_NAME, METRICS, REPEAT_S, RunMetrics, WorkerMetrics
 from workers.train import _LogWindow
 
 needs_promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="promtool of Debian's prometheus is missing")
@@ -117,14 +117,15 @@ def test_an_alert_fires_when_it_should(change, fires, tmp_path):
     assert alerts_after("25m", GOOD | change, tmp_path) == fires
 
 
-def test_what_runs_and_workers_set():
+def test_what_runs_and_workers_set(monkeypatch):
     told: list[tuple[str, float, dict[str, str]]] = []
+    now = 7.0
 
-    class Run(RunMetrics):
-        def set(self, name: str, value: float, **tags: str) -> None:
-            told.append((name, value, tags))
+    def note(self: object, name: str, value: float, **tags: str) -> None:
+        told.append((name, value, tags))
 
-    run = Run("a", save_every_s=60, clock=lambda: 7.0)
+    monkeypatch.setattr("workers.metrics._Exporter.set", note)
+    run = RunMetrics("a", save_every_s=60, clock=lambda: now)
     run.started({"world_size": 4})
     line = {metric.key: 1.0 for metric in METRICS if metric.key} | {"throughput/samples_per_s": 8.0}
     run.line(line, num_data_workers=3)
@@ -138,12 +139,18 @@ def test_what_runs_and_workers_set():
     of_workers = {metric.name for metric in METRICS if metric.kind == "counter" and metric.group == "Data"}
     assert set(values) == {metric.name for metric in METRICS} - of_workers
 
+    # Ray forgets a gauge that is not set again: the last value of each, and no counter twice.
+    gauges = {(name, *tags.items()): value for name, value, tags in told if BY_NAME[name].kind == "gauge"}
     told.clear()
+    run.repeat()
+    assert not told
+    now += REPEAT_S
+    run.repeat()
+    run.repeat()
+    assert [((name, *tags.items()), value) for name, value, tags in told] == list(gauges.items())
 
-    class Worker(WorkerMetrics):
-        set = Run.set
-
-    worker = Worker("a")
+    told.clear()
+    worker = WorkerMetrics("a")
     worker.tell(10, Counter({"no caption": 1}), Counter({"bytes": 100, "stall": 2}))
     worker.tell(15, Counter({"no caption": 1}), Counter({"bytes": 130, "stall": 2}))
     added: Counter[str] = Counter()

@@ -17,7 +17,7 @@ from orchestrator.policy import (
     usable_sizes,
     wanted_data_workers,
 )
-from workers.checkpoint import DamagedCheckpoint
+from workers.committed import DamagedCheckpoint
 from workers.storage import StorageError
 from workers.tar import DataError
 

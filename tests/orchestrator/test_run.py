@@ -252,7 +252,11 @@ def test_a_run_leaves_what_its_user_expects(small, bucket, third_life):
     keys = [item.key.removeprefix("runs/small/") for item in bucket.objects.filter(Prefix="runs/small/")]
     assert len(committed(bucket)) == 2
     assert committed(bucket)[-1] == f"checkpoints/{name(NUM_STEPS)}/commit.json"
-    assert {"config.yaml", "manifest.json", "metrics.jsonl", "summary.json", "report.html"} <= set(keys)
+    records = {"config.yaml", "manifest.json", "metrics.jsonl", "events.jsonl", "summary.json", "report.html"}
+    assert records <= set(keys)
+    events = [json.loads(line) for line in (small.path / "events.jsonl").read_text().splitlines()]
+    assert any("go on from step" in event["text"] for event in events if event["kind"] == "restart")
+    assert [event["text"] for event in events if event["text"] in ("stopped", "finished")] == ["stopped", "finished"]
     assert f"evaluations/{name(NUM_STEPS)}.json" in keys
     assert list((small.path / "tensorboard").glob("events.*"))
     assert "colours" in (small.path / "report.html").read_text()

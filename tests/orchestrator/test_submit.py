@@ -6,10 +6,9 @@ import inspect
 import json
 import os
 import re
-import signal
 import subprocess
-import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,13 @@ import pytest
 import yaml
 
 from orchestrator.config import FILES, ConfigError, check_resume, load_config
+from orchestrator.pages import RUNS, Pages
+from orchestrator.serving import serve
 from orchestrator.submit import check_job, environment_differences, stage, submit
 from tests.conftest import TOWERS, write_dataset
-from tests.s3 import free_ports
+from tests.head import BIN, Head, ray_head
 from tuning.cli import main
 
-BIN = Path(sys.executable).parent
 CANARY = "c4n4ryS3cretThatNobodyMayKeep"
 
 
@@ -141,48 +141,22 @@ def test_rays_controller_stays_with_the_driver():
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[str]:
-    """A Ray head with a dashboard, its processes in a group of their own; yields the dashboard's address."""
-    gcs, dashboard, agent, grpc, metrics = free_ports(5)
-    # Not pytest's folder: the path of a socket may have 107 characters.
-    folder = ray_folder()
-    command = [str(BIN / "ray"), "start", "--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--block"]
-    command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}", "--num-cpus=4"]
-    command += [f"--metrics-export-port={metrics}", "--object-store-memory=200000000", f"--temp-dir={folder}"]
-    command += ["--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
-    home = folder.with_name(f"{folder.name}-home")  # jobs keep their runs' folders there
-    home.mkdir()
-    log = (home / "ray.log").open("w")
-    # As clusters/setup.sh has it: `python` of the head is that of the pinned environment.
-    path = f"{BIN}:{os.environ['PATH']}"
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PATH": path, "HOME": str(home)}
-    environment |= {"RAY_LOGGER_LEVEL": "warning"}  # as the cluster files have it; else Ray logs what --env passes
-    process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 90
-        while True:
-            asked = subprocess.run(
-                [str(BIN / "sigray"), "status", "--address", f"http://127.0.0.1:{dashboard}"],
-                env=environment,
-                capture_output=True,
-                text=True,
-            )
-            if asked.returncode == 0:
-                break
-            assert process.poll() is None, Path(log.name).read_text()
-            assert time.monotonic() < deadline, asked.stderr + Path(log.name).read_text()
-            time.sleep(1)
-        yield f"http://127.0.0.1:{dashboard}"
-    finally:
-        process.send_signal(signal.SIGTERM)  # with --block it ends all that it has started
-        process.wait(timeout=60)
-        log.close()
-        subprocess.run(["rm", "-rf", str(folder), str(home)], check=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the head."""
+    return tmp_path_factory.mktemp("head")
 
 
-def ray_folder() -> Path:
-    """Of the head's sessions: logs, and the working directories of jobs."""
-    return Path(f"/tmp/sigray-head-{os.getpid()}")
+@pytest.fixture(scope="module")
+def up(home: Path) -> Iterator[Head]:
+    # As the cluster files have it; else Ray logs what --env passes.
+    with ray_head(home, RAY_LOGGER_LEVEL="warning") as head:
+        yield head
+
+
+@pytest.fixture(scope="module")
+def head(up: Head) -> str:
+    """The dashboard's address."""
+    return up.address
 
 
 def sigray(head: str, command: str, *words: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
@@ -196,14 +170,22 @@ def sigray(head: str, command: str, *words: str, timeout: float = 200) -> subpro
 
 
 @pytest.mark.ray
-def test_a_job_from_its_submission_to_its_end(head, run_config):
+def test_a_job_from_its_submission_to_its_end(head, up, home, run_config):
     """One head for all: starting it costs ten seconds, a job forty."""
     # Submitted and left alone; a lost terminal is one that is killed.
-    first = ["--job=first", "--no-follow", "--env", "SIGRAY_CANARY", "--", "train", str(run_config)]
+    pages = "--pages=http://127.0.0.1:3999"
+    first = ["--job=first", pages, "--no-follow", "--env", "SIGRAY_CANARY", "--", "train", str(run_config)]
     deadline = time.monotonic() + 90
     while "No available agent" in (submitted := sigray(head, "submit", *first)).stderr:  # a busy head is not up yet
         assert time.monotonic() < deadline, submitted.stderr
     assert (submitted.returncode, submitted.stdout) == (0, "job first\n"), submitted.stderr
+    # What the Jobs page of Ray's dashboard shows of it.
+    (listed,) = json.loads(get(f"{head}/api/jobs/"))
+    assert listed["metadata"] == {
+        "job_name": "job",
+        "page": "http://127.0.0.1:3999/runs/job",
+        "storage": f"{run_config.parent}/storage/job",
+    }
     lost = subprocess.Popen(
         [str(BIN / "sigray"), "logs", "--address", head, "first"],
         env=os.environ | {"RAY_AUTH_MODE": "disabled"},
@@ -224,15 +206,19 @@ def test_a_job_from_its_submission_to_its_end(head, run_config):
     # Of what --env passed the name is shown; the value is in nothing that is shown or kept, Ray's own logs included.
     said = [again.stdout, get(f"{head}/api/jobs/"), get(f"{head}/api/jobs/first")]
     assert "SIGRAY_CANARY" in said[1]
-    home = ray_folder().with_name(f"{ray_folder().name}-home")
-    kept = [path for folder in (run_config.parent / "storage", home, ray_folder()) for path in folder.rglob("*")]
+    kept = [path for folder in (run_config.parent / "storage", home, up.folder) for path in folder.rglob("*")]
     holding = [path for path in kept if path.is_file() and CANARY in path.read_text(errors="replace")]
     assert len(kept) > 50
     assert holding == []
     assert not any(CANARY in text for text in said)
-    listed = sigray(head, "status").stdout
-    assert "first" in listed
-    assert "succeeded" in listed
+    table = sigray(head, "status").stdout
+    assert "first" in table
+    assert "succeeded" in table
+    # Its page is fed by the folder that the job keeps below the head's home.
+    with serve(Pages([str(home / "sigray-runs")], [RUNS]).answer, 0) as port:
+        told = json.loads(get(f"http://127.0.0.1:{port}/api/runs/job"))
+    assert (told["status"], told["step"], told["planned_samples"]) == ("finished", 4, 64)
+    assert told["checkpoint"]["step"] == 4
 
     # The exit code is the run's; where nothing is there to train on, 2.
     words = ["train", str(run_config), "run.name=other", "data.shards=/nowhere/*.tar"]
@@ -255,8 +241,6 @@ def test_a_job_from_its_submission_to_its_end(head, run_config):
 
 
 def get(url: str) -> str:
-    import urllib.request
-
     return urllib.request.urlopen(url).read().decode()
 
 

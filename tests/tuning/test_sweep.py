@@ -30,7 +30,7 @@ from tuning.judge import Judge
 from tuning.study import Study, load_study
 from tuning.sweep import figure_of, shortened
 from tuning.table import Table, as_csv, read_table
-from workers.checkpoint import list_checkpoints
+from workers.committed import list_checkpoints
 from workers.evaluate import evaluate_checkpoint
 from workers.storage import Storage
 

@@ -15,19 +15,21 @@ from tests.conftest import TOWERS
 from tests.faultproxy import Outage
 from tests.s3 import BUCKET, s3_server
 from workers.checkpoint import (
-    CheckpointError,
-    CheckpointInfo,
     CheckpointWriter,
-    DamagedCheckpoint,
     is_due,
-    list_checkpoints,
     load_checkpoint,
     load_newest,
     load_weights,
     mark_best,
+    superseded,
+)
+from workers.committed import (
+    CheckpointError,
+    CheckpointInfo,
+    DamagedCheckpoint,
+    list_checkpoints,
     read_info,
     read_metrics,
-    superseded,
 )
 from workers.config import CheckpointConfig, ModelConfig, OptimConfig
 from workers.fence import RunTakenOver

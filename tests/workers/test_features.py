@@ -17,7 +17,8 @@ import torch
 from tests.conftest import COLOURS, TOWERS, drawn_sample, write_tar
 from tests.workers.test_store import make_store
 from workers import features
-from workers.checkpoint import CheckpointInfo, CheckpointWriter, list_checkpoints
+from workers.checkpoint import CheckpointWriter
+from workers.committed import CheckpointInfo, list_checkpoints
 from workers.config import CheckpointConfig, DataConfig, EmbeddingsConfig, EvalConfig, EvalSet, ModelConfig, OptimConfig
 from workers.evaluate import class_labels, evaluate_checkpoint
 from workers.features import Crew

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.conftest import TOWERS, write_dataset
-from workers.checkpoint import CheckpointWriter, list_checkpoints
+from workers.checkpoint import CheckpointWriter
+from workers.committed import list_checkpoints
 from workers.config import CheckpointConfig, DataConfig, EmbeddingsConfig, EvalConfig, EvalSet, ModelConfig, OptimConfig
 from workers.evaluate import evaluate_checkpoint
 from workers.optim import build_optimizer

@@ -11,7 +11,8 @@ from orchestrator.config import load_config
 from tests.bare import train_bare
 from tests.conftest import TOWERS, write_dataset
 from tests.ranks import run_on_ranks
-from workers.checkpoint import list_checkpoints, load_weights
+from workers.checkpoint import load_weights
+from workers.committed import list_checkpoints
 from workers.config import LossConfig, ModelConfig, OptimConfig
 from workers.device import open_device
 from workers.step import Trainer

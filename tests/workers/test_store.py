@@ -205,7 +205,7 @@ def test_losses_and_figures_are_those_of_the_live_tower(folder, tmp_path, data, 
         config = config_of(folder, tmp_path, f"run.name={name}", f"embeddings.store={store}")
         done = train_bare(0, 1, config)
         losses[name] = list(done["losses"].values())
-        from workers.checkpoint import list_checkpoints
+        from workers.committed import list_checkpoints
         from workers.storage import Storage
 
         info = list_checkpoints(Storage(config.storage_uri))[-1]

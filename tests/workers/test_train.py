@@ -12,7 +12,8 @@ from orchestrator.config import load_config
 from tests.bare import train_bare
 from tests.conftest import TOWERS, write_dataset
 from tests.ranks import run_on_ranks
-from workers.checkpoint import leave_out, list_checkpoints, load_weights, read_metrics
+from workers.checkpoint import leave_out, load_weights
+from workers.committed import list_checkpoints, read_metrics
 from workers.ledger import audit
 from workers.shards import scan_shards
 from workers.step import BadStep, Trainer

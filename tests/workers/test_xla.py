@@ -21,7 +21,7 @@ from orchestrator.config import RunConfig, load_config
 from tests.bare import train_bare
 from tests.conftest import TOWERS, write_dataset
 from tests.ranks import run_on_ranks
-from workers.checkpoint import list_checkpoints
+from workers.committed import list_checkpoints
 from workers.device import open_device
 from workers.feed import Batch
 from workers.profile import Profile
