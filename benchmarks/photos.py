@@ -27,7 +27,9 @@ from benchmarks.common import EMOJI, report
 from orchestrator.folder import read_run
 from workers.committed import list_checkpoints
 from workers.config import DataConfig, EvalSet
-from workers.evaluate import Encoder, class_labels, load_set, read_classes
+from workers.evaluate import class_labels
+from workers.features import Encoder
+from workers.held_out import load_set, read_classes
 from workers.initial import build_trained_model
 from workers.storage import Storage
 from workers.tokenizer import build_tokenizer
@@ -74,8 +76,8 @@ def main() -> None:
         spec = EvalSet(shards=folder, classes=classes_path, class_field="concept")
         loaded = load_set(spec, DataConfig(shards=folder), size)
     classes = read_classes(classes_path)
-    labels = class_labels(loaded, classes, "photos")
-    logits = encoder.images(loaded.images) @ encoder.prompts([entry["name"] for entry in classes], ["{}"]).T
+    labels = class_labels(loaded.class_ids, classes, "photos")
+    logits = encoder.images(loaded.images) @ encoder.texts([entry["name"] for entry in classes]).T
     places = (logits > logits.gather(1, labels[:, None])).sum(dim=1) + 1
     for name, label, row, place in zip(PHOTOS, labels.tolist(), logits, places.tolist(), strict=True):
         best = ", ".join(classes[number]["name"] for number in row.topk(5).indices.tolist())

@@ -2,6 +2,7 @@
 
 from losses.exchange import NonFiniteFeatures, ring_sigmoid_loss, ring_softmax_loss
 from losses.gradcache import cached_backward
+from losses.means import feature_means, mean_logits
 from losses.negatives import Negatives
 from losses.sharded import Shards, sharded_sigmoid_loss, sharded_softmax_loss
 from losses.sigmoid import sigmoid_loss, sigmoid_loss_plain
@@ -12,6 +13,8 @@ __all__ = [
     "NonFiniteFeatures",
     "Shards",
     "cached_backward",
+    "feature_means",
+    "mean_logits",
     "ring_sigmoid_loss",
     "ring_softmax_loss",
     "sharded_sigmoid_loss",

@@ -24,6 +24,7 @@ from torch import Tensor
 from losses.negatives import ALL_NEGATIVES, NUM_BINS, Negatives, make_mask
 from losses.sigmoid import LossBlock, SigmoidPass, count_tiles_, one_pass
 from losses.softmax import SoftmaxPass
+from losses.spans import span
 from losses.tiles import check_features, default_tile_size
 
 
@@ -176,7 +177,8 @@ class Ranks:
         first_bad = [torch.where(flags.any(), flags.int().argmax(), none) if len(flags) else none for flags in bad]
         shape = [len(image), len(text), image.shape[1], text.shape[1]]
         mine = torch.cat([torch.tensor(shape, device=image.device), torch.stack(first_bad)])
-        held = self.gather(mine[None]).tolist()
+        with span("loss: ring"):
+            held = self.gather(mine[None]).tolist()
         for rank, (num_images, num_texts, image_dim, text_dim, *_) in enumerate(held):
             if num_images != num_texts:
                 raise ValueError(f"rank {rank} holds {num_images} images and {num_texts} texts: pairs expected")
@@ -196,7 +198,8 @@ class Ranks:
     def sum(self, tensor: Tensor) -> Tensor:
         """In place, over the ranks."""
         if self.size > 1:
-            dist.all_reduce(tensor, group=self.group)
+            with span("loss: ring"):
+                dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -204,7 +207,8 @@ class Ranks:
         if self.size == 1:
             return tensor
         everyone = tensor.new_empty(self.size * len(tensor), *tensor.shape[1:])
-        dist.all_gather_into_tensor(everyone, tensor.contiguous(), group=self.group)
+        with span("loss: ring"):
+            dist.all_gather_into_tensor(everyone, tensor.contiguous(), group=self.group)
         return everyone
 
     def show_round(self, chunk: Tensor, visit: Callable[[Tensor, int], None]) -> None:
@@ -282,9 +286,11 @@ class _Flight:
             for call, sign, side in ((dist.isend, +1, self._sent), (dist.irecv, -1, self._received))
             for direction, tensor in zip(directions, side, strict=True)
         ]
-        self._work = dist.batch_isend_irecv(messages)
+        with span("loss: ring"):
+            self._work = dist.batch_isend_irecv(messages)
 
     def wait(self) -> list[Tensor]:
-        for work in self._work:
-            work.wait()
+        with span("loss: ring"):
+            for work in self._work:
+                work.wait()
         return self._received

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from losses.spans import span
+
 
 def cached_backward(
     encode: Callable[[slice], tuple[Tensor, ...]],
@@ -44,7 +46,8 @@ def cached_backward(
     """
     if micro_batch_size >= num_rows:
         value = loss(*encode(slice(0, num_rows)))
-        value.backward()
+        with span("backward"):
+            value.backward()
         return value.detach()
     micro_batches = [
         slice(start, min(start + micro_batch_size, num_rows)) for start in range(0, num_rows, micro_batch_size)
@@ -52,7 +55,8 @@ def cached_backward(
     with torch.no_grad():
         features, sizes = _all_features(encode, micro_batches, num_rows, settle)
     value = loss(*(whole.requires_grad_() for whole in features))
-    value.backward()
+    with span("backward"):
+        value.backward()
     value = value.detach()  # its graph would hold the features
     gradients = [whole.grad for whole in features]
     assert all(gradient is not None for gradient in gradients), "the loss does not depend on all features"
@@ -63,7 +67,8 @@ def cached_backward(
     for rows, parts in zip(micro_batches, zip(*kinds, strict=True), strict=True):
         again: tuple[Tensor | None, ...] = (encode_again or encode)(rows)
         taught = [(kind, part) for kind, part in zip(again, parts, strict=True) if kind is not None]
-        torch.autograd.backward([kind for kind, _ in taught], [part for _, part in taught])
+        with span("backward"):
+            torch.autograd.backward([kind for kind, _ in taught], [part for _, part in taught])
         del again, taught
         if settle is not None:
             settle()

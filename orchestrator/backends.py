@@ -61,6 +61,16 @@ def scaling_config(cluster: ClusterConfig, num_workers: int) -> ScalingConfig:
     )
 
 
+def pod_type(cluster: ClusterConfig) -> str | None:
+    """Of the TPU slice that the workers fill, as Ray and Google name it: v4-32; None where none is reserved."""
+    if cluster.tpu_type is None:
+        return None
+    from ray._private.accelerators.tpu import infer_tpu_pod_type_from_topology  # as Ray's own reservation
+
+    assert cluster.tpu_topology is not None
+    return infer_tpu_pod_type_from_topology(cluster.tpu_topology, cluster.tpu_type)
+
+
 def check_slices(cluster: ClusterConfig) -> None:
     """Whether the workers fill whole slices, by Ray's own table of topologies.
 

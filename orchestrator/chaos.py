@@ -576,12 +576,13 @@ def _refuse_storage(run: Supervised, choice: float) -> Hit | None:
 
 
 _TRAINER, _DATA_WORKER = _is_worker("RayTrainWorker"), _is_worker("DataWorkerActor")
+_EVALUATION = _is_worker("(?:evaluate_checkpoint|FeatureWorker)")
 KINDS: dict[str, Kind] = {
     "trainer": Kind("kill a training worker", True, _signalled(signal.SIGKILL, _TRAINER)),
     "trainer-hang": Kind("stop a training worker for good", True, _signalled(signal.SIGSTOP, _TRAINER)),
     "data-worker": Kind("kill a data-shard worker", False, _signalled(signal.SIGKILL, _DATA_WORKER)),
     "data-worker-hang": Kind("stop a data-shard worker for good", False, _signalled(signal.SIGSTOP, _DATA_WORKER)),
-    "evaluation": Kind("kill an evaluation", False, _signalled(signal.SIGKILL, _is_worker("evaluate_checkpoint"))),
+    "evaluation": Kind("kill an evaluation", False, _signalled(signal.SIGKILL, _EVALUATION)),
     "driver": Kind("kill the driver and its Ray", True, _kill_driver),
     "node": Kind("kill the raylet", True, _signalled(signal.SIGKILL, _is_program("raylet"))),
     "gcs": Kind("kill Ray's gcs_server", True, _signalled(signal.SIGKILL, _is_program("gcs_server"))),

@@ -34,6 +34,7 @@ Train SigLIP-style image-text models from WebDataset tars on a Ray cluster.
   sigray eval runs/emoji_cpu                      measure the newest checkpoint again
   sigray config examples/emoji_cpu.yaml           print the whole config, every default written out
   sigray plan examples/emoji_cpu.yaml             predict memory, time and cost before anything starts
+  sigray profile examples/emoji_cpu.yaml          where the time of one step goes, as table, picture and traces
   sigray embed examples/emoji_siglit.yaml         compute a locked image tower's embeddings once, for training
   sigray sweep tuning/studies/batch_size.yaml     train many runs that differ in chosen keys, and compare them
 
@@ -90,17 +91,40 @@ characters; unigram is for any languages, and knows no unknown character.
 _PLAN_EXAMPLES = """\
 examples:
   sigray plan examples/emoji_cpu.yaml                             on this machine
-  sigray plan examples/siglip_b16_32xtpu_v4.yaml                  on the devices that the config names
+  sigray plan examples/siglip_b16_5days_32xtpu_v4.yaml            on the devices that the config names
   sigray plan my_run.yaml --device h100 --devices 8 --price-per-hour 3
   sigray plan my_run.yaml --device l4 train.micro_batch_size=256  any key can be overridden
-  sigray plan examples/siglit_g14_4xtpu_v4.yaml --stored-embeddings
-                                                                  the locked tower's embeddings exist already
+  sigray plan examples/siglit_g14_4xtpu_v4.yaml embeddings.store=null
+                                                                  the locked tower in every step
   sigray plan my_run.yaml --json                                  for programs
 
 Devices: cpu (this machine), {devices}.
 Needs no cluster, no accelerator and no data. docs/plan.md says what is counted, what is assumed and how far it was off.
 
 Exit codes: 0 it fits; 2 it does not, and the message says which train.micro_batch_size would.
+"""
+
+_PROFILE_EXAMPLES = """\
+examples:
+  sigray profile examples/emoji_cpu.yaml
+  sigray profile my_run.yaml --steps 20 train.micro_batch_size=256
+  sigray profile my_run.yaml --warm-up 20 cluster.num_workers=4
+
+Trains for real, with the workers and data of the config, under the name NAME-profile: some steps to warm up, then those
+that are profiled, then one with a checkpoint, which is deleted at the end. Prints where the time of a step went, part
+by part, and leaves in the run's folder:
+  profile/step.png                a bar for each rank
+  profile/rank-0000.json.gz       each rank's trace, for ui.perfetto.dev or chrome://tracing
+  profile/rank-0000-steps.json    the parts of each step in seconds, from that trace
+  profile/rank-0000-xla.txt       torch-xla's counters, under torch-xla
+  profile/ray_timeline.json       what data-shard workers did meanwhile, also for ui.perfetto.dev (a Ray of its own)
+
+Parts: data wait; to device; forward; loss: tiles, and loss: ring (waiting for other ranks); backward; gradient
+all-reduce; optimizer; metrics (every train.log_every_steps steps); checkpoint; other. On CUDA the host waits at the end
+of each part, so nothing overlaps and the step takes longer than one that nobody profiles; both are printed. Under
+torch-xla a step is one program: its inside is not told apart ("device program").
+
+Exit codes: those of `sigray train`.
 """
 
 _EMBED_EXAMPLES = """\
@@ -296,6 +320,18 @@ def _report(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _profile(options: argparse.Namespace, console: Console) -> int:
+    config = load_config(options.config, options.overrides)
+    from orchestrator.profile import profile_run, remarks, table
+    from workers.profile import Profile
+
+    split, folder = profile_run(config, Profile(options.warm_up, options.steps), console)
+    console.print(table(split))
+    lines = [*remarks(split, config), f"picture and traces: {folder}"]
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
 def _chaos(options: argparse.Namespace, console: Console) -> int:
     from orchestrator.chaos import chaos, result_table
 
@@ -452,19 +488,12 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     if kind is None:
         raise ConfigError("which device? Give --device or cluster.device: " + ", ".join([CPU, *DEVICES]))
     num_devices = options.devices or default_num_devices(config, kind)
-    stored_embeddings = options.stored_embeddings or config.embeddings.store is not None
-    predicted = plan(
-        config,
-        kind,
-        num_devices,
-        stored_embeddings=stored_embeddings,
-        price_per_hour=options.price_per_hour,
-    )
+    predicted = plan(config, kind, num_devices, price_per_hour=options.price_per_hour)
     if options.json:
         print(json.dumps(predicted.as_dict(), indent=1))
     else:
         console.print(tables(predicted))
-    check_fits(predicted, config, stored_embeddings=stored_embeddings)
+    check_fits(predicted, config)
     return 0
 
 
@@ -673,10 +702,18 @@ def _parser(add_more: Callable[[Any], None]) -> argparse.ArgumentParser:
     added.add_argument("--device", choices=[CPU, *DEVICES], metavar="NAME", help="default cluster.device")
     added.add_argument("--devices", type=_positive, metavar="N", help="how many (default those of the config)")
     added.add_argument("--price-per-hour", type=_positive_price, metavar="X", help="of one device")
-    added.add_argument(
-        "--stored-embeddings", action="store_true", help="the locked tower's embeddings exist already: it does not run"
-    )
     added.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+    added = command(
+        "profile",
+        _profile,
+        "run some steps, and show where the time of one goes: table, picture, traces",
+        examples=_PROFILE_EXAMPLES,
+    )
+    added.add_argument("config", metavar="CONFIG.yaml")
+    overrides(added)
+    added.add_argument("--steps", type=_positive, default=10, metavar="N", help="that are profiled (default 10)")
+    added.add_argument("--warm-up", type=_positive, default=10, metavar="N", help="before them (default 10)")
 
     added = command(
         "chaos",

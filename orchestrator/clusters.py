@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from orchestrator.config import ConfigError
+from orchestrator.secrets import AMAZON_KEY, PRIVATE_KEY
 
 RAY_VERSION = "2.60.0"
 TRAINING, DATA = "training", "data"
@@ -68,13 +69,15 @@ _GKE_TPU = {
 
 _PLACEHOLDER = re.compile(r"YOUR-|REGISTRY|\b192\.0\.2\.|\b198\.51\.100\.|\b203\.0\.113\.")
 _SECRETS = {
-    "an Amazon access key": re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b"),
-    "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY"),
+    "an Amazon access key": AMAZON_KEY,
+    "a private key": PRIVATE_KEY,
     "a secret": re.compile(
         r"(?i)\b[\w-]*(secret_access_key|secret[_-]?key|password|passwd|api[_-]?key|hf_token|auth_token|wandb_key)"
         r"""["']?\s*[:=]\s*["']?(?!~|/|\$|\{|null\b)[^\s"',}]{6,}"""
     ),
 }
+# Ray 2.60 writes the whole runtime environment of a job to runtime_env_agent.log, at the level of information.
+_LOG_LEVEL, _LOG_LEVEL_WHY = "RAY_LOGGER_LEVEL", "Ray's logs would hold the values that `sigray submit --env` passes"
 _HEALTH = ("RAY_health_check_period_ms", "RAY_health_check_timeout_ms", "RAY_health_check_failure_threshold")
 
 
@@ -214,6 +217,8 @@ def _check_commands(content: dict[str, Any], prepared: dict[str, Any], check: Cl
         command = " ".join(commands)
         if "RAY_AUTH_MODE=token" not in command:
             check.add(key, "RAY_AUTH_MODE=token is missing: whoever reaches a port could run code")
+        if not re.search(rf"{_LOG_LEVEL}=(warning|error|critical)\b", command):
+            check.add(key, f"{_LOG_LEVEL}=warning is missing: {_LOG_LEVEL_WHY}")
         if key.startswith("head"):
             for name in _HEALTH:
                 if f"{name}=" not in command:
@@ -544,6 +549,9 @@ def _container(group: dict[str, Any], place: str, check: ClusterCheck, images: d
     image = images[place] = str(container.get("image", ""))
     if not re.fullmatch(r"\S+:[\w][\w.-]*|\S+@sha256:[0-9a-f]{64}", image) or image.endswith(":latest"):
         check.add(f"{place}.containers.0.image", f"{image!r} names no version: its environment is not pinned")
+    levels = {one.get("value") for one in container.get("env") or [] if one.get("name") == _LOG_LEVEL}
+    if not levels & {"warning", "error", "critical"}:
+        check.add(f"{place}.env", f"{_LOG_LEVEL} is not warning: {_LOG_LEVEL_WHY}")
     for one in container.get("env") or []:
         if re.search(r"(?i)secret|password|token|access_key", str(one.get("name"))) and one.get("value"):
             check.add(f"{place}.env.{one['name']}", "a secret in the file: take it from a Secret (valueFrom)")

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from orchestrator.devices import DEVICES, DeviceName
 from orchestrator.policy import micro_batch, usable_sizes
+from orchestrator.secrets import secrets_of
 from workers.config import (
     Accelerator,
     CheckpointConfig,
@@ -313,6 +314,7 @@ _FREE_ON_RESUME = (
     "embeddings.batch_size",
     "train.log_every_steps",
     "train.micro_batch_size",
+    "train.activation_checkpointing",
     "train.on_bad_loss",
     "train.max_loss_ratio",
     "loss.tile_size",
@@ -361,11 +363,27 @@ def override(config: RunConfig, overrides: list[str], source: str) -> RunConfig:
 
 def parse_config(content: dict[str, Any], source: str) -> RunConfig:
     """Check a config given as a mapping; raises as `load_config`, naming `source`."""
+    refuse_secrets(content, source)
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
         lines = [line for item in error.errors() for line in _explain(dict(item))]
         raise ConfigError("\n".join([f"{source} cannot be run:", *(f"  {line}" for line in lines)])) from None
+
+
+def refuse_secrets(content: Any, source: str) -> None:
+    """Credentials have no place in what is saved with a run.
+
+    Raises:
+        ConfigError: naming the keys, not the secrets.
+    """
+    secrets = list(secrets_of(content))
+    if secrets:
+        shown = "\n".join(f"  {line}" for line in secrets)
+        raise ConfigError(
+            f"{source} holds what must not be saved with a run:\n{shown}\nGive credentials by the environment, by "
+            "data.s3.profile, or by the role of the machines"
+        )
 
 
 def check_resume(saved: RunConfig, wanted: RunConfig) -> None:

@@ -19,11 +19,20 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from workers.config import ModelConfig, OptimConfig, Precision, Tower
 from workers.optim import build_optimizer
-from workers.towers import TOWERS, build_meta_model, normalize_pixels, num_parameters, shapes, tower_blocks
+from workers.towers import (
+    TOWERS,
+    build_meta_model,
+    checkpoint_activations,
+    normalize_pixels,
+    num_parameters,
+    shapes,
+    tower_blocks,
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,7 @@ def measure_towers(
     *,
     cached: bool,
     plain_attention: bool = False,
+    activation_checkpointing: bool = False,
     stored_embeddings: bool = False,
 ) -> TowerCosts:
     """Run towers and optimizer as `workers.step.Trainer` does, without memory or arithmetic, and count.
@@ -91,6 +101,7 @@ def measure_towers(
         cached: whether a step has several micro-batches: then each is embedded twice.
         plain_attention: attention as torch spells it out, which keeps the attention weights for the backward pass
             (XLA), and not in one kernel that computes them again (CPU, CUDA).
+        activation_checkpointing: as in the config.
         stored_embeddings: never run the locked tower.
     """
     return _measure_towers(
@@ -100,6 +111,7 @@ def measure_towers(
         num_pairs,
         cached,
         plain_attention,
+        activation_checkpointing,
         stored_embeddings,
     )
 
@@ -112,6 +124,7 @@ def _measure_towers(
     num_pairs: int,
     cached: bool,
     plain_attention: bool,
+    activation_checkpointing: bool,
     stored_embeddings: bool,
 ) -> TowerCosts:
     model, optim = ModelConfig.model_validate_json(model_json), OptimConfig(name=optimizer_name)
@@ -119,6 +132,8 @@ def _measure_towers(
     running = [tower for tower in TOWERS if not (stored_embeddings and tower in model.locked)]
     training = [tower for tower in TOWERS if tower not in model.locked]
     module = build_meta_model(model)
+    if activation_checkpointing:
+        checkpoint_activations(module, model, functools.partial(checkpoint, use_reentrant=False))
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if plain_attention:

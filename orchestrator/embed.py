@@ -14,7 +14,8 @@ from rich.console import Console
 
 from orchestrator.config import ConfigError, RunConfig
 from orchestrator.monitor import Display, format_duration
-from workers.shards import Manifest, Shard, scan_shards
+from workers.held_out import check_set, probe_set, scan_set
+from workers.shards import Manifest, Shard
 from workers.store import EmbeddingStore, Part, StoredShard, StoreFormat, store_key, stored_name
 from workers.tar import DataError
 
@@ -51,9 +52,11 @@ def embed(config: RunConfig, console: Console) -> str:
     source = scan(
         config.model_copy(update={"embeddings": config.embeddings.model_copy(update={"store": None})}), display
     )
-    sets = [spec.shards for spec in config.eval.sets.values()]
-    sets += [spec.linear_probe for spec in config.eval.sets.values() if spec.linear_probe is not None]
-    held_out = [scan_shards(shards, config.data) for shards in sets]
+    sets = list(config.eval.sets.items())
+    sets += [(name, probe_set(spec)) for name, spec in sets if spec.linear_probe is not None]
+    for name, spec in sets:
+        check_set(name, spec, config.data, is_stored=True)
+    held_out = [scan_set(spec, config.data) for _, spec in sets]
     store, key, store_format = _open(config)
     store.begin(key, store_format)
     wanted = _wanted(source, held_out)
@@ -93,7 +96,9 @@ def _open(config: RunConfig) -> tuple[EmbeddingStore, dict[str, Any], StoreForma
         )
     torch.manual_seed(config.run.seed)
     tower = build_initial_model(config.model).eval().get_submodule("visual")
-    key = store_key(config.model, config.data, config.embeddings, tower_sha256(tower))
+    key = store_key(
+        config.model, config.data, config.embeddings, sha256=tower_sha256(tower), precision=config.train.precision
+    )
     size, dim = shapes(config.model)[0], tower_config(config.model)["embed_dim"]
     with torch.inference_mode():
         shape = tuple(tower(torch.zeros(1, 3, size, size)).shape)

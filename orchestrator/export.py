@@ -5,6 +5,7 @@ The folder is made beside its place and renamed, so a folder that is there is wh
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import json
 import shutil
@@ -17,6 +18,7 @@ from orchestrator.config import ConfigError, RunConfig
 from orchestrator.folder import SUMMARY, RunFolder
 from workers.committed import CheckpointInfo
 from workers.shards import Manifest
+from workers.tar import DataError
 
 CARD = "README.md"
 MAX_DIFFERENCE = 1e-5
@@ -109,7 +111,7 @@ def model_card(
     """The README.md of an exported model: how to load it, data, recipe and results.
 
     Args:
-        figures: `zero_shot` and `retrieval` of the checkpoint's evaluation; empty where there was none.
+        figures: `zero_shot`, `retrieval` and `languages` of the checkpoint's evaluation; empty where there was none.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -139,6 +141,7 @@ def model_card(
         num_samples=manifest.num_samples,
         zero_shot=figures.get("zero_shot", {}),
         retrieval=figures.get("retrieval", {}),
+        languages=figures.get("languages", {}),
         million_parameters=num_parameters / 1e6,
         preprocessing=preprocessing(config.model),
         remarks=remarks,
@@ -148,13 +151,14 @@ def model_card(
 
 def _texts_of(config: RunConfig) -> list[str]:
     """Prompts of the run's own sets, by which its zero-shot figure is measured; some others where it has none."""
-    from workers.evaluate import read_classes
+    from workers.held_out import classes_of
 
     texts: list[str] = []
     for spec in config.eval.sets.values():
-        if spec.classes and Path(spec.classes).exists():
-            names = [entry["name"] for entry in read_classes(spec.classes)]
-            texts += [template.replace("{}", name) for template in spec.templates for name in names]
+        if spec.classes:
+            with contextlib.suppress(DataError):  # the class file, or the folder, may be elsewhere by now
+                names = [entry["name"] for entry in classes_of(spec)]
+                texts += [template.replace("{}", name) for template in spec.templates for name in names]
     return list(dict.fromkeys(texts))[:_MAX_TEXTS] or list(_SOME_TEXTS)
 
 

@@ -46,15 +46,16 @@ from workers.shards import Manifest, in_threads, list_shards, scan_shards
 from workers.tar import DataError
 
 if TYPE_CHECKING:
+    from workers.config import EvalConfig
     from workers.feed import BlockSource
     from workers.pool import DataPool, SharedPool
+    from workers.profile import Profile
     from workers.step import BadStep
     from workers.train import Answer, Hooks, TrainJob
 
 _POLL_S = 0.5
 _ROOM_S = 1.0  # how long a placement group may take to be ready where there is room
 _GROW_LOOK_S = 10.0  # between two looks for room for more training workers
-EVALUATION_CPUS = 1.0  # that Ray reserves while a checkpoint is evaluated
 TRIAL_CPUS = 0.5  # and for the driver of a trial; Ray Tune allows no 0
 _LEFT_S = 3.0  # for which the processes of a Ray that was shut down may take to end
 _HOLD_S = 60.0  # for which training workers wait at a rung; then they leave their places to others
@@ -113,6 +114,7 @@ def train(
     resume_from: RunConfig | None = None,
     overwrite: bool = False,
     trial: Trial | None = None,
+    profile: Profile | None = None,
 ) -> dict[str, Any]:
     """Run a config to its end, or until it is interrupted. A run that has begun already goes on.
 
@@ -122,6 +124,7 @@ def train(
         resume_from: the config that the run began with, where the caller knows it.
         overwrite: delete an earlier run of the same name first.
         trial: where the run is part of a sweep, which has checked its config.
+        profile: which steps to profile; the run ends behind them.
 
     Returns:
         The content of summary.json; `status` is "finished" or "stopped".
@@ -142,7 +145,7 @@ def train(
         if resume_from is not None:
             check_resume(resume_from, config)
         if _cluster_address(config):  # a cluster that is there already reads the headers of the shards
-            stack.enter_context(ray_of_run(config, display))
+            stack.enter_context(ray_of_run(config, display, records_tasks=profile is not None))
         manifest = scan(config, display)
         check_batch(config, manifest)
         if resume_from is not None:
@@ -160,10 +163,12 @@ def train(
         folder.begin(config, manifest)
         display.keep = folder.append_event
         if not _cluster_address(config):
-            stack.enter_context(ray_of_run(config, display))
-        run = stack.enter_context(_Run(config, folder, manifest, display, lease, trial))
+            stack.enter_context(ray_of_run(config, display, records_tasks=profile is not None))
+        run = stack.enter_context(_Run(config, folder, manifest, display, lease, trial, profile))
         try:
             status = run.watch()
+            if profile is not None:
+                _save_timeline(folder)
             if status == "finished":
                 run.finish_evaluations()
         except Exception as error:
@@ -172,6 +177,15 @@ def train(
             raise
         folder.append_event(status, "note")
         return _sum_up(run, status, time.monotonic() - begin)
+
+
+def _save_timeline(folder: RunFolder) -> None:
+    """What every process of Ray did, task by task: of a profiled run, for data-shard workers above all."""
+    import ray
+
+    place = folder.path / "profile" / "ray_timeline.json"
+    place.parent.mkdir(exist_ok=True)
+    ray.timeline(filename=str(place))
 
 
 def _sum_up(run: _Run, status: str, total_s: float) -> dict[str, Any]:
@@ -212,6 +226,7 @@ class _Run:
     display: Display
     lease: RunLease
     trial: Trial | None = None
+    profile: Profile | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     newest_evaluation: dict[str, Any] | None = None
     train_s: float = 0.0  # since the training workers were up for the first time
@@ -317,6 +332,7 @@ class _Run:
                     self._monitor,
                     self.lease.owner,
                     self._rungs,
+                    self.profile,
                 ).fit()
             except BaseException as error:
                 ended.append(error)
@@ -411,12 +427,19 @@ class _Run:
                 return size
             if waited_s > next_word_s:
                 next_word_s += 30
-                self.display.say(
-                    f"waiting for room for {sizes[-1]} training worker(s) of {_words(resources)}; "
-                    f"the cluster has {_room_in_words()} ({format_duration(waited_s)})"
-                )
+                self.display.say(f"{self._room(sizes[-1])} ({format_duration(waited_s)})")
             time.sleep(_POLL_S)
         return None
+
+    def _room(self, count: int) -> str:
+        """What so many training workers lack. The run goes on waiting even for what this cluster cannot bring up by
+        itself: machines are started by hand, and a changed cluster file comes with another `ray up`."""
+        import ray
+
+        from orchestrator.room import cluster_hosts, find_autoscaler, need_of, room
+
+        autoscaler = find_autoscaler(ray.get_runtime_context().gcs_address)
+        return room(need_of(self.config.cluster, count), cluster_hosts(), autoscaler).sentence
 
     def _grow(self, size: int, running_s: float) -> None:
         """Where there is room for more training workers, have this attempt write a checkpoint and stop."""
@@ -492,6 +515,8 @@ class _Run:
         advice = f"go on from step {self._saved_step:,} with `sigray resume {self.folder.storage.uri}`"
         if self._failed and self._failed[-1].failure is Failure.MEMORY:
             advice += f" and train.micro_batch_size={self._smaller_micro_batch()}"
+            if not self.config.train.activation_checkpointing:
+                advice += ", or train.activation_checkpointing=true"
         return advice
 
     def _smaller_micro_batch(self) -> int:
@@ -657,6 +682,7 @@ def train_job(
     hooks: Hooks,
     owner: str | None = None,
     rungs: frozenset[int] = frozenset(),
+    profile: Profile | None = None,
 ) -> TrainJob:
     """What the training workers of a run need to know of its config."""
     from workers.train import TrainJob
@@ -679,6 +705,7 @@ def train_job(
         blocks=blocks,
         hooks=hooks,
         rungs=rungs,
+        profile=profile,
     )
 
 
@@ -691,6 +718,7 @@ def _trainer(
     monitor: Any,
     owner: str,
     rungs: frozenset[int],
+    profile: Profile | None,
 ) -> Any:
     """Ray Train's trainer of one attempt. It retries nothing: whether to try again is decided by `policy.py`."""
     import ray.train
@@ -703,7 +731,7 @@ def _trainer(
 
     hooks = RayHooks(monitor)
     blocks = pool.blocks(config.data.worker_timeout_s)
-    job = train_job(config, num_workers, manifest, blocks, hooks, owner, rungs)
+    job = train_job(config, num_workers, manifest, blocks, hooks, owner, rungs, profile)
 
     def train_worker(_: dict[str, Any]) -> None:
         hooks.joined()
@@ -752,18 +780,10 @@ def _draining_nodes() -> dict[str, int]:
     return state.get_draining_nodes()
 
 
-def _room_in_words() -> str:
-    import ray
-
-    total, free = ray.cluster_resources(), ray.available_resources()
-    # Those that cluster files name, not memory and the node:ADDRESS that Ray adds.
-    own = [name for name in total if name.islower() and "memory" not in name and not name.startswith("node:")]
-    names = sorted([*own, *(name for name in ("CPU", "GPU", "TPU") if name in total)])
-    return ", ".join(f"{free.get(name, 0):g} of {total[name]:g} {name} free" for name in names)
-
-
-def _words(resources: dict[str, float]) -> str:
-    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
+def evaluation_resources(evaluation: EvalConfig) -> dict[str, float]:
+    """What Ray reserves for each worker of an evaluation while it works."""
+    resources = {"CPU": float(evaluation.cpus_per_worker)}
+    return resources if evaluation.accelerator == "cpu" else {**resources, "GPU": 1.0}
 
 
 def _submit_evaluation(config: RunConfig, folder: RunFolder, info: CheckpointInfo) -> Any:
@@ -771,7 +791,8 @@ def _submit_evaluation(config: RunConfig, folder: RunFolder, info: CheckpointInf
 
     from workers.evaluate import evaluate_checkpoint
 
-    task: Any = ray.remote(num_cpus=EVALUATION_CPUS)(evaluate_checkpoint)
+    resources = evaluation_resources(config.eval)
+    task: Any = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))(evaluate_checkpoint)
     return task.remote(folder.storage.uri, info, config.model, config.data, config.eval, config.embeddings)
 
 
@@ -844,17 +865,20 @@ def _check_unchanged(saved: Manifest, now: Manifest) -> None:
 
 def check_model_and_sets(config: RunConfig) -> None:
     """What can be found wrong without a cluster: shapes, tokenizer, held-out sets, towers, optimizer."""
-    from workers.evaluate import read_classes
+    from workers.held_out import check_set, classes_of, probe_set
     from workers.optim import parameter_groups
     from workers.tokenizer import build_tokenizer
     from workers.towers import check_model, shapes
 
     _, context_length, vocab_size = shapes(config.model)
     build_tokenizer(config.model, context_length, vocab_size)
-    for spec in config.eval.sets.values():
-        list_shards(spec.shards, config.data.s3)
+    is_stored = config.embeddings.store is not None
+    for name, spec in config.eval.sets.items():
+        for each in [spec, *([probe_set(spec)] if spec.linear_probe is not None else [])]:
+            if check_set(name, each, config.data, is_stored=is_stored) is None:
+                list_shards(each.shards, config.data.s3)
         if spec.classes:
-            read_classes(spec.classes)
+            classes_of(spec)
     parameter_groups(check_model(config.model), config.optim)
     if config.cluster.tpu_type is not None:
         from orchestrator.backends import check_slices
@@ -868,13 +892,16 @@ def _cluster_address(config: RunConfig) -> str | None:
 
 
 @contextlib.contextmanager
-def ray_of_run(config: RunConfig, display: Display, num_trials: int = 0) -> Iterator[None]:
+def ray_of_run(
+    config: RunConfig, display: Display, num_trials: int = 0, *, records_tasks: bool = False
+) -> Iterator[None]:
     """Join the cluster that is named, or start a Ray of this run's own; leave it at the end.
 
     Where this process is part of a cluster, as a trial of a sweep is, nothing is joined or left.
 
     Args:
         num_trials: for how many runs of a sweep a Ray of its own must have room at once; 0: for this run.
+        records_tasks: have a Ray of its own remember when its tasks ran, for its timeline.
     """
     # How often Ray Train looks whether a training worker has died.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -882,7 +909,8 @@ def ray_of_run(config: RunConfig, display: Display, num_trials: int = 0) -> Iter
     address = _cluster_address(config)
     if not address and not config.cluster.dashboard:
         for name, value in LEAN_RAY.items():
-            os.environ.setdefault(name, value)
+            if not (records_tasks and "task_events" in name):
+                os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
@@ -898,7 +926,8 @@ def ray_of_run(config: RunConfig, display: Display, num_trials: int = 0) -> Iter
         needed = (
             # Two streams run side by side where one seed of a sweep ends and the next begins.
             num_data_workers * config.data.cpus_per_worker * (2 if num_trials else 1)
-            + num_runs * (config.cluster.worker_range[1] * config.cluster.cpus_per_worker + EVALUATION_CPUS)
+            + num_runs * config.cluster.worker_range[1] * config.cluster.cpus_per_worker
+            + num_runs * config.eval.num_workers * config.eval.cpus_per_worker
             + num_trials * TRIAL_CPUS
         )
         display.say("starting Ray on this machine")

@@ -161,20 +161,19 @@ def plan(
     kind: DeviceKind,
     num_devices: int,
     *,
-    stored_embeddings: bool = False,
     price_per_hour: float | None = None,
 ) -> Plan:
     """What a run of this config needs on so many devices of a kind. Whether it fits is in the result.
 
+    With `embeddings.store` the locked image tower was run before, and the devices never hold it.
+
     Args:
-        stored_embeddings: the locked tower's embeddings were computed before, and the devices never run it.
         price_per_hour: of one device.
 
     Raises:
-        ConfigError: where the batch does not divide over the devices, or there is no locked tower to store.
+        ConfigError: where the batch does not divide over the devices.
     """
-    if stored_embeddings and not config.model.locked:
-        raise ConfigError("stored embeddings need a locked tower: model.locked=[visual]")
+    stored_embeddings = config.embeddings.store is not None
     batch, accelerator = config.train.global_batch_size, kind.accelerators[0]
     if batch % num_devices:
         near = max(num_devices, batch // num_devices * num_devices)
@@ -191,6 +190,7 @@ def plan(
         micro,
         cached=micro < part,
         plain_attention=accelerator == "tpu" or config.cluster.uses_xla,
+        activation_checkpointing=config.train.activation_checkpointing,
         stored_embeddings=stored_embeddings,
     )
     num_micro, gathered = part // micro, 0
@@ -260,7 +260,7 @@ def plan(
         data_workers=None if stored_embeddings else math.ceil(rate * DECODE_S / FULL),
         object_store=ahead * batch * sample_bytes,
         price_per_hour=price_per_hour,
-        assumptions=_assumptions(config, kind, stored_embeddings),
+        assumptions=_assumptions(config, kind),
     )
 
 
@@ -288,27 +288,22 @@ def _phases(towers: TowerCosts, features: int, loss: int, *, cached: bool, avera
 
 
 def _sample_bytes(config: RunConfig, feature_bytes: int, stored_embeddings: bool) -> int:
-    """Of one pair as it comes from the data-shard workers: of a stored tower, a row of features."""
+    """Of one pair as it comes from the data-shard workers: of a stored image, a row of features."""
     size, context_length, _ = shapes(config.model)
-    stored = config.model.locked if stored_embeddings else []
-    image = feature_bytes if "visual" in stored else size * size * 3
-    return image + (feature_bytes if "text" in stored else context_length * 4)
+    return (feature_bytes if stored_embeddings else size * size * 3) + context_length * 4
 
 
-def _assumptions(config: RunConfig, kind: DeviceKind, stored_embeddings: bool) -> list[str]:
+def _assumptions(config: RunConfig, kind: DeviceKind) -> list[str]:
     peak, locked = kind.peak(config.train.precision) / 1e12, " and ".join(config.model.locked)
     lines = [
         f"{kind.name}: {kind.utilisation:.0%} of {peak:,.1f} TFLOP/s ({kind.source})",
         "days are of training alone: no starts, checkpoints, evaluations, waits for data",
     ]
-    if stored_embeddings:
-        lines.append(
-            f"the embeddings of the locked tower ({locked}) were stored before: its time and memory and the data-shard "
-            "workers of that pass are not in here. `sigray train` runs the tower live so far"
-        )
+    if config.embeddings.store is not None:
+        lines.append("the image embeddings are in the store: what `sigray embed` takes to make it is not in here")
     else:
         if locked:
-            lines.append(f"the locked tower ({locked}) runs live, forward only; --stored-embeddings leaves it out")
+            lines.append(f"the locked tower ({locked}) runs live, forward only")
         rate = f"{1 / DECODE_S:,.0f} a second and core"
         lines.append(f"data-shard workers decode photographs at {rate}; small images are faster")
     if kind.name == CPU:
@@ -319,7 +314,7 @@ def _assumptions(config: RunConfig, kind: DeviceKind, stored_embeddings: bool) -
     return lines
 
 
-def check_fits(found: Plan, config: RunConfig, *, stored_embeddings: bool = False) -> None:
+def check_fits(found: Plan, config: RunConfig) -> None:
     """Refuse what needs more memory than there is.
 
     Raises:
@@ -328,7 +323,7 @@ def check_fits(found: Plan, config: RunConfig, *, stored_embeddings: bool = Fals
     if found.fits:
         return
     peak, usable = found.peak, FITS * found.memory
-    best = largest_micro_batch(config, found.device, found.num_devices, stored_embeddings=stored_embeddings)
+    best = largest_micro_batch(config, found.device, found.num_devices)
     most = max(peak.items, key=lambda name: peak.items[name])
     now = found.batch["micro-batch"] * _devices_per_worker(config, found.device)
     advice = (
@@ -336,6 +331,10 @@ def check_fits(found: Plan, config: RunConfig, *, stored_embeddings: bool = Fals
         if best is not None
         else "no micro-batch is small enough: take more or larger devices, a smaller model or a smaller global batch"
     )
+    train = config.train.model_copy(update={"activation_checkpointing": True})
+    keeps_less = plan(config.model_copy(update={"train": train}), found.device, found.num_devices)
+    if keeps_less.fits and not config.train.activation_checkpointing:
+        advice += ", and so does train.activation_checkpointing=true alone"
     raise DoesNotFit(
         f"one {found.device.name} needs {peak.total / GIB:.1f} GiB at the worst moment of a step ({peak.name}; most of "
         f"it {most}, {peak.items[most] / GIB:.1f} GiB) and has {found.memory / GIB:.1f} GiB, of which "
@@ -343,16 +342,14 @@ def check_fits(found: Plan, config: RunConfig, *, stored_embeddings: bool = Fals
     )
 
 
-def largest_micro_batch(
-    config: RunConfig, kind: DeviceKind, num_devices: int, *, stored_embeddings: bool = False
-) -> int | None:
+def largest_micro_batch(config: RunConfig, kind: DeviceKind, num_devices: int) -> int | None:
     """The largest train.micro_batch_size (of a training worker) that fits; None where none does."""
     part, devices = config.train.global_batch_size // num_devices, _devices_per_worker(config, kind)
 
     def fits(micro: int) -> bool:
         changed = config.train.model_copy(update={"micro_batch_size": micro * devices})
         tried = config.model_copy(update={"train": changed})
-        return plan(tried, kind, num_devices, stored_embeddings=stored_embeddings).fits
+        return plan(tried, kind, num_devices).fits
 
     sizes = [size for size in range(1, part + 1) if part % size == 0]
     # The whole part at once may fit where smaller ones do not: a single micro-batch meets no gradients.
@@ -397,9 +394,7 @@ def check_memory(config: RunConfig) -> None:
         return
     if kind.name == CPU:
         kind = dataclasses.replace(kind, framework=0)
-    stored = config.embeddings.store is not None
-    found = plan(config, kind, default_num_devices(config, kind), stored_embeddings=stored)
-    check_fits(found, config, stored_embeddings=stored)
+    check_fits(plan(config, kind, default_num_devices(config, kind)), config)
 
 
 def run_device(config: RunConfig, name: str | None = None, num_devices: int | None = None) -> DeviceKind | None:

@@ -29,6 +29,7 @@ from rich.table import Table
 
 from orchestrator.config import FILES, ConfigError, RunConfig, load_config
 from orchestrator.monitor import format_duration
+from workers.config import SUBFOLDERS
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 DEFAULT_PAGES = "http://127.0.0.1:3001"  # where `sigray monitor` serves the pages of runs, and where they are forwarded
@@ -70,7 +71,7 @@ def check_job(path: str, overrides: list[str]) -> RunConfig:
 
 def _local_files(config: RunConfig) -> list[str]:
     """Small files that the config names and the job takes along: tokenizer and class lists."""
-    names = [spec.classes for spec in config.eval.sets.values() if spec.classes]
+    names = [spec.classes for spec in config.eval.sets.values() if spec.classes and spec.classes != SUBFOLDERS]
     if config.model.tokenizer != "open_clip":
         names.append(config.model.tokenizer)
     return sorted({name for name in names if "://" not in name})

@@ -12,6 +12,7 @@ from orchestrator.embed import check_store
 from orchestrator.launch import train_job
 from workers.committed import CheckpointInfo
 from workers.data_worker import Block, DataWorker
+from workers.profile import Profile
 from workers.shards import scan_shards
 from workers.train import Answer, Request, train_loop_per_worker
 
@@ -55,7 +56,9 @@ class Recorder:
         self.warnings.append(message)
 
 
-def train_bare(rank: int, world_size: int, config: RunConfig, last_step: int | None = None) -> dict[str, Any]:
+def train_bare(
+    rank: int, world_size: int, config: RunConfig, last_step: int | None = None, profile: Profile | None = None
+) -> dict[str, Any]:
     """Train a config on this rank, to its end or to a step of it; see `tests.ranks.run_on_ranks`.
 
     Returns:
@@ -66,7 +69,7 @@ def train_bare(rank: int, world_size: int, config: RunConfig, last_step: int | N
         manifest = check_store(config).manifest(manifest, config.data)
     recorder = Recorder(last_step)
     blocks = OneWorker(DataWorker(manifest, config.data, config.model, seed=config.run.seed))
-    train_loop_per_worker(train_job(config, world_size, manifest, blocks, recorder))
+    train_loop_per_worker(train_job(config, world_size, manifest, blocks, recorder, profile=profile))
     return {
         "losses": {line["step"]: line["train/loss"] for line in recorder.lines},
         "lines": recorder.lines,

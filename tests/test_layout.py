@@ -65,6 +65,63 @@ def test_only_two_files_know_an_accelerator():
     assert accelerator_calls(Path("workers/device.py"))
 
 
+UNPICKLING = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
+# The rasteriser's own child process, over a pipe.
+PICKLES_TO_ITSELF = {Path("orchestrator/emoji.py")}
+
+
+def unsafe_reads(path: Path) -> list[str]:
+    """Ways to have a file's content run as code, with their lines."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [f"{alias.name} in line {node.lineno}" for alias in node.names if alias.name in UNPICKLING]
+        elif isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in UNPICKLING:
+            found.append(f"{node.module} in line {node.lineno}")
+        elif isinstance(node, ast.Call):
+            name, said = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+            is_unsafe = (
+                (name.endswith("torch.load") and said.get("weights_only") != "True")
+                or said.get("allow_pickle") == "True"
+                or said.get("shell") == "True"
+                or name in ("eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load")
+                or name.endswith((".read_pickle", ".unsafe_load"))
+            )
+            if is_unsafe:
+                found.append(f"{name} in line {node.lineno}")
+    return found
+
+
+def test_nothing_that_is_read_can_run_code():
+    files = {path for package in [*PACKAGES, "benchmarks"] for path in Path(package).rglob("*.py")}
+    for path in files - PICKLES_TO_ITSELF:
+        assert not unsafe_reads(path), f"{path}: {unsafe_reads(path)}"
+    for path in PICKLES_TO_ITSELF:
+        assert all(found.startswith("pickle in line") for found in unsafe_reads(path)), path
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from cloudpickle import loads",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "numpy.load(path, allow_pickle=True)",
+        "subprocess.run(command, shell=True)",
+        "yaml.load(text)",
+        "eval(text)",
+        "pandas.read_pickle(path)",
+    ],
+)
+def test_each_way_to_run_code_is_really_found(line, tmp_path):
+    path = tmp_path / "unsafe.py"
+    path.write_text(f"def f():\n    {line}\n")
+    assert len(unsafe_reads(path)) == 1
+    path.write_text("torch.load(path, weights_only=True)\nyaml.safe_load(text)\nmodule.eval()\nmodel.load(path)\n")
+    assert unsafe_reads(path) == []
+
+
 def test_the_direction_is_really_checked(tmp_path):
     path = tmp_path / "wrong.py"
     path.write_text("def f():\n    from orchestrator.config import RunConfig\n")

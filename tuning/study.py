@@ -16,7 +16,15 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from orchestrator.config import ConfigError, RunConfig, override_of, parse_config, put, read_mapping
+from orchestrator.config import (
+    ConfigError,
+    RunConfig,
+    override_of,
+    parse_config,
+    put,
+    read_mapping,
+    refuse_secrets,
+)
 from tuning.decide import Rules, Scheduler, geometric_rungs
 from tuning.space import Dimension
 from workers.config import LocalOrUri, NonNegativeInt, PositiveInt, Section
@@ -26,6 +34,7 @@ _FIGURES = {
     "zero_shot": ("top1", "top5"),
     "retrieval": tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)),
 }
+_FIGURES["multilingual"] = _FIGURES["retrieval"]
 
 
 class SearchConfig(Section):
@@ -124,7 +133,8 @@ class StudyConfig(Section):
     overrides: dict[str, Any] = {}
     """Dotted keys of the run and their values, for all trials."""
     metric: str
-    """The figure by which trials are judged, higher is better: zero_shot.SET.top1, retrieval.SET.image_to_text_r10."""
+    """The figure by which trials are judged, higher is better: zero_shot.SET.top1, retrieval.SET.image_to_text_r10, or
+    multilingual.SET.image_to_text_r1, the mean over the languages of the set."""
     budget: PositiveInt | Annotated[list[PositiveInt], Field(min_length=1)]
     """Samples that a trial sees in its whole run: train.num_samples. Of several, each makes a search of its own, whose
     learning rates end with it."""
@@ -335,6 +345,7 @@ def _put_overrides(content: dict[str, Any], given: list[tuple[str, Any]]) -> Non
 
 def parse_study(content: dict[str, Any], source: str) -> Study:
     """Check a study whose base is the content of a run; raises as `load_study`, naming `source`."""
+    refuse_secrets(content, source)
     try:
         config = StudyConfig.model_validate(content)
     except ValidationError as error:
@@ -370,6 +381,8 @@ def _check_metric(metric: str, base: RunConfig, source: str) -> None:
         raise ConfigError(f"{source}: metric={metric}: eval.sets.{name} has no classes")
     if task == "retrieval" and not sets[name].retrieval:
         raise ConfigError(f"{source}: metric={metric}: eval.sets.{name} has retrieval=false")
+    if task == "multilingual" and not sets[name].languages:
+        raise ConfigError(f"{source}: metric={metric}: eval.sets.{name} names no languages")
 
 
 def _explain(error: dict[str, Any]) -> list[str]:

@@ -33,7 +33,7 @@ from rich.console import Console
 
 from orchestrator.backends import worker_resources
 from orchestrator.config import ConfigError, RunConfig, check_resume, parse_config
-from orchestrator.launch import EVALUATION_CPUS, TRIAL_CPUS, ray_of_run, rung_step, scan, stop_on_signal, train
+from orchestrator.launch import TRIAL_CPUS, evaluation_resources, ray_of_run, rung_step, scan, stop_on_signal, train
 from orchestrator.lease import RunHeld, RunLease
 from orchestrator.monitor import Display
 from tuning.capacity import Demand, Node, count_trials
@@ -274,7 +274,7 @@ class _Sweep:
         trainable: Any = tune.with_resources(
             tune.with_parameters(_run_trial, judge=self._judge, study=self.study),
             # What a trial's process starts without saying where runs in its places: its evaluations.
-            tune.PlacementGroupFactory([{"CPU": TRIAL_CPUS}, {"CPU": EVALUATION_CPUS}]),
+            tune.PlacementGroupFactory([{"CPU": TRIAL_CPUS}, *self._evaluation_demand()]),
         )
         # It misses the files of the loggers that are switched off, and traces what we tell.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
@@ -378,7 +378,12 @@ class _Sweep:
         clusters = [config.cluster for config in self._configs.values()] or [_base(self.study).cluster]
         cluster = max(clusters, key=lambda one: one.worker_range[1] * sum(worker_resources(one).values()))
         workers = [worker_resources(cluster)] * cluster.worker_range[1]
-        return Demand(workers, [{"CPU": EVALUATION_CPUS}, {"CPU": TRIAL_CPUS}])
+        return Demand(workers, [*self._evaluation_demand(), {"CPU": TRIAL_CPUS}])
+
+    def _evaluation_demand(self) -> list[dict[str, float]]:
+        """Of a trial's evaluations, which share one config."""
+        evaluation = _base(self.study).eval
+        return [evaluation_resources(evaluation)] * evaluation.num_workers
 
     def _pools_demand(self) -> Demand:
         data = _base(self.study).data
@@ -497,7 +502,7 @@ class _SweepTrial:
         rung = self._rung_of_step[evaluation["step"]]
         more = {
             "loss": line.get("train/loss"),
-            "figures": {task: evaluation[task] for task in ("zero_shot", "retrieval")},
+            "figures": {task: evaluation[task] for task in ("zero_shot", "retrieval", "multilingual")},
         }
         asked = self._judge.decide.remote(self._number, rung, evaluation["samples_seen"], value, more)
         answer: Answer = ray.get(asked)
@@ -592,7 +597,8 @@ def _check_same(study: Study, storage: Storage) -> None:
         for key in ("metric", "budget", "rungs", "seeds", "space", "search", "scheduler")
         if before[key] != after[key]
     ]
-    if saved.base["eval"] != study.base["eval"]:
+    old, new = (_base(each).eval.model_copy(update={"num_workers": 1}) for each in (saved, study))
+    if old != new:
         lines.append("eval: the sweep was started with other held-out sets")
     try:
         check_resume(_base(saved), _base(study))  # where and on what it runs may change

@@ -47,6 +47,8 @@ def _pattern(text: str) -> str:
     return text
 
 
+SUBFOLDERS = "subfolders"
+ClassesName = Annotated[str, AfterValidator(lambda name: name if name == SUBFOLDERS else _absolute(name))]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Tower = Literal["visual", "text"]
 
@@ -186,8 +188,9 @@ class ModelConfig(Section):
     """Regular expressions for whole parameter names that stay fresh although init_from has them, as text\\..*"""
     init_logit_scale: float = math.log(10)
     """t' at the start, a log: the paper begins at log 10."""
-    init_logit_bias: float = -10.0
-    """b at the start: the paper begins at -10, so that the many negatives do not dominate the first steps."""
+    init_logit_bias: float | None = -10.0
+    """b at the start: the paper begins at -10, so that the many negatives do not dominate the first steps. Null: there
+    is no bias (first row of the paper's table 4)."""
     locked: list[Tower] = []
     """Towers that keep their weights: `visual` (LiT, arXiv 2111.07991) or `text`. No gradients, no optimizer state, no
     dropout."""
@@ -252,6 +255,9 @@ class TrainConfig(Section):
     """Pairs that a training worker takes through the towers at once; must divide its part of the global batch. Null:
     all of them. Smaller ones need less memory and compute each tower's forward pass twice (GradCache); the loss still
     sees every pair of the global batch, and the gradients are the same."""
+    activation_checkpointing: bool = False
+    """Keep of each block of a tower its input only, and compute the block again in the backward pass: a third more
+    arithmetic for a fraction of the memory. It may be combined with micro_batch_size, which costs as much."""
     precision: Precision = "fp32"
     """fp32; tf32: GPUs and TPUs may round the inputs of products; or bf16: autocast of the towers and products of the
     loss (weights, sums and optimizer stay fp32)."""
@@ -334,18 +340,21 @@ class OptimConfig(Section):
 
 class EvalSet(Section):
     shards: Patterns
-    """WebDataset tars, as data.shards."""
-    classes: LocalOrUri | None = None
-    """JSON list of {id, name}: zero-shot classification over these names. Without it only retrieval is measured."""
+    """WebDataset tars, as data.shards; or a folder with a subfolder of images for each class."""
+    classes: ClassesName | None = None
+    """Zero-shot classification over these names: a JSON list of {id, name}; a .txt with a name in each line, whose ids
+    are 0, 1, 2...; or `subfolders`, for a folder of images whose subfolders are called as their classes (underscores
+    stand for spaces). Without it only retrieval is measured."""
     class_field: str = "class"
-    """Key of a sample's .json member that holds its class id."""
+    """Key of a sample's .json member that holds its class id; where there is none, its .cls member holds it. Of a
+    folder of images, the subfolder's name is the id."""
     templates: list[str] = ["{}"]
     """Prompts; `{}` stands for the class name. The features of several are averaged."""
     retrieval: bool = True
-    """Image-to-text and text-to-image recall over the whole set."""
+    """Image-to-text and text-to-image recall over the whole set. False where it has no captions."""
     linear_probe: Patterns | None = None
-    """Tars of images with classes, as data.shards, to fit a linear classifier of image features on; it is measured on
-    `shards`. All are held in memory."""
+    """Images with classes, as `shards`, to fit a linear classifier of image features on; it is measured on `shards`.
+    All features are held in memory."""
     languages: list[str] = []
     """Languages to measure apart, each with the captions that language_captions has for it."""
     language_captions: str = "json:captions.{language}.name"
@@ -370,6 +379,14 @@ class EvalConfig(Section):
     """Named held-out sets, each evaluated on every checkpoint."""
     batch_size: PositiveInt = 256
     """Images, or prompts, per forward pass."""
+    num_workers: PositiveInt = 1
+    """Ray workers that share one evaluation, beside training; the figures are the same with any number. Raise it where
+    an evaluation takes longer than the way to the next checkpoint."""
+    cpus_per_worker: PositiveInt = 1
+    """CPUs that Ray reserves for each of them while it works, and its threads. Another number may change last bits."""
+    accelerator: Literal["cpu", "cuda"] = "cpu"
+    """Where they run the towers, in float32; cuda: each has a GPU of its own, which must be one that training leaves
+    free."""
     pixel_baseline: bool = False
     """Also classify by the nearest training image in raw 16 x 16 pixels. Reads all training data: for small sets."""
     num_sheet_images: NonNegativeInt = 24

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from losses import Negatives, Shards, ring_sigmoid_loss, ring_softmax_loss, sharded_sigmoid_loss, sharded_softmax_loss
+from losses.spans import span
 from workers.config import Accelerator, LossConfig, Precision
 from workers.towers import tower_blocks
 
@@ -116,6 +117,12 @@ class Device:
         """Begin the random draws of dropout and patch dropout anew."""
         torch.manual_seed(number)
 
+    def checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function that keeps its arguments only, and is called again in the backward pass, with equal draws."""
+        from torch.utils.checkpoint import checkpoint
+
+        return checkpoint(function, *args, use_reentrant=False, **kwargs)
+
     def lay_out(self, features: Tensor) -> Tensor:
         """(rows, D) as the towers give them -> what `loss` takes."""
         return features
@@ -153,6 +160,17 @@ class Device:
     def settle(self) -> Callable[[], None] | None:
         """Have what was recorded compiled and computed; None where operations run as they are called."""
         return None
+
+    @property
+    def settle_span(self) -> Callable[[], None] | None:
+        """Wait until what a span of a profile asked for is computed; None where it is, or cannot be told apart."""
+        if self.torch_device.type == "cuda":
+            return lambda: torch.cuda.synchronize(self.torch_device)
+        return None
+
+    def compiler_report(self) -> str:
+        """What the compiler under this device counts; empty where there is none."""
+        return ""
 
     def average_gradients(self, module: nn.Module) -> None:
         """Mean over ranks of every gradient, in one all-reduce of one flat buffer.
@@ -340,6 +358,19 @@ class XlaDevice(Device):
 
         torch_xla.manual_seed(number)
 
+    def checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # torch's own has no barrier: XLA would find both passes equal, and keep the result of the first.
+        from torch_xla.utils.checkpoint import checkpoint
+
+        inputs = (*args, *kwargs.values())
+        if not any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
+            return function(*args, **kwargs)  # torch_xla's finds gradients of weights only behind one of an input
+
+        def run(*values: Any) -> Any:
+            return function(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
+
+        return checkpoint(run, *inputs)
+
     def lay_out(self, features: Tensor) -> Tensor:
         """(rows, D) -> (n, rows / n, D): one slice on each device, where the batch put it."""
         return self._mark(features.view(self._program_devices, -1, features.shape[1]))
@@ -380,7 +411,13 @@ class XlaDevice(Device):
     def _settle() -> None:
         import torch_xla
 
-        torch_xla.sync()
+        with span("device program") as is_profiled:
+            torch_xla.sync(wait=is_profiled)
+
+    def compiler_report(self) -> str:
+        from torch_xla.debug import metrics
+
+        return metrics.metrics_report()
 
     def average_gradients(self, module: nn.Module) -> None:
         if self._num_hosts == 1:  # else the program has summed over all of its hosts

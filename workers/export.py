@@ -130,7 +130,7 @@ def export_onnx(module: nn.Module, model: ModelConfig, folder: Path) -> None:
         "preprocessing": preprocessing(model),
         "context_length": context_length,
         "logit_scale": float(module.get_parameter("logit_scale").detach().exp()),
-        "logit_bias": float(module.get_parameter("logit_bias").detach()),
+        "logit_bias": float(module.logit_bias.detach()) if isinstance(module.logit_bias, torch.Tensor) else 0.0,
         "tokenizer": _tokenizer_name(folder),
     }
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from losses.spans import span
 from workers.data_worker import Block
 from workers.noise import Noise
 from workers.order import StreamOrder
@@ -134,7 +135,8 @@ class Feed:
     def __iter__(self) -> Iterator[Batch]:
         while True:
             begin = time.perf_counter()
-            batch = self._ready.get()
+            with span("data wait"):
+                batch = self._ready.get()
             self.wait_s += time.perf_counter() - begin
             if batch is None:
                 return

@@ -66,3 +66,17 @@ def figures_by_language(
             labels = torch.tensor([order[class_ids[row]] for row in rows])
             result[language]["zero_shot"] = zero_shot_accuracy(features[rows] @ of_classes.T, labels)
     return result
+
+
+def mean_over_languages(figures: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """The mean of each retrieval rate over the languages, as the paper reports XM3600 (section 4.3).
+
+    Beside the rates `num_languages`, and `num_images` and `num_captions` of the language that has fewest.
+
+    Args:
+        figures: of at least one language, from `figures_by_language`.
+    """
+    retrieval = [of_language["retrieval"] for of_language in figures.values()]
+    counts = ("num_images", "num_captions")
+    means = {key: sum(of[key] for of in retrieval) / len(retrieval) for key in retrieval[0] if key not in counts}
+    return means | {key: min(of[key] for of in retrieval) for key in counts} | {"num_languages": len(retrieval)}

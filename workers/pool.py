@@ -39,6 +39,7 @@ _SLOW = 8.0
 _LOST_S = 120.0
 _TELL_S = 2.0  # between two words to Prometheus
 _PACE_S = 0.05  # between two looks whether the others have come
+_ACCELERATOR_LABEL, _NODE_ID_LABEL = "ray.io/accelerator-type", "ray.io/node-id"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -58,6 +59,30 @@ def start_here(actor_class: Any, *arguments: Any) -> Any:
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(actor_class).options(num_cpus=0, scheduling_strategy=here).remote(*arguments)
+
+
+def placement(nodes: list[dict[str, Any]]) -> Any:
+    """Where Ray should put data-shard workers: on hosts without accelerators while those have room, else on any.
+
+    Ray's SPREAD, right where all hosts are alike, goes round all of them, those that train included.
+
+    Args:
+        nodes: as `ray.nodes()` gives them.
+    """
+    from ray.util.scheduling_strategies import DoesNotExist, NodeLabelSchedulingStrategy, NotIn
+
+    alive = [node for node in nodes if node["Alive"]]
+    training = [node["NodeID"] for node in alive if _has_accelerator(node)]
+    if len(training) in (0, len(alive)):
+        return "SPREAD"
+    # The first label is Ray's own and holds for hosts that come later too; it is missing where resources were declared
+    # by hand.
+    wanted: Any = {_ACCELERATOR_LABEL: DoesNotExist(), _NODE_ID_LABEL: NotIn(*training)}
+    return NodeLabelSchedulingStrategy(hard={}, soft=wanted)
+
+
+def _has_accelerator(node: dict[str, Any]) -> bool:
+    return _ACCELERATOR_LABEL in node["Labels"] or any(node["Resources"].get(name) for name in ("GPU", "TPU"))
 
 
 def leaves_behind(number: int, others: Iterable[int], window: int) -> bool:
@@ -247,7 +272,7 @@ class DataPool:
             resources=self._resources,
             max_restarts=-1,
             max_task_retries=-1,
-            scheduling_strategy="SPREAD",
+            scheduling_strategy=placement(ray.nodes()),
         )(DataWorkerActor)
         return actor.remote(*self._arguments, seed=self._seed, run=self._run)
 

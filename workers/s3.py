@@ -443,7 +443,7 @@ def _explained(error: Exception, url: str, s3: S3Config) -> DataError:
 
 def _refused(url: str, s3: S3Config, status: int, code: str) -> DataError:
     """An answer of the store other than success as an error for the user."""
-    endpoint, bucket = _opened(url, s3).endpoint, split_s3_url(url)[0]
+    endpoint, bucket = _shown_endpoint(url, s3), split_s3_url(url)[0]
     if code == "NoSuchBucket":
         return DataError(f"{url}: there is no bucket {bucket!r} at {endpoint}; check the URL and data.s3.endpoint")
     if code in _EXPIRED:
@@ -455,8 +455,13 @@ def _refused(url: str, s3: S3Config, status: int, code: str) -> DataError:
     return DataError(f"{url}: {endpoint} answers {status} {code}")
 
 
+def _shown_endpoint(url: str, s3: S3Config) -> str:
+    """Without name and password, which AWS_ENDPOINT_URL may hold."""
+    return re.sub(r"//[^/]*@", "//", _opened(url, s3).endpoint)
+
+
 def _unreachable(url: str, s3: S3Config, reason: str) -> DataError:
-    endpoint = _opened(url, s3).endpoint
+    endpoint = _shown_endpoint(url, s3)
     return DataError(
         f"{url}: cannot reach the store {endpoint}: {reason.split('?')[0]}; check the network, data.s3.endpoint and "
         "AWS_ENDPOINT_URL"

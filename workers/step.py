@@ -15,19 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from losses import NonFiniteFeatures, cached_backward
+from losses import NonFiniteFeatures, cached_backward, feature_means
+from losses.spans import span
 from workers.config import LossConfig, ModelConfig, OptimConfig, Tower
 from workers.device import Device
 from workers.feed import Batch
 from workers.optim import build_optimizer, learning_rate
-from workers.towers import TOWERS, build_model, lock_towers, normalize_pixels
+from workers.towers import TOWERS, build_model, checkpoint_activations, lock_towers, normalize_pixels
 
 
 @dataclass
 class StepResult:
-    """Scalars of one step, still on the device. `loss` is this rank's part; its mean over ranks is the loss."""
+    """Figures of one step, still on the device. `loss` is this rank's part; its mean over ranks is the loss."""
 
     loss: Tensor
+    feature_means: Tensor  # (2 D + 1,) of this rank's rows, see `losses.mean_logits`
     logit_scale: Tensor
     logit_bias: Tensor
     grad_norm: Tensor
@@ -60,6 +62,7 @@ class Trainer:
         num_samples: length of the run, for the schedule.
         global_batch_size: B, over all ranks.
         micro_batch_size: pairs that go through the towers at once; None: all b of this rank.
+        activation_checkpointing: whether the towers' blocks keep their inputs only.
         stored_embeddings: whether batches hold the locked image tower's embeddings in the place of images.
         seed: of the run; weights and the random state of every step follow from it.
 
@@ -79,6 +82,7 @@ class Trainer:
         global_batch_size: int,
         micro_batch_size: int | None,
         seed: int,
+        activation_checkpointing: bool = False,
         stored_embeddings: bool = False,
     ) -> None:
         self._model, self._optim, self._loss, self._device = model, optim, loss, device
@@ -87,9 +91,12 @@ class Trainer:
         torch.manual_seed(seed)
         self.module = device.place(build_model(model, stored_embeddings=stored_embeddings))
         lock_towers(self.module, model)
+        if activation_checkpointing:
+            checkpoint_activations(self.module, model, device.checkpoint)
         self.optimizer = build_optimizer(self.module, optim, device.optimizer_options())
         self._log_logit_scale = self.module.get_parameter("logit_scale")
-        self._logit_bias = self.module.get_parameter("logit_bias")
+        bias = self.module.logit_bias
+        self._logit_bias = bias if isinstance(bias, Tensor) else torch.zeros((), device=device.torch_device)
 
     def step(self, batch: Batch) -> StepResult:
         """Forward, loss over the global batch, backward, clip, update.
@@ -101,10 +108,17 @@ class Trainer:
         lr = self._set_learning_rate(batch.step)
         size = self._micro_batch_size or len(batch.images)
         self.optimizer.zero_grad(set_to_none=True)
+        means: list[Tensor] = []
+
+        def global_loss(image_features: Tensor, text_features: Tensor) -> Tensor:
+            with span("loss: tiles"):
+                means.append(feature_means(image_features, text_features))
+                return self._global_loss(image_features, text_features, batch.step, size)
+
         try:
             loss = cached_backward(
                 lambda rows: self._encode(batch, rows, rows.start // size),
-                lambda image, text: self._global_loss(image, text, batch.step, size),
+                global_loss,
                 num_rows=len(batch.images),
                 micro_batch_size=size,
                 encode_again=lambda rows: self._encode_again(batch, rows, rows.start // size),
@@ -117,18 +131,20 @@ class Trainer:
                 f"{error.row // size} (pair {error.row % size} of it); the weights are those of step {batch.step}. "
                 "Lower optim.lr, or train in fp32",
             ) from error
-        self._device.average_gradients(self.module)
-        clip = self._optim.grad_clip_norm
-        grad_norm = self._device.clip_gradients(self.module, clip if clip is not None else float("inf"))
-        # The scalars of the weights that this loss was computed with.
-        logit_scale, logit_bias = self._log_logit_scale.detach().exp(), self._logit_bias.detach().clone()
-        self.optimizer.step()
+        with span("gradient all-reduce"):
+            self._device.average_gradients(self.module)
+        with span("optimizer"):
+            clip = self._optim.grad_clip_norm
+            grad_norm = self._device.clip_gradients(self.module, clip if clip is not None else float("inf"))
+            # The scalars of the weights that this loss was computed with.
+            logit_scale, logit_bias = self._log_logit_scale.detach().exp(), self._logit_bias.detach().clone()
+            self.optimizer.step()
         if self._is_first:
             self._device.split_state(self.optimizer)
             self._is_first = False
         if self._device.settle is not None:
             self._device.settle()
-        return StepResult(loss, logit_scale, logit_bias, grad_norm, lr)
+        return StepResult(loss, means[0], logit_scale, logit_bias, grad_norm, lr)
 
     def _encode(
         self, batch: Batch, rows: slice, micro_batch: int, towers: Sequence[Tower] = TOWERS
@@ -138,8 +154,9 @@ class Trainer:
         # draws the same, and a resumed run needs no saved random state.
         seeds = np.random.SeedSequence([self._seed, batch.step, self._device.random_rank, micro_batch])
         self._device.seed(int(seeds.generate_state(1)[0]))
-        images, tokens = self._device.to_device(batch.images[rows], batch.tokens[rows])
-        with self._device.autocast():
+        with span("to device"):
+            images, tokens = self._device.to_device(batch.images[rows], batch.tokens[rows])
+        with span("forward"), self._device.autocast():
             # A locked tower draws nothing, so leaving it out does not shift what the other one draws.
             features = self.module(
                 self._tower_input(images) if "visual" in towers else None,

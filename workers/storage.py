@@ -57,6 +57,8 @@ class Storage:
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
         text = os.fspath(uri)
+        if "@" in text.partition("://")[2].partition("/")[0]:  # pyarrow would take them, and every message repeat them
+            raise StorageError("the URL of a storage holds credentials: give them by the environment, or by a role")
         self.is_local = "://" not in text
         self.uri = os.path.abspath(text) if self.is_local else text.rstrip("/")
         try:
@@ -86,7 +88,7 @@ class Storage:
         self.filesystem.create_dir(str(Path(final).parent), recursive=True)
         # An S3 object appears whole when its upload ends; a local file needs the rename.
         target = f"{final}.{uuid.uuid4().hex}.tmp" if self.is_local else final
-        with self.filesystem.open_output_stream(target) as stream:
+        with self.filesystem.open_output_stream(target, compression=None) as stream:
             stream.write(content)
         if target != final:
             self.filesystem.move(target, final)
@@ -102,7 +104,7 @@ class Storage:
         """
         final = self._at(path)
         self.filesystem.create_dir(str(Path(final).parent), recursive=True)
-        with self.filesystem.open_output_stream(final) as stream:
+        with self.filesystem.open_output_stream(final, compression=None) as stream:
             file = _HashedFile(stream)
             write(file)
         return {"bytes": file.num_bytes, "sha256": file.hash.hexdigest()}
@@ -113,7 +115,7 @@ class Storage:
         Raises:
             FileNotFoundError: where there is none.
         """
-        with self.filesystem.open_input_stream(self._at(path)) as stream:
+        with self.filesystem.open_input_stream(self._at(path), compression=None) as stream:
             return stream.read()
 
     def exists(self, path: str) -> bool:

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.config import DataConfig, EmbeddingsConfig, ModelConfig
+from workers.config import DataConfig, EmbeddingsConfig, ModelConfig, Precision
 from workers.decode import Refused
 from workers.shards import (
     Manifest,
@@ -124,17 +124,23 @@ class StoredShard:
     refused: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-def store_key(model: ModelConfig, data: DataConfig, embeddings: EmbeddingsConfig, sha256: str) -> dict[str, Any]:
-    """All that an embedding depends on, the image apart. Stores of equal keys hold equal numbers.
+def store_key(
+    model: ModelConfig, data: DataConfig, embeddings: EmbeddingsConfig, *, sha256: str, precision: Precision
+) -> dict[str, Any]:
+    """All that an embedding depends on, the image and the kind of device apart.
+
+    Stores of equal keys made on one kind of device hold equal numbers.
 
     Args:
         sha256: of the tower, see `workers.image_towers.tower_sha256`.
+        precision: with which the tower computes, that of training.
     """
     crop: dict[str, Any] = {"crop": data.crop}
     if data.crop == "random":
         crop |= {"crop_scale": list(data.crop_scale), "crop_ratio": list(data.crop_ratio)}
     return {
         "tower_sha256": sha256,
+        "precision": precision,
         "image_size": shapes(model)[0],
         "image_mean": list(model.image_mean),
         "image_std": list(model.image_std),
@@ -303,8 +309,10 @@ def write_tar(
     return buffer.getvalue()
 
 
-def read_embeddings(store: EmbeddingStore, source: Shard, data: DataConfig) -> Iterator[np.ndarray | None]:
-    """The first view of each sample of a held-out shard, (D,) float32; None for a refused image.
+def read_embeddings(
+    store: EmbeddingStore, source: Shard, data: DataConfig, start: int = 0
+) -> Iterator[np.ndarray | None]:
+    """The first view of each sample of a held-out shard from number `start` on, (D,) float32; None for a refused image.
 
     Raises:
         StoreError: where the shard is not in the store.
@@ -312,7 +320,8 @@ def read_embeddings(store: EmbeddingStore, source: Shard, data: DataConfig) -> I
     """
     # Held-out images have one view, however many those of training have.
     name, store_format = stored_name(source), dataclasses.replace(store.format(), num_views=1)
-    as_stored = data.model_copy(update={"image_keys": [EMBEDDING]})
+    # A set without captions has an embedding and perhaps nothing beside it.
+    as_stored = data.model_copy(update={"image_keys": [EMBEDDING], "captions": {EMBEDDING: 1.0}})
     try:
         (shard,) = scan_shards(store.url("eval", name), as_stored).shards
     except DataError as error:
@@ -321,7 +330,7 @@ def read_embeddings(store: EmbeddingStore, source: Shard, data: DataConfig) -> I
             f"again ({error})"
         ) from error
     reader = EmbeddingReader(store_format)
-    for sample in read_samples(shard, as_stored):
+    for sample in read_samples(shard, as_stored, start=start):
         try:
             row = torch.from_numpy(reader.read(sample.members, 0).copy())
         except Refused:

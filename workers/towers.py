@@ -8,6 +8,8 @@ Every model is an open_clip `CustomTextCLIP`, so a checkpoint's weights load in 
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,7 +61,7 @@ def build_model(model: ModelConfig, *, stored_embeddings: bool = False) -> nn.Mo
     """The towers with fresh weights from torch's current random state; `model.image_tower` with its own.
 
     Its forward takes (b, 3, S, S) float images and (b, T) int tokens and returns a dict: `image_features` and
-    `text_features`, both (b, D) of unit norm, `logit_scale` (already exponentiated) and `logit_bias`.
+    `text_features`, both (b, D) of unit norm, `logit_scale` (already exponentiated) and, if it has one, `logit_bias`.
 
     Args:
         stored_embeddings: leave the image tower out: forward takes its embeddings, (b, D), in the place of images.
@@ -193,6 +195,22 @@ def tower_blocks(tower: nn.Module) -> list[nn.Module]:
         if len({type(member) for member in members}) == 1 and num_parameters(members[0]):
             blocks += members
     return blocks
+
+
+def checkpoint_activations(module: nn.Module, model: ModelConfig, checkpoint: Callable[..., Any]) -> None:
+    """Have each block of the towers that train keep its input only, and run again in the backward pass.
+
+    A block inside another one is part of that one. Names of parameters stay.
+
+    Args:
+        checkpoint: function and its arguments -> its result; `workers.device.Device.checkpoint`.
+    """
+    for name in TOWERS:
+        blocks = [] if name in model.locked else tower_blocks(module.get_submodule(name))
+        inner = {id(part) for block in blocks for part in list(block.modules())[1:]}
+        for block in blocks:
+            if id(block) not in inner:
+                block.forward = functools.partial(checkpoint, block.forward)
 
 
 def num_parameters(module: nn.Module) -> int:

@@ -20,6 +20,8 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 
+from losses import mean_logits
+from losses.spans import span
 from workers.checkpoint import CheckpointWriter, help_to_save, load_checkpoint, load_newest, read_left_out
 from workers.committed import CheckpointInfo, read_info
 from workers.config import (
@@ -38,6 +40,7 @@ from workers.feed import Batch, BlockSource, Feed
 from workers.initial import load_initial_weights
 from workers.ledger import Ledger, ledger_files
 from workers.noise import Noise
+from workers.profile import Profile, StepProfiler
 from workers.shards import Manifest
 from workers.step import BadStep, StepResult, Trainer
 from workers.storage import Storage
@@ -94,6 +97,8 @@ class TrainJob:
     hooks: Hooks
     rungs: frozenset[int] = frozenset()
     """Steps done at which a checkpoint is written and the driver is asked whether to go on."""
+    profile: Profile | None = None
+    """Which steps are profiled; the run ends behind them."""
 
 
 def train_loop_per_worker(job: TrainJob) -> None:
@@ -129,6 +134,7 @@ def train_loop_per_worker(job: TrainJob) -> None:
         global_batch_size=global_batch_size,
         micro_batch_size=job.train.micro_batch_size,
         seed=job.seed,
+        activation_checkpointing=job.train.activation_checkpointing,
         stored_embeddings=job.manifest.store is not None,
     )
     storage = Storage(job.storage_uri)
@@ -136,6 +142,8 @@ def train_loop_per_worker(job: TrainJob) -> None:
     if first_step == 0 and job.model.init_from is not None:
         load_initial_weights(trainer.module, job.model)
     check_collectives(device, global_batch_size // world_size)
+    if job.profile is not None:  # the schedule of the learning rate is that of the whole run
+        num_steps = min(num_steps, job.profile.total)
     feed = Feed(
         build_order(job.manifest, job.data, job.seed),
         job.blocks,
@@ -154,32 +162,37 @@ def train_loop_per_worker(job: TrainJob) -> None:
     if rank == 0:
         job.hooks.started(_facts(job, trainer, device, world_size, first_step, num_steps))
 
-    window = _LogWindow(feed, device, global_batch_size, job.train.max_loss_ratio)
+    window = _LogWindow(feed, device, job)
     left_out = set(read_left_out(storage))
+    profiler = StepProfiler(job.profile, device, storage, rank)
     try:
-        for batch in feed:
-            steps_done, is_last = batch.step + 1, batch.step + 1 == num_steps
-            if steps_done not in left_out:
-                window.add(steps_done, trainer.step(batch))
-            saver.add(batch)
-            request: Request = "go on"
-            # A checkpoint is never written before all losses up to it were found good.
-            is_rung = steps_done in job.rungs and not is_last
-            if steps_done % job.train.log_every_steps == 0 or is_last or is_rung or saver.may_be_due(steps_done):
-                metrics = window.close(steps_done)
-                if rank == 0 and metrics:
-                    request = job.hooks.record(metrics)
-                    saver.add_metrics(metrics)
-                stop = _any_rank(request == "stop", device)
-                if _any_rank(request == "save" or saver.is_due(steps_done), device) or stop or is_last or is_rung:
-                    saver.save(steps_done)
-                    if is_rung and not stop:
-                        saver.wait()
-                        stop = _is_told_to_stop(job, steps_done, rank, device)
-                    window.restart_clock()
-                if stop:
-                    break
-            saver.tell_committed()
+        with profiler:
+            for batch in feed:
+                steps_done, is_last = batch.step + 1, batch.step + 1 == num_steps
+                if steps_done not in left_out:
+                    window.add(steps_done, trainer.step(batch))
+                saver.add(batch)
+                request: Request = "go on"
+                # A checkpoint is never written before all losses up to it were found good.
+                is_rung = steps_done in job.rungs and not is_last
+                if steps_done % job.train.log_every_steps == 0 or is_last or is_rung or saver.may_be_due(steps_done):
+                    with span("metrics"):
+                        metrics = window.close(steps_done)
+                        if rank == 0 and metrics:
+                            request = job.hooks.record(metrics)
+                            saver.add_metrics(metrics)
+                        stop = _any_rank(request == "stop", device)
+                    if _any_rank(request == "save" or saver.is_due(steps_done), device) or stop or is_last or is_rung:
+                        with span("checkpoint"):
+                            saver.save(steps_done)
+                        if is_rung and not stop:
+                            saver.wait()
+                            stop = _is_told_to_stop(job, steps_done, rank, device)
+                        window.restart_clock()
+                    if stop:
+                        break
+                saver.tell_committed()
+                profiler.step_done()
         saver.close()
     except BadStep:
         saver.close()  # what was saved before it is good
@@ -292,9 +305,9 @@ class _Saver:
 class _LogWindow:
     """The steps between two lines of metrics. The host reads the device in `close` only."""
 
-    def __init__(self, feed: Feed, device: Device, global_batch_size: int, max_loss_ratio: float | None) -> None:
-        self._feed, self._device, self._global_batch_size = feed, device, global_batch_size
-        self._max_loss_ratio = max_loss_ratio
+    def __init__(self, feed: Feed, device: Device, job: TrainJob) -> None:
+        self._feed, self._device, self._global_batch_size = feed, device, job.train.global_batch_size
+        self._max_loss_ratio, self._has_bias = job.train.max_loss_ratio, job.loss.name == "sigmoid"
         self._results: list[StepResult] = []
         self._steps: list[int] = []  # of the results, counted from 1
         self._good_losses: deque[float] = deque(maxlen=_NUM_RECENT)
@@ -324,6 +337,7 @@ class _LogWindow:
         losses = self._device.read([result.loss for result in self._results])
         norms = self._device.read([result.grad_norm for result in self._results])
         scale, bias = self._device.read([newest.logit_scale, newest.logit_bias])
+        features = newest.feature_means.tolist()
         host = [
             self._feed.num_ready,
             self._feed.wait_s - self._wait_s,
@@ -331,7 +345,9 @@ class _LogWindow:
             self._feed.refused.total(),
         ]
         world_size = dist.get_world_size() if dist.is_initialized() else 1
-        *losses, num_ready, wait_s, decode_s, num_refused = self._device.sum_over_ranks([*losses, *host])
+        sums = self._device.sum_over_ranks([*features, *losses, *host])
+        features = [total / world_size for total in sums[: len(features)]]
+        *losses, num_ready, wait_s, decode_s, num_refused = sums[len(features) :]
         means = [total / world_size for total in losses]
         num_ready, wait_s = num_ready / world_size, wait_s / world_size
         for step, loss, norm in zip(self._steps, means, norms, strict=True):
@@ -339,6 +355,7 @@ class _LogWindow:
             if reason:
                 raise BadStep(step, f"step {step}: {reason}. Lower optim.lr, or train in fp32")
             self._good_losses.append(loss)
+        positive, negative = mean_logits(features, self._global_batch_size, scale, bias if self._has_bias else 0.0)
         elapsed_s = time.perf_counter() - self._begin
         metrics = {
             "step": steps_done,
@@ -346,6 +363,8 @@ class _LogWindow:
             "train/loss": means[-1],
             "train/logit_scale": scale,
             "train/logit_bias": bias,
+            "train/positive_logit_mean": positive,
+            **({} if negative is None else {"train/negative_logit_mean": negative}),
             "train/grad_norm": norms[-1],
             "train/learning_rate": newest.learning_rate,
             "throughput/samples_per_s": self._num_timed * self._global_batch_size / elapsed_s,

@@ -279,6 +279,7 @@ def test_a_process_that_has_the_pid_of_another_is_left_alone():
         ("node", "/venv/ray/core/src/ray/raylet/raylet --raylet_socket_name=/tmp/x"),
         ("gcs", "/venv/ray/core/src/ray/gcs/gcs_server --log_dir=/tmp/x"),
         ("evaluation", "ray::evaluate_checkpoint"),
+        ("evaluation", "ray::FeatureWorker.images"),
     ],
 )
 def test_a_kind_hits_its_process_and_no_other(kind, command, config, tmp_path, monkeypatch):

@@ -264,6 +264,17 @@ def test_a_run_leaves_what_its_user_expects(small, bucket, third_life):
 
 
 @pytest.mark.ray
+def test_no_key_of_the_store_is_kept(small, s3, bucket, third_life):
+    """The runs read and wrote with it: it is in no file of theirs, no object, and nothing that was printed."""
+    secret = s3["AWS_SECRET_ACCESS_KEY"].encode()
+    files = [path for path in small.folder.rglob("*") if path.is_file()]
+    objects = list(bucket.objects.filter(Prefix="runs/"))
+    assert len(files) > 20
+    assert len(objects) > 10
+    assert [path for path in files if secret in path.read_bytes()] == []
+    assert [item.key for item in objects if secret in item.get()["Body"].read()] == []
+
+
 def test_the_output_tells_the_batch_arithmetic_and_chance(third_life):
     for text in (
         "24 pairs = 12 x 2 workers",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,10 +19,12 @@ import yaml
 from orchestrator.config import FILES, ConfigError, check_resume, load_config
 from orchestrator.pages import RUNS, Pages
 from orchestrator.serving import serve
-from orchestrator.submit import check_job, environment_differences, stage
+from orchestrator.submit import check_job, environment_differences, stage, submit
 from tests.conftest import TOWERS, write_dataset
-from tests.head import BIN, ray_head
+from tests.head import BIN, Head, ray_head
 from tuning.cli import main
+
+CANARY = "c4n4ryS3cretThatNobodyMayKeep"
 
 
 @pytest.fixture(scope="module")
@@ -102,23 +107,49 @@ def test_another_environment_is_named():
     assert [line.split(":")[0] for line in environment_differences(changed)] == ["ray"]
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the head."""
-    return tmp_path_factory.mktemp("head")
+class Recorder:
+    """Remembers what a cluster would be asked, and which of the uploaded files hold a word."""
+
+    def __init__(self, word: str) -> None:
+        self._word = word
+
+    def submit_job(self, **options: Any) -> str:
+        self.options = options
+        files = [path for path in Path(options["runtime_env"]["working_dir"]).rglob("*") if path.is_file()]
+        assert len(files) > 20
+        self.holding = [path for path in files if self._word in path.read_text(errors="replace")]
+        return "job"
+
+
+def test_a_job_is_placed_on_the_head_and_carries_no_secret(run_config):
+    """Ray puts a driver on the head where it is asked for no resources; what --env passes is in one place only."""
+    client = Recorder(CANARY)
+    submit(client, load_config(run_config), ["--overwrite"], env={"AWS_SECRET_ACCESS_KEY": CANARY})
+    assert client.options.keys() == {"entrypoint", "submission_id", "runtime_env", "metadata"}
+    assert client.holding == []
+    env = client.options["runtime_env"].pop("env_vars")
+    assert env.pop("AWS_SECRET_ACCESS_KEY") == CANARY
+    assert CANARY not in f"{client.options} {env}"
+
+
+def test_rays_controller_stays_with_the_driver():
+    """Which is on the head. Ray 2.60 pins it; should another Ray not, a spot machine might hold it."""
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    source = inspect.getsource(DataParallelTrainer._initialize_and_run_controller)
+    assert re.search(r"RAY_NODE_ID_KEY: ray\.get_runtime_context\(\)\.get_node_id\(\)", source)
 
 
 @pytest.fixture(scope="module")
-def head(home: Path) -> Iterator[str]:
-    """The dashboard's address."""
-    with ray_head(home) as up:
-        yield up.address
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    with ray_head(tmp_path_factory.mktemp("head")) as up:
+        yield up
 
 
-def sigray(head: str, command: str, *words: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+def sigray(head: Head, command: str, *words: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(BIN / "sigray"), command, "--address", head, *words],
-        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
+        [str(BIN / "sigray"), command, "--address", head.address, *words],
+        env=os.environ | {"RAY_AUTH_MODE": "disabled", "SIGRAY_CANARY": CANARY},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -126,21 +157,25 @@ def sigray(head: str, command: str, *words: str, timeout: float = 200) -> subpro
 
 
 @pytest.mark.ray
-def test_a_job_from_its_submission_to_its_end(head, home, run_config):
+def test_a_job_from_its_submission_to_its_end(head, run_config):
     """One head for all: starting it costs ten seconds, a job forty."""
     # Submitted and left alone; a lost terminal is one that is killed.
-    pages = "--pages=http://127.0.0.1:3999"
-    submitted = sigray(head, "submit", "--job=first", pages, "--no-follow", "--", "train", str(run_config))
+    first = [
+        "--job=first",
+        "--no-follow",
+        "--pages=http://127.0.0.1:3999",
+        "--env",
+        "SIGRAY_CANARY",
+        "--",
+        "train",
+        str(run_config),
+    ]
+    deadline = time.monotonic() + 90
+    while "No available agent" in (submitted := sigray(head, "submit", *first)).stderr:  # a busy head is not up yet
+        assert time.monotonic() < deadline, submitted.stderr
     assert (submitted.returncode, submitted.stdout) == (0, "job first\n"), submitted.stderr
-    # What the Jobs page of Ray's dashboard shows of it.
-    (listed,) = json.loads(urllib.request.urlopen(f"{head}/api/jobs/").read())
-    assert listed["metadata"] == {
-        "job_name": "job",
-        "page": "http://127.0.0.1:3999/runs/job",
-        "storage": f"{run_config.parent}/storage/job",
-    }
     lost = subprocess.Popen(
-        [str(BIN / "sigray"), "logs", "--address", head, "first"],
+        [str(BIN / "sigray"), "logs", "--address", head.address, "first"],
         env=os.environ | {"RAY_AUTH_MODE": "disabled"},
         stdout=subprocess.PIPE,
         text=True,
@@ -156,12 +191,25 @@ def test_a_job_from_its_submission_to_its_end(head, home, run_config):
     assert again.stdout.count("step      4  samples        64") == 1
     assert "finished at 64 samples" in again.stdout
     assert list((run_config.parent / "storage" / "job" / "checkpoints").glob("step-0000000004"))
-    table = sigray(head, "status").stdout
-    assert "first" in table
-    assert "succeeded" in table
-    # Its page is fed by the folder that the job keeps below the head's home.
-    with serve(Pages([str(home / "sigray-runs")], [RUNS]).answer, 0) as port:
-        told = json.loads(urllib.request.urlopen(f"http://127.0.0.1:{port}/api/runs/job").read())
+    # Of what --env passed the name is shown; the value is in nothing that is shown or kept, Ray's own logs included.
+    said = [again.stdout, get(f"{head.address}/api/jobs/"), get(f"{head.address}/api/jobs/first")]
+    assert "SIGRAY_CANARY" in said[1]
+    kept = [path for folder in (run_config.parent / "storage", head.home, head.folder) for path in folder.rglob("*")]
+    holding = [path for path in kept if path.is_file() and CANARY in path.read_text(errors="replace")]
+    assert len(kept) > 50
+    assert holding == []
+    assert not any(CANARY in text for text in said)
+    listed = sigray(head, "status").stdout
+    assert "first" in listed
+    assert "succeeded" in listed
+    # What the Jobs page of Ray's dashboard shows of it, and the page that is named there.
+    assert json.loads(said[2])["metadata"] == {
+        "page": "http://127.0.0.1:3999/runs/job",
+        "job_name": "job",
+        "storage": f"{run_config.parent}/storage/job",
+    }
+    with serve(Pages([str(head.home / "sigray-runs")], [RUNS]).answer, 0) as port:
+        told = json.loads(get(f"http://127.0.0.1:{port}/api/runs/job"))
     assert (told["status"], told["step"], told["planned_samples"]) == ("finished", 4, 64)
     assert told["checkpoint"]["step"] == 4
 
@@ -185,5 +233,9 @@ def test_a_job_from_its_submission_to_its_end(head, home, run_config):
     assert sigray(head, "logs", "nothing").returncode == 2
 
 
-def log_of(head: str, job: str) -> str:
-    return json.loads(urllib.request.urlopen(f"{head}/api/jobs/{job}/logs").read())["logs"]
+def get(url: str) -> str:
+    return urllib.request.urlopen(url).read().decode()
+
+
+def log_of(head: Head, job: str) -> str:
+    return json.loads(get(f"{head.address}/api/jobs/{job}/logs"))["logs"]

@@ -9,7 +9,8 @@ import torch
 
 from tests.conftest import write_dataset
 from workers.config import DataConfig, EvalConfig, EvalSet
-from workers.evaluate import class_labels, load_set, pixel_baseline, read_classes, retrieval_recall, zero_shot_accuracy
+from workers.evaluate import class_labels, pixel_baseline, retrieval_recall, zero_shot_accuracy
+from workers.held_out import load_set, read_classes
 from workers.tar import DataError
 
 
@@ -59,7 +60,7 @@ def test_sets_and_the_pixel_baseline(tmp_path):
     spec, data = eval_set(tmp_path), DataConfig(shards=str(tmp_path / "train"))
     loaded = load_set(spec, data, 8)
     assert loaded.images.shape == (8, 8, 8, 3)
-    assert class_labels(loaded, read_classes(spec.classes), "a").tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert class_labels(loaded.class_ids, read_classes(spec.classes), "a").tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
     assert pixel_baseline(data, EvalConfig(sets={"a": spec})) == {"a": 1.0}
 
 
@@ -68,7 +69,7 @@ def test_what_is_wrong_with_a_set_is_named(tmp_path):
     spec, data = eval_set(tmp_path), DataConfig(shards=str(tmp_path))
     loaded = load_set(spec, data, 8)
     with pytest.raises(DataError, match="eval.sets.a: class 'black' of a sample is not in the classes file"):
-        class_labels(loaded, read_classes(spec.classes)[:3], "a")
+        class_labels(loaded.class_ids, read_classes(spec.classes)[:3], "a")
     with pytest.raises(DataError, match="none of 4 samples is usable"):
         load_set(eval_set(tmp_path, class_field="kind"), data, 8)
     (tmp_path / "classes.json").write_text("{}")

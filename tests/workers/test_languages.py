@@ -12,8 +12,9 @@ from tests.conftest import TOWERS, drawn_sample, write_tar
 from workers.bottleneck import BottleneckEmbedding, fold_bottleneck
 from workers.config import DataConfig, EvalSet, ModelConfig
 from workers.decode import Decoder, sample_random
-from workers.evaluate import load_set, retrieval_recall, zero_shot_accuracy
+from workers.evaluate import retrieval_recall, zero_shot_accuracy
 from workers.export import compare_open_clip, export_open_clip
+from workers.held_out import load_set
 from workers.languages import figures_by_language
 from workers.towers import build_model, check_model, num_parameters
 

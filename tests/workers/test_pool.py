@@ -11,12 +11,14 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orchestrator.room import Autoscaler, Need, cluster_hosts, find_autoscaler, room
 from tests.bare import OneWorker
 from tests.conftest import TOWERS, drawn_sample, write_dataset, write_tar
 from tests.processes import descendants_named
@@ -24,30 +26,28 @@ from workers.config import DataConfig, ModelConfig
 from workers.data_worker import DataWorker, build_order
 from workers.feed import BlockSource, Feed
 from workers.ledger import Ledger, audit
-from workers.pool import DataPool, PoolBlocks, in_tasks
+from workers.pool import DataPool, PoolBlocks, in_tasks, placement
 from workers.shards import Manifest, scan_shards
 from workers.storage import Storage
 from workers.tar import DataError
 from workers.tokenizer import train_tokenizer
 
 BATCH, SEED = 24, 5
+BY_HAND = Autoscaler(runs=False)
 
 
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[Any]:
     import ray
+    from ray.cluster_utils import Cluster
 
     os.environ.setdefault("RAY_enable_metrics_collection", "0")
-    ray.init(
-        address="local",
-        num_cpus=8,
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-        object_store_memory=200 * 2**20,
-    )
-    yield ray
+    head = {"num_cpus": 8, "include_dashboard": False, "object_store_memory": 200 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
+    yield cluster
     ray.shutdown()
+    cluster.shutdown()
 
 
 @pytest.fixture
@@ -150,7 +150,9 @@ def undisturbed(manifest: Manifest, data: DataConfig, model: ModelConfig, folder
 @pytest.mark.timeout(600)
 def test_ledger_of_a_stream_in_which_everything_dies(ray_session, pools, model, tmp_path):
     """Two epochs; 50 kills of data-shard workers and of the reader; 1 to 4 training workers, 1 to 3 data workers."""
-    ray, rng = ray_session, random.Random(7)
+    import ray
+
+    rng = random.Random(7)
     write_dataset(tmp_path / "tars", [150, 90, 160, 80])
     write_tar(tmp_path / "tars" / "bad.tar", [drawn_sample(n) | {"png": b"no image"} for n in range(480, 484)])
     write_dataset(tmp_path / "more", [57])
@@ -322,3 +324,44 @@ def test_two_readers_of_one_stream_share_the_decoding(pools, model, tmp_path):
             # The very block of the other reader: the time that decoding took is that of the first time.
             assert read(1, number - 4) == seen[number - 4]
     assert read(1, 3) != seen[3]  # fallen out of the window: evaluated again
+
+
+@pytest.mark.ray
+def test_hosts_without_accelerators_are_preferred_and_not_required(ray_session, pools, data_config, model):
+    """Two more hosts, one of which says that it has a GPU: three workers of four CPUs on eight, two and four."""
+    import ray
+
+    with_gpu = ray_session.add_node(num_cpus=4, num_gpus=1, object_store_memory=100 * 2**20)
+    without = ray_session.add_node(num_cpus=2, object_store_memory=100 * 2**20)
+    ray_session.wait_for_nodes()
+    try:
+        manifest = scan_shards(data_config.shards, data_config)
+        pool = pools(manifest, data_config.model_copy(update={"num_workers": 3, "cpus_per_worker": 4}), model)
+        where = [actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()) for actor in pool._actors]
+        used = Counter(ray.get(where))
+        assert used == {ray_session.head_node.node_id: 2, with_gpu.node_id: 1}
+        # What a run that waits would say: four of the GPU host's CPUs are taken by a data-shard worker.
+        said = [room(Need(1, need), cluster_hosts(), BY_HAND).sentence for need in ({"GPU": 1.0}, {"GPU": 1, "CPU": 1})]
+        assert said == [
+            "needs 1 training worker of 1 GPU, has them: waiting for Ray to place them",
+            "needs 1 training worker of 1 GPU, 1 CPU, has 1, 0 free: waiting for those that hold the others",
+        ]
+        assert find_autoscaler(ray.get_runtime_context().gcs_address) in (None, BY_HAND)
+    finally:
+        for node in (with_gpu, without):
+            ray_session.remove_node(node)
+
+
+def test_placement_of_data_shard_workers():
+    def host(name: str, alive: bool = True, **resources: float) -> dict[str, Any]:
+        labels = {"ray.io/accelerator-type": "A100"} if name.startswith("labelled") else {}
+        return {"NodeID": name, "Alive": alive, "Resources": {"CPU": 8.0, **resources}, "Labels": labels}
+
+    cpu, gpu, tpu = host("cpu"), host("gpu", GPU=1.0), host("tpu", TPU=4.0)
+    for alike in ([cpu], [cpu, cpu], [gpu, tpu], [cpu, host("dead", alive=False, GPU=1.0)], [cpu, host("none", GPU=0)]):
+        assert placement(alike) == "SPREAD"
+    mixed = placement([cpu, gpu, tpu, host("labelled")])
+    assert mixed.hard == []
+    soft = {expression.key: expression.operator for expression in mixed.soft}
+    assert soft["ray.io/node-id"].values == ["gpu", "tpu", "labelled"]
+    assert type(soft["ray.io/accelerator-type"]).__name__ == "DoesNotExist"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from losses import sigmoid_loss_plain
+from losses import mean_logits, sigmoid_loss_plain
 from tests.conftest import TOWERS
 from tests.ranks import run_on_ranks
 from tests.reference import step_gradients
@@ -16,6 +16,7 @@ from workers.device import Device, check_collectives, open_device
 from workers.feed import Batch
 from workers.optim import build_optimizer, learning_rate
 from workers.step import Trainer
+from workers.towers import normalize_pixels
 
 NUM_PAIRS, SEED = 48, 3
 MODEL = ModelConfig(towers=TOWERS)
@@ -28,7 +29,15 @@ def global_batch():
     return images, torch.from_numpy(random.randint(1, 400, (NUM_PAIRS, 8)).astype(np.int32))
 
 
-def make_trainer(world_size, *, model=MODEL, loss=LossConfig(), micro_batch_size=None, precision="fp32"):  # noqa: B008
+def make_trainer(
+    world_size,
+    *,
+    model=MODEL,
+    loss=LossConfig(),  # noqa: B008
+    micro_batch_size=None,
+    precision="fp32",
+    activation_checkpointing=False,
+):
     device = open_device("cpu", 0, precision)
     check_collectives(device, NUM_PAIRS // world_size)
     return Trainer(
@@ -40,6 +49,7 @@ def make_trainer(world_size, *, model=MODEL, loss=LossConfig(), micro_batch_size
         global_batch_size=NUM_PAIRS,
         micro_batch_size=micro_batch_size,
         seed=SEED,
+        activation_checkpointing=activation_checkpointing,
     )
 
 
@@ -52,13 +62,14 @@ def part_of(rank, world_size):
 
 
 def step_on_rank(rank, world_size, num_micro_batches=1, **settings):
-    """Loss, gradients and new weights of one step; and the features of every micro-batch, as the step embeds it."""
+    """Loss, gradients and new weights of one step, and what the mean logits come from."""
     size = NUM_PAIRS // world_size // num_micro_batches
     trainer = make_trainer(world_size, micro_batch_size=size, **settings)
     batch = part_of(rank, world_size)
     result = trainer.step(batch)
     gradients = {name: parameter.grad for name, parameter in trainer.module.named_parameters()}
-    return float(result.loss), gradients, trainer.module.state_dict()
+    figures = result.feature_means.tolist(), float(result.logit_scale), float(result.logit_bias)
+    return float(result.loss), gradients, trainer.module.state_dict(), figures
 
 
 def check_gradients(actual, expected):
@@ -73,13 +84,29 @@ def check_gradients(actual, expected):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("num_micro_batches", [1, 4])
 def test_loss_and_every_gradient_equal_the_oracle(world_size, num_micro_batches):
-    expected_loss, expected, _ = step_gradients(MODEL, SEED, *global_batch())
+    expected_loss, expected, module = step_gradients(MODEL, SEED, *global_batch())
     ranks = run_on_ranks(world_size, step_on_rank, num_micro_batches)
-    assert sum(loss for loss, _, _ in ranks) / world_size == pytest.approx(expected_loss, rel=1e-5)
-    for _, gradients, _ in ranks:
+    assert sum(rank[0] for rank in ranks) / world_size == pytest.approx(expected_loss, rel=1e-5)
+    for _, gradients, _, _ in ranks:
         check_gradients(gradients, expected)
     for name, tensor in ranks[0][2].items():
-        assert all(torch.equal(tensor, state[name]) for _, _, state in ranks), name
+        assert all(torch.equal(tensor, rank[2][name]) for rank in ranks), name
+    check_mean_logits([rank[3] for rank in ranks], module)
+
+
+def check_mean_logits(figures, module):
+    """Against every entry of the float64 matrix of logits."""
+    images, tokens = global_batch()
+    with torch.no_grad():
+        output = module(normalize_pixels(images, MODEL).double(), tokens)
+        z = output["logit_scale"] * output["image_features"] @ output["text_features"].T + output["logit_bias"]
+    is_pair = torch.eye(NUM_PAIRS, dtype=torch.bool)
+    means = np.mean([means for means, _, _ in figures], axis=0)
+    positive, negative = mean_logits(means.tolist(), NUM_PAIRS, *figures[0][1:])
+    # Cosines differ by some 1e-6 (float32 towers), times a scale of 10; the two means must be told apart.
+    assert positive == pytest.approx(float(z[is_pair].mean()), abs=3e-5)
+    assert negative == pytest.approx(float(z[~is_pair].mean()), abs=3e-5)
+    assert abs(float(z[is_pair].mean() - z[~is_pair].mean())) > 1e-3
 
 
 def dropout_step(rank, world_size, num_micro_batches):
@@ -108,7 +135,7 @@ def dropout_step(rank, world_size, num_micro_batches):
             # all_gather's backward sums the ranks' losses, which are equal; the scale and bias are in each of them.
             torch.distributed.all_reduce(gradient)
             gradient /= world_size
-    actual_loss, gradients, _ = step_on_rank(rank, world_size, num_micro_batches, model=WITH_DROPOUT)
+    actual_loss, gradients, *_ = step_on_rank(rank, world_size, num_micro_batches, model=WITH_DROPOUT)
     return float(loss.detach()), expected, actual_loss, gradients
 
 
@@ -132,10 +159,62 @@ def test_dropout_is_on_in_the_test_above():
     assert with_dropout[0] != without[0]
 
 
+def test_without_a_bias_all_else_is_as_with_one_of_zero():
+    with_one, without = (
+        step_on_rank(0, 1, model=ModelConfig(towers=TOWERS, init_logit_bias=bias)) for bias in (0.0, None)
+    )
+    assert without[0] == with_one[0]
+    assert with_one[1].keys() - without[1].keys() == {"logit_bias"}
+    assert all(torch.equal(with_one[1][name], gradient) for name, gradient in without[1].items())
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 4])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activation_checkpointing_changes_no_bit(num_micro_batches, precision):
+    """With patch dropout before the blocks and dropout inside them: draws are the same in both passes."""
+    results = []
+    for on in (False, True):
+        trainer = make_trainer(
+            1,
+            model=WITH_DROPOUT,
+            micro_batch_size=NUM_PAIRS // num_micro_batches,
+            precision=precision,
+            activation_checkpointing=on,
+        )
+        for tower in (trainer.module.visual.transformer, trainer.module.text.transformer):
+            for block in tower.resblocks:
+                block.mlp.append(nn.Dropout(0.5))
+        loss = float(trainer.step(part_of(0, 1)).loss)
+        results.append((loss, {name: parameter.grad for name, parameter in trainer.module.named_parameters()}))
+    (loss, gradients), (same_loss, same) = results
+    assert same_loss == loss
+    assert same.keys() == gradients.keys()
+    assert all(torch.equal(same[name], gradient) for name, gradient in gradients.items())
+
+
+def test_activation_checkpointing_keeps_the_inputs_of_blocks_alone():
+    """Of what autograd saves between the passes, the blocks' share falls to one input for each block."""
+
+    def saved(**settings):
+        trainer, batch, sizes = make_trainer(1, **settings), part_of(0, 1), {}
+
+        def pack(tensor):
+            sizes[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        weights = {parameter.data_ptr() for parameter in trainer.module.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            features = trainer._encode(batch, slice(0, NUM_PAIRS), 0)
+        assert all(part.requires_grad for part in features)
+        return sum(size for address, size in sizes.items() if address not in weights)
+
+    assert saved(activation_checkpointing=True) < 0.4 * saved()
+
+
 def test_bfloat16_steps_keep_the_loss_and_the_direction():
     _, expected, _ = step_gradients(MODEL, SEED, *global_batch())
-    loss, gradients, _ = step_on_rank(0, 1, num_micro_batches=4, precision="bf16")
-    again, whole, _ = step_on_rank(0, 1, precision="bf16")
+    loss, gradients, *_ = step_on_rank(0, 1, num_micro_batches=4, precision="bf16")
+    again, whole, *_ = step_on_rank(0, 1, precision="bf16")
     # bfloat16 has 8 bits: 2**-8 per operation in towers of depth 2, which do not add up in one direction.
     assert loss == pytest.approx(step_gradients(MODEL, SEED, *global_batch())[0], rel=1e-2)
     assert loss == pytest.approx(again, rel=1e-6)

@@ -93,7 +93,7 @@ def make_store(
     embedder = Embedder(model, data, embeddings, accelerator="cpu", precision="fp32", num_devices=None, num_threads=1)
     store = EmbeddingStore(str(uri))
     tower = build_model(model).visual
-    key = store_key(model, data, embeddings, tower_sha256(tower))
+    key = store_key(model, data, embeddings, sha256=tower_sha256(tower), precision="fp32")
     store.begin(key, StoreFormat(embeddings.dtype, 16, embeddings.num_views))
     for shard in scan_shards(data.shards, data).shards:
         embedder.embed(shard, "train")
@@ -275,6 +275,7 @@ def test_what_cannot_be_read_is_refused():
     ("change", "named"),
     [
         (["data.crop=random"], "crop: the store has 'center', this config 'random'"),
+        (["train.precision=bf16"], "precision: the store has 'fp32', this config 'bf16'"),
         (["embeddings.dtype=fp16"], "dtype: the store has 'fp32', this config 'fp16'"),
         (["model.image_mean=[0.1,0.5,0.5]"], "image_mean: the store has [0.5, 0.5, 0.5]"),
         (["model.towers.vision_cfg.image_size=24"], "image_size: the store has 16, this config 24"),

@@ -24,6 +24,7 @@ from tests.ranks import run_on_ranks
 from workers.committed import list_checkpoints
 from workers.device import open_device
 from workers.feed import Batch
+from workers.profile import Profile
 from workers.step import Trainer
 from workers.storage import Storage
 
@@ -39,6 +40,9 @@ VARIANTS = {
     "random": ["train.micro_batch_size=4", "loss.negatives=random", "loss.negatives_fraction=0.5"],
     "softmax": ["train.micro_batch_size=8", "loss.name=softmax"],
     "bfloat16": ["train.precision=bf16"],
+    "checkpointed": ["train.micro_batch_size=8", "train.activation_checkpointing=true"],
+    "lion": ["optim.name=lion", "optim.lr=3e-4"],
+    "adafactor": ["optim.name=adafactor"],
     "split": ["train.micro_batch_size=8", "sharding.weights=split"],
 }
 
@@ -66,8 +70,10 @@ def main() -> None:
     found = {}
     for name, (overrides, last_step) in runs.items():
         config = load_config(path, [*ON_XLA, f"run.name={name}", *overrides])
-        found[name] = train_bare(0, 1, config, last_step)["lines"]
+        profile = Profile(warm_up=2, steps=2) if name == "there" else None  # five steps
+        found[name] = train_bare(0, 1, config, last_step, profile)["lines"]
     found["parts"] = split_parts(load_config(path, ON_XLA))
+    found["checkpoint"] = checkpointed_product()
     print(json.dumps(found))
 
 
@@ -94,6 +100,30 @@ def split_parts(config: RunConfig) -> list[str]:
     return [torch_xla._XLAC._get_xla_sharding_spec(matrix) for matrix in matrices]
 
 
+def checkpointed_product() -> dict[str, float]:
+    """Dropout and two products, checkpointed: does the second pass happen, and does it draw what the first drew?"""
+    import torch_xla
+
+    device = open_device("xla_cpu", 0, "fp32", 2)
+    device.seed(5)
+    x = torch.ones(64, 32, device=device.torch_device, requires_grad=True)
+    weight = torch.eye(32, device=device.torch_device, requires_grad=True)
+
+    def block(x, *, weight):
+        return torch.nn.functional.dropout(x, 0.5) @ weight @ weight
+
+    output = device.checkpoint(block, x, weight=weight)
+    output.sum().backward()
+    program = torch_xla._XLAC._get_xla_tensors_hlo([output, x.grad, weight.grad])
+    torch_xla.sync()
+    return {
+        "equal": bool(torch.equal(output.cpu(), x.grad.cpu())),  # dropout's mask twice, as the weight is one
+        "kept": float((output != 0).float().mean()),
+        "num_products": program.count(" dot("),
+        "has_barrier": "opt-barrier" in program,
+    }
+
+
 def train_on_xla(config_file: Path, runs: dict[str, tuple[list[str], int]]) -> dict[str, list[dict[str, float]]]:
     """Lines of metrics of each run: overrides and last step by name."""
     command = [sys.executable, "-c", "from tests.workers.test_xla import main; main()", str(config_file)]
@@ -109,7 +139,11 @@ def losses(lines: list[dict[str, float]]) -> dict[int, float]:
 
 
 def train_on_cpu(config_file: Path, *overrides: str, last_step: int = NUM_STEPS) -> dict[int, float]:
-    return run_on_ranks(1, train_bare, load_config(config_file, overrides), last_step)[0]["losses"]
+    return losses(lines_on_cpu(config_file, *overrides, last_step=last_step))
+
+
+def lines_on_cpu(config_file: Path, *overrides: str, last_step: int = NUM_STEPS) -> list[dict[str, float]]:
+    return run_on_ranks(1, train_bare, load_config(config_file, overrides), last_step)[0]["lines"]
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +154,17 @@ def on_xla(config_file):
 
 
 @pytest.mark.parametrize(
-    ("name", "num_steps"), [("whole", 10), ("micro", 10), ("random", 3), ("softmax", 10), ("split", 10)]
+    ("name", "num_steps"),
+    [
+        ("whole", 10),
+        ("micro", 10),
+        ("random", 3),
+        ("softmax", 10),
+        ("checkpointed", 10),
+        ("lion", 5),
+        ("adafactor", 10),
+        ("split", 10),
+    ],
 )
 def test_the_losses_are_those_of_the_cpu(config_file, on_xla, name, num_steps):
     """Ten steps of AdamW from the same weights on the same batches; float32, other order of additions.
@@ -128,8 +172,13 @@ def test_the_losses_are_those_of_the_cpu(config_file, on_xla, name, num_steps):
     With random negatives, which are others in each step, the losses part sooner: AdamW divides gradients that are
     nothing but rounding by themselves.
     """
-    overrides = [text for text in VARIANTS[name] if "sharding" not in text]
-    expected = train_on_cpu(config_file, *overrides, f"run.name={name}-cpu")
+    overrides = [text for text in VARIANTS[name] if not text.startswith(("sharding", "train.activation"))]
+    lines = lines_on_cpu(config_file, *overrides, f"run.name={name}-cpu")
+    expected = losses(lines)
+    for key in ("train/positive_logit_mean", "train/negative_logit_mean"):
+        found = [line[key] for line in on_xla[name][:num_steps]]
+        # Cosines within 1e-5, times a scale of 10.
+        assert found == pytest.approx([line[key] for line in lines[:num_steps]], abs=1e-3), key
     first = {step: loss for step, loss in expected.items() if step <= num_steps}
     assert {step: losses(on_xla[name])[step] for step in first} == pytest.approx(first, rel=1e-4)
     assert expected[NUM_STEPS] < 0.9 * expected[1]
@@ -155,6 +204,28 @@ def test_a_run_goes_on_on_another_kind_of_device(config_file, on_xla):
     for name in ("there", "back"):
         storage = Storage(load_config(config_file, [f"run.name={name}"]).storage_uri)
         assert [info.step for info in list_checkpoints(storage)] == [5, 10]
+
+
+def test_checkpointed_blocks_are_computed_again_with_equal_draws(on_xla):
+    found = on_xla["checkpoint"]
+    assert found["equal"]
+    assert 0.4 < found["kept"] < 0.6
+    assert found["has_barrier"]
+    # Two forward, one of them again (the last one's result is not needed), two gradients each.
+    assert found["num_products"] in (7, 8)
+
+
+def test_a_profile_counts_the_program_and_compiles_no_other(config_file, on_xla):
+    """Two steps, and one with the checkpoint; the losses are those of the run that nobody profiled."""
+    programs = [line["compile/num_programs"] for line in on_xla["there"]]
+    assert set(programs[1:]) == {programs[1]}
+    assert losses(on_xla["there"]) == {step: losses(on_xla["whole"])[step] for step in range(1, 6)}
+    storage = Storage(load_config(config_file, ["run.name=there"]).storage_uri)
+    steps = json.loads(storage.read("profile/rank-0000-steps.json"))["steps"]
+    assert len(steps) == 3
+    assert all(step["device program"] > 0 for step in steps)
+    assert [step["checkpoint"] > 0 for step in steps] == [False, False, True]
+    assert "Counter: UncachedCompile" in storage.read("profile/rank-0000-xla.txt").decode()
 
 
 def test_split_weights_lie_in_parts(on_xla):
