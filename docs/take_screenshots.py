@@ -64,7 +64,15 @@ def main() -> None:
             "RAY_GRAFANA_HOST": f"http://127.0.0.1:{grafana}",
         }
         with ray_head(home, **hosts) as head:
-            command = ["monitor", "--session", head.session, "--out", home / "monitor", "--port", prometheus]
+            command = [
+                "monitor",
+                "--session",
+                head.folder / "session_latest",
+                "--out",
+                home / "monitor",
+                "--port",
+                prometheus,
+            ]
             command += ["--grafana-port", grafana, "--pages-port", pages]
             command += ["--runs", "~/sigray-runs", "--runs", "~/sweeps"]
             with _sigray(head, home / "monitor.log", *command), _browser(options.chromium, home) as browser:

@@ -25,15 +25,15 @@ class Head:
     Attributes:
         address: of its dashboard.
         cluster: its address for drivers, as cluster.address takes it.
-        folder: of Ray's sessions: logs, and the working directories of jobs.
-        session: the one at hand.
+        folder: of its sessions: logs, and the working directories of jobs.
+        home: where jobs keep their runs' folders.
         environment: of commands that speak with it.
     """
 
     address: str
     cluster: str
     folder: Path
-    session: Path
+    home: Path
     environment: dict[str, str]
 
 
@@ -54,6 +54,8 @@ def ray_head(home: Path, num_cpus: int = 4, **environment: str) -> Iterator[Head
     command += [f"--temp-dir={folder}", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1"]
     command += ["--disable-usage-stats"]
     # As clusters/setup.sh has it: `python` of the head is that of the pinned environment.
+    # RAY_LOGGER_LEVEL: as the cluster files have it; else Ray logs what --env passes.
+    environment = {"RAY_LOGGER_LEVEL": "warning", **environment}
     variables = os.environ | {"RAY_AUTH_MODE": "disabled", "PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(home)}
     address = f"http://127.0.0.1:{dashboard}"
     with (home / "ray.log").open("w") as log:
@@ -69,7 +71,7 @@ def ray_head(home: Path, num_cpus: int = 4, **environment: str) -> Iterator[Head
                 assert process.poll() is None, Path(log.name).read_text()
                 assert time.monotonic() < deadline, asked.stderr + Path(log.name).read_text()
                 time.sleep(1)
-            yield Head(address, f"127.0.0.1:{gcs}", folder, folder / "session_latest", variables)
+            yield Head(address, f"127.0.0.1:{gcs}", folder, home, variables)
         finally:
             process.send_signal(signal.SIGTERM)  # with --block it ends all that it has started
             process.wait(timeout=60)

@@ -141,27 +141,14 @@ def test_rays_controller_stays_with_the_driver():
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the head."""
-    return tmp_path_factory.mktemp("head")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    with ray_head(tmp_path_factory.mktemp("head")) as up:
+        yield up
 
 
-@pytest.fixture(scope="module")
-def up(home: Path) -> Iterator[Head]:
-    # As the cluster files have it; else Ray logs what --env passes.
-    with ray_head(home, RAY_LOGGER_LEVEL="warning") as head:
-        yield head
-
-
-@pytest.fixture(scope="module")
-def head(up: Head) -> str:
-    """The dashboard's address."""
-    return up.address
-
-
-def sigray(head: str, command: str, *words: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+def sigray(head: Head, command: str, *words: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(BIN / "sigray"), command, "--address", head, *words],
+        [str(BIN / "sigray"), command, "--address", head.address, *words],
         env=os.environ | {"RAY_AUTH_MODE": "disabled", "SIGRAY_CANARY": CANARY},
         capture_output=True,
         text=True,
@@ -170,24 +157,25 @@ def sigray(head: str, command: str, *words: str, timeout: float = 200) -> subpro
 
 
 @pytest.mark.ray
-def test_a_job_from_its_submission_to_its_end(head, up, home, run_config):
+def test_a_job_from_its_submission_to_its_end(head, run_config):
     """One head for all: starting it costs ten seconds, a job forty."""
     # Submitted and left alone; a lost terminal is one that is killed.
-    pages = "--pages=http://127.0.0.1:3999"
-    first = ["--job=first", pages, "--no-follow", "--env", "SIGRAY_CANARY", "--", "train", str(run_config)]
+    first = [
+        "--job=first",
+        "--no-follow",
+        "--pages=http://127.0.0.1:3999",
+        "--env",
+        "SIGRAY_CANARY",
+        "--",
+        "train",
+        str(run_config),
+    ]
     deadline = time.monotonic() + 90
     while "No available agent" in (submitted := sigray(head, "submit", *first)).stderr:  # a busy head is not up yet
         assert time.monotonic() < deadline, submitted.stderr
     assert (submitted.returncode, submitted.stdout) == (0, "job first\n"), submitted.stderr
-    # What the Jobs page of Ray's dashboard shows of it.
-    (listed,) = json.loads(get(f"{head}/api/jobs/"))
-    assert listed["metadata"] == {
-        "job_name": "job",
-        "page": "http://127.0.0.1:3999/runs/job",
-        "storage": f"{run_config.parent}/storage/job",
-    }
     lost = subprocess.Popen(
-        [str(BIN / "sigray"), "logs", "--address", head, "first"],
+        [str(BIN / "sigray"), "logs", "--address", head.address, "first"],
         env=os.environ | {"RAY_AUTH_MODE": "disabled"},
         stdout=subprocess.PIPE,
         text=True,
@@ -204,18 +192,23 @@ def test_a_job_from_its_submission_to_its_end(head, up, home, run_config):
     assert "finished at 64 samples" in again.stdout
     assert list((run_config.parent / "storage" / "job" / "checkpoints").glob("step-0000000004"))
     # Of what --env passed the name is shown; the value is in nothing that is shown or kept, Ray's own logs included.
-    said = [again.stdout, get(f"{head}/api/jobs/"), get(f"{head}/api/jobs/first")]
+    said = [again.stdout, get(f"{head.address}/api/jobs/"), get(f"{head.address}/api/jobs/first")]
     assert "SIGRAY_CANARY" in said[1]
-    kept = [path for folder in (run_config.parent / "storage", home, up.folder) for path in folder.rglob("*")]
+    kept = [path for folder in (run_config.parent / "storage", head.home, head.folder) for path in folder.rglob("*")]
     holding = [path for path in kept if path.is_file() and CANARY in path.read_text(errors="replace")]
     assert len(kept) > 50
     assert holding == []
     assert not any(CANARY in text for text in said)
-    table = sigray(head, "status").stdout
-    assert "first" in table
-    assert "succeeded" in table
-    # Its page is fed by the folder that the job keeps below the head's home.
-    with serve(Pages([str(home / "sigray-runs")], [RUNS]).answer, 0) as port:
+    listed = sigray(head, "status").stdout
+    assert "first" in listed
+    assert "succeeded" in listed
+    # What the Jobs page of Ray's dashboard shows of it, and the page that is named there.
+    assert json.loads(said[2])["metadata"] == {
+        "page": "http://127.0.0.1:3999/runs/job",
+        "job_name": "job",
+        "storage": f"{run_config.parent}/storage/job",
+    }
+    with serve(Pages([str(head.home / "sigray-runs")], [RUNS]).answer, 0) as port:
         told = json.loads(get(f"http://127.0.0.1:{port}/api/runs/job"))
     assert (told["status"], told["step"], told["planned_samples"]) == ("finished", 4, 64)
     assert told["checkpoint"]["step"] == 4
@@ -244,5 +237,5 @@ def get(url: str) -> str:
     return urllib.request.urlopen(url).read().decode()
 
 
-def log_of(head: str, job: str) -> str:
-    return json.loads(get(f"{head}/api/jobs/{job}/logs"))["logs"]
+def log_of(head: Head, job: str) -> str:
+    return json.loads(get(f"{head.address}/api/jobs/{job}/logs"))["logs"]
