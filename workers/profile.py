@@ -91,6 +91,7 @@ def split_steps(events: Iterable[dict[str, Any]]) -> list[dict[str, float]]:
     named = [event for event in events if event.get("cat") == "user_annotation" and event.get("ph") == "X"]
     steps = sorted((event for event in named if event["name"].startswith(_STEP)), key=lambda event: event["ts"])
     spans = [event for event in named if event["name"].startswith(PREFIX)]
+    spans.sort(key=lambda event: (event["ts"], -event["dur"]))  # of two that begin together the longer is the outer one
     found = []
     for step in steps:
         begin, end = float(step["ts"]), float(step["ts"]) + float(step["dur"])
@@ -104,7 +105,7 @@ def split_steps(events: Iterable[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def _innermost(begin: float, end: float, spans: list[tuple[float, float, str]]) -> dict[str, float]:
-    """Length of each part of [begin, end] in which its span is the innermost. Spans nest, or follow each other."""
+    """Length of each part of [begin, end] in which its span is the innermost. Outer spans come before inner ones."""
     lengths = dict.fromkeys(PARTS, 0.0)
     open_spans: list[tuple[float, str]] = []  # end and part, the innermost last
     at = begin
@@ -114,8 +115,7 @@ def _innermost(begin: float, end: float, spans: list[tuple[float, float, str]]) 
         lengths[open_spans[-1][1] if open_spans else "other"] += max(0.0, to - at)
         at = max(at, to)
 
-    # Of two that begin together the longer one is the outer one.
-    for start, stop, name in sorted(spans, key=lambda span: (span[0], -span[1])):
+    for start, stop, name in spans:
         while open_spans and open_spans[-1][0] <= start:
             advance(open_spans[-1][0])
             open_spans.pop()

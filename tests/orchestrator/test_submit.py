@@ -192,7 +192,9 @@ def test_a_job_from_its_submission_to_its_end(head, run_config):
     assert "finished at 64 samples" in again.stdout
     assert list((run_config.parent / "storage" / "job" / "checkpoints").glob("step-0000000004"))
     # Of what --env passed the name is shown; the value is in nothing that is shown or kept, Ray's own logs included.
-    said = [again.stdout, get(f"{head.address}/api/jobs/"), get(f"{head.address}/api/jobs/first")]
+    browser = {"User-Agent": "Mozilla/5.0"}  # others that have the token may read it, as they may run code there
+    said = [again.stdout, *(get(f"{head.address}/api/jobs/{job}", browser) for job in ("", "first"))]
+    said.append(sigray(head, "status").stdout)
     assert "SIGRAY_CANARY" in said[1]
     kept = [path for folder in (run_config.parent / "storage", head.home, head.folder) for path in folder.rglob("*")]
     holding = [path for path in kept if path.is_file() and CANARY in path.read_text(errors="replace")]
@@ -233,8 +235,8 @@ def test_a_job_from_its_submission_to_its_end(head, run_config):
     assert sigray(head, "logs", "nothing").returncode == 2
 
 
-def get(url: str) -> str:
-    return urllib.request.urlopen(url).read().decode()
+def get(url: str, headers: dict[str, str] | None = None) -> str:
+    return urllib.request.urlopen(urllib.request.Request(url, headers=headers or {})).read().decode()
 
 
 def log_of(head: Head, job: str) -> str:
