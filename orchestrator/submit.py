@@ -111,7 +111,7 @@ def submit(
         client: Ray's JobSubmissionClient.
         config: as `check_job` gave it.
         options: of `sigray train`, such as --overwrite.
-        env: variables that the run's processes get; Ray keeps their values out of its API.
+        env: variables that the run's processes get; Ray's dashboard shows names only to browsers.
         job: the job's id; by default the run's name and the time.
         pages: where the browser that shows the dashboard finds the pages of runs.
     """
