@@ -162,7 +162,7 @@ def on_xla(config_file):
         ("softmax", 10),
         ("checkpointed", 10),
         ("lion", 5),
-        ("adafactor", 10),
+        ("adafactor", 3),
         ("split", 10),
     ],
 )
@@ -170,7 +170,7 @@ def test_the_losses_are_those_of_the_cpu(config_file, on_xla, name, num_steps):
     """Ten steps of AdamW from the same weights on the same batches; float32, other order of additions.
 
     With random negatives, which are others in each step, the losses part sooner: AdamW divides gradients that are
-    nothing but rounding by themselves.
+    nothing but rounding by themselves. So they do with Adafactor, whose momentum is bfloat16.
     """
     overrides = [text for text in VARIANTS[name] if not text.startswith(("sharding", "train.activation"))]
     lines = lines_on_cpu(config_file, *overrides, f"run.name={name}-cpu")
