@@ -1,5 +1,6 @@
 # make demo   embed, train, evaluate and show a real model (about 7 minutes on two cores, set-up included)
-# make test   all tests
+# make test   all tests but those of a cluster and of patience
+# make test-cluster   a real `ray up` on hosts of namespaces (5 minutes; root, iproute2, openssh-server, rsync)
 # make check  format, lint, types
 # make env    the environment .venv alone; the other targets call it
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: demo test check format env clean
+.PHONY: demo test test-cluster check format env clean
 
 demo: $(STAMP)
 	$(BIN)/sigray data emoji data/emoji36
@@ -17,6 +18,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-cluster: $(STAMP)
+	$(BIN)/python -m pytest -m cluster
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
