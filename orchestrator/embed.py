@@ -129,6 +129,7 @@ def _embed_all(config: RunConfig, missing: list[tuple[Part, Shard]], display: Di
 
     from orchestrator.backends import worker_resources
     from workers.embed import Embedder
+    from workers.pool import as_raised
 
     cluster = config.cluster
     resources = worker_resources(cluster)
@@ -172,8 +173,7 @@ def _embed_all(config: RunConfig, missing: list[tuple[Part, Shard]], display: Di
             try:
                 progress.add(ray.get(reference))
             except ray.exceptions.RayTaskError as error:
-                # As the error that it was, so that it is told and not traced.
-                raise error.cause if isinstance(error.cause, ValueError | OSError) else error from None
+                raise as_raised(error) from None
             give(actor)
         progress.show()
     return num_workers

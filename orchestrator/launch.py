@@ -790,10 +790,12 @@ def _submit_evaluation(config: RunConfig, folder: RunFolder, info: CheckpointInf
     import ray
 
     from workers.evaluate import evaluate_checkpoint
+    from workers.features import EvaluationJob
 
+    job = EvaluationJob(folder.storage.uri, info, config.model, config.data, config.eval, config.embeddings)
     resources = evaluation_resources(config.eval)
     task: Any = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))(evaluate_checkpoint)
-    return task.remote(folder.storage.uri, info, config.model, config.data, config.eval, config.embeddings)
+    return task.remote(job)
 
 
 def _add_baselines(config: RunConfig, result: dict[str, Any]) -> None:

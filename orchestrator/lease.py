@@ -61,7 +61,12 @@ def read_lease(storage: Storage) -> Lease | None:
 
 def is_driven(storage: Storage) -> bool:
     """Whether a driver holds the run or sweep now."""
-    return not is_free(read_lease(storage), time.time(), socket.gethostname(), _boot(), _is_alive)
+    return _holds(read_lease(storage))
+
+
+def _holds(lease: Lease | None) -> bool:
+    """Whether a lease keeps others out now, as seen from this machine."""
+    return not is_free(lease, time.time(), socket.gethostname(), _boot(), _is_alive)
 
 
 class RunLease:
@@ -85,7 +90,7 @@ class RunLease:
 
     def __enter__(self) -> RunLease:
         held = read_lease(self._storage)
-        if not is_free(held, time.time(), socket.gethostname(), _boot(), _is_alive):
+        if _holds(held):
             raise self._refusal(held)
         self.renew()
         time.sleep(_SETTLE_S)

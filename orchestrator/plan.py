@@ -331,10 +331,10 @@ def check_fits(found: Plan, config: RunConfig) -> None:
         if best is not None
         else "no micro-batch is small enough: take more or larger devices, a smaller model or a smaller global batch"
     )
-    train = config.train.model_copy(update={"activation_checkpointing": True})
-    keeps_less = plan(config.model_copy(update={"train": train}), found.device, found.num_devices)
-    if keeps_less.fits and not config.train.activation_checkpointing:
-        advice += ", and so does train.activation_checkpointing=true alone"
+    if not config.train.activation_checkpointing:
+        train = config.train.model_copy(update={"activation_checkpointing": True})
+        if plan(config.model_copy(update={"train": train}), found.device, found.num_devices).fits:
+            advice += ", and so does train.activation_checkpointing=true alone"
     raise DoesNotFit(
         f"one {found.device.name} needs {peak.total / GIB:.1f} GiB at the worst moment of a step ({peak.name}; most of "
         f"it {most}, {peak.items[most] / GIB:.1f} GiB) and has {found.memory / GIB:.1f} GiB, of which "

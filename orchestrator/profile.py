@@ -150,9 +150,8 @@ def remarks(split: Split, config: RunConfig) -> list[str]:
     if split.plain_step_s is not None:
         lines.append(f"a step that nobody profiles takes {1000 * split.plain_step_s:,.1f} ms (median)")
     step_s = split.plain_step_s or split.step_s
-    every = config.checkpoint.save_every_steps, config.checkpoint.save_every_s
-    between = [every[0] * step_s] * (every[0] is not None) if every[0] is not None else []
-    between += [every[1]] if every[1] is not None else []
+    steps, seconds = config.checkpoint.save_every_steps, config.checkpoint.save_every_s
+    between = [time for time in (steps and steps * step_s, seconds) if time is not None]
     share = f", {100 * split.checkpoint_s / (min(between) + split.checkpoint_s):.2g} % of the time" if between else ""
     lines.append(f"a checkpoint holds training up for {1000 * split.checkpoint_s:,.1f} ms{share}")
     return lines

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from workers.config import DataConfig, ModelConfig
@@ -63,6 +65,20 @@ def write_dataset(folder: Path, shard_sizes: list[int]) -> list[Path]:
         paths.append(write_tar(folder / f"shard-{shard:03d}.tar", samples))
         number += size
     return paths
+
+
+def write_small_run(folder: Path, **sections: Any) -> Path:
+    """A run of small towers over 64 drawn samples in two shards, and these sections; returns its YAML."""
+    write_dataset(folder / "train", [40, 24])
+    content = {
+        "run": {"name": "small", "dir": str(folder / "runs")},
+        "data": {"shards": str(folder / "train"), "block_size": 8, "num_lanes": 2, "shuffle_window": 16},
+        "model": {"towers": TOWERS},
+        **sections,
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
 
 
 @pytest.fixture(scope="session")

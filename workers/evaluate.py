@@ -18,9 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from workers.committed import CheckpointInfo
-from workers.config import DataConfig, EmbeddingsConfig, EvalConfig, ModelConfig
-from workers.features import Crew, SetFeatures
+from workers.config import DataConfig, EvalConfig
+from workers.features import Crew, EvaluationJob, SetFeatures
 from workers.held_out import LoadedSet, classes_of, load_set, probe_set
 from workers.languages import figures_by_language, mean_over_languages
 from workers.probe import linear_probe
@@ -29,14 +28,7 @@ from workers.tar import DataError
 _PIXEL_BASELINE_SIZE = 16
 
 
-def evaluate_checkpoint(
-    storage_uri: str,
-    info: CheckpointInfo,
-    model: ModelConfig,
-    data: DataConfig,
-    evaluation: EvalConfig,
-    embeddings: EmbeddingsConfig,
-) -> dict[str, Any]:
+def evaluate_checkpoint(job: EvaluationJob) -> dict[str, Any]:
     """All figures of one checkpoint; with a store the image features come from there.
 
     They are the same, bit for bit, with any `eval.num_workers` on machines of one kind; with more than 1, this process
@@ -47,9 +39,10 @@ def evaluate_checkpoint(
         "languages": {set: {language: ...}}, "multilingual": {set: ...}, "sheets": {set: [...]}}; rates are fractions.
         `multilingual` is the mean over the languages, `sheets` images as base64 PNG with their five best captions.
     """
-    result: dict[str, Any] = {"step": info.step, "samples_seen": info.samples_seen}
+    evaluation = job.evaluation
+    result: dict[str, Any] = {"step": job.info.step, "samples_seen": job.info.samples_seen}
     result |= {"zero_shot": {}, "retrieval": {}, "linear_probe": {}, "languages": {}, "multilingual": {}, "sheets": {}}
-    with Crew(storage_uri, info, model, data, evaluation, embeddings) as crew:
+    with Crew(job) as crew:
         for name, spec in evaluation.sets.items():
             found = crew.images(name, spec, evaluation.num_sheet_images if spec.classes else 0)
             features = found.features

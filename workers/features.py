@@ -31,6 +31,7 @@ from workers.config import DataConfig, EmbeddingsConfig, EvalConfig, EvalSet, Mo
 from workers.device import Device, open_device
 from workers.held_out import LoadedSet, Part, check_usable, cut, load
 from workers.initial import build_trained_model
+from workers.pool import as_raised
 from workers.shards import Shard
 from workers.storage import Storage
 from workers.store import EmbeddingStore, read_embeddings
@@ -40,6 +41,18 @@ from workers.towers import build_model, normalize_pixels, shapes, tower_config
 
 _AHEAD = 2  # parts that a worker has at once, so that it does not wait for this process between two
 _PATIENCE, _PATIENCE_S = 4.0, 60.0  # a part that takes so many times as long as the longest here, and this, is lost
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """A checkpoint and the sections of the config by which it is measured."""
+
+    storage_uri: str  # of the run
+    info: CheckpointInfo
+    model: ModelConfig
+    data: DataConfig
+    evaluation: EvalConfig
+    embeddings: EmbeddingsConfig
 
 
 class Encoder:
@@ -89,32 +102,20 @@ class SetFeatures:
 
 
 class FeatureWorker:
-    """The towers of one checkpoint; with a store, image features come from there.
+    """The towers of one checkpoint; with a store, image features come from there."""
 
-    Args:
-        storage_uri, info: the checkpoint.
-        model, data, evaluation, embeddings: sections of the config.
-    """
-
-    def __init__(
-        self,
-        storage_uri: str,
-        info: CheckpointInfo,
-        model: ModelConfig,
-        data: DataConfig,
-        evaluation: EvalConfig,
-        embeddings: EmbeddingsConfig,
-    ) -> None:
+    def __init__(self, job: EvaluationJob) -> None:
+        model, evaluation, store = job.model, job.evaluation, job.embeddings.store
         torch.set_num_threads(evaluation.cpus_per_worker)
-        self._data, self._batch_size = data, evaluation.batch_size
+        self._data, self._batch_size = job.data, evaluation.batch_size
         self._image_size, context_length, vocab_size = shapes(model)
         self._dim = tower_config(model)["embed_dim"]
-        self._store = EmbeddingStore(embeddings.store) if embeddings.store is not None else None
+        self._store = EmbeddingStore(store) if store is not None else None
         if self._store is None:
-            module = build_trained_model(Storage(storage_uri), info, model)
+            module = build_trained_model(Storage(job.storage_uri), job.info, model)
         else:
             module = build_model(model, stored_embeddings=True)
-            load_weights(Storage(storage_uri), info, module)
+            load_weights(Storage(job.storage_uri), job.info, module)
         tokenizer = build_tokenizer(model, context_length, vocab_size)
         device = open_device(evaluation.accelerator, 0, "fp32")
         self._encoder = Encoder(module, model, tokenizer, evaluation.batch_size, device)
@@ -166,23 +167,10 @@ class FeatureWorker:
 
 
 class Crew:
-    """The workers of one evaluation: this process, and `eval.num_workers` - 1 Ray actors. A context manager.
+    """The workers of one evaluation: this process, and `eval.num_workers` - 1 Ray actors. A context manager."""
 
-    Args:
-        as for `FeatureWorker`.
-    """
-
-    def __init__(
-        self,
-        storage_uri: str,
-        info: CheckpointInfo,
-        model: ModelConfig,
-        data: DataConfig,
-        evaluation: EvalConfig,
-        embeddings: EmbeddingsConfig,
-    ) -> None:
-        self._arguments = (storage_uri, info, model, data, evaluation, embeddings)
-        self._data, self._evaluation = data, evaluation
+    def __init__(self, job: EvaluationJob) -> None:
+        self._job, self._evaluation = job, job.evaluation
         self._starting: dict[Any, Any] = {}  # actors that are not up yet, by the reference that tells
         self._helpers: list[Any] = []
         self._longest_s = 0.0  # of the parts that this process computed
@@ -190,7 +178,7 @@ class Crew:
     def __enter__(self) -> Crew:
         self._threads_before = torch.get_num_threads()
         try:
-            self._here = FeatureWorker(*self._arguments)
+            self._here = FeatureWorker(self._job)
         except BaseException:
             torch.set_num_threads(self._threads_before)
             raise
@@ -217,8 +205,8 @@ class Crew:
         Raises:
             DataError: where shards are missing or damaged, or nothing in them is usable.
         """
-        is_stored = self._arguments[-1].store is not None
-        parts = cut(name, spec, self._data, self._evaluation.batch_size, num_shown=num_shown, is_stored=is_stored)
+        is_stored = self._job.embeddings.store is not None
+        parts = cut(name, spec, self._job.data, self._evaluation.batch_size, num_shown=num_shown, is_stored=is_stored)
         found = _join(self._map("images", [(part, spec) for part in parts]))
         check_usable(spec, len(found.captions), found.refused)
         return found
@@ -269,8 +257,7 @@ class Crew:
             try:
                 results[number] = ray.get(reference)
             except ray.exceptions.RayTaskError as error:
-                # As the error that it was, so that it is told and not traced.
-                raise error.cause if isinstance(error.cause, ValueError | OSError) else error from None
+                raise as_raised(error) from None
             except ray.exceptions.RayError:
                 waiting.appendleft(number)
                 lost.add(helper)
@@ -288,7 +275,7 @@ class Crew:
         evaluation = self._evaluation
         actor_class: Any = ray.remote(FeatureWorker)
         num_gpus = 1 if evaluation.accelerator == "cuda" else 0
-        actor = actor_class.options(num_cpus=evaluation.cpus_per_worker, num_gpus=num_gpus).remote(*self._arguments)
+        actor = actor_class.options(num_cpus=evaluation.cpus_per_worker, num_gpus=num_gpus).remote(self._job)
         self._starting[actor.pid.remote()] = actor
 
     def _look_for_new(self) -> None:

@@ -52,6 +52,11 @@ def in_tasks(function: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
         yield ray.get(reference)
 
 
+def as_raised(error: Any) -> BaseException:
+    """A RayTaskError as the error that it was, where that is for the user: so that it is told and not traced."""
+    return error.cause if isinstance(error.cause, ValueError | OSError) else error
+
+
 def start_here(actor_class: Any, *arguments: Any) -> Any:
     """A small actor with no CPU of its own on the driver's machine: it shall not die before the driver does."""
     import ray

@@ -23,7 +23,7 @@ from tests.conftest import COLOURS, TOWERS, drawn_sample, write_tar
 from workers.checkpoint import load_weights
 from workers.committed import list_checkpoints
 from workers.evaluate import evaluate_checkpoint
-from workers.features import Encoder
+from workers.features import Encoder, EvaluationJob
 from workers.held_out import load_set, read_classes
 from workers.shards import scan_shards
 from workers.tokenizer import build_tokenizer, train_tokenizer
@@ -110,12 +110,14 @@ class ExportedRun:
         train_bare(0, 1, self.config)
         self.info = list_checkpoints(self.run.storage)[-1]
         self.figures = evaluate_checkpoint(
-            self.config.storage_uri,
-            self.info,
-            self.config.model,
-            self.config.data,
-            self.config.eval,
-            self.config.embeddings,
+            EvaluationJob(
+                self.config.storage_uri,
+                self.info,
+                self.config.model,
+                self.config.data,
+                self.config.eval,
+                self.config.embeddings,
+            )
         )
         self.run.save_evaluation(self.figures)
 

@@ -11,7 +11,6 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +19,7 @@ from orchestrator.config import ConfigError, load_config
 from orchestrator.drawing import png
 from orchestrator.profile import draw, profile_config, read_profiles, remarks, split_of, table
 from tests.bare import train_bare
-from tests.conftest import TOWERS, write_dataset
+from tests.conftest import write_small_run
 from tests.orchestrator.test_run import Sigray, SmallRun
 from tests.ranks import run_on_ranks
 from workers.profile import PARTS, Profile, RankProfile, StepProfiler, split_steps
@@ -74,17 +73,13 @@ def test_a_span_is_nothing_while_nobody_profiles():
 
 @pytest.fixture
 def config(tmp_path):
-    write_dataset(tmp_path / "train", [40, 24])
-    content = {
-        "run": {"name": "small", "dir": str(tmp_path / "runs")},
-        "data": {"shards": str(tmp_path / "train"), "block_size": 8, "num_lanes": 2, "shuffle_window": 16},
-        "model": {"towers": TOWERS},
-        "train": {"num_samples": 20 * 8, "global_batch_size": 8, "micro_batch_size": 2, "log_every_steps": 1},
-        "cluster": {"num_workers": 2},
-        "checkpoint": {"save_every_steps": 1000},
-    }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
-    return load_config(tmp_path / "run.yaml")
+    path = write_small_run(
+        tmp_path,
+        train={"num_samples": 20 * 8, "global_batch_size": 8, "micro_batch_size": 2, "log_every_steps": 1},
+        cluster={"num_workers": 2},
+        checkpoint={"save_every_steps": 1000},
+    )
+    return load_config(path)
 
 
 def profiled(rank, world_size, config):

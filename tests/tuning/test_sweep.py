@@ -32,6 +32,7 @@ from tuning.sweep import figure_of, shortened
 from tuning.table import Table, as_csv, read_table
 from workers.committed import list_checkpoints
 from workers.evaluate import evaluate_checkpoint
+from workers.features import EvaluationJob
 from workers.storage import Storage
 
 SWEEP = "import sys; from tuning.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -189,7 +190,7 @@ def without_ray(study: Study, folder: Path) -> Table:
         at = {info.samples_seen: info for info in list_checkpoints(Storage(run.storage_uri))}
         for rung, samples in enumerate(RUNGS):
             evaluation = evaluate_checkpoint(
-                run.storage_uri, at[samples], run.model, run.data, run.eval, run.embeddings
+                EvaluationJob(run.storage_uri, at[samples], run.model, run.data, run.eval, run.embeddings)
             )
             more = {"loss": None, "figures": {}}
             if judge.decide(number, rung, samples, figure_of(evaluation, config.metric), more) == "stop":

@@ -21,7 +21,7 @@ from workers.checkpoint import CheckpointWriter
 from workers.committed import CheckpointInfo, list_checkpoints
 from workers.config import CheckpointConfig, DataConfig, EmbeddingsConfig, EvalConfig, EvalSet, ModelConfig, OptimConfig
 from workers.evaluate import class_labels, evaluate_checkpoint
-from workers.features import Crew
+from workers.features import Crew, EvaluationJob
 from workers.held_out import ImageFile, Part, check_set, classes_of, cut, list_images, load_set, read_classes
 from workers.optim import build_optimizer
 from workers.storage import Storage
@@ -184,7 +184,7 @@ def test_figures_are_the_same_with_any_number_of_workers(
 
     def evaluate(num_workers: int) -> dict[str, Any]:
         return evaluate_checkpoint(
-            *checkpoints[name], model, data, everything(folder, num_workers=num_workers), embeddings
+            EvaluationJob(*checkpoints[name], model, data, everything(folder, num_workers=num_workers), embeddings)
         )
 
     watched.begin()
@@ -225,7 +225,9 @@ def test_the_callers_threads_change_nothing_and_stay(folder, checkpoints):
         for num_threads in (1, 2):
             torch.set_num_threads(num_threads)
             found.append(
-                evaluate_checkpoint(*checkpoints["live"], LIVE, data_of(folder), everything(folder), EmbeddingsConfig())
+                evaluate_checkpoint(
+                    EvaluationJob(*checkpoints["live"], LIVE, data_of(folder), everything(folder), EmbeddingsConfig())
+                )
             )
             assert torch.get_num_threads() == num_threads
     finally:
@@ -263,7 +265,9 @@ def test_a_folder_of_images_is_measured_as_its_tar(checkpoints, tmp_path):
             retrieval=False,
         )
         data, evaluation = DataConfig(shards="none"), EvalConfig(sets={"a": spec}, batch_size=8)
-        figures.append(evaluate_checkpoint(*checkpoints["live"], LIVE, data, evaluation, EmbeddingsConfig()))
+        figures.append(
+            evaluate_checkpoint(EvaluationJob(*checkpoints["live"], LIVE, data, evaluation, EmbeddingsConfig()))
+        )
     assert figures[0] == figures[1]
     assert figures[0]["zero_shot"]["a"]["num_images"] == 30
     assert figures[0]["linear_probe"]["a"]["num_fit"] == 40

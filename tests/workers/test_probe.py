@@ -10,6 +10,7 @@ from workers.checkpoint import CheckpointWriter
 from workers.committed import list_checkpoints
 from workers.config import CheckpointConfig, DataConfig, EmbeddingsConfig, EvalConfig, EvalSet, ModelConfig, OptimConfig
 from workers.evaluate import evaluate_checkpoint
+from workers.features import EvaluationJob
 from workers.optim import build_optimizer
 from workers.probe import PENALTIES, fit_logistic, linear_probe
 from workers.storage import Storage
@@ -103,7 +104,7 @@ def test_a_checkpoint_is_probed(tmp_path):
     )
     data = DataConfig(shards=str(tmp_path / "train"))
     figures = evaluate_checkpoint(
-        storage.uri, info, model, data, EvalConfig(sets={"colours": spec}), EmbeddingsConfig()
+        EvaluationJob(storage.uri, info, model, data, EvalConfig(sets={"colours": spec}), EmbeddingsConfig())
     )
     probe = figures["linear_probe"]["colours"]
     assert (probe["num_fit"], probe["num_images"], probe["num_classes"]) == (80, 40, 4)

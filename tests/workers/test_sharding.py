@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-import yaml
 from torch.distributed.tensor import DTensor
 
 from orchestrator.config import load_config
 from tests.bare import train_bare
-from tests.conftest import TOWERS, write_dataset
+from tests.conftest import TOWERS, write_small_run
 from tests.ranks import run_on_ranks
 from workers.checkpoint import load_weights
 from workers.committed import list_checkpoints
@@ -24,24 +23,18 @@ NUM_STEPS, BATCH = 10, 16
 
 @pytest.fixture
 def config_file(tmp_path):
-    write_dataset(tmp_path / "train", [40, 24])
-    content = {
-        "run": {"name": "small", "dir": str(tmp_path / "runs")},
-        "data": {"shards": str(tmp_path / "train"), "block_size": 8, "num_lanes": 2, "shuffle_window": 16},
-        "model": {"towers": TOWERS},
-        "train": {
+    return write_small_run(
+        tmp_path,
+        train={
             "num_samples": NUM_STEPS * BATCH,
             "global_batch_size": BATCH,
             "micro_batch_size": 4,
             "log_every_steps": 1,
         },
-        "optim": {"lr": 3e-3, "num_warmup_samples": 32},
-        "checkpoint": {"save_every_steps": 5},
-        "cluster": {"num_workers": 2},
-    }
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+        optim={"lr": 3e-3, "num_warmup_samples": 32},
+        checkpoint={"save_every_steps": 5},
+        cluster={"num_workers": 2},
+    )
 
 
 def train(config_file, name, *overrides, last_step=NUM_STEPS):

@@ -21,6 +21,7 @@ from workers.data_worker import DataWorker, build_order
 from workers.decode import Decoder, Refused
 from workers.embed import Embedder, _view_random
 from workers.evaluate import evaluate_checkpoint
+from workers.features import EvaluationJob
 from workers.feed import Feed
 from workers.image_towers import OnnxTower, load_image_tower, tower_sha256
 from workers.shards import Manifest, scan_shards
@@ -210,11 +211,15 @@ def test_losses_and_figures_are_those_of_the_live_tower(folder, tmp_path, data, 
 
         info = list_checkpoints(Storage(config.storage_uri))[-1]
         figures[name] = evaluate_checkpoint(
-            config.storage_uri, info, config.model, data, EvalConfig(sets={"held": spec}), config.embeddings
+            EvaluationJob(
+                config.storage_uri, info, config.model, data, EvalConfig(sets={"held": spec}), config.embeddings
+            )
         )
         if name == "stored":  # the same checkpoint with the live tower: its weights come with the config
             live = evaluate_checkpoint(
-                config.storage_uri, info, config.model, data, EvalConfig(sets={"held": spec}), EmbeddingsConfig()
+                EvaluationJob(
+                    config.storage_uri, info, config.model, data, EvalConfig(sets={"held": spec}), EmbeddingsConfig()
+                )
             )
             assert live["zero_shot"] == figures[name]["zero_shot"]
             assert live["retrieval"] == figures[name]["retrieval"]

@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
-import yaml
 
 from orchestrator.config import load_config
 from tests.bare import train_bare
-from tests.conftest import TOWERS, write_dataset
+from tests.conftest import write_small_run
 from tests.ranks import run_on_ranks
 from workers.checkpoint import leave_out, load_weights
 from workers.committed import list_checkpoints, read_metrics
@@ -26,16 +25,12 @@ NUM_STEPS, BAD = 12, 7
 
 @pytest.fixture
 def config(tmp_path):
-    write_dataset(tmp_path / "train", [40, 24])
-    content = {
-        "run": {"name": "small", "dir": str(tmp_path / "runs")},
-        "data": {"shards": str(tmp_path / "train"), "block_size": 8, "num_lanes": 2, "shuffle_window": 16},
-        "model": {"towers": TOWERS},
-        "train": {"num_samples": NUM_STEPS * 8, "global_batch_size": 8, "log_every_steps": 4, "ledger": True},
-        "checkpoint": {"save_every_steps": 3},
-    }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
-    return load_config(tmp_path / "run.yaml")
+    path = write_small_run(
+        tmp_path,
+        train={"num_samples": NUM_STEPS * 8, "global_batch_size": 8, "log_every_steps": 4, "ledger": True},
+        checkpoint={"save_every_steps": 3},
+    )
+    return load_config(path)
 
 
 def train_with_a_bad_step(rank, world_size, config, kind):

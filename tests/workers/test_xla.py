@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from orchestrator.config import RunConfig, load_config
 from tests.bare import train_bare
-from tests.conftest import TOWERS, write_dataset
+from tests.conftest import write_small_run
 from tests.ranks import run_on_ranks
 from workers.committed import list_checkpoints
 from workers.device import open_device
@@ -50,18 +49,12 @@ VARIANTS = {
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("xla")
-    write_dataset(folder / "train", [40, 24])
-    content = {
-        "run": {"name": "small", "dir": str(folder / "runs")},
-        "data": {"shards": str(folder / "train"), "block_size": 8, "num_lanes": 2, "shuffle_window": 16},
-        "model": {"towers": TOWERS},
-        "train": {"num_samples": NUM_STEPS * BATCH, "global_batch_size": BATCH, "log_every_steps": 1},
-        "optim": {"lr": 3e-3, "num_warmup_samples": 32},
-        "checkpoint": {"save_every_steps": 5},
-    }
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+    return write_small_run(
+        folder,
+        train={"num_samples": NUM_STEPS * BATCH, "global_batch_size": BATCH, "log_every_steps": 1},
+        optim={"lr": 3e-3, "num_warmup_samples": 32},
+        checkpoint={"save_every_steps": 5},
+    )
 
 
 def main() -> None:
