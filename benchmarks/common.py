@@ -9,8 +9,14 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from orchestrator.emoji import build_emoji
 from orchestrator.launch import environment
+from workers.config import ModelConfig
+from workers.feed import Batch
+from workers.towers import shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 EMOJI = ROOT / "data" / "emoji36"
@@ -20,6 +26,24 @@ def ensure_emoji() -> None:
     """Build the demo data where `examples/` expects it, unless it is there."""
     build_emoji(EMOJI, progress=lambda stage, done, total: print(f"{stage}: {done} of {total}", end="\r"))
     print()
+
+
+def random_batch(num_pairs: int, model: ModelConfig, *, pin_memory: bool = False) -> Batch:
+    """Noise in the shapes that a model takes."""
+    edge, length, vocabulary = shapes(model)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (num_pairs, edge, edge, 3), generator=generator, dtype=torch.uint8)
+    tokens = torch.randint(1, vocabulary, (num_pairs, length), generator=generator).int()
+    if pin_memory:
+        images, tokens = images.pin_memory(), tokens.pin_memory()
+    return Batch(
+        0,
+        images,
+        tokens,
+        samples=np.zeros((num_pairs, 3), np.int64),
+        keys=[""] * num_pairs,
+        replaced=np.zeros(num_pairs, bool),
+    )
 
 
 def peak_growth_mib(run: Callable[[], object]) -> float:
@@ -32,6 +56,16 @@ def peak_growth_mib(run: Callable[[], object]) -> float:
     return status_mib("VmHWM") - before
 
 
+def cuda_growth_mib(run: Callable[[], object]) -> float:
+    """By how much the memory that this process has allocated on the CUDA device grows, at most, while `run` runs."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 def status_mib(key: str) -> float:
     """A figure of /proc/self/status, such as VmRSS."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -42,7 +76,8 @@ def report(name: str, repetitions: list[dict[str, float]], figures: dict[str, fl
     """Print each repetition and, last, the figures; keep them under benchmarks/results/ where asked to."""
     for number, repetition in enumerate(repetitions, start=1):
         print(f"repetition {number}: " + " ".join(f"{key}={value:.4g}" for key, value in repetition.items()))
-    content = {"benchmark": name, **environment(), "figures": figures, "repetitions": repetitions}
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    content = {"benchmark": name, **environment(), **gpu, "figures": figures, "repetitions": repetitions}
     if save:
         path = ROOT / "benchmarks" / "results" / f"{date.today().isoformat()}-{name}.json"
         path.write_text(json.dumps(content, indent=1) + "\n")

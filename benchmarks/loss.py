@@ -7,13 +7,16 @@ In one process, alternating, each on the same features:
     open_clip         open_clip.loss.SigLipLoss on one rank
     plain, compiled   the equation under autograd, and torch.compile of it
     jax               big_vision's formula (trainers/proj/image_text/siglip.py) under jax.jit, where jax is installed:
-                      uv pip install -e '.[bench]'
-    siglip-kernel     needs CUDA and Triton: not measured on a CPU
+                      uv pip install -e '.[bench]'; on CPU only
+    siglip-kernel     fused_siglip_loss of the package of that name, where it is installed; on CUDA only
 
 Speed-ups and floor ratios are medians over repetitions of ratios within a repetition; of the widths and batch sizes
 measured, the worst counts. A contestant that needs longer than `--patience` seconds is measured once only: bfloat16
 products on a CPU without the instructions. Memory is what the resident set grows by above the features, less the two
-feature gradients.
+feature gradients; on CUDA, what the allocator does.
+
+    python -m benchmarks.loss --save
+    python -m benchmarks.loss --device cuda --save
 """
 
 from __future__ import annotations
@@ -27,18 +30,22 @@ import torch
 from open_clip.loss import SigLipLoss
 from torch import Tensor
 
-from benchmarks.common import peak_growth_mib, report
+from benchmarks.common import cuda_growth_mib, peak_growth_mib, report
 from losses import sigmoid_loss, sigmoid_loss_plain
 from losses.tiles import default_tile_size, product_dtype
 from tests.reference import random_features
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+# Where all contestants are measured, and smaller ones, where launching operations counts.
+BATCH_SIZES = {"cpu": ([8192], [1024, 256]), "cuda": ([32768, 8192], [1024])}
+LARGE = {"cpu": 262_144, "cuda": 1_048_576}
 Contestant = Callable[[], object]
 
 
-def leaves(batch_size: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
+def leaves(batch_size: int, dim: int, dtype: torch.dtype, device: str) -> list[Tensor]:
     features = [random_features(batch_size, dim, seed=seed, dtype=dtype) for seed in (0, 1)]
-    return [tensor.requires_grad_() for tensor in (*features, torch.tensor(10.0), torch.tensor(-10.0))]
+    scalars = torch.tensor(10.0), torch.tensor(-10.0)
+    return [tensor.to(device).requires_grad_() for tensor in (*features, *scalars)]
 
 
 def backward_of(loss: Callable[..., Tensor], inputs: list[Tensor]) -> Contestant:
@@ -53,7 +60,7 @@ def backward_of(loss: Callable[..., Tensor], inputs: list[Tensor]) -> Contestant
 def floor(inputs: list[Tensor]) -> Contestant:
     image, text = (tensor.detach().to(product_dtype(tensor)) for tensor in inputs[:2])
     size = min(default_tile_size(image.device), len(image))
-    tile = torch.rand(size, size).to(image.dtype)
+    tile = torch.rand(size, size, device=image.device).to(image.dtype)
     gradients = torch.zeros_like(image), torch.zeros_like(text)
     spare = torch.empty_like(image[:size])
 
@@ -90,8 +97,18 @@ def jax_loss(inputs: list[Tensor]) -> Contestant | None:
     return lambda: jax.block_until_ready(step(*arrays))
 
 
-def contestants(batch_size: int, dim: int, dtype: torch.dtype, everyone: bool) -> dict[str, Contestant]:
-    inputs = leaves(batch_size, dim, dtype)
+def siglip_kernel(inputs: list[Tensor]) -> Contestant | None:
+    try:
+        from siglip_kernel import fused_siglip_loss
+    except ImportError:
+        print("siglip-kernel is not installed")
+        return None
+    image, text, scale, bias = inputs
+    return backward_of(fused_siglip_loss, [image, text, scale.detach().log().requires_grad_(), bias])
+
+
+def contestants(batch_size: int, dim: int, dtype: torch.dtype, everyone: bool, device: str) -> dict[str, Contestant]:
+    inputs = leaves(batch_size, dim, dtype, device)
     found: dict[str, Contestant | None] = {
         "sigray": backward_of(sigmoid_loss, inputs),
         "floor": floor(inputs),
@@ -102,9 +119,12 @@ def contestants(batch_size: int, dim: int, dtype: torch.dtype, everyone: bool) -
     elif everyone:
         found["plain"] = backward_of(sigmoid_loss_plain, inputs)
         found["compiled"] = backward_of(torch.compile(sigmoid_loss_plain), inputs)
-        found["jax"] = jax_loss(inputs)
-        if found["jax"] is None:
-            print("jax is not installed: big_vision's formula is left out")
+        if device == "cpu":
+            found["jax"] = jax_loss(inputs)
+            if found["jax"] is None:
+                print("jax is not installed: big_vision's formula is left out")
+    if device == "cuda":
+        found["siglip_kernel"] = siglip_kernel(inputs)
     return {name: contestant for name, contestant in found.items() if contestant}
 
 
@@ -112,13 +132,18 @@ def repeat(run: Contestant, times: int) -> Contestant:
     return lambda: [run() for _ in range(times)]
 
 
+def timed(run: Contestant) -> float:
+    """Seconds, until the device has done it."""
+    finish = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    finish()
+    begin = time.perf_counter()
+    run()
+    finish()
+    return time.perf_counter() - begin
+
+
 def alternate(runs: dict[str, Contestant], num_repetitions: int, patience_s: float) -> dict[str, list[float]]:
     """Seconds of each, after one warm-up; contestants take turns."""
-
-    def timed(run: Contestant) -> float:
-        begin = time.perf_counter()
-        run()
-        return time.perf_counter() - begin
 
     first = {name: timed(run) for name, run in runs.items()}
     slow = {name: seconds for name, seconds in first.items() if seconds > patience_s}
@@ -132,12 +157,13 @@ def alternate(runs: dict[str, Contestant], num_repetitions: int, patience_s: flo
     return times
 
 
-def peak_mib(batch_size: int, dim: int) -> float:
+def peak_mib(batch_size: int, dim: int, device: str) -> float:
     """Of one forward and backward pass in float32, above features and their gradients."""
-    inputs = leaves(batch_size, dim, torch.float32)
-    backward_of(sigmoid_loss, leaves(8, dim, torch.float32))()
+    inputs = leaves(batch_size, dim, torch.float32, device)
+    backward_of(sigmoid_loss, leaves(8, dim, torch.float32, device))()
     gradients = 2 * batch_size * dim * 4 / 2**20
-    return peak_growth_mib(backward_of(sigmoid_loss, inputs)) - gradients
+    grown = cuda_growth_mib if device == "cuda" else peak_growth_mib
+    return grown(backward_of(sigmoid_loss, inputs)) - gradients
 
 
 def main() -> None:
@@ -146,15 +172,19 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=20, metavar="SECONDS")
     parser.add_argument("--dims", type=int, nargs="+", default=[512, 768])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--large", action="store_true", help="also one pass at B = 262,144, D = 64 (minutes)")
+    parser.add_argument("--device", choices=BATCH_SIZES, default="cpu")
+    parser.add_argument(
+        "--large", action="store_true", help="also one pass at B = 262,144 (CUDA: 1,048,576), D = 64 (minutes)"
+    )
     parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results/")
     options = parser.parse_args()
     figures: dict[str, float] = {}
     repetitions: list[dict[str, float]] = [{} for _ in range(options.repetitions)]
 
-    memory = {f"{size // 1024}k": peak_mib(size, 64) for size in (8192, 16384, 32768, 65536)}
+    device = options.device
+    memory = {f"{size // 1024}k": peak_mib(size, 64, device) for size in (8192, 16384, 32768, 65536)}
     print("peak MiB at D = 64: " + ", ".join(f"{name} {mib:.0f}" for name, mib in memory.items()))
-    figures["memory_mb_32k"] = peak_mib(32768, 512)
+    figures["memory_mb_32k"] = peak_mib(32768, 512, device)
     # open_clip keeps logits, their product with the labels and the labels for its backward pass.
     print(
         f"peak MiB at B = 32,768, D = 512: {figures['memory_mb_32k']:.0f} (B x B float32 alone: {32768**2 * 4 >> 20})"
@@ -162,13 +192,13 @@ def main() -> None:
 
     for label in options.dtypes:
         speedups, floors, small = [], [], []
-        for batch_size in (8192, 1024, 256):
+        large_sizes, small_sizes = BATCH_SIZES[device]
+        for batch_size in large_sizes + small_sizes:
             for dim in options.dims:
-                large = batch_size == 8192
-                runs = contestants(batch_size, dim, DTYPES[label], everyone=large)
-                inner = 1 if large else 20  # passes in a row: a clock tick must not matter
-                if not large:
-                    runs = {name: repeat(run, inner) for name, run in runs.items()}
+                large = batch_size in large_sizes
+                runs = contestants(batch_size, dim, DTYPES[label], large, device)
+                inner = 1 if large and device == "cpu" else 20  # passes in a row: a clock tick must not matter
+                runs = {name: repeat(run, inner) for name, run in runs.items()}
                 times = alternate(runs, options.repetitions, options.patience)
                 medians = {name: statistics.median(series) / inner for name, series in times.items()}
                 line = ", ".join(f"{name} {1000 * seconds:.1f}" for name, seconds in medians.items())
@@ -180,6 +210,10 @@ def main() -> None:
                 def ratio(name: str, times: dict[str, list[float]] = times) -> float:
                     return statistics.median(a / b for a, b in zip(times[name], times["sigray"], strict=True))
 
+                if device == "cuda":
+                    kernel = ratio("siglip_kernel") if "siglip_kernel" in times else float("nan")
+                    print(f"    open_clip / sigray {ratio('open_clip'):.3g}, siglip_kernel / sigray {kernel:.3g}")
+                    figures[f"speedup_siglip_kernel_{label}_{batch_size}_{dim}"] = kernel
                 if large:
                     speedups.append(ratio("open_clip"))
                     floors.append(ratio("floor"))
@@ -191,14 +225,14 @@ def main() -> None:
             f"small_speedup_open_clip_{label}": min(small),
         }
     if options.large:
-        inputs = leaves(262144, 64, torch.float32)
-        begin = time.perf_counter()
-        backward_of(sigmoid_loss, inputs)()
-        figures["seconds_262144"] = time.perf_counter() - begin
-        print(f"B = 262,144, D = 64: {figures['seconds_262144']:.0f} s")
+        inputs = leaves(LARGE[device], 64, torch.float32, device)
+        seconds = figures[f"seconds_{LARGE[device]}"] = timed(backward_of(sigmoid_loss, inputs))
+        print(f"B = {LARGE[device]:,}, D = 64: {seconds:.1f} s")
     order = ["speedup_open_clip_f32", "speedup_open_clip_bf16", "floor_ratio_f32", "floor_ratio_bf16", "memory_mb_32k"]
     last = {name: figures[name] for name in order if name in figures}
-    name = "loss" if len(options.dtypes) == len(DTYPES) else "loss-" + "-".join(options.dtypes)
+    name = "loss" if device == "cpu" else f"loss-{device}"
+    if len(options.dtypes) < len(DTYPES):
+        name += "-" + "-".join(options.dtypes)
     rest = {key: value for key, value in figures.items() if key not in last}
     report(name, repetitions, rest | last, options.save)
 

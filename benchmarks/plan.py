@@ -23,10 +23,9 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import torch
 
-from benchmarks.common import ROOT, peak_growth_mib, report, status_mib
+from benchmarks.common import ROOT, peak_growth_mib, random_batch, report, status_mib
 from orchestrator.config import RunConfig, load_config
 from orchestrator.devices import DEVICES, GIB
 from orchestrator.plan import default_num_devices, largest_batch, plan, run_device, this_cpu
@@ -81,9 +80,7 @@ def measure(name: str) -> dict[str, float]:
     import ray.train.torch  # noqa: F401 - as a training worker does
 
     from workers.device import open_device
-    from workers.feed import Batch
     from workers.step import Trainer
-    from workers.towers import shapes
 
     config = cpu_config(name)
     size = config.train.global_batch_size
@@ -98,12 +95,7 @@ def measure(name: str) -> dict[str, float]:
         seed=0,
         activation_checkpointing=config.train.activation_checkpointing,
     )
-    edge, length, vocabulary = shapes(config.model)
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randint(0, 256, (size, edge, edge, 3), generator=generator, dtype=torch.uint8)
-    tokens = torch.randint(1, vocabulary, (size, length), generator=generator).int()
-    origin = {"samples": np.zeros((size, 3), np.int64), "keys": [""] * size, "replaced": np.zeros(size, bool)}
-    batch = Batch(0, images, tokens, **origin)
+    batch = random_batch(size, config.model)
     trainer.step(batch)  # makes the optimizer's state
     trainer.optimizer.zero_grad(set_to_none=True)
     growth = peak_growth_mib(lambda: trainer.step(batch))

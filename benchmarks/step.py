@@ -17,12 +17,11 @@ import sys
 import time
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from open_clip.loss import SigLipLoss
 from open_clip_train.train import train_one_epoch
 
-from benchmarks.common import ROOT, peak_growth_mib, report
+from benchmarks.common import ROOT, peak_growth_mib, random_batch, report
 from orchestrator.config import load_config
 from tests.reference import step_gradients
 from workers.config import LossConfig, ModelConfig, OptimConfig
@@ -32,17 +31,6 @@ from workers.step import Trainer
 from workers.towers import build_model, normalize_pixels
 
 SEED = 0
-
-
-def random_batch(num_pairs: int, model: ModelConfig) -> Batch:
-    assert model.towers is not None
-    size, text = model.towers["vision_cfg"]["image_size"], model.towers["text_cfg"]
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randint(0, 256, (num_pairs, size, size, 3), generator=generator, dtype=torch.uint8)
-    tokens = torch.randint(1, text["vocab_size"], (num_pairs, text["context_length"]), generator=generator)
-    size = len(images)
-    origin = {"samples": np.zeros((size, 3), np.int64), "keys": [""] * size, "replaced": np.zeros(size, bool)}
-    return Batch(0, images, tokens.int(), **origin)
 
 
 def make_trainer(model: ModelConfig, num_pairs: int, micro_batch_size: int) -> Trainer:
@@ -58,20 +46,20 @@ def make_trainer(model: ModelConfig, num_pairs: int, micro_batch_size: int) -> T
     )
 
 
-def open_clip_gradients(model: ModelConfig, batch: Batch, accum_freq: int) -> dict[str, torch.Tensor]:
-    """Of one optimizer step of open_clip_train; the learning rate is zero, the gradients stay on the parameters."""
-    torch.manual_seed(SEED)
-    module = build_model(model)
-    images = normalize_pixels(batch.images, model)
-    micro_batches = list(zip(images.chunk(accum_freq), batch.tokens.chunk(accum_freq), strict=True))
+def epoch_data(micro_batches: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, SimpleNamespace]:
+    """What open_clip's `train_one_epoch` reads."""
 
     class Loader(list):  # type: ignore[type-arg]
-        num_batches, num_samples = accum_freq, len(images)
+        num_batches, num_samples = len(micro_batches), sum(len(images) for images, _ in micro_batches)
 
-    data = {"train": SimpleNamespace(set_epoch=lambda epoch: None, dataloader=Loader(micro_batches))}
-    args = SimpleNamespace(
-        device="cpu",
-        precision="fp32",
+    return {"train": SimpleNamespace(set_epoch=lambda epoch: None, dataloader=Loader(micro_batches))}
+
+
+def epoch_arguments(accum_freq: int, batch_size: int, device: str, precision: str) -> SimpleNamespace:
+    """Its arguments."""
+    return SimpleNamespace(
+        device=device,
+        precision=precision,
         distill=False,
         accum_freq=accum_freq,
         skip_scheduler=True,
@@ -83,11 +71,20 @@ def open_clip_gradients(model: ModelConfig, batch: Batch, accum_freq: int) -> di
         log_every_n_steps=10**9,
         log_local=False,
         world_size=1,
-        batch_size=len(micro_batches[0][0]),
+        batch_size=batch_size,
         wandb=False,
     )
+
+
+def open_clip_gradients(model: ModelConfig, batch: Batch, accum_freq: int) -> dict[str, torch.Tensor]:
+    """Of one optimizer step of open_clip_train; the learning rate is zero, the gradients stay on the parameters."""
+    torch.manual_seed(SEED)
+    module = build_model(model)
+    images = normalize_pixels(batch.images, model)
+    micro_batches = list(zip(images.chunk(accum_freq), batch.tokens.chunk(accum_freq), strict=True))
+    arguments = epoch_arguments(accum_freq, len(micro_batches[0][0]), "cpu", "fp32")
     optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
-    train_one_epoch(module, data, SigLipLoss(), 0, optimizer, None, None, None, args)
+    train_one_epoch(module, epoch_data(micro_batches), SigLipLoss(), 0, optimizer, None, None, None, arguments)
     return {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
 
 

@@ -1075,10 +1075,15 @@ def _summary(run: _Run, status: str, total_s: float) -> dict[str, Any]:
 
 
 def environment() -> dict[str, str]:
-    """Versions, hardware and commit, as every result that is quoted carries them."""
+    """Versions, hardware and commit, as every result that is quoted carries them.
+
+    SIGRAY_COMMIT in the environment names the commit where the files stand without their history, as in an image.
+    """
     from importlib.metadata import version
 
     def commit() -> str:
+        if named := os.environ.get("SIGRAY_COMMIT"):
+            return named
         root = Path(__file__).resolve().parent.parent
         command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
         try:

@@ -1,0 +1,168 @@
+"""What does a training step cost on one GPU, beside open_clip's own, and how near does `sigray plan` come?
+
+ViT-B-16-SigLIP in bf16 with AdamW, on batches of noise that lie in page-locked memory, as the feed hands them over:
+
+    one piece       256 pairs, one forward and backward pass
+    micro-batches   4,096 pairs in micro-batches of 256: every pair is seen by the loss, the towers run forward twice
+    checkpointing   4,096 pairs in micro-batches of 1,024 with activation checkpointing
+
+open_clip's side of the first two is its own `train_one_epoch` (amp_bfloat16, accum_freq 1 and 16), which embeds twice
+as well. `speedup_open_clip` is the smaller of the two ratios, medians over alternating repetitions. `utilisation` is of
+the vendor's peak, over the operations that a plan counts; `memory_error_max` is the plan's error of what a step holds.
+
+    python -m benchmarks.gpu --save
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from open_clip.loss import SigLipLoss
+from open_clip_train.train import train_one_epoch
+
+from benchmarks.common import ROOT, cuda_growth_mib, random_batch, report
+from benchmarks.step import epoch_arguments, epoch_data
+from orchestrator.config import RunConfig, load_config
+from orchestrator.devices import DEVICES, DeviceKind
+from orchestrator.plan import plan
+from workers.device import open_device
+from workers.feed import Batch
+from workers.step import Trainer
+from workers.towers import build_model, normalize_pixels
+
+MIB = 2**20
+CASES = {
+    "one_piece": {"global_batch_size": 256, "micro_batch_size": "null"},
+    "micro_batches": {"global_batch_size": 4096, "micro_batch_size": 256},
+    "checkpointing": {"global_batch_size": 4096, "micro_batch_size": 1024, "activation_checkpointing": "true"},
+}
+NUM_STEPS = 3  # in a repetition
+PEER_BATCH = 256
+
+
+def gpu_config(name: str) -> RunConfig:
+    overrides = [f"train.{key}={value}" for key, value in CASES[name].items()]
+    return load_config(
+        ROOT / "examples" / "siglip_b16_5days_32xtpu_v4.yaml",
+        [
+            "cluster={accelerator: cuda, num_workers: 1}",
+            "optim.name=adamw",
+            "train.activation_checkpointing=false",
+            *overrides,
+        ],
+    )
+
+
+def make_trainer(config: RunConfig) -> Trainer:
+    return Trainer(
+        config.model,
+        config.optim,
+        config.loss,
+        open_device("cuda", 0, config.train.precision),
+        num_samples=config.train.num_samples,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        seed=0,
+        activation_checkpointing=config.train.activation_checkpointing,
+    )
+
+
+def sigray_steps(trainer: Trainer, batch: Batch) -> Callable[[], None]:
+    def run() -> None:
+        for step in range(NUM_STEPS):
+            trainer.step(dataclasses.replace(batch, step=step))
+
+    return run
+
+
+def open_clip_steps(config: RunConfig, batch: Batch) -> Callable[[], None]:
+    """As many optimizer steps of open_clip_train over the same pairs; its images are floats on the host."""
+    torch.manual_seed(0)
+    module = build_model(config.model).cuda()
+    accum_freq = len(batch.images) // PEER_BATCH
+    micro_batches = [
+        (normalize_pixels(images, config.model).pin_memory(), tokens.pin_memory())
+        for images, tokens in zip(batch.images.split(PEER_BATCH), batch.tokens.split(PEER_BATCH), strict=True)
+    ]
+    data = epoch_data(micro_batches * NUM_STEPS)
+    arguments = epoch_arguments(accum_freq, PEER_BATCH, device="cuda", precision="amp_bfloat16")
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
+    return lambda: train_one_epoch(module, data, SigLipLoss(), 0, optimizer, None, None, None, arguments)
+
+
+def measure(name: str, kind: DeviceKind, num_repetitions: int) -> dict[str, float]:
+    """One case: sigray's and open_clip's samples/s, memory and utilisation beside the plan's."""
+    config = gpu_config(name)
+    size, found = config.train.global_batch_size, plan(config, kind, 1)
+    batch = random_batch(size, config.model, pin_memory=True)
+    trainer = make_trainer(config)
+    run = sigray_steps(trainer, batch)
+    run()  # makes the optimizer's state, loads the kernels
+    trainer.optimizer.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_allocated() / MIB
+    peak = held + cuda_growth_mib(lambda: trainer.step(batch))
+    phase = max(found.phases, key=lambda phase: phase.total)
+    # The batch here lies on the host; its copies go to the device a micro-batch at a time.
+    items = {name: count for name, count in phase.items.items() if name not in ("framework", "input batches")}
+    predicted = sum(items.values()) / MIB
+    runs = {"sigray": run}
+    if name != "checkpointing":
+        runs["open_clip"] = open_clip_steps(config, batch)
+        runs["open_clip"]()
+    seconds: dict[str, list[float]] = {contestant: [] for contestant in runs}
+    for number in range(num_repetitions):
+        for contestant in list(runs) if number % 2 else reversed(list(runs)):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            runs[contestant]()
+            torch.cuda.synchronize()
+            seconds[contestant].append(time.perf_counter() - begin)
+    rates = {contestant: NUM_STEPS * size / statistics.median(times) for contestant, times in seconds.items()}
+    flops = sum(found.flops_per_sample.values())
+    result = {
+        **{f"{contestant}_samples_per_s": rate for contestant, rate in rates.items()},
+        "utilisation": rates["sigray"] * flops / kind.peak(config.train.precision),
+        "peak_mib": peak,
+        "predicted_peak_mib": predicted,
+        "memory_error": abs(predicted / peak - 1),
+        "host_copies_mib": len(batch.images) * batch.images[0].numel() / MIB,
+    }
+    if "open_clip" in seconds:
+        result["speedup_open_clip"] = statistics.median(
+            theirs / ours for theirs, ours in zip(seconds["open_clip"], seconds["sigray"], strict=True)
+        )
+    return {f"{name}_{key}": value for key, value in result.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--device", choices=[n for n, kind in DEVICES.items() if "cuda" in kind.accelerators], default="h100"
+    )
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results/")
+    options = parser.parse_args()
+    rows = {}
+    for name in CASES:
+        rows |= measure(name, DEVICES[options.device], options.repetitions)
+        torch.cuda.empty_cache()
+        print(
+            f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in rows.items() if key.startswith(name)),
+            flush=True,
+        )
+    figures = {
+        "speedup_open_clip": min(value for key, value in rows.items() if key.endswith("speedup_open_clip")),
+        "utilisation": min(value for key, value in rows.items() if key.endswith("utilisation")),
+        "memory_error_max": max(value for key, value in rows.items() if key.endswith("memory_error")),
+    }
+    report("gpu", [rows], figures, options.save)
+
+
+if __name__ == "__main__":
+    main()

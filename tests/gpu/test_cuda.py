@@ -1,0 +1,323 @@
+"""On a CUDA device: the numbers of the CPU and of float64, and what only a GPU has. CI has none and skips all of it.
+
+python -m pytest -m gpu
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from losses import Negatives, sigmoid_loss, sigmoid_loss_plain
+from losses.exchange import ring_softmax_loss
+from losses.fused import eager_terms_, negative_terms_
+from losses.softmax import softmax_loss_plain
+from orchestrator.config import load_config
+from tests.bare import OneWorker, train_bare
+from tests.conftest import write_small_run
+from tests.losses.test_fused import tile_of
+from tests.losses.test_sigmoid import scalars, value_and_gradients
+from tests.reference import random_features, step_gradients
+from tests.workers.test_step import MODEL, NUM_PAIRS, SEED, WITH_DROPOUT, check_gradients, global_batch, part_of
+from workers.checkpoint import CheckpointWriter, load_newest
+from workers.config import CheckpointConfig, LossConfig, OptimConfig
+from workers.data_worker import DataWorker, build_order
+from workers.device import check_collectives, open_device
+from workers.feed import Feed
+from workers.shards import scan_shards
+from workers.step import Trainer
+from workers.storage import Storage
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+CUDA = "cuda"
+
+
+@pytest.fixture(autouse=True)
+def strict_float32():
+    """As the tests expect it, whatever the one before has set."""
+    open_device(CUDA, 0, "fp32")
+
+
+@pytest.fixture
+def nccl(tmp_path):
+    """A group of this rank alone: one GPU takes one rank."""
+    dist.init_process_group(
+        "nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1, device_id=torch.device(CUDA, 0)
+    )
+    yield
+    dist.destroy_process_group()
+
+
+def relative_error(actual, expected):
+    return float((actual.double().cpu() - expected.double().cpu()).norm() / expected.double().cpu().norm())
+
+
+# The loss
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 37), (64, 1024), (129, 2053), (500, 4096)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("scale", "bias", "excluded"), [(10.0, -10.0, 0.0), (117.3, -16.0, 0.3), (1e6, 5.0, 0.1), (-3.0, -2.0, 1.0)]
+)
+def test_the_kernel_equals_its_float64_twin(rows, columns, dtype, scale, bias, excluded):
+    x = tile_of(rows, columns, dtype, seed=rows, excluded=excluded)
+    tile, sums = x.to(CUDA, copy=True), torch.ones(3, rows + 2, device=CUDA)[:, :rows]
+    negative_terms_(tile, torch.tensor(scale, device=CUDA), torch.tensor(bias, device=CUDA), sums)
+    want, want_sums = x.to(CUDA).double(), torch.ones(3, rows, dtype=torch.float64, device=CUDA)
+    eager_terms_(want, torch.tensor(scale).double().to(CUDA), torch.tensor(bias).double().to(CUDA), want_sums)
+    # As in tests/losses/test_fused.py, and the order of a row's additions on top.
+    relative = 2e-6 + 2e-7 * min(abs(scale) + abs(bias), 100)
+    torch.testing.assert_close(sums.double(), want_sums, rtol=relative, atol=relative * float(want_sums.abs().max()))
+    torch.testing.assert_close(tile.double(), want, rtol=relative + torch.finfo(dtype).eps, atol=1e-37)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_swallows_no_nan(poison, dtype):
+    x, sums = tile_of(2, 33, dtype, seed=0).to(CUDA), torch.zeros(3, 2, device=CUDA)
+    x[1, 32] = poison
+    negative_terms_(x, torch.tensor(10.0, device=CUDA), torch.tensor(-10.0, device=CUDA), sums)
+    assert torch.isfinite(sums[:, 0]).all()
+    assert not torch.isfinite(sums[:, 1]).all()
+
+
+# Of value and gradients, in the Euclidean norm. bfloat16: features, cosines and dL/dz have 8 bits.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("num_pairs", "tile_size"), [(1, None), (5, None), (1000, 256), (5000, None)])
+def test_the_loss_equals_the_plain_equation_in_float64(dtype, num_pairs, tile_size):
+    features = [random_features(num_pairs, 96, seed=seed).to(CUDA, dtype) for seed in (0, 1)]
+    inputs = [tensor.to(CUDA) for tensor in scalars(10.0, -10.0, torch.float32 if dtype.itemsize < 8 else dtype)]
+    actual = value_and_gradients(lambda *x: sigmoid_loss(*x, tile_size=tile_size), *features, *inputs)
+    expected = value_and_gradients(sigmoid_loss_plain, *(tensor.double() for tensor in (*features, *inputs)))
+    for got, want in zip(actual, expected, strict=True):
+        assert relative_error(got, want) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("which", ["random", "hardest", "easiest"])
+def test_chosen_negatives_are_those_of_the_cpu(which):
+    features = [random_features(700, 64, seed=seed, dtype=torch.float32) for seed in (0, 1)]
+    negatives = Negatives(which, 0.05, 7)
+
+    def run(device):
+        inputs = [tensor.to(device) for tensor in (*features, *scalars(10.0, -10.0, torch.float32))]
+        return value_and_gradients(lambda *x: sigmoid_loss(*x, negatives=negatives, tile_size=256), *inputs)
+
+    # Cosines differ in the last bits, so a few of the 24,465 that are kept may be others at the threshold.
+    for got, want in zip(run(CUDA), run("cpu"), strict=True):
+        assert relative_error(got, want) < (1e-5 if which == "random" else 2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_softmax_equals_the_plain_equation(dtype):
+    features = [random_features(900, 96, seed=seed).to(CUDA, dtype) for seed in (0, 1)]
+    scale, bias = (tensor.to(CUDA) for tensor in scalars(10.0, 0.0, torch.float32))
+    *actual, _ = value_and_gradients(lambda *x: ring_softmax_loss(*x, tile_size=256), *features, scale, bias)
+    expected = value_and_gradients(softmax_loss_plain, *(tensor.double() for tensor in (*features, scale)))
+    for got, want in zip(actual, expected, strict=True):
+        assert relative_error(got, want) < 3 * TOLERANCE[dtype]
+
+
+def test_the_loss_needs_no_b_by_b_memory():
+    features = [
+        random_features(32768, 512, seed=seed, dtype=torch.float32).to(CUDA).requires_grad_() for seed in (0, 1)
+    ]
+    scale, bias = (tensor.to(CUDA).requires_grad_() for tensor in scalars(10.0, -10.0, torch.float32))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    sigmoid_loss(*features, scale, bias).backward()
+    grown = torch.cuda.max_memory_allocated() - before
+    gradients, tile = 2 * 32768 * 512 * 4, 4096 * 4096 * 4
+    assert grown < gradients + 2 * tile  # B x B would be 4 GiB
+
+
+def test_equal_passes_give_equal_bits():
+    features = [random_features(9000, 128, seed=seed, dtype=torch.float32).to(CUDA) for seed in (0, 1)]
+    inputs = *features, *(tensor.to(CUDA) for tensor in scalars(10.0, -10.0, torch.float32))
+    first, second = (value_and_gradients(sigmoid_loss, *inputs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# The device
+
+
+@pytest.mark.parametrize(
+    ("precision", "least", "most"), [("fp32", 0, 2e-6), ("tf32", 1e-5, 1e-3), ("bf16", 1e-5, 1e-3)]
+)
+def test_float32_products_are_rounded_where_the_precision_says_so(precision, least, most):
+    open_device(CUDA, 0, precision)
+    a, b = (torch.randn(512, 512, generator=torch.Generator().manual_seed(seed)).to(CUDA) for seed in (0, 1))
+    assert least <= relative_error(a @ b, a.double() @ b.double()) < most
+
+
+def make_trainer(accelerator=CUDA, precision="fp32", splits_weights=False, **settings):
+    device = open_device(accelerator, 0, precision, splits_weights=splits_weights)
+    check_collectives(device, NUM_PAIRS)
+    settings = {"model": MODEL, "micro_batch_size": None} | settings
+    return Trainer(
+        settings.pop("model"),
+        OptimConfig(grad_clip_norm=None, schedule="constant"),
+        LossConfig(),
+        device,
+        num_samples=NUM_PAIRS,
+        global_batch_size=NUM_PAIRS,
+        seed=SEED,
+        **settings,
+    )
+
+
+def gradients_of(trainer, num_steps=1):
+    batch = part_of(0, 1)
+    batch.images, batch.tokens = batch.images.pin_memory(), batch.tokens.pin_memory()
+    for step in range(num_steps):
+        loss = float(trainer.step(replace(batch, step=step)).loss)
+    gradients = {name: parameter.grad for name, parameter in trainer.module.named_parameters()}
+    return loss, {
+        name: (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).cpu() for name, grad in gradients.items()
+    }
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 4, 16])
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_a_step_equals_the_oracle(num_micro_batches, activation_checkpointing):
+    expected_loss, expected, _ = step_gradients(MODEL, SEED, *global_batch())
+    loss, gradients = gradients_of(
+        make_trainer(micro_batch_size=NUM_PAIRS // num_micro_batches, activation_checkpointing=activation_checkpointing)
+    )
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    check_gradients(gradients, expected)
+
+
+def test_a_step_over_nccl_equals_the_oracle(nccl):
+    expected_loss, expected, _ = step_gradients(MODEL, SEED, *global_batch())
+    trainer = make_trainer(micro_batch_size=NUM_PAIRS // 4)
+    assert trainer._device.sum_over_ranks([1.5, 2.0]) == [1.5, 2.0]
+    loss, gradients = gradients_of(trainer)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    check_gradients(gradients, expected)
+
+
+def test_split_weights_equal_the_oracle(nccl):
+    expected_loss, expected, _ = step_gradients(MODEL, SEED, *global_batch())
+    loss, gradients = gradients_of(make_trainer(splits_weights=True, micro_batch_size=NUM_PAIRS // 2))
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    check_gradients(gradients, expected)
+
+
+def test_dropout_is_replayed_in_the_second_pass():
+    """The twin: the same draws, one graph over all micro-batches."""
+    size = NUM_PAIRS // 4
+    twin = make_trainer(model=WITH_DROPOUT, micro_batch_size=size)
+    parts = [twin._encode(part_of(0, 1), slice(n * size, (n + 1) * size), n) for n in range(4)]
+    image, text = (torch.cat(kind).double() for kind in zip(*parts, strict=True))
+    loss = sigmoid_loss_plain(image, text, twin.module.logit_scale.exp().double(), twin.module.logit_bias.double())
+    loss.backward()
+    expected = {name: parameter.grad.double().cpu() for name, parameter in twin.module.named_parameters()}
+    actual, gradients = gradients_of(make_trainer(model=WITH_DROPOUT, micro_batch_size=size))
+    assert actual == pytest.approx(float(loss.detach()), rel=1e-5)
+    check_gradients(gradients, expected)
+    assert actual != gradients_of(make_trainer(micro_batch_size=size))[0], "dropout is off"
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 4])
+def test_bfloat16_keeps_the_direction(num_micro_batches):
+    expected_loss, expected, _ = step_gradients(MODEL, SEED, *global_batch())
+    loss, gradients = gradients_of(make_trainer(precision="bf16", micro_batch_size=NUM_PAIRS // num_micro_batches))
+    assert loss == pytest.approx(expected_loss, rel=5e-3)
+    flat, want = (torch.cat([g[name].flatten().double() for name in sorted(expected)]) for g in (gradients, expected))
+    assert float(torch.nn.functional.cosine_similarity(flat, want, dim=0)) > 0.999
+
+
+def test_the_same_steps_give_the_same_bits():
+    """A resumed run ends with the weights of the unbroken one only if this holds."""
+    (first, weights), (second, same) = (
+        (gradients_of(trainer, num_steps=4)[0], trainer.module.state_dict())
+        for trainer in (make_trainer(), make_trainer())
+    )
+    assert first == second
+    assert all(torch.equal(same[name], tensor) for name, tensor in weights.items())
+
+
+def test_batches_arrive_whole_while_the_device_is_behind(tmp_path):
+    """The feed uses page-locked memory again; no copy may read it after the next batch was written there."""
+    config = load_config(write_small_run(tmp_path, train={"num_samples": 960, "global_batch_size": 16}), [])
+    manifest = scan_shards(config.data.shards, config.data)
+    order = build_order(manifest, config.data, 0)
+
+    def feed(pin_memory):
+        source = OneWorker(DataWorker(manifest, config.data, config.model, seed=0))
+        return Feed(
+            order, source, global_batch_size=16, block_size=config.data.block_size, rank=0, world_size=1, first_step=0,
+            last_step=60, prefetch_batches=4, max_bad_fraction=1.0, pin_memory=pin_memory,
+        )  # fmt: skip
+
+    device = open_device(CUDA, 0, "fp32")
+    busy, sums, pinned = torch.randn(4096, 4096, device=CUDA), [], []
+    for batch in feed(device.pins_memory):
+        busy = busy @ busy / 64  # the device falls behind the host
+        pinned.append(batch.images.is_pinned() and batch.tokens.is_pinned())
+        images, tokens = device.to_device(batch.images, batch.tokens)
+        weights = torch.arange(1, images[0].numel() + 1, device=CUDA, dtype=torch.float64)
+        sums.append((images.flatten(1).double() @ weights, tokens.double().sum(dim=1)))
+        del batch, images, tokens
+    assert all(pinned)
+    weights = weights.cpu()
+    for batch, (image_sums, token_sums) in zip(feed(False), sums, strict=True):
+        assert torch.equal(batch.images.flatten(1).double() @ weights, image_sums.cpu())
+        assert torch.equal(batch.tokens.double().sum(dim=1), token_sums.cpu())
+
+
+def test_a_checkpoint_holds_the_state_at_its_step(tmp_path):
+    """Training goes on at once behind `save`: the copy must be complete by then."""
+    trainer, storage = make_trainer(), Storage(str(tmp_path))
+    gradients_of(trainer, num_steps=2)
+    writer = CheckpointWriter(
+        storage, trainer.module, trainer.optimizer, CheckpointConfig(), {"a": "model"}, warn=print
+    )
+    expected = {name: tensor.clone() for name, tensor in trainer.module.state_dict().items()}
+    writer.save(2, 2 * NUM_PAIRS)
+    gradients_of(trainer, num_steps=3)
+    assert not torch.equal(expected["logit_bias"], trainer.module.state_dict()["logit_bias"])
+    writer.close()
+    other = make_trainer()
+    load_newest(storage, other.module, other.optimizer, warn=print)
+    for name, tensor in other.module.state_dict().items():
+        assert tensor.device.type == CUDA
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.fixture
+def small_run(tmp_path):
+    return write_small_run(
+        tmp_path,
+        train={"num_samples": 192, "global_batch_size": 16, "micro_batch_size": 8, "log_every_steps": 1},
+        optim={"lr": 3e-3, "num_warmup_samples": 32},
+        checkpoint={"save_every_steps": 4},
+        cluster={"num_workers": 1, "accelerator": "cuda"},
+    )
+
+
+def test_a_run_has_the_losses_of_the_cpu(small_run):
+    runs = {
+        accelerator: train_bare(
+            0, 1, load_config(small_run, [f"run.name={accelerator}", f"cluster.accelerator={accelerator}"])
+        )
+        for accelerator in ("cpu", CUDA)
+    }
+    assert len(runs[CUDA]["losses"]) == 12
+    assert runs[CUDA]["losses"] == pytest.approx(runs["cpu"]["losses"], rel=1e-4)
+    assert runs[CUDA]["losses"][12] < 0.9 * runs[CUDA]["losses"][1]
+
+
+def test_a_resumed_run_ends_with_the_same_weights(small_run):
+    whole = train_bare(0, 1, load_config(small_run, ["run.name=whole"]))
+    config = load_config(small_run, ["run.name=broken"])
+    train_bare(0, 1, config, last_step=6)
+    resumed = train_bare(0, 1, config)
+    assert min(resumed["losses"]) > 1
+    assert resumed["files"]["model.safetensors"] == whole["files"]["model.safetensors"]
