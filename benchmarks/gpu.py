@@ -2,13 +2,15 @@
 
 ViT-B-16-SigLIP in bf16 with AdamW, on batches of noise that lie in page-locked memory, as the feed hands them over:
 
-    one piece       256 pairs, one forward and backward pass
-    micro-batches   4,096 pairs in micro-batches of 256: every pair is seen by the loss, the towers run forward twice
+    one_piece       256 pairs, one forward and backward pass
+    micro_batches   4,096 pairs in micro-batches of 256: every pair is seen by the loss, the towers run forward twice
     checkpointing   4,096 pairs in micro-batches of 1,024 with activation checkpointing
+    ..._compiled    the same with train.compile_blocks
 
 open_clip's side of the first two is its own `train_one_epoch` (amp_bfloat16, accum_freq 1 and 16), which embeds twice
-as well. `speedup_open_clip` is the smaller of the two ratios, medians over alternating repetitions. `utilisation` is of
-the vendor's peak, over the operations that a plan counts; `memory_error_max` is the plan's error of what a step holds.
+as well. `speedup_open_clip` is the smaller of the two ratios, `compile_speedup` that of compiled blocks to sigray
+without, medians over alternating repetitions. `utilisation` is of the vendor's peak, over the operations that a plan
+counts; `memory_error_max` is the plan's error of what a step holds.
 
     python -m benchmarks.gpu --save
 """
@@ -41,7 +43,7 @@ CASES = {
     "micro_batches": {"global_batch_size": 4096, "micro_batch_size": 256},
     "checkpointing": {"global_batch_size": 4096, "micro_batch_size": 1024, "activation_checkpointing": "true"},
 }
-NUM_STEPS = 3  # in a repetition
+PAIRS_PER_REPETITION = 4096
 PEER_BATCH = 256
 
 
@@ -58,7 +60,7 @@ def gpu_config(name: str) -> RunConfig:
     )
 
 
-def make_trainer(config: RunConfig) -> Trainer:
+def make_trainer(config: RunConfig, compile_blocks: bool) -> Trainer:
     return Trainer(
         config.model,
         config.optim,
@@ -69,12 +71,13 @@ def make_trainer(config: RunConfig) -> Trainer:
         micro_batch_size=config.train.micro_batch_size,
         seed=0,
         activation_checkpointing=config.train.activation_checkpointing,
+        compile_blocks=compile_blocks,
     )
 
 
 def sigray_steps(trainer: Trainer, batch: Batch) -> Callable[[], None]:
     def run() -> None:
-        for step in range(NUM_STEPS):
+        for step in range(PAIRS_PER_REPETITION // len(batch.images)):
             trainer.step(dataclasses.replace(batch, step=step))
 
     return run
@@ -89,78 +92,82 @@ def open_clip_steps(config: RunConfig, batch: Batch) -> Callable[[], None]:
         (normalize_pixels(images, config.model).pin_memory(), tokens.pin_memory())
         for images, tokens in zip(batch.images.split(PEER_BATCH), batch.tokens.split(PEER_BATCH), strict=True)
     ]
-    data = epoch_data(micro_batches * NUM_STEPS)
+    data = epoch_data(micro_batches * (PAIRS_PER_REPETITION // len(batch.images)))
     arguments = epoch_arguments(accum_freq, PEER_BATCH, device="cuda", precision="amp_bfloat16")
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
     return lambda: train_one_epoch(module, data, SigLipLoss(), 0, optimizer, None, None, None, arguments)
 
 
-def measure(name: str, kind: DeviceKind, num_repetitions: int) -> dict[str, float]:
-    """One case: sigray's and open_clip's samples/s, memory and utilisation beside the plan's."""
-    config = gpu_config(name)
-    size, found = config.train.global_batch_size, plan(config, kind, 1)
-    batch = random_batch(size, config.model, pin_memory=True)
-    trainer = make_trainer(config)
-    run = sigray_steps(trainer, batch)
-    run()  # makes the optimizer's state, loads the kernels
+def peak_mib(trainer: Trainer, batch: Batch) -> float:
+    """The most that is allocated during a step that begins without gradients."""
     trainer.optimizer.zero_grad(set_to_none=True)
-    torch.cuda.empty_cache()
     held = torch.cuda.memory_allocated() / MIB
-    peak = held + cuda_growth_mib(lambda: trainer.step(batch))
-    phase = max(found.phases, key=lambda phase: phase.total)
+    return held + cuda_growth_mib(lambda: trainer.step(batch))
+
+
+def measure(name: str, kind: DeviceKind, num_repetitions: int) -> dict[str, float]:
+    """One case: samples/s of all contestants, memory and utilisation beside the plan's."""
+    config = gpu_config(name)
+    found = plan(config, kind, 1)
+    batch = random_batch(config.train.global_batch_size, config.model, pin_memory=True)
+    trainer = make_trainer(config, compile_blocks=False)
+    trainer.step(batch)  # makes the optimizer's state, loads the kernels
+    peak = peak_mib(trainer, batch)
     # The batch here lies on the host; its copies go to the device a micro-batch at a time.
-    items = {name: count for name, count in phase.items.items() if name not in ("framework", "input batches")}
-    predicted = sum(items.values()) / MIB
-    runs = {"sigray": run}
+    items = found.peak.items.items()
+    predicted = sum(count for item, count in items if item not in ("framework", "input batches")) / MIB
+    runs = {"sigray": sigray_steps(trainer, batch)}
     if name != "checkpointing":
         runs["open_clip"] = open_clip_steps(config, batch)
-        runs["open_clip"]()
+    runs["compiled"] = sigray_steps(make_trainer(config, compile_blocks=True), batch)
     seconds: dict[str, list[float]] = {contestant: [] for contestant in runs}
-    for number in range(num_repetitions):
+    for number in range(num_repetitions + 1):
         for contestant in list(runs) if number % 2 else reversed(list(runs)):
             torch.cuda.synchronize()
             begin = time.perf_counter()
             runs[contestant]()
             torch.cuda.synchronize()
-            seconds[contestant].append(time.perf_counter() - begin)
-    rates = {contestant: NUM_STEPS * size / statistics.median(times) for contestant, times in seconds.items()}
-    flops = sum(found.flops_per_sample.values())
+            if number:  # the first one warms up, and compiles
+                seconds[contestant].append(time.perf_counter() - begin)
+
+    def ratio(slow: str, fast: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
+
+    rates = {contestant: PAIRS_PER_REPETITION / statistics.median(times) for contestant, times in seconds.items()}
+    flops, top = sum(found.flops_per_sample.values()), kind.peak(config.train.precision)
     result = {
         **{f"{contestant}_samples_per_s": rate for contestant, rate in rates.items()},
-        "utilisation": rates["sigray"] * flops / kind.peak(config.train.precision),
+        "utilisation": rates["sigray"] * flops / top,
+        "compiled_utilisation": rates["compiled"] * flops / top,
+        "compile_speedup": ratio("sigray", "compiled"),
         "peak_mib": peak,
         "predicted_peak_mib": predicted,
         "memory_error": abs(predicted / peak - 1),
-        "host_copies_mib": len(batch.images) * batch.images[0].numel() / MIB,
     }
-    if "open_clip" in seconds:
-        result["speedup_open_clip"] = statistics.median(
-            theirs / ours for theirs, ours in zip(seconds["open_clip"], seconds["sigray"], strict=True)
-        )
+    if "open_clip" in runs:
+        result["speedup_open_clip"] = ratio("open_clip", "sigray")
     return {f"{name}_{key}": value for key, value in result.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--device", choices=[n for n, kind in DEVICES.items() if "cuda" in kind.accelerators], default="h100"
-    )
+    kinds = [name for name, kind in DEVICES.items() if "cuda" in kind.accelerators]
+    parser.add_argument("--device", choices=kinds, default="h100", help="what the card is (default: h100)")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results/")
     options = parser.parse_args()
     rows = {}
     for name in CASES:
-        rows |= measure(name, DEVICES[options.device], options.repetitions)
+        found = measure(name, DEVICES[options.device], options.repetitions)
         torch.cuda.empty_cache()
-        print(
-            f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in rows.items() if key.startswith(name)),
-            flush=True,
-        )
+        print(", ".join(f"{key} {value:.4g}" for key, value in found.items()), flush=True)
+        rows |= found
+    worst = {"speedup_open_clip": min, "compile_speedup": min, "utilisation": min, "memory_error": max}
     figures = {
-        "speedup_open_clip": min(value for key, value in rows.items() if key.endswith("speedup_open_clip")),
-        "utilisation": min(value for key, value in rows.items() if key.endswith("utilisation")),
-        "memory_error_max": max(value for key, value in rows.items() if key.endswith("memory_error")),
+        key: pick(value for name, value in rows.items() if name in [f"{case}_{key}" for case in CASES])
+        for key, pick in worst.items()
     }
+    figures["memory_error_max"] = figures.pop("memory_error")
     report("gpu", [rows], figures, options.save)
 
 

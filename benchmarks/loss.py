@@ -197,7 +197,8 @@ def main() -> None:
             for dim in options.dims:
                 large = batch_size in large_sizes
                 runs = contestants(batch_size, dim, DTYPES[label], large, device)
-                inner = 1 if large and device == "cpu" else 20  # passes in a row: a clock tick must not matter
+                # Passes in a row: a clock tick must not matter.
+                inner = 20 if not large else 1 if device == "cpu" else 3
                 runs = {name: repeat(run, inner) for name, run in runs.items()}
                 times = alternate(runs, options.repetitions, options.patience)
                 medians = {name: statistics.median(series) / inner for name, series in times.items()}

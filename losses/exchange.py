@@ -173,10 +173,10 @@ class Ranks:
             logit_bias.detach(),
         ]
         bad = [(~torch.isfinite(values)).flatten() for values in sums]
-        none = torch.tensor(-1, device=image.device)
-        first_bad = [torch.where(flags.any(), flags.int().argmax(), none) if len(flags) else none for flags in bad]
         shape = [len(image), len(text), image.shape[1], text.shape[1]]
-        mine = torch.cat([torch.tensor(shape, device=image.device), torch.stack(first_bad)])
+        *sizes, none = torch.tensor([*shape, -1]).to(image.device, non_blocking=True)
+        first_bad = [torch.where(flags.any(), flags.int().argmax(), none) if len(flags) else none for flags in bad]
+        mine = torch.stack([*sizes, *first_bad])
         with span("loss: ring"):
             held = self.gather(mine[None]).tolist()
         for rank, (num_images, num_texts, image_dim, text_dim, *_) in enumerate(held):

@@ -33,9 +33,10 @@ def default_tile_size(device: torch.device) -> int:
     """Edge of a tile.
 
     CPU: measured on two cores at B = 8192, where 1024 and 2048 (16 MiB of float32) differ by 5 % at most and larger
-    ones only cost memory. CUDA: 4096, 32 MiB of bfloat16, so that products fill the device; not measured.
+    ones only cost memory. CUDA: on an H100 at B = 32,768 the host asks for tiles of 4096 slower than they are done;
+    8192, 128 MiB of bfloat16, takes 7 % longer than 16384 and a quarter of its memory.
     """
-    return 4096 if device.type == "cuda" else 2048
+    return 8192 if device.type == "cuda" else 2048
 
 
 @dataclass
@@ -80,6 +81,12 @@ def accumulate(total: Tensor, dz: Tensor, features: Tensor, *, overwrite: bool =
     """total += dz @ features, or = where nothing is in it yet."""
     if total.dtype == features.dtype:
         total.addmm_(dz, features, beta=0 if overwrite else 1)
+    elif total.device.type == "cuda":
+        # cuBLAS adds products of bfloat16 to float32 by itself, and nothing is rounded to bfloat16 between.
+        if overwrite:
+            torch.mm(dz, features, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, dz, features, out_dtype=total.dtype, out=total)
     elif overwrite:
         total.copy_(dz @ features)
     else:

@@ -249,6 +249,11 @@ class RunConfig(Section):
                 f"loss.negatives={self.loss.negatives} cannot run with cluster.accelerator={self.cluster.accelerator}: "
                 "all or random can"
             )
+        if self.cluster.uses_xla and self.train.compile_blocks:
+            problems.append(
+                f"train.compile_blocks is torch.compile's, and cluster.accelerator={self.cluster.accelerator} compiles "
+                "everything by itself: leave it out"
+            )
         if num_devices is None:
             return problems
         least, most = self.cluster.worker_range
@@ -315,6 +320,7 @@ _FREE_ON_RESUME = (
     "train.log_every_steps",
     "train.micro_batch_size",
     "train.activation_checkpointing",
+    "train.compile_blocks",
     "train.on_bad_loss",
     "train.max_loss_ratio",
     "loss.tile_size",

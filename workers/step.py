@@ -21,7 +21,14 @@ from workers.config import LossConfig, ModelConfig, OptimConfig, Tower
 from workers.device import Device
 from workers.feed import Batch
 from workers.optim import build_optimizer, learning_rate
-from workers.towers import TOWERS, build_model, checkpoint_activations, lock_towers, normalize_pixels
+from workers.towers import (
+    TOWERS,
+    build_model,
+    checkpoint_activations,
+    compile_tower_blocks,
+    lock_towers,
+    normalize_pixels,
+)
 
 
 @dataclass
@@ -63,6 +70,7 @@ class Trainer:
         global_batch_size: B, over all ranks.
         micro_batch_size: pairs that go through the towers at once; None: all b of this rank.
         activation_checkpointing: whether the towers' blocks keep their inputs only.
+        compile_blocks: whether they are compiled.
         stored_embeddings: whether batches hold the locked image tower's embeddings in the place of images.
         seed: of the run; weights and the random state of every step follow from it.
 
@@ -83,6 +91,7 @@ class Trainer:
         micro_batch_size: int | None,
         seed: int,
         activation_checkpointing: bool = False,
+        compile_blocks: bool = False,
         stored_embeddings: bool = False,
     ) -> None:
         self._model, self._optim, self._loss, self._device = model, optim, loss, device
@@ -91,6 +100,8 @@ class Trainer:
         torch.manual_seed(seed)
         self.module = device.place(build_model(model, stored_embeddings=stored_embeddings))
         lock_towers(self.module, model)
+        if compile_blocks:
+            compile_tower_blocks(self.module)
         if activation_checkpointing:
             checkpoint_activations(self.module, model, device.checkpoint)
         self.optimizer = build_optimizer(self.module, optim, device.optimizer_options())

@@ -183,7 +183,10 @@ def normalize_pixels(images: Tensor, model: ModelConfig) -> Tensor:
 
     Runs on the device: a quarter of the bytes cross to it.
     """
-    mean, std = (torch.tensor(v, device=images.device).mul_(255) for v in (model.image_mean, model.image_std))
+    # Made here and sent without waiting: a tensor made on a GPU would have the host wait for all that it has asked for.
+    mean, std = (
+        torch.tensor(v).mul_(255).to(images.device, non_blocking=True) for v in (model.image_mean, model.image_std)
+    )
     return images.float().sub_(mean).div_(std).permute(0, 3, 1, 2)
 
 
@@ -200,17 +203,32 @@ def tower_blocks(tower: nn.Module) -> list[nn.Module]:
 def checkpoint_activations(module: nn.Module, model: ModelConfig, checkpoint: Callable[..., Any]) -> None:
     """Have each block of the towers that train keep its input only, and run again in the backward pass.
 
-    A block inside another one is part of that one. Names of parameters stay.
+    Names of parameters stay.
 
     Args:
         checkpoint: function and its arguments -> its result; `workers.device.Device.checkpoint`.
     """
     for name in TOWERS:
-        blocks = [] if name in model.locked else tower_blocks(module.get_submodule(name))
-        inner = {id(part) for block in blocks for part in list(block.modules())[1:]}
-        for block in blocks:
-            if id(block) not in inner:
+        if name not in model.locked:
+            for block in _outer_blocks(module.get_submodule(name)):
                 block.forward = functools.partial(checkpoint, block.forward)
+
+
+def compile_tower_blocks(module: nn.Module) -> None:
+    """Have the blocks of both towers compiled by torch.compile when they first run. Names of parameters stay.
+
+    Blocks and not whole towers: all blocks of a tower share one compiled form, and compiling takes seconds.
+    """
+    for name in TOWERS:
+        for block in _outer_blocks(module.get_submodule(name)):
+            block.forward = torch.compile(block.forward)
+
+
+def _outer_blocks(tower: nn.Module) -> list[nn.Module]:
+    """`tower_blocks` less those that are part of another one."""
+    blocks = tower_blocks(tower)
+    inner = {id(part) for block in blocks for part in list(block.modules())[1:]}
+    return [block for block in blocks if id(block) not in inner]
 
 
 def num_parameters(module: nn.Module) -> int:

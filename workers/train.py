@@ -135,6 +135,7 @@ def train_loop_per_worker(job: TrainJob) -> None:
         micro_batch_size=job.train.micro_batch_size,
         seed=job.seed,
         activation_checkpointing=job.train.activation_checkpointing,
+        compile_blocks=job.train.compile_blocks,
         stored_embeddings=job.manifest.store is not None,
     )
     storage = Storage(job.storage_uri)

@@ -3,6 +3,7 @@
 python -m pytest -m gpu
 """
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -132,8 +133,8 @@ def test_the_loss_needs_no_b_by_b_memory():
     before = torch.cuda.memory_allocated()
     sigmoid_loss(*features, scale, bias).backward()
     grown = torch.cuda.max_memory_allocated() - before
-    gradients, tile = 2 * 32768 * 512 * 4, 4096 * 4096 * 4
-    assert grown < gradients + 2 * tile  # B x B would be 4 GiB
+    gradients, tile = 2 * 32768 * 512 * 4, 8192 * 8192 * 4
+    assert grown < gradients + 1.5 * tile  # B x B would be 4 GiB
 
 
 def test_equal_passes_give_equal_bits():
@@ -184,10 +185,15 @@ def gradients_of(trainer, num_steps=1):
 
 @pytest.mark.parametrize("num_micro_batches", [1, 4, 16])
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
-def test_a_step_equals_the_oracle(num_micro_batches, activation_checkpointing):
+@pytest.mark.parametrize("compile_blocks", [False, True])
+def test_a_step_equals_the_oracle(num_micro_batches, activation_checkpointing, compile_blocks):
     expected_loss, expected, _ = step_gradients(MODEL, SEED, *global_batch())
     loss, gradients = gradients_of(
-        make_trainer(micro_batch_size=NUM_PAIRS // num_micro_batches, activation_checkpointing=activation_checkpointing)
+        make_trainer(
+            micro_batch_size=NUM_PAIRS // num_micro_batches,
+            activation_checkpointing=activation_checkpointing,
+            compile_blocks=compile_blocks,
+        )
     )
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     check_gradients(gradients, expected)
@@ -202,9 +208,11 @@ def test_a_step_over_nccl_equals_the_oracle(nccl):
     check_gradients(gradients, expected)
 
 
-def test_split_weights_equal_the_oracle(nccl):
+@pytest.mark.parametrize("compile_blocks", [False, True])
+def test_split_weights_equal_the_oracle(nccl, compile_blocks):
     expected_loss, expected, _ = step_gradients(MODEL, SEED, *global_batch())
-    loss, gradients = gradients_of(make_trainer(splits_weights=True, micro_batch_size=NUM_PAIRS // 2))
+    trainer = make_trainer(splits_weights=True, micro_batch_size=NUM_PAIRS // 2, compile_blocks=compile_blocks)
+    loss, gradients = gradients_of(trainer)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     check_gradients(gradients, expected)
 
@@ -224,6 +232,23 @@ def test_dropout_is_replayed_in_the_second_pass():
     assert actual != gradients_of(make_trainer(micro_batch_size=size))[0], "dropout is off"
 
 
+def test_the_host_waits_for_the_device_once_in_a_step():
+    """Where the loss looks for NaN. Each wait more leaves the device idle until the host has caught up."""
+    trainer, batch = make_trainer(precision="bf16", micro_batch_size=NUM_PAIRS // 4), part_of(0, 1)
+    batch.images, batch.tokens = batch.images.pin_memory(), batch.tokens.pin_memory()
+    trainer.step(batch)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            trainer.step(replace(batch, step=1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [wait for wait in waits if "synchroniz" in str(wait.message)]
+    assert [wait.filename.rsplit("/", 1)[-1] for wait in waits] == ["exchange.py"], [str(wait) for wait in waits]
+
+
 @pytest.mark.parametrize("num_micro_batches", [1, 4])
 def test_bfloat16_keeps_the_direction(num_micro_batches):
     expected_loss, expected, _ = step_gradients(MODEL, SEED, *global_batch())
@@ -233,11 +258,12 @@ def test_bfloat16_keeps_the_direction(num_micro_batches):
     assert float(torch.nn.functional.cosine_similarity(flat, want, dim=0)) > 0.999
 
 
-def test_the_same_steps_give_the_same_bits():
+@pytest.mark.parametrize("settings", [{}, {"precision": "bf16", "compile_blocks": True}])
+def test_the_same_steps_give_the_same_bits(settings):
     """A resumed run ends with the weights of the unbroken one only if this holds."""
     (first, weights), (second, same) = (
         (gradients_of(trainer, num_steps=4)[0], trainer.module.state_dict())
-        for trainer in (make_trainer(), make_trainer())
+        for trainer in (make_trainer(**settings), make_trainer(**settings))
     )
     assert first == second
     assert all(torch.equal(same[name], tensor) for name, tensor in weights.items())

@@ -37,6 +37,7 @@ def make_trainer(
     micro_batch_size=None,
     precision="fp32",
     activation_checkpointing=False,
+    compile_blocks=False,
 ):
     device = open_device("cpu", 0, precision)
     check_collectives(device, NUM_PAIRS // world_size)
@@ -50,6 +51,7 @@ def make_trainer(
         micro_batch_size=micro_batch_size,
         seed=SEED,
         activation_checkpointing=activation_checkpointing,
+        compile_blocks=compile_blocks,
     )
 
 
@@ -190,6 +192,18 @@ def test_activation_checkpointing_changes_no_bit(num_micro_batches, precision):
     assert same_loss == loss
     assert same.keys() == gradients.keys()
     assert all(torch.equal(same[name], gradient) for name, gradient in gradients.items())
+
+
+def test_compiled_blocks_give_the_same_step():
+    """With micro-batches and checkpointing: passes with and without gradients, and the same block called again."""
+    expected_loss, expected, _ = step_gradients(MODEL, SEED, *global_batch())
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["frames"]["ok"]
+    loss, gradients, weights, _ = step_on_rank(0, 1, 4, activation_checkpointing=True, compile_blocks=True)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > before, "nothing was compiled"
+    assert weights.keys() == make_trainer(1).module.state_dict().keys()
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    check_gradients(gradients, expected)
 
 
 def test_activation_checkpointing_keeps_the_inputs_of_blocks_alone():
