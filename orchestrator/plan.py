@@ -216,8 +216,8 @@ def plan(
         **({"gathered weights and their gradients": gathered} if gathered else {}),
     }
     if accelerator == CPU:
-        # What a checkpoint is written from, and its weights as a file's bytes: one worker's, in memory that all share.
-        always["checkpoint copy"] = (2 * towers.weights + towers.optimizer_state) // num_devices
+        # What a checkpoint is written from: one worker's, in memory that all share.
+        always["checkpoint copy"] = (towers.weights + towers.optimizer_state) // num_devices
     tile_size, products = _tile_size(config.loss, accelerator), _product_bytes(precision, accelerator)
     loss = loss_bytes(config.loss, part, dim, num_devices, f, products, tile_size)
     phases = [

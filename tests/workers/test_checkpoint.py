@@ -1,6 +1,7 @@
 """Checkpoints: what is committed comes back bit for bit, what is not is never chosen, what is damaged is named."""
 
 import errno
+import io
 import json
 import threading
 import time
@@ -22,6 +23,7 @@ from workers.checkpoint import (
     load_weights,
     mark_best,
     superseded,
+    write_safetensors,
 )
 from workers.committed import (
     CheckpointError,
@@ -94,6 +96,26 @@ def test_others_can_load_the_weights(tmp_path):
     info = save(Storage(tmp_path), 10)
     weights = load_file(tmp_path / "checkpoints" / info.name / "model.safetensors")
     assert weights.keys() == trained(0)[0].state_dict().keys()
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=6),
+        st.tuples(
+            st.sampled_from([torch.bool, torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.int64]),
+            st.lists(st.integers(0, 3), max_size=3),
+        ),
+        max_size=5,
+    )
+)
+def test_weights_are_written_as_the_library_does(shapes):
+    """Byte for byte, names of any kind, scalars and empty tensors included."""
+    from safetensors.torch import save
+
+    tensors = {name: torch.randn(shape).to(dtype) for name, (dtype, shape) in shapes.items()}
+    file = io.BytesIO()
+    write_safetensors(tensors, file)
+    assert file.getvalue() == save(tensors)
 
 
 def test_training_may_go_on_while_it_is_written(tmp_path, monkeypatch):
