@@ -14,9 +14,14 @@ from pydantic import AfterValidator
 GB, GIB = 10**9, 2**30
 
 UTILISATION = 0.35
-"""Part of a device's peak that the operations of a step reach, second forward passes counted. One number for every
-accelerator. Known from outside: so counted, PaLM reached 0.58 on TPU v4, with matrices 24 times as wide as a Base
-tower's (arXiv 2204.02311, section 4.1). The paper's runs on TPU v4 check it (benchmarks/plan.py); no GPU has yet."""
+"""Part of a TPU's peak that the operations of a step reach, second forward passes counted. Known from outside: so
+counted, PaLM reached 0.58 on TPU v4, with matrices 24 times as wide as a Base tower's (arXiv 2204.02311, section 4.1).
+The paper's runs on TPU v4 check it (benchmarks/plan.py)."""
+GPU_UTILISATION = 0.25
+"""The same for a GPU: Base towers on an H100 reached 0.22 to 0.28 (benchmarks/results/2026-11-26-gpu.json). No other
+kind was measured."""
+COMPILED = 1.2
+"""How much faster train.compile_blocks makes a step on a GPU: 1.21 and 1.27 there."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def _gpu(
         peak_bf16=bf16,
         peak_fp32=fp32,
         peak_tf32=tf32,
-        utilisation=UTILISATION,
+        utilisation=GPU_UTILISATION,
         framework=1.5 * GIB,  # context, cuBLAS and nccl
         ring_bytes_per_s=link_gb_s * GB,
         island=island,

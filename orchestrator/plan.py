@@ -30,7 +30,7 @@ from losses.negatives import NUM_BINS
 from losses.tiles import default_tile_size
 from orchestrator.config import ConfigError, RunConfig
 from orchestrator.count import TowerCosts, gathered_bytes, measure_towers
-from orchestrator.devices import CPU, DEVICES, GB, GIB, DeviceKind
+from orchestrator.devices import COMPILED, CPU, DEVICES, GB, GIB, DeviceKind
 from orchestrator.policy import FULL, micro_batch
 from workers.config import LossConfig, Precision
 from workers.towers import shapes
@@ -173,6 +173,8 @@ def plan(
     Raises:
         ConfigError: where the batch does not divide over the devices.
     """
+    if config.train.compile_blocks and "cuda" in kind.accelerators:
+        kind = dataclasses.replace(kind, utilisation=kind.utilisation * COMPILED)
     stored_embeddings = config.embeddings.store is not None
     batch, accelerator = config.train.global_batch_size, kind.accelerators[0]
     if batch % num_devices:
