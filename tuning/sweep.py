@@ -163,11 +163,16 @@ class _Sweep:
             raise ConfigError(f"no trial of the study can run; trial {infeasible[0].number}: {infeasible[0].error}")
 
     def retry(self) -> None:
-        """Have trials that failed tried again."""
+        """Have trials that failed tried again.
+
+        Raises:
+            ConfigError: where one cannot run any more; none is tried then.
+        """
         failed = [row for row in self._in_order() if row.status == "failed"]
         for row in failed:
-            self._add({"event": "retry", "number": row.number})
-            self._check(row)
+            if why := self._check(row):
+                raise ConfigError(f"trial {row.number} failed and cannot be tried again: {why}")
+        self._add(*({"event": "retry", "number": row.number} for row in failed))
         self.display.say(
             f"tried again: {', '.join(str(row.number) for row in failed) or 'nothing, no trial has failed'}"
         )

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from orchestrator.config import load_config, parse_config
 from tests.bare import train_bare
@@ -28,8 +30,8 @@ from tuning.cli import main
 from tuning.feasible import feasible
 from tuning.judge import Judge
 from tuning.study import Study, load_study
-from tuning.sweep import figure_of, shortened
-from tuning.table import Table, as_csv, read_table
+from tuning.sweep import STUDY, Display, _Sweep, figure_of, shortened
+from tuning.table import RESULTS, Table, as_csv, read_table
 from workers.committed import list_checkpoints
 from workers.evaluate import evaluate_checkpoint
 from workers.features import EvaluationJob
@@ -319,6 +321,23 @@ def test_where_a_sweep_runs_may_change(study, tmp_path):
 def test_bad_input_is_told(arguments, message, tmp_path, capsys):
     assert main([argument.format(folder=tmp_path) for argument in arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_trial_that_can_run_no_more_is_not_tried_again(tmp_path, capsys):
+    """Its data has shrunk since: the reason is told before anything starts, and the sweep stays as it was."""
+    path = write_study(tmp_path)
+    study, storage = load_study(path), Storage(str(tmp_path / "sweeps" / "small"))
+    driver = _Sweep(study, storage, Display(Console(quiet=True)))
+    driver.prepare()
+    runnable = [number for number, row in driver.table.rows.items() if row.status != "infeasible"]
+    driver._add(*({"event": "failed", "number": number, "why": "a fault"} for number in runnable))
+    storage.write(STUDY, study.config.to_yaml().encode())
+    before = storage.read(RESULTS)
+    shutil.rmtree(tmp_path / "train")
+    write_dataset(tmp_path / "train", [20])
+    assert main(["sweep", str(path), "--retry"]) == 2
+    assert re.search(r"trial \d failed and cannot be tried again: .*train\.global_batch_size", capsys.readouterr().err)
+    assert storage.read(RESULTS) == before
 
 
 def test_a_study_of_which_nothing_can_run_is_refused(study, tmp_path, capsys):
