@@ -259,7 +259,7 @@ class TrainConfig(Section):
     """Keep of each block of a tower its input only, and compute the block again in the backward pass: a third more
     arithmetic for a fraction of the memory. It may be combined with micro_batch_size, which costs as much."""
     compile_blocks: bool = False
-    """Compile the blocks of the towers with torch.compile: on a GPU a step takes about two thirds of the time, after a
+    """Compile the blocks of the towers with torch.compile: on an H100 a step took four fifths of the time, after half a
     minute at the start. Under XLA everything is compiled anyway."""
     precision: Precision = "fp32"
     """fp32; tf32: GPUs and TPUs may round the inputs of products; or bf16: autocast of the towers and products of the
