@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from orchestrator.config import RunConfig
 from orchestrator.emoji import build_emoji
 from orchestrator.launch import environment
 from workers.config import ModelConfig
+from workers.device import Device
 from workers.feed import Batch
+from workers.step import Trainer
 from workers.towers import shapes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +29,22 @@ def ensure_emoji() -> None:
     """Build the demo data where `examples/` expects it, unless it is there."""
     build_emoji(EMOJI, progress=lambda stage, done, total: print(f"{stage}: {done} of {total}", end="\r"))
     print()
+
+
+def trainer_of(config: RunConfig, device: Device, *, compile_blocks: bool = False) -> Trainer:
+    """The step that a run of this config would take on one device."""
+    return Trainer(
+        config.model,
+        config.optim,
+        config.loss,
+        device,
+        num_samples=config.train.num_samples,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        seed=0,
+        activation_checkpointing=config.train.activation_checkpointing,
+        compile_blocks=compile_blocks,
+    )
 
 
 def random_batch(num_pairs: int, model: ModelConfig, *, pin_memory: bool = False) -> Batch:

@@ -27,7 +27,7 @@ import torch
 from open_clip.loss import SigLipLoss
 from open_clip_train.train import train_one_epoch
 
-from benchmarks.common import ROOT, cuda_growth_mib, random_batch, report
+from benchmarks.common import ROOT, cuda_growth_mib, random_batch, report, trainer_of
 from benchmarks.step import epoch_arguments, epoch_data
 from orchestrator.config import RunConfig, load_config
 from orchestrator.devices import DEVICES, DeviceKind
@@ -57,21 +57,6 @@ def gpu_config(name: str) -> RunConfig:
             "train.activation_checkpointing=false",
             *overrides,
         ],
-    )
-
-
-def make_trainer(config: RunConfig, compile_blocks: bool) -> Trainer:
-    return Trainer(
-        config.model,
-        config.optim,
-        config.loss,
-        open_device("cuda", 0, config.train.precision),
-        num_samples=config.train.num_samples,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        seed=0,
-        activation_checkpointing=config.train.activation_checkpointing,
-        compile_blocks=compile_blocks,
     )
 
 
@@ -108,9 +93,10 @@ def peak_mib(trainer: Trainer, batch: Batch) -> float:
 def measure(name: str, kind: DeviceKind, num_repetitions: int) -> dict[str, float]:
     """One case: samples/s of all contestants, memory and utilisation beside the plan's."""
     config = gpu_config(name)
+    device = open_device("cuda", 0, config.train.precision)
     found = plan(config, kind, 1)
     batch = random_batch(config.train.global_batch_size, config.model, pin_memory=True)
-    trainer = make_trainer(config, compile_blocks=False)
+    trainer = trainer_of(config, device)
     trainer.step(batch)  # makes the optimizer's state, loads the kernels
     peak = peak_mib(trainer, batch)
     # The batch here lies on the host; its copies go to the device a micro-batch at a time.
@@ -119,7 +105,7 @@ def measure(name: str, kind: DeviceKind, num_repetitions: int) -> dict[str, floa
     runs = {"sigray": sigray_steps(trainer, batch)}
     if name != "checkpointing":
         runs["open_clip"] = open_clip_steps(config, batch)
-    runs["compiled"] = sigray_steps(make_trainer(config, compile_blocks=True), batch)
+    runs["compiled"] = sigray_steps(trainer_of(config, device, compile_blocks=True), batch)
     seconds: dict[str, list[float]] = {contestant: [] for contestant in runs}
     for number in range(num_repetitions + 1):
         for contestant in list(runs) if number % 2 else reversed(list(runs)):

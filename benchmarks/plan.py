@@ -25,7 +25,7 @@ import sys
 
 import torch
 
-from benchmarks.common import ROOT, peak_growth_mib, random_batch, report, status_mib
+from benchmarks.common import ROOT, peak_growth_mib, random_batch, report, status_mib, trainer_of
 from orchestrator.config import RunConfig, load_config
 from orchestrator.devices import DEVICES, GIB
 from orchestrator.plan import default_num_devices, largest_batch, plan, run_device, this_cpu
@@ -80,21 +80,10 @@ def measure(name: str) -> dict[str, float]:
     import ray.train.torch  # noqa: F401 - as a training worker does
 
     from workers.device import open_device
-    from workers.step import Trainer
 
     config = cpu_config(name)
     size = config.train.global_batch_size
-    trainer = Trainer(
-        config.model,
-        config.optim,
-        config.loss,
-        open_device("cpu", 0, config.train.precision),
-        num_samples=config.train.num_samples,
-        global_batch_size=size,
-        micro_batch_size=config.train.micro_batch_size,
-        seed=0,
-        activation_checkpointing=config.train.activation_checkpointing,
-    )
+    trainer = trainer_of(config, open_device("cpu", 0, config.train.precision))
     batch = random_batch(size, config.model)
     trainer.step(batch)  # makes the optimizer's state
     trainer.optimizer.zero_grad(set_to_none=True)

@@ -174,9 +174,10 @@ class Ranks:
         ]
         bad = [(~torch.isfinite(values)).flatten() for values in sums]
         shape = [len(image), len(text), image.shape[1], text.shape[1]]
-        *sizes, none = torch.tensor([*shape, -1]).to(image.device, non_blocking=True)
+        sent = torch.tensor([*shape, -1]).to(image.device, non_blocking=True)
+        sizes, none = sent[:-1], sent[-1]
         first_bad = [torch.where(flags.any(), flags.int().argmax(), none) if len(flags) else none for flags in bad]
-        mine = torch.stack([*sizes, *first_bad])
+        mine = torch.cat([sizes, torch.stack(first_bad)])
         with span("loss: ring"):
             held = self.gather(mine[None]).tolist()
         for rank, (num_images, num_texts, image_dim, text_dim, *_) in enumerate(held):

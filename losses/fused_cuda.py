@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024  # columns at a time; these two were fastest on an H100, benchmarks/loss.py
+BLOCK = 1024  # columns at a time; on an H100 no other pair was clearly faster (docs/log.md)
 NUM_WARPS = 4
 
 

@@ -3,6 +3,7 @@
 python -m pytest -m gpu
 """
 
+import functools
 import warnings
 from dataclasses import replace
 
@@ -20,14 +21,14 @@ from tests.conftest import write_small_run
 from tests.losses.test_fused import tile_of
 from tests.losses.test_sigmoid import scalars, value_and_gradients
 from tests.reference import random_features, step_gradients
+from tests.workers import test_step
 from tests.workers.test_step import MODEL, NUM_PAIRS, SEED, WITH_DROPOUT, check_gradients, global_batch, part_of
 from workers.checkpoint import CheckpointWriter, load_newest
-from workers.config import CheckpointConfig, LossConfig, OptimConfig
+from workers.config import CheckpointConfig
 from workers.data_worker import DataWorker, build_order
-from workers.device import check_collectives, open_device
+from workers.device import open_device
 from workers.feed import Feed
 from workers.shards import scan_shards
-from workers.step import Trainer
 from workers.storage import Storage
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -156,20 +157,7 @@ def test_float32_products_are_rounded_where_the_precision_says_so(precision, lea
     assert least <= relative_error(a @ b, a.double() @ b.double()) < most
 
 
-def make_trainer(accelerator=CUDA, precision="fp32", splits_weights=False, **settings):
-    device = open_device(accelerator, 0, precision, splits_weights=splits_weights)
-    check_collectives(device, NUM_PAIRS)
-    settings = {"model": MODEL, "micro_batch_size": None} | settings
-    return Trainer(
-        settings.pop("model"),
-        OptimConfig(grad_clip_norm=None, schedule="constant"),
-        LossConfig(),
-        device,
-        num_samples=NUM_PAIRS,
-        global_batch_size=NUM_PAIRS,
-        seed=SEED,
-        **settings,
-    )
+make_trainer = functools.partial(test_step.make_trainer, 1, accelerator=CUDA)
 
 
 def gradients_of(trainer, num_steps=1):

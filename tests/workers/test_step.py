@@ -38,8 +38,10 @@ def make_trainer(
     precision="fp32",
     activation_checkpointing=False,
     compile_blocks=False,
+    accelerator="cpu",
+    splits_weights=False,
 ):
-    device = open_device("cpu", 0, precision)
+    device = open_device(accelerator, 0, precision, splits_weights=splits_weights)
     check_collectives(device, NUM_PAIRS // world_size)
     return Trainer(
         model,
