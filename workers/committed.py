@@ -30,7 +30,7 @@ class CheckpointInfo:
     name: str
     step: int  # steps done
     samples_seen: int
-    files: dict[str, dict[str, Any]]  # name -> bytes, sha256
+    files: dict[str, dict[str, Any]]  # name -> bytes, blake3
     model: dict[str, Any]  # the run's model section
 
 

@@ -224,7 +224,7 @@ def test_killed_and_resumed_equals_undisturbed_bit_for_bit(small, bucket, undist
     """Also: Ray changes nothing, S3 changes nothing, and two runs of one config give the same losses."""
     assert small.losses() == undisturbed["losses"]
     commit = bucket.Object(f"runs/small/checkpoints/{name(NUM_STEPS)}/commit.json").get()["Body"].read()
-    assert json.loads(commit)["files"] == undisturbed["files"]  # sizes and SHA-256 of weights and optimizer state
+    assert json.loads(commit)["files"] == undisturbed["files"]  # sizes and hashes of weights and optimizer state
 
 
 @pytest.mark.ray

@@ -9,6 +9,8 @@ import threading
 import time
 from pathlib import Path
 
+import blake3
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -39,7 +41,7 @@ from workers.committed import (
 from workers.config import CheckpointConfig, ModelConfig, OptimConfig
 from workers.fence import Fence, RunTakenOver
 from workers.optim import build_optimizer
-from workers.storage import Storage, StorageError
+from workers.storage import Storage, StorageError, fingerprint
 from workers.towers import build_model
 
 MODEL = ModelConfig(towers=TOWERS)
@@ -390,6 +392,22 @@ def test_write_leaves_no_half_file(tmp_path):
     assert storage.read("a/b.txt") == b"second"
     assert storage.list("a") == ["b.txt"]
     assert storage.list("none") == []
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 4096, 2**20, 2**20 + 4096, 3 * 2**20 - 1])
+@pytest.mark.parametrize("piece", [1000, 2**20, 2**23])
+def test_a_large_file_is_written_as_it_is(tmp_path, num_bytes, piece):
+    content = np.random.default_rng(0).bytes(num_bytes)
+
+    def write(file):
+        for start in range(0, num_bytes, piece):
+            assert file.write(content[start : start + piece]) == len(content[start : start + piece])
+
+    storage = Storage(tmp_path)
+    storage.write("a/b", bytes(2**22))  # which it replaces
+    assert storage.write_hashed("a/b", write) == fingerprint(content)
+    assert storage.read("a/b") == content
+    assert fingerprint(content)["blake3"] == blake3.blake3(content).hexdigest()
 
 
 def test_a_disk_that_is_full(tmp_path, quick):
