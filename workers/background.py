@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,15 +11,13 @@ from workers.fence import Fence
 
 _PAUSES_S = 1.0, 30.0  # after the first refusal, and at most; doubled in between
 _WARN_AGAIN_S = 300.0
-_LOWEST_PRIORITY = 19  # nice: beside a thread of the usual priority 1.5 % of a core
 
 
 class BackgroundWriter:
     """A thread that carries out writes one after the other.
 
-    On Linux the thread has the lowest priority: on a CPU that trains, hashing and copying a checkpoint's bytes would
-    take their time from the step, and so fill its gaps. Where nothing else runs, as on a GPU's host or once a run waits
-    for its last checkpoint, it is as fast as any.
+    The thread has the usual priority. With the lowest one it takes ten times as long on a CPU that trains, and each time
+    that it is pushed aside with Python's lock in its hand, training waits for it: more than its work is worth.
 
     A write that the storage refuses (OSError: full, read-only, not reachable) is tried again until it succeeds; nothing
     behind it overtakes it. What was given to `submit` must not change until it is written.
@@ -89,8 +85,6 @@ class BackgroundWriter:
         self._todo.put(None)
 
     def _run(self) -> None:
-        if sys.platform == "linux":  # where it counts for this thread alone
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
         while (entry := self._todo.get()) is not None:
             try:
                 self._persist(*entry)
