@@ -29,7 +29,7 @@ from losses.tiles import check_features, default_tile_size
 
 
 class NonFiniteFeatures(FloatingPointError):
-    """NaN or infinity in what one rank brings to the loss. Raised on every rank, before anything is computed.
+    """NaN or infinity in what one rank brings to the loss. Raised on every rank.
 
     Attributes:
         rank: in the group; the first one that is affected.
@@ -54,6 +54,7 @@ def ring_sigmoid_loss(
     negatives: Negatives = ALL_NEGATIVES,
     group: dist.ProcessGroup | None = None,
     tile_size: int | None = None,
+    late_checks: list[Callable[[], None]] | None = None,
 ) -> Tensor:
     """This rank's part of the sigmoid loss over the global batch: its images against the texts of all ranks.
 
@@ -68,6 +69,9 @@ def ring_sigmoid_loss(
         negatives: which negatives of the global batch count; hardest and easiest send the features round twice more.
         group: the process group; None is the default group, or a single process where there is none.
         tile_size: as in `sigmoid_loss`.
+        late_checks: receives a function that raises what is wrong with the ranks' features, as below, to be called once
+            the backward pass has been asked for: a device that runs behind its host has to stand still where the host
+            waits to know it first. Without the list, and on a CPU, it is known before anything is computed.
 
     Returns:
         Scalar: the sum over b * R b pairs, divided by b.
@@ -78,7 +82,7 @@ def ring_sigmoid_loss(
         RuntimeError: in a backward pass with create_graph=True, and in a second one.
     """
     ranks = Ranks.of(group)
-    ranks.check(image_features, text_features, logit_scale, logit_bias)
+    ranks.check(image_features, text_features, logit_scale, logit_bias, late_checks)
     num_pairs = len(image_features)
     size = tile_size or default_tile_size(image_features.device)
 
@@ -110,6 +114,7 @@ def ring_softmax_loss(
     *,
     group: dist.ProcessGroup | None = None,
     tile_size: int | None = None,
+    late_checks: list[Callable[[], None]] | None = None,
 ) -> Tensor:
     """This rank's part of the softmax loss over the global batch; all else as `ring_sigmoid_loss`.
 
@@ -117,7 +122,7 @@ def ring_softmax_loss(
     gradients. `logit_bias` has no effect and receives a gradient of zero.
     """
     ranks = Ranks.of(group)
-    ranks.check(image_features, text_features, logit_scale, logit_bias)
+    ranks.check(image_features, text_features, logit_scale, logit_bias, late_checks)
     num_pairs = len(image_features)
     size = tile_size or default_tile_size(image_features.device)
 
@@ -155,10 +160,18 @@ class Ranks:
             return cls(None, 0, 1)
         return cls(group, dist.get_rank(group), dist.get_world_size(group))
 
-    def check(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> None:
+    def check(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        late_checks: list[Callable[[], None]] | None = None,
+    ) -> None:
         """Compare what all ranks hold, in one small collective: unequal chunks would hang a ring.
 
-        The host waits for the features here, once per loss.
+        Args:
+            late_checks: as in `ring_sigmoid_loss`.
 
         Raises:
             ValueError: where a rank holds images without texts or the ranks do not fit each other.
@@ -178,23 +191,21 @@ class Ranks:
         sizes, none = sent[:-1], sent[-1]
         first_bad = [torch.where(flags.any(), flags.int().argmax(), none) if len(flags) else none for flags in bad]
         mine = torch.cat([sizes, torch.stack(first_bad)])
-        with span("loss: ring"):
-            held = self.gather(mine[None]).tolist()
-        for rank, (num_images, num_texts, image_dim, text_dim, *_) in enumerate(held):
-            if num_images != num_texts:
-                raise ValueError(f"rank {rank} holds {num_images} images and {num_texts} texts: pairs expected")
-            if (num_images, image_dim, text_dim) != (held[0][0], held[0][2], held[0][2]):
-                counts = ", ".join(str(count) for count, *_ in held)
-                raise ValueError(
-                    f"the ranks hold unequal batches ({counts} pairs; rank {rank} has features of width {image_dim} "
-                    f"and {text_dim}, rank 0 of {held[0][2]}): give each rank as many pairs, for example by dropping "
-                    "the last, incomplete batch"
-                )
+        held = self.gather(mine[None])
+        if late_checks is None or held.device.type == "cpu":
+            with span("loss: ring"):
+                _raise_what_is_wrong(held.tolist())
+        else:
+            on_host = held.to("cpu", non_blocking=True)  # into page-locked memory, behind what the device has to do yet
+            is_there = torch.Event(held.device)
+            is_there.record()
+
+            def look() -> None:
+                is_there.synchronize()
+                _raise_what_is_wrong(on_host.tolist())
+
+            late_checks.append(look)
         check_features(image, text)
-        for rank, (_, _, _, _, *rows) in enumerate(held):
-            for name, row in zip(("image_features", "text_features", "logit_scale", "logit_bias"), rows, strict=True):
-                if row >= 0:
-                    raise NonFiniteFeatures(rank, name, row)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """In place, over the ranks."""
@@ -273,6 +284,24 @@ class Ranks:
         homeward = _Flight(self, directions, gathered) if combine else None
         at_home += [visit_part(number, own[number], step=0) for number in range(1, len(own))]
         return list(map(combine, at_home, homeward.wait())) if combine and homeward else []
+
+
+def _raise_what_is_wrong(held: list[list[int]]) -> None:
+    """`Ranks.check`; of each rank: images, texts, their widths, the first row of each input that is not finite (-1)."""
+    for rank, (num_images, num_texts, image_dim, text_dim, *_) in enumerate(held):
+        if num_images != num_texts:
+            raise ValueError(f"rank {rank} holds {num_images} images and {num_texts} texts: pairs expected")
+        if (num_images, image_dim, text_dim) != (held[0][0], held[0][2], held[0][2]):
+            counts = ", ".join(str(count) for count, *_ in held)
+            raise ValueError(
+                f"the ranks hold unequal batches ({counts} pairs; rank {rank} has features of width {image_dim} "
+                f"and {text_dim}, rank 0 of {held[0][2]}): give each rank as many pairs, for example by dropping "
+                "the last, incomplete batch"
+            )
+    for rank, (_, _, _, _, *rows) in enumerate(held):
+        for name, row in zip(("image_features", "text_features", "logit_scale", "logit_bias"), rows, strict=True):
+            if row >= 0:
+                raise NonFiniteFeatures(rank, name, row)
 
 
 class _Flight:

@@ -16,8 +16,8 @@ _WARN_AGAIN_S = 300.0
 class BackgroundWriter:
     """A thread that carries out writes one after the other.
 
-    The thread has the usual priority. With the lowest one it takes ten times as long on a CPU that trains, and each time
-    that it is pushed aside with Python's lock in its hand, training waits for it: more than its work is worth.
+    The thread has the usual priority. With the lowest one it takes ten times as long on a CPU that trains, and whenever
+    it is pushed aside with Python's lock in its hand, training waits for it: that costs more than its work.
 
     A write that the storage refuses (OSError: full, read-only, not reachable) is tried again until it succeeds; nothing
     behind it overtakes it. What was given to `submit` must not change until it is written.

@@ -137,6 +137,7 @@ class Device:
         *,
         seed: int,
         micro_batch_size: int,
+        late_checks: list[Callable[[], None]],
     ) -> Tensor:
         """The loss of this worker's pairs against those of all; its mean over workers is that of the global batch.
 
@@ -146,15 +147,16 @@ class Device:
             config: which loss.
             seed: of random negatives, the same on all workers.
             micro_batch_size: rows of one.
+            late_checks: receives what may raise NonFiniteFeatures, to be called behind the backward pass.
 
         Raises:
-            NonFiniteFeatures: on every rank, where the host looks for NaN (not under XLA).
+            NonFiniteFeatures: on every rank, where the host looks for NaN at once (on CPU; never under XLA).
         """
         features = image_features, text_features, logit_scale, logit_bias
         if config.name == "softmax":
-            return ring_softmax_loss(*features, tile_size=config.tile_size)
+            return ring_softmax_loss(*features, tile_size=config.tile_size, late_checks=late_checks)
         negatives = Negatives(config.negatives, config.negatives_fraction, seed)
-        return ring_sigmoid_loss(*features, negatives=negatives, tile_size=config.tile_size)
+        return ring_sigmoid_loss(*features, negatives=negatives, tile_size=config.tile_size, late_checks=late_checks)
 
     @property
     def settle(self) -> Callable[[], None] | None:
@@ -385,6 +387,7 @@ class XlaDevice(Device):
         *,
         seed: int,
         micro_batch_size: int,
+        late_checks: list[Callable[[], None]],
     ) -> Tensor:
         features, shards = (image_features, text_features, logit_scale, logit_bias), self._shards
         if config.name == "softmax":

@@ -8,7 +8,7 @@ the loss nor any gradient beyond rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,11 +120,12 @@ class Trainer:
         size = self._micro_batch_size or len(batch.images)
         self.optimizer.zero_grad(set_to_none=True)
         means: list[Tensor] = []
+        late_checks: list[Callable[[], None]] = []
 
         def global_loss(image_features: Tensor, text_features: Tensor) -> Tensor:
             with span("loss: tiles"):
                 means.append(feature_means(image_features, text_features))
-                return self._global_loss(image_features, text_features, batch.step, size)
+                return self._global_loss(image_features, text_features, batch.step, size, late_checks)
 
         try:
             loss = cached_backward(
@@ -135,6 +136,8 @@ class Trainer:
                 encode_again=lambda rows: self._encode_again(batch, rows, rows.start // size),
                 settle=self._device.settle,
             )
+            for check in late_checks:
+                check()
         except NonFiniteFeatures as error:
             raise BadStep(
                 batch.step + 1,
@@ -185,7 +188,14 @@ class Trainer:
         features = dict(zip(unlocked, self._encode(batch, rows, micro_batch, unlocked), strict=True))
         return tuple(features.get(tower) for tower in TOWERS)
 
-    def _global_loss(self, image_features: Tensor, text_features: Tensor, step: int, micro_batch_size: int) -> Tensor:
+    def _global_loss(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        step: int,
+        micro_batch_size: int,
+        late_checks: list[Callable[[], None]],
+    ) -> Tensor:
         seeds = np.random.SeedSequence([self._seed, step])  # the same on all ranks
         return self._device.loss(
             image_features,
@@ -195,6 +205,7 @@ class Trainer:
             self._loss,
             seed=int(seeds.generate_state(1)[0]),
             micro_batch_size=micro_batch_size,
+            late_checks=late_checks,
         )
 
     def _set_learning_rate(self, step: int) -> float:

@@ -3,8 +3,6 @@
 import errno
 import io
 import json
-import os
-import queue
 import threading
 import time
 from pathlib import Path
@@ -19,7 +17,6 @@ from hypothesis import strategies as st
 from tests.conftest import TOWERS
 from tests.faultproxy import Outage
 from tests.s3 import BUCKET, s3_server
-from workers.background import BackgroundWriter
 from workers.checkpoint import (
     CheckpointWriter,
     is_due,
@@ -39,7 +36,7 @@ from workers.committed import (
     read_metrics,
 )
 from workers.config import CheckpointConfig, ModelConfig, OptimConfig
-from workers.fence import Fence, RunTakenOver
+from workers.fence import RunTakenOver
 from workers.optim import build_optimizer
 from workers.storage import Storage, StorageError, fingerprint
 from workers.towers import build_model
@@ -349,15 +346,6 @@ def test_a_storage_that_refuses_to_the_end_is_an_error_and_the_older_one_stays(t
     with pytest.raises(OSError, match="the checkpoint of step 20 could not be written: .*No space left on device"):
         saver.close()
     assert load_newest(storage, *trained(1), print).step == 10
-
-
-def test_the_thread_that_writes_leaves_the_processors_to_training():
-    found = queue.SimpleQueue()
-    background = BackgroundWriter("test", print, Fence(Storage("/nowhere"), None))
-    background.submit("a probe", lambda: found.put(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
-    background.close(10)
-    assert found.get() == 19
-    assert os.getpriority(os.PRIO_PROCESS, 0) == 0
 
 
 def test_an_error_of_ours_in_the_thread_reaches_the_training_thread(tmp_path):
