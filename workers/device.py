@@ -27,6 +27,9 @@ from workers.config import Accelerator, LossConfig, Precision
 from workers.towers import tower_blocks
 
 
+_COPIES_AHEAD = 3  # the device must not run out of work while the host asks for the many small kernels of a text tower
+
+
 @dataclass(frozen=True)
 class Device:
     """The accelerator of one training worker, a CPU or a CUDA device.
@@ -41,6 +44,7 @@ class Device:
     precision: Precision
     splits_weights: bool = False
     _copied: list[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = field(default_factory=list)
+    _asked_for: list[torch.cuda.Event] = field(default_factory=list)
     _copy_stream: list[torch.cuda.Stream] = field(default_factory=list)
 
     @property
@@ -82,9 +86,19 @@ class Device:
         """Have an optimizer's state lie where its weights do, once it is made; FSDP2's does by itself."""
 
     def to_device(self, *tensors: Tensor) -> list[Tensor]:
-        """Copies that overlap with what is computed where the source is pinned; it is held until its copy is done."""
+        """Copies that overlap with what is computed where the source is pinned; it is held until its copy is done.
+
+        The host waits here while the device has the work behind `_COPIES_AHEAD` earlier calls still before it: each call
+        more that it is ahead would hold another micro-batch in the device's memory.
+        """
         if not self.pins_memory:
             return [tensor.to(self.torch_device) for tensor in tensors]
+        current = torch.cuda.current_stream(self.torch_device)
+        begun = torch.cuda.Event()
+        begun.record(current)
+        self._asked_for.append(begun)
+        if len(self._asked_for) > _COPIES_AHEAD:
+            self._asked_for.pop(0).synchronize()
         # On a stream of their own: the host is ahead of the device, so the copy runs beside the step before.
         if not self._copy_stream:
             self._copy_stream.append(torch.cuda.Stream(self.torch_device))
@@ -93,7 +107,6 @@ class Device:
             copies = [tensor.to(self.torch_device, non_blocking=True) for tensor in tensors]
             done = torch.cuda.Event()
             done.record()
-        current = torch.cuda.current_stream(self.torch_device)
         current.wait_stream(stream)
         for copy in copies:
             copy.record_stream(current)  # its memory is the copy stream's, and must not be used again too early
