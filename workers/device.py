@@ -26,7 +26,6 @@ from losses.spans import span
 from workers.config import Accelerator, LossConfig, Precision
 from workers.towers import tower_blocks
 
-
 _COPIES_AHEAD = 3  # the device must not run out of work while the host asks for the many small kernels of a text tower
 
 
@@ -88,8 +87,8 @@ class Device:
     def to_device(self, *tensors: Tensor) -> list[Tensor]:
         """Copies that overlap with what is computed where the source is pinned; it is held until its copy is done.
 
-        The host waits here while the device has the work behind `_COPIES_AHEAD` earlier calls still before it: each call
-        more that it is ahead would hold another micro-batch in the device's memory.
+        The host waits here while the device has the work behind `_COPIES_AHEAD` earlier calls still before it: a call
+        more would hold another micro-batch in the device's memory.
         """
         if not self.pins_memory:
             return [tensor.to(self.torch_device) for tensor in tensors]
