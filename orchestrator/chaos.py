@@ -147,7 +147,7 @@ class Outcome:
     """What a run has left behind."""
 
     step: int  # of its newest checkpoint
-    files: dict[str, dict[str, Any]]  # of that checkpoint: name -> bytes, blake3
+    files: dict[str, dict[str, Any]]  # of that checkpoint: name -> bytes, xxh3_128
     losses: list[tuple[int, float]]  # step and loss, as metrics.jsonl has them
 
 

@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step-0000000400/model.safetensors    the towers, logit_scale, logit_bias, by open_clip's names
     RUN/checkpoints/step-0000000400/optimizer.pt         AdamW's state
-    RUN/checkpoints/step-0000000400/commit.json          step, samples seen, size and BLAKE3 of the files, the model
+    RUN/checkpoints/step-0000000400/commit.json          step, samples seen, size and hash of the files, the model
     RUN/best_checkpoint.json                             name and figure of the best one, for checkpoint.keep_best
     RUN/left_out.json                                    steps whose batches change nothing, after a bad loss
     RUN/metrics/0000000200-0000000400.jsonl              the lines of metrics between two checkpoints
@@ -113,7 +113,7 @@ def write_safetensors(tensors: dict[str, torch.Tensor], file: Any) -> None:
 
 
 def _save_without_checksum(content: Any, file: Any) -> None:
-    """`torch.save` less the CRC-32 of its zip entries: BLAKE3 says more, and both cost a core's time."""
+    """`torch.save` less the CRC-32 of its zip entries: the hash says more, and both cost a core's time."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -408,6 +408,6 @@ def _verified(storage: Storage, info: CheckpointInfo, file: str) -> bytes:
     if fingerprint(content) != info.files[file]:
         raise DamagedCheckpoint(
             f"{storage.uri}/{path} is damaged: {len(content)} bytes, {info.files[file]['bytes']} expected, or another "
-            "BLAKE3 hash"
+            "XXH3 hash"
         )
     return content

@@ -30,7 +30,7 @@ class CheckpointInfo:
     name: str
     step: int  # steps done
     samples_seen: int
-    files: dict[str, dict[str, Any]]  # name -> bytes, blake3
+    files: dict[str, dict[str, Any]]  # name -> bytes, xxh3_128
     model: dict[str, Any]  # the run's model section
 
 

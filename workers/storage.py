@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import blake3
+import xxhash
 from pyarrow import fs
 
 _PIECE = 2**20  # bytes that are hashed, then written, while they are in the processor's cache
@@ -28,8 +28,8 @@ class StorageError(OSError):
 
 
 def fingerprint(content: bytes | memoryview) -> dict[str, Any]:
-    """{"bytes", "blake3"} of a file's content."""
-    return {"bytes": len(content), "blake3": blake3.blake3(content).hexdigest()}
+    """{"bytes", "xxh3_128"} of a file's content."""
+    return {"bytes": len(content), "xxh3_128": xxhash.xxh3_128(content).hexdigest()}
 
 
 class _UncachedFile(io.RawIOBase):
@@ -71,7 +71,7 @@ class _HashedFile:
     """
 
     def __init__(self, stream: Any) -> None:
-        self._stream, self._hash, self._num_bytes = stream, blake3.blake3(), 0
+        self._stream, self._hash, self._num_bytes = stream, xxhash.xxh3_128(), 0
         self._piece, self._num_held = memoryview(mmap.mmap(-1, _PIECE)), 0
         self.refusal: OSError | None = None  # of the stream
 
@@ -93,7 +93,7 @@ class _HashedFile:
     def finish(self) -> dict[str, Any]:
         """Pass the rest on; see `fingerprint`."""
         self._pass_on()
-        return {"bytes": self._num_bytes, "blake3": self._hash.hexdigest()}
+        return {"bytes": self._num_bytes, "xxh3_128": self._hash.hexdigest()}
 
     def _pass_on(self) -> None:
         piece = self._piece[: self._num_held]

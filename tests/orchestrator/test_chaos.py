@@ -138,7 +138,7 @@ def test_the_checkpoints_to_come_are_refused(config):
 
 # ----------------------------------------------------------------------------------------------------- comparing
 
-FILES = {"model.safetensors": {"bytes": 5, "blake3": "ab"}, "optimizer.pt": {"bytes": 7, "blake3": "cd"}}
+FILES = {"model.safetensors": {"bytes": 5, "xxh3_128": "ab"}, "optimizer.pt": {"bytes": 7, "xxh3_128": "cd"}}
 LOSSES = [(1, 0.5), (2, 0.25), (3, 0.125)]
 
 
@@ -149,7 +149,7 @@ LOSSES = [(1, 0.5), (2, 0.25), (3, 0.125)]
         (Outcome(3, dict(reversed(FILES.items())), LOSSES), None),
         (Outcome(2, FILES, LOSSES), "the last checkpoint is of step 2, undisturbed 3"),
         (Outcome(0, {}, []), "the last checkpoint is of step 0, undisturbed 3"),
-        (Outcome(3, {**FILES, "optimizer.pt": {"bytes": 7, "blake3": "ce"}}, LOSSES), "optimizer.pt of step 3 has"),
+        (Outcome(3, {**FILES, "optimizer.pt": {"bytes": 7, "xxh3_128": "ce"}}, LOSSES), "optimizer.pt of step 3 has"),
         (Outcome(3, {"model.safetensors": FILES["model.safetensors"]}, LOSSES), "optimizer.pt of step 3 has"),
         (Outcome(3, FILES, [*LOSSES, (2, 0.25)]), "step 2 is logged 2 times"),
         (Outcome(3, FILES, LOSSES[:2]), "step 3 is not logged"),
@@ -386,7 +386,7 @@ def test_only_whole_checkpoints_are_cut_and_one_is_left(config, tmp_path):
         folder = checkpoints / f"step-{step:010d}"
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(b"x" * 10)
-        files = {"model.safetensors": {"bytes": 10, "blake3": ""}}
+        files = {"model.safetensors": {"bytes": 10, "xxh3_128": ""}}
         info = {"name": folder.name, "step": step, "samples_seen": step, "files": files, "model": {}}
         (folder / "commit.json").write_text(json.dumps(info))
         return folder / "model.safetensors"
