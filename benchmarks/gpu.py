@@ -39,7 +39,7 @@ from workers.step import Trainer
 from workers.towers import build_model, normalize_pixels
 
 MIB = 2**20
-CASES = {
+CASES: dict[str, dict[str, object]] = {
     "one_piece": {"global_batch_size": 256, "micro_batch_size": "null"},
     "micro_batches": {"global_batch_size": 4096, "micro_batch_size": 256},
     "checkpointing": {"global_batch_size": 4096, "micro_batch_size": 1024, "activation_checkpointing": "true"},
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results/")
     options = parser.parse_args()
-    rows = {}
+    rows: dict[str, dict[str, float]] = {}
     for name in CASES:
         found = measure(name, DEVICES[options.device], options.repetitions)
         torch.cuda.empty_cache()

@@ -114,7 +114,7 @@ def main() -> None:
         first_epoch = -(-epoch_steps(config) // WINDOW_STEPS)
         for _ in range(options.repetitions):
             under_ray, loss_under_ray = sigray_windows(config_path, overrides, Path(folder))
-            ranks = run_on_ranks(config.cluster.num_workers, bare_rank, config, options.steps)
+            ranks = run_on_ranks(config.cluster.worker_range[0], bare_rank, config, options.steps)
             bare, bare_loss = ranks[0]
             if bare_loss != loss_under_ray:
                 raise SystemExit(f"not the same batches: last loss {bare_loss} bare, {loss_under_ray} under sigray")

@@ -77,7 +77,7 @@ def main() -> None:
                     "differences": len(found.differences),
                 }
             )
-    figures = {
+    figures: dict[str, float] = {
         "kinds": len(counts),
         "faults": counts.total(),
         "differences": sum(int(found["differences"]) for found in repetitions),

@@ -49,7 +49,7 @@ def make_trainer(model: ModelConfig, num_pairs: int, micro_batch_size: int) -> T
 def epoch_data(micro_batches: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, SimpleNamespace]:
     """What open_clip's `train_one_epoch` reads."""
 
-    class Loader(list):  # type: ignore[type-arg]
+    class Loader(list):
         num_batches, num_samples = len(micro_batches), sum(len(images) for images, _ in micro_batches)
 
     return {"train": SimpleNamespace(set_epoch=lambda epoch: None, dataloader=Loader(micro_batches))}

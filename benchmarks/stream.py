@@ -1,6 +1,6 @@
 """How many training batches per second does one consumer get on two cores?
 
-Pairs of 224 x 224 pixels and 77 tokens, from the same tars of real photographs (`benchmarks/photos.py`), in batches of
+Pairs of 224 x 224 pixels and 77 tokens from the same tars of real photographs (`benchmarks/photo_tars.py`), batches of
 256. The contestants (`benchmarks/stream_peers.py`) take turns; each runs alone in a fresh process with the same small
 environment on the same two cores, and its start and first batches do not count.
 
@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import ROOT, report
-from benchmarks.photos import PHOTOS, ensure_photos
+from benchmarks.photo_tars import PHOTOS, ensure_photos
 from benchmarks.stream_peers import BATCH, CONTESTANTS, NUM_WORKERS
 from orchestrator.launch import LEAN_RAY
 

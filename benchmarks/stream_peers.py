@@ -36,14 +36,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.photos import NUM_SHARDS, SHARD_SAMPLES, ensure_photos
+from benchmarks.photo_tars import NUM_SHARDS, SHARD_SAMPLES, ensure_photos
 from workers.config import DataConfig, ModelConfig
 
 BATCH, NUM_WORKERS, SEED = 256, 2, 0
 MODEL = ModelConfig(name="ViT-B-32")
 SIZE, CONTEXT, VOCABULARY = 224, 77, 49408  # of that model
-# Batches before the clock starts, for all: loader workers and Ray Data's tasks then run and their queues have filled.
-WARM_UP_BATCHES = 16
+# Batches before the clock starts, for all: loader workers and Ray Data's tasks then run, their queues have filled, and
+# each process has touched the shared memory that it goes on to use, which costs more than what is copied there.
+WARM_UP_BATCHES = 64
 MEMORY_BATCHES = 12  # after the clock has stopped
 CHECKPOINT_STEPS = 50  # between two writes of the ledger
 SHARED_BLOCKS = 4  # of each lane, kept for the slower reader
