@@ -117,6 +117,61 @@ static inline Floats same(Floats f) { return f; }
 DEFINE_TILE(tile_float32, float, Floats, all(-INFINITY), same, same)
 DEFINE_TILE(tile_bfloat16, uint16_t, Halves, (Halves){} + (uint16_t)0xff80, widen, narrow)
 
+/* The pairs of a tile, whose z must be large: sums += softplus(-z), -sigmoid(-z), -x * sigmoid(-z); x <- -sigmoid(-z).
+   They stand `step` elements apart, from `x` on, one in each row; `cosines` has them unrounded. */
+#define DEFINE_PAIRS(NAME, TYPE, STORE)                                                                              \
+    void NAME(TYPE *x, int64_t pairs, int64_t step, const float *cosines, float scale, float bias, float *sums,      \
+              int64_t stride) {                                                                                      \
+        for (int64_t i = 0; i < pairs; i++) {                                                                        \
+            float z = scale * cosines[i] + bias, e = expf(-fabsf(z)), dz = (z > 0 ? e : 1.0f) / -(1.0f + e);         \
+            sums[i] += (z > 0 ? 0.0f : -z) + log1pf(e);                                                              \
+            sums[stride + i] += dz;                                                                                  \
+            sums[2 * stride + i] += cosines[i] * dz;                                                                 \
+            x[i * step] = STORE(dz);                                                                                 \
+        }                                                                                                            \
+    }
+
+static inline float same_one(float f) { return f; }
+static inline uint16_t narrow_one(float f) { return narrow(all(f))[0]; }
+DEFINE_PAIRS(pairs_float32, float, same_one)
+DEFINE_PAIRS(pairs_bfloat16, uint16_t, narrow_one)
+
+/* dots[i] = left[i] . right[i] of bfloat16 rows, without their float32 copies. */
+void dots_bfloat16(const uint16_t *left, const uint16_t *right, int64_t rows, int64_t columns, float *dots) {
+    _Pragma("omp parallel for schedule(static)") for (int64_t i = 0; i < rows; i++) {
+        const uint16_t *a = left + i * columns, *b = right + i * columns;
+        Floats vector = {};
+        Halves p, q;
+        int64_t j = 0;
+        for (; j + LANES <= columns; j += LANES) {
+            memcpy(&p, a + j, sizeof p);
+            memcpy(&q, b + j, sizeof q);
+            vector += widen(p) * widen(q);
+        }
+        if (j < columns) {
+            p = q = (Halves){};
+            memcpy(&p, a + j, (columns - j) * sizeof *a);
+            memcpy(&q, b + j, (columns - j) * sizeof *b);
+            vector += widen(p) * widen(q);
+        }
+        float sum = 0;
+        for (int lane = 0; lane < LANES; lane++) sum += vector[lane];
+        dots[i] = sum;
+    }
+}
+
+/* out = (bfloat16) (in * factor) */
+void scale_to_bfloat16(const float *in, int64_t size, float factor, uint16_t *out) {
+    int64_t whole = size / LANES * LANES;
+    _Pragma("omp parallel for schedule(static)") for (int64_t i = 0; i < whole; i += LANES) {
+        Floats f;
+        memcpy(&f, in + i, sizeof f);
+        Halves h = narrow(f * factor);
+        memcpy(out + i, &h, sizeof h);
+    }
+    for (int64_t i = whole; i < size; i++) out[i] = narrow_one(in[i] * factor);
+}
+
 /* sum += (float) addend, without the float32 copy that torch's mixed add makes first. */
 void add_bfloat16(float *sum, const uint16_t *addend, int64_t size) {
     int64_t whole = size / LANES * LANES;

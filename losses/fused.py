@@ -4,7 +4,8 @@
 
 `negative_terms_` is what callers use; `eager_terms_` says in torch what it computes. On CPU it runs `fused.c`, compiled
 once per machine with the C compiler that is found, on CUDA the Triton kernel of `fused_cuda.py`, elsewhere, and for
-float64, the eager form itself. XLA fuses `negative_terms` by its own means (`losses/sharded.py`).
+float64, the eager form itself. XLA fuses `negative_terms` by its own means (`losses/sharded.py`). The other functions
+do small things around it in one call on CPU, where a small batch's time is that of asking for operations.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 _SOURCE = Path(__file__).with_name("fused.c")
 _FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
@@ -77,6 +79,36 @@ def eager_terms_(x: Tensor, scale: Tensor, bias: Tensor, sums: Tensor) -> None:
     x.copy_(dz)
 
 
+def pair_terms_(x: Tensor, cosines: Tensor, scale: Tensor, bias: Tensor, sums: Tensor) -> None:
+    """The terms of the pairs of a tile, behind `negative_terms_`, of which they were marked as no part.
+
+    Args:
+        x: (n,), the tile's elements that are pairs, a view of its diagonal; overwritten with dL/dz = -sigmoid(-z).
+        cosines: (n,), of these, in the dtype of the sums.
+        scale, bias: scalars, of the dtype of the sums.
+        sums: (3, n) float32 or float64, rows contiguous; softplus(-z), dL/dz and cosine * dL/dz are added.
+    """
+    if x.device.type == "cpu" and sums.dtype == torch.float32 and (library := _library()) is not None:
+        function = library.pairs_float32 if x.dtype == torch.float32 else library.pairs_bfloat16
+        tile = x.data_ptr(), len(x), x.stride(0), cosines.data_ptr()
+        function(*tile, scale.item(), bias.item(), sums.data_ptr(), sums.stride(0))
+        return
+    z = scale * cosines + bias
+    dz = torch.sigmoid(-z).neg_()
+    sums += torch.stack([softplus(-z), dz, dz * cosines])
+    x.copy_(dz)
+
+
+def row_dots(left: Tensor, right: Tensor) -> Tensor:
+    """(n, D) and (n, D) of bfloat16 -> (n,) float32: products and sums of rows without a rounding between."""
+    is_plain = left.device.type == "cpu" and left.is_contiguous() and right.is_contiguous()
+    if is_plain and (library := _library()) is not None:
+        dots = left.new_empty(len(left), dtype=torch.float32)
+        library.dots_bfloat16(left.data_ptr(), right.data_ptr(), *left.shape, dots.data_ptr())
+        return dots
+    return (left.float() * right.float()).sum(dim=1)
+
+
 def add_(total: Tensor, addend: Tensor) -> None:
     """total += addend, both contiguous; a float32 total of bfloat16 addends without a float32 copy of them on CPU."""
     mixed = total.dtype == torch.float32 and addend.dtype == torch.bfloat16
@@ -94,6 +126,16 @@ def has_bfloat16_products(device: torch.device) -> bool:
     come out of every run.
     """
     return device.type != "cpu" or bool(_cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def scaled(part: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """part * factor in another dtype; `factor` is a scalar. `part`, dense in memory, may be overwritten."""
+    narrows = part.dtype == torch.float32 and dtype == torch.bfloat16
+    if narrows and part.device.type == "cpu" and (library := _library()) is not None:
+        out = torch.empty_like(part, dtype=dtype)
+        library.scale_to_bfloat16(part.data_ptr(), part.numel(), factor.item(), out.data_ptr())
+        return out
+    return part.mul_(factor).to(dtype)
 
 
 @functools.cache
@@ -157,6 +199,13 @@ def _load(path: Path) -> ctypes.CDLL:
     for name in ("tile_float32", "tile_bfloat16"):
         getattr(library, name).argtypes = [tensor, size, size, scalar, scalar, tensor, size]
         getattr(library, name).restype = None
+    for name in ("pairs_float32", "pairs_bfloat16"):
+        getattr(library, name).argtypes = [tensor, size, size, tensor, scalar, scalar, tensor, size]
+        getattr(library, name).restype = None
+    library.dots_bfloat16.argtypes = [tensor, tensor, size, size, tensor]
+    library.dots_bfloat16.restype = None
+    library.scale_to_bfloat16.argtypes = [tensor, size, scalar, tensor]
+    library.scale_to_bfloat16.restype = None
     library.add_bfloat16.argtypes = [tensor, tensor, size]
     library.add_bfloat16.restype = None
     return library

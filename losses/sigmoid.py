@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
-from losses.fused import negative_terms_
+from losses.fused import negative_terms_, pair_terms_, row_dots, scaled
 from losses.negatives import ALL_NEGATIVES, NUM_BINS, Mask, Negatives, count_cosines_, make_mask
 from losses.tiles import Tile, accumulate, check_features, default_tile_size, sum_dtype, tiles
 
@@ -165,10 +164,8 @@ class SigmoidPass:
                 self._mask(tile.x, self._first_image + tile.rows.start, first_text + tile.columns.start)
             negative_terms_(tile.x, self._scale, self._bias, self._row_sums[:, tile.rows])
             if diagonal is not None:
-                z = self._scale * cosines + self._bias
-                dz = torch.sigmoid(-z).neg_()
-                self._row_sums[:, tile.rows][:, pairs[0]] += torch.stack([softplus(-z), dz, dz * cosines])
-                diagonal.copy_(dz)
+                sums = self._row_sums[:, tile.rows.start + pairs[0].start : tile.rows.start + pairs[0].stop]
+                pair_terms_(diagonal, cosines, self._scale, self._bias, sums)
             set_image, set_text = first_visit and tile.columns.start == 0, tile.rows.start == 0
             accumulate(self._grad_image[tile.rows], tile.x, tile.text, overwrite=set_image)
             accumulate(grad_text[tile.columns], tile.x.T, tile.image, overwrite=set_text)
@@ -178,7 +175,7 @@ class SigmoidPass:
         """In the dtype of the sums: the few terms of the pairs weigh as much as those of all negatives."""
         if tile.x.dtype == self._sums:
             return diagonal.clone()
-        return (tile.image[rows].to(self._sums) * tile.text[columns].to(self._sums)).sum(dim=1)
+        return row_dots(tile.image[rows], tile.text[columns])
 
     def finish(self, grad_text: Tensor) -> LossBlock:
         """Everything that was visited, divided by the number of images.
@@ -247,10 +244,11 @@ class _OnePass(torch.autograd.Function):
             )
         result, ctx.result = ctx.result, None
         factor = result.feature_factor * grad_loss
-        gradients = (
-            result.image_part.mul_(factor),
-            result.text_part.mul_(factor),
-            result.grad_scale * grad_loss,
-            result.grad_bias * grad_loss,
+        image, text, scale, bias = ctx.dtypes
+        return (
+            None,
+            scaled(result.image_part, factor, image),
+            scaled(result.text_part, factor, text),
+            (result.grad_scale * grad_loss).to(scale),
+            (result.grad_bias * grad_loss).to(bias),
         )
-        return None, *(gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from losses import fused
-from losses.fused import add_, eager_terms_, negative_terms_
+from losses.fused import add_, eager_terms_, negative_terms_, pair_terms_, row_dots, scaled
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -77,6 +77,60 @@ def test_nan_and_infinity_are_not_swallowed(dtype):
         negative_terms_(x, torch.tensor(10.0), torch.tensor(-10.0), sums)
         assert torch.isfinite(sums[:, 0]).all()
         assert not torch.isfinite(sums[:, 1]).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(1, 70),
+    dtype=st.sampled_from(DTYPES),
+    scale=st.sampled_from([-3.0, 0.0, 1.0, 117.3, 1e6]),
+    bias=st.sampled_from([-16.0, 0.0, 5.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_pairs_equal_the_float64_twin(size, dtype, scale, bias, seed):
+    tile, start = tile_of(size + 3, size + 5, dtype, seed), torch.rand(3, size + 3)
+    cosines = tile_of(1, size, torch.float32, seed + 1)[0]
+    found, sums = tile.clone(), start.clone()
+    pair_terms_(found.diagonal(2)[:size], cosines, torch.tensor(scale), torch.tensor(bias), sums[:, 1 : size + 1])
+    z = (torch.tensor(scale) * cosines + bias).double()
+    dz = -torch.sigmoid(-z)
+    want, want_sums = tile.double(), start.double()
+    want.diagonal(2)[:size].copy_(dz)
+    want_sums[:, 1 : size + 1] += torch.stack([torch.nn.functional.softplus(-z), dz, dz * cosines.double()])
+    # z is rounded to float32, here with one rounding more than there may be in a fused multiply-add.
+    torch.testing.assert_close(sums.double(), want_sums, rtol=1e-6 + 2e-7 * min(abs(scale) + abs(bias), 100), atol=1e-6)
+    at, far = (m.diagonal(2)[:size].double() for m in (found, want))
+    torch.testing.assert_close(at, far, rtol=2e-5 + torch.finfo(dtype).eps, atol=1e-37)
+    found.diagonal(2)[:size].zero_(), tile.diagonal(2)[:size].zero_()
+    assert torch.equal(found, tile)  # nothing else was touched
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_pair_that_is_nan_stays_one(dtype):
+    x, sums = torch.zeros(2, dtype=dtype), torch.zeros(3, 2)
+    pair_terms_(x, torch.tensor([torch.nan, 0.5]), torch.tensor(10.0), torch.tensor(-10.0), sums)
+    assert x.isnan().tolist() == [True, False]
+    assert sums.isnan().tolist() == [[True, False]] * 3
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 16), (5, 37), (64, 768)])
+@pytest.mark.parametrize("is_contiguous", [True, False])
+def test_dots_of_rows(rows, columns, is_contiguous):
+    left, right = (tile_of(rows, columns, torch.bfloat16, seed) for seed in (0, 1))
+    if not is_contiguous:
+        left = left.T.contiguous().T
+    want = (left.double() * right.double()).sum(dim=1)
+    torch.testing.assert_close(row_dots(left, right).double(), want, rtol=0, atol=1e-6 * columns)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 37), (64, 768)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_scaled_into_another_dtype(shape, dtype, is_transposed):
+    part = tile_of(*shape, torch.float32, seed=0)
+    part = part.T if is_transposed else part
+    want = (part * 0.37).to(dtype)
+    assert torch.equal(scaled(part, torch.tensor(0.37), dtype), want)
 
 
 @pytest.mark.parametrize("scale", [0.0, -3.0])
