@@ -7,7 +7,8 @@ environment on the same two cores, and its start and first batches do not count.
     speedup_open_clip   sigray's samples/s over the peer's; likewise speedup_webdataset
     speedup_ray_data    the same over Ray Data with its own decoder
     speedup_ray_data_our_decoder  the same over the faster of the two ways of running sigray's decoder in Ray Data
-    floor_ratio         sigray's samples/s over those of two bare processes that hand nothing over
+    floor_ratio         sigray's samples/s over those of two bare processes that hand nothing over, by turns of a few
+                        seconds, both being up all the time
     shared_cpu_ratio    CPU time of the data-shard workers with two readers of one stream over that with one
 
 Each is the median over repetitions of the ratio within a repetition.
@@ -33,6 +34,7 @@ from benchmarks.photo_tars import PHOTOS, ensure_photos
 from benchmarks.stream_peers import BATCH, CONTESTANTS, NUM_WORKERS
 from orchestrator.launch import LEAN_RAY
 
+TURN_S = 4.0
 TIMEOUT_S = 1800  # of a contestant; for --memory on a busy machine
 # open_clip_train 3.3.0 asks for this one and dies at a shard's end with 1.0.2.
 OPEN_CLIP_NEEDS = "webdataset==0.2.86"
@@ -115,6 +117,12 @@ def repetition(names: list[str], data: Path, seconds: float) -> dict[str, float]
             found |= {"one_reader_cpu_s": one, "two_readers_cpu_s": two, "shared_cpu_ratio": two / one}
             print(f"shared: {one:.1f} s CPU of the data-shard workers with one reader, {two:.1f} with two", flush=True)
             continue
+        if name == "in_turns":
+            turns = run(name, data, "--seconds", str(TURN_S))
+            found["floor_ratio"] = statistics.median(turn["sigray"] / turn["floor"] for turn in turns)
+            pairs = ", ".join(f"{turn['sigray']:.0f}/{turn['floor']:.0f}" for turn in turns)
+            print(f"in turns: sigray/floor {pairs}: {found['floor_ratio']:.3f}", flush=True)
+            continue
         result = run(name, data, "--seconds", str(seconds))
         rate = result["samples_per_s"]
         found |= {
@@ -130,7 +138,6 @@ def repetition(names: list[str], data: Path, seconds: float) -> dict[str, float]
     ours = found.get("sigray_samples_per_s")
     if ours is not None:
         against = {
-            "floor_ratio": ["floor"],
             "speedup_open_clip": ["open_clip"],
             "speedup_webdataset": ["webdataset"],
             "speedup_ray_data": ["ray_data_default"],
@@ -147,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=20, help="measured of each contestant, at least")
-    everything = [*CONTESTANTS, "shared"]
+    everything = [*CONTESTANTS, "in_turns", "shared"]
     parser.add_argument("--only", nargs="+", choices=everything, default=everything, metavar="NAME")
     parser.add_argument("--memory", action="store_true", help="a long stream's memory instead")
     parser.add_argument("--data", type=Path, default=PHOTOS, help="where the tars are, or are made")

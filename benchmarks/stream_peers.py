@@ -19,12 +19,14 @@ The last line of the output is JSON; see `measure` for what counts.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
 import multiprocessing.connection
 import os
 import random
+import signal
 import tempfile
 import threading
 import time
@@ -45,6 +47,7 @@ SIZE, CONTEXT, VOCABULARY = 224, 77, 49408  # of that model
 # Batches before the clock starts, for all: loader workers and Ray Data's tasks then run, their queues have filled, and
 # each process has touched the shared memory that it goes on to use, which costs more than what is copied there.
 WARM_UP_BATCHES = 64
+WAKE_UP_BATCHES = 4  # of a turn, before its clock starts: what was ready when the contestant was halted
 MEMORY_BATCHES = 12  # after the clock has stopped
 CHECKPOINT_STEPS = 50  # between two writes of the ledger
 SHARED_BLOCKS = 4  # of each lane, kept for the slower reader
@@ -173,25 +176,95 @@ def shared(paths: list[Path], num_readers: int, num_batches: int) -> dict[str, f
 # The floor
 
 
-def floor(paths: list[Path]) -> Iterator[Batch]:
-    context = multiprocessing.get_context("spawn")
-    processes, news = [], []
-    for number in range(NUM_WORKERS):
-        receiver, sender = context.Pipe(duplex=False)
-        processes.append(context.Process(target=floor_process, args=(paths[number::NUM_WORKERS], sender), daemon=True))
-        processes[-1].start()
-        sender.close()  # so that the end of the process is the end of the pipe: EOFError
-        news.append(receiver)
-    nothing = np.empty((BATCH, SIZE, SIZE, 3), np.uint8), np.empty((BATCH, CONTEXT), np.int32)
-    try:
+class Floor:
+    """Two bare processes that can be halted."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._processes: list[Any] = []
+        self._news: list[Any] = []
+        for number in range(NUM_WORKERS):
+            receiver, sender = context.Pipe(duplex=False)
+            share = paths[number::NUM_WORKERS]
+            self._processes.append(context.Process(target=floor_process, args=(share, sender), daemon=True))
+            self._processes[-1].start()
+            sender.close()  # so that the end of the process is the end of the pipe: EOFError
+            self._news.append(receiver)
+
+    def __iter__(self) -> Iterator[Batch]:
+        nothing = np.empty((BATCH, SIZE, SIZE, 3), np.uint8), np.empty((BATCH, CONTEXT), np.int32)
         while True:
-            for receiver in multiprocessing.connection.wait(news):
+            ready: list[Any] = multiprocessing.connection.wait(self._news)
+            for receiver in ready:
                 receiver.recv()
                 yield nothing
-    finally:
-        for process in processes:
-            process.terminate()
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()  # also where it is halted
             process.join()
+
+
+def floor(paths: list[Path]) -> Iterator[Batch]:
+    processes = Floor(paths)
+    try:
+        yield from processes
+    finally:
+        processes.close()
+
+
+def in_turns(paths: list[Path], num_turns: int, seconds: float) -> list[dict[str, float]]:
+    """Samples per second of sigray and of the floor, by turns of some seconds.
+
+    On shared machines the same work takes 20 % longer in one minute than in the next, so that contestants that run
+    after each other say little about a difference of 5 %. Here both are up, and the processes of the one that has not
+    its turn are halted, Ray's own among them.
+    """
+    stream = sigray(paths)
+    consume(stream, WARM_UP_BATCHES)
+    of_ray = tree()[1:]
+    signal_all(of_ray, signal.SIGSTOP)
+    bare = Floor(paths)
+    batches = iter(bare)
+    consume(batches, WARM_UP_BATCHES)
+    signal_all(bare.pids, signal.SIGSTOP)
+    turns = []
+    for _ in range(num_turns):
+        found = {}
+        for name, pids, iterator in (("sigray", of_ray, stream), ("floor", bare.pids, batches)):
+            signal_all(pids, signal.SIGCONT)
+            consume(iterator, WAKE_UP_BATCHES)
+            found[name] = rate(iterator, seconds)
+            signal_all(pids, signal.SIGSTOP)
+        turns.append(found)
+    bare.close()
+    signal_all(of_ray, signal.SIGCONT)
+    stream.close()  # type: ignore[attr-defined]
+    return turns
+
+
+def signal_all(pids: Iterable[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):  # a process of Ray's that has ended meanwhile
+            os.kill(pid, number)
+
+
+def consume(batches: Iterator[Batch], count: int) -> None:
+    for _ in itertools.islice(batches, count):
+        pass
+
+
+def rate(batches: Iterator[Batch], seconds: float) -> float:
+    """Samples per second, from one delivery to another."""
+    begin, count = time.perf_counter(), 0
+    while time.perf_counter() - begin < seconds:
+        check(*next(batches))
+        count += 1
+    return count * BATCH / (time.perf_counter() - begin)
 
 
 def floor_process(paths: list[Path], news: Any) -> None:
@@ -417,9 +490,10 @@ def _stat(pid: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=[*CONTESTANTS, "shared"])
+    parser.add_argument("name", choices=[*CONTESTANTS, "shared", "in_turns"])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--turns", type=int, default=12, help="of `in_turns`")
     parser.add_argument("--readers", type=int, default=1, help="of `shared`")
     parser.add_argument("--epochs", type=int, default=0, help="measure memory instead, over as many times all samples")
     options = parser.parse_args()
@@ -429,6 +503,9 @@ def main() -> None:
         result: Any = shared(paths, options.readers, SHARED_EPOCHS * NUM_SHARDS * SHARD_SAMPLES // BATCH)
         print(json.dumps(result), flush=True)
         return
+    if options.name == "in_turns":
+        print(json.dumps(in_turns(paths, options.turns, options.seconds)), flush=True)
+        os._exit(0)
     batches = CONTESTANTS[options.name](paths)
     if options.epochs:
         result = measure_memory(batches, options.epochs * NUM_SHARDS * SHARD_SAMPLES)
