@@ -50,13 +50,22 @@ class _UncachedFile(io.RawIOBase):
             self._direct, self._file = 0, os.open(path, flags, 0o666)
 
     def write(self, piece: Any) -> int:
-        if self._direct and len(piece) % mmap.PAGESIZE:
-            fcntl.fcntl(self._file, fcntl.F_SETFL, fcntl.fcntl(self._file, fcntl.F_GETFL) & ~self._direct)
-            self._direct = 0
+        if len(piece) % mmap.PAGESIZE:
+            self._go_through_the_cache()
         num_written = 0
         while num_written < len(piece):
-            num_written += os.write(self._file, piece[num_written:])
+            try:
+                num_written += os.write(self._file, piece[num_written:])
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._direct:
+                    raise
+                self._go_through_the_cache()  # a file system with other wishes than whole pages
         return num_written
+
+    def _go_through_the_cache(self) -> None:
+        if self._direct:
+            fcntl.fcntl(self._file, fcntl.F_SETFL, fcntl.fcntl(self._file, fcntl.F_GETFL) & ~self._direct)
+            self._direct = 0
 
     def close(self) -> None:
         if not self.closed:

@@ -38,7 +38,7 @@ from workers.committed import (
 from workers.config import CheckpointConfig, ModelConfig, OptimConfig
 from workers.fence import RunTakenOver
 from workers.optim import build_optimizer
-from workers.storage import Storage, StorageError, fingerprint
+from workers.storage import Storage, StorageError, _UncachedFile, fingerprint
 from workers.towers import build_model
 
 MODEL = ModelConfig(towers=TOWERS)
@@ -396,6 +396,15 @@ def test_a_large_file_is_written_as_it_is(tmp_path, num_bytes, piece):
     assert storage.write_hashed("a/b", write) == fingerprint(content)
     assert storage.read("a/b") == content
     assert fingerprint(content)["xxh3_128"] == xxhash.xxh3_128(content).hexdigest()
+
+
+def test_memory_that_the_disk_cannot_take_as_it_lies(tmp_path):
+    """The kernel refuses O_DIRECT from odd addresses (EINVAL), as some file systems refuse pages of 4 KiB."""
+    content = np.random.default_rng(0).bytes(4 * 4096 + 1)
+    with _UncachedFile(str(tmp_path / "file")) as file:
+        assert file.write(memoryview(content)[1:8193]) == 8192
+        assert file.write(memoryview(content)[8193:]) == 8192
+    assert (tmp_path / "file").read_bytes() == content[1:]
 
 
 def test_a_disk_that_is_full(tmp_path, quick):
