@@ -34,7 +34,7 @@ from benchmarks.photo_tars import PHOTOS, ensure_photos
 from benchmarks.stream_peers import BATCH, CONTESTANTS, NUM_WORKERS
 from orchestrator.launch import LEAN_RAY
 
-TURN_S = 4.0
+TURN_S = 6.0
 TIMEOUT_S = 1800  # of a contestant; for --memory on a busy machine
 # open_clip_train 3.3.0 asks for this one and dies at a shard's end with 1.0.2.
 OPEN_CLIP_NEEDS = "webdataset==0.2.86"

@@ -47,7 +47,8 @@ SIZE, CONTEXT, VOCABULARY = 224, 77, 49408  # of that model
 # Batches before the clock starts, for all: loader workers and Ray Data's tasks then run, their queues have filled, and
 # each process has touched the shared memory that it goes on to use, which costs more than what is copied there.
 WARM_UP_BATCHES = 64
-WAKE_UP_BATCHES = 4  # of a turn, before its clock starts: what was ready when the contestant was halted
+WAKE_UP_BATCHES = 14  # of a turn, before its clock starts: more than what is ready when a contestant is halted
+FILL_S = 3.0  # until all that sigray asks for ahead is ready: a halted worker that owes a block would be taken for slow
 MEMORY_BATCHES = 12  # after the clock has stopped
 CHECKPOINT_STEPS = 50  # between two writes of the ledger
 SHARED_BLOCKS = 4  # of each lane, kept for the slower reader
@@ -227,6 +228,7 @@ def in_turns(paths: list[Path], num_turns: int, seconds: float) -> list[dict[str
     stream = sigray(paths)
     consume(stream, WARM_UP_BATCHES)
     of_ray = tree()[1:]
+    time.sleep(FILL_S)
     signal_all(of_ray, signal.SIGSTOP)
     bare = Floor(paths)
     batches = iter(bare)
@@ -235,10 +237,11 @@ def in_turns(paths: list[Path], num_turns: int, seconds: float) -> list[dict[str
     turns = []
     for _ in range(num_turns):
         found = {}
-        for name, pids, iterator in (("sigray", of_ray, stream), ("floor", bare.pids, batches)):
+        for name, pids, iterator, fill_s in (("sigray", of_ray, stream, FILL_S), ("floor", bare.pids, batches, 0)):
             signal_all(pids, signal.SIGCONT)
             consume(iterator, WAKE_UP_BATCHES)
             found[name] = rate(iterator, seconds)
+            time.sleep(fill_s)
             signal_all(pids, signal.SIGSTOP)
         turns.append(found)
     bare.close()
@@ -259,12 +262,18 @@ def consume(batches: Iterator[Batch], count: int) -> None:
 
 
 def rate(batches: Iterator[Batch], seconds: float) -> float:
-    """Samples per second, from one delivery to another."""
-    begin, count = time.perf_counter(), 0
-    while time.perf_counter() - begin < seconds:
+    """Samples per second, see `slope`."""
+    arrivals = [time.perf_counter()]
+    while arrivals[-1] - arrivals[0] < seconds:
         check(*next(batches))
-        count += 1
-    return count * BATCH / (time.perf_counter() - begin)
+        arrivals.append(time.perf_counter())
+    return slope(arrivals)
+
+
+def slope(arrivals: list[float]) -> float:
+    """Samples per second, of the line through all deliveries: some contestants deliver in bursts, and where the
+    measurement cuts a burst must not matter."""
+    return BATCH * float(np.polyfit(arrivals, range(len(arrivals)), 1)[0])
 
 
 def floor_process(paths: list[Path], news: Any) -> None:
@@ -397,8 +406,7 @@ CONTESTANTS: dict[str, Callable[[list[Path]], Iterator[Batch]]] = {
 def measure(batches: Iterator[Batch], seconds: float) -> dict[str, float]:
     """Samples per second after the delivery of batch WARM_UP_BATCHES, over `seconds` at least.
 
-    The rate is the slope of the line through all deliveries: some contestants deliver in bursts, and where the
-    measurement cuts a burst must not matter. CPU seconds are those of this process and all its descendants in that
+    The rate is the `slope` of all deliveries. CPU seconds are those of this process and all its descendants in that
     time; memory is theirs too, each page counted once (PSS), the highest value while some more batches are delivered
     afterwards.
     """
@@ -410,10 +418,9 @@ def measure(batches: Iterator[Batch], seconds: float) -> dict[str, float]:
         check(*next(batches))
         arrivals.append(time.perf_counter())
     cpu_seconds = tree_cpu_s() - before
-    rate = BATCH * float(np.polyfit(arrivals, range(len(arrivals)), 1)[0])
     peak = max(tree_memory()["pss_mib"] for _ in itertools.islice(batches, MEMORY_BATCHES))
     return {
-        "samples_per_s": rate,
+        "samples_per_s": slope(arrivals),
         "cpu_s_per_s": cpu_seconds / (arrivals[-1] - begin),
         "peak_pss_mib": peak,
         "samples": BATCH * (len(arrivals) - 1),
