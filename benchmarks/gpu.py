@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results/")
     options = parser.parse_args()
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, float] = {}
     for name in CASES:
         found = measure(name, DEVICES[options.device], options.repetitions)
         torch.cuda.empty_cache()
