@@ -93,12 +93,21 @@ def ensure_photos(folder: Path = PHOTOS) -> list[Path]:
     return paths
 
 
-def photographs() -> dict[str, Image.Image]:
-    """The photographs by file name, straight from scikit-image's data folder: it need not be imported."""
+def photo_folder() -> Path:
+    """scikit-image's data folder, for which it need not be imported.
+
+    Raises:
+        ModuleNotFoundError: where scikit-image is not installed.
+    """
     package = importlib.util.find_spec("skimage")
     if package is None or package.origin is None:
         raise ModuleNotFoundError("the photographs come from scikit-image: uv pip install -e '.[bench]'")
-    folder = Path(package.origin).parent / "data"
+    return Path(package.origin).parent / "data"
+
+
+def photographs() -> dict[str, Image.Image]:
+    """The photographs by file name."""
+    folder = photo_folder()
     return {name: Image.open(folder / name).convert("RGB") for name in SOURCES}
 
 

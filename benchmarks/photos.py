@@ -19,11 +19,11 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import skimage
 import torch
 from PIL import Image
 
 from benchmarks.common import EMOJI, report
+from benchmarks.photo_tars import photo_folder
 from orchestrator.folder import read_run
 from workers.committed import list_checkpoints
 from workers.config import DataConfig, EvalSet
@@ -52,7 +52,7 @@ def write_photos(folder: Path) -> None:
     """A tar of the photographs with their concepts."""
     import webdataset
 
-    source = Path(skimage.__file__).parent / "data"
+    source = photo_folder()
     with webdataset.TarWriter(str(folder / "photos.tar")) as writer:
         for name, concept in PHOTOS.items():
             buffer = io.BytesIO()

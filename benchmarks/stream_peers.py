@@ -211,11 +211,8 @@ class Floor:
 
 
 def floor(paths: list[Path]) -> Iterator[Batch]:
-    processes = Floor(paths)
-    try:
+    with contextlib.closing(Floor(paths)) as processes:
         yield from processes
-    finally:
-        processes.close()
 
 
 def in_turns(paths: list[Path], num_turns: int, seconds: float) -> list[dict[str, float]]:
@@ -234,19 +231,22 @@ def in_turns(paths: list[Path], num_turns: int, seconds: float) -> list[dict[str
     batches = iter(bare)
     consume(batches, WARM_UP_BATCHES)
     signal_all(bare.pids, signal.SIGSTOP)
+    contestants = (("sigray", of_ray, stream, FILL_S), ("floor", bare.pids, batches, 0))
     turns = []
-    for _ in range(num_turns):
-        found = {}
-        for name, pids, iterator, fill_s in (("sigray", of_ray, stream, FILL_S), ("floor", bare.pids, batches, 0)):
-            signal_all(pids, signal.SIGCONT)
-            consume(iterator, WAKE_UP_BATCHES)
-            found[name] = rate(iterator, seconds)
-            time.sleep(fill_s)
-            signal_all(pids, signal.SIGSTOP)
-        turns.append(found)
-    bare.close()
-    signal_all(of_ray, signal.SIGCONT)
-    stream.close()  # type: ignore[attr-defined]
+    try:
+        for _ in range(num_turns):
+            found = {}
+            for name, pids, iterator, fill_s in contestants:
+                signal_all(pids, signal.SIGCONT)
+                consume(iterator, WAKE_UP_BATCHES)
+                found[name] = rate(iterator, seconds)
+                time.sleep(fill_s)
+                signal_all(pids, signal.SIGSTOP)
+            turns.append(found)
+    finally:  # a halted process would outlive this one
+        bare.close()
+        signal_all(of_ray, signal.SIGCONT)
+        stream.close()  # type: ignore[attr-defined]
     return turns
 
 
@@ -262,12 +262,17 @@ def consume(batches: Iterator[Batch], count: int) -> None:
 
 
 def rate(batches: Iterator[Batch], seconds: float) -> float:
-    """Samples per second, see `slope`."""
+    """Samples per second over some seconds at least, see `slope`."""
+    return slope(deliveries(batches, seconds))
+
+
+def deliveries(batches: Iterator[Batch], seconds: float) -> list[float]:
+    """When batches came: now, and each one until so many seconds are over."""
     arrivals = [time.perf_counter()]
     while arrivals[-1] - arrivals[0] < seconds:
         check(*next(batches))
         arrivals.append(time.perf_counter())
-    return slope(arrivals)
+    return arrivals
 
 
 def slope(arrivals: list[float]) -> float:
@@ -410,21 +415,17 @@ def measure(batches: Iterator[Batch], seconds: float) -> dict[str, float]:
     time; memory is theirs too, each page counted once (PSS), the highest value while some more batches are delivered
     afterwards.
     """
-    for _ in itertools.islice(batches, WARM_UP_BATCHES):
-        pass
-    begin, before = time.perf_counter(), tree_cpu_s()
-    arrivals = [begin]
-    while arrivals[-1] - begin < seconds:
-        check(*next(batches))
-        arrivals.append(time.perf_counter())
-    cpu_seconds = tree_cpu_s() - before
+    consume(batches, WARM_UP_BATCHES)
+    before = tree_cpu_s()
+    arrivals = deliveries(batches, seconds)
+    cpu_seconds, measured_s = tree_cpu_s() - before, arrivals[-1] - arrivals[0]
     peak = max(tree_memory()["pss_mib"] for _ in itertools.islice(batches, MEMORY_BATCHES))
     return {
         "samples_per_s": slope(arrivals),
-        "cpu_s_per_s": cpu_seconds / (arrivals[-1] - begin),
+        "cpu_s_per_s": cpu_seconds / measured_s,
         "peak_pss_mib": peak,
         "samples": BATCH * (len(arrivals) - 1),
-        "seconds": arrivals[-1] - begin,
+        "seconds": measured_s,
     }
 
 

@@ -118,16 +118,6 @@ def add_(total: Tensor, addend: Tensor) -> None:
         total.add_(addend)
 
 
-def has_bfloat16_products(device: torch.device) -> bool:
-    """Whether matrix products of bfloat16 run at full speed.
-
-    On a CPU without the instructions torch multiplies bfloat16 matrices 5 to 70 times slower than float32
-    (docs/numerics.md); products are then taken in float32. A fact of the machine, not a timing: the same weights must
-    come out of every run.
-    """
-    return device.type != "cpu" or bool(_cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
-
-
 def scaled(part: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """part * factor in another dtype; `factor` is a scalar. `part`, dense in memory, may be overwritten."""
     narrows = part.dtype == torch.float32 and dtype == torch.bfloat16
@@ -136,6 +126,16 @@ def scaled(part: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         library.scale_to_bfloat16(part.data_ptr(), part.numel(), factor.item(), out.data_ptr())
         return out
     return part.mul_(factor).to(dtype)
+
+
+def has_bfloat16_products(device: torch.device) -> bool:
+    """Whether matrix products of bfloat16 run at full speed.
+
+    On a CPU without the instructions torch multiplies bfloat16 matrices 5 to 70 times slower than float32
+    (docs/numerics.md); products are then taken in float32. A fact of the machine, not a timing: the same weights must
+    come out of every run.
+    """
+    return device.type != "cpu" or bool(_cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 @functools.cache
@@ -196,16 +196,17 @@ def _load(path: Path) -> ctypes.CDLL:
     # counts for both. RTLD_NOW: a runtime that lacks a symbol fails here and not in the first step.
     library = ctypes.CDLL(str(path), mode=os.RTLD_NOW)
     tensor, size, scalar = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    for name in ("tile_float32", "tile_bfloat16"):
-        getattr(library, name).argtypes = [tensor, size, size, scalar, scalar, tensor, size]
-        getattr(library, name).restype = None
-    for name in ("pairs_float32", "pairs_bfloat16"):
-        getattr(library, name).argtypes = [tensor, size, size, tensor, scalar, scalar, tensor, size]
-        getattr(library, name).restype = None
-    library.dots_bfloat16.argtypes = [tensor, tensor, size, size, tensor]
-    library.dots_bfloat16.restype = None
-    library.scale_to_bfloat16.argtypes = [tensor, size, scalar, tensor]
-    library.scale_to_bfloat16.restype = None
-    library.add_bfloat16.argtypes = [tensor, tensor, size]
-    library.add_bfloat16.restype = None
+    tile = [tensor, size, size, scalar, scalar, tensor, size]
+    pairs = [tensor, size, size, tensor, scalar, scalar, tensor, size]
+    for name, arguments in {
+        "tile_float32": tile,
+        "tile_bfloat16": tile,
+        "pairs_float32": pairs,
+        "pairs_bfloat16": pairs,
+        "dots_bfloat16": [tensor, tensor, size, size, tensor],
+        "scale_to_bfloat16": [tensor, size, scalar, tensor],
+        "add_bfloat16": [tensor, tensor, size],
+    }.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
     return library

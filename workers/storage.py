@@ -32,7 +32,7 @@ def fingerprint(content: bytes | memoryview) -> dict[str, Any]:
     return {"bytes": len(content), "xxh3_128": xxhash.xxh3_128(content).hexdigest()}
 
 
-class _UncachedFile(io.RawIOBase):
+class _UncachedFile(io.FileIO):
     """A local file to write once, past the system's page cache where the file system allows that.
 
     Copying a checkpoint into that cache takes a core three to six times as long as handing its pages to the disk does,
@@ -40,14 +40,17 @@ class _UncachedFile(io.RawIOBase):
     """
 
     def __init__(self, path: str) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         self._direct = getattr(os, "O_DIRECT", 0)  # Linux knows it
+        super().__init__(path, "w", opener=self._open)
+
+    def _open(self, path: str, flags: int) -> int:
         try:
-            self._file = os.open(path, flags | self._direct, 0o666)
+            return os.open(path, flags | self._direct, 0o666)
         except OSError as error:
             if error.errno != errno.EINVAL or not self._direct:
                 raise
-            self._direct, self._file = 0, os.open(path, flags, 0o666)
+            self._direct = 0
+            return os.open(path, flags, 0o666)
 
     def write(self, piece: Any) -> int:
         if len(piece) % mmap.PAGESIZE:
@@ -55,7 +58,7 @@ class _UncachedFile(io.RawIOBase):
         num_written = 0
         while num_written < len(piece):
             try:
-                num_written += os.write(self._file, piece[num_written:])
+                num_written += super().write(piece[num_written:])
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
@@ -64,13 +67,8 @@ class _UncachedFile(io.RawIOBase):
 
     def _go_through_the_cache(self) -> None:
         if self._direct:
-            fcntl.fcntl(self._file, fcntl.F_SETFL, fcntl.fcntl(self._file, fcntl.F_GETFL) & ~self._direct)
+            fcntl.fcntl(self, fcntl.F_SETFL, fcntl.fcntl(self, fcntl.F_GETFL) & ~self._direct)
             self._direct = 0
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._file)
-        super().close()
 
 
 class _HashedFile:
