@@ -5,7 +5,8 @@
 `negative_terms_` is what callers use; `eager_terms_` says in torch what it computes. On CPU it runs `fused.c`, compiled
 once per machine with the C compiler that is found, on CUDA the Triton kernel of `fused_cuda.py`, elsewhere, and for
 float64, the eager form itself. XLA fuses `negative_terms` by its own means (`losses/sharded.py`). The other functions
-do small things around it in one call on CPU, where a small batch's time is that of asking for operations.
+do small things around it in one call on CPU, where a small batch's time is that of asking for operations. `block_` does
+all tiles in one call, products included, where the processor has a unit for them (`fused_amx.c`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-_SOURCE = Path(__file__).with_name("fused.c")
+_SOURCES = [Path(__file__).with_name(name) for name in ("fused.c", "fused_amx.c")]
+_HEADER = Path(__file__).with_name("terms.h")
 _FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
 
 
@@ -99,6 +101,54 @@ def pair_terms_(x: Tensor, cosines: Tensor, scale: Tensor, bias: Tensor, sums: T
     x.copy_(dz)
 
 
+def block_(
+    image_features: Tensor,
+    text_features: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    sums: Tensor,
+    grad_image: Tensor,
+    grad_text: Tensor,
+    *,
+    offset: int,
+    tile_size: int,
+    overwrite_image: bool,
+) -> bool:
+    """A block of pairs whole, if this machine can: dz = dL/dz of all of them never leaves the processor's caches.
+
+    Cosines and all sums are float32, dz is rounded to bfloat16.
+
+    Args:
+        image_features: (B, D) bfloat16.
+        text_features: (M, D) bfloat16.
+        scale, bias: scalars, float32.
+        sums: (3, B) float32, rows contiguous; the loss and its gradients by bias and scale are added.
+        grad_image: (B, D) float32, contiguous; dz @ text_features is added.
+        grad_text: (M, D) float32, contiguous; becomes dz.T @ image_features.
+        offset: image i and text i + offset are a pair.
+        tile_size: edge of what is worked on at once, at the most.
+        overwrite_image: whether nothing is in grad_image yet.
+
+    Returns:
+        Whether it was done; if not, nothing was touched.
+
+    Raises:
+        MemoryError: where some MiB for packed features are missing.
+    """
+    image, text = image_features.contiguous(), text_features.contiguous()
+    fits = image.dtype == torch.bfloat16 and image.device.type == "cpu" and (scale_value := scale.item()) > 0
+    if not fits or not has_amx():
+        return False
+    library = _library()
+    assert library is not None
+    shape = len(image), *text.shape
+    pointers = sums.data_ptr(), sums.stride(0), grad_image.data_ptr(), overwrite_image, grad_text.data_ptr(), True
+    values = scale_value, bias.item(), offset, tile_size
+    if library.block_amx(image.data_ptr(), text.data_ptr(), *shape, *values, *pointers):
+        raise MemoryError("no memory to pack the features of a block of the loss")
+    return True
+
+
 def row_dots(left: Tensor, right: Tensor) -> Tensor:
     """(n, D) and (n, D) of bfloat16 -> (n,) float32: products and sums of rows without a rounding between."""
     is_plain = left.device.type == "cpu" and left.is_contiguous() and right.is_contiguous()
@@ -139,6 +189,13 @@ def has_bfloat16_products(device: torch.device) -> bool:
 
 
 @functools.cache
+def has_amx() -> bool:
+    """Whether `block_` works here: the processor has AMX, the compiler knows it, the kernel lets us use it."""
+    library = _library() if "amx_bf16" in _cpu_flags() else None
+    return library is not None and hasattr(library, "block_amx") and bool(library.amx_is_there())
+
+
+@functools.cache
 def _cpu_flags() -> frozenset[str]:
     """Instruction sets as Linux names them (`flags` on x86, `Features` on ARM); empty where it does not say."""
     try:
@@ -152,7 +209,7 @@ def _cpu_flags() -> frozenset[str]:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """`fused.c` for this processor, compiled at the first use and kept in the user's cache folder; None without one."""
+    """The C sources for this processor, compiled at the first use and kept in the user's cache; None without one."""
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("gcc", "cc", "clang"))), None)
     if compiler is None:
         warnings.warn("the loss runs unfused (about a third slower): no C compiler was found", stacklevel=3)
@@ -169,7 +226,8 @@ def _compile(compiler: str) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     # -march=native: a home folder may be shared by unlike machines.
     machine = f"{platform.machine()} {sorted(_cpu_flags())} {_FLAGS}".encode()
-    key = hashlib.sha256(_SOURCE.read_bytes() + version + machine).hexdigest()[:16]
+    sources = b"".join(path.read_bytes() for path in (*_SOURCES, _HEADER))
+    key = hashlib.sha256(sources + version + machine).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sigray")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,8 +242,9 @@ def _compile(compiler: str) -> Path:
     library = folder / f"fused-{key}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as build:
-            made, built = Path(build, "fused.o"), Path(build, "fused.so")
-            for arguments in ([*_FLAGS, "-c", _SOURCE, "-o", made], ["-shared", made, "-o", built]):
+            built, objects = Path(build, "fused.so"), [Path(build, f"{source.stem}.o") for source in _SOURCES]
+            commands = [[*_FLAGS, "-c", source, "-o", made] for source, made in zip(_SOURCES, objects, strict=True)]
+            for arguments in (*commands, ["-shared", *objects, "-o", built]):
                 subprocess.run([compiler, *map(str, arguments)], capture_output=True, check=True, text=True)
             built.replace(library)  # at once: other ranks may be compiling too
     return library
@@ -209,4 +268,8 @@ def _load(path: Path) -> ctypes.CDLL:
     }.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
+    if hasattr(library, "block_amx"):
+        features = tensor, tensor, size, size, size
+        gradients = tensor, ctypes.c_int, tensor, ctypes.c_int
+        library.block_amx.argtypes = [*features, scalar, scalar, size, size, tensor, size, *gradients]
     return library

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses.fused import negative_terms_, pair_terms_, row_dots, scaled
+from losses.fused import block_, negative_terms_, pair_terms_, row_dots, scaled
 from losses.negatives import ALL_NEGATIVES, NUM_BINS, Mask, Negatives, count_cosines_, make_mask
 from losses.tiles import Tile, accumulate, check_features, default_tile_size, sum_dtype, tiles
 
@@ -154,6 +154,19 @@ class SigmoidPass:
         if self._grad_image is None:
             self._grad_image = torch.empty_like(self._image, dtype=self._sums)
         offset = self._first_image - first_text
+        if self._mask is None and block_(
+            self._image,
+            text_features,
+            self._scale,
+            self._bias,
+            self._row_sums,
+            self._grad_image,
+            grad_text,
+            offset=offset,
+            tile_size=self._tile_size,
+            overwrite_image=first_visit,
+        ):
+            return grad_text
         for tile in tiles(self._image, text_features, self._tile_size):
             diagonal = tile.pairs(offset)
             if diagonal is not None:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from losses import fused
-from losses.fused import add_, eager_terms_, negative_terms_, pair_terms_, row_dots, scaled
+from losses.fused import add_, block_, eager_terms_, has_amx, negative_terms_, pair_terms_, row_dots, scaled
+from tests.reference import random_features
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -140,6 +141,90 @@ def test_scales_that_are_no_exponentials(scale):
     torch.testing.assert_close(tile, want_tile, rtol=1e-5, atol=1e-30)
 
 
+needs_amx = pytest.mark.skipif(not has_amx(), reason="block_ needs a processor with AMX")
+
+
+def block_twin(image, text, scale, bias, offset):
+    """The sums that `block_` adds, and dz, in float64."""
+    x = image.double() @ text.double().T
+    z = scale * x + bias
+    pair = torch.arange(len(image))[:, None] + offset == torch.arange(len(text))
+    dz = torch.sigmoid(z) - pair.double()
+    return torch.stack([torch.nn.functional.softplus(z.where(~pair, -z)), dz, dz * x]).sum(dim=2), dz
+
+
+def assert_gradients(grad_image, grad_text, dz, image, text):
+    images, texts = image.double(), text.double()
+    for got, left, right in ((grad_image, dz, texts), (grad_text, dz.T, images)):
+        # Each dz is rounded by 2**-8 of itself at the most; the rest is float32.
+        bound = 2**-8 * (left.abs() @ right.abs()) + 1e-6 + 1e-7 * len(right)
+        error = (got.double() - left @ right).abs()
+        assert (error <= bound).all(), (error / bound).max()
+
+
+@needs_amx
+@settings(max_examples=80, deadline=None)
+@given(
+    num_images=st.integers(1, 150),
+    num_texts=st.integers(1, 150),
+    dim=st.integers(1, 100),
+    offset=st.integers(-151, 151),
+    tile_size=st.sampled_from([1, 32, 50, 64, 4096]),
+    scale=st.sampled_from([1e-3, 1.0, 10.0, 117.3]),
+    overwrite_image=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_a_block_equals_its_float64_twin(num_images, num_texts, dim, offset, tile_size, scale, overwrite_image, seed):
+    image = random_features(num_images, dim, seed=seed, dtype=torch.bfloat16)
+    text = random_features(num_texts, dim, seed=seed + 1, dtype=torch.bfloat16)
+    sums, grad_image = torch.ones(3, num_images + 2)[:, 1:-1], torch.ones(num_images, dim)
+    grad_text = torch.full((num_texts, dim), torch.nan)
+    options = {"offset": offset, "tile_size": tile_size, "overwrite_image": overwrite_image}
+    values = torch.tensor(scale), torch.tensor(-10.0)
+    assert block_(image, text, *values, sums, grad_image, grad_text, **options)
+    want_sums, dz = block_twin(image, text, scale, -10.0, offset)
+    # As test_equals_the_float64_twin; and whatever is added to 1, tile by tile, is rounded to 2**-24 of that.
+    atol = 1e-6 + 1e-7 * num_texts
+    torch.testing.assert_close(sums.double() - 1, want_sums, rtol=2e-6 + 2e-7 * (scale + 10), atol=atol)
+    assert_gradients(grad_image if overwrite_image else grad_image - 1, grad_text, dz, image, text)
+
+
+@needs_amx
+def test_a_block_of_several_panels():
+    """More than 1024 of both, where panels are what they are by default."""
+    image = random_features(1100, 40, seed=0, dtype=torch.bfloat16)
+    text = random_features(2100, 40, seed=1, dtype=torch.bfloat16)
+    sums, grads = torch.zeros(3, 1100), [torch.zeros(1100, 40), torch.zeros(2100, 40)]
+    values = torch.tensor(20.0), torch.tensor(-8.0)
+    assert block_(image, text, *values, sums, *grads, offset=900, tile_size=2048, overwrite_image=True)
+    want, dz = block_twin(image, text, 20.0, -8.0, 900)
+    torch.testing.assert_close(sums.double(), want, rtol=1e-5, atol=1e-5)
+    assert_gradients(*grads, dz, image, text)
+
+
+@needs_amx
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_block_does_not_swallow_nan_and_infinity(poison):
+    image, text = (random_features(70, 40, seed=seed, dtype=torch.bfloat16) for seed in (0, 1))
+    image[33, 5] = poison
+    sums, grads = torch.zeros(3, 70), [torch.empty(70, 40), torch.empty(70, 40)]
+    values = torch.tensor(10.0), torch.tensor(-10.0)
+    assert block_(image, text, *values, sums, *grads, offset=0, tile_size=64, overwrite_image=True)
+    assert not torch.isfinite(sums[:, 33]).all()
+    sums[:, 33] = 0
+    assert torch.isfinite(sums).all()
+
+
+@needs_amx
+def test_a_block_of_other_features_is_not_touched():
+    for dtype, scale in ((torch.float32, 10.0), (torch.bfloat16, 0.0), (torch.bfloat16, -1.0)):
+        image = random_features(3, 4, seed=0, dtype=dtype)
+        sums, grads = torch.zeros(3, 3), [torch.zeros(3, 4), torch.zeros(3, 4)]
+        values = torch.tensor(scale), torch.tensor(-10.0)
+        assert not block_(image, image, *values, sums, *grads, offset=0, tile_size=64, overwrite_image=True)
+        assert not any(tensor.any() for tensor in (sums, *grads))
+
+
 INTERPRETED = """
 import torch
 
@@ -212,16 +297,30 @@ def test_bfloat16_is_added_to_float32(size):
     assert torch.equal(total, expected)
 
 
-def test_the_number_of_threads_does_not_change_a_bit():
-    program = (
-        "import torch, hashlib; from losses.fused import negative_terms_; torch.set_num_threads({});"
-        "x = torch.linspace(-1, 1, 300 * 211).view(300, 211).contiguous(); sums = torch.zeros(3, 300);"
-        "negative_terms_(x, torch.tensor(10.), torch.tensor(-3.), sums);"
-        "print(hashlib.sha256(x.numpy().tobytes() + sums.numpy().tobytes()).hexdigest())"
-    )
+PROGRAM_OF_A_TILE = """
+from losses.fused import negative_terms_
+x = torch.linspace(-1, 1, 300 * 211).view(300, 211).contiguous()
+results = x, torch.zeros(3, 300)
+negative_terms_(x, torch.tensor(10.0), torch.tensor(-3.0), results[1])
+"""
+PROGRAM_OF_A_BLOCK = """
+from losses import fused
+features = [torch.randn(1300, 50, generator=torch.manual_seed(seed)).bfloat16() for seed in (0, 1)]
+results = torch.zeros(3, 1300), torch.zeros(1300, 50), torch.zeros(1300, 50)
+values = torch.tensor(10.0), torch.tensor(-3.0)
+assert fused.block_(*features, *values, *results, offset=0, tile_size=512, overwrite_image=False)
+"""
+
+
+@pytest.mark.parametrize("program", [PROGRAM_OF_A_TILE, pytest.param(PROGRAM_OF_A_BLOCK, marks=needs_amx)])
+def test_the_number_of_threads_does_not_change_a_bit(program):
+    begin = "import torch, hashlib; torch.set_num_threads({})\n"
+    end = "print(hashlib.sha256(b''.join(tensor.numpy().tobytes() for tensor in results)).hexdigest())"
     outputs = {
-        subprocess.run([sys.executable, "-c", program.format(number)], capture_output=True, text=True).stdout
-        for number in (1, 2)
+        subprocess.run(
+            [sys.executable, "-c", begin.format(number) + program + end], capture_output=True, text=True
+        ).stdout
+        for number in (1, 2, 3)
     }
     assert len(outputs) == 1, outputs
     assert len(outputs.pop().strip()) == 64
