@@ -22,6 +22,7 @@ feature gradients; on CUDA, what the allocator does.
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -144,15 +145,13 @@ def timed(run: Contestant) -> float:
 
 def alternate(runs: dict[str, Contestant], num_repetitions: int, patience_s: float) -> dict[str, list[float]]:
     """Seconds of each, after one warm-up; contestants take turns."""
-
     first = {name: timed(run) for name, run in runs.items()}
     slow = {name: seconds for name, seconds in first.items() if seconds > patience_s}
     times: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for number in range(num_repetitions):
-        # Another one begins each time: what a contestant leaves behind (warm caches, spinning threads) meets them all.
-        begin = number % len(names)
-        for name in names[begin:] + names[:begin]:
+    order = random.Random(0)
+    for _ in range(num_repetitions):
+        # In another order each time: what a contestant leaves behind (freed memory, spinning threads) meets them all.
+        for name in order.sample(list(runs), len(runs)):
             times[name].append(slow[name] if name in slow else timed(runs[name]))
     return times
 
