@@ -1,5 +1,5 @@
-/* A whole block of the sigmoid loss on bfloat16 features, for processors with AMX, Intel's matrix unit: what losses/sigmoid.py does tile by tile
-   with a matrix library, here without a tile of logits ever leaving the caches.
+/* A whole block of the sigmoid loss on bfloat16 features, for processors with AMX, Intel's matrix unit: what
+   losses/sigmoid.py does tile by tile with a matrix library, here without a tile of logits ever leaving the caches.
 
    Images go by panels and, for each of them, texts by panels. Three walks over a pair of panels, each shared by all
    threads:
@@ -10,10 +10,11 @@
 
    Every number is summed in float32, by one thread, in a fixed order: how many threads there are does not matter.
 
-   The unit takes A, 16 rows of 32, and B, 32 rows of 16 that are stored as 16 rows of 16 pairs (2p, 2p + 1) of a column.
-   All operands are packed as such tiles of 1 KiB, one after another along the sum, padded with zeros to multiples of 32.
-   Both forms of a matrix and of its transpose come from its rows by two steps: `interleave` (rows 2p and 2p + 1 become
-   pairs) and the transposition of 16 x 16 words of 32 bits, which makes B tiles of X^T of A tiles of X and back. */
+   The unit takes A, 16 rows of 32, and B, 32 rows of 16 that are stored as 16 rows of 16 pairs (2p, 2p + 1) of a
+   column. All operands are packed as such tiles of 1 KiB, one after another along the sum, padded with zeros to
+   multiples of 32. Both forms of a matrix and of its transpose come from its rows by two steps: `interleave` (rows 2p
+   and 2p + 1 become pairs) and the transposition of 16 x 16 words of 32 bits, which makes B tiles of X^T of A tiles of
+   X and back. */
 #include "terms.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__linux__)
@@ -139,7 +140,8 @@ INLINE void transpose(__m512i *r) {
 /* (a_0, b_0, a_1, b_1, ..): the first 16 columns of the rows a and b as one row of a B tile, then the last 16. */
 INLINE void interleave(__m512i a, __m512i b, __m512i *first, __m512i *last) {
     const __m512i columns = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i index = _mm512_or_si512(columns, _mm512_slli_epi32(_mm512_add_epi32(columns, _mm512_set1_epi32(32)), 16));
+    const __m512i both = _mm512_or_si512(columns, _mm512_slli_epi32(columns, 16));
+    const __m512i index = _mm512_or_si512(both, _mm512_set1_epi32(32 << 16)); /* from 32 on: of b */
     *first = _mm512_permutex2var_epi16(a, index, b);
     *last = _mm512_permutex2var_epi16(a, _mm512_add_epi32(index, _mm512_set1_epi32(0x00100010)), b);
 }
@@ -166,7 +168,7 @@ INLINE void pack_along_rows(const uint16_t *features, int64_t rows, int64_t dim,
         }
 }
 
-/* (32 rows, D) of X as B tiles or, transposed, as the A tiles of X^T: one of every 16 columns; the sum goes along rows. */
+/* (32 rows, D) of X as B tiles or, transposed, as the A tiles of X^T: one for 16 columns; the sum goes along rows. */
 INLINE void pack_along_columns(const uint16_t *features, int64_t rows, int64_t dim, Operand out, int transposed) {
     for (int64_t column = 0; column < dim; column += 32) {
         __m512i r[32];
@@ -256,8 +258,8 @@ static void set_dz(float dz, Operand a, Operand b, int64_t i, int64_t j) {
 
 /* dz of a strip of images with a panel of texts, and their sums.
 
-   images: (rows <= 32, D) as A tiles; texts: (width, D) as B tiles, 32 of them after 32. Image i and text i + offset are
-   a pair. a: where dz goes as A tiles; b: as B tiles, those of the next 32 texts are `b_step` elements on. */
+   images: (rows <= 32, D) as A tiles; texts: (width, D) as B tiles, 32 of them after 32. Image i and text i + offset
+   are a pair. a: where dz goes as A tiles; b: as B tiles, those of the next 32 texts are `b_step` elements on. */
 static void strip_terms(Operand images, int64_t rows, Operand texts, int64_t width, int64_t steps, float scale,
                         float bias, int64_t offset, float *sums, int64_t stride, Operand a, Operand b, int64_t b_step) {
     float x[EDGE * EDGE] __attribute__((aligned(64))), cosines[EDGE];
@@ -287,9 +289,10 @@ static void strip_terms(Operand images, int64_t rows, Operand texts, int64_t wid
 
 /* Loss and gradients of a block.
 
-   images (B, D), texts (M, D): contiguous. Image i and text i + offset are a pair. panel: of images and of
-   texts, PANEL at the most. grad_images (B, D), grad_texts (M, D): float32, contiguous; dz times features, without the scale, is added to them or, where told to, put in their place.
-   sums (3, B): the loss and its gradients by bias and scale are added. Returns 0, or -1 where memory is missing. */
+   images (B, D), texts (M, D): contiguous. Image i and text i + offset are a pair. panel: of images and of texts, PANEL
+   at the most. grad_images (B, D), grad_texts (M, D): float32, contiguous; dz times features, without the scale, is
+   added to them or, where told to, put in their place. sums (3, B): the loss and its gradients by bias and scale are
+   added. Returns 0, or -1 where memory is missing. */
 int block_amx(const uint16_t *images, const uint16_t *texts, int64_t num_images, int64_t num_texts, int64_t dim,
               float scale, float bias, int64_t offset, int64_t panel, float *sums, int64_t stride, float *grad_images,
               int overwrite_images, float *grad_texts, int overwrite_texts) {

@@ -1,11 +1,11 @@
-/* The terms of pairs of the sigmoid loss and their derivatives, as GCC's vector types instead of intrinsics: the same lines
-   become SSE, AVX2, AVX-512 or NEON.
+/* The terms of pairs of the sigmoid loss and their derivatives, as GCC's vector types instead of intrinsics: the same
+   lines become SSE, AVX2, AVX-512 or NEON.
 
    z = scale * x + bias;  x <- sigmoid(z);  sums += softplus(z), sigmoid(z), x * sigmoid(z)
 
    softplus and sigmoid share e = exp(-|z|), which cannot overflow. An x of -infinity means "no such pair" (scale must
-   be positive): it adds nothing and becomes 0 (1.6e-38, to be exact). The number of instructions decides the time, since
-   an iteration's chain is longer than what a core keeps in flight. */
+   be positive): it adds nothing and becomes 0 (1.6e-38, to be exact). The number of instructions decides the time,
+   since an iteration's chain is longer than what a core keeps in flight. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -76,8 +76,9 @@ static inline Floats log1p_of(Floats q) {
     return choose(q < all(1.0f), log1p_of_fraction(q), large);
 }
 
-/* The loss is a sum of max(z, 0) and of log(1 + e). The latter are gathered as their product: q = (1 + e_1) (1 + e_2) .. - 1
-   takes two instructions a term and rounds as a sum does, log(1 + q) eight. 1 + e is 2 at the most. */
+/* The loss is a sum of max(z, 0) and of log(1 + e). The latter are gathered as their product, which takes two
+   instructions a term and rounds as a sum does, where a logarithm takes eight: q = (1 + e_1) (1 + e_2) .. - 1, and
+   1 + e is 2 at the most. */
 #define MAX_TERMS 120 /* 2^120 is a float yet */
 typedef struct {
     Floats loss, q, grad_bias, grad_scale;
