@@ -15,6 +15,7 @@ from PIL import Image
 from workers.config import DataConfig, ModelConfig
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist then reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For `pytest -n 2 --dist loadgroup`: files with whole runs, one after the other, beside all other files.
 
