@@ -16,9 +16,8 @@ demo: $(STAMP)
 	$(BIN)/sigray embed examples/emoji_siglit.yaml
 	$(BIN)/sigray train examples/emoji_siglit.yaml run.name=demo --overwrite
 
-# Whole runs on one side, all other tests on the other (tests/conftest.py).
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest
 
 test-cluster: $(STAMP)
 	$(BIN)/python -m pytest -m cluster

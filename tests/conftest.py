@@ -14,19 +14,6 @@ from PIL import Image
 
 from workers.config import DataConfig, ModelConfig
 
-
-@pytest.hookimpl(tryfirst=True)  # xdist then reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n 2 --dist loadgroup`: files with whole runs, one after the other, beside all other files.
-
-    Each run is a dozen processes that wait most of the time; two at once on two cores made each other time out.
-    """
-    runs = {item.path for item in items if item.get_closest_marker("ray")}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("runs" if item.path in runs else item.path.stem))
-    items.sort(key=lambda item: item.path not in runs)  # they take longer than all others together
-
-
 TOWERS = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1},
