@@ -135,11 +135,10 @@ def block_(
     Raises:
         MemoryError: where some MiB for packed features are missing.
     """
-    image, text = image_features.contiguous(), text_features.contiguous()
-    fits = image.dtype == torch.bfloat16 and image.device.type == "cpu" and (scale_value := scale.item()) > 0
-    if not fits or not has_amx():
+    fits = image_features.dtype == torch.bfloat16 and image_features.device.type == "cpu"
+    if not fits or (scale_value := scale.item()) <= 0 or not has_amx():
         return False
-    library = _library()
+    library, image, text = _library(), image_features.contiguous(), text_features.contiguous()
     assert library is not None
     shape = len(image), *text.shape
     pointers = sums.data_ptr(), sums.stride(0), grad_image.data_ptr(), overwrite_image, grad_text.data_ptr(), True
