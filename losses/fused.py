@@ -141,7 +141,7 @@ def block_(
     library, image, text = _library(), image_features.contiguous(), text_features.contiguous()
     assert library is not None
     shape = len(image), *text.shape
-    pointers = sums.data_ptr(), sums.stride(0), grad_image.data_ptr(), overwrite_image, grad_text.data_ptr(), True
+    pointers = sums.data_ptr(), sums.stride(0), grad_image.data_ptr(), overwrite_image, grad_text.data_ptr()
     values = scale_value, bias.item(), offset, tile_size
     if library.block_amx(image.data_ptr(), text.data_ptr(), *shape, *values, *pointers):
         raise MemoryError("no memory to pack the features of a block of the loss")
@@ -269,6 +269,6 @@ def _load(path: Path) -> ctypes.CDLL:
         function.argtypes, function.restype = arguments, None
     if hasattr(library, "block_amx"):
         features = tensor, tensor, size, size, size
-        gradients = tensor, ctypes.c_int, tensor, ctypes.c_int
+        gradients = tensor, ctypes.c_int, tensor
         library.block_amx.argtypes = [*features, scalar, scalar, size, size, tensor, size, *gradients]
     return library

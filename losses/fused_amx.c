@@ -106,13 +106,6 @@ static inline void product_end(float *out) {
     _tile_stored(3, out + 16 * EDGE + 16, 128);
 }
 
-/* out (32 x 32) = A . B over so many tiles */
-INLINE void multiply(Operand a, Operand b, int64_t steps, float *out, int left_streams) {
-    product_begin();
-    for (int64_t k = 0; k < steps; k++) product_step(a, b, k, left_streams);
-    product_end(out);
-}
-
 INLINE void transpose(__m512i *r) {
     Rows t;
     for (int i = 0; i < 16; i += 2) {
@@ -223,6 +216,18 @@ static void transpose_block(float *block) {
     }
 }
 
+/* out, 32 x 32 or less of a matrix, += A . B over so many tiles or, where the left factor streams by, its transpose. */
+INLINE void add_product(Operand a, Operand b, int64_t steps, int left_streams, float *out, int64_t rows,
+                        int64_t columns, int64_t stride, int overwrite) {
+    float block[EDGE * EDGE] __attribute__((aligned(64)));
+    prefetch_block(out, rows, stride);
+    product_begin();
+    for (int64_t k = 0; k < steps; k++) product_step(a, b, k, left_streams);
+    product_end(block);
+    if (left_streams) transpose_block(block);
+    add_block(block, out, rows, columns, stride, overwrite);
+}
+
 /* Cosines of 32 images and 32 texts -> dz as A tiles and as B tiles. The product of the next ones goes on between: it
    takes the matrix unit, this the vector units. */
 INLINE void block_terms(const float *x, float scale, float bias, Sums *sums, Operand a, Operand b, Operand next_images,
@@ -291,11 +296,11 @@ static void strip_terms(Operand images, int64_t rows, Operand texts, int64_t wid
 
    images (B, D), texts (M, D): contiguous. Image i and text i + offset are a pair. panel: of images and of texts, PANEL
    at the most. grad_images (B, D), grad_texts (M, D): float32, contiguous; dz times features, without the scale, is
-   added to them or, where told to, put in their place. sums (3, B): the loss and its gradients by bias and scale are
-   added. Returns 0, or -1 where memory is missing. */
+   added to the former or, where told to, put in its place, and in that of the latter always. sums (3, B): the loss and
+   its gradients by bias and scale are added. Returns 0, or -1 where memory is missing. */
 int block_amx(const uint16_t *images, const uint16_t *texts, int64_t num_images, int64_t num_texts, int64_t dim,
               float scale, float bias, int64_t offset, int64_t panel, float *sums, int64_t stride, float *grad_images,
-              int overwrite_images, float *grad_texts, int overwrite_texts) {
+              int overwrite_images, float *grad_texts) {
     panel = MIN(panel, PANEL);
     int64_t steps = (dim + 31) / 32, strip = 2 * steps * TILE; /* along D, and 32 rows of features with it */
     int64_t across = (MIN(panel, num_images) + 31) / 32, along = (MIN(panel, num_texts) + 31) / 32;
@@ -309,7 +314,6 @@ int block_amx(const uint16_t *images, const uint16_t *texts, int64_t num_images,
     uint16_t *dz_b = dz_a + dz_size, *images_by_dim = dz_b + dz_size;
 #pragma omp parallel
     {
-        float out[EDGE * EDGE] __attribute__((aligned(64)));
         Operand images_strip = {images_by_dim + omp_get_thread_num() * strip, steps * TILE};
         configure_tiles();
         for (int64_t top = 0; top < num_images; top += panel) {
@@ -340,21 +344,18 @@ int block_amx(const uint16_t *images, const uint16_t *texts, int64_t num_images,
 #pragma omp for schedule(static) nowait
                 for (int64_t s = 0; s < strips; s++)
                     for (int64_t d = 0; d < steps; d++) {
-                        float *to = grad_images + (top + 32 * s) * dim + 32 * d;
-                        prefetch_block(to, height - 32 * s, dim);
-                        multiply(moved(dz_rows, 2 * s * groups * TILE),
-                                 moved(all_texts, 2 * d * groups * TILE), groups, out, 0);
-                        add_block(out, to, height - 32 * s, dim - 32 * d, dim, overwrite_images && left == 0);
+                        Operand dz = moved(dz_rows, 2 * s * groups * TILE);
+                        Operand features = moved(all_texts, 2 * d * groups * TILE);
+                        add_product(dz, features, groups, 0, grad_images + (top + 32 * s) * dim + 32 * d,
+                                    height - 32 * s, dim - 32 * d, dim, overwrite_images && left == 0);
                     }
 #pragma omp for schedule(static)
                 for (int64_t g = 0; g < groups; g++)
                     for (int64_t d = 0; d < steps; d++) {
-                        float *to = grad_texts + (left + 32 * g) * dim + 32 * d;
-                        prefetch_block(to, width - 32 * g, dim);
-                        multiply(moved(all_images, 2 * d * strips * TILE),
-                                 moved(dz_columns, 2 * g * strips * TILE), strips, out, 1);
-                        transpose_block(out);
-                        add_block(out, to, width - 32 * g, dim - 32 * d, dim, overwrite_texts && top == 0);
+                        Operand dz = moved(dz_columns, 2 * g * strips * TILE);
+                        Operand features = moved(all_images, 2 * d * strips * TILE);
+                        add_product(features, dz, strips, 1, grad_texts + (left + 32 * g) * dim + 32 * d,
+                                    width - 32 * g, dim - 32 * d, dim, top == 0);
                     }
             }
         }

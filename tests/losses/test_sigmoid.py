@@ -93,7 +93,7 @@ def test_any_block_in_any_dtype(
         actual = value_and_gradients(
             lambda *x: sigmoid_loss(*x, positive_offset=positive_offset, tile_size=tile_size), *inputs
         )
-    # Products in bfloat16 round every x and dL/dz to 2**-9: z is wrong by scale * 2**-9 at most (|x| <= 1), and a
+    # Products in bfloat16 round every x and dL/dz by 2**-8: z is wrong by scale * 2**-8 at most (|x| <= 1), and a
     # term of the loss, and dL/dz, by as much relative to itself.
     rough = dtype == torch.bfloat16 and (has_amx or bfloat16_products)
     relative = scale * 2**-8 + 2**-7 if rough else 2e-5

@@ -21,7 +21,7 @@ from tests.orchestrator.test_run import Sigray, SmallRun
 from tests.ranks import run_on_ranks
 
 # Longer than any machine needs for what happens to the run; then it is interrupted.
-BATCH, NUM_STEPS, NUM_COMPARED = 96, 100_000, 50
+BATCH, NUM_STEPS, NUM_COMPARED = 96, 100_000, 51
 ELASTIC = [
     "run.name=elastic",
     "cluster.num_workers=[1, 2]",
@@ -99,7 +99,7 @@ def drain(address: str, node_id: str, seconds: int) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(400)
 def test_it_shrinks_and_grows(output):
     assert "a training worker or its machine died: " in output
     assert "training workers: 2 -> 1" in output
@@ -116,7 +116,7 @@ def test_it_shrinks_and_grows(output):
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(400)
 def test_growing_repeats_no_step(output):
     """The group that stops to grow writes a checkpoint first."""
     begins = [int(step.replace(",", "")) for step in re.findall(r"steps +([\d,]+) to 100,000", output)]
@@ -129,7 +129,7 @@ def test_growing_repeats_no_step(output):
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(400)
 def test_the_losses_are_those_of_a_run_in_which_nothing_changed(small, output):
     """Two sums of the same numbers in another order: in float32 the losses part by rounding."""
     config = load_config(
@@ -144,7 +144,7 @@ def test_the_losses_are_those_of_a_run_in_which_nothing_changed(small, output):
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(400)
 def test_the_ledger_is_exact(small, output, capsys):
     from orchestrator.cli import main
 
