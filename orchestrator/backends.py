@@ -1,8 +1,9 @@
 """How a worker group comes up on each accelerator. With `workers/device.py` the only place that knows them.
 
-CPU and CUDA workers are Ray Train's own: TorchConfig, gloo or nccl. TPU workers have `XlaConfig`, ours, since Ray 2.60
-has a torch-xla backend for another accelerator only, and its own TPU path wants torch_tpu, the young successor of
-torch-xla that shares no environment with it. Its door is here: another `Backend` beside `_XlaBackend`.
+CUDA workers are Ray Train's own: TorchConfig with nccl. CPU and TPU workers have `GlooConfig`, ours: Ray 2.60 has a
+torch-xla backend for another accelerator only, its own TPU path wants torch_tpu, the young successor of torch-xla that
+shares no environment with it, and TorchConfig makes Ray's controller import torch, 2 s before any worker is started.
+torch_tpu's door is here: another `Backend` beside `_GlooBackend`.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ _SLICE_LABEL, _WORKER_ID_LABEL = "ray.io/tpu-slice-name", "ray.io/tpu-worker-id"
 
 def backend_config(cluster: ClusterConfig) -> BackendConfig:
     """Ray Train's process-group set-up: nccl between GPUs, gloo between all others."""
-    if cluster.uses_xla:
-        return XlaConfig()
+    if cluster.accelerator != "cuda":
+        return GlooConfig()
     from ray.train.torch import TorchConfig
 
-    return TorchConfig(backend={"cpu": "gloo", "cuda": "nccl"}[cluster.accelerator])
+    return TorchConfig(backend="nccl")
 
 
 def worker_resources(cluster: ClusterConfig) -> dict[str, float]:
@@ -103,15 +104,15 @@ def _slice_shape(cluster: ClusterConfig) -> tuple[int, int]:
 
 
 @dataclass
-class XlaConfig(BackendConfig):
-    """Training workers under torch-xla: gloo between their hosts as a control plane, devices by `workers/device.py`."""
+class GlooConfig(BackendConfig):
+    """Training workers on CPUs and under torch-xla, for which gloo is a control plane."""
 
     @property
     def backend_cls(self) -> type[Backend]:
-        return _XlaBackend
+        return _GlooBackend
 
 
-class _XlaBackend(Backend):
+class _GlooBackend(Backend):
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Ranks by slice and TPU worker id: Ray's own world rank follows neither, and PJRT counts hosts by it.
 

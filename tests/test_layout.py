@@ -1,6 +1,8 @@
 """The direction of imports: losses <- workers <- orchestrator <- tuning."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,38 @@ def test_imports_point_one_way(package):
 def test_losses_and_the_training_loop_know_no_ray():
     for path in [*Path("losses").glob("*.py"), Path("workers/train.py"), Path("workers/step.py")]:
         assert "ray" not in imported_packages(path), path
+
+
+DATA_WORKER = """
+from workers import pool
+from workers.config import ModelConfig
+from workers.tokenizer import build_tokenizer
+from workers.towers import shapes
+for model in (ModelConfig(name="ViT-B-32"), ModelConfig(towers={"embed_dim": 8, "vision_cfg": {}, "text_cfg": {}})):
+    shapes(model), build_tokenizer(model, 8, 49408)
+"""
+SLOW_IMPORTS = ["open_clip", "transformers", "timm", "torchvision", "torch._dynamo", "ray.train"]
+
+
+@pytest.mark.parametrize(
+    ("process", "absent"),
+    [
+        (DATA_WORKER, SLOW_IMPORTS),
+        ("from workers.pace import WorkerList", ["torch", "ray", "PIL"]),
+        (
+            "from orchestrator.backends import GlooConfig; from ray.train.v2._internal.execution.controller import *",
+            ["torch"],
+        ),
+        ("from orchestrator.monitor import RunMonitor, RayHooks", ["torch"]),
+    ],
+    ids=["data worker", "list of workers", "Ray Train's controller", "monitor"],
+)
+def test_processes_that_need_no_towers_start_without_them(process, absent):
+    """A start of a run, and a start again, is some ten processes on one machine: what each imports is what it takes."""
+    script = f"import sys\n{process}\nprint(*[name for name in {absent} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
 
 
 def accelerator_calls(path: Path) -> list[str]:

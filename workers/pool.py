@@ -6,7 +6,7 @@
     driver of another run       SharedPool     reads along in the stream of a pool that somebody else owns
 
 Runs that read along keep pace: a block is decoded once for all of them if they ask for it while its data-shard worker
-still has it. So a reader waits where it would leave another one behind that is with it, see `leaves_behind`.
+still has it. So a reader waits where it would leave another one behind that is with it, see `workers/pace.py`.
 
 Any worker can answer any question, so nothing is handed over when the list changes: a lane's next block is asked of
 another worker, which reads that lane's window and goes on.
@@ -19,13 +19,14 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from workers import s3
 from workers.config import DataConfig, ModelConfig
 from workers.data_worker import Block, DataWorker
 from workers.metrics import WorkerMetrics
+from workers.pace import WorkerList
 from workers.shards import Manifest
 
 logger = logging.getLogger(__name__)
@@ -34,9 +35,6 @@ logger = logging.getLogger(__name__)
 _LOOK_S = 5.0
 # A block is asked of a second worker once its reader has waited this many times as long as a block usually takes.
 _SLOW = 8.0
-# A reader that asks for nothing for so long has died or hangs, and the others go on without it. As long as the training
-# workers of a run may take to start on a busy machine.
-_LOST_S = 120.0
 _TELL_S = 2.0  # between two words to Prometheus
 _PACE_S = 0.05  # between two looks whether the others have come
 _ACCELERATOR_LABEL, _NODE_ID_LABEL = "ray.io/accelerator-type", "ray.io/node-id"
@@ -88,54 +86,6 @@ def placement(nodes: list[dict[str, Any]]) -> Any:
 
 def _has_accelerator(node: dict[str, Any]) -> bool:
     return _ACCELERATOR_LABEL in node["Labels"] or any(node["Resources"].get(name) for name in ("GPU", "TPU"))
-
-
-def leaves_behind(number: int, others: Iterable[int], window: int) -> bool:
-    """Whether a reader that asks for a block has it decoded at the cost of one that another reader still needs.
-
-    Args:
-        number: of the block in its lane; the reader has asked for those before it, or begins with it.
-        others: the newest block that each other reader has asked for; -1 before its first.
-        window: newest blocks of a lane that are kept. A reader that is further behind is on its own already.
-    """
-    return any(other + window < number <= other + window + 1 for other in others)
-
-
-class WorkerList:
-    """The actors that are up, and how far each reader has come. Runs as a Ray actor with no CPU of its own.
-
-    Args:
-        window: blocks of a lane within which readers keep pace; None: each goes as fast as it can.
-    """
-
-    def __init__(self, window: int | None = None) -> None:
-        self._window = window
-        self._readers: dict[str, tuple[int, float]] = {}  # newest block that was asked for, and when
-
-    def put(self, actors: list[Any]) -> None:
-        self._actors = actors
-
-    def get(self) -> list[Any]:
-        return self._actors
-
-    def expect(self, reader: str, number: int) -> None:
-        """A reader will begin with this block; the others wait for it."""
-        self._readers[reader] = number - 1, time.monotonic()
-
-    def leave(self, reader: str) -> None:
-        """Nobody waits for this reader any more, until it asks again."""
-        self._readers.pop(reader, None)
-
-    def may_ask(self, reader: str, number: int) -> bool:
-        """Whether a reader may ask for a block now; noted if so."""
-        now = time.monotonic()
-        others = [at for name, (at, since) in self._readers.items() if name != reader and now - since < _LOST_S]
-        if self._window is not None and leaves_behind(number, others, self._window):
-            # It waits for others and does not hang itself.
-            self._readers[reader] = number - 1, now
-            return False
-        self._readers[reader] = number, now
-        return True
 
 
 def keep_freed_memory() -> None:

@@ -9,6 +9,7 @@ the same captions give the same bytes, which the trainers of the tokenizers libr
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 import math
 from collections import Counter
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from workers.config import ModelConfig
+from workers.towers import open_clip_folder, tower_config
 
 if TYPE_CHECKING:
     import tokenizers
@@ -64,27 +66,54 @@ def build_tokenizer(model: ModelConfig, context_length: int, vocab_size: int) ->
 
 
 def _open_clip_tokenizer(model: ModelConfig, context_length: int) -> Tokenizer:
-    import open_clip
-
-    if model.name:
-        encode = open_clip.get_tokenizer(model.name, context_length=context_length)
+    text = tower_config(model)["text_cfg"]
+    if is_plain(model.name, text):
+        peer = _open_clip_tokenizers()
+        options = text.get("tokenizer_kwargs", {}) if model.name else {}
+        encode = peer.SimpleTokenizer(context_length=context_length, **options)
     else:
-        encode = open_clip.SimpleTokenizer(context_length=context_length)
-    return _by_words(encode, context_length) or (lambda captions: encode(captions).numpy().astype(np.int32))
+        import open_clip
+
+        peer = open_clip.tokenizer
+        encode = open_clip.get_tokenizer(model.name, context_length=context_length)
+    return _by_words(encode, peer, context_length) or (lambda captions: encode(captions).numpy().astype(np.int32))
 
 
-def _by_words(encode: Any, context_length: int) -> Tokenizer | None:
+def is_plain(name: str | None, text: dict[str, Any]) -> bool:
+    """Whether open_clip takes its own BPE for a model, by its rule (`get_tokenizer`, open_clip 3.3).
+
+    Args:
+        name: of the model; None: towers of the user's own.
+        text: the config of its text tower.
+    """
+    return name is None or not (text.get("hf_tokenizer_name") or ":" in name or "siglip" in name.lower())
+
+
+@functools.cache
+def _open_clip_tokenizers() -> Any:
+    """open_clip's module of tokenizers, without its package, see `open_clip_folder`."""
+    path = open_clip_folder() / "tokenizer.py"
+    spec = importlib.util.spec_from_file_location("sigray_open_clip_tokenizer", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _by_words(encode: Any, peer: Any, context_length: int) -> Tokenizer | None:
     """What open_clip's BPE gives, word by word from a cache where a caption allows it; None for another tokenizer.
 
     No token of that BPE spans a space, and what it does to a text first (ftfy, HTML entities) leaves printable ASCII
     without "&" as it is. Other captions go its own way. 3 us for a caption of some 17 words in place of 43 (one core of
     an EPYC).
-    """
-    from open_clip import tokenizer as peer
 
+    Args:
+        peer: open_clip's module that the tokenizer is from.
+    """
     # Exactly this class with these settings: a subclass may do anything.
-    is_plain = type(encode) is peer.SimpleTokenizer and encode.reduction_fn is None
-    if not is_plain or encode.clean_fn is not peer.get_clean_fn("lower"):
+    is_simple = type(encode) is peer.SimpleTokenizer and encode.reduction_fn is None
+    if not is_simple or encode.clean_fn is not peer.get_clean_fn("lower"):
         return None
     encode_word = functools.lru_cache(_NUM_WORDS)(encode.encode)
 

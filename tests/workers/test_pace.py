@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.pool import WorkerList, leaves_behind
+from workers.pace import WorkerList, leaves_behind
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from tests.conftest import TOWERS
 from workers.config import ModelConfig
-from workers.tokenizer import _by_words, build_tokenizer, train_tokenizer
+from workers.tokenizer import _by_words, build_tokenizer, is_plain, train_tokenizer
+from workers.towers import tower_config
 
 WORDS = """
     a the red green cat dog house runs Straße Müßiggang größer кошка собака дом бежит 犬が走る 猫 家 赤い家と緑の犬
@@ -208,7 +209,33 @@ def open_clip_tokenizers(context_length: int):
 
 @pytest.mark.parametrize("setting", [{"clean": "whitespace"}, {"reduction_mask": "shuffle"}])
 def test_another_tokenizer_is_not_taken_apart(setting):
-    from open_clip import SimpleTokenizer
+    from open_clip import SimpleTokenizer, tokenizer
 
-    assert _by_words(SimpleTokenizer(context_length=7), 7) is not None
-    assert _by_words(SimpleTokenizer(context_length=7, **setting), 7) is None
+    assert _by_words(SimpleTokenizer(context_length=7), tokenizer, 7) is not None
+    assert _by_words(SimpleTokenizer(context_length=7, **setting), tokenizer, 7) is None
+
+
+def test_the_models_that_open_clip_reads_with_its_own_bpe(monkeypatch):
+    """Our rule and theirs agree on every model that open_clip knows, and on the tokenizer's options."""
+    import open_clip
+    from open_clip import factory
+
+    for kind in ("SimpleTokenizer", "HFTokenizer", "SigLipTokenizer"):
+        monkeypatch.setattr(factory, kind, lambda *_, kind=kind, **options: (kind, options))
+    kinds = set()
+    for name in open_clip.list_models():
+        text = tower_config(ModelConfig(name=name))["text_cfg"]
+        kind, options = open_clip.get_tokenizer(name, context_length=9)
+        kinds.add(kind)
+        assert is_plain(name, text) == (kind == "SimpleTokenizer"), name
+        assert kind != "SimpleTokenizer" or options == {"context_length": 9, **text.get("tokenizer_kwargs", {})}, name
+    assert kinds >= {"SimpleTokenizer", "HFTokenizer"}
+
+
+def test_a_named_models_tokens_are_open_clips():
+    import open_clip
+
+    captions = ["A photo of a cat", "caf\u00e9 &amp; <b>bar</b>", "x" * 300, ""]
+    expected = open_clip.get_tokenizer("ViT-B-32", context_length=12)(captions)
+    actual = build_tokenizer(ModelConfig(name="ViT-B-32"), 12, 49408)(captions)
+    np.testing.assert_array_equal(actual, expected.numpy())
