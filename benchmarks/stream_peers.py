@@ -114,7 +114,7 @@ class SigrayStream:
         import ray
 
         from workers.data_worker import build_order
-        from workers.pool import DataPool
+        from workers.pool import DataPool, listed
         from workers.shards import scan_shards
 
         start_ray()
@@ -122,7 +122,7 @@ class SigrayStream:
         manifest = scan_shards(self._data.shards, self._data)
         self._order = build_order(manifest, self._data, SEED)
         self._pool = DataPool(manifest, self._data, MODEL, seed=SEED)
-        actors = ray.get(self._pool.worker_list.get.remote())
+        actors = listed(self._pool.worker_list.get.remote())
         self.worker_pids = ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in actors])
 
     def feed(self, num_batches: int = 2**40) -> Any:

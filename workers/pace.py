@@ -28,6 +28,9 @@ def leaves_behind(number: int, others: Iterable[int], window: int) -> bool:
 class WorkerList:
     """The actors that are up, and how far each reader has come. Runs as a Ray actor with no CPU of its own.
 
+    It has the actors as a reference to their list (itself in a list, which Ray leaves alone): with their handles would
+    come their class, and torch with it.
+
     Args:
         window: blocks of a lane within which readers keep pace; None: each goes as fast as it can.
     """
@@ -36,11 +39,11 @@ class WorkerList:
         self._window = window
         self._readers: dict[str, tuple[int, float]] = {}  # newest block that was asked for, and when
 
-    def put(self, actors: list[Any]) -> None:
-        self._actors = actors
+    def put(self, reference: list[Any]) -> None:
+        self._reference = reference
 
     def get(self) -> list[Any]:
-        return self._actors
+        return self._reference
 
     def expect(self, reader: str, number: int) -> None:
         """A reader will begin with this block; the others wait for it."""

@@ -88,6 +88,14 @@ def _has_accelerator(node: dict[str, Any]) -> bool:
     return _ACCELERATOR_LABEL in node["Labels"] or any(node["Resources"].get(name) for name in ("GPU", "TPU"))
 
 
+def listed(answer: Any) -> list[Any]:
+    """The actors in a `WorkerList`'s answer."""
+    import ray
+
+    (actors,) = ray.get(ray.get(answer))
+    return actors
+
+
 def keep_freed_memory() -> None:
     """Let this process reuse the memory of large arrays instead of giving it back each time.
 
@@ -216,7 +224,7 @@ class DataPool:
     def _publish(self) -> None:
         import ray
 
-        ray.get(self.worker_list.put.remote(self._actors))
+        ray.get(self.worker_list.put.remote([ray.put(self._actors)]))
 
     def _start(self) -> Any:
         import ray
@@ -393,9 +401,9 @@ class PoolBlocks:
         import ray
 
         if not self._actors:
-            self._take(ray.get(self._list.get.remote()))
+            self._take(listed(self._list.get.remote()))
         if self._look is not None and ray.wait([self._look], timeout=0)[0]:
-            self._take(ray.get(self._look))
+            self._take(listed(self._look))
             self._look = None
         if self._look is None and time.monotonic() - self._looked_at > _LOOK_S:
             self._looked_at, self._look = time.monotonic(), self._list.get.remote()

@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import itertools
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -91,7 +92,9 @@ def is_plain(name: str | None, text: dict[str, Any]) -> bool:
 
 @functools.cache
 def _open_clip_tokenizers() -> Any:
-    """open_clip's module of tokenizers, without its package, see `open_clip_folder`."""
+    """open_clip's module of tokenizers, without its package where nobody has imported that, see `open_clip_folder`."""
+    if "open_clip.tokenizer" in sys.modules:
+        return sys.modules["open_clip.tokenizer"]
     path = open_clip_folder() / "tokenizer.py"
     spec = importlib.util.spec_from_file_location("sigray_open_clip_tokenizer", path)
     assert spec is not None
