@@ -1,6 +1,6 @@
 """Which data-shard workers are up, and how far each reader of their stream has come, so that readers keep pace.
 
-A file of its own that imports nothing: the small actor that runs it is up at once and takes 0.1 GB, not torch's 0.6.
+A file of its own, without torch: the small actor that runs it is up at once and takes 0.06 GB, with torch 0.35.
 """
 
 from __future__ import annotations

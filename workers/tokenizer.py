@@ -92,7 +92,7 @@ def is_plain(name: str | None, text: dict[str, Any]) -> bool:
 
 @functools.cache
 def _open_clip_tokenizers() -> Any:
-    """open_clip's module of tokenizers, without its package where nobody has imported that, see `open_clip_folder`."""
+    """open_clip's module of tokenizers; alone, where nobody has imported the package, see `open_clip_folder`."""
     if "open_clip.tokenizer" in sys.modules:
         return sys.modules["open_clip.tokenizer"]
     path = open_clip_folder() / "tokenizer.py"
