@@ -26,8 +26,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("fused.c", "fused_amx.c")]
-_HEADER = Path(__file__).with_name("terms.h")
+_SOURCES = [Path(__file__).with_name(name) for name in ("fused.c", "amx_bfloat16.c", "amx_float32.c")]
+_HEADERS = [Path(__file__).with_name(name) for name in ("terms.h", "amx.h")]
+_BLOCKS = {torch.bfloat16: "block_bfloat16", torch.float32: "block_float32"}
+_MAX_BLOCK_DIM = 32768  # of what block_float32 adds up in 32 bits
 _FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
 
 
@@ -135,15 +137,15 @@ def block_(
     Raises:
         MemoryError: where some MiB for packed features are missing.
     """
-    fits = image_features.dtype == torch.bfloat16 and image_features.device.type == "cpu"
+    name = _BLOCKS.get(image_features.dtype)
+    fits = name is not None and image_features.device.type == "cpu" and image_features.shape[1] <= _MAX_BLOCK_DIM
     if not fits or (scale_value := scale.item()) <= 0 or not has_amx():
         return False
-    library, image, text = _library(), image_features.contiguous(), text_features.contiguous()
-    assert library is not None
+    image, text = image_features.contiguous(), text_features.contiguous()
     shape = len(image), *text.shape
     pointers = sums.data_ptr(), sums.stride(0), grad_image.data_ptr(), overwrite_image, grad_text.data_ptr()
     values = scale_value, bias.item(), offset, tile_size
-    if library.block_amx(image.data_ptr(), text.data_ptr(), *shape, *values, *pointers):
+    if getattr(_library(), name)(image.data_ptr(), text.data_ptr(), *shape, *values, *pointers):
         raise MemoryError("no memory to pack the features of a block of the loss")
     return True
 
@@ -190,8 +192,9 @@ def has_bfloat16_products(device: torch.device) -> bool:
 @functools.cache
 def has_amx() -> bool:
     """Whether `block_` works here: the processor has AMX, the compiler knows it, the kernel lets us use it."""
-    library = _library() if "amx_bf16" in _cpu_flags() else None
-    return library is not None and hasattr(library, "block_amx") and bool(library.amx_is_there())
+    library = _library() if {"amx_bf16", "amx_int8"} <= _cpu_flags() else None
+    compiled = library is not None and all(hasattr(library, name) for name in _BLOCKS.values())
+    return compiled and bool(library.amx_is_there())
 
 
 @functools.cache
@@ -225,7 +228,7 @@ def _compile(compiler: str) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     # -march=native: a home folder may be shared by unlike machines.
     machine = f"{platform.machine()} {sorted(_cpu_flags())} {_FLAGS}".encode()
-    sources = b"".join(path.read_bytes() for path in (*_SOURCES, _HEADER))
+    sources = b"".join(path.read_bytes() for path in (*_SOURCES, *_HEADERS))
     key = hashlib.sha256(sources + version + machine).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sigray")
     try:
@@ -267,8 +270,8 @@ def _load(path: Path) -> ctypes.CDLL:
     }.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
-    if hasattr(library, "block_amx"):
-        features = tensor, tensor, size, size, size
-        gradients = tensor, ctypes.c_int, tensor
-        library.block_amx.argtypes = [*features, scalar, scalar, size, size, tensor, size, *gradients]
+    features, gradients = (tensor, tensor, size, size, size), (tensor, ctypes.c_int, tensor)
+    for name in _BLOCKS.values():
+        if hasattr(library, name):
+            getattr(library, name).argtypes = [*features, scalar, scalar, size, size, tensor, size, *gradients]
     return library

@@ -15,37 +15,19 @@
    multiples of 32. Both forms of a matrix and of its transpose come from its rows by two steps: `interleave` (rows 2p
    and 2p + 1 become pairs) and the transposition of 16 x 16 words of 32 bits, which makes B tiles of X^T of A tiles of
    X and back. */
-#include "terms.h"
+#include "amx.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__linux__)
-#include <immintrin.h>
-#include <omp.h>
-#include <stdlib.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define EDGE 32    /* of what is worked on at once: 2 x 2 of the unit's tiles */
 #define TILE 512   /* bfloat16 numbers in a tile */
 #define PANEL 1024 /* the most that pays: what is read again and again fits into a second cache of 2 MiB */
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-#define INLINE static inline __attribute__((always_inline))
 
 _Static_assert(2 * PANEL / EDGE <= MAX_TERMS, "a strip's sums are folded at its end");
 
-typedef __m512i Rows[16];
-
 /* Whether the kernel lets this process use the unit, which it must be asked for. */
 int amx_is_there(void) { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0; }
-
-static void configure_tiles(void) {
-    struct {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } config = {.palette = 1};
-    for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
-    _tile_loadconfig(&config);
-}
 
 /* 32 rows of a left factor or 32 columns of a right one: two sequences of tiles, `half` elements apart. */
 typedef struct {
@@ -56,13 +38,6 @@ typedef struct {
 static Operand moved(Operand operand, int64_t elements) {
     operand.tiles += elements;
     return operand;
-}
-
-static inline void product_begin(void) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
 }
 
 /* A quarter of step k of the sum. What streams by is loaded past the first cache, where the other factor stays for the
@@ -97,37 +72,6 @@ INLINE void product_quarter(Operand a, Operand b, int64_t k, int quarter, int le
 
 INLINE void product_step(Operand a, Operand b, int64_t k, int left_streams) {
     for (int quarter = 0; quarter < 4; quarter++) product_quarter(a, b, k, quarter, left_streams);
-}
-
-static inline void product_end(float *out) {
-    _tile_stored(0, out, 128);
-    _tile_stored(1, out + 16, 128);
-    _tile_stored(2, out + 16 * EDGE, 128);
-    _tile_stored(3, out + 16 * EDGE + 16, 128);
-}
-
-INLINE void transpose(__m512i *r) {
-    Rows t;
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 8; i++) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    }
 }
 
 /* (a_0, b_0, a_1, b_1, ..): the first 16 columns of the rows a and b as one row of a B tile, then the last 16. */
@@ -173,33 +117,6 @@ INLINE void pack_along_columns(const uint16_t *features, int64_t rows, int64_t d
         uint16_t *to = out.tiles + column / 16 * out.half;
         store_tile(to, left);
         store_tile(to + out.half, right);
-    }
-}
-
-static void prefetch_block(const float *out, int64_t rows, int64_t stride) {
-    for (int64_t i = 0; i < MIN(rows, EDGE); i++) {
-        _mm_prefetch((const char *)(out + i * stride), _MM_HINT_T1);
-        _mm_prefetch((const char *)(out + i * stride + 16), _MM_HINT_T1);
-    }
-}
-
-/* 32 x 32 numbers into a matrix of rows x columns that may end before. Loads go some rows ahead of stores: rows that
-   lie a multiple of 4096 bytes apart would wait for each other. */
-static void add_block(const float *block, float *out, int64_t rows, int64_t columns, int64_t stride, int overwrite) {
-    enum { AHEAD = 8 };
-    for (int half = 0; half < 2; half++) {
-        int64_t left = columns - 16 * half;
-        __mmask16 mask = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
-        for (int64_t top = 0; top < MIN(rows, EDGE); top += AHEAD) {
-            __m512 sum[AHEAD];
-            for (int64_t i = 0; i < AHEAD; i++) {
-                sum[i] = _mm512_load_ps(block + (top + i) * EDGE + 16 * half);
-                if (!overwrite && top + i < rows)
-                    sum[i] += _mm512_maskz_loadu_ps(mask, out + (top + i) * stride + 16 * half);
-            }
-            for (int64_t i = 0; i < AHEAD; i++)
-                if (top + i < rows) _mm512_mask_storeu_ps(out + (top + i) * stride + 16 * half, mask, sum[i]);
-        }
     }
 }
 
@@ -298,7 +215,7 @@ static void strip_terms(Operand images, int64_t rows, Operand texts, int64_t wid
    at the most. grad_images (B, D), grad_texts (M, D): float32, contiguous; dz times features, without the scale, is
    added to the former or, where told to, put in its place, and in that of the latter always. sums (3, B): the loss and
    its gradients by bias and scale are added. Returns 0, or -1 where memory is missing. */
-int block_amx(const uint16_t *images, const uint16_t *texts, int64_t num_images, int64_t num_texts, int64_t dim,
+int block_bfloat16(const uint16_t *images, const uint16_t *texts, int64_t num_images, int64_t num_texts, int64_t dim,
               float scale, float bias, int64_t offset, int64_t panel, float *sums, int64_t stride, float *grad_images,
               int overwrite_images, float *grad_texts) {
     panel = MIN(panel, PANEL);
