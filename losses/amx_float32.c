@@ -14,115 +14,94 @@
 #include "amx.h"
 
 #if defined(__AMX_INT8__) && defined(__AVX512BW__) && defined(__AVX512VBMI__) && defined(__linux__)
-#define TILE 1024 /* bytes of a tile */
+#define TILE 1024 /* bytes */
+#define ROWS 16    /* of what is worked on at once, 32 columns wide: two accumulators for each order of digits */
 #define DIGITS 3
-#define PRODUCTS 6
-#define DEPTH 64 /* of the sum that one tile takes */
+#define DEPTH 64   /* of the sum that one tile takes */
+#define PARTS 3    /* in which a step of the sum is done, of four products of tiles each */
 #ifndef IMAGES
 #define IMAGES 512
 #endif
 #ifndef TEXTS
 #define TEXTS 512
 #endif
-#define MAX_DIM 32768 /* three products of so many digits fit into 32 bits */
-#define BLOCK (EDGE * EDGE)
+#define BLOCK (ROWS * EDGE)
+#define LEFT_STEP (DIGITS * TILE)
+#define RIGHT_STEP (2 * DIGITS * TILE)
 
 _Static_assert(2 * TEXTS / EDGE <= MAX_TERMS, "a strip's sums are folded at its end");
 
-/* 32 rows of a left factor or 32 columns of a right one: for each digit two sequences of tiles, `half` bytes apart. */
+/* A product of 16 x 32 on its way: a part of a step after another, between other work. */
 typedef struct {
-    int8_t *tiles;
-    int64_t half, digit;
-} Operand;
-
-static Operand moved(Operand operand, int64_t bytes) {
-    operand.tiles += bytes;
-    return operand;
-}
-
-/* `groups` of 32 rows or columns, one after another, with sums of `steps` tiles. */
-static Operand operand_at(int8_t *memory, int64_t steps) { return (Operand){memory, steps * TILE, 2 * steps * TILE}; }
-static int64_t group_size(int64_t steps) { return DIGITS * 2 * steps * TILE; }
-
-/* A product of 32 x 32 on its way. */
-typedef struct {
-    Operand a, b;
-    int64_t steps, k;
-    int product, quarter;
-    int32_t *out; /* (3, 32, 32): sums of digits by order */
+    const int8_t *left, *right; /* step after step: tiles of 16 rows, a digit each; for each digit those of 16 columns */
+    int64_t steps;              /* left to do */
+    int part;                   /* of the next one */
+    int32_t *out;               /* (3, 16, 32): the sums of each order */
 } Work;
 
-static inline Work begin(Operand a, Operand b, int64_t steps, int32_t *out) {
-    product_begin();
-    return (Work){a, b, steps, 0, 0, 0, out};
+INLINE void begin(Work *work, const int8_t *left, const int8_t *right, int64_t steps, int32_t *out) {
+    *work = (Work){left, right, steps, 0, out};
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
 }
 
-INLINE void quad(const int8_t *left, int64_t left_half, const int8_t *right, int64_t right_half, int quarter) {
-    switch (quarter) {
+#define LEFT(DIGIT) _tile_loadd(6, left + (DIGIT)*TILE, 64)
+#define MULTIPLY(SUM, DIGIT, HALF)                                                                                     \
+    _tile_loadd(7, right + (2 * (DIGIT) + (HALF)) * TILE, 64);                                                         \
+    _tile_dpbssd(SUM, 6, 7)
+
+/* Four products of tiles. An accumulator is not used again before three others were: a product takes that long. */
+INLINE void advance(Work *work) {
+    const int8_t *left = work->left, *right = work->right;
+    switch (work->part++) {
     case 0:
-        _tile_loadd(4, left, 64);
-        _tile_stream_loadd(6, right, 64);
-        _tile_dpbssd(0, 4, 6);
+        LEFT(2);
+        MULTIPLY(4, 0, 0);
+        MULTIPLY(5, 0, 1);
+        LEFT(0);
+        MULTIPLY(0, 0, 0);
+        MULTIPLY(1, 0, 1);
         break;
     case 1:
-        _tile_stream_loadd(7, right + right_half, 64);
-        _tile_dpbssd(1, 4, 7);
+        MULTIPLY(4, 2, 0);
+        MULTIPLY(5, 2, 1);
+        MULTIPLY(2, 1, 0);
+        MULTIPLY(3, 1, 1);
         break;
-    case 2:
-        _tile_loadd(5, left + left_half, 64);
-        _tile_dpbssd(2, 5, 6);
-        break;
-    case 3:
-        _tile_dpbssd(3, 5, 7);
+    default:
+        LEFT(1);
+        MULTIPLY(4, 1, 0);
+        MULTIPLY(5, 1, 1);
+        MULTIPLY(2, 0, 0);
+        MULTIPLY(3, 0, 1);
+        work->part = 0;
+        work->steps--;
+        work->left = left + LEFT_STEP;
+        work->right = right + RIGHT_STEP;
     }
 }
 
-static const uint8_t LEFT_DIGIT[PRODUCTS] = {0, 0, 1, 0, 1, 2}, RIGHT_DIGIT[PRODUCTS] = {0, 1, 0, 2, 1, 0};
-static const uint8_t ORDER[PRODUCTS] = {0, 1, 1, 2, 2, 2};
-
-/* The sum of one product of digits is behind it: where it is the last of its order, it is stored. */
-static inline void next_product(Work *work) {
-    int order = ORDER[work->product++];
-    if (work->product < PRODUCTS && ORDER[work->product] == order) return;
-    product_end(work->out + order * BLOCK);
-    if (work->product < PRODUCTS) product_begin();
+INLINE void finish(Work *work) {
+    while (work->steps) advance(work);
+    char *to = (char *)work->out;
+    _tile_stored(0, to, 4 * EDGE);
+    _tile_stored(1, to + 64, 4 * EDGE);
+    _tile_stored(2, to + 4 * BLOCK, 4 * EDGE);
+    _tile_stored(3, to + 4 * BLOCK + 64, 4 * EDGE);
+    _tile_stored(4, to + 8 * BLOCK, 4 * EDGE);
+    _tile_stored(5, to + 8 * BLOCK + 64, 4 * EDGE);
 }
 
-INLINE void advance(Work *work) {
-    const int8_t *left = work->a.tiles + LEFT_DIGIT[work->product] * work->a.digit + work->k * TILE;
-    const int8_t *right = work->b.tiles + RIGHT_DIGIT[work->product] * work->b.digit + work->k * TILE;
-    quad(left, work->a.half, right, work->b.half, work->quarter);
-    if (++work->quarter < 4) return;
-    work->quarter = 0;
-    if (++work->k < work->steps) return;
-    work->k = 0;
-    next_product(work);
-}
-
-static void finish(Work *work) {
-    while (work->product < PRODUCTS && (work->quarter || work->k)) advance(work);
-    while (work->product < PRODUCTS) {
-        const int8_t *left = work->a.tiles + LEFT_DIGIT[work->product] * work->a.digit;
-        const int8_t *right = work->b.tiles + RIGHT_DIGIT[work->product] * work->b.digit;
-        for (int64_t k = 0; k < work->steps; k++, left += TILE, right += TILE)
-            for (int quarter = 0; quarter < 4; quarter++) quad(left, work->a.half, right, work->b.half, quarter);
-        next_product(work);
-    }
-}
-
-/* Sums of digits by order -> 32 x 32 numbers. */
-static void combine(const int32_t *sums, const float *row_factors, const float *column_factors, float *out) {
-    for (int half = 0; half < 2; half++) {
-        __m512 columns = _mm512_loadu_ps(column_factors + 16 * half);
-        for (int i = 0; i < EDGE; i++) {
-            const int32_t *from = sums + i * EDGE + 16 * half;
-            __m512 high = _mm512_cvtepi32_ps(_mm512_load_si512(from));
-            __m512 middle = _mm512_cvtepi32_ps(_mm512_load_si512(from + BLOCK));
-            __m512 low = _mm512_cvtepi32_ps(_mm512_load_si512(from + 2 * BLOCK));
-            __m512 sum = high * _mm512_set1_ps(0x1p32f) + (middle * _mm512_set1_ps(0x1p24f) + low * _mm512_set1_ps(0x1p16f));
-            _mm512_store_ps(out + i * EDGE + 16 * half, sum * (columns * _mm512_set1_ps(row_factors[i])));
-        }
-    }
+/* Sums of digits by order -> 16 numbers, as float32. */
+INLINE __m512 combined(const int32_t *sums, __m512 factors) {
+    __m512 high = _mm512_cvtepi32_ps(_mm512_load_si512(sums));
+    __m512 middle = _mm512_cvtepi32_ps(_mm512_load_si512(sums + BLOCK));
+    __m512 low = _mm512_cvtepi32_ps(_mm512_load_si512(sums + 2 * BLOCK));
+    return (high * 0x1p32f + (middle * 0x1p24f + low * 0x1p16f)) * factors;
 }
 
 INLINE __m512i magnitude(__m512 x) { return _mm512_and_si512((__m512i)x, _mm512_set1_epi32(0x7fffffff)); }
@@ -197,125 +176,129 @@ INLINE void transpose_tile(int8_t *tile) {
 
 INLINE __mmask16 first_of(int64_t count) { return count >= 16 ? 0xffff : count > 0 ? (1u << count) - 1 : 0; }
 
-/* (32 rows, D) of X as A tiles or, transposed, as the B tiles of X^T; the sum goes along D, the factors by rows. */
-static void pack_along_rows(const float *features, int64_t rows, int64_t dim, Operand out, float *factors,
-                            int transposed) {
-    uint32_t largest[EDGE] = {};
-    float up[EDGE];
-    for (int64_t i = 0; i < MIN(rows, EDGE); i++) {
+/* (16 rows, D) of X as A tiles or, transposed, as the B tiles of X^T, `step` bytes after each other, digits `next`; the
+   sum goes along D, the factors by rows. */
+static void pack_along_rows(const float *features, int64_t rows, int64_t dim, int8_t *out, int64_t step, int64_t next,
+                            int transposed, float *factors) {
+    uint32_t largest[ROWS] = {};
+    float up[ROWS];
+    for (int64_t i = 0; i < MIN(rows, ROWS); i++) {
         __m512i most = _mm512_setzero_si512();
         for (int64_t column = 0; column < dim; column += 16)
             most = _mm512_max_epu32(
                 most, magnitude(_mm512_maskz_loadu_ps(first_of(dim - column), features + i * dim + column)));
         largest[i] = _mm512_reduce_max_epu32(most);
     }
-    for (int half = 0; half < EDGE; half += 16)
-        scales_of(_mm512_loadu_si512(largest + half), up + half, factors + half);
-    for (int half = 0; half < 2; half++)
-        for (int64_t column = 0; column < dim; column += DEPTH) {
-            int8_t *to = out.tiles + half * out.half + column / DEPTH * TILE;
-            for (int64_t i = 0; i < 16; i++) {
-                __m512i words[4], rows_of_tiles[DIGITS];
-                for (int part = 0; part < 4; part++) {
-                    int64_t start = column + 16 * part, row = 16 * half + i;
-                    __mmask16 mask = row < rows ? first_of(dim - start) : 0;
-                    words[part] = digits_of(_mm512_maskz_loadu_ps(mask, features + row * dim + start),
-                                            _mm512_set1_ps(up[row]));
-                }
-                split_row(words, rows_of_tiles);
-                for (int digit = 0; digit < DIGITS; digit++)
-                    _mm512_store_si512(to + digit * out.digit + 64 * i, rows_of_tiles[digit]);
+    scales_of(_mm512_loadu_si512(largest), up, factors);
+    for (int64_t column = 0; column < dim; column += DEPTH, out += step) {
+        for (int64_t i = 0; i < ROWS; i++) {
+            __m512i words[4], rows_of_tiles[DIGITS];
+            for (int part = 0; part < 4; part++) {
+                int64_t start = column + 16 * part;
+                __mmask16 mask = i < rows ? first_of(dim - start) : 0;
+                words[part] =
+                    digits_of(_mm512_maskz_loadu_ps(mask, features + i * dim + start), _mm512_set1_ps(up[i]));
             }
-            if (transposed)
-                for (int digit = 0; digit < DIGITS; digit++) transpose_tile(to + digit * out.digit);
+            split_row(words, rows_of_tiles);
+            for (int digit = 0; digit < DIGITS; digit++)
+                _mm512_store_si512(out + digit * next + 64 * i, rows_of_tiles[digit]);
         }
+        if (transposed)
+            for (int digit = 0; digit < DIGITS; digit++) transpose_tile(out + digit * next);
+    }
 }
 
 /* 16 columns of (rows, D) of X as B tiles; the sum goes along rows, the factors by columns. */
 static void pack_along_columns(const float *features, int64_t rows, int64_t columns, int64_t dim, int8_t *out,
-                               int64_t digit_size, float *factors) {
+                               float *factors) {
     float up[16];
     __mmask16 mask = first_of(columns);
     __m512i most = _mm512_setzero_si512();
     for (int64_t i = 0; i < rows; i++)
         most = _mm512_max_epu32(most, magnitude(_mm512_maskz_loadu_ps(mask, features + i * dim)));
     scales_of(most, up, factors);
-    for (int64_t top = 0; top < rows; top += DEPTH)
-        for (int p = 0; p < 16; p++) {
+    for (int64_t top = 0; top < rows; top += DEPTH, out += RIGHT_STEP)
+        for (int64_t p = 0; p < 16; p++) {
             __m512i words[4], rows_of_tiles[DIGITS];
-            for (int i = 0; i < 4; i++) {
+            for (int64_t i = 0; i < 4; i++) {
                 int64_t row = top + 4 * p + i;
                 words[i] = digits_of(_mm512_maskz_loadu_ps(row < rows ? mask : 0, features + row * dim),
                                      _mm512_loadu_ps(up));
             }
             split_column(words, rows_of_tiles);
             for (int digit = 0; digit < DIGITS; digit++)
-                _mm512_store_si512(out + digit * digit_size + top / DEPTH * TILE + 64 * p, rows_of_tiles[digit]);
+                _mm512_store_si512(out + 2 * digit * TILE + 64 * p, rows_of_tiles[digit]);
         }
 }
 
 /* dz of a pair of panels lies by stripes of 16 texts, `stripe` numbers after each other, with 16 numbers an image. */
 
-/* dz of 32 images as A tiles; the sum goes along texts. */
-static void pack_dz(const float *dz, int64_t stripe, int64_t stripes, const uint32_t *largest, Operand out,
-                    float *factors) {
-    float up[EDGE];
-    for (int half = 0; half < EDGE; half += 16)
-        scales_of(_mm512_loadu_si512(largest + half), up + half, factors + half);
-    for (int64_t first = 0; first < stripes; first += 4)
-        for (int64_t i = 0; i < EDGE; i++) {
+/* dz of 16 images as A tiles; the sum goes along texts. */
+static void pack_dz(const float *dz, int64_t stripe, int64_t stripes, __m512i largest, int8_t *out, float *factors) {
+    float up[ROWS];
+    scales_of(largest, up, factors);
+    for (int64_t first = 0; first < stripes; first += 4, out += LEFT_STEP)
+        for (int64_t i = 0; i < ROWS; i++) {
             __m512i words[4], rows_of_tiles[DIGITS];
             for (int64_t part = 0; part < 4; part++) {
-                __m512 x = first + part < stripes ? _mm512_load_ps(dz + (first + part) * stripe + 16 * i)
-                                                  : _mm512_setzero_ps();
+                const float *from = dz + (first + part) * stripe + 16 * i;
+                __m512 x = first + part < stripes ? _mm512_load_ps(from) : _mm512_setzero_ps();
                 words[part] = digits_of(x, _mm512_set1_ps(up[i]));
             }
             split_row(words, rows_of_tiles);
             for (int digit = 0; digit < DIGITS; digit++)
-                _mm512_store_si512(out.tiles + digit * out.digit + i / 16 * out.half + first / 4 * TILE + i % 16 * 64,
-                                   rows_of_tiles[digit]);
+                _mm512_store_si512(out + digit * TILE + 64 * i, rows_of_tiles[digit]);
         }
 }
 
-/* dz of 32 texts, transposed, as A tiles; the sum goes along images. */
-static void pack_dz_transposed(const float *dz, int64_t stripe, int64_t rows, const uint32_t *largest, int64_t strips,
-                               int64_t next_strip, Operand out, float *factors) {
-    for (int half = 0; half < 2; half++, dz += stripe) {
-        float up[16];
-        __m512i most = _mm512_setzero_si512();
-        for (int64_t s = 0; s < strips; s++)
-            most = _mm512_max_epu32(most, _mm512_loadu_si512(largest + s * next_strip + 16 * half));
-        scales_of(most, up, factors + 16 * half);
-        for (int64_t top = 0; top < rows; top += DEPTH) {
-            int8_t *to = out.tiles + half * out.half + top / DEPTH * TILE;
-            for (int64_t p = 0; p < 16; p++) {
-                __m512i words[4], rows_of_tiles[DIGITS];
-                for (int64_t i = 0; i < 4; i++) {
-                    int64_t row = top + 4 * p + i;
-                    words[i] = digits_of(row < rows ? _mm512_load_ps(dz + 16 * row) : _mm512_setzero_ps(),
-                                         _mm512_loadu_ps(up));
-                }
-                split_column(words, rows_of_tiles);
-                for (int digit = 0; digit < DIGITS; digit++)
-                    _mm512_store_si512(to + digit * out.digit + 64 * p, rows_of_tiles[digit]);
+/* dz of 16 texts, transposed, as A tiles; the sum goes along images. */
+static void pack_dz_transposed(const float *dz, int64_t rows, __m512i largest, int8_t *out, float *factors) {
+    float up[ROWS];
+    scales_of(largest, up, factors);
+    for (int64_t top = 0; top < rows; top += DEPTH, out += LEFT_STEP) {
+        for (int64_t p = 0; p < 16; p++) {
+            __m512i words[4], rows_of_tiles[DIGITS];
+            for (int64_t i = 0; i < 4; i++) {
+                int64_t row = top + 4 * p + i;
+                __m512 x = row < rows ? _mm512_load_ps(dz + 16 * row) : _mm512_setzero_ps();
+                words[i] = digits_of(x, _mm512_loadu_ps(up));
             }
-            for (int digit = 0; digit < DIGITS; digit++) transpose_tile(to + digit * out.digit);
+            split_column(words, rows_of_tiles);
+            for (int digit = 0; digit < DIGITS; digit++)
+                _mm512_store_si512(out + digit * TILE + 64 * p, rows_of_tiles[digit]);
         }
+        for (int digit = 0; digit < DIGITS; digit++) transpose_tile(out + digit * TILE);
     }
 }
 
-/* Cosines of 32 images and 32 texts -> dz, and the largest of each image and text. */
-static void block_terms(const float *x, float scale, float bias, Sums *sums, float *dz, int64_t stripe,
+/* How many parts of the next product are due at each of 32 places. */
+typedef struct {
+    Work *work;
+    int64_t parts, due;
+} Pace;
+
+INLINE Pace pace_of(Work *work) { return (Pace){work, PARTS * work->steps, 0}; }
+
+INLINE void keep_pace(Pace *pace) {
+    for (pace->due += pace->parts; pace->due >= 32; pace->due -= 32) advance(pace->work);
+}
+
+/* 16 images and 32 texts: sums of digits -> dz, and the largest of each image and text. A set bit j of excluded[i] is
+   no pair of the loss. The next product goes on between: it takes the matrix unit, this the vector units. */
+INLINE void block_terms(const int32_t *products, const float *image_factors, const float *text_factors,
+                        const uint32_t *excluded, float scale, float bias, Sums *sums, float *dz, int64_t stripe,
                         __m512i *largest_of_rows, uint32_t *largest_of_columns, Work *next) {
-    int64_t quarters = 0, due = 0, all_quarters = next->steps * PRODUCTS * 4;
+    Pace pace = pace_of(next);
     __m512i columns[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-    for (int i = 0; i < EDGE; i++) {
+    __m512 factors[2] = {_mm512_loadu_ps(text_factors), _mm512_loadu_ps(text_factors + 16)};
+    for (int i = 0; i < ROWS; i++) {
         __m512i most = largest_of_rows[i];
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
-            for (due += all_quarters; 64 * quarters < due; quarters++) advance(next);
-            __m512 x_half = _mm512_load_ps(x + i * EDGE + 16 * half);
-            __m512 dz_half = (__m512)terms((Floats)x_half, scale, bias, sums + i);
+            keep_pace(&pace);
+            __m512 x = combined(products + i * EDGE + 16 * half, factors[half] * image_factors[i]);
+            x = _mm512_mask_blend_ps(excluded[i] >> 16 * half, x, _mm512_set1_ps(-INFINITY));
+            __m512 dz_half = (__m512)terms((Floats)x, scale, bias, sums + i);
             _mm512_store_ps(dz + half * stripe + 16 * i, dz_half);
             most = _mm512_max_epu32(most, magnitude(dz_half));
             columns[half] = _mm512_max_epu32(columns[half], magnitude(dz_half));
@@ -327,147 +310,162 @@ static void block_terms(const float *x, float scale, float bias, Sums *sums, flo
 }
 
 /* dz of a strip of images with a panel of texts, and their sums. Image i and text i + offset are a pair: their dz goes
-   into pair_dz and is 0 in its place. */
-static void strip_terms(Operand images, const float *image_factors, int64_t rows, Operand texts,
-                        const float *text_factors, int64_t width, int64_t steps, float scale, float bias,
-                        int64_t offset, float *sums, int64_t stride, float *dz, int64_t stripe, uint32_t *largest,
-                        uint32_t *largest_of_columns, float *pair_dz) {
+   into pair_dz, and is 0 in its place. Returns the largest dz of each image. */
+static __m512i strip_terms(const int8_t *images, const float *image_factors, int64_t rows, const int8_t *texts,
+                           const float *text_factors, int64_t width, int64_t steps, float scale, float bias,
+                           int64_t offset, float *sums, int64_t stride, float *dz, int64_t stripe,
+                           uint32_t *largest_of_columns, float *pair_dz) {
     int32_t products[2][DIGITS * BLOCK] __attribute__((aligned(64)));
-    float x[BLOCK] __attribute__((aligned(64))), cosines[EDGE];
-    Sums strip_sums[EDGE] = {};
-    __m512i largest_of_rows[EDGE] = {};
-    Work work = begin(images, texts, steps, products[0]);
+    Sums strip_sums[ROWS] = {};
+    __m512i largest_of_rows[ROWS] = {};
+    uint32_t excluded[ROWS], largest[ROWS];
+    Work work;
+    begin(&work, images, texts, steps, products[0]);
     for (int64_t left = 0; left < width; left += EDGE) {
         int64_t columns = MIN(EDGE, width - left), shift = offset - left;
         int64_t first_pair = shift < 0 ? -shift : 0, last_pair = MIN(rows, columns - shift);
         finish(&work);
-        combine(work.out, image_factors, text_factors + left, x);
-        texts = moved(texts, group_size(steps));
-        work = begin(images, texts, left + EDGE < width ? steps : 0, products[left / EDGE % 2 ^ 1]);
-        if (columns < EDGE || rows < EDGE)
-            for (int64_t i = 0; i < BLOCK; i++)
-                if (i / EDGE >= rows || i % EDGE >= columns) x[i] = -INFINITY;
+        const int32_t *ready = work.out;
+        texts += steps * RIGHT_STEP;
+        begin(&work, images, texts, left + EDGE < width ? steps : 0, products[left / EDGE % 2 ^ 1]);
+        for (int64_t i = 0; i < ROWS; i++) excluded[i] = i < rows ? (uint32_t)(~0ull << columns) : ~0u;
         for (int64_t i = first_pair; i < last_pair; i++) {
-            cosines[i] = x[i * EDGE + i + shift];
-            x[i * EDGE + i + shift] = -INFINITY;
+            const int32_t *at = ready + i * EDGE + i + shift;
+            float cosine = at[0] * 0x1p32f + (at[BLOCK] * 0x1p24f + at[2 * BLOCK] * 0x1p16f);
+            cosine *= text_factors[left + i + shift] * image_factors[i];
+            pair_dz[i] = pair_terms(cosine, scale, bias, sums + i, stride);
+            excluded[i] |= 1u << (i + shift);
         }
-        block_terms(x, scale, bias, strip_sums, dz + left / 16 * stripe, stripe, largest_of_rows,
-                    largest_of_columns + left, &work);
-        for (int64_t i = first_pair; i < last_pair; i++)
-            pair_dz[i] = pair_terms(cosines[i], scale, bias, sums + i, stride);
+        block_terms(ready, image_factors, text_factors + left, excluded, scale, bias, strip_sums,
+                    dz + left / 16 * stripe, stripe, largest_of_rows, largest_of_columns + left, &work);
     }
     for (int64_t i = 0; i < rows; i++) add_sums(strip_sums + i, sums + i, stride);
-    for (int64_t i = 0; i < EDGE; i++) largest[i] = _mm512_reduce_max_epu32(largest_of_rows[i]);
+    for (int64_t i = 0; i < ROWS; i++) largest[i] = _mm512_reduce_max_epu32(largest_of_rows[i]);
+    return _mm512_loadu_si512(largest);
 }
 
-/* out, 32 x 32 or less of a matrix, += A . B, and the pairs' part: row i has pair_dz[i] * partners[i], for i from
-   first_pair to last_pair. */
-static void add_product(Operand a, const float *row_factors, Operand b, const float *column_factors, int64_t steps,
-                        float *out, int64_t rows, int64_t columns, int64_t dim, int overwrite, const float *pair_dz,
-                        const float *partners, int64_t first_pair, int64_t last_pair) {
-    int32_t products[DIGITS * BLOCK] __attribute__((aligned(64)));
-    float block[BLOCK] __attribute__((aligned(64)));
-    prefetch_block(out, rows, dim);
-    Work work = begin(a, b, steps, products);
-    finish(&work);
-    combine(products, row_factors, column_factors, block);
-    for (int64_t i = first_pair; i < MIN(last_pair, EDGE); i++)
-        for (int64_t d = 0; d < MIN(columns, EDGE); d++) block[i * EDGE + d] += pair_dz[i] * partners[i * dim + d];
-    add_block(block, out, rows, columns, dim, overwrite);
+/* 16 x 32 or less of a matrix += sums of digits, while the next product goes on. */
+INLINE void add_combined(const int32_t *products, const float *row_factors, const float *column_factors, float *out,
+                         int64_t rows, int64_t columns, int64_t stride, int overwrite, Work *next) {
+    Pace pace = pace_of(next);
+    __mmask16 masks[2] = {first_of(columns), first_of(columns - 16)};
+    __m512 factors[2] = {_mm512_loadu_ps(column_factors), _mm512_loadu_ps(column_factors + 16)};
+    for (int64_t i = 0; i < MIN(rows, ROWS); i++)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            float *to = out + i * stride + 16 * half;
+            keep_pace(&pace);
+            __m512 sum = combined(products + i * EDGE + 16 * half, factors[half] * row_factors[i]);
+            if (!overwrite) sum += _mm512_maskz_loadu_ps(masks[half], to);
+            _mm512_mask_storeu_ps(to, masks[half], sum);
+        }
+}
+
+/* 16 rows of a matrix, or less, += A . B for all its columns, and the pairs' part: row i has pair_dz[i] * partners[i],
+   for i from first_pair to last_pair. */
+static void add_products(const int8_t *a, const float *row_factors, const int8_t *b, const float *column_factors,
+                         int64_t steps, float *out, int64_t rows, int64_t dim, int overwrite, const float *pair_dz,
+                         const float *partners, int64_t first_pair, int64_t last_pair) {
+    int32_t products[2][DIGITS * BLOCK] __attribute__((aligned(64)));
+    Work work;
+    begin(&work, a, b, steps, products[0]);
+    for (int64_t d = 0; d < dim; d += EDGE) {
+        prefetch_block(out + d, MIN(rows, ROWS), dim);
+        finish(&work);
+        const int32_t *ready = work.out;
+        b += steps * RIGHT_STEP;
+        begin(&work, a, b, d + EDGE < dim ? steps : 0, products[d / EDGE % 2 ^ 1]);
+        add_combined(ready, row_factors, column_factors + d, out + d, rows, dim - d, dim, overwrite, &work);
+    }
+    for (int64_t i = first_pair; i < MIN(last_pair, ROWS); i++)
+        for (int64_t d = 0; d < dim; d++) out[i * dim + d] += pair_dz[i] * partners[i * dim + d];
 }
 
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
-#define CEIL(a, b) (((a) + (b) - 1) / (b))
+#define CEIL(a, b) (((a) + (b)-1) / (b))
 
 /* As block_bfloat16. */
 int block_float32(const float *images, const float *texts, int64_t num_images, int64_t num_texts, int64_t dim,
                   float scale, float bias, int64_t offset, int64_t panel, float *sums, int64_t stride,
                   float *grad_images, int overwrite_images, float *grad_texts) {
     int64_t most_images = MIN(MIN(panel, IMAGES), num_images), most_texts = MIN(MIN(panel, TEXTS), num_texts);
-    int64_t across = CEIL(most_images, EDGE), along = CEIL(most_texts, EDGE), dims = CEIL(dim, EDGE);
-    int64_t dim_steps = CEIL(dim, DEPTH), stripe = 16 * EDGE * across;
+    int64_t dims = CEIL(dim, EDGE), dim_steps = CEIL(dim, DEPTH);
+    int64_t across = CEIL(most_images, ROWS), along = CEIL(most_texts, EDGE), stripe = 16 * ROWS * across;
     int64_t most_image_steps = CEIL(most_images, DEPTH), most_text_steps = CEIL(most_texts, DEPTH);
-    int64_t strip_size = group_size(dim_steps), own_size = MAX(strip_size, group_size(most_image_steps));
-    int64_t texts_size = along * strip_size, all_texts_size = dims * group_size(most_text_steps);
-    int64_t all_images_size = dims * group_size(most_image_steps), dz_a_size = across * group_size(most_text_steps);
-    int64_t dz_size = 4 * 2 * along * stripe;
-    int64_t factors = along * EDGE + 2 * dims * EDGE + 2 * across * EDGE, largest = across * along * EDGE;
-    int8_t *memory = aligned_alloc(64, texts_size + all_texts_size + all_images_size + dz_a_size + dz_size +
-                                           omp_get_max_threads() * own_size + 4 * (factors + largest));
+    int64_t texts_size = along * dim_steps * RIGHT_STEP, all_texts_size = dims * most_text_steps * RIGHT_STEP;
+    int64_t all_images_size = dims * most_image_steps * RIGHT_STEP, all_dz_size = across * most_text_steps * LEFT_STEP;
+    int64_t own_size = MAX(dim_steps, most_image_steps) * LEFT_STEP, threads = omp_get_max_threads();
+    int64_t factors = along * EDGE + 2 * dims * EDGE + 2 * across * ROWS, largest = across * along * EDGE;
+    int64_t size = texts_size + all_texts_size + all_images_size + all_dz_size + threads * own_size;
+    int8_t *memory = aligned_alloc(64, size + 4 * (2 * along * stripe + factors + largest));
     if (!memory) return -1;
     int8_t *texts_by_dim = memory, *texts_by_text = texts_by_dim + texts_size;
     int8_t *images_by_image = texts_by_text + all_texts_size, *dz_by_text = images_by_image + all_images_size;
-    float *dz = (float *)(dz_by_text + dz_a_size);
-    int8_t *all_own = (int8_t *)dz + dz_size;
-    float *text_factors = (float *)(all_own + omp_get_max_threads() * own_size);
+    int8_t *all_own = dz_by_text + all_dz_size;
+    float *dz = (float *)(all_own + threads * own_size), *text_factors = dz + 2 * along * stripe;
     float *text_dim_factors = text_factors + along * EDGE, *image_dim_factors = text_dim_factors + dims * EDGE;
-    float *dz_factors = image_dim_factors + dims * EDGE, *pair_dz = dz_factors + across * EDGE;
-    uint32_t *largest_of_columns = (uint32_t *)(pair_dz + across * EDGE);
+    float *dz_factors = image_dim_factors + dims * EDGE, *pair_dz = dz_factors + across * ROWS;
+    uint32_t *largest_of_columns = (uint32_t *)(pair_dz + across * ROWS);
 #pragma omp parallel
     {
         int8_t *own = all_own + omp_get_thread_num() * own_size;
         configure_tiles();
         for (int64_t top = 0; top < num_images; top += most_images) {
-            int64_t height = MIN(most_images, num_images - top), strips = CEIL(height, EDGE);
+            const float *panel_images = images + top * dim;
+            int64_t height = MIN(most_images, num_images - top), strips = CEIL(height, ROWS);
             int64_t image_steps = CEIL(height, DEPTH);
 #pragma omp for schedule(static)
             for (int64_t d = 0; d < 2 * dims; d++)
-                pack_along_columns(images + top * dim + 16 * d, height, dim - 16 * d, dim,
-                                   images_by_image + d / 2 * group_size(image_steps) + d % 2 * image_steps * TILE,
-                                   2 * image_steps * TILE, image_dim_factors + 16 * d);
+                pack_along_columns(panel_images + 16 * d, height, dim - 16 * d, dim,
+                                   images_by_image + d / 2 * image_steps * RIGHT_STEP + d % 2 * TILE,
+                                   image_dim_factors + 16 * d);
             for (int64_t left = 0; left < num_texts; left += most_texts) {
-                int64_t width = MIN(most_texts, num_texts - left), groups = CEIL(width, EDGE);
+                const float *panel_texts = texts + left * dim;
+                int64_t width = MIN(most_texts, num_texts - left), stripes = CEIL(width, 16);
                 int64_t text_steps = CEIL(width, DEPTH), shift = top + offset - left;
-                const float *panel_texts = texts + left * dim, *panel_images = images + top * dim;
 #pragma omp for schedule(static) nowait
-                for (int64_t g = 0; g < groups; g++)
-                    pack_along_rows(panel_texts + 32 * g * dim, width - 32 * g, dim,
-                                    operand_at(texts_by_dim + g * strip_size, dim_steps), text_factors + 32 * g, 1);
+                for (int64_t g = 0; g < 2 * CEIL(width, EDGE); g++)
+                    pack_along_rows(panel_texts + 16 * g * dim, width - 16 * g, dim,
+                                    texts_by_dim + g / 2 * dim_steps * RIGHT_STEP + g % 2 * TILE, RIGHT_STEP, 2 * TILE,
+                                    1, text_factors + 16 * g);
 #pragma omp for schedule(static)
                 for (int64_t d = 0; d < 2 * dims; d++)
                     pack_along_columns(panel_texts + 16 * d, width, dim - 16 * d, dim,
-                                       texts_by_text + d / 2 * group_size(text_steps) + d % 2 * text_steps * TILE,
-                                       2 * text_steps * TILE, text_dim_factors + 16 * d);
+                                       texts_by_text + d / 2 * text_steps * RIGHT_STEP + d % 2 * TILE,
+                                       text_dim_factors + 16 * d);
 #pragma omp for schedule(static)
                 for (int64_t s = 0; s < strips; s++) {
-                    int64_t first = 32 * s, rows = MIN(EDGE, height - first);
-                    float image_factors[EDGE];
-                    uint32_t largest_of_rows[EDGE];
-                    Operand strip = operand_at(own, dim_steps);
-                    pack_along_rows(panel_images + first * dim, rows, dim, strip, image_factors, 0);
-                    strip_terms(strip, image_factors, rows, operand_at(texts_by_dim, dim_steps), text_factors, width,
-                                dim_steps, scale, bias, first + shift, sums + top + first, stride, dz + 16 * first,
-                                stripe, largest_of_rows, largest_of_columns + s * along * EDGE, pair_dz + first);
-                    pack_dz(dz + 16 * first, stripe, 2 * groups, largest_of_rows,
-                            operand_at(dz_by_text + s * group_size(text_steps), text_steps), dz_factors + first);
+                    int64_t first = ROWS * s, rows = height - first;
+                    float image_factors[ROWS];
+                    pack_along_rows(panel_images + first * dim, rows, dim, own, LEFT_STEP, TILE, 0, image_factors);
+                    __m512i largest_of_rows = strip_terms(
+                        own, image_factors, MIN(rows, ROWS), texts_by_dim, text_factors, width, dim_steps, scale, bias,
+                        first + shift, sums + top + first, stride, dz + 16 * first, stripe,
+                        largest_of_columns + s * along * EDGE, pair_dz + first);
+                    pack_dz(dz + 16 * first, stripe, stripes, largest_of_rows,
+                            dz_by_text + s * text_steps * LEFT_STEP, dz_factors + first);
                 }
 #pragma omp for schedule(static) nowait
-                for (int64_t s = 0; s < strips; s++)
-                    for (int64_t d = 0; d < dims; d++) {
-                        int64_t first = 32 * s, column = 32 * d, partner = first + shift;
-                        add_product(operand_at(dz_by_text + s * group_size(text_steps), text_steps), dz_factors + first,
-                                    operand_at(texts_by_text + d * group_size(text_steps), text_steps),
-                                    text_dim_factors + column, text_steps, grad_images + (top + first) * dim + column,
-                                    height - first, dim - column, dim, overwrite_images && left == 0, pair_dz + first,
-                                    panel_texts + partner * dim + column, MAX(0, -partner),
-                                    MIN(height - first, width - partner));
-                    }
+                for (int64_t s = 0; s < strips; s++) {
+                    int64_t first = ROWS * s, partner = first + shift;
+                    add_products(dz_by_text + s * text_steps * LEFT_STEP, dz_factors + first, texts_by_text,
+                                 text_dim_factors, text_steps, grad_images + (top + first) * dim, height - first, dim,
+                                 overwrite_images && left == 0, pair_dz + first, panel_texts + partner * dim,
+                                 MAX(0, -partner), MIN(height - first, width - partner));
+                }
 #pragma omp for schedule(static)
-                for (int64_t g = 0; g < groups; g++) {
-                    float factors_of_columns[EDGE];
-                    int64_t first = 32 * g, partner = first - shift;
-                    Operand dz_by_image = operand_at(own, image_steps);
-                    pack_dz_transposed(dz + 2 * g * stripe, stripe, 32 * strips, largest_of_columns + first, strips,
-                                       along * EDGE, dz_by_image, factors_of_columns);
-                    for (int64_t d = 0; d < dims; d++) {
-                        int64_t column = 32 * d;
-                        add_product(dz_by_image, factors_of_columns,
-                                    operand_at(images_by_image + d * group_size(image_steps), image_steps),
-                                    image_dim_factors + column, image_steps, grad_texts + (left + first) * dim + column,
-                                    width - first, dim - column, dim, top == 0, pair_dz + partner,
-                                    panel_images + partner * dim + column, MAX(0, -partner),
-                                    MIN(width - first, height - partner));
-                    }
+                for (int64_t g = 0; g < stripes; g++) {
+                    int64_t first = 16 * g, partner = first - shift;
+                    float column_factors[ROWS];
+                    __m512i most = _mm512_setzero_si512();
+                    for (int64_t s = 0; s < strips; s++)
+                        most = _mm512_max_epu32(
+                            most, _mm512_loadu_si512(largest_of_columns + s * along * EDGE + first));
+                    pack_dz_transposed(dz + g * stripe, ROWS * strips, most, own, column_factors);
+                    add_products(own, column_factors, images_by_image, image_dim_factors, image_steps,
+                                 grad_texts + (left + first) * dim, width - first, dim, top == 0, pair_dz + partner,
+                                 panel_images + partner * dim, MAX(0, -partner),
+                                 MIN(width - first, height - partner));
                 }
             }
         }
