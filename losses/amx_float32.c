@@ -18,9 +18,8 @@
 #define ROWS 16    /* of what is worked on at once, 32 columns wide: two accumulators for each order of digits */
 #define DIGITS 3
 #define DEPTH 64   /* of the sum that one tile takes */
-#define PARTS 3    /* in which a step of the sum is done, of four products of tiles each */
 #ifndef IMAGES
-#define IMAGES 512
+#define IMAGES 768
 #endif
 #ifndef TEXTS
 #define TEXTS 512
@@ -31,63 +30,39 @@
 
 _Static_assert(2 * TEXTS / EDGE <= MAX_TERMS, "a strip's sums are folded at its end");
 
-/* A product of 16 x 32 on its way: a part of a step after another, between other work. */
-typedef struct {
-    const int8_t *left, *right; /* step after step: tiles of 16 rows, a digit each; for each digit those of 16 columns */
-    int64_t steps;              /* left to do */
-    int part;                   /* of the next one */
-    int32_t *out;               /* (3, 16, 32): the sums of each order */
-} Work;
+#define LEFT(DIGIT) _tile_loadd(6, left + (DIGIT)*TILE, 64)
+#define MULTIPLY(SUM, DIGIT, HALF)                                                                                     \
+    _tile_loadd(7, right + (2 * (DIGIT) + (HALF)) * TILE, 64);                                                         \
+    _tile_dpbssd(SUM, 6, 7)
 
-INLINE void begin(Work *work, const int8_t *left, const int8_t *right, int64_t steps, int32_t *out) {
-    *work = (Work){left, right, steps, 0, out};
+/* The product of 16 rows and 32 columns: sums (3, 16, 32) of digits by order. left: step after step three tiles of 16
+   rows, a digit each; right: for each digit two of 16 columns. An accumulator rests for three products of tiles before it
+   is used again: each takes that long. */
+static void multiply(const int8_t *left, const int8_t *right, int64_t steps, int32_t *sums) {
+    char *to = (char *)sums;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     _tile_zero(4);
     _tile_zero(5);
-}
-
-#define LEFT(DIGIT) _tile_loadd(6, left + (DIGIT)*TILE, 64)
-#define MULTIPLY(SUM, DIGIT, HALF)                                                                                     \
-    _tile_loadd(7, right + (2 * (DIGIT) + (HALF)) * TILE, 64);                                                         \
-    _tile_dpbssd(SUM, 6, 7)
-
-/* Four products of tiles. An accumulator is not used again before three others were: a product takes that long. */
-INLINE void advance(Work *work) {
-    const int8_t *left = work->left, *right = work->right;
-    switch (work->part++) {
-    case 0:
+    for (int64_t k = 0; k < steps; k++, left += LEFT_STEP, right += RIGHT_STEP) {
         LEFT(2);
         MULTIPLY(4, 0, 0);
         MULTIPLY(5, 0, 1);
         LEFT(0);
         MULTIPLY(0, 0, 0);
         MULTIPLY(1, 0, 1);
-        break;
-    case 1:
         MULTIPLY(4, 2, 0);
         MULTIPLY(5, 2, 1);
         MULTIPLY(2, 1, 0);
         MULTIPLY(3, 1, 1);
-        break;
-    default:
         LEFT(1);
         MULTIPLY(4, 1, 0);
         MULTIPLY(5, 1, 1);
         MULTIPLY(2, 0, 0);
         MULTIPLY(3, 0, 1);
-        work->part = 0;
-        work->steps--;
-        work->left = left + LEFT_STEP;
-        work->right = right + RIGHT_STEP;
     }
-}
-
-INLINE void finish(Work *work) {
-    while (work->steps) advance(work);
-    char *to = (char *)work->out;
     _tile_stored(0, to, 4 * EDGE);
     _tile_stored(1, to + 64, 4 * EDGE);
     _tile_stored(2, to + 4 * BLOCK, 4 * EDGE);
@@ -271,42 +246,24 @@ static void pack_dz_transposed(const float *dz, int64_t rows, __m512i largest, i
     }
 }
 
-/* How many parts of the next product are due at each of 32 places. */
-typedef struct {
-    Work *work;
-    int64_t parts, due;
-} Pace;
-
-INLINE Pace pace_of(Work *work) { return (Pace){work, PARTS * work->steps, 0}; }
-
-INLINE void keep_pace(Pace *pace) {
-    for (pace->due += pace->parts; pace->due >= 32; pace->due -= 32) advance(pace->work);
-}
-
 /* 16 images and 32 texts: sums of digits -> dz, and the largest of each image and text. A set bit j of excluded[i] is
-   no pair of the loss. The next product goes on between: it takes the matrix unit, this the vector units. */
-INLINE void block_terms(const int32_t *products, const float *image_factors, const float *text_factors,
+   no pair of the loss. */
+static void block_terms(const int32_t *products, const float *image_factors, const float *text_factors,
                         const uint32_t *excluded, float scale, float bias, Sums *sums, float *dz, int64_t stripe,
-                        __m512i *largest_of_rows, uint32_t *largest_of_columns, Work *next) {
-    Pace pace = pace_of(next);
-    __m512i columns[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-    __m512 factors[2] = {_mm512_loadu_ps(text_factors), _mm512_loadu_ps(text_factors + 16)};
-    for (int i = 0; i < ROWS; i++) {
-        __m512i most = largest_of_rows[i];
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            keep_pace(&pace);
-            __m512 x = combined(products + i * EDGE + 16 * half, factors[half] * image_factors[i]);
+                        __m512i *largest_of_rows, uint32_t *largest_of_columns) {
+    for (int half = 0; half < 2; half++, dz += stripe) {
+        __m512 factors = _mm512_loadu_ps(text_factors + 16 * half);
+        __m512i most = _mm512_setzero_si512();
+        for (int i = 0; i < ROWS; i++) {
+            __m512 x = combined(products + i * EDGE + 16 * half, factors * image_factors[i]);
             x = _mm512_mask_blend_ps(excluded[i] >> 16 * half, x, _mm512_set1_ps(-INFINITY));
-            __m512 dz_half = (__m512)terms((Floats)x, scale, bias, sums + i);
-            _mm512_store_ps(dz + half * stripe + 16 * i, dz_half);
-            most = _mm512_max_epu32(most, magnitude(dz_half));
-            columns[half] = _mm512_max_epu32(columns[half], magnitude(dz_half));
+            x = (__m512)terms((Floats)x, scale, bias, sums + i);
+            _mm512_store_ps(dz + 16 * i, x);
+            most = _mm512_max_epu32(most, magnitude(x));
+            largest_of_rows[i] = _mm512_max_epu32(largest_of_rows[i], magnitude(x));
         }
-        largest_of_rows[i] = most;
+        _mm512_storeu_si512(largest_of_columns + 16 * half, most);
     }
-    _mm512_storeu_si512(largest_of_columns, columns[0]);
-    _mm512_storeu_si512(largest_of_columns + 16, columns[1]);
 }
 
 /* dz of a strip of images with a panel of texts, and their sums. Image i and text i + offset are a pair: their dz goes
@@ -315,50 +272,28 @@ static __m512i strip_terms(const int8_t *images, const float *image_factors, int
                            const float *text_factors, int64_t width, int64_t steps, float scale, float bias,
                            int64_t offset, float *sums, int64_t stride, float *dz, int64_t stripe,
                            uint32_t *largest_of_columns, float *pair_dz) {
-    int32_t products[2][DIGITS * BLOCK] __attribute__((aligned(64)));
+    int32_t products[DIGITS * BLOCK] __attribute__((aligned(64)));
     Sums strip_sums[ROWS] = {};
     __m512i largest_of_rows[ROWS] = {};
     uint32_t excluded[ROWS], largest[ROWS];
-    Work work;
-    begin(&work, images, texts, steps, products[0]);
     for (int64_t left = 0; left < width; left += EDGE) {
         int64_t columns = MIN(EDGE, width - left), shift = offset - left;
         int64_t first_pair = shift < 0 ? -shift : 0, last_pair = MIN(rows, columns - shift);
-        finish(&work);
-        const int32_t *ready = work.out;
-        texts += steps * RIGHT_STEP;
-        begin(&work, images, texts, left + EDGE < width ? steps : 0, products[left / EDGE % 2 ^ 1]);
+        multiply(images, texts + left / EDGE * steps * RIGHT_STEP, steps, products);
         for (int64_t i = 0; i < ROWS; i++) excluded[i] = i < rows ? (uint32_t)(~0ull << columns) : ~0u;
         for (int64_t i = first_pair; i < last_pair; i++) {
-            const int32_t *at = ready + i * EDGE + i + shift;
+            const int32_t *at = products + i * EDGE + i + shift;
             float cosine = at[0] * 0x1p32f + (at[BLOCK] * 0x1p24f + at[2 * BLOCK] * 0x1p16f);
             cosine *= text_factors[left + i + shift] * image_factors[i];
             pair_dz[i] = pair_terms(cosine, scale, bias, sums + i, stride);
             excluded[i] |= 1u << (i + shift);
         }
-        block_terms(ready, image_factors, text_factors + left, excluded, scale, bias, strip_sums,
-                    dz + left / 16 * stripe, stripe, largest_of_rows, largest_of_columns + left, &work);
+        block_terms(products, image_factors, text_factors + left, excluded, scale, bias, strip_sums,
+                    dz + left / 16 * stripe, stripe, largest_of_rows, largest_of_columns + left);
     }
     for (int64_t i = 0; i < rows; i++) add_sums(strip_sums + i, sums + i, stride);
     for (int64_t i = 0; i < ROWS; i++) largest[i] = _mm512_reduce_max_epu32(largest_of_rows[i]);
     return _mm512_loadu_si512(largest);
-}
-
-/* 16 x 32 or less of a matrix += sums of digits, while the next product goes on. */
-INLINE void add_combined(const int32_t *products, const float *row_factors, const float *column_factors, float *out,
-                         int64_t rows, int64_t columns, int64_t stride, int overwrite, Work *next) {
-    Pace pace = pace_of(next);
-    __mmask16 masks[2] = {first_of(columns), first_of(columns - 16)};
-    __m512 factors[2] = {_mm512_loadu_ps(column_factors), _mm512_loadu_ps(column_factors + 16)};
-    for (int64_t i = 0; i < MIN(rows, ROWS); i++)
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            float *to = out + i * stride + 16 * half;
-            keep_pace(&pace);
-            __m512 sum = combined(products + i * EDGE + 16 * half, factors[half] * row_factors[i]);
-            if (!overwrite) sum += _mm512_maskz_loadu_ps(masks[half], to);
-            _mm512_mask_storeu_ps(to, masks[half], sum);
-        }
 }
 
 /* 16 rows of a matrix, or less, += A . B for all its columns, and the pairs' part: row i has pair_dz[i] * partners[i],
@@ -366,18 +301,22 @@ INLINE void add_combined(const int32_t *products, const float *row_factors, cons
 static void add_products(const int8_t *a, const float *row_factors, const int8_t *b, const float *column_factors,
                          int64_t steps, float *out, int64_t rows, int64_t dim, int overwrite, const float *pair_dz,
                          const float *partners, int64_t first_pair, int64_t last_pair) {
-    int32_t products[2][DIGITS * BLOCK] __attribute__((aligned(64)));
-    Work work;
-    begin(&work, a, b, steps, products[0]);
-    for (int64_t d = 0; d < dim; d += EDGE) {
-        prefetch_block(out + d, MIN(rows, ROWS), dim);
-        finish(&work);
-        const int32_t *ready = work.out;
-        b += steps * RIGHT_STEP;
-        begin(&work, a, b, d + EDGE < dim ? steps : 0, products[d / EDGE % 2 ^ 1]);
-        add_combined(ready, row_factors, column_factors + d, out + d, rows, dim - d, dim, overwrite, &work);
+    int32_t products[DIGITS * BLOCK] __attribute__((aligned(64)));
+    rows = MIN(rows, ROWS);
+    for (int64_t d = 0; d < dim; d += EDGE, b += steps * RIGHT_STEP) {
+        prefetch_block(out + d, rows, dim);
+        multiply(a, b, steps, products);
+        for (int64_t half = d; half < MIN(dim, d + EDGE); half += 16) {
+            __m512 factors = _mm512_loadu_ps(column_factors + half);
+            __mmask16 mask = first_of(dim - half);
+            for (int64_t i = 0; i < rows; i++) {
+                __m512 sum = combined(products + i * EDGE + half - d, factors * row_factors[i]);
+                if (!overwrite) sum += _mm512_maskz_loadu_ps(mask, out + i * dim + half);
+                _mm512_mask_storeu_ps(out + i * dim + half, mask, sum);
+            }
+        }
     }
-    for (int64_t i = first_pair; i < MIN(last_pair, ROWS); i++)
+    for (int64_t i = first_pair; i < MIN(last_pair, rows); i++)
         for (int64_t d = 0; d < dim; d++) out[i * dim + d] += pair_dz[i] * partners[i * dim + d];
 }
 
