@@ -1,5 +1,4 @@
-/* What the blocks on Intel's matrix unit (AMX) share: its set-up, transposition, and adding 32 x 32 to a matrix. The
-   unit has eight registers ("tiles") of 16 rows of 64 bytes. */
+/* What amx_bfloat16.c and amx_float32.c share. The unit has eight registers ("tiles") of 16 rows of 64 bytes. */
 #include "terms.h"
 
 #if defined(__AMX_TILE__) && defined(__AVX512F__) && defined(__linux__)
@@ -7,7 +6,7 @@
 #include <omp.h>
 #include <stdlib.h>
 
-#define EDGE 32 /* of what is worked on at once: 2 x 2 of the unit's registers */
+#define EDGE 32 /* of what is worked on at once: two tiles */
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define INLINE static inline __attribute__((always_inline))
 
@@ -21,22 +20,6 @@ static inline void configure_tiles(void) {
     } config = {.palette = 1};
     for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
     _tile_loadconfig(&config);
-}
-
-/* The sums of 32 x 32 numbers of 4 bytes are in registers 0 to 3. */
-static inline void product_begin(void) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-}
-
-static inline void product_end(void *out) {
-    char *to = out;
-    _tile_stored(0, to, 4 * EDGE);
-    _tile_stored(1, to + 64, 4 * EDGE);
-    _tile_stored(2, to + 64 * EDGE, 4 * EDGE);
-    _tile_stored(3, to + 64 * EDGE + 64, 4 * EDGE);
 }
 
 /* 16 x 16 words of 32 bits */
@@ -71,23 +54,4 @@ static inline void prefetch_block(const float *out, int64_t rows, int64_t stride
     }
 }
 
-/* 32 x 32 numbers into a matrix of rows x columns that may end before. Loads go some rows ahead of stores: rows that
-   lie a multiple of 4096 bytes apart would wait for each other. */
-static inline void add_block(const float *block, float *out, int64_t rows, int64_t columns, int64_t stride, int overwrite) {
-    enum { AHEAD = 8 };
-    for (int half = 0; half < 2; half++) {
-        int64_t left = columns - 16 * half;
-        __mmask16 mask = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
-        for (int64_t top = 0; top < MIN(rows, EDGE); top += AHEAD) {
-            __m512 sum[AHEAD];
-            for (int64_t i = 0; i < AHEAD; i++) {
-                sum[i] = _mm512_load_ps(block + (top + i) * EDGE + 16 * half);
-                if (!overwrite && top + i < rows)
-                    sum[i] += _mm512_maskz_loadu_ps(mask, out + (top + i) * stride + 16 * half);
-            }
-            for (int64_t i = 0; i < AHEAD; i++)
-                if (top + i < rows) _mm512_mask_storeu_ps(out + (top + i) * stride + 16 * half, mask, sum[i]);
-        }
-    }
-}
 #endif

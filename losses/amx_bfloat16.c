@@ -40,6 +40,13 @@ static Operand moved(Operand operand, int64_t elements) {
     return operand;
 }
 
+static inline void product_begin(void) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
 /* A quarter of step k of the sum. What streams by is loaded past the first cache, where the other factor stays for the
    next product. */
 INLINE void product_quarter(Operand a, Operand b, int64_t k, int quarter, int left_streams) {
@@ -72,6 +79,13 @@ INLINE void product_quarter(Operand a, Operand b, int64_t k, int quarter, int le
 
 INLINE void product_step(Operand a, Operand b, int64_t k, int left_streams) {
     for (int quarter = 0; quarter < 4; quarter++) product_quarter(a, b, k, quarter, left_streams);
+}
+
+static inline void product_end(float *out) {
+    _tile_stored(0, out, 128);
+    _tile_stored(1, out + 16, 128);
+    _tile_stored(2, out + 16 * EDGE, 128);
+    _tile_stored(3, out + 16 * EDGE + 16, 128);
 }
 
 /* (a_0, b_0, a_1, b_1, ..): the first 16 columns of the rows a and b as one row of a B tile, then the last 16. */
@@ -117,6 +131,26 @@ INLINE void pack_along_columns(const uint16_t *features, int64_t rows, int64_t d
         uint16_t *to = out.tiles + column / 16 * out.half;
         store_tile(to, left);
         store_tile(to + out.half, right);
+    }
+}
+
+/* 32 x 32 numbers into a matrix of rows x columns that may end before. Loads go some rows ahead of stores: rows that
+   lie a multiple of 4096 bytes apart would wait for each other. */
+static void add_block(const float *block, float *out, int64_t rows, int64_t columns, int64_t stride, int overwrite) {
+    enum { AHEAD = 8 };
+    for (int half = 0; half < 2; half++) {
+        int64_t left = columns - 16 * half;
+        __mmask16 mask = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+        for (int64_t top = 0; top < MIN(rows, EDGE); top += AHEAD) {
+            __m512 sum[AHEAD];
+            for (int64_t i = 0; i < AHEAD; i++) {
+                sum[i] = _mm512_load_ps(block + (top + i) * EDGE + 16 * half);
+                if (!overwrite && top + i < rows)
+                    sum[i] += _mm512_maskz_loadu_ps(mask, out + (top + i) * stride + 16 * half);
+            }
+            for (int64_t i = 0; i < AHEAD; i++)
+                if (top + i < rows) _mm512_mask_storeu_ps(out + (top + i) * stride + 16 * half, mask, sum[i]);
+        }
     }
 }
 
@@ -216,8 +250,8 @@ static void strip_terms(Operand images, int64_t rows, Operand texts, int64_t wid
    added to the former or, where told to, put in its place, and in that of the latter always. sums (3, B): the loss and
    its gradients by bias and scale are added. Returns 0, or -1 where memory is missing. */
 int block_bfloat16(const uint16_t *images, const uint16_t *texts, int64_t num_images, int64_t num_texts, int64_t dim,
-              float scale, float bias, int64_t offset, int64_t panel, float *sums, int64_t stride, float *grad_images,
-              int overwrite_images, float *grad_texts) {
+                   float scale, float bias, int64_t offset, int64_t panel, float *sums, int64_t stride,
+                   float *grad_images, int overwrite_images, float *grad_texts) {
     panel = MIN(panel, PANEL);
     int64_t steps = (dim + 31) / 32, strip = 2 * steps * TILE; /* along D, and 32 rows of features with it */
     int64_t across = (MIN(panel, num_images) + 31) / 32, along = (MIN(panel, num_texts) + 31) / 32;

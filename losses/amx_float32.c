@@ -1,34 +1,33 @@
-/* A whole block of the sigmoid loss on float32 features, for processors with AMX: as amx_bfloat16.c, with products of
-   float32 numbers made of products of 8-bit integers, which the matrix unit takes 32 at a time and adds without rounding
-   (the "Ozaki scheme", arXiv 2306.11975).
+/* A whole block of the sigmoid loss on float32 features, for processors with AMX: amx_bfloat16.c's three walks over
+   pairs of panels, with products of float32 numbers that are made of products of 8-bit integers. The matrix unit takes
+   four of these where the vector units take one of float32, and adds them without rounding (the "Ozaki scheme" on
+   integers, arXiv 2306.11975).
 
-   A number becomes an integer of 24 bits, x = factor * q, and that three digits, q = 2^16 d0 + 2^8 d1 + d2, each from
-   -128 to 127. The factor, a power of two, is that of the largest number in its row (of a left matrix) or column (of a
-   right one), so it leaves the sum:
+   A number x is factor * q, q an integer of 24 bits, and q three digits, 2^16 d0 + 2^8 d1 + d2, each from -128 to 127.
+   The factor is what the largest number of its row, in a left matrix, or column, in a right one, asks for, so that it
+   stands before the sum:
 
-       sum_k x_ik y_kj = factor_i factor_j (2^32 sum d0 e0 + 2^24 sum (d0 e1 + d1 e0) + 2^16 sum (d0 e2 + d1 e1 + d2 e0))
+       sum_k x_ik y_kj = f_i f_j (2^32 sum d0 e0 + 2^24 sum (d0 e1 + d1 e0) + 2^16 sum (d0 e2 + d1 e1 + d2 e0))
 
-   with the sums as integers, added as float32. The three products of lower order are left out: they are below 2^-24 of
-   the largest terms, of any sign, as roundings of a float32 sum are. Six products of digits take 3/16 of the unit's time
-   that ... */
+   These sums, of three orders, are exact; they are put together in float32. The three products of lower order are left
+   out: each is 2^-24 of the first, or less, with either sign. So a sum of products is about as good as float32's (figures
+   in docs/numerics.md); what differs is that a number far below the largest of its row keeps fewer digits.
+
+   dz of pairs is -1 where that of the others is 1e-5. It stays out of the matrices, in float32. */
 #include "amx.h"
 
 #if defined(__AMX_INT8__) && defined(__AVX512BW__) && defined(__AVX512VBMI__) && defined(__linux__)
 #define TILE 1024 /* bytes */
-#define ROWS 16    /* of what is worked on at once, 32 columns wide: two accumulators for each order of digits */
+#define ROWS 16   /* of what is worked on at once, 32 columns wide: two accumulators for each order of digits */
 #define DIGITS 3
-#define DEPTH 64   /* of the sum that one tile takes */
-#ifndef IMAGES
-#define IMAGES 768
-#endif
-#ifndef TEXTS
-#define TEXTS 512
-#endif
+#define DEPTH 64  /* of the sum that one tile takes */
+#define PANEL_IMAGES 768
+#define PANEL_TEXTS 512 /* a panel's digits fit into a second cache of 2 MiB up to D = 1024 */
 #define BLOCK (ROWS * EDGE)
 #define LEFT_STEP (DIGITS * TILE)
 #define RIGHT_STEP (2 * DIGITS * TILE)
 
-_Static_assert(2 * TEXTS / EDGE <= MAX_TERMS, "a strip's sums are folded at its end");
+_Static_assert(PANEL_TEXTS / 16 <= MAX_TERMS, "a strip's sums are folded at its end");
 
 #define LEFT(DIGIT) _tile_loadd(6, left + (DIGIT)*TILE, 64)
 #define MULTIPLY(SUM, DIGIT, HALF)                                                                                     \
@@ -36,8 +35,8 @@ _Static_assert(2 * TEXTS / EDGE <= MAX_TERMS, "a strip's sums are folded at its 
     _tile_dpbssd(SUM, 6, 7)
 
 /* The product of 16 rows and 32 columns: sums (3, 16, 32) of digits by order. left: step after step three tiles of 16
-   rows, a digit each; right: for each digit two of 16 columns. An accumulator rests for three products of tiles before it
-   is used again: each takes that long. */
+   rows, a digit each; right: for each digit two of 16 columns. Between two uses of an accumulator lie three products of
+   tiles: a result takes that long. */
 static void multiply(const int8_t *left, const int8_t *right, int64_t steps, int32_t *sums) {
     char *to = (char *)sums;
     _tile_zero(0);
@@ -81,16 +80,14 @@ INLINE __m512 combined(const int32_t *sums, __m512 factors) {
 
 INLINE __m512i magnitude(__m512 x) { return _mm512_and_si512((__m512i)x, _mm512_set1_epi32(0x7fffffff)); }
 
-/* Of the bits of 16 largest magnitudes: the powers of two that make integers of 24 bits of such numbers, and back. Three
-   digits reach to 0x7f7f7f; what is above goes into the next power. Infinity and NaN make the way back NaN. */
+/* Of the bits of 16 largest magnitudes: what makes integers of 24 bits of such numbers, and the way back. Three digits
+   reach to 0x7f7f7f = 8355711; a few less leave room for roundings. What lies all below 2^-100 is as good as nothing.
+   Infinity and NaN make the way back NaN. */
 INLINE void scales_of(__m512i largest, float *up, float *down) {
-    const __m512i one = _mm512_set1_epi32(127);
-    __m512i exponent = _mm512_srli_epi32(_mm512_add_epi32(largest, _mm512_set1_epi32(0x010101)), 23);
-    __m512i k = _mm512_min_epi32(_mm512_sub_epi32(_mm512_set1_epi32(149), exponent), _mm512_set1_epi32(126));
     __mmask16 not_finite = _mm512_cmpge_epi32_mask(largest, _mm512_set1_epi32(0x7f800000));
-    __m512 back = (__m512)_mm512_slli_epi32(_mm512_sub_epi32(one, k), 23);
-    _mm512_storeu_ps(up, (__m512)_mm512_slli_epi32(_mm512_add_epi32(one, k), 23));
-    _mm512_storeu_ps(down, _mm512_mask_blend_ps(not_finite, back, _mm512_set1_ps(NAN)));
+    __m512 most = _mm512_max_ps((__m512)largest, _mm512_set1_ps(0x1p-100f));
+    _mm512_storeu_ps(up, 8355700.0f / most);
+    _mm512_storeu_ps(down, _mm512_mask_blend_ps(not_finite, most / 8355700.0f, _mm512_set1_ps(NAN)));
 }
 
 /* Bytes 2, 1 and 0 of a word are the digits. */
@@ -296,11 +293,9 @@ static __m512i strip_terms(const int8_t *images, const float *image_factors, int
     return _mm512_loadu_si512(largest);
 }
 
-/* 16 rows of a matrix, or less, += A . B for all its columns, and the pairs' part: row i has pair_dz[i] * partners[i],
-   for i from first_pair to last_pair. */
+/* 16 rows of a matrix, or less, += A . B for all its columns. */
 static void add_products(const int8_t *a, const float *row_factors, const int8_t *b, const float *column_factors,
-                         int64_t steps, float *out, int64_t rows, int64_t dim, int overwrite, const float *pair_dz,
-                         const float *partners, int64_t first_pair, int64_t last_pair) {
+                         int64_t steps, float *out, int64_t rows, int64_t dim, int overwrite) {
     int32_t products[DIGITS * BLOCK] __attribute__((aligned(64)));
     rows = MIN(rows, ROWS);
     for (int64_t d = 0; d < dim; d += EDGE, b += steps * RIGHT_STEP) {
@@ -316,7 +311,11 @@ static void add_products(const int8_t *a, const float *row_factors, const int8_t
             }
         }
     }
-    for (int64_t i = first_pair; i < MIN(last_pair, rows); i++)
+}
+
+/* Rows of a matrix += their pairs' dz times the features of their partners. */
+static void add_pairs(float *out, const float *pair_dz, const float *partners, int64_t pairs, int64_t dim) {
+    for (int64_t i = 0; i < pairs; i++)
         for (int64_t d = 0; d < dim; d++) out[i * dim + d] += pair_dz[i] * partners[i * dim + d];
 }
 
@@ -327,7 +326,8 @@ static void add_products(const int8_t *a, const float *row_factors, const int8_t
 int block_float32(const float *images, const float *texts, int64_t num_images, int64_t num_texts, int64_t dim,
                   float scale, float bias, int64_t offset, int64_t panel, float *sums, int64_t stride,
                   float *grad_images, int overwrite_images, float *grad_texts) {
-    int64_t most_images = MIN(MIN(panel, IMAGES), num_images), most_texts = MIN(MIN(panel, TEXTS), num_texts);
+    int64_t most_images = MIN(MIN(panel, PANEL_IMAGES), num_images);
+    int64_t most_texts = MIN(MIN(panel, PANEL_TEXTS), num_texts);
     int64_t dims = CEIL(dim, EDGE), dim_steps = CEIL(dim, DEPTH);
     int64_t across = CEIL(most_images, ROWS), along = CEIL(most_texts, EDGE), stripe = 16 * ROWS * across;
     int64_t most_image_steps = CEIL(most_images, DEPTH), most_text_steps = CEIL(most_texts, DEPTH);
@@ -386,15 +386,18 @@ int block_float32(const float *images, const float *texts, int64_t num_images, i
                 }
 #pragma omp for schedule(static) nowait
                 for (int64_t s = 0; s < strips; s++) {
-                    int64_t first = ROWS * s, partner = first + shift;
+                    int64_t first = ROWS * s, rows = MIN(ROWS, height - first);
+                    int64_t pair = MAX(first, -shift), end = MIN(first + rows, width - shift);
                     add_products(dz_by_text + s * text_steps * LEFT_STEP, dz_factors + first, texts_by_text,
-                                 text_dim_factors, text_steps, grad_images + (top + first) * dim, height - first, dim,
-                                 overwrite_images && left == 0, pair_dz + first, panel_texts + partner * dim,
-                                 MAX(0, -partner), MIN(height - first, width - partner));
+                                 text_dim_factors, text_steps, grad_images + (top + first) * dim, rows, dim,
+                                 overwrite_images && left == 0);
+                    add_pairs(grad_images + (top + pair) * dim, pair_dz + pair, panel_texts + (pair + shift) * dim,
+                              end - pair, dim);
                 }
 #pragma omp for schedule(static)
                 for (int64_t g = 0; g < stripes; g++) {
-                    int64_t first = 16 * g, partner = first - shift;
+                    int64_t first = ROWS * g, rows = MIN(ROWS, width - first);
+                    int64_t pair = MAX(first, shift), end = MIN(first + rows, height + shift);
                     float column_factors[ROWS];
                     __m512i most = _mm512_setzero_si512();
                     for (int64_t s = 0; s < strips; s++)
@@ -402,9 +405,9 @@ int block_float32(const float *images, const float *texts, int64_t num_images, i
                             most, _mm512_loadu_si512(largest_of_columns + s * along * EDGE + first));
                     pack_dz_transposed(dz + g * stripe, ROWS * strips, most, own, column_factors);
                     add_products(own, column_factors, images_by_image, image_dim_factors, image_steps,
-                                 grad_texts + (left + first) * dim, width - first, dim, top == 0, pair_dz + partner,
-                                 panel_images + partner * dim, MAX(0, -partner),
-                                 MIN(width - first, height - partner));
+                                 grad_texts + (left + first) * dim, rows, dim, top == 0);
+                    add_pairs(grad_texts + (left + pair) * dim, pair_dz + pair - shift,
+                              panel_images + (pair - shift) * dim, end - pair, dim);
                 }
             }
         }

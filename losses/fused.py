@@ -6,7 +6,7 @@
 once per machine with the C compiler that is found, on CUDA the Triton kernel of `fused_cuda.py`, elsewhere, and for
 float64, the eager form itself. XLA fuses `negative_terms` by its own means (`losses/sharded.py`). The other functions
 do small things around it in one call on CPU, where a small batch's time is that of asking for operations. `block_` does
-all tiles in one call, products included, where the processor has a unit for them (`fused_amx.c`).
+all tiles in one call, products included, where the processor has a unit for them (`amx_bfloat16.c`, `amx_float32.c`).
 """
 
 from __future__ import annotations
@@ -118,11 +118,12 @@ def block_(
 ) -> bool:
     """A block of pairs whole, if this machine can: dz = dL/dz of all of them never leaves the processor's caches.
 
-    Cosines and all sums are float32, dz is rounded to bfloat16.
+    Cosines and all sums are float32. With bfloat16 features dz is rounded to bfloat16; with float32 ones products are
+    made of integers of 24 bits, each row or column at a scale of its own (docs/numerics.md).
 
     Args:
-        image_features: (B, D) bfloat16.
-        text_features: (M, D) bfloat16.
+        image_features: (B, D) bfloat16 or float32.
+        text_features: (M, D), the same.
         scale, bias: scalars, float32.
         sums: (3, B) float32, rows contiguous; the loss and its gradients by bias and scale are added.
         grad_image: (B, D) float32, contiguous; dz @ text_features is added.
