@@ -1,6 +1,6 @@
 /* A whole block of the sigmoid loss on float32 features, for processors with AMX: amx_bfloat16.c's three walks over
    pairs of panels, with products of float32 numbers that are made of products of 8-bit integers. The matrix unit takes
-   four of these where the vector units take one of float32, and adds them without rounding (the "Ozaki scheme" on
+   32 of these where the vector units take one of float32, and adds them without rounding (the "Ozaki scheme" on
    integers, arXiv 2306.11975).
 
    A number x is factor * q, q an integer of 24 bits, and q three digits, 2^16 d0 + 2^8 d1 + d2, each from -128 to 127.
@@ -10,8 +10,8 @@
        sum_k x_ik y_kj = f_i f_j (2^32 sum d0 e0 + 2^24 sum (d0 e1 + d1 e0) + 2^16 sum (d0 e2 + d1 e1 + d2 e0))
 
    These sums, of three orders, are exact; they are put together in float32. The three products of lower order are left
-   out: each is 2^-24 of the first, or less, with either sign. So a sum of products is about as good as float32's (figures
-   in docs/numerics.md); what differs is that a number far below the largest of its row keeps fewer digits.
+   out: each is 2^-24 of the first, or less, with either sign. So a sum of products is about as good as float32's (the
+   figures are in docs/numerics.md); what differs is that a number far below the largest of its row keeps fewer digits.
 
    dz of pairs is -1 where that of the others is 1e-5. It stays out of the matrices, in float32. */
 #include "amx.h"
@@ -21,13 +21,12 @@
 #define ROWS 16   /* of what is worked on at once, 32 columns wide: two accumulators for each order of digits */
 #define DIGITS 3
 #define DEPTH 64  /* of the sum that one tile takes */
-#define PANEL_IMAGES 768
-#define PANEL_TEXTS 512 /* a panel's digits fit into a second cache of 2 MiB up to D = 1024 */
+#define PANEL 512 /* digits of so many rows fit into a second cache of 2 MiB up to D = 1024 */
 #define BLOCK (ROWS * EDGE)
 #define LEFT_STEP (DIGITS * TILE)
 #define RIGHT_STEP (2 * DIGITS * TILE)
 
-_Static_assert(PANEL_TEXTS / 16 <= MAX_TERMS, "a strip's sums are folded at its end");
+_Static_assert(PANEL / 16 <= MAX_TERMS, "a strip's sums are folded at its end");
 
 #define LEFT(DIGIT) _tile_loadd(6, left + (DIGIT)*TILE, 64)
 #define MULTIPLY(SUM, DIGIT, HALF)                                                                                     \
@@ -293,7 +292,8 @@ static __m512i strip_terms(const int8_t *images, const float *image_factors, int
     return _mm512_loadu_si512(largest);
 }
 
-/* 16 rows of a matrix, or less, += A . B for all its columns. */
+/* 16 rows of a matrix, or less, += A . B for all its columns. All loads go before the stores: rows that lie a multiple
+   of 4096 bytes apart would wait for each other. */
 static void add_products(const int8_t *a, const float *row_factors, const int8_t *b, const float *column_factors,
                          int64_t steps, float *out, int64_t rows, int64_t dim, int overwrite) {
     int32_t products[DIGITS * BLOCK] __attribute__((aligned(64)));
@@ -304,11 +304,15 @@ static void add_products(const int8_t *a, const float *row_factors, const int8_t
         for (int64_t half = d; half < MIN(dim, d + EDGE); half += 16) {
             __m512 factors = _mm512_loadu_ps(column_factors + half);
             __mmask16 mask = first_of(dim - half);
-            for (int64_t i = 0; i < rows; i++) {
-                __m512 sum = combined(products + i * EDGE + half - d, factors * row_factors[i]);
-                if (!overwrite) sum += _mm512_maskz_loadu_ps(mask, out + i * dim + half);
-                _mm512_mask_storeu_ps(out + i * dim + half, mask, sum);
+            __m512 sum[ROWS];
+#pragma GCC unroll 16
+            for (int64_t i = 0; i < ROWS; i++) {
+                sum[i] = combined(products + i * EDGE + half - d, factors * row_factors[i]);
+                if (!overwrite && i < rows) sum[i] += _mm512_maskz_loadu_ps(mask, out + i * dim + half);
             }
+#pragma GCC unroll 16
+            for (int64_t i = 0; i < ROWS; i++)
+                if (i < rows) _mm512_mask_storeu_ps(out + i * dim + half, mask, sum[i]);
         }
     }
 }
@@ -326,8 +330,8 @@ static void add_pairs(float *out, const float *pair_dz, const float *partners, i
 int block_float32(const float *images, const float *texts, int64_t num_images, int64_t num_texts, int64_t dim,
                   float scale, float bias, int64_t offset, int64_t panel, float *sums, int64_t stride,
                   float *grad_images, int overwrite_images, float *grad_texts) {
-    int64_t most_images = MIN(MIN(panel, PANEL_IMAGES), num_images);
-    int64_t most_texts = MIN(MIN(panel, PANEL_TEXTS), num_texts);
+    panel = MIN(panel, PANEL);
+    int64_t most_images = MIN(panel, num_images), most_texts = MIN(panel, num_texts);
     int64_t dims = CEIL(dim, EDGE), dim_steps = CEIL(dim, DEPTH);
     int64_t across = CEIL(most_images, ROWS), along = CEIL(most_texts, EDGE), stripe = 16 * ROWS * across;
     int64_t most_image_steps = CEIL(most_images, DEPTH), most_text_steps = CEIL(most_texts, DEPTH);

@@ -138,9 +138,10 @@ def block_(
     Raises:
         MemoryError: where some MiB for packed features are missing.
     """
-    name = _BLOCKS.get(image_features.dtype)
-    fits = name is not None and image_features.device.type == "cpu" and image_features.shape[1] <= _MAX_BLOCK_DIM
-    if not fits or (scale_value := scale.item()) <= 0 or not has_amx():
+    name, on_cpu = _BLOCKS.get(image_features.dtype), image_features.device.type == "cpu"
+    if name is None or not on_cpu or image_features.shape[1] > _MAX_BLOCK_DIM:
+        return False
+    if (scale_value := scale.item()) <= 0 or not has_amx():
         return False
     image, text = image_features.contiguous(), text_features.contiguous()
     shape = len(image), *text.shape
@@ -194,8 +195,9 @@ def has_bfloat16_products(device: torch.device) -> bool:
 def has_amx() -> bool:
     """Whether `block_` works here: the processor has AMX, the compiler knows it, the kernel lets us use it."""
     library = _library() if {"amx_bf16", "amx_int8"} <= _cpu_flags() else None
-    compiled = library is not None and all(hasattr(library, name) for name in _BLOCKS.values())
-    return compiled and bool(library.amx_is_there())
+    if library is None or not all(hasattr(library, name) for name in _BLOCKS.values()):
+        return False
+    return bool(library.amx_is_there())
 
 
 @functools.cache
