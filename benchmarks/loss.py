@@ -3,8 +3,8 @@
 In one process, alternating, each on the same features:
 
     sigray            losses.sigmoid_loss
-    floor             the three matrix products of tiles alone, by torch, in the dtype that sigray's tiles are multiplied
-                      in; where a processor has AMX, sigray has products of its own
+    floor             the three matrix products of tiles alone, by torch, in the dtype that sigray multiplies tiles in
+                      (where a processor has AMX, sigray has products of its own)
     open_clip         open_clip.loss.SigLipLoss on one rank
     plain, compiled   the equation under autograd, and torch.compile of it
     jax               big_vision's formula (trainers/proj/image_text/siglip.py) under jax.jit, where jax is installed:
