@@ -451,6 +451,8 @@ def loss_bytes(
 ) -> int:
     """The most that the loss holds at once beyond the features: sums, a tile, what is on the ring.
 
+    On a processor with AMX panels of features, some MiB as well, stand for the tile.
+
     Args:
         num_pairs: b.
         feature_bytes: f.
