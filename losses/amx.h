@@ -47,6 +47,9 @@ INLINE void transpose(__m512i *r) {
     }
 }
 
+/* The lanes of a vector that are left where a row ends. */
+INLINE __mmask16 first_of(int64_t count) { return count >= 16 ? 0xffff : count > 0 ? (1u << count) - 1 : 0; }
+
 static inline void prefetch_block(const float *out, int64_t rows, int64_t stride) {
     for (int64_t i = 0; i < MIN(rows, EDGE); i++) {
         _mm_prefetch((const char *)(out + i * stride), _MM_HINT_T1);

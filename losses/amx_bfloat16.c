@@ -139,8 +139,7 @@ INLINE void pack_along_columns(const uint16_t *features, int64_t rows, int64_t d
 static void add_block(const float *block, float *out, int64_t rows, int64_t columns, int64_t stride, int overwrite) {
     enum { AHEAD = 8 };
     for (int half = 0; half < 2; half++) {
-        int64_t left = columns - 16 * half;
-        __mmask16 mask = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+        __mmask16 mask = first_of(columns - 16 * half);
         for (int64_t top = 0; top < MIN(rows, EDGE); top += AHEAD) {
             __m512 sum[AHEAD];
             for (int64_t i = 0; i < AHEAD; i++) {

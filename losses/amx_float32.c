@@ -113,29 +113,30 @@ static const uint8_t by_turns_last[64] __attribute__((aligned(64))) = BYTES_64(B
 static const uint16_t pairs_by_turns[32] __attribute__((aligned(64))) = {SIXTEEN(PAIRS_BY_TURNS, 0),
                                                                           SIXTEEN(PAIRS_BY_TURNS, 16)};
 
-/* 64 numbers of a row -> their first digits, their second and their third ones. */
-INLINE void split_row(const __m512i *words, __m512i *out) {
+/* 64 numbers of a row -> their first digits, their second and their third ones, `next` bytes after each other. */
+INLINE void split_row(const __m512i *words, int8_t *out, int64_t next) {
     const __m512i index = _mm512_load_si512(in_a_row), last = _mm512_load_si512(in_a_row_last);
     __m512i left = _mm512_permutex2var_epi8(words[0], index, words[1]);
     __m512i right = _mm512_permutex2var_epi8(words[2], index, words[3]);
-    out[0] = _mm512_shuffle_i64x2(left, right, 0x44);
-    out[1] = _mm512_shuffle_i64x2(left, right, 0xee);
+    _mm512_store_si512(out, _mm512_shuffle_i64x2(left, right, 0x44));
+    _mm512_store_si512(out + next, _mm512_shuffle_i64x2(left, right, 0xee));
     left = _mm512_permutex2var_epi8(words[0], last, words[1]);
     right = _mm512_permutex2var_epi8(words[2], last, words[3]);
-    out[2] = _mm512_shuffle_i64x2(left, right, 0x44);
+    _mm512_store_si512(out + 2 * next, _mm512_shuffle_i64x2(left, right, 0x44));
 }
 
 /* 4 rows of 16 columns -> for each digit the row of a B tile, with the four of a column side by side. */
-INLINE void split_column(const __m512i *words, __m512i *out) {
+INLINE void split_column(const __m512i *words, int8_t *out, int64_t next) {
     const __m512i index = _mm512_load_si512(by_turns), last = _mm512_load_si512(by_turns_last);
     const __m512i pairs = _mm512_load_si512(pairs_by_turns);
+    const __m512i last_pairs = _mm512_add_epi16(pairs, _mm512_set1_epi16(16));
     __m512i first = _mm512_permutex2var_epi8(words[0], index, words[1]);
     __m512i second = _mm512_permutex2var_epi8(words[2], index, words[3]);
-    out[0] = _mm512_permutex2var_epi16(first, pairs, second);
-    out[1] = _mm512_permutex2var_epi16(first, _mm512_add_epi16(pairs, _mm512_set1_epi16(16)), second);
+    _mm512_store_si512(out, _mm512_permutex2var_epi16(first, pairs, second));
+    _mm512_store_si512(out + next, _mm512_permutex2var_epi16(first, last_pairs, second));
     first = _mm512_permutex2var_epi8(words[0], last, words[1]);
     second = _mm512_permutex2var_epi8(words[2], last, words[3]);
-    out[2] = _mm512_permutex2var_epi16(first, pairs, second);
+    _mm512_store_si512(out + 2 * next, _mm512_permutex2var_epi16(first, pairs, second));
 }
 
 INLINE void transpose_tile(int8_t *tile) {
@@ -144,8 +145,6 @@ INLINE void transpose_tile(int8_t *tile) {
     transpose(r);
     for (int i = 0; i < 16; i++) _mm512_store_si512(tile + 64 * i, r[i]);
 }
-
-INLINE __mmask16 first_of(int64_t count) { return count >= 16 ? 0xffff : count > 0 ? (1u << count) - 1 : 0; }
 
 /* (16 rows, D) of X as A tiles or, transposed, as the B tiles of X^T, `step` bytes after each other, digits `next`; the
    sum goes along D, the factors by rows. */
@@ -163,16 +162,14 @@ static void pack_along_rows(const float *features, int64_t rows, int64_t dim, in
     scales_of(_mm512_loadu_si512(largest), up, factors);
     for (int64_t column = 0; column < dim; column += DEPTH, out += step) {
         for (int64_t i = 0; i < ROWS; i++) {
-            __m512i words[4], rows_of_tiles[DIGITS];
+            __m512i words[4];
             for (int part = 0; part < 4; part++) {
                 int64_t start = column + 16 * part;
                 __mmask16 mask = i < rows ? first_of(dim - start) : 0;
                 words[part] =
                     digits_of(_mm512_maskz_loadu_ps(mask, features + i * dim + start), _mm512_set1_ps(up[i]));
             }
-            split_row(words, rows_of_tiles);
-            for (int digit = 0; digit < DIGITS; digit++)
-                _mm512_store_si512(out + digit * next + 64 * i, rows_of_tiles[digit]);
+            split_row(words, out + 64 * i, next);
         }
         if (transposed)
             for (int digit = 0; digit < DIGITS; digit++) transpose_tile(out + digit * next);
@@ -190,15 +187,13 @@ static void pack_along_columns(const float *features, int64_t rows, int64_t colu
     scales_of(most, up, factors);
     for (int64_t top = 0; top < rows; top += DEPTH, out += RIGHT_STEP)
         for (int64_t p = 0; p < 16; p++) {
-            __m512i words[4], rows_of_tiles[DIGITS];
+            __m512i words[4];
             for (int64_t i = 0; i < 4; i++) {
                 int64_t row = top + 4 * p + i;
                 words[i] = digits_of(_mm512_maskz_loadu_ps(row < rows ? mask : 0, features + row * dim),
                                      _mm512_loadu_ps(up));
             }
-            split_column(words, rows_of_tiles);
-            for (int digit = 0; digit < DIGITS; digit++)
-                _mm512_store_si512(out + 2 * digit * TILE + 64 * p, rows_of_tiles[digit]);
+            split_column(words, out + 64 * p, 2 * TILE);
         }
 }
 
@@ -210,15 +205,13 @@ static void pack_dz(const float *dz, int64_t stripe, int64_t stripes, __m512i la
     scales_of(largest, up, factors);
     for (int64_t first = 0; first < stripes; first += 4, out += LEFT_STEP)
         for (int64_t i = 0; i < ROWS; i++) {
-            __m512i words[4], rows_of_tiles[DIGITS];
+            __m512i words[4];
             for (int64_t part = 0; part < 4; part++) {
                 const float *from = dz + (first + part) * stripe + 16 * i;
                 __m512 x = first + part < stripes ? _mm512_load_ps(from) : _mm512_setzero_ps();
                 words[part] = digits_of(x, _mm512_set1_ps(up[i]));
             }
-            split_row(words, rows_of_tiles);
-            for (int digit = 0; digit < DIGITS; digit++)
-                _mm512_store_si512(out + digit * TILE + 64 * i, rows_of_tiles[digit]);
+            split_row(words, out + 64 * i, TILE);
         }
 }
 
@@ -228,15 +221,13 @@ static void pack_dz_transposed(const float *dz, int64_t rows, __m512i largest, i
     scales_of(largest, up, factors);
     for (int64_t top = 0; top < rows; top += DEPTH, out += LEFT_STEP) {
         for (int64_t p = 0; p < 16; p++) {
-            __m512i words[4], rows_of_tiles[DIGITS];
+            __m512i words[4];
             for (int64_t i = 0; i < 4; i++) {
                 int64_t row = top + 4 * p + i;
                 __m512 x = row < rows ? _mm512_load_ps(dz + 16 * row) : _mm512_setzero_ps();
                 words[i] = digits_of(x, _mm512_loadu_ps(up));
             }
-            split_column(words, rows_of_tiles);
-            for (int digit = 0; digit < DIGITS; digit++)
-                _mm512_store_si512(out + digit * TILE + 64 * p, rows_of_tiles[digit]);
+            split_column(words, out + 64 * p, TILE);
         }
         for (int digit = 0; digit < DIGITS; digit++) transpose_tile(out + digit * TILE);
     }
@@ -278,11 +269,11 @@ static __m512i strip_terms(const int8_t *images, const float *image_factors, int
         multiply(images, texts + left / EDGE * steps * RIGHT_STEP, steps, products);
         for (int64_t i = 0; i < ROWS; i++) excluded[i] = i < rows ? (uint32_t)(~0ull << columns) : ~0u;
         for (int64_t i = first_pair; i < last_pair; i++) {
-            const int32_t *at = products + i * EDGE + i + shift;
-            float cosine = at[0] * 0x1p32f + (at[BLOCK] * 0x1p24f + at[2 * BLOCK] * 0x1p16f);
-            cosine *= text_factors[left + i + shift] * image_factors[i];
+            int64_t j = i + shift;
+            __m512 factors = _mm512_set1_ps(text_factors[left + j] * image_factors[i]);
+            float cosine = combined(products + i * EDGE + j / 16 * 16, factors)[j % 16];
             pair_dz[i] = pair_terms(cosine, scale, bias, sums + i, stride);
-            excluded[i] |= 1u << (i + shift);
+            excluded[i] |= 1u << j;
         }
         block_terms(products, image_factors, text_factors + left, excluded, scale, bias, strip_sums,
                     dz + left / 16 * stripe, stripe, largest_of_rows, largest_of_columns + left);
@@ -297,7 +288,6 @@ static __m512i strip_terms(const int8_t *images, const float *image_factors, int
 static void add_products(const int8_t *a, const float *row_factors, const int8_t *b, const float *column_factors,
                          int64_t steps, float *out, int64_t rows, int64_t dim, int overwrite) {
     int32_t products[DIGITS * BLOCK] __attribute__((aligned(64)));
-    rows = MIN(rows, ROWS);
     for (int64_t d = 0; d < dim; d += EDGE, b += steps * RIGHT_STEP) {
         prefetch_block(out + d, rows, dim);
         multiply(a, b, steps, products);
