@@ -18,8 +18,8 @@ from orchestrator.launch import environment
 from workers.config import ModelConfig
 from workers.device import Device
 from workers.feed import Batch
+from workers.shapes import shapes
 from workers.step import Trainer
-from workers.towers import shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 EMOJI = ROOT / "data" / "emoji36"

@@ -31,9 +31,9 @@ from workers.evaluate import class_labels
 from workers.features import Encoder
 from workers.held_out import load_set, read_classes
 from workers.initial import build_trained_model
+from workers.shapes import shapes
 from workers.storage import Storage
 from workers.tokenizer import build_tokenizer
-from workers.towers import shapes
 
 PHOTOS = {  # file of scikit-image's data folder: the concept's id, its code points
     "astronaut.png": "1f469-200d-1f680",

@@ -13,24 +13,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from native import compiled, cpu_flags
+
 _SOURCES = [Path(__file__).with_name(name) for name in ("fused.c", "amx_bfloat16.c", "amx_float32.c")]
 _HEADERS = [Path(__file__).with_name(name) for name in ("terms.h", "amx.h")]
 _BLOCKS = {torch.bfloat16: "block_bfloat16", torch.float32: "block_float32"}
 _MAX_BLOCK_DIM = 32768  # of what block_float32 adds up in 32 bits
-_FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
 
 
 def negative_terms_(x: Tensor, scale: Tensor, bias: Tensor, sums: Tensor) -> None:
@@ -188,77 +182,25 @@ def has_bfloat16_products(device: torch.device) -> bool:
     (docs/numerics.md); products are then taken in float32. A fact of the machine, not a timing: the same weights must
     come out of every run.
     """
-    return device.type != "cpu" or bool(_cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+    return device.type != "cpu" or bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 @functools.cache
 def has_amx() -> bool:
     """Whether `block_` works here: the processor has AMX, the compiler knows it, the kernel lets us use it."""
-    library = _library() if {"amx_bf16", "amx_int8"} <= _cpu_flags() else None
+    library = _library() if {"amx_bf16", "amx_int8"} <= cpu_flags() else None
     if library is None or not all(hasattr(library, name) for name in _BLOCKS.values()):
         return False
     return bool(library.amx_is_there())
 
 
 @functools.cache
-def _cpu_flags() -> frozenset[str]:
-    """Instruction sets as Linux names them (`flags` on x86, `Features` on ARM); empty where it does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(
-        flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split(":")[1].split()
-    )
-
-
-@functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The C sources for this processor, compiled at the first use and kept in the user's cache; None without one."""
-    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("gcc", "cc", "clang"))), None)
-    if compiler is None:
-        warnings.warn("the loss runs unfused (about a third slower): no C compiler was found", stacklevel=3)
+    """The C sources for this processor; None without a compiler."""
+    without = "the loss runs unfused (about a third slower)"
+    library = compiled(_SOURCES, headers=_HEADERS, flags=["-fopenmp"], without=without)
+    if library is None:
         return None
-    try:
-        return _load(_compile(compiler))
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
-        warnings.warn(f"the loss runs unfused (about a third slower): {compiler} failed: {detail}", stacklevel=3)
-        return None
-
-
-def _compile(compiler: str) -> Path:
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    # -march=native: a home folder may be shared by unlike machines.
-    machine = f"{platform.machine()} {sorted(_cpu_flags())} {_FLAGS}".encode()
-    sources = b"".join(path.read_bytes() for path in (*_SOURCES, *_HEADERS))
-    key = hashlib.sha256(sources + version + machine).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sigray")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except (OSError, RuntimeError):
-        writable = False
-    if not writable:
-        folder = Path(tempfile.gettempdir(), f"sigray-{os.getuid()}")
-        folder.mkdir(exist_ok=True, mode=0o700)
-        if folder.stat().st_uid != os.getuid():
-            raise OSError(f"{folder} belongs to another user")
-    library = folder / f"fused-{key}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as build:
-            built, objects = Path(build, "fused.so"), [Path(build, f"{source.stem}.o") for source in _SOURCES]
-            commands = [[*_FLAGS, "-c", source, "-o", made] for source, made in zip(_SOURCES, objects, strict=True)]
-            for arguments in (*commands, ["-shared", *objects, "-o", built]):
-                subprocess.run([compiler, *map(str, arguments)], capture_output=True, check=True, text=True)
-            built.replace(library)  # at once: other ranks may be compiling too
-    return library
-
-
-def _load(path: Path) -> ctypes.CDLL:
-    # Linked without an OpenMP runtime, so that it finds torch's own: one pool of threads, and torch.set_num_threads
-    # counts for both. RTLD_NOW: a runtime that lacks a symbol fails here and not in the first step.
-    library = ctypes.CDLL(str(path), mode=os.RTLD_NOW)
     tensor, size, scalar = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     tile = [tensor, size, size, scalar, scalar, tensor, size]
     pairs = [tensor, size, size, tensor, scalar, scalar, tensor, size]

@@ -24,13 +24,13 @@ from torch.utils.flop_counter import flop_registry
 
 from workers.config import ModelConfig, OptimConfig, Precision, Tower
 from workers.optim import build_optimizer
+from workers.shapes import shapes
 from workers.towers import (
     TOWERS,
     build_meta_model,
     checkpoint_activations,
     normalize_pixels,
     num_parameters,
-    shapes,
     tower_blocks,
 )
 

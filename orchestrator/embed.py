@@ -88,7 +88,7 @@ def _open(config: RunConfig) -> tuple[EmbeddingStore, dict[str, Any], StoreForma
 
     from workers.image_towers import tower_sha256
     from workers.initial import build_initial_model
-    from workers.towers import shapes, tower_config
+    from workers.shapes import shapes, tower_config
 
     if config.embeddings.store is None:
         raise ConfigError(

@@ -872,8 +872,9 @@ def check_model_and_sets(config: RunConfig) -> None:
     """What can be found wrong without a cluster: shapes, tokenizer, held-out sets, towers, optimizer."""
     from workers.held_out import check_set, classes_of, probe_set
     from workers.optim import parameter_groups
+    from workers.shapes import shapes
     from workers.tokenizer import build_tokenizer
-    from workers.towers import check_model, shapes
+    from workers.towers import check_model
 
     _, context_length, vocab_size = shapes(config.model)
     build_tokenizer(config.model, context_length, vocab_size)

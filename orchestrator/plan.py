@@ -33,7 +33,7 @@ from orchestrator.count import TowerCosts, gathered_bytes, measure_towers
 from orchestrator.devices import COMPILED, CPU, DEVICES, GB, GIB, DeviceKind
 from orchestrator.policy import FULL, micro_batch
 from workers.config import LossConfig, Precision
-from workers.towers import shapes
+from workers.shapes import shapes
 
 FITS = 0.95
 """Part of a device's memory that a plan may fill: allocators leave holes."""

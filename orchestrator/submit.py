@@ -34,7 +34,7 @@ from workers.config import SUBFOLDERS
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 DEFAULT_PAGES = "http://127.0.0.1:3001"  # where `sigray monitor` serves the pages of runs, and where they are forwarded
 _ROOT = Path(__file__).resolve().parent.parent
-_PACKAGES = ("losses", "workers", "orchestrator", "tuning")
+_PACKAGES = ("native", "losses", "workers", "orchestrator", "tuning")
 _CONFIG = "sigray-config.yaml"
 _MAX_FILE_MIB = 16  # of a file that travels with a job
 _STOP_S = 120  # for a last checkpoint, before Ray kills a job that was told to stop

@@ -427,7 +427,7 @@ class _Sweep:
 
     def _stream_key(self, config: RunConfig) -> str:
         """Runs with the same one read the same blocks: what decides about samples, images and tokens."""
-        from workers.towers import shapes
+        from workers.shapes import shapes
 
         data = config.data.model_dump(mode="json")
         for name in ("num_workers", "cpus_per_worker", "prefetch_batches", "shared_blocks", "worker_timeout_s"):

@@ -25,11 +25,11 @@ import numpy as np
 from workers.config import DataConfig, ModelConfig
 from workers.decode import Decoder, Refused, SampleRandom, sample_random
 from workers.order import DatasetOrder, SampleRef, StreamOrder, Window
+from workers.shapes import shapes
 from workers.shards import Manifest, caption_member, read_samples
 from workers.store import EmbeddingReader, StoreFormat
 from workers.tar import DataError, TarSample
 from workers.tokenizer import build_tokenizer
-from workers.towers import shapes
 
 # Windows of remote shards that are read while the one before is decoded.
 _NUM_READERS = 2

@@ -31,10 +31,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
-import torch
 from PIL import Image, ImageOps
 
 from workers.config import DataConfig
+from workers.resize import resize
 
 Members = Mapping[str, bytes | memoryview]
 
@@ -51,8 +51,6 @@ _CAPTION_REASONS = ("caption is not UTF-8", "unreadable json caption", "empty ca
 _MAX_ASPECT = 8
 """An image longer than this times its width is cut to it before `crop: center` resizes all of it: 1 x 89,000,000
 pixels would become 224 x 20,000,000,000."""
-
-_resize_into = torch.ops.aten._upsample_bicubic2d_aa.out
 
 
 class Refused(Exception):
@@ -113,7 +111,7 @@ class Decoder:
             return
         height, width = pixels.shape[:2]
         box = random_box(height, width, self._data.crop_scale, self._data.crop_ratio, random.uniforms("crop"))
-        _resize(_cut(pixels, *box), out)
+        resize(_cut(pixels, *box), out, size=out.shape[:2])
 
     def choose_caption(self, members: Members, random: SampleRandom | None) -> str:
         """One of the sample's captions, drawn by weight among those that are usable.
@@ -249,19 +247,6 @@ def _cut(pixels: np.ndarray, top: int, left: int, height: int, width: int) -> np
     return pixels[top : top + height, left : left + width]
 
 
-def _channels_first(pixels: np.ndarray) -> torch.Tensor:
-    """(h, w, 3) -> a view (1, 3, h, w), channels last in memory."""
-    return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
-
-
-def _resize(pixels: np.ndarray, out: np.ndarray) -> None:
-    """(h, w, 3) uint8 -> `out`, (h', w', 3) uint8, by antialiased bicubic."""
-    # torch itself copies a box out of its rows, as fast, but takes no negative strides and warns of read-only arrays.
-    if not pixels.flags.carray:
-        pixels = pixels.copy()
-    _resize_into(_channels_first(pixels), out.shape[:2], False, None, None, out=_channels_first(out))
-
-
 def _resize_and_cut_centre(pixels: np.ndarray, out: np.ndarray) -> None:
     """The shorter side resized to S, the centre cut out."""
     size, (height, width) = len(out), pixels.shape[:2]
@@ -272,12 +257,8 @@ def _resize_and_cut_centre(pixels: np.ndarray, out: np.ndarray) -> None:
         height, width = kept_height, kept_width
     scale = size / min(height, width)
     resized_height, resized_width = max(size, round(height * scale)), max(size, round(width * scale))
-    if resized_height == resized_width:
-        _resize(pixels, out)
-        return
-    resized = np.empty((resized_height, resized_width, 3), np.uint8)
-    _resize(pixels, resized)
-    out[:] = _cut(resized, (resized_height - size) // 2, (resized_width - size) // 2, size, size)
+    corner = (resized_height - size) // 2, (resized_width - size) // 2
+    resize(pixels, out, size=(resized_height, resized_width), corner=corner)
 
 
 def captions_at(source: str, members: Members) -> list[str]:

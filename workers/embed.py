@@ -22,10 +22,11 @@ from workers.config import Accelerator, DataConfig, EmbeddingsConfig, ModelConfi
 from workers.decode import Decoder, Refused, SampleRandom
 from workers.device import open_device
 from workers.initial import build_initial_model
+from workers.shapes import shapes, tower_config
 from workers.shards import Shard, read_samples
 from workers.store import EmbeddingStore, Part, StoredShard, StoreFormat, kept_members, stored_name, write_tar
 from workers.tar import TarSample
-from workers.towers import normalize_pixels, shapes, tower_config
+from workers.towers import normalize_pixels
 
 
 class Embedder:

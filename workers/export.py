@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from workers.bottleneck import fold_bottleneck
 from workers.config import ModelConfig
+from workers.shapes import shapes, tower_config
 from workers.tokenizer import build_tokenizer
-from workers.towers import shapes, tower_config
 
 Format = Literal["open_clip", "safetensors", "onnx"]
 

@@ -32,12 +32,13 @@ from workers.device import Device, open_device
 from workers.held_out import LoadedSet, Part, check_usable, cut, load
 from workers.initial import build_trained_model
 from workers.pool import as_raised
+from workers.shapes import shapes, tower_config
 from workers.shards import Shard
 from workers.storage import Storage
 from workers.store import EmbeddingStore, read_embeddings
 from workers.tar import DataError
 from workers.tokenizer import Tokenizer, build_tokenizer
-from workers.towers import build_model, normalize_pixels, shapes, tower_config
+from workers.towers import build_model, normalize_pixels
 
 _AHEAD = 2  # parts that a worker has at once, so that it does not wait for this process between two
 _PATIENCE, _PATIENCE_S = 4.0, 60.0  # a part that takes so many times as long as the longest here, and this, is lost

@@ -114,11 +114,8 @@ class DataWorkerActor(DataWorker):
     """A `DataWorker` in a process of its own."""
 
     def __init__(self, manifest: Manifest, data: DataConfig, model: ModelConfig, *, seed: int, run: str = "") -> None:
-        import torch
-
-        # One core is what Ray reserves for this process.
-        torch.set_num_threads(1)
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        # One core is what Ray reserves for this process; torch, where it comes to be needed, reads it then.
+        os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         keep_freed_memory()
         super().__init__(manifest, data, model, seed=seed)
         self._start_cpu_s = time.process_time()  # for imports and the like

@@ -23,14 +23,13 @@ import dataclasses
 import hashlib
 import io
 import json
+import struct
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from workers.config import DataConfig, EmbeddingsConfig, ModelConfig, Precision
 from workers.decode import Refused
@@ -46,12 +45,16 @@ from workers.shards import (
 )
 from workers.storage import Storage
 from workers.tar import DataError, TarSample
-from workers.towers import shapes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+from workers.shapes import shapes
 
 EMBEDDING, REFUSED = "embedding.safetensors", "refused.txt"
 VERSION = 1
 _INDEX, _HISTORY = "store.json", "history"
-_TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_TORCH = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_SAFETENSORS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _NUMPY = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32}  # numpy knows no bfloat16
 
 Part = Literal["train", "eval"]
@@ -70,20 +73,21 @@ class StoreFormat:
     num_views: int
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        return _TORCH[self.dtype]
-
-    @property
     def numpy_dtype(self) -> Any:
         """uint16 stands for bfloat16."""
         return _NUMPY[self.dtype]
 
-    def prefix(self) -> bytes:
-        """What every member of this format begins with: safetensors' header."""
-        from safetensors.torch import save
+    @property
+    def num_bytes(self) -> int:
+        """Of the numbers of an embedding."""
+        return self.num_views * self.dim * np.dtype(self.numpy_dtype).itemsize
 
-        content = save({"embedding": torch.zeros(self.num_views, self.dim, dtype=self.torch_dtype)})
-        return content[: len(content) - self.num_views * self.dim * self.torch_dtype.itemsize]
+    def prefix(self) -> bytes:
+        """What every member of this format begins with: safetensors' header, as its own writers make it."""
+        place = {"dtype": _SAFETENSORS[self.dtype], "shape": [self.num_views, self.dim]}
+        header = json.dumps({"embedding": {**place, "data_offsets": [0, self.num_bytes]}}, separators=(",", ":"))
+        header += " " * (-len(header) % 8)
+        return struct.pack("<Q", len(header)) + header.encode()
 
 
 class EmbeddingReader:
@@ -91,7 +95,7 @@ class EmbeddingReader:
 
     def __init__(self, store_format: StoreFormat) -> None:
         self._format, self._prefix = store_format, store_format.prefix()
-        self._num_bytes = len(self._prefix) + store_format.num_views * store_format.dim * _itemsize(store_format)
+        self._num_bytes = len(self._prefix) + store_format.num_bytes
 
     def read(self, members: dict[str, Any], view: int) -> np.ndarray:
         """(D,) of the format's numpy type.
@@ -106,7 +110,7 @@ class EmbeddingReader:
         if len(content) != self._num_bytes or content[: len(self._prefix)] != self._prefix:
             raise Refused("unreadable embedding")
         dim = self._format.dim
-        start = len(self._prefix) + view * dim * _itemsize(self._format)
+        start = len(self._prefix) + view * (self._format.num_bytes // self._format.num_views)
         return np.frombuffer(content, self._format.numpy_dtype, count=dim, offset=start)
 
 
@@ -291,6 +295,8 @@ def write_tar(
         samples: each with its (V, D) embedding, or the reason why it has none.
         members: endings of the members to keep.
     """
+    import torch  # here, not above: data-shard workers read stores without it
+
     prefix, buffer = store_format.prefix(), io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for sample, result in samples:
@@ -298,7 +304,7 @@ def write_tar(
             if isinstance(result, str):
                 contents = [(REFUSED, result.encode())]
             else:
-                rows = result.to(store_format.torch_dtype).contiguous()
+                rows = result.to(getattr(torch, _TORCH[store_format.dtype])).contiguous()
                 assert rows.shape == (store_format.num_views, store_format.dim)
                 contents = [(EMBEDDING, prefix + rows.view(torch.uint8).numpy().tobytes())]
             contents += [(ending, sample.members[ending]) for ending in members if ending in sample.members]
@@ -332,12 +338,9 @@ def read_embeddings(
     reader = EmbeddingReader(store_format)
     for sample in read_samples(shard, as_stored, start=start):
         try:
-            row = torch.from_numpy(reader.read(sample.members, 0).copy())
+            row = reader.read(sample.members, 0)
         except Refused:
             yield None
             continue
-        yield row.view(store_format.torch_dtype).float().numpy()
-
-
-def _itemsize(store_format: StoreFormat) -> int:
-    return store_format.torch_dtype.itemsize
+        # bfloat16 is the upper half of float32.
+        yield (row.astype(np.uint32) << 16).view(np.float32) if row.dtype == np.uint16 else row.astype(np.float32)

@@ -9,10 +9,10 @@ the same captions give the same bytes, which the trainers of the tokenizers libr
 from __future__ import annotations
 
 import functools
-import importlib.util
+import gzip
+import html
 import itertools
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from workers.config import ModelConfig
-from workers.towers import open_clip_folder, tower_config
+from workers.shapes import open_clip_folder, tower_config
 
 if TYPE_CHECKING:
     import tokenizers
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 Tokenizer = Callable[[list[str]], np.ndarray]
 """n captions -> (n, T) int32."""
 
+_NUM_MERGES = 49152 - 256 - 2  # of CLIP's vocabulary; its file holds more
+_WORD_END, _CLIP_SPECIAL = "</w>", ("<start_of_text>", "<end_of_text>")
 _NUM_WORDS = 2**16  # whose tokens are remembered
 _MAX_SIMPLE = 1024  # characters of a caption whose words are; a bound on their memory
 _SPECIAL = ["[PAD]", "[UNK]", "[EOS]"]  # 0, 1, 2
@@ -69,71 +71,93 @@ def build_tokenizer(model: ModelConfig, context_length: int, vocab_size: int) ->
 def _open_clip_tokenizer(model: ModelConfig, context_length: int) -> Tokenizer:
     text = tower_config(model)["text_cfg"]
     if is_plain(model.name, text):
-        peer = _open_clip_tokenizers()
-        options = text.get("tokenizer_kwargs", {}) if model.name else {}
-        encode = peer.SimpleTokenizer(context_length=context_length, **options)
-    else:
-        import open_clip
+        return _ClipTokenizer(context_length)
+    import open_clip
 
-        peer = open_clip.tokenizer
-        encode = open_clip.get_tokenizer(model.name, context_length=context_length)
-    return _by_words(encode, peer, context_length) or (lambda captions: encode(captions).numpy().astype(np.int32))
+    encode = open_clip.get_tokenizer(model.name, context_length=context_length)
+    return lambda captions: encode(captions).numpy().astype(np.int32)
 
 
 def is_plain(name: str | None, text: dict[str, Any]) -> bool:
-    """Whether open_clip takes its own BPE for a model, by its rule (`get_tokenizer`, open_clip 3.3).
+    """Whether open_clip takes its own BPE for a model, without options, by its rule (`get_tokenizer`, open_clip 3.3).
 
     Args:
         name: of the model; None: towers of the user's own.
         text: the config of its text tower.
     """
-    return name is None or not (text.get("hf_tokenizer_name") or ":" in name or "siglip" in name.lower())
+    if name is None:
+        return True
+    return not (
+        text.get("hf_tokenizer_name") or text.get("tokenizer_kwargs") or ":" in name or "siglip" in name.lower()
+    )
 
 
-@functools.cache
-def _open_clip_tokenizers() -> Any:
-    """open_clip's module of tokenizers; alone, where nobody has imported the package, see `open_clip_folder`."""
-    if "open_clip.tokenizer" in sys.modules:
-        return sys.modules["open_clip.tokenizer"]
-    path = open_clip_folder() / "tokenizer.py"
-    spec = importlib.util.spec_from_file_location("sigray_open_clip_tokenizer", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+class _ClipTokenizer:
+    """CLIP's byte pair encoding of lower-case text (github.com/openai/CLIP), by the vocabulary that open_clip brings.
 
-
-def _by_words(encode: Any, peer: Any, context_length: int) -> Tokenizer | None:
-    """What open_clip's BPE gives, word by word from a cache where a caption allows it; None for another tokenizer.
-
-    No token of that BPE spans a space, and what it does to a text first (ftfy, HTML entities) leaves printable ASCII
-    without "&" as it is. Other captions go its own way. 3 us for a caption of some 17 words in place of 43 (one core of
-    an EPYC).
-
-    Args:
-        peer: open_clip's module that the tokenizer is from.
+    What open_clip's SimpleTokenizer gives, without torch, which that imports, and word by word from a cache where a
+    caption allows it: no token spans a space, and what is done to a text first (ftfy, HTML entities) leaves printable
+    ASCII without "&" as it is. 3 us for a caption of some 17 words, 43 the other way (one core of an EPYC).
     """
-    # Exactly this class with these settings: a subclass may do anything.
-    is_simple = type(encode) is peer.SimpleTokenizer and encode.reduction_fn is None
-    if not is_simple or encode.clean_fn is not peer.get_clean_fn("lower"):
-        return None
-    encode_word = functools.lru_cache(_NUM_WORDS)(encode.encode)
 
-    def tokenize(captions: list[str]) -> np.ndarray:
-        rows = np.zeros((len(captions), context_length), np.int32)
+    def __init__(self, context_length: int) -> None:
+        import regex
+
+        self._context_length = context_length
+        content = gzip.decompress((open_clip_folder() / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
+        merges = [tuple(line.split()) for line in content.split("\n")[1 : _NUM_MERGES + 1]]  # the first line is a title
+        # Each byte is a character that can be printed; the others come behind Latin-1.
+        printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+        others = [byte for byte in range(256) if byte not in printable]
+        self._letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+        letters = list(self._letters.values())
+        pieces = [*letters, *(letter + _WORD_END for letter in letters), *map("".join, merges), *_CLIP_SPECIAL]
+        self._ids = {piece: number for number, piece in enumerate(pieces)}
+        self._ranks = {pair: rank for rank, pair in enumerate(merges)}
+        words = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+        self._pattern = regex.compile("|".join([*_CLIP_SPECIAL, words]), regex.IGNORECASE)
+        self._ids_of = functools.lru_cache(_NUM_WORDS)(self._ids_of_word)
+        self._ids_between_spaces = functools.lru_cache(_NUM_WORDS)(self._ids_of_text)
+
+    def __call__(self, captions: list[str]) -> np.ndarray:
+        rows = np.zeros((len(captions), self._context_length), np.int32)
+        begin, end = (self._ids[piece] for piece in _CLIP_SPECIAL)
         for row, caption in zip(rows, captions, strict=True):
             is_simple = caption.isascii() and caption.isprintable() and "&" not in caption
             if is_simple and len(caption) <= _MAX_SIMPLE:
-                words = map(encode_word, caption.lower().split())
-                tokens = list(itertools.islice(itertools.chain.from_iterable(words), context_length))
+                words = map(self._ids_between_spaces, caption.lower().split())
+                ids = list(itertools.islice(itertools.chain.from_iterable(words), self._context_length))
             else:
-                tokens = encode.encode(caption)
-            tokens = [encode.sot_token_id, *tokens[: context_length - 2], encode.eot_token_id]
-            row[: len(tokens)] = tokens
+                ids = self._ids_of_text(_cleaned(caption))
+            ids = [begin, *ids[: self._context_length - 2], end]
+            row[: len(ids)] = ids
         return rows
 
-    return tokenize
+    def _ids_of_text(self, text: str) -> list[int]:
+        return [number for word in self._pattern.findall(text) for number in self._ids_of(word)]
+
+    def _ids_of_word(self, word: str) -> list[int]:
+        if word in _CLIP_SPECIAL:
+            return [self._ids[word]]
+        pieces = [self._letters[byte] for byte in word.encode()]
+        pieces[-1] += _WORD_END
+        while pairs := [pair for pair in itertools.pairwise(pieces) if pair in self._ranks]:
+            best = min(pairs, key=self._ranks.__getitem__)
+            merged: list[str] = []
+            for piece in pieces:
+                if merged and (merged[-1], piece) == best:
+                    merged[-1] += piece
+                else:
+                    merged.append(piece)
+            pieces = merged
+        return [self._ids[piece] for piece in pieces]
+
+
+def _cleaned(text: str) -> str:
+    """As CLIP cleans a text: its encoding repaired, HTML's entities resolved (twice), spaces single, in lower case."""
+    import ftfy
+
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
 
 def train_tokenizer(

@@ -41,10 +41,11 @@ from workers.initial import load_initial_weights
 from workers.ledger import Ledger, ledger_files
 from workers.noise import Noise
 from workers.profile import Profile, StepProfiler
+from workers.shapes import shapes
 from workers.shards import Manifest
 from workers.step import BadStep, StepResult, Trainer
 from workers.storage import Storage
-from workers.towers import num_parameters, shapes
+from workers.towers import num_parameters
 
 Request = Literal["go on", "save", "stop"]
 """What the driver wants of the training workers: nothing, a checkpoint now, or a checkpoint and an end."""

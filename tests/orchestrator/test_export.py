@@ -25,9 +25,10 @@ from workers.committed import list_checkpoints
 from workers.evaluate import evaluate_checkpoint
 from workers.features import Encoder, EvaluationJob
 from workers.held_out import load_set, read_classes
+from workers.shapes import shapes
 from workers.shards import scan_shards
 from workers.tokenizer import build_tokenizer, train_tokenizer
-from workers.towers import build_model, normalize_pixels, shapes
+from workers.towers import build_model, normalize_pixels
 
 TEMPLATES = ["a {}", "{} field"]
 TEXTS = ["a red field", "blue", "something unknown, 17 words long, cut at the context length of the tower"]
@@ -50,7 +51,8 @@ classifier = open_clip.build_zero_shot_classifier(model, tokenizer, asked["names
 hits = ((features @ classifier).argmax(dim=1) == torch.tensor(asked["labels"])).sum().item()
 wide = preprocess(Image.open("wide.png"))
 np.savez("answer.npz", images=features, texts=texts, tokens=tokenizer(asked["texts"]), wide=wide)
-foreign = [name for name in sys.modules if name.split(".")[0] in ("losses", "workers", "orchestrator", "tuning")]
+ours = {"native", "losses", "workers", "orchestrator", "tuning"}
+foreign = [name for name in sys.modules if name.split(".")[0] in ours]
 print(json.dumps({
     "top1": hits / len(features), "scale": model.logit_scale.exp().item(), "bias": model.logit_bias.item(),
     "foreign": foreign,

@@ -14,8 +14,8 @@ from orchestrator.secrets import secrets_of
 from tests.conftest import TOWERS
 from tests.orchestrator.test_config import EXAMPLES
 from tuning.cli import main
+from workers.shapes import open_clip_folder
 from workers.storage import Storage, StorageError
-from workers.towers import open_clip_folder
 
 CANARY = "c4n4ryS3cret"
 AMAZON = "AKIA" + "C4NARY0123456789"  # in two parts, so that no scanner takes it for one

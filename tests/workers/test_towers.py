@@ -5,8 +5,9 @@ import torch
 
 from tests.conftest import TOWERS
 from workers.config import ModelConfig
+from workers.shapes import shapes
 from workers.tokenizer import build_tokenizer
-from workers.towers import build_model, check_model, normalize_pixels, shapes
+from workers.towers import build_model, check_model, normalize_pixels
 
 
 def changed(**vision) -> ModelConfig:
