@@ -235,8 +235,8 @@ INLINE void resize_rows(const uint8_t *const *rows, int64_t width, const Axis *a
 }
 
 /* Rows of units -> a row of `size` bytes. */
-INLINE void resize_column(const uint8_t *units, int64_t line, const int32_t *weights, const int64_t pairs, int precision,
-                          uint8_t *out, int64_t size) {
+INLINE void resize_column(const uint8_t *units, int64_t line, const int32_t *weights, const int64_t pairs,
+                          int precision, uint8_t *out, int64_t size) {
     const Vector half = OP(set1_epi32)(1 << (precision - 1));
     const __m128i shift = _mm_cvtsi32_si128(precision);
 #if WIDE
@@ -265,8 +265,7 @@ INLINE void resize_column(const uint8_t *units, int64_t line, const int32_t *wei
     }
 }
 
-/* A number of pairs that the compiler knows is a loop that it need not make: the usual ones, from no reduction to one by
-   three. */
+/* A loop over pairs whose number the compiler knows is none. The usual numbers, from no reduction to one by three. */
 #define FOR_PAIRS(PAIRS, CALL)                                                                                         \
     switch (PAIRS) {                                                                                                   \
     case 3: CALL(3); break;                                                                                            \

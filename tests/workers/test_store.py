@@ -258,6 +258,18 @@ def test_made_again_it_is_the_same_bit_for_bit(data, model, tmp_path):
             assert one == other
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+)
+@pytest.mark.parametrize(("num_views", "dim"), [(1, 16), (3, 768), (128, 1280)])
+def test_a_member_begins_as_safetensors_own_files_do(name, dtype, num_views, dim):
+    from safetensors.torch import save
+
+    rows = torch.zeros(num_views, dim, dtype=dtype)
+    store_format = StoreFormat(name, dim, num_views)
+    assert store_format.prefix() + bytes(store_format.num_bytes) == save({"embedding": rows})
+
+
 def test_what_cannot_be_read_is_refused():
     store_format = StoreFormat("fp16", 4, 2)
     reader = EmbeddingReader(store_format)
