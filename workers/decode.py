@@ -12,8 +12,8 @@ reasons and replaces the sample.
 
 The fast path is a JPEG: libjpeg-turbo by simplejpeg, whose pixels equal Pillow's, then `resize.py`. For a photo of 380
 to 512 px to 224, decoding takes 930 to 1,010 us, resizing 190 to 240 (`python -m benchmarks.resize`), all else some 80
-(one core of a busy Xeon). Buffers that are used again in place of the allocator's changed nothing: 1 page fault per image
-and not 13, both within 1 % of the time.
+(one core of a busy Xeon). Buffers that are used again in place of the allocator's changed nothing: 1 page fault per
+image and not 13, both within 1 % of the time.
 """
 
 from __future__ import annotations
