@@ -33,6 +33,7 @@ import numpy as np
 
 from workers.config import DataConfig, EmbeddingsConfig, ModelConfig, Precision
 from workers.decode import Refused
+from workers.shapes import shapes
 from workers.shards import (
     Manifest,
     ParallelMap,
@@ -48,7 +49,6 @@ from workers.tar import DataError, TarSample
 
 if TYPE_CHECKING:
     from torch import Tensor
-from workers.shapes import shapes
 
 EMBEDDING, REFUSED = "embedding.safetensors", "refused.txt"
 VERSION = 1

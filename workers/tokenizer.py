@@ -116,8 +116,8 @@ class _ClipTokenizer:
         self._ranks = {pair: rank for rank, pair in enumerate(merges)}
         words = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
         self._pattern = regex.compile("|".join([*_CLIP_SPECIAL, words]), regex.IGNORECASE)
-        self._ids_of = functools.lru_cache(_NUM_WORDS)(self._ids_of_word)
-        self._ids_between_spaces = functools.lru_cache(_NUM_WORDS)(self._ids_of_text)
+        self._cached_text = functools.lru_cache(_NUM_WORDS)(self._encode)
+        self._cached_word = functools.lru_cache(_NUM_WORDS)(self._encode_word)
 
     def __call__(self, captions: list[str]) -> np.ndarray:
         rows = np.zeros((len(captions), self._context_length), np.int32)
@@ -125,18 +125,19 @@ class _ClipTokenizer:
         for row, caption in zip(rows, captions, strict=True):
             is_simple = caption.isascii() and caption.isprintable() and "&" not in caption
             if is_simple and len(caption) <= _MAX_SIMPLE:
-                words = map(self._ids_between_spaces, caption.lower().split())
+                words = map(self._cached_text, caption.lower().split())
                 ids = list(itertools.islice(itertools.chain.from_iterable(words), self._context_length))
             else:
-                ids = self._ids_of_text(_cleaned(caption))
+                ids = self._encode(_cleaned(caption))
             ids = [begin, *ids[: self._context_length - 2], end]
             row[: len(ids)] = ids
         return rows
 
-    def _ids_of_text(self, text: str) -> list[int]:
-        return [number for word in self._pattern.findall(text) for number in self._ids_of(word)]
+    def _encode(self, text: str) -> list[int]:
+        return [number for word in self._pattern.findall(text) for number in self._cached_word(word)]
 
-    def _ids_of_word(self, word: str) -> list[int]:
+    def _encode_word(self, word: str) -> list[int]:
+        """The two neighbours that come first in the vocabulary are merged, wherever they stand, until none do."""
         if word in _CLIP_SPECIAL:
             return [self._ids[word]]
         pieces = [self._letters[byte] for byte in word.encode()]
