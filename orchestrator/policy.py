@@ -69,8 +69,16 @@ _PERMANENT = {
     "MemoryError": Failure.MEMORY,
     "ValueError": Failure.INPUT,
 }
-# A trainer whose peer dies sees a broken connection; that is not its own error.
-_BROKEN_CONNECTIONS = ("Connection closed by peer", "Connection reset by peer", "Socket closed", "NCCL")
+# A trainer whose peer dies sees a broken connection or, once Ray Train has begun to end the group around it, a process
+# group that is gone, which torch calls a ValueError; that is not its own error.
+_BROKEN_CONNECTIONS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Socket closed",
+    "NCCL",
+    "process group has not been initialized",
+    "Invalid process group specified",
+)
 
 
 def classify_failure(errors: Iterable[BaseException]) -> tuple[Failure, BaseException]:
@@ -79,7 +87,11 @@ def classify_failure(errors: Iterable[BaseException]) -> tuple[Failure, BaseExce
     What will come again wins over what may not, and a death over the connections that it broke.
     """
     errors = list(errors)
-    names = [(error, {kind.__name__ for kind in type(error).__mro__}) for error in errors]
+    broken = [error for error in errors if any(text in str(error) for text in _BROKEN_CONNECTIONS)]
+    names = [
+        (error, {kind.__name__ for kind in type(error).__mro__} - ({"ValueError"} if error in broken else set()))
+        for error in errors
+    ]
 
     def first(kinds: set[str]) -> BaseException | None:
         return next((error for error, of_one in names if of_one & kinds), None)
@@ -94,9 +106,8 @@ def classify_failure(errors: Iterable[BaseException]) -> tuple[Failure, BaseExce
         # Ray says in words that its memory monitor did it.
         is_memory = "running low on memory" in str(error)
         return Failure.MEMORY if is_memory else Failure.DIED, error
-    broken = (error for error in errors for text in _BROKEN_CONNECTIONS if text in str(error))
-    if (error := next(broken, None)) is not None:
-        return Failure.DIED, error
+    if broken:
+        return Failure.DIED, broken[0]
     for kinds, failure in ((_START_ERRORS, Failure.NO_START), (_STORE_ERRORS, Failure.STORE)):
         if (error := first(kinds)) is not None:
             return failure, error

@@ -342,9 +342,10 @@ def test_cost_is_device_hours_by_price():
     assert plan(small(), DEVICES["l4"], 2).cost is None
 
 
-def test_the_speed_of_data_workers_is_the_newest_measured():
-    newest = sorted(Path("benchmarks/results").glob("*-stream.json"))[-1]
-    measured = [repetition["sigray_cpu_us_per_sample"] for repetition in json.loads(newest.read_text())["repetitions"]]
+def test_the_speed_of_data_workers_is_the_measured():
+    """On the machine that plan.py names, not on the one that was measured last: they differ by two."""
+    result = json.loads(Path("benchmarks/results/2026-11-25-stream.json").read_text())
+    measured = [repetition["sigray_cpu_us_per_sample"] for repetition in result["repetitions"]]
     assert pytest.approx(np.median(measured) * 1e-6, rel=0.1) == DECODE_S
 
 

@@ -1,5 +1,7 @@
 """Decisions without a cluster: from observed figures to values."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,6 +65,14 @@ def error_named(name: str, message: str = "", **fields) -> Exception:
 
 
 BROKEN = RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer [10.0.0.1]:4711")
+GONE = ValueError("Default process group has not been initialized, please make sure to call init_process_group.")
+
+
+def test_torch_calls_a_missing_process_group_by_these_words():
+    import torch.distributed as dist
+
+    with pytest.raises(ValueError, match=re.escape(str(GONE))):
+        dist.barrier()
 
 
 @pytest.mark.parametrize(
@@ -77,6 +87,9 @@ BROKEN = RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by pee
         ([error_named("OutOfMemoryError", "CUDA out of memory"), BROKEN], Failure.MEMORY),
         ([BROKEN, FloatingPointError("the loss of step 3 is nan")], Failure.BAD_STEP),
         ([BROKEN, DataError("12 of 90 samples refused")], Failure.INPUT),
+        ([GONE], Failure.DIED),
+        ([GONE, error_named("WorkerHealthCheckFailedError")], Failure.DIED),
+        ([GONE, DataError("12 of 90 samples refused")], Failure.INPUT),
         ([DamagedCheckpoint("x")], Failure.INPUT),
         ([StorageError("no space left on device")], Failure.STORE),
         ([ConnectionRefusedError()], Failure.STORE),
