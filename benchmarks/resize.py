@@ -17,7 +17,6 @@ asserted on every photograph.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import itertools
 import random
 import statistics
@@ -32,7 +31,6 @@ from PIL import Image
 
 from benchmarks.common import report
 from benchmarks.photo_tars import ensure_photos
-from native import build
 from workers import resize as module
 from workers.config import DataConfig
 from workers.decode import decode_pixels, random_box, sample_random
@@ -47,19 +45,10 @@ def photographs(data: DataConfig) -> list[bytes]:
     return [bytes(sample.members["jpg"]) for sample in itertools.islice(read_samples(shard, data), NUM_PHOTOS)]
 
 
-def by_torch(pixels: np.ndarray, out: np.ndarray) -> None:
-    module._resize_by_torch(pixels, out, (SIZE, SIZE), (0, 0))
-
-
 def by_pillow(image: Image.Image, box: tuple[int, int, int, int], out: np.ndarray) -> None:
     top, left, height, width = box
     resized = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, (left, top, left + width, top + height))
     out[:] = np.asarray(resized)
-
-
-def by_library(library: Any, pixels: np.ndarray, out: np.ndarray) -> None:
-    image = pixels.ctypes.data, pixels.strides[0], *pixels.shape[:2]
-    assert library.resize_rgb(*image, SIZE, SIZE, 0, 0, out.ctypes.data, SIZE, SIZE) == 0
 
 
 def main() -> None:
@@ -77,22 +66,22 @@ def main() -> None:
         boxes.append(random_box(height, width, data.crop_scale, data.crop_ratio, draw))
     pairs = list(zip(images, boxes, strict=True))
     cut = [image[top : top + height, left : left + width] for image, (top, left, height, width) in pairs]
-    library = module._library()
-    if library is None:
+    narrow = module._library(module._NARROW)
+    if module._library() is None or narrow is None:
         raise SystemExit("no C compiler, or no AVX2: torch resizes here, there is nothing to compare")
-    narrow = ctypes.CDLL(str(build("gcc", [module._SOURCE], [], [*module._FLAGS, "-mno-avx512vbmi"])))
-    narrow.resize_rgb.argtypes = library.resize_rgb.argtypes
+    whole: dict[str, Any] = {"size": (SIZE, SIZE), "corner": (0, 0)}
+    by_narrow, by_torch = partial(module._resize_by_library, narrow, **whole), partial(module._resize_by_torch, **whole)
 
     out, other = (np.empty((SIZE, SIZE, 3), np.uint8) for _ in range(2))
     for pixels in cut:
         module.resize(pixels, out, size=(SIZE, SIZE))
-        for function in (by_torch, partial(by_library, narrow)):
+        for function in (by_torch, by_narrow):
             function(pixels, other)
             assert (out == other).all()
 
     work: dict[str, list[Callable[[], Any]]] = {
         "sigray": [partial(module.resize, pixels, out, size=(SIZE, SIZE)) for pixels in cut],
-        "narrow": [partial(by_library, narrow, pixels, out) for pixels in cut],
+        "narrow": [partial(by_narrow, pixels, out) for pixels in cut],
         "torch": [partial(by_torch, pixels, out) for pixels in cut],
         "pillow": [partial(by_pillow, Image.fromarray(image), box, out) for image, box in pairs],
         "decode": [partial(decode_pixels, content, data.max_image_pixels) for content in contents],

@@ -305,7 +305,7 @@ int resize_rgb(const uint8_t *pixels, int64_t stride, int64_t height, int64_t wi
     Axis across = {.taps = most_taps(width, to_width)}, down = {.taps = most_taps(height, to_height)};
     across.pairs = across.taps / 2 + 1, down.pairs = down.taps / 2 + 1; /* an even number too many, if it must be */
     int64_t groups = CEIL(out_width, GROUP) * GROUP, line = 4 * CEIL(3 * groups, COLUMNS) * COLUMNS;
-    int64_t num_units = UNITS * CEIL(width, CHUNK), num_rows = (CEIL(height, ROWS) + 1) * ROWS / 2 + down.pairs;
+    int64_t num_units = UNITS * CEIL(width, CHUNK), num_rows = CEIL(height, ROWS) * ROWS / 2 + down.pairs;
     int64_t unit_size = (num_units + 3 * across.pairs) * (int64_t)sizeof(Vector), lines_size = num_rows * line;
     int64_t plan_size = 8 * MAX((across.taps + 5) * to_width, (down.taps + 5) * to_height);
     int64_t across_size = 4 * groups * (across.pairs + 1), down_size = 4 * out_height * (down.pairs + 1);

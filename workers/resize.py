@@ -17,6 +17,7 @@ import numpy as np
 from native import compiled, cpu_flags
 
 _SOURCE = Path(__file__).with_name("resize.c")
+_NARROW = "-mno-avx512vbmi"  # as for a processor that has AVX2 only
 # A multiplication and an addition stay two roundings: the same weights on every machine.
 _FLAGS = ["-ffp-contract=off"]
 
@@ -43,7 +44,13 @@ def resize(pixels: np.ndarray, out: np.ndarray, *, size: tuple[int, int], corner
     library = _library()
     if library is None:
         _resize_by_torch(pixels, out, size, corner)
-        return
+    else:
+        _resize_by_library(library, pixels, out, size, corner)
+
+
+def _resize_by_library(
+    library: ctypes.CDLL, pixels: np.ndarray, out: np.ndarray, size: tuple[int, int], corner: tuple[int, int]
+) -> None:
     image = pixels.ctypes.data, pixels.strides[0], *pixels.shape[:2]
     if library.resize_rgb(*image, *size, *corner, out.ctypes.data, *out.shape[:2]):
         raise MemoryError(f"no memory to resize {pixels.shape[0]} x {pixels.shape[1]} pixels")
@@ -63,11 +70,12 @@ def _resize_by_torch(pixels: np.ndarray, out: np.ndarray, size: tuple[int, int],
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The C source for this processor; None for one without AVX2, and without a compiler."""
+def _library(*flags: str) -> ctypes.CDLL | None:
+    """The C source for this processor, with more flags of the compiler; None without AVX2, and without a compiler."""
     if "avx2" not in cpu_flags():
         return None
-    library = compiled([_SOURCE], flags=_FLAGS, without="images are resized by torch, which takes twice as long")
+    without = "images are resized by torch, which takes twice as long"
+    library = compiled([_SOURCE], flags=[*_FLAGS, *flags], without=without)
     if library is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         library.resize_rgb.argtypes = [pointer, *[number] * 7, pointer, number, number]
