@@ -47,6 +47,7 @@ SIZE, CONTEXT, VOCABULARY = 224, 77, 49408  # of that model
 # Batches before the clock starts, for all: loader workers and Ray Data's tasks then run, their queues have filled, and
 # each process has touched the shared memory that it goes on to use, which costs more than what is copied there.
 WARM_UP_BATCHES = 64
+ROUND_BATCHES = 4  # of sigray: block_size 128 of 8 lanes; a multiple of what any other delivers at once
 WAKE_UP_BATCHES = 14  # of a turn, before its clock starts: more than what is ready when a contestant is halted
 FILL_S = 3.0  # until all that sigray asks for ahead is ready: a halted worker that owes a block would be taken for slow
 MEMORY_BATCHES = 12  # after the clock has stopped
@@ -262,8 +263,8 @@ def consume(batches: Iterator[Batch], count: int) -> None:
 
 
 def rate(batches: Iterator[Batch], seconds: float) -> float:
-    """Samples per second over some seconds at least, see `slope`."""
-    return slope(deliveries(batches, seconds))
+    """Samples per second over some seconds at least, see `over_rounds`."""
+    return over_rounds(deliveries(batches, seconds))
 
 
 def deliveries(batches: Iterator[Batch], seconds: float) -> list[float]:
@@ -275,10 +276,15 @@ def deliveries(batches: Iterator[Batch], seconds: float) -> list[float]:
     return arrivals
 
 
-def slope(arrivals: list[float]) -> float:
-    """Samples per second, of the line through all deliveries: some contestants deliver in bursts, and where the
-    measurement cuts a burst must not matter."""
-    return BATCH * float(np.polyfit(arrivals, range(len(arrivals)), 1)[0])
+def over_rounds(arrivals: list[float]) -> float:
+    """Samples per second, from the time that whole rounds of batches took, each pair of deliveries so far apart.
+
+    Some contestants deliver in bursts: sigray as many batches as a block of each lane holds, the floor one of each
+    process. Where the measurement cuts a burst must not matter, as it does for a count, or a line through all of them.
+    """
+    count = ROUND_BATCHES * max(1, (len(arrivals) - 1) // 2 // ROUND_BATCHES)
+    times = np.array(arrivals)
+    return BATCH * count / float(np.mean(times[count:] - times[:-count]))
 
 
 def floor_process(paths: list[Path], news: Any) -> None:
@@ -411,7 +417,7 @@ CONTESTANTS: dict[str, Callable[[list[Path]], Iterator[Batch]]] = {
 def measure(batches: Iterator[Batch], seconds: float) -> dict[str, float]:
     """Samples per second after the delivery of batch WARM_UP_BATCHES, over `seconds` at least.
 
-    The rate is the `slope` of all deliveries. CPU seconds are those of this process and all its descendants in that
+    The rate is that of `over_rounds`. CPU seconds are those of this process and all its descendants in that
     time; memory is theirs too, each page counted once (PSS), the highest value while some more batches are delivered
     afterwards.
     """
@@ -421,7 +427,7 @@ def measure(batches: Iterator[Batch], seconds: float) -> dict[str, float]:
     cpu_seconds, measured_s = tree_cpu_s() - before, arrivals[-1] - arrivals[0]
     peak = max(tree_memory()["pss_mib"] for _ in itertools.islice(batches, MEMORY_BATCHES))
     return {
-        "samples_per_s": slope(arrivals),
+        "samples_per_s": over_rounds(arrivals),
         "cpu_s_per_s": cpu_seconds / measured_s,
         "peak_pss_mib": peak,
         "samples": BATCH * (len(arrivals) - 1),

@@ -69,6 +69,7 @@ LEAN_RAY = {
     "RAY_task_events_report_interval_ms": "0",
     "RAY_free_objects_period_milliseconds": "100",
     "RAY_raylet_report_resources_period_milliseconds": "1000",
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }

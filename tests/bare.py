@@ -5,6 +5,7 @@ The reference for whole runs under Ray, which must give the same losses and the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.config import RunConfig
@@ -14,20 +15,21 @@ from workers.committed import CheckpointInfo
 from workers.data_worker import Block, DataWorker
 from workers.profile import Profile
 from workers.shards import scan_shards
+from workers.shared_memory import Place
 from workers.train import Answer, Request, train_loop_per_worker
 
 
 class OneWorker:
-    """A BlockSource that decodes in this process."""
+    """A BlockSource that decodes in this process, by value or into the batches' memory."""
 
-    def __init__(self, worker: DataWorker) -> None:
-        self._worker = worker
+    def __init__(self, worker: DataWorker, shares_memory: bool = False) -> None:
+        self._worker, self.shares_memory = worker, shares_memory
 
-    def request(self, lane: int, number: int) -> None:
-        return None
+    def request(self, lane: int, number: int, places: Sequence[Place] = ()) -> Sequence[Place]:
+        return places
 
-    def wait(self, lane: int, number: int, handle: None) -> Block:
-        return self._worker.block(lane, number)
+    def wait(self, lane: int, number: int, handle: Sequence[Place]) -> Block:
+        return self._worker.block(lane, number, handle)
 
 
 class Recorder:

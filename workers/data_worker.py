@@ -16,9 +16,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from workers.decode import Decoder, Refused, SampleRandom, sample_random
 from workers.order import DatasetOrder, SampleRef, StreamOrder, Window
 from workers.shapes import shapes
 from workers.shards import Manifest, caption_member, read_samples
+from workers.shared_memory import Mappings, Place
 from workers.store import EmbeddingReader, StoreFormat
 from workers.tar import DataError, TarSample
 from workers.tokenizer import build_tokenizer
@@ -39,7 +40,7 @@ _NUM_READERS = 2
 class Block:
     """K consecutive samples of a lane, as they travel through the object store."""
 
-    images: np.ndarray  # (K, S, S, 3) uint8; of a store (K, D), uint16 standing for bfloat16
+    images: np.ndarray  # (K, S, S, 3) uint8; of a store (K, D), uint16 standing for bfloat16; no rows: in their places
     tokens: np.ndarray  # (K, T) int32
     samples: np.ndarray  # (K, 3) int64: epoch, shard in the manifest, index in the shard
     keys: list[str]  # of the pairs that stand in the rows
@@ -47,6 +48,7 @@ class Block:
     refused: Counter[str] = field(default_factory=Counter)  # samples replaced in this block, by reason
     refused_keys: dict[str, str] = field(default_factory=dict)  # the first of each reason: shard url and key
     decode_s: float = 0.0  # how long the worker was busy with it
+    has_late_writer: bool = False  # who was told where the images belong has not answered yet, another one has
 
 
 def build_order(manifest: Manifest, data: DataConfig, seed: int) -> StreamOrder:
@@ -81,42 +83,60 @@ class DataWorker:
         self.refused: Counter[str] = Counter()
         self._manifest, self._data, self._seed = manifest, data, seed
         self._order = build_order(manifest, data, seed)
-        self._image_size, self._context_length, vocab_size = shapes(model)
+        image_size, self._context_length, vocab_size = shapes(model)
         self._tokenizer = build_tokenizer(model, self._context_length, vocab_size)
-        self._decoder = Decoder(data, self._image_size)
+        self._decoder = Decoder(data, image_size)
         self._store = StoreFormat(**manifest.store) if manifest.store is not None else None
+        self._row_shape: tuple[int, ...] = (image_size, image_size, 3) if self._store is None else (self._store.dim,)
+        self._row_dtype = np.dtype(np.uint8 if self._store is None else self._store.numpy_dtype)
         self._embeddings = EmbeddingReader(self._store) if self._store is not None else None
         self._windows = _Windows(manifest, self._order, data)
+        self._mappings = Mappings()
         self._blocks: dict[int, OrderedDict[int, Block]] = {}  # the latest decoded last
         is_fixed = data.crop == "center" if self._store is None else self._store.num_views == 1
         self._cache = _Cache(data.cache_mib * 2**20 if is_fixed else 0, data)
 
-    def block(self, lane: int, number: int) -> Block:
+    def block(self, lane: int, number: int, places: Sequence[Place] = ()) -> Block:
         """Samples [number K, (number + 1) K) of a lane.
+
+        Args:
+            places: where whoever asks wants the images. Where its memory is to be found from here, they are written
+                there and the block comes without them, else they come with the block.
 
         Raises:
             DataError: for a shard that changed or broke, and for a window without a single usable sample.
         """
         blocks = self._blocks.setdefault(lane, OrderedDict())
-        if number not in blocks:  # ranks may share a block, and runs a stream: decode it once
+        rows = self._mappings.rows(places, self._row_shape, self._row_dtype) if places else None
+        block = blocks.get(number)
+        if block is None:
             begin = time.perf_counter()
-            block = self._decode_block(lane, number)
+            if rows is not None and len(rows) == self._data.block_size and self._data.shared_blocks == 1:
+                block = self._decode_block(lane, number, np.empty((0, *self._row_shape), self._row_dtype), rows)
+            else:  # ranks may share a block, and runs a stream: decode it once
+                images = np.empty((self._data.block_size, *self._row_shape), self._row_dtype)
+                block = blocks[number] = self._decode_block(lane, number, images, images)
             block.decode_s = time.perf_counter() - begin
-            blocks[number] = block
-            self.num_decoded += len(block.images)
+            self.num_decoded += len(block.samples)
             self.refused.update(block.refused)
             if len(blocks) > self._data.shared_blocks:
                 # The one decoded first, not the one used longest ago: that is what the slowest reader asks for next.
                 blocks.popitem(last=False)
-        self.num_served += len(blocks[number].images)
-        return blocks[number]
+        self.num_served += len(block.samples)
+        if rows is None:
+            return block
+        for row, image in enumerate(block.images):
+            if row in rows:
+                rows[row][...] = image
+        return replace(block, images=block.images[:0])
 
-    def _decode_block(self, lane: int, number: int) -> Block:
-        size, image_size = self._data.block_size, self._image_size
+    def _decode_block(
+        self, lane: int, number: int, images: np.ndarray, rows: np.ndarray | dict[int, np.ndarray]
+    ) -> Block:
+        """The block with `images`; row i goes to `rows[i]`."""
+        size = self._data.block_size
         block = Block(
-            images=np.empty((size, image_size, image_size, 3), np.uint8)
-            if self._store is None
-            else np.empty((size, self._store.dim), self._store.numpy_dtype),
+            images=images,
             tokens=np.empty((size, self._context_length), np.int32),
             samples=np.empty((size, 3), np.int64),
             keys=[],
@@ -133,13 +153,13 @@ class DataWorker:
                 samples = self._windows.get(lane, index)
                 sample = samples[window.permutation[slot]]
             try:
-                captions.append(self._decode(sample, ref, block.images[row]))
+                captions.append(self._decode(sample, ref, rows[row]))
             except Refused as reason:
                 block.refused[str(reason)] += 1
                 url = self._manifest.shards[ref.shard].url
                 block.refused_keys.setdefault(str(reason), f"{url} {sample.key}")
                 block.replaced[row] = True
-                sample, caption = self._replacement(lane, index, ref, block.images[row])
+                sample, caption = self._replacement(lane, index, ref, rows[row])
                 captions.append(caption)
             block.keys.append(sample.key)
         block.tokens[:] = self._tokenizer(captions)

@@ -12,9 +12,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,14 +23,23 @@ from losses.spans import span
 from workers.data_worker import Block
 from workers.noise import Noise
 from workers.order import StreamOrder
+from workers.shared_memory import Place, SharedBuffer
 from workers.tar import DataError
 
 
 class BlockSource(Protocol):
     """Where decoded blocks come from."""
 
-    def request(self, lane: int, number: int) -> Any:
-        """Ask for a block and return at once with a handle."""
+    @property
+    def shares_memory(self) -> bool:
+        """Whether there is any use in telling places."""
+
+    def request(self, lane: int, number: int, places: Sequence[Place] = ()) -> Any:
+        """Ask for a block and return at once with a handle.
+
+        Args:
+            places: where its images shall be written, by whom this memory is in reach of.
+        """
 
     def wait(self, lane: int, number: int, handle: Any) -> Block:
         """The block behind a handle of `request`."""
@@ -62,18 +71,29 @@ class _Buffers:
 
     def __init__(self, pin_memory: bool) -> None:
         self._pin_memory = pin_memory
-        self._buffers: list[np.ndarray] = []
+        self._delivered: list[SharedBuffer] = []
 
-    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """An array of this shape, contents undefined."""
-        for buffer in self._buffers:
-            # The list, the loop and the call itself; a tensor made of the array, or a view of it, would be one more.
-            if buffer.shape == shape and sys.getrefcount(buffer) == 3:
-                return buffer
-        memory = torch.from_numpy(np.empty(shape, dtype))
-        buffer = (memory.pin_memory() if self._pin_memory else memory).numpy()
-        self._buffers.append(buffer)
-        return buffer
+    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> SharedBuffer:
+        """For a batch of this shape, contents undefined."""
+        for place, buffer in enumerate(self._delivered):
+            # The buffer itself and the call; a tensor made of the array, or a view of it, would be one more.
+            if buffer.array.shape == shape and sys.getrefcount(buffer.array) == 2:
+                return self._delivered.pop(place)
+        return SharedBuffer(shape, dtype, self._pin_memory)
+
+    def deliver(self, buffer: SharedBuffer) -> np.ndarray:
+        """The batch, for somebody who holds it as long as it is needed."""
+        self._delivered.append(buffer)
+        return buffer.array
+
+
+class _Piece(NamedTuple):
+    """Rows [first, last) of a block, which begin at a row of a rank's part of a batch."""
+
+    block: tuple[int, int]  # lane and number
+    first: int
+    last: int
+    row: int
 
 
 class Feed:
@@ -86,7 +106,7 @@ class Feed:
         rank, world_size: of this training worker.
         first_step, last_step: the steps [first_step, last_step).
         max_bad_fraction: refused samples per sample read above which `DataError` is raised.
-        pin_memory: copy batches to page-locked memory (CUDA).
+        pin_memory: batches in page-locked memory (CUDA).
         noise: of the labels, where the run asks for it.
 
     Attributes:
@@ -124,7 +144,10 @@ class Feed:
         num_lanes = order.num_lanes * len(order.datasets)
         self._num_ahead = prefetch_batches + -(-block_size * num_lanes // global_batch_size)
         self._pin_memory = pin_memory
-        self._images = _Buffers(pin_memory)
+        self._free = _Buffers(pin_memory)
+        self._buffers: dict[int, SharedBuffer] = {}  # of steps that blocks were asked for
+        self._parts: dict[int, dict[tuple[int, int], _Piece]] = {}  # of those steps, see `_own`
+        self._rows: tuple[tuple[int, ...], np.dtype] | None = None  # shape and kind of one, once a block has come
         self._noise = noise
         self._num_read = 0
         self._stop = threading.Event()
@@ -171,36 +194,48 @@ class Feed:
                 continue
         return False
 
-    def _pieces(self, step: int, rank: int, world_size: int) -> list[tuple[int, int, int, int]]:
-        """(lane, block number, first row, last row) of a rank's part of a step, in the batch's order."""
-        size, pieces = self._block_size, []
+    def _pieces(self, step: int, rank: int, world_size: int) -> list[_Piece]:
+        """A rank's part of a step, in the batch's order."""
+        size, pieces, row = self._block_size, [], 0
         for part in self._order.rank_part(step, self._global_batch_size, rank, world_size):
             for number in range(part.start // size, -(-part.stop // size)):
-                rows = max(part.start - number * size, 0), min(part.stop - number * size, size)
-                pieces.append((part.lane, number, *rows))
+                first, last = max(part.start - number * size, 0), min(part.stop - number * size, size)
+                pieces.append(_Piece((part.lane, number), first, last, row))
+                row += last - first
         return pieces
 
-    def _needed(self, step: int) -> list[tuple[int, int, int, int]]:
+    def _own(self, step: int) -> dict[tuple[int, int], _Piece]:
+        """The pieces of this rank's part of a step that is still to come, by block and in the batch's order."""
+        if step not in self._parts:
+            self._parts[step] = {piece.block: piece for piece in self._pieces(step, self._rank, self._world_size)}
+        return self._parts[step]
+
+    def _needed(self, step: int) -> Iterable[_Piece]:
         """The pieces of this rank's part; of the whole batch where captions come from anywhere in it."""
         if self._noise is not None and self._noise.moves_captions:
             return self._pieces(step, 0, 1)
-        return self._pieces(step, self._rank, self._world_size)
+        return self._own(step).values()
 
     def _batches(self) -> Iterator[Batch]:
-        handles: dict[tuple[int, int], Any] = {}
+        asked: dict[tuple[int, int], tuple[Any, list[SharedBuffer]]] = {}  # handles, and who is written to
         blocks: dict[tuple[int, int], Block] = {}
         asked_until = self._steps.start
         for step in self._steps:
             while asked_until < min(step + self._num_ahead, self._steps.stop):
-                for lane, number, _, _ in self._needed(asked_until):
-                    if (lane, number) not in handles and (lane, number) not in blocks:
-                        handles[lane, number] = self._source.request(lane, number)
+                for piece in self._needed(asked_until):
+                    if piece.block not in asked and piece.block not in blocks:
+                        places, buffers = self._places(piece.block, asked_until)
+                        asked[piece.block] = self._source.request(*piece.block, places), buffers
                 asked_until += 1
-            pieces = self._needed(step)
-            for lane, number, _, _ in pieces:
-                if (lane, number) not in blocks:
-                    blocks[lane, number] = self._source.wait(lane, number, handles.pop((lane, number)))
-                    self._count(blocks[lane, number])
+            for piece in self._needed(step):
+                if piece.block not in blocks:
+                    handle, buffers = asked.pop(piece.block)
+                    block = blocks[piece.block] = self._source.wait(*piece.block, handle)
+                    if not block.has_late_writer:
+                        for buffer in buffers:
+                            buffer.num_writers -= 1
+                    self._rows = block.images.shape[1:], block.images.dtype
+                    self._count(block)
             yield self._assemble(step, blocks)
             for place in [place for place in blocks if self._is_past(*place, step + 1)]:
                 del blocks[place]
@@ -209,22 +244,55 @@ class Feed:
         """Whether no batch from `step` on takes a sample of this block."""
         return (number + 1) * self._block_size <= self._order.next_index(lane, step, self._global_batch_size)
 
-    def _assemble(self, step: int, blocks: dict[tuple[int, int], Block]) -> Batch:
-        def cut(pieces: list[tuple[int, int, int, int]]) -> list[tuple[Block, slice]]:
-            return [(blocks[lane, number], slice(first, last)) for lane, number, first, last in pieces]
+    def _places(self, block: tuple[int, int], step: int) -> tuple[list[Place], list[SharedBuffer]]:
+        """Where the rows of a block belong in this rank's batches from `step` on, and those batches' memory."""
+        if self._rows is None or not self._source.shares_memory:
+            return [], []
+        wanted: list[tuple[SharedBuffer, _Piece]] = []
+        while step in self._steps and not self._is_past(*block, step):
+            if block in self._own(step):
+                wanted.append((self._buffer(step), self._own(step)[block]))
+            step += 1
+        places = [
+            Place(buffer.address, piece.row, piece.first, piece.last - piece.first)
+            for buffer, piece in wanted
+            if buffer.address is not None
+        ]
+        if len(places) < len(wanted):  # all of them or none: the block comes with its images or without
+            return [], []
+        buffers = [buffer for buffer, _ in wanted]
+        for buffer in buffers:
+            buffer.num_writers += 1
+        return places, buffers
 
-        parts = cut(self._pieces(step, self._rank, self._world_size))
-        first = parts[0][0].images
-        images = self._images.take((self._global_batch_size // self._world_size, *first.shape[1:]), first.dtype)
-        np.concatenate([block.images[rows] for block, rows in parts], out=images)
-        tokens = np.concatenate([block.tokens[rows] for block, rows in parts])
-        samples = np.concatenate([block.samples[rows] for block, rows in parts])
+    def _buffer(self, step: int) -> SharedBuffer:
+        """The memory of the batch of a step that is still to come."""
+        if step not in self._buffers:
+            assert self._rows is not None
+            shape, dtype = self._rows
+            self._buffers[step] = self._free.take((self._global_batch_size // self._world_size, *shape), dtype)
+        return self._buffers[step]
+
+    def _assemble(self, step: int, blocks: dict[tuple[int, int], Block]) -> Batch:
+        def cut(name: str, pieces: Iterable[_Piece]) -> np.ndarray:
+            return np.concatenate([getattr(blocks[piece.block], name)[piece.first : piece.last] for piece in pieces])
+
+        buffer, own = self._buffer(step), list(self._own(step).values())
+        del self._buffers[step], self._parts[step]
+        if buffer.num_writers:  # somebody who is late may write there at any time
+            late, buffer = buffer, self._free.take(buffer.array.shape, buffer.array.dtype)
+            buffer.array[...] = late.array
+        images = self._free.deliver(buffer)
+        for piece in own:
+            rows = blocks[piece.block].images[piece.first : piece.last]
+            if len(rows):
+                images[piece.row : piece.row + len(rows)] = rows
+        tokens, samples = cut("tokens", own), cut("samples", own)
         if self._noise is not None:
             if self._noise.moves_captions:
-                whole = cut(self._needed(step))
-                rows = self._noise.caption_rows(np.concatenate([block.samples[rows] for block, rows in whole]))
-                own = rows[self._rank * len(images) : (self._rank + 1) * len(images)]
-                tokens = np.concatenate([block.tokens[rows] for block, rows in whole])[own]
+                whole = self._pieces(step, 0, 1)
+                rows = self._noise.caption_rows(cut("samples", whole))
+                tokens = cut("tokens", whole)[rows[self._rank * len(images) : (self._rank + 1) * len(images)]]
             self._noise.corrupt(samples, images, tokens)
         captions = torch.from_numpy(tokens)
         return Batch(
@@ -232,12 +300,12 @@ class Feed:
             as_tensor(images),
             captions.pin_memory() if self._pin_memory else captions,
             samples=samples,
-            keys=[key for block, rows in parts for key in block.keys[rows]],
-            replaced=np.concatenate([block.replaced[rows] for block, rows in parts]),
+            keys=[key for piece in own for key in blocks[piece.block].keys[piece.first : piece.last]],
+            replaced=cut("replaced", own),
         )
 
     def _count(self, block: Block) -> None:
-        self._num_read += len(block.images)
+        self._num_read += len(block.samples)
         self.decode_s += block.decode_s
         self.refused.update(block.refused)
         for reason, key in block.refused_keys.items():

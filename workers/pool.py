@@ -19,8 +19,8 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from workers import s3
 from workers.config import DataConfig, ModelConfig
@@ -28,6 +28,7 @@ from workers.data_worker import Block, DataWorker
 from workers.metrics import WorkerMetrics
 from workers.pace import WorkerList
 from workers.shards import Manifest
+from workers.shared_memory import Place
 
 logger = logging.getLogger(__name__)
 
@@ -121,9 +122,9 @@ class DataWorkerActor(DataWorker):
         self._start_cpu_s = time.process_time()  # for imports and the like
         self._metrics, self._told_at = WorkerMetrics(run), 0.0
 
-    def block(self, lane: int, number: int) -> Block:
+    def block(self, lane: int, number: int, places: Sequence[Place] = ()) -> Block:
         """As `DataWorker.block`; tells Prometheus now and then."""
-        block = super().block(lane, number)
+        block = super().block(lane, number, places)
         if time.monotonic() - self._told_at > _TELL_S:
             self._told_at = time.monotonic()
             self._metrics.tell(self.num_decoded, self.refused, Counter(s3.TRAFFIC))
@@ -270,6 +271,14 @@ class SharedPool:
         self.leave()
 
 
+class _Asked(NamedTuple):
+    """A question that a worker has to answer."""
+
+    actor: Any
+    reference: Any
+    is_told_places: bool = False
+
+
 class PoolBlocks:
     """A training worker's `BlockSource`: lanes dealt over the listed workers.
 
@@ -291,31 +300,39 @@ class PoolBlocks:
         self._actors: list[Any] = []
         self._taken_over: dict[int, Any] = {}  # lanes, and the worker that answers for a slow one
         self._suspects: dict[Any, tuple[float, Any]] = {}  # slow workers: since when, and what they owe
+        self._elsewhere: set[Any] = set()  # workers that cannot write into this process's memory
         self._usual_s = 0.0  # running mean of how long a worker is busy with a block
         self._num_blocks = self._num_asked_twice = 0
         self._looked_at = 0.0
         self._look: Any = None  # reference of the list that is on its way
 
-    def request(self, lane: int, number: int) -> Any:
-        """An actor and the reference of its answer."""
+    @property
+    def shares_memory(self) -> bool:
+        """Whether any worker may be on this machine, as far as is known."""
+        return not self._actors or any(actor not in self._elsewhere for actor in self._actors)
+
+    def request(self, lane: int, number: int, places: Sequence[Place] = ()) -> Any:
+        """As `feed.BlockSource`."""
         self._follow_list()
         self._judge_suspects()
         self._keep_pace(number)
         actor = self._taken_over.get(lane) or self._home(lane)
-        return actor, actor.block.remote(lane, number)
+        if actor in self._elsewhere:
+            places = ()
+        return _Asked(actor, actor.block.remote(lane, number, places), bool(places))
 
     def wait(self, lane: int, number: int, handle: Any) -> Block:
         """The block; raises DataError as the worker did, RuntimeError where nobody answers."""
         import ray
 
-        asked = [handle]
+        asked: list[_Asked] = [handle]
         begin = time.monotonic()
         num_killed = 0
         while True:
             patience_s = self._timeout_s / 4 if len(asked) > 1 else max(1.0, _SLOW * self._usual_s)
-            ready, _ = ray.wait([reference for _, reference in asked], timeout=min(patience_s, self._timeout_s / 4))
+            ready, _ = ray.wait([one.reference for one in asked], timeout=min(patience_s, self._timeout_s / 4))
             if ready:
-                answered = next(pair for pair in asked if pair[1] == ready[0])
+                answered = next(one for one in asked if one.reference == ready[0])
                 asked.remove(answered)
                 try:
                     block = ray.get(ready[0])
@@ -325,7 +342,8 @@ class PoolBlocks:
                     # Retired, or its machine is gone and took the answer along.
                     asked = asked or [self.request(lane, number)]
                     continue
-                self._note(lane, block, answered[0], asked)
+                self._note(lane, block, answered, asked)
+                block.has_late_writer = handle.is_told_places and answered is not handle
                 return block
             waited_s = time.monotonic() - begin
             if waited_s > self._timeout_s * (num_killed + 1):
@@ -336,12 +354,12 @@ class PoolBlocks:
                         "they were replaced; raise data.worker_timeout_s if decoding is slow, or check that the "
                         "shards can be read"
                     )
-                for actor, _ in asked:
-                    self._replace(actor)
+                for one in asked:
+                    self._replace(one.actor)
                 asked = [self.request(lane, number)]
             elif len(asked) == 1 and self._may_ask_twice():
-                other = self._next_to(asked[0][0])
-                asked.append((other, other.block.remote(lane, number)))
+                other = self._next_to(asked[0].actor)
+                asked.append(_Asked(other, other.block.remote(lane, number)))
                 self._num_asked_twice += 1
 
     def _keep_pace(self, number: int) -> None:
@@ -354,14 +372,16 @@ class PoolBlocks:
             time.sleep(_PACE_S)
         self._newest = number
 
-    def _note(self, lane: int, block: Block, answered: Any, others: list[Any]) -> None:
-        """Remember how long a block takes, and who was slower than the one who answered."""
+    def _note(self, lane: int, block: Block, answered: _Asked, others: list[_Asked]) -> None:
+        """Remember how long a block takes, who was slower than the one who answered, and who is on another machine."""
         self._num_blocks += 1
         self._usual_s += 0.1 * (block.decode_s - self._usual_s) if self._usual_s else block.decode_s
-        if others and answered != self._home(lane):
-            self._taken_over[lane] = answered
-            for actor, reference in others:
-                self._suspects.setdefault(actor, (time.monotonic(), reference))
+        if answered.is_told_places and len(block.images):
+            self._elsewhere.add(answered.actor)
+        if others and answered.actor != self._home(lane):
+            self._taken_over[lane] = answered.actor
+            for one in others:
+                self._suspects.setdefault(one.actor, (time.monotonic(), one.reference))
 
     def _may_ask_twice(self) -> bool:
         # At most one block in twenty: where all are slow, asking twice would make them slower.
@@ -407,4 +427,4 @@ class PoolBlocks:
 
     def _take(self, actors: list[Any]) -> None:
         if actors != self._actors:
-            self._actors, self._taken_over, self._suspects = actors, {}, {}
+            self._actors, self._taken_over, self._suspects, self._elsewhere = actors, {}, {}, set()

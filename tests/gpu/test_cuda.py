@@ -274,13 +274,13 @@ def test_the_same_steps_give_the_same_bits(settings):
 
 
 def test_batches_arrive_whole_while_the_device_is_behind(tmp_path):
-    """The feed uses page-locked memory again; no copy may read it after the next batch was written there."""
+    """The feed uses page-locked memory again, and it is written to from elsewhere; no copy may read it after that."""
     config = load_config(write_small_run(tmp_path, train={"num_samples": 960, "global_batch_size": 16}), [])
     manifest = scan_shards(config.data.shards, config.data)
     order = build_order(manifest, config.data, 0)
 
     def feed(pin_memory):
-        source = OneWorker(DataWorker(manifest, config.data, config.model, seed=0))
+        source = OneWorker(DataWorker(manifest, config.data, config.model, seed=0), shares_memory=pin_memory)
         return Feed(
             order, source, global_batch_size=16, block_size=config.data.block_size, rank=0, world_size=1, first_step=0,
             last_step=60, prefetch_batches=4, max_bad_fraction=1.0, pin_memory=pin_memory,

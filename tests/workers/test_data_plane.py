@@ -20,11 +20,11 @@ def manifest_of(data):
     return scan_shards(data.shards, data)
 
 
-def batches(data, model, *, batch, rank=0, world_size=1, first=0, last=12, worker=None):
+def batches(data, model, *, batch, rank=0, world_size=1, first=0, last=12, worker=None, source=OneWorker):
     manifest = manifest_of(data)
     feed = Feed(
         build_order(manifest, data, 5),
-        OneWorker(worker or DataWorker(manifest, data, model, seed=5)),
+        source(worker or DataWorker(manifest, data, model, seed=5), shares_memory=True),
         global_batch_size=batch,
         block_size=data.block_size,
         rank=rank,

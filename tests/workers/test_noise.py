@@ -96,7 +96,7 @@ def batches(data, model, noise: Noise | None, batch: int, rank: int, world_size:
     manifest = scan_shards(data.shards, data)
     feed = Feed(
         build_order(manifest, data, 5),
-        OneWorker(DataWorker(manifest, data, model, seed=5)),
+        OneWorker(DataWorker(manifest, data, model, seed=5), shares_memory=True),
         global_batch_size=batch,
         block_size=data.block_size,
         rank=rank,

@@ -5,6 +5,7 @@ What must come out is computed without Ray, by one `DataWorker` in this process 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from orchestrator.room import Autoscaler, Need, cluster_hosts, find_autoscaler, room
@@ -28,6 +30,7 @@ from workers.feed import BlockSource, Feed
 from workers.ledger import Ledger, audit
 from workers.pool import DataPool, PoolBlocks, in_tasks, placement
 from workers.shards import Manifest, scan_shards
+from workers.shared_memory import Place, SharedBuffer
 from workers.storage import Storage
 from workers.tar import DataError
 from workers.tokenizer import train_tokenizer
@@ -265,15 +268,28 @@ def test_a_worker_that_hangs_is_bypassed_and_replaced(pools, model, tmp_path):
     pool = pools(manifest, data, model)
     source = PoolBlocks(pool.worker_list, data.worker_timeout_s)
     alone = DataWorker(manifest, data, model, seed=SEED)
+    want = alone.block(0, 0).images
+    memory = [SharedBuffer(want.shape, want.dtype) for _ in range(40)]
+    late: dict[int, np.ndarray] = {}  # what stood where somebody had not answered, when another one had
 
     def check(number: int) -> None:
         for lane in (0, 1):
-            block = source.wait(lane, number, source.request(lane, number))
-            assert (block.images == alone.block(lane, number).images).all()
-            assert block.keys == alone.block(lane, number).keys
+            buffer = memory[(2 * number + lane) % len(memory)]
+            places = [Place(buffer.address, 0, 0, data.block_size)] if number < 20 and buffer.address else []
+            block = source.wait(lane, number, source.request(lane, number, places))
+            expected = alone.block(lane, number)
+            if block.has_late_writer:
+                late[2 * number + lane] = buffer.array.copy()
+            if len(block.images):
+                assert block.has_late_writer or not places
+                assert (block.images == expected.images).all()
+            else:
+                assert (buffer.array == expected.images).all()
+            assert block.keys == expected.keys
 
     for number in range(3):
         check(number)
+    assert not late
     hung = min(descendants_named(os.getpid(), "ray::DataWorkerActor"))
     os.kill(hung, signal.SIGSTOP)
     begin = time.monotonic()
@@ -281,6 +297,8 @@ def test_a_worker_that_hangs_is_bypassed_and_replaced(pools, model, tmp_path):
         for number in range(3, 8):
             check(number)
         assert time.monotonic() - begin < 5  # by the other one, long before the time-out
+        assert late
+        assert not any(before.any() for before in late.values())
         deadline = time.monotonic() + 60
         number = 8
         while hung in descendants_named(os.getpid(), "ray::DataWorkerActor"):
@@ -292,6 +310,31 @@ def test_a_worker_that_hangs_is_bypassed_and_replaced(pools, model, tmp_path):
         if hung in descendants_named(os.getpid(), "ray::DataWorkerActor"):
             os.kill(hung, signal.SIGKILL)
     check(number)
+    # The one that took its place was asked the same by Ray, and wrote the same, while nobody waited for it any more.
+    place = min(late)
+    while not memory[place].array.any():
+        assert time.monotonic() < deadline + 30, "nobody is late, so nothing of this was shown"
+        time.sleep(0.1)
+
+
+@pytest.mark.ray
+def test_workers_that_cannot_reach_the_memory_send_images_and_are_not_told_again(pools, model, data_config):
+    manifest = scan_shards(data_config.shards, data_config)
+    pool = pools(manifest, data_config.model_copy(update={"num_workers": 2, "cpus_per_worker": 0}), model)
+    source, told = PoolBlocks(pool.worker_list, 60), []
+    expected = DataWorker(manifest, data_config, model, seed=SEED).block(0, 0)
+    buffer = SharedBuffer(expected.images.shape, expected.images.dtype)
+    assert buffer.address is not None
+    elsewhere = Place(dataclasses.replace(buffer.address, name="on another machine"), 0, 0, data_config.block_size)
+    assert source.shares_memory
+    for lane in (0, 0, 1, 1):
+        handle = source.request(lane, 0, [elsewhere])
+        told.append(handle.is_told_places)
+        block = source.wait(lane, 0, handle)
+        assert len(block.images)
+        assert not block.has_late_writer
+        assert source.shares_memory == (len(told) < 3)
+    assert told == [True, False, True, False]
 
 
 @pytest.mark.ray
