@@ -31,7 +31,7 @@ from benchmarks.common import ROOT, ensure_emoji, report
 from orchestrator.config import RunConfig, load_config
 from tests.bare import OneWorker
 from tests.ranks import run_on_ranks
-from workers.data_worker import DataWorker, build_order
+from workers.data_worker import DataWorker, build_order, image_kind
 from workers.device import open_device
 from workers.feed import Feed
 from workers.shards import scan_shards
@@ -48,6 +48,7 @@ def bare_rank(rank: int, world_size: int, config: RunConfig, num_steps: int) -> 
     feed = Feed(
         build_order(manifest, data, config.run.seed),
         OneWorker(DataWorker(manifest, data, config.model, seed=config.run.seed)),
+        image_kind=image_kind(manifest, config.model),
         global_batch_size=batch_size,
         block_size=data.block_size,
         rank=rank,

@@ -114,14 +114,14 @@ class SigrayStream:
     def __init__(self, paths: list[Path], **fields: Any) -> None:
         import ray
 
-        from workers.data_worker import build_order
+        from workers.data_worker import build_order, image_kind
         from workers.pool import DataPool, listed
         from workers.shards import scan_shards
 
         start_ray()
         self._data = data_config(paths, **fields)
         manifest = scan_shards(self._data.shards, self._data)
-        self._order = build_order(manifest, self._data, SEED)
+        self._order, self._image_kind = build_order(manifest, self._data, SEED), image_kind(manifest, MODEL)
         self._pool = DataPool(manifest, self._data, MODEL, seed=SEED)
         actors = listed(self._pool.worker_list.get.remote())
         self.worker_pids = ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in actors])
@@ -134,6 +134,7 @@ class SigrayStream:
         return Feed(
             self._order,
             PoolBlocks(self._pool.worker_list, self._data.worker_timeout_s),
+            image_kind=self._image_kind,
             global_batch_size=BATCH,
             block_size=self._data.block_size,
             rank=0,

@@ -63,6 +63,23 @@ def build_order(manifest: Manifest, data: DataConfig, seed: int) -> StreamOrder:
     )
 
 
+@dataclass(frozen=True)
+class ImageKind:
+    """What an image is in a block: pixels, or the embedding in its place."""
+
+    shape: tuple[int, ...]  # (S, S, 3); of a store (D,)
+    dtype: np.dtype  # uint8; of a store that of its numbers, uint16 standing for bfloat16
+
+
+def image_kind(manifest: Manifest, model: ModelConfig) -> ImageKind:
+    """What the images of a run's training stream are."""
+    if manifest.store is None:
+        image_size, _, _ = shapes(model)
+        return ImageKind((image_size, image_size, 3), np.dtype(np.uint8))
+    store = StoreFormat(**manifest.store)
+    return ImageKind((store.dim,), np.dtype(store.numpy_dtype))
+
+
 class DataWorker:
     """Evaluates lanes. A plain class; `workers/pool.py` makes Ray actors of it.
 
@@ -87,8 +104,7 @@ class DataWorker:
         self._tokenizer = build_tokenizer(model, self._context_length, vocab_size)
         self._decoder = Decoder(data, image_size)
         self._store = StoreFormat(**manifest.store) if manifest.store is not None else None
-        self._row_shape: tuple[int, ...] = (image_size, image_size, 3) if self._store is None else (self._store.dim,)
-        self._row_dtype = np.dtype(np.uint8 if self._store is None else self._store.numpy_dtype)
+        self._image = image_kind(manifest, model)
         self._embeddings = EmbeddingReader(self._store) if self._store is not None else None
         self._windows = _Windows(manifest, self._order, data)
         self._mappings = Mappings()
@@ -107,14 +123,14 @@ class DataWorker:
             DataError: for a shard that changed or broke, and for a window without a single usable sample.
         """
         blocks = self._blocks.setdefault(lane, OrderedDict())
-        rows = self._mappings.rows(places, self._row_shape, self._row_dtype) if places else None
+        rows = self._mappings.rows(places, self._image.shape, self._image.dtype) if places else None
         block = blocks.get(number)
         if block is None:
             begin = time.perf_counter()
             if rows is not None and len(rows) == self._data.block_size and self._data.shared_blocks == 1:
-                block = self._decode_block(lane, number, np.empty((0, *self._row_shape), self._row_dtype), rows)
+                block = self._decode_block(lane, number, np.empty((0, *self._image.shape), self._image.dtype), rows)
             else:  # ranks may share a block, and runs a stream: decode it once
-                images = np.empty((self._data.block_size, *self._row_shape), self._row_dtype)
+                images = np.empty((self._data.block_size, *self._image.shape), self._image.dtype)
                 block = blocks[number] = self._decode_block(lane, number, images, images)
             block.decode_s = time.perf_counter() - begin
             self.num_decoded += len(block.samples)

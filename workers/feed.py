@@ -7,6 +7,7 @@ DataWorker.
 
 from __future__ import annotations
 
+import functools
 import queue
 import sys
 import threading
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from losses.spans import span
-from workers.data_worker import Block
+from workers.data_worker import Block, ImageKind
 from workers.noise import Noise
 from workers.order import StreamOrder
 from workers.shared_memory import Place, SharedBuffer
@@ -69,17 +70,17 @@ class _Buffers:
     The first touch of a page costs as much as copying it, and page-locked memory costs a system call.
     """
 
-    def __init__(self, pin_memory: bool) -> None:
-        self._pin_memory = pin_memory
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, pin_memory: bool) -> None:
+        self._new = functools.partial(SharedBuffer, shape, dtype, pin_memory)
         self._delivered: list[SharedBuffer] = []
 
-    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> SharedBuffer:
-        """For a batch of this shape, contents undefined."""
+    def take(self) -> SharedBuffer:
+        """For a batch, contents undefined."""
         for place, buffer in enumerate(self._delivered):
             # The buffer itself and the call; a tensor made of the array, or a view of it, would be one more.
-            if buffer.array.shape == shape and sys.getrefcount(buffer.array) == 2:
+            if sys.getrefcount(buffer.array) == 2:
                 return self._delivered.pop(place)
-        return SharedBuffer(shape, dtype, self._pin_memory)
+        return self._new()
 
     def deliver(self, buffer: SharedBuffer) -> np.ndarray:
         """The batch, for somebody who holds it as long as it is needed."""
@@ -102,6 +103,7 @@ class Feed:
     Args:
         order: of the run.
         source: of the blocks.
+        image_kind: of the run's images.
         global_batch_size, block_size, prefetch_batches: as in the config.
         rank, world_size: of this training worker.
         first_step, last_step: the steps [first_step, last_step).
@@ -120,6 +122,7 @@ class Feed:
         order: StreamOrder,
         source: BlockSource,
         *,
+        image_kind: ImageKind,
         global_batch_size: int,
         block_size: int,
         rank: int,
@@ -144,10 +147,9 @@ class Feed:
         num_lanes = order.num_lanes * len(order.datasets)
         self._num_ahead = prefetch_batches + -(-block_size * num_lanes // global_batch_size)
         self._pin_memory = pin_memory
-        self._free = _Buffers(pin_memory)
+        self._free = _Buffers((global_batch_size // world_size, *image_kind.shape), image_kind.dtype, pin_memory)
         self._buffers: dict[int, SharedBuffer] = {}  # of steps that blocks were asked for
         self._parts: dict[int, dict[tuple[int, int], _Piece]] = {}  # of those steps, see `_own`
-        self._rows: tuple[tuple[int, ...], np.dtype] | None = None  # shape and kind of one, once a block has come
         self._noise = noise
         self._num_read = 0
         self._stop = threading.Event()
@@ -234,7 +236,6 @@ class Feed:
                     if not block.has_late_writer:
                         for buffer in buffers:
                             buffer.num_writers -= 1
-                    self._rows = block.images.shape[1:], block.images.dtype
                     self._count(block)
             yield self._assemble(step, blocks)
             for place in [place for place in blocks if self._is_past(*place, step + 1)]:
@@ -246,7 +247,7 @@ class Feed:
 
     def _places(self, block: tuple[int, int], step: int) -> tuple[list[Place], list[SharedBuffer]]:
         """Where the rows of a block belong in this rank's batches from `step` on, and those batches' memory."""
-        if self._rows is None or not self._source.shares_memory:
+        if not self._source.shares_memory:
             return [], []
         wanted: list[tuple[SharedBuffer, _Piece]] = []
         while step in self._steps and not self._is_past(*block, step):
@@ -268,9 +269,7 @@ class Feed:
     def _buffer(self, step: int) -> SharedBuffer:
         """The memory of the batch of a step that is still to come."""
         if step not in self._buffers:
-            assert self._rows is not None
-            shape, dtype = self._rows
-            self._buffers[step] = self._free.take((self._global_batch_size // self._world_size, *shape), dtype)
+            self._buffers[step] = self._free.take()
         return self._buffers[step]
 
     def _assemble(self, step: int, blocks: dict[tuple[int, int], Block]) -> Batch:
@@ -280,7 +279,7 @@ class Feed:
         buffer, own = self._buffer(step), list(self._own(step).values())
         del self._buffers[step], self._parts[step]
         if buffer.num_writers:  # somebody who is late may write there at any time
-            late, buffer = buffer, self._free.take(buffer.array.shape, buffer.array.dtype)
+            late, buffer = buffer, self._free.take()
             buffer.array[...] = late.array
         images = self._free.deliver(buffer)
         for piece in own:

@@ -34,7 +34,7 @@ from workers.config import (
     ShardingConfig,
     TrainConfig,
 )
-from workers.data_worker import build_order
+from workers.data_worker import build_order, image_kind
 from workers.device import Device, check_collectives, open_device
 from workers.feed import Batch, BlockSource, Feed
 from workers.initial import load_initial_weights
@@ -149,6 +149,7 @@ def train_loop_per_worker(job: TrainJob) -> None:
     feed = Feed(
         build_order(job.manifest, job.data, job.seed),
         job.blocks,
+        image_kind=image_kind(job.manifest, job.model),
         global_batch_size=global_batch_size,
         block_size=job.data.block_size,
         rank=rank,

@@ -25,7 +25,7 @@ from tests.workers import test_step
 from tests.workers.test_step import MODEL, NUM_PAIRS, SEED, WITH_DROPOUT, check_gradients, global_batch, part_of
 from workers.checkpoint import CheckpointWriter, load_newest
 from workers.config import CheckpointConfig
-from workers.data_worker import DataWorker, build_order
+from workers.data_worker import DataWorker, build_order, image_kind
 from workers.device import open_device
 from workers.feed import Feed
 from workers.shards import scan_shards
@@ -282,8 +282,9 @@ def test_batches_arrive_whole_while_the_device_is_behind(tmp_path):
     def feed(pin_memory):
         source = OneWorker(DataWorker(manifest, config.data, config.model, seed=0), shares_memory=pin_memory)
         return Feed(
-            order, source, global_batch_size=16, block_size=config.data.block_size, rank=0, world_size=1, first_step=0,
-            last_step=60, prefetch_batches=4, max_bad_fraction=1.0, pin_memory=pin_memory,
+            order, source, image_kind=image_kind(manifest, config.model), global_batch_size=16,
+            block_size=config.data.block_size, rank=0, world_size=1, first_step=0, last_step=60, prefetch_batches=4,
+            max_bad_fraction=1.0, pin_memory=pin_memory,
         )  # fmt: skip
 
     device = open_device(CUDA, 0, "fp32")

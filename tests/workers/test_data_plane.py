@@ -8,7 +8,7 @@ import pytest
 
 from tests.bare import OneWorker
 from tests.conftest import drawn_sample, write_tar
-from workers.data_worker import DataWorker, build_order
+from workers.data_worker import DataWorker, build_order, image_kind
 from workers.decode import Decoder, sample_random
 from workers.feed import Feed
 from workers.order import LaneSlice
@@ -25,6 +25,7 @@ def batches(data, model, *, batch, rank=0, world_size=1, first=0, last=12, worke
     feed = Feed(
         build_order(manifest, data, 5),
         source(worker or DataWorker(manifest, data, model, seed=5), shares_memory=True),
+        image_kind=image_kind(manifest, model),
         global_batch_size=batch,
         block_size=data.block_size,
         rank=rank,

@@ -8,7 +8,7 @@ import torch
 
 from tests.bare import OneWorker
 from workers.config import LabelNoise
-from workers.data_worker import DataWorker, build_order
+from workers.data_worker import DataWorker, build_order, image_kind
 from workers.feed import Batch, Feed
 from workers.noise import Noise, place_hash
 from workers.shards import scan_shards
@@ -97,6 +97,7 @@ def batches(data, model, noise: Noise | None, batch: int, rank: int, world_size:
     feed = Feed(
         build_order(manifest, data, 5),
         OneWorker(DataWorker(manifest, data, model, seed=5), shares_memory=True),
+        image_kind=image_kind(manifest, model),
         global_batch_size=batch,
         block_size=data.block_size,
         rank=rank,

@@ -25,7 +25,7 @@ from tests.bare import OneWorker
 from tests.conftest import TOWERS, drawn_sample, write_dataset, write_tar
 from tests.processes import descendants_named
 from workers.config import DataConfig, ModelConfig
-from workers.data_worker import DataWorker, build_order
+from workers.data_worker import DataWorker, build_order, image_kind
 from workers.feed import BlockSource, Feed
 from workers.ledger import Ledger, audit
 from workers.pool import DataPool, PoolBlocks, in_tasks, placement
@@ -87,6 +87,7 @@ class Group:
         sources: list[BlockSource],
         manifest: Manifest,
         data: DataConfig,
+        model: ModelConfig,
         *,
         folder: str,
         first_step: int,
@@ -103,6 +104,7 @@ class Group:
             Feed(
                 order,
                 source,
+                image_kind=image_kind(manifest, model),
                 global_batch_size=BATCH,
                 block_size=data.block_size,
                 rank=rank,
@@ -145,7 +147,7 @@ def committed(folder: Path) -> dict[str, Any]:
 def undisturbed(manifest: Manifest, data: DataConfig, model: ModelConfig, folder: Path, num_steps: int) -> list[str]:
     """The digests of all global batches, from one worker in this process."""
     source = OneWorker(DataWorker(manifest, data, model, seed=SEED))
-    Group().read([source], manifest, data, folder=str(folder), first_step=0, last_step=num_steps)
+    Group().read([source], manifest, data, model, folder=str(folder), first_step=0, last_step=num_steps)
     return committed(folder)["digests"]
 
 
@@ -198,6 +200,7 @@ def test_ledger_of_a_stream_in_which_everything_dies(ray_session, pools, model, 
             [PoolBlocks(pool.worker_list, data.worker_timeout_s) for _ in range(world_size)],
             manifest,
             data,
+            model,
             folder=str(folder),
             first_step=first_step,
             last_step=num_steps,

@@ -17,7 +17,7 @@ from orchestrator.embed import check_store
 from tests.bare import OneWorker, train_bare
 from tests.conftest import TOWERS, drawn_sample, encode_image, write_tar
 from workers.config import DataConfig, EmbeddingsConfig, EvalConfig, EvalSet, ModelConfig
-from workers.data_worker import DataWorker, build_order
+from workers.data_worker import DataWorker, build_order, image_kind
 from workers.decode import Decoder, Refused
 from workers.embed import Embedder, _view_random
 from workers.evaluate import evaluate_checkpoint
@@ -108,6 +108,7 @@ def batches(manifest: Manifest, data: DataConfig, model: ModelConfig, first: int
         Feed(
             build_order(manifest, data, 5),
             OneWorker(DataWorker(manifest, data, model, seed=5)),
+            image_kind=image_kind(manifest, model),
             global_batch_size=12,
             block_size=4,
             rank=0,

@@ -15,7 +15,7 @@ from tests.conftest import write_tar
 from tests.faultproxy import FaultProxy, drawn
 from tests.s3 import BUCKET, s3_server
 from workers.config import DataConfig, ModelConfig, S3Config
-from workers.data_worker import DataWorker, build_order
+from workers.data_worker import DataWorker, build_order, image_kind
 from workers.feed import Batch, Feed
 from workers.ledger import Ledger, audit
 from workers.s3 import S3Stream, client
@@ -67,6 +67,7 @@ def read(manifest: Manifest, data: DataConfig, model: ModelConfig, folder: Path,
     feed = Feed(
         build_order(manifest, data, SEED),
         OneWorker(DataWorker(manifest, data, model, seed=SEED)),
+        image_kind=image_kind(manifest, model),
         global_batch_size=BATCH,
         block_size=data.block_size,
         rank=0,
