@@ -24,7 +24,7 @@ import numpy as np
 
 from workers.config import DataConfig, ModelConfig
 from workers.decode import Decoder, Refused, SampleRandom, sample_random
-from workers.order import DatasetOrder, SampleRef, StreamOrder, Window
+from workers.order import DatasetOrder, LaneSlice, SampleRef, StreamOrder, Window
 from workers.shapes import shapes
 from workers.shards import Manifest, caption_member, read_samples
 from workers.shared_memory import Mappings, Place
@@ -154,20 +154,17 @@ class DataWorker:
         block = Block(
             images=images,
             tokens=np.empty((size, self._context_length), np.int32),
-            samples=np.empty((size, 3), np.int64),
+            samples=self._order.places(LaneSlice(lane, number * size, (number + 1) * size)),
             keys=[],
             replaced=np.zeros(size, bool),
         )
         captions = []
-        for row in range(size):
-            index = number * size + row
-            window, slot = self._order.window(lane, index)
-            ref = self._order.dataset_of(lane).locate(window.epoch, window.start + int(window.permutation[slot]))
-            block.samples[row] = ref.epoch, ref.shard, ref.index
+        for row, place in enumerate(block.samples.tolist()):
+            index, ref = number * size + row, SampleRef(*place)
             sample = self._cache.sample(ref)
             if sample is None:
-                samples = self._windows.get(lane, index)
-                sample = samples[window.permutation[slot]]
+                samples, slot = self._windows.get(lane, index)
+                sample = samples[slot]
             try:
                 captions.append(self._decode(sample, ref, rows[row]))
             except Refused as reason:
@@ -203,11 +200,10 @@ class DataWorker:
             out[:] = self._embeddings.read(sample.members, view)
 
     def _replacement(self, lane: int, index: int, ref: SampleRef, out: np.ndarray) -> tuple[TarSample, str]:
-        window, slot = self._order.window(lane, index)
-        samples = self._windows.get(lane, index)
-        length = len(window.permutation)
+        samples, slot = self._windows.get(lane, index)
+        length = len(samples)
         for step in range(length):
-            sample = samples[window.permutation[(slot + length // 2 + step) % length]]
+            sample = samples[(slot + length // 2 + step) % length]
             try:
                 if sample.has_duplicates:
                     continue
@@ -218,8 +214,8 @@ class DataWorker:
                 continue
             return sample, caption
         raise DataError(
-            f"none of {length} neighbouring samples is usable, from {self._manifest.shards[ref.shard].url} key "
-            f"{samples[0].key} on: run without these shards, or check data.image_keys and data.captions"
+            f"none of {length} neighbouring samples is usable, among them {self._manifest.shards[ref.shard].url} key "
+            f"{samples[slot].key}: run without these shards, or check data.image_keys and data.captions"
         )
 
 
@@ -237,8 +233,8 @@ class _Windows:
         is_remote = any(shard.url.startswith("s3://") for shard in manifest.shards)
         self._turns = threading.Semaphore(_NUM_READERS) if is_remote else None
 
-    def get(self, lane: int, index: int) -> list[TarSample]:
-        """The window around a lane's sample number `index`, in the order of the epoch's line."""
+    def get(self, lane: int, index: int) -> tuple[list[TarSample], int]:
+        """The window around a lane's sample number `index`, in the lane's order, and that sample's slot in it."""
         window, slot = self._order.window(lane, index)
         place = window.epoch, window.start
         loaded = self._loaded.setdefault(lane, {})
@@ -252,7 +248,7 @@ class _Windows:
                 following, _ = self._order.window(lane, index - slot + len(window.permutation))
                 place_ahead = following.epoch, following.start
                 self._ahead[lane] = place_ahead, self._read_ahead(lane, following, self._turns)
-        return loaded[place]
+        return loaded[place], slot
 
     def _read_ahead(self, lane: int, window: Window, turns: threading.Semaphore) -> Future[list[TarSample]]:
         """In a thread that the end of the process does not wait for, as it would for an executor's."""
@@ -276,7 +272,8 @@ class _Windows:
             dataset = self._order.dataset_of(lane)
             reader = _LineReader(self._manifest, dataset, self._data, window.epoch, window.start)
             self._readers[lane] = reader
-        return reader.take(len(window.permutation))
+        samples = reader.take(len(window.permutation))
+        return [samples[number] for number in window.permutation.tolist()]
 
 
 class _Cache:
@@ -297,6 +294,8 @@ class _Cache:
         return known[0] if known else None
 
     def put(self, ref: SampleRef, sample: TarSample, image: np.ndarray) -> None:
+        if image.nbytes > self._free_bytes:
+            return
         small = {ending: bytes(content) for ending, content in sample.members.items() if ending in self._endings}
         num_bytes = image.nbytes + sum(map(len, small.values())) + 1024  # 1024: the objects around them, about
         if num_bytes <= self._free_bytes:

@@ -111,6 +111,14 @@ class DatasetOrder:
         before = int(ends[number - 1]) if number else 0
         return SampleRef(epoch, self.first_shard + int(shards[number]), line_position - before)
 
+    def locate_all(self, epoch: int, line_positions: np.ndarray) -> np.ndarray:
+        """As `locate`, for (n,) positions: (n, 3) int64 of epoch, shard, index."""
+        shards, ends = self._line(epoch)
+        numbers = np.searchsorted(ends, line_positions, side="right")
+        before = ends[numbers] - self.shard_sizes[shards[numbers]]
+        columns = np.full(len(numbers), epoch), self.first_shard + shards[numbers], line_positions - before
+        return np.stack(columns, axis=1).astype(np.int64, copy=False)
+
     def _line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Shards in the order of this epoch, and where each ends on the line."""
         line = self._lines.get(epoch)
@@ -229,6 +237,16 @@ class StreamOrder:
         for index in range(piece.start, piece.stop):
             window, slot = self.window(piece.lane, index)
             yield dataset.locate(window.epoch, window.start + int(window.permutation[slot]))
+
+    def places(self, piece: LaneSlice) -> np.ndarray:
+        """As `samples`, all at once: (stop - start, 3) int64 of epoch, shard, index."""
+        dataset, parts, index = self.dataset_of(piece.lane), [], piece.start
+        while index < piece.stop:
+            window, slot = self.window(piece.lane, index)
+            positions = window.start + window.permutation[slot : slot + piece.stop - index]
+            parts.append(dataset.locate_all(window.epoch, positions))
+            index += len(positions)
+        return np.concatenate(parts) if parts else np.empty((0, 3), np.int64)
 
     def num_of_dataset(self, dataset: int, num_samples: int) -> int:
         """How many of the run's first `num_samples` samples come from a dataset."""

@@ -160,7 +160,7 @@ def test_too_many_bad_samples_stop_the_run_with_the_reasons(tmp_path, data_confi
 def test_window_without_any_usable_sample(tmp_path, data_config, model_config):
     bad = {number: {"png": b"no image"} for number in range(60)}
     data = data_config.model_copy(update={"shards": str(folder_with_bad_samples(tmp_path, bad))})
-    with pytest.raises(DataError, match="neighbouring samples is usable, from .*a.tar key sample"):
+    with pytest.raises(DataError, match="neighbouring samples is usable, among them .*a.tar key sample"):
         batches(data, model_config, batch=12)
 
 

@@ -2,11 +2,12 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from workers.order import LaneSlice, StreamOrder
+from workers.order import LaneSlice, SampleRef, StreamOrder
 
 orders = st.builds(
     lambda sizes, **settings_of_order: StreamOrder([sizes], **settings_of_order),
@@ -101,6 +102,16 @@ mixes = st.builds(
     num_lanes=st.integers(1, 5),
     shuffle_window=st.integers(1, 20),
 )
+
+
+@settings(max_examples=100, deadline=None)
+@given(order=st.one_of(orders, mixes), lane=st.integers(0, 19), start=st.integers(0, 100), length=st.integers(0, 150))
+def test_places_are_those_of_the_samples_one_by_one(order, lane, start, length):
+    assume(order.num_samples)
+    piece = LaneSlice(lane % (order.num_lanes * len(order.datasets)), start, start + length)
+    places = order.places(piece)
+    assert (places.dtype, places.shape) == (np.int64, (length, 3))
+    assert [SampleRef(*place) for place in places.tolist()] == list(order.samples(piece))
 
 
 @settings(max_examples=60, deadline=None)

@@ -125,7 +125,7 @@ def test_a_resume_reads_no_more_than_a_window_per_lane(
             for lane in range(3):
                 index = order.next_index(lane, step, BATCH)
                 window, _ = order.window(lane, index)
-                assert len(worker._windows.get(lane, index)) == len(window.permutation) <= 30
+                assert len(worker._windows.get(lane, index)[0]) == len(window.permutation) <= 30
             for _, ahead in worker._windows._ahead.values():
                 ahead.result()
             # Per lane: two windows in two shards each at most, each with a mark's distance and three parts in flight.
