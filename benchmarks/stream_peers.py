@@ -236,9 +236,9 @@ def in_turns(paths: list[Path], num_turns: int, seconds: float) -> list[dict[str
     contestants = (("sigray", of_ray, stream, FILL_S), ("floor", bare.pids, batches, 0))
     turns = []
     try:
-        for _ in range(num_turns):
+        for number in range(num_turns):
             found = {}
-            for name, pids, iterator, fill_s in contestants:
+            for name, pids, iterator, fill_s in contestants[:: -1 if number % 2 else 1]:  # another one begins each time
                 signal_all(pids, signal.SIGCONT)
                 consume(iterator, WAKE_UP_BATCHES)
                 found[name] = rate(iterator, seconds)
@@ -508,7 +508,7 @@ def main() -> None:
     parser.add_argument("name", choices=[*CONTESTANTS, "shared", "in_turns"])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=20)
-    parser.add_argument("--turns", type=int, default=12, help="of `in_turns`")
+    parser.add_argument("--turns", type=int, default=20, help="of `in_turns`")
     parser.add_argument("--readers", type=int, default=1, help="of `shared`")
     parser.add_argument("--epochs", type=int, default=0, help="measure memory instead, over as many times all samples")
     options = parser.parse_args()

@@ -110,7 +110,7 @@ class DataConfig(Section):
     max_image_pixels: PositiveInt = 89_478_485
     """Images with more pixels are refused before they are decoded (Pillow's limit against decompression bombs)."""
     block_size: PositiveInt = 128
-    """Decoded samples that travel together through the object store; 19 MB at 224 px."""
+    """Samples of a lane that a data-shard worker is asked for together; 19 MB at 224 px."""
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
     """Data-shard workers: Ray actors that read, decode and tokenize. [least, most]: as many as the trainers need."""
     cpus_per_worker: Annotated[float, Field(ge=0)] = 1

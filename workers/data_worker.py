@@ -38,7 +38,7 @@ _NUM_READERS = 2
 
 @dataclass
 class Block:
-    """K consecutive samples of a lane, as they travel through the object store."""
+    """K consecutive samples of a lane: what a data-shard worker answers."""
 
     images: np.ndarray  # (K, S, S, 3) uint8; of a store (K, D), uint16 standing for bfloat16; no rows: in their places
     tokens: np.ndarray  # (K, T) int32
