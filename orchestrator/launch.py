@@ -61,9 +61,10 @@ _LEFT_S = 3.0  # for which the processes of a Ray that was shut down may take to
 _HOLD_S = 60.0  # for which training workers wait at a rung; then they leave their places to others
 _EVALUATION_TRIES = 3  # of a rung, which a trial cannot do without
 # For a Ray that this run starts itself. Every process of Ray costs about 1 % of a core by being there, and on a small
-# machine those are the trainers' cores: nobody scrapes its metrics, reads its task events, sends it preemptions or waits
-# for its log files, which are looked for twice a second and not ten times. What was read is given back ten times a second
-# and not once: the memory that the store goes round in, and each process has to touch page by page, is that much smaller.
+# machine those are the trainers' cores: nobody scrapes its metrics, reads its task events, sends it preemptions or
+# waits for its log files, which are looked for twice a second and not ten times. What was read from the store is given
+# back ten times a second and not once: the memory that it goes round in, and that each process has to touch page by
+# page, is that much less.
 LEAN_RAY = {
     "RAY_enable_metrics_collection": "0",
     "RAY_task_events_report_interval_ms": "0",
