@@ -147,6 +147,7 @@ class Feed:
         num_lanes = order.num_lanes * len(order.datasets)
         self._num_ahead = prefetch_batches + -(-block_size * num_lanes // global_batch_size)
         self._pin_memory = pin_memory
+        self._cuda_device = torch.cuda.current_device() if pin_memory else None
         self._free = _Buffers((global_batch_size // world_size, *image_kind.shape), image_kind.dtype, pin_memory)
         self._buffers: dict[int, SharedBuffer] = {}  # of steps that blocks were asked for
         self._parts: dict[int, dict[tuple[int, int], _Piece]] = {}  # of those steps, see `_own`
@@ -180,6 +181,9 @@ class Feed:
 
     def _produce(self) -> None:
         try:
+            # Locking memory opens this thread's device, which is the machine's first, another rank's, unless told.
+            if self._cuda_device is not None:
+                torch.cuda.set_device(self._cuda_device)
             for batch in self._batches():
                 if not self._put(batch):
                     return

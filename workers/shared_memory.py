@@ -97,7 +97,7 @@ class SharedBuffer:
 
 
 def _lock(memory: mmap.mmap) -> bool:
-    """Page-lock memory for as long as it lives, as torch's distributed checkpoints do; returns whether it worked."""
+    """Page-lock memory for as long as it lives, as torch's own `_pin_memory_utils` does; returns whether it worked."""
     import torch
 
     runtime, whole = torch.cuda.cudart(), np.frombuffer(memory, np.uint8)
