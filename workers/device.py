@@ -10,8 +10,11 @@ would join here and there.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import mmap
 import os
 import resource
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +29,7 @@ from losses.spans import span
 from workers.config import Accelerator, LossConfig, Precision
 from workers.towers import tower_blocks
 
+_PORTABLE = 1  # cudaHostRegisterPortable
 _COPIES_AHEAD = 3  # the device must not run out of work while the host asks for the many small kernels of a text tower
 
 
@@ -83,6 +87,18 @@ class Device:
 
     def split_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Have an optimizer's state lie where its weights do, once it is made; FSDP2's does by itself."""
+
+    def page_lock(self, memory: mmap.mmap) -> bool:
+        """Page-lock memory for as long as it lives; returns whether CUDA did it. Only where `pins_memory`.
+
+        As torch's own `_pin_memory_utils`, for a thread that has not chosen a device yet.
+        """
+        runtime, pointer = torch.cuda.cudart(), ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        with torch.cuda.device(self.torch_device):
+            if int(runtime.cudaHostRegister(pointer, len(memory), _PORTABLE)):
+                return False
+        weakref.finalize(memory, runtime.cudaHostUnregister, pointer).atexit = False
+        return True
 
     def to_device(self, *tensors: Tensor) -> list[Tensor]:
         """Copies that overlap with what is computed where the source is pinned; it is held until its copy is done.

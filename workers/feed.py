@@ -24,7 +24,7 @@ from losses.spans import span
 from workers.data_worker import Block, ImageKind
 from workers.noise import Noise
 from workers.order import StreamOrder
-from workers.shared_memory import Place, SharedBuffer
+from workers.shared_memory import PageLock, Place, SharedBuffer
 from workers.tar import DataError
 
 
@@ -70,8 +70,8 @@ class _Buffers:
     The first touch of a page costs as much as copying it, and page-locked memory costs a system call.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, pin_memory: bool) -> None:
-        self._new = functools.partial(SharedBuffer, shape, dtype, pin_memory)
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, page_lock: PageLock | None) -> None:
+        self._new = functools.partial(SharedBuffer, shape, dtype, page_lock)
         self._delivered: list[SharedBuffer] = []
 
     def take(self) -> SharedBuffer:
@@ -108,7 +108,7 @@ class Feed:
         rank, world_size: of this training worker.
         first_step, last_step: the steps [first_step, last_step).
         max_bad_fraction: refused samples per sample read above which `DataError` is raised.
-        pin_memory: batches in page-locked memory (CUDA).
+        page_lock: of the device, where it copies from page-locked memory, see `SharedBuffer`.
         noise: of the labels, where the run asks for it.
 
     Attributes:
@@ -131,7 +131,7 @@ class Feed:
         last_step: int,
         prefetch_batches: int,
         max_bad_fraction: float,
-        pin_memory: bool = False,
+        page_lock: PageLock | None = None,
         noise: Noise | None = None,
     ) -> None:
         self.wait_s = self.decode_s = 0.0
@@ -146,9 +146,8 @@ class Feed:
         # next block, or the data-shard workers have nothing to do between one round of blocks and the next.
         num_lanes = order.num_lanes * len(order.datasets)
         self._num_ahead = prefetch_batches + -(-block_size * num_lanes // global_batch_size)
-        self._pin_memory = pin_memory
-        self._cuda_device = torch.cuda.current_device() if pin_memory else None
-        self._free = _Buffers((global_batch_size // world_size, *image_kind.shape), image_kind.dtype, pin_memory)
+        self._pins_memory = page_lock is not None
+        self._free = _Buffers((global_batch_size // world_size, *image_kind.shape), image_kind.dtype, page_lock)
         self._buffers: dict[int, SharedBuffer] = {}  # of steps that blocks were asked for
         self._parts: dict[int, dict[tuple[int, int], _Piece]] = {}  # of those steps, see `_own`
         self._noise = noise
@@ -181,9 +180,6 @@ class Feed:
 
     def _produce(self) -> None:
         try:
-            # Locking memory opens this thread's device, which is the machine's first, another rank's, unless told.
-            if self._cuda_device is not None:
-                torch.cuda.set_device(self._cuda_device)
             for batch in self._batches():
                 if not self._put(batch):
                     return
@@ -301,7 +297,7 @@ class Feed:
         return Batch(
             step,
             as_tensor(images),
-            captions.pin_memory() if self._pin_memory else captions,
+            captions.pin_memory() if self._pins_memory else captions,
             samples=samples,
             keys=[key for piece in own for key in blocks[piece.block].keys[piece.first : piece.last]],
             replaced=cut("replaced", own),

@@ -13,12 +13,12 @@ import mmap
 import os
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-_PORTABLE = 1  # cudaHostRegisterPortable
+PageLock = Callable[[mmap.mmap], bool]
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,16 @@ class SharedBuffer:
 
     Args:
         shape, dtype: of its rows together.
-        pin_memory: page-locked for CUDA.
+        page_lock: locks memory for a device as long as it lives, and says whether it could; None: not wanted.
 
     Attributes:
         array: the batch; contents undefined at first.
-        address: None where the memory is this process's own: the system has no other, or CUDA does not lock it.
+        address: None where the memory is this process's own: the system has no other, or it could not be locked.
         num_writers: answers that are due from whoever was told to write here. While there are any, the contents may
             change.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, pin_memory: bool = False) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, page_lock: PageLock | None = None) -> None:
         self.num_writers = 0
         self.address: Address | None = None
         num_bytes = int(np.prod(shape)) * dtype.itemsize
@@ -88,26 +88,16 @@ class SharedBuffer:
             weakref.finalize(self, os.close, descriptor)
             os.ftruncate(descriptor, num_bytes)
             memory = mmap.mmap(descriptor, num_bytes)
-            if not pin_memory or _lock(memory):
+            if page_lock is None or page_lock(memory):
                 whole = np.frombuffer(memory, np.uint8)
                 self.address = Address(os.getpid(), descriptor, name, num_bytes)
         if whole is None:
-            whole = _pinned(num_bytes) if pin_memory else np.empty(num_bytes, np.uint8)
+            whole = np.empty(num_bytes, np.uint8) if page_lock is None else _pinned(num_bytes)
         self.array = whole.view(dtype).reshape(shape)
 
 
-def _lock(memory: mmap.mmap) -> bool:
-    """Page-lock memory for as long as it lives, as torch's own `_pin_memory_utils` does; returns whether it worked."""
-    import torch
-
-    runtime, whole = torch.cuda.cudart(), np.frombuffer(memory, np.uint8)
-    if int(runtime.cudaHostRegister(whole.ctypes.data, whole.nbytes, _PORTABLE)):
-        return False
-    weakref.finalize(memory, runtime.cudaHostUnregister, whole.ctypes.data).atexit = False
-    return True
-
-
 def _pinned(num_bytes: int) -> np.ndarray:
+    """Page-locked memory of torch's own."""
     import torch
 
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()

@@ -158,7 +158,7 @@ def train_loop_per_worker(job: TrainJob) -> None:
         last_step=num_steps,
         prefetch_batches=job.data.prefetch_batches,
         max_bad_fraction=job.data.max_bad_fraction,
-        pin_memory=device.pins_memory,
+        page_lock=device.page_lock if device.pins_memory else None,
         noise=Noise(job.train.label_noise, job.seed, shapes(job.model)[2]) if job.train.label_noise else None,
     )
     saver = _Saver(job, storage, trainer, rank, world_size, first_step)

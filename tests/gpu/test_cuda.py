@@ -279,17 +279,18 @@ def test_batches_arrive_whole_while_the_device_is_behind(tmp_path):
     manifest = scan_shards(config.data.shards, config.data)
     order = build_order(manifest, config.data, 0)
 
-    def feed(pin_memory):
-        source = OneWorker(DataWorker(manifest, config.data, config.model, seed=0), shares_memory=pin_memory)
+    def feed(page_lock):
+        worker = DataWorker(manifest, config.data, config.model, seed=0)
+        source = OneWorker(worker, shares_memory=page_lock is not None)
         return Feed(
             order, source, image_kind=image_kind(manifest, config.model), global_batch_size=16,
             block_size=config.data.block_size, rank=0, world_size=1, first_step=0, last_step=60, prefetch_batches=4,
-            max_bad_fraction=1.0, pin_memory=pin_memory,
+            max_bad_fraction=1.0, page_lock=page_lock,
         )  # fmt: skip
 
     device = open_device(CUDA, 0, "fp32")
     busy, sums, pinned = torch.randn(4096, 4096, device=CUDA), [], []
-    for batch in feed(device.pins_memory):
+    for batch in feed(device.page_lock):
         busy = busy @ busy / 64  # the device falls behind the host
         pinned.append(batch.images.is_pinned() and batch.tokens.is_pinned())
         images, tokens = device.to_device(batch.images, batch.tokens)
@@ -298,7 +299,7 @@ def test_batches_arrive_whole_while_the_device_is_behind(tmp_path):
         del batch, images, tokens
     assert all(pinned)
     weights = weights.cpu()
-    for batch, (image_sums, token_sums) in zip(feed(False), sums, strict=True):
+    for batch, (image_sums, token_sums) in zip(feed(None), sums, strict=True):
         assert torch.equal(batch.images.flatten(1).double() @ weights, image_sums.cpu())
         assert torch.equal(batch.tokens.double().sum(dim=1), token_sums.cpu())
 

@@ -1,13 +1,16 @@
 """Batches whose images are written where they belong, by whom they were asked of: the same batches as by value."""
 
+import contextlib
 import dataclasses
 import os
 import random
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +19,7 @@ from tests.workers.test_data_plane import batches, manifest_of
 from workers import feed, shared_memory
 from workers.config import LabelNoise
 from workers.data_worker import DataWorker, build_order, image_kind
+from workers.device import Device
 from workers.feed import Feed
 from workers.noise import Noise
 from workers.shared_memory import Address, Mappings, Place, SharedBuffer
@@ -232,13 +236,44 @@ def test_memory_is_used_again_and_not_where_somebody_is_late(data_config, model_
     assert usual < len(made)
 
 
-def test_a_page_lock_that_cuda_refuses_leaves_torchs_own(monkeypatch):
+def test_where_memory_cannot_be_locked_it_is_torchs_own(monkeypatch):
     """On hardware: tests/gpu/test_cuda.py."""
-    asked = []
-    monkeypatch.setattr(shared_memory, "_lock", lambda memory: asked.append(len(memory)))
     monkeypatch.setattr(shared_memory, "_pinned", lambda num_bytes: np.zeros(num_bytes, np.uint8))
-    buffer = SharedBuffer((3, 4), np.dtype(np.uint8), pin_memory=True)
-    assert (asked, buffer.address, buffer.array.shape) == ([12], None, (3, 4))
+    asked = []
+
+    def page_lock(memory):
+        asked.append(len(memory))
+        return len(asked) > 1
+
+    for has_address in (False, True):
+        buffer = SharedBuffer((3, 4), np.dtype(np.uint8), page_lock)
+        assert (buffer.address is not None, buffer.array.shape) == (has_address, (3, 4))
+    assert asked == [12, 12]
+
+
+def test_memory_is_locked_as_long_as_a_batch_is_held(monkeypatch):
+    """What CUDA is asked, without one. On hardware: tests/gpu/test_cuda.py."""
+    asked, answers = [], [0, 2]
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda *arguments: asked.append(arguments) or answers.pop(0),
+        cudaHostUnregister=lambda *arguments: asked.append(arguments),
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(shared_memory, "_pinned", lambda num_bytes: np.zeros(num_bytes, np.uint8))
+    device = Device(torch.device("cuda", 1), "fp32")
+    buffer = SharedBuffer((3, 4), np.dtype(np.uint8), device.page_lock)
+    pointer, batch = buffer.array.ctypes.data, torch.from_numpy(buffer.array)[1:]
+    assert buffer.address is not None
+    assert asked == [(pointer, 12, 1)]
+    del buffer
+    assert len(asked) == 1
+    del batch
+    assert asked[1:] == [(pointer,)]
+    refused = SharedBuffer((3, 4), np.dtype(np.uint8), device.page_lock)
+    assert refused.address is None
+    del refused
+    assert len(asked) == 3  # nothing is unlocked that was not locked
 
 
 def test_a_block_wanted_whole_is_decoded_where_it_belongs_and_a_part_of_one_for_others_too(data_config, model_config):
