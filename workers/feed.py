@@ -151,6 +151,7 @@ class Feed:
         self._buffers: dict[int, SharedBuffer] = {}  # of steps that blocks were asked for
         self._parts: dict[int, dict[tuple[int, int], _Piece]] = {}  # of those steps, see `_own`
         self._noise = noise
+        self._takes_all = noise is not None and noise.moves_captions
         self._num_read = 0
         self._stop = threading.Event()
         self._ready: queue.Queue[Batch | Exception | None] = queue.Queue(maxsize=2)
@@ -214,7 +215,7 @@ class Feed:
 
     def _needed(self, step: int) -> Iterable[_Piece]:
         """The pieces of this rank's part; of the whole batch where captions come from anywhere in it."""
-        if self._noise is not None and self._noise.moves_captions:
+        if self._takes_all:
             return self._pieces(step, 0, 1)
         return self._own(step).values()
 
@@ -247,7 +248,8 @@ class Feed:
 
     def _places(self, block: tuple[int, int], step: int) -> tuple[list[Place], list[SharedBuffer]]:
         """Where the rows of a block belong in this rank's batches from `step` on, and those batches' memory."""
-        if not self._source.shares_memory:
+        # What all ranks ask for is decoded once, for all of them.
+        if not self._source.shares_memory or (self._takes_all and self._world_size > 1):
             return [], []
         wanted: list[tuple[SharedBuffer, _Piece]] = []
         while step in self._steps and not self._is_past(*block, step):
@@ -288,7 +290,7 @@ class Feed:
                 images[piece.row : piece.row + len(rows)] = rows
         tokens, samples = cut("tokens", own), cut("samples", own)
         if self._noise is not None:
-            if self._noise.moves_captions:
+            if self._takes_all:
                 whole = self._pieces(step, 0, 1)
                 rows = self._noise.caption_rows(cut("samples", whole))
                 tokens = cut("tokens", whole)[rows[self._rank * len(images) : (self._rank + 1) * len(images)]]

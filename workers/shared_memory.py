@@ -9,6 +9,7 @@ What is found is certain to be the buffer meant: its name is drawn at random.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import uuid
@@ -81,10 +82,10 @@ class SharedBuffer:
         self.num_writers = 0
         self.address: Address | None = None
         num_bytes = int(np.prod(shape)) * dtype.itemsize
-        whole = None
-        if hasattr(os, "memfd_create"):
-            name = f"sigray-{uuid.uuid4().hex}"
+        whole, descriptor, name = None, None, f"sigray-{uuid.uuid4().hex}"
+        with contextlib.suppress(AttributeError, OSError):  # no Linux; a sandbox that forbids it
             descriptor = os.memfd_create(name)
+        if descriptor is not None:
             weakref.finalize(self, os.close, descriptor)
             os.ftruncate(descriptor, num_bytes)
             memory = mmap.mmap(descriptor, num_bytes)
