@@ -40,7 +40,7 @@ FITS = 0.95
 DECODE_S = 740e-6
 """CPU seconds per sample of a data-shard worker: photographs of 256 to 512 px to 224, with tar, tokens and hand-over,
 on a core of an AMD EPYC, when torch still resized (benchmarks/results/2026-11-25-stream.json). A hardware thread whose
-core is shared with somebody took 1,391 us (2026-11-27-stream.json)."""
+core is shared with somebody took 1,226 us (2026-11-27-stream.json)."""
 _CPU_FRAMEWORK = 0.95 * GIB  # resident set of a training worker after its imports, measured (torch's CUDA build)
 _CPU_UTILISATION = 0.5  # of the speed of a large product, see docs/plan.md
 _CPU_RING_BYTES_PER_S = 1.0 * GB  # gloo over loopback; between hosts: 10 Gbit/s Ethernet

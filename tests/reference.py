@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from losses import sigmoid_loss_plain
 from workers.config import ModelConfig
+from workers.order import LaneSlice, SampleRef, StreamOrder
 from workers.towers import build_model, normalize_pixels
 
 
@@ -43,3 +46,11 @@ def step_gradients(
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
     return float(loss.detach()), gradients, module
+
+
+def samples_of(order: StreamOrder, piece: LaneSlice) -> Iterator[SampleRef]:
+    """The samples of a lane slice, one by one: `StreamOrder.places`."""
+    dataset = order.dataset_of(piece.lane)
+    for index in range(piece.start, piece.stop):
+        window, slot = order.window(piece.lane, index)
+        yield dataset.locate(window.epoch, window.start + int(window.permutation[slot]))

@@ -19,7 +19,7 @@ Nothing here depends on how many workers train or decode. The tests check the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -231,15 +231,8 @@ class StreamOrder:
         """The window that holds the lane's sample number `index`, and that sample's slot in it."""
         return self.dataset_of(lane).window(lane % self.num_lanes, index)
 
-    def samples(self, piece: LaneSlice) -> Iterator[SampleRef]:
-        """The samples of a lane slice, one by one."""
-        dataset = self.dataset_of(piece.lane)
-        for index in range(piece.start, piece.stop):
-            window, slot = self.window(piece.lane, index)
-            yield dataset.locate(window.epoch, window.start + int(window.permutation[slot]))
-
     def places(self, piece: LaneSlice) -> np.ndarray:
-        """As `samples`, all at once: (stop - start, 3) int64 of epoch, shard, index."""
+        """The samples of a lane slice: (stop - start, 3) int64 of epoch, shard, index."""
         dataset, parts, index = self.dataset_of(piece.lane), [], piece.start
         while index < piece.stop:
             window, slot = self.window(piece.lane, index)

@@ -18,6 +18,7 @@ from orchestrator.config import RunConfig, parse_config
 from orchestrator.folder import RunFolder
 from orchestrator.inspect import audit_run
 from tests.conftest import TOWERS, drawn_sample, write_dataset, write_tar
+from tests.reference import samples_of
 from workers.config import ModelConfig
 from workers.data_worker import build_order
 from workers.feed import Batch
@@ -61,7 +62,7 @@ def write_ledger(config: RunConfig, num_steps: int, change=lambda batch: batch) 
         ledger = Ledger(folder.storage, rank, 0, warn=print)
         for step in range(num_steps):
             part = order.rank_part(step, BATCH, rank, WORLD_SIZE)
-            refs = [ref for piece in part for ref in order.samples(piece)]
+            refs = [ref for piece in part for ref in samples_of(order, piece)]
             batch = Batch(
                 step,
                 torch.empty(0),

@@ -8,6 +8,7 @@ import pytest
 
 from tests.bare import OneWorker
 from tests.conftest import drawn_sample, write_tar
+from tests.reference import samples_of
 from workers.data_worker import DataWorker, build_order, image_kind
 from workers.decode import Decoder, sample_random
 from workers.feed import Feed
@@ -47,7 +48,7 @@ def test_block_holds_the_samples_of_the_order(data_config, model_config):
     for lane, number in [(0, 0), (2, 3), (1, 9), (0, 1), (0, 13), (2, 2)]:  # any order of questions
         block = worker.block(lane, number)
         piece = LaneSlice(lane, number * 4, number * 4 + 4)
-        for row, ref in enumerate(order.samples(piece)):
+        for row, ref in enumerate(samples_of(order, piece)):
             expected, sample = np.empty((16, 16, 3), np.uint8), samples[ref.shard][ref.index]
             decoder.decode_image(sample.members, expected, sample_random(5, ref.epoch, ref.shard, ref.index))
             np.testing.assert_array_equal(block.images[row], expected)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from tests.reference import samples_of
 from workers.order import LaneSlice, SampleRef, StreamOrder
 
 orders = st.builds(
@@ -20,7 +21,7 @@ orders = st.builds(
 
 def sample_at(order, position):
     lane, index = position % order.num_lanes, position // order.num_lanes
-    (ref,) = order.samples(LaneSlice(lane, index, index + 1))
+    (ref,) = samples_of(order, LaneSlice(lane, index, index + 1))
     return ref
 
 
@@ -39,12 +40,12 @@ def test_every_sample_once_per_epoch(order):
 @given(order=orders, batch=st.sampled_from([12, 24]), step=st.integers(0, 20))
 def test_ranks_cut_the_same_global_batch(order, batch, step):
     assume(order.num_samples)
-    whole = [ref for piece in order.batch(step, batch) for ref in order.samples(piece)]
+    whole = [ref for piece in order.batch(step, batch) for ref in samples_of(order, piece)]
     positions = [sample_at(order, position) for position in range(step * batch, (step + 1) * batch)]
     assert Counter(whole) == Counter(positions)
     for world_size in (1, 2, 3, 4, 6):
         parts = [order.rank_part(step, batch, rank, world_size) for rank in range(world_size)]
-        refs = [[ref for piece in part for ref in order.samples(piece)] for part in parts]
+        refs = [[ref for piece in part for ref in samples_of(order, piece)] for part in parts]
         assert {len(part) for part in refs} == {batch // world_size}
         assert [ref for part in refs for ref in part] == whole
 
@@ -60,8 +61,8 @@ def test_lane_asked_out_of_turn_gives_the_same_answer():
 def test_seed_and_epoch_change_the_order():
     sizes = [[50, 50]]
     first, other_seed = (StreamOrder(sizes, seed=seed, num_lanes=1, shuffle_window=100) for seed in (0, 1))
-    order = [[(ref.shard, ref.index) for ref in o.samples(LaneSlice(0, 0, 100))] for o in (first, other_seed)]
-    next_epoch = [(ref.shard, ref.index) for ref in first.samples(LaneSlice(0, 100, 200))]
+    order = [[(ref.shard, ref.index) for ref in samples_of(o, LaneSlice(0, 0, 100))] for o in (first, other_seed)]
+    next_epoch = [(ref.shard, ref.index) for ref in samples_of(first, LaneSlice(0, 100, 200))]
     assert len({tuple(refs) for refs in (*order, next_epoch)}) == 3
 
 
@@ -111,7 +112,7 @@ def test_places_are_those_of_the_samples_one_by_one(order, lane, start, length):
     piece = LaneSlice(lane % (order.num_lanes * len(order.datasets)), start, start + length)
     places = order.places(piece)
     assert (places.dtype, places.shape) == (np.int64, (length, 3))
-    assert [SampleRef(*place) for place in places.tolist()] == list(order.samples(piece))
+    assert [SampleRef(*place) for place in places.tolist()] == list(samples_of(order, piece))
 
 
 @settings(max_examples=60, deadline=None)
@@ -121,11 +122,15 @@ def test_mixed_datasets_keep_their_own_epochs(order, batch):
     seen: list[list] = [[] for _ in order.datasets]
     for step in range(12):
         refs = [
-            (piece.lane // order.num_lanes, ref) for piece in order.batch(step, batch) for ref in order.samples(piece)
+            (piece.lane // order.num_lanes, ref)
+            for piece in order.batch(step, batch)
+            for ref in samples_of(order, piece)
         ]
         assert len(refs) == batch
         parts = [order.rank_part(step, batch, rank, 3) for rank in range(3)]
-        assert [(p.lane // order.num_lanes, ref) for part in parts for p in part for ref in order.samples(p)] == refs
+        assert [
+            (p.lane // order.num_lanes, ref) for part in parts for p in part for ref in samples_of(order, p)
+        ] == refs
         for dataset, ref in refs:
             seen[dataset].append(ref)
     for number, (dataset, refs) in enumerate(zip(order.datasets, seen, strict=True)):
