@@ -1,4 +1,4 @@
-"""What the benchmarks share: the demo data, the closing line and the kept result. Ranks come from `tests/ranks.py`."""
+"""What the benchmarks share: demo data, closing line, kept result. Ranks come from `tests/helpers/ranks.py`."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from benchmarks.common import cuda_growth_mib, peak_growth_mib, report
 from losses import sigmoid_loss, sigmoid_loss_plain
 from losses.tiles import default_tile_size, product_dtype
-from tests.reference import random_features
+from tests.helpers.reference import random_features
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 # Where all contestants are measured, and smaller ones, where launching operations counts.

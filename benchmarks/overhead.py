@@ -29,8 +29,8 @@ import torch.distributed as dist
 
 from benchmarks.common import ROOT, ensure_emoji, report
 from orchestrator.config import RunConfig, load_config
-from tests.bare import OneWorker
-from tests.ranks import run_on_ranks
+from tests.helpers.bare import OneWorker
+from tests.helpers.ranks import run_on_ranks
 from workers.data_worker import DataWorker, build_order, image_kind
 from workers.device import open_device
 from workers.feed import Feed

@@ -31,8 +31,8 @@ import yaml
 
 from benchmarks.common import ROOT, report
 from orchestrator.launch import LEAN_RAY
-from tests.conftest import TOWERS, write_dataset
-from tests.processes import descendants_named
+from tests.helpers.data import TOWERS, write_dataset
+from tests.helpers.processes import descendants_named
 
 KILL_AT, TIMEOUT_S = 30, 300
 

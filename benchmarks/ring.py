@@ -20,8 +20,8 @@ from open_clip.loss import SigLipLoss
 
 from benchmarks.common import report
 from losses import ring_sigmoid_loss
-from tests.ranks import run_on_ranks
-from tests.reference import random_features
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.reference import random_features
 
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 

@@ -1,7 +1,7 @@
 """What does reading from S3 cost the client, and what does it gain where a connection is slow?
 
-A real S3 server on the loopback device (SeaweedFS, `tests/s3.py`), objects of 256 MiB, contestants in one process,
-alternating:
+A real S3 server on the loopback device (SeaweedFS, `tests/helpers/s3.py`), objects of 256 MiB, contestants in one
+process, alternating:
 
     fast store   CPU seconds of the client (all its threads) per GB and MB/s: boto3's `Body.read(1 MiB)`, the cheapest
                  plain client measured; `S3Stream` read 1 MiB at a time; and the tar of 35 kB samples read through
@@ -34,8 +34,8 @@ import boto3
 from botocore.config import Config
 
 from benchmarks.common import report
-from tests.faultproxy import throttled
-from tests.s3 import BUCKET, s3_server
+from tests.helpers.faultproxy import throttled
+from tests.helpers.s3 import BUCKET, s3_server
 from workers.config import S3Config
 from workers.s3 import ObjectInfo, S3Stream, split_s3_url, stat
 from workers.tar import read_tar

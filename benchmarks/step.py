@@ -23,7 +23,7 @@ from open_clip_train.train import train_one_epoch
 
 from benchmarks.common import ROOT, peak_growth_mib, random_batch, report
 from orchestrator.config import load_config
-from tests.reference import step_gradients
+from tests.helpers.reference import step_gradients
 from workers.config import LossConfig, ModelConfig, OptimConfig
 from workers.device import open_device
 from workers.feed import Batch

@@ -28,8 +28,8 @@ from typing import Any
 
 from PIL import Image
 
-from tests.head import BIN, Head, ray_head
-from tests.s3 import free_ports
+from tests.helpers.head import BIN, Head, ray_head
+from tests.helpers.s3 import free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "screenshots"

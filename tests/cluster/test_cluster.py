@@ -5,7 +5,7 @@
     t1 t2  a training worker each
 
 One cluster for everything: it is up after about a minute here. The run must end with the weights of a run without Ray,
-S3, network or trouble (`tests/bare.py`).
+S3, network or trouble (`tests/helpers/bare.py`).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import yaml
 
 from orchestrator.clusters import check_cluster_file
 from orchestrator.config import load_config
-from tests.bare import train_bare
-from tests.cluster.hosts import ROOT, Hosts, why_not
-from tests.conftest import TOWERS, write_dataset
-from tests.ranks import run_on_ranks
+from tests.helpers.bare import train_bare
+from tests.helpers.data import TOWERS, write_dataset
+from tests.helpers.hosts import ROOT, Hosts, why_not
+from tests.helpers.ranks import run_on_ranks
 
 pytestmark = [
     pytest.mark.cluster,

@@ -16,11 +16,11 @@ from losses.exchange import ring_softmax_loss
 from losses.fused import eager_terms_, negative_terms_
 from losses.softmax import softmax_loss_plain
 from orchestrator.config import load_config
-from tests.bare import OneWorker, train_bare
-from tests.conftest import write_small_run
+from tests.helpers.bare import OneWorker, train_bare
+from tests.helpers.data import write_small_run
+from tests.helpers.reference import random_features, step_gradients
 from tests.losses.test_fused import tile_of
 from tests.losses.test_sigmoid import scalars, value_and_gradients
-from tests.reference import random_features, step_gradients
 from tests.workers import test_step
 from tests.workers.test_step import MODEL, NUM_PAIRS, SEED, WITH_DROPOUT, check_gradients, global_batch, part_of
 from workers.checkpoint import CheckpointWriter, load_newest

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from losses import fused
 from losses.fused import add_, block_, eager_terms_, has_amx, negative_terms_, pair_terms_, row_dots, scaled
-from tests.reference import random_features
+from tests.helpers.reference import random_features
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from losses import feature_means, mean_logits
-from tests.reference import random_features
+from tests.helpers.reference import random_features
 
 
 @settings(deadline=None)

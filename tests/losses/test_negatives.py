@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from losses import Negatives, sigmoid_loss
 from losses.negatives import _random_mask
+from tests.helpers.reference import random_features
 from tests.losses.test_sigmoid import scalars, value_and_gradients
-from tests.reference import random_features
 
 
 def sorted_twin(image, text, scale, bias, positive_offset, negatives):

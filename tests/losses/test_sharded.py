@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from losses import Negatives, Shards, sharded_sigmoid_loss, sharded_softmax_loss, sigmoid_loss, sigmoid_loss_plain
 from losses.softmax import softmax_loss_plain
-from tests.ranks import run_on_ranks
-from tests.reference import random_features
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.reference import random_features
 
 DIM = 5
 PLAIN = {
@@ -137,7 +137,7 @@ from torch_xla.debug import metrics
 
 from losses import Negatives, Shards
 from tests.losses.test_sharded import PLAIN, SHARDED, inputs
-from tests.reference import random_features
+from tests.helpers.reference import random_features
 
 torch_xla.runtime.use_spmd()
 count, pairs, dim = int(sys.argv[1]), int(sys.argv[2]), 8

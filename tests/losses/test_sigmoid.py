@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import losses.fused
 from losses import sigmoid_loss, sigmoid_loss_plain
-from tests.reference import pair_loss, random_features
+from tests.helpers.reference import pair_loss, random_features
 
 
 def value_and_gradients(function, *inputs):
@@ -202,7 +202,7 @@ device = torch_xla.device()  # before any backward pass: torch counts its device
 
 from losses import sigmoid_loss, sigmoid_loss_plain
 from tests.losses.test_sigmoid import scalars, value_and_gradients
-from tests.reference import random_features
+from tests.helpers.reference import random_features
 import torch
 
 inputs = random_features(12, 8, seed=0), random_features(12, 8, seed=1), *scalars(10.0, -10.0)

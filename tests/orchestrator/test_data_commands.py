@@ -17,8 +17,8 @@ from orchestrator.cli import main
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.folder import RunFolder
 from orchestrator.inspect import audit_run
-from tests.conftest import TOWERS, drawn_sample, write_dataset, write_tar
-from tests.reference import samples_of
+from tests.helpers.data import TOWERS, drawn_sample, write_dataset, write_tar
+from tests.helpers.reference import samples_of
 from workers.config import ModelConfig
 from workers.data_worker import build_order
 from workers.feed import Batch

@@ -15,8 +15,8 @@ import yaml
 
 from orchestrator.config import load_config
 from orchestrator.embed import check_store
-from tests.conftest import TOWERS, write_dataset
-from tests.processes import descendants_named
+from tests.helpers.data import TOWERS, write_dataset
+from tests.helpers.processes import descendants_named
 from tests.workers.test_store import make_store
 from workers.shards import read_samples, scan_shards
 

@@ -18,8 +18,8 @@ from orchestrator.cli import main
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.export import model_card
 from orchestrator.folder import RunFolder
-from tests.bare import train_bare
-from tests.conftest import COLOURS, TOWERS, drawn_sample, write_tar
+from tests.helpers.bare import train_bare
+from tests.helpers.data import COLOURS, TOWERS, drawn_sample, write_tar
 from workers.checkpoint import load_weights
 from workers.committed import list_checkpoints
 from workers.evaluate import evaluate_checkpoint

@@ -21,8 +21,8 @@ from PIL import Image
 from orchestrator.cli import main
 from orchestrator.config import ConfigError
 from orchestrator.inspect import PICTURE_PX, data_section, inspect_data, write_sheet
-from tests.conftest import drawn_sample, encode_image, write_dataset, write_tar
-from tests.s3 import BUCKET, s3_server
+from tests.helpers.data import drawn_sample, encode_image, write_dataset, write_tar
+from tests.helpers.s3 import BUCKET, s3_server
 from workers.config import DataConfig, S3Config
 from workers.decode import Decoder, decode_pixels, sample_random
 from workers.s3 import client

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from orchestrator.monitoring import UID, alert_rules, fill_in, generate, grafana_dashboard, serve_pictures
-from tests.s3 import free_ports
+from tests.helpers.s3 import free_ports
 from tuning.cli import main
 from workers.metrics import BY_NAME, METRICS, REPEAT_S, RunMetrics, WorkerMetrics
 from workers.train import _LogWindow

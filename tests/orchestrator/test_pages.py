@@ -20,8 +20,8 @@ from orchestrator.folder import RunFolder
 from orchestrator.lease import RunLease
 from orchestrator.pages import RUNS, Pages
 from orchestrator.serving import serve
+from tests.helpers.s3 import BUCKET, s3_server
 from tests.orchestrator.test_report import CONFIG, HOSTILE, SET, SUMMARY, evaluation, metrics_line, write_run
-from tests.s3 import BUCKET, s3_server
 from workers.storage import Storage
 
 

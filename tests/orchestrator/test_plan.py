@@ -34,8 +34,8 @@ from orchestrator.plan import (
     this_cpu,
     wire_bytes,
 )
-from tests.conftest import TOWERS
-from tests.ranks import run_on_ranks
+from tests.helpers.data import TOWERS
+from tests.helpers.ranks import run_on_ranks
 from workers.config import LossConfig, ModelConfig, OptimConfig
 from workers.device import open_device
 from workers.feed import Batch

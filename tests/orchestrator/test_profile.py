@@ -18,10 +18,10 @@ from losses.spans import PREFIX, span
 from orchestrator.config import ConfigError, load_config
 from orchestrator.drawing import png
 from orchestrator.profile import draw, profile_config, read_profiles, remarks, split_of, table
-from tests.bare import train_bare
-from tests.conftest import write_small_run
+from tests.helpers.bare import train_bare
+from tests.helpers.data import write_small_run
+from tests.helpers.ranks import run_on_ranks
 from tests.orchestrator.test_run import Sigray, SmallRun
-from tests.ranks import run_on_ranks
 from workers.profile import PARTS, Profile, RankProfile, StepProfiler, split_steps
 from workers.storage import Storage
 

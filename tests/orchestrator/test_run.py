@@ -2,7 +2,7 @@
 
 A Ray run costs a minute of process starts here, so there is one, and everything happens to it: its data and its
 checkpoints lie in a real S3 server, a data-shard worker and a training worker are killed, Ctrl-C stops it, and a second
-driver resumes it from its storage. What it must equal comes from `tests/bare.py`: no Ray, no S3, nothing dies.
+driver resumes it from its storage. What it must equal comes from `tests/helpers/bare.py`: no Ray, no S3, nothing dies.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import yaml
 
 from orchestrator.config import load_config
 from orchestrator.lease import RunLease
-from tests.bare import train_bare
-from tests.conftest import COLOURS, TOWERS, write_dataset
-from tests.processes import descendants_named
-from tests.ranks import run_on_ranks
-from tests.s3 import BUCKET, s3_server
+from tests.helpers.bare import train_bare
+from tests.helpers.data import COLOURS, TOWERS, write_dataset
+from tests.helpers.processes import descendants_named
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.s3 import BUCKET, s3_server
 from workers.storage import Storage
 
 SIGRAY = str(Path(sys.executable).parent / "sigray")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from orchestrator.config import ConfigError, load_config
 from orchestrator.secrets import secrets_of
-from tests.conftest import TOWERS
+from tests.helpers.data import TOWERS
 from tests.orchestrator.test_config import EXAMPLES
 from tuning.cli import main
 from workers.shapes import open_clip_folder

@@ -20,8 +20,8 @@ from orchestrator.config import FILES, ConfigError, check_resume, load_config
 from orchestrator.pages import RUNS, Pages
 from orchestrator.serving import serve
 from orchestrator.submit import check_job, environment_differences, stage, submit
-from tests.conftest import TOWERS, write_dataset
-from tests.head import BIN, Head, ray_head
+from tests.helpers.data import TOWERS, write_dataset
+from tests.helpers.head import BIN, Head, ray_head
 from tuning.cli import main
 
 CANARY = "c4n4ryS3cretThatNobodyMayKeep"

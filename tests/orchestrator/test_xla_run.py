@@ -18,9 +18,9 @@ from unittest import mock
 import pytest
 
 from orchestrator.config import load_config
-from tests.bare import train_bare
+from tests.helpers.bare import train_bare
+from tests.helpers.ranks import run_on_ranks
 from tests.orchestrator.test_run import BATCH, Sigray, SmallRun
-from tests.ranks import run_on_ranks
 
 pytestmark = [
     pytest.mark.ray,

@@ -16,9 +16,9 @@ import pytest
 from orchestrator.lease import RunLease
 from orchestrator.pages import RUNS, Pages
 from orchestrator.serving import serve
+from tests.helpers.s3 import free_ports
 from tests.orchestrator.test_pages import add_line, made
 from tests.orchestrator.test_report import CONFIG, write_run
-from tests.s3 import free_ports
 from tests.tuning.test_report import full_table, study_of
 from tests.tuning.test_table import decision, result, trial
 from tuning.pages import SWEEPS

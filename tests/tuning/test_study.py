@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from orchestrator.config import ConfigError, parse_config
-from tests.conftest import TOWERS
+from tests.helpers.data import TOWERS
 from tuning.search import Search
 from tuning.study import load_study, parse_study, read_study, trial_name
 

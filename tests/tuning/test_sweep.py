@@ -1,7 +1,8 @@
 """A real sweep through the command line: its driver is killed, a trial crashes, one cannot run; and it ends as it must.
 
 A sweep costs a minute of process starts here, so there is one. What it must equal is computed without Ray: every trial
-trained in this process (`tests/bare.py`), its checkpoints evaluated, and the decisions made in the order of the trials.
+trained in this process (`tests/helpers/bare.py`), its checkpoints evaluated, and the decisions made in the order of
+the trials.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ import yaml
 from rich.console import Console
 
 from orchestrator.config import load_config, parse_config
-from tests.bare import train_bare
-from tests.conftest import COLOURS, TOWERS, write_dataset
-from tests.processes import descendants_named
+from tests.helpers.bare import train_bare
+from tests.helpers.data import COLOURS, TOWERS, write_dataset
+from tests.helpers.processes import descendants_named
 from tuning.cli import main
 from tuning.feasible import feasible
 from tuning.judge import Judge

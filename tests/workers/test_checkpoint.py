@@ -14,9 +14,9 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import TOWERS
-from tests.faultproxy import Outage
-from tests.s3 import BUCKET, s3_server
+from tests.helpers.data import TOWERS
+from tests.helpers.faultproxy import Outage
+from tests.helpers.s3 import BUCKET, s3_server
 from workers.checkpoint import (
     CheckpointWriter,
     is_due,

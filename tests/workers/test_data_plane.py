@@ -6,9 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tests.bare import OneWorker
-from tests.conftest import drawn_sample, write_tar
-from tests.reference import samples_of
+from tests.helpers.bare import OneWorker
+from tests.helpers.data import drawn_sample, write_tar
+from tests.helpers.reference import samples_of
 from workers.data_worker import DataWorker, build_order, image_kind
 from workers.decode import Decoder, sample_random
 from workers.feed import Feed

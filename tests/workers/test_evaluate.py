@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import write_dataset
+from tests.helpers.data import write_dataset
 from workers.config import DataConfig, EvalConfig, EvalSet
 from workers.evaluate import class_labels, pixel_baseline, retrieval_recall, zero_shot_accuracy
 from workers.held_out import load_set, read_classes

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import COLOURS, TOWERS, drawn_sample, write_tar
+from tests.helpers.data import COLOURS, TOWERS, drawn_sample, write_tar
 from tests.workers.test_store import make_store
 from workers import features
 from workers.checkpoint import CheckpointWriter

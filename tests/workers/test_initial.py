@@ -9,8 +9,8 @@ from open_clip.model import CLIP, CustomTextCLIP
 from safetensors.torch import save_file
 
 from orchestrator.config import parse_config
-from tests.bare import train_bare
-from tests.conftest import TOWERS
+from tests.helpers.bare import train_bare
+from tests.helpers.data import TOWERS
 from workers.config import ModelConfig
 from workers.initial import check_initial_weights, load_initial_weights
 from workers.towers import build_model

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from orchestrator.config import parse_config
-from tests.conftest import TOWERS, drawn_sample, write_tar
+from tests.helpers.data import TOWERS, drawn_sample, write_tar
 from workers.bottleneck import BottleneckEmbedding, fold_bottleneck
 from workers.config import DataConfig, EvalSet, ModelConfig
 from workers.decode import Decoder, sample_random

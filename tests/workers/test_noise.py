@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.bare import OneWorker
+from tests.helpers.bare import OneWorker
 from workers.config import LabelNoise
 from workers.data_worker import DataWorker, build_order, image_kind
 from workers.feed import Batch, Feed

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tests.reference import samples_of
+from tests.helpers.reference import samples_of
 from workers.order import LaneSlice, SampleRef, StreamOrder
 
 orders = st.builds(

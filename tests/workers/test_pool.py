@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 
 from orchestrator.room import Autoscaler, Need, cluster_hosts, find_autoscaler, room
-from tests.bare import OneWorker
-from tests.conftest import TOWERS, drawn_sample, write_dataset, write_tar
-from tests.processes import descendants_named
+from tests.helpers.bare import OneWorker
+from tests.helpers.data import TOWERS, drawn_sample, write_dataset, write_tar
+from tests.helpers.processes import descendants_named
 from workers.config import DataConfig, ModelConfig
 from workers.data_worker import DataWorker, build_order, image_kind
 from workers.feed import BlockSource, Feed

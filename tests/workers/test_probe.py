@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.conftest import TOWERS, write_dataset
+from tests.helpers.data import TOWERS, write_dataset
 from workers.checkpoint import CheckpointWriter
 from workers.committed import list_checkpoints
 from workers.config import CheckpointConfig, DataConfig, EmbeddingsConfig, EvalConfig, EvalSet, ModelConfig, OptimConfig

@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 
-from tests.conftest import TOWERS
+from tests.helpers.data import TOWERS
 from tests.workers.test_step import global_batch, make_trainer, part_of
 from workers.config import ModelConfig, OptimConfig
 from workers.device import open_device

@@ -1,4 +1,4 @@
-"""Streams and the cache against a real S3 server, with `tests/faultproxy.py` in between where something breaks."""
+"""Streams and the cache against a real S3 server, with `tests/helpers/faultproxy.py` between where it breaks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.faultproxy import Fault, FaultProxy, drawn, in_turn, throttled
-from tests.s3 import BUCKET, free_ports, s3_server
+from tests.helpers.faultproxy import Fault, FaultProxy, drawn, in_turn, throttled
+from tests.helpers.s3 import BUCKET, free_ports, s3_server
 from workers import s3 as s3_module
 from workers.config import S3Config
 from workers.s3 import (

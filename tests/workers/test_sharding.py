@@ -7,9 +7,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from orchestrator.config import load_config
-from tests.bare import train_bare
-from tests.conftest import TOWERS, write_small_run
-from tests.ranks import run_on_ranks
+from tests.helpers.bare import train_bare
+from tests.helpers.data import TOWERS, write_small_run
+from tests.helpers.ranks import run_on_ranks
 from workers.checkpoint import load_weights
 from workers.committed import list_checkpoints
 from workers.config import LossConfig, ModelConfig, OptimConfig

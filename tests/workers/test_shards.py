@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-from tests.conftest import drawn_sample, write_tar
+from tests.helpers.data import drawn_sample, write_tar
 from workers.config import DataConfig, S3Config
 from workers.shards import Manifest, read_samples, scan_shards
 from workers.shards import list_shards as list_shards_of

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.bare import OneWorker
+from tests.helpers.bare import OneWorker
 from tests.workers.test_data_plane import batches, manifest_of
 from workers import feed, shared_memory
 from workers.config import LabelNoise

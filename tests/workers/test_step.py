@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from losses import mean_logits, sigmoid_loss_plain
-from tests.conftest import TOWERS
-from tests.ranks import run_on_ranks
-from tests.reference import step_gradients
+from tests.helpers.data import TOWERS
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.reference import step_gradients
 from workers.config import LossConfig, ModelConfig, OptimConfig
 from workers.device import Device, check_collectives, open_device
 from workers.feed import Batch

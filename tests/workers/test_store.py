@@ -14,8 +14,8 @@ from torch import nn
 
 from orchestrator.config import ConfigError, load_config
 from orchestrator.embed import check_store
-from tests.bare import OneWorker, train_bare
-from tests.conftest import TOWERS, drawn_sample, encode_image, write_tar
+from tests.helpers.bare import OneWorker, train_bare
+from tests.helpers.data import TOWERS, drawn_sample, encode_image, write_tar
 from workers.config import DataConfig, EmbeddingsConfig, EvalConfig, EvalSet, ModelConfig
 from workers.data_worker import DataWorker, build_order, image_kind
 from workers.decode import Decoder, Refused

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.bare import OneWorker
-from tests.conftest import write_tar
-from tests.faultproxy import FaultProxy, drawn
-from tests.s3 import BUCKET, s3_server
+from tests.helpers.bare import OneWorker
+from tests.helpers.data import write_tar
+from tests.helpers.faultproxy import FaultProxy, drawn
+from tests.helpers.s3 import BUCKET, s3_server
 from workers.config import DataConfig, ModelConfig, S3Config
 from workers.data_worker import DataWorker, build_order, image_kind
 from workers.feed import Batch, Feed

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import TOWERS
+from tests.helpers.data import TOWERS
 from workers.config import ModelConfig
 from workers.shapes import tower_config
 from workers.tokenizer import build_tokenizer, is_plain, train_tokenizer

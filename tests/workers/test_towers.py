@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.conftest import TOWERS
+from tests.helpers.data import TOWERS
 from workers.config import ModelConfig
 from workers.shapes import shapes
 from workers.tokenizer import build_tokenizer

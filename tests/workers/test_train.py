@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from orchestrator.config import load_config
-from tests.bare import train_bare
-from tests.conftest import write_small_run
-from tests.ranks import run_on_ranks
+from tests.helpers.bare import train_bare
+from tests.helpers.data import write_small_run
+from tests.helpers.ranks import run_on_ranks
 from workers.checkpoint import leave_out, load_weights
 from workers.committed import list_checkpoints, read_metrics
 from workers.ledger import audit

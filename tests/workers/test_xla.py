@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from orchestrator.config import RunConfig, load_config
-from tests.bare import train_bare
-from tests.conftest import write_small_run
-from tests.ranks import run_on_ranks
+from tests.helpers.bare import train_bare
+from tests.helpers.data import write_small_run
+from tests.helpers.ranks import run_on_ranks
 from workers.committed import list_checkpoints
 from workers.device import open_device
 from workers.feed import Batch

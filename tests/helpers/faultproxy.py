@@ -4,7 +4,7 @@
 stay valid; for each GET of an object a schedule says what goes wrong with it. `throttled` runs in a process of its own
 and looks at nothing: it moves bytes with splice, at the latency and the rate per connection that real S3 has.
 
-    python -m tests.faultproxy UPSTREAM_PORT LATENCY_S BYTES_PER_S     prints its port
+    python -m tests.helpers.faultproxy UPSTREAM_PORT LATENCY_S BYTES_PER_S     prints its port
 """
 
 from __future__ import annotations
@@ -272,7 +272,14 @@ class FaultProxy:
 @contextlib.contextmanager
 def throttled(upstream: str, latency_s: float, bytes_per_s: float) -> Iterator[str]:
     """A proxy in its own process that answers `latency_s` late and at `bytes_per_s` per connection; its address."""
-    command = [sys.executable, "-m", "tests.faultproxy", str(urlsplit(upstream).port), str(latency_s), str(bytes_per_s)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.helpers.faultproxy",
+        str(urlsplit(upstream).port),
+        str(latency_s),
+        str(bytes_per_s),
+    ]
     folder = Path(__file__).resolve().parent.parent
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder)
     try:

@@ -61,7 +61,7 @@ class Recorder:
 def train_bare(
     rank: int, world_size: int, config: RunConfig, last_step: int | None = None, profile: Profile | None = None
 ) -> dict[str, Any]:
-    """Train a config on this rank, to its end or to a step of it; see `tests.ranks.run_on_ranks`.
+    """Train a config on this rank, to its end or to a step of it; see `tests.helpers.ranks.run_on_ranks`.
 
     Returns:
         `losses` by step, the newest checkpoint's `files` and all `lines` of metrics; empty on ranks other than 0.

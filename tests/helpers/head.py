@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.s3 import free_ports
+from tests.helpers.s3 import free_ports
 
 BIN = Path(sys.executable).parent
 
