@@ -1,6 +1,7 @@
 """The direction of imports: native <- losses <- workers <- orchestrator <- tuning."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -160,3 +161,32 @@ def test_the_direction_is_really_checked(tmp_path):
     path = tmp_path / "wrong.py"
     path.write_text("def f():\n    from orchestrator.config import RunConfig\n")
     assert imported_packages(path) == {"orchestrator"}
+
+
+def imported_tests(source: str) -> list[str]:
+    """Test modules that a test's source names, also in strings: in code that it runs in another process."""
+    return re.findall(r"tests\.(?:\w+\.)*test_\w+|from tests(?:\.\w+)* import (?:[\w, ]*\b)?test_\w+", source)
+
+
+def test_no_test_imports_another():
+    """What tests share stands in tests/helpers: a test module moves, and is collected in parts, by itself."""
+    files = [path for path in Path("tests").rglob("*.py") if path != Path("tests/test_layout.py")]
+    assert len(files) > 50
+    for path in files:
+        assert not imported_tests(path.read_text()), f"{path} names {imported_tests(path.read_text())}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from tests.losses.test_sigmoid import scalars",
+        "from tests.workers import test_step",
+        "from tests.workers import data, test_step",
+        "import tests.workers.test_step",
+        "from tests.test_layout import imported_tests",
+        'PROGRAM = "from tests.workers.test_xla import main; main()"',
+    ],
+)
+def test_each_way_to_import_a_test_is_found(line):
+    assert len(imported_tests(f"import os\n{line}\n")) == 1
+    assert not imported_tests("from tests.helpers.steps import part_of\n# tests/workers/test_step.py\n")

@@ -16,13 +16,12 @@ from losses.exchange import ring_softmax_loss
 from losses.fused import eager_terms_, negative_terms_
 from losses.softmax import softmax_loss_plain
 from orchestrator.config import load_config
+from tests.helpers import steps
 from tests.helpers.bare import OneWorker, train_bare
 from tests.helpers.data import write_small_run
+from tests.helpers.losses import scalars, tile_of, value_and_gradients
 from tests.helpers.reference import random_features, step_gradients
-from tests.losses.test_fused import tile_of
-from tests.losses.test_sigmoid import scalars, value_and_gradients
-from tests.workers import test_step
-from tests.workers.test_step import MODEL, NUM_PAIRS, SEED, WITH_DROPOUT, check_gradients, global_batch, part_of
+from tests.helpers.steps import MODEL, NUM_PAIRS, SEED, WITH_DROPOUT, check_gradients, global_batch, part_of
 from workers.checkpoint import CheckpointWriter, load_newest
 from workers.config import CheckpointConfig
 from workers.data_worker import DataWorker, build_order, image_kind
@@ -158,7 +157,7 @@ def test_float32_products_are_rounded_where_the_precision_says_so(precision, lea
     assert least <= relative_error(a @ b, a.double() @ b.double()) < most
 
 
-make_trainer = functools.partial(test_step.make_trainer, 1, accelerator=CUDA)
+make_trainer = functools.partial(steps.make_trainer, 1, accelerator=CUDA)
 
 
 def gradients_of(trainer, num_steps=1):

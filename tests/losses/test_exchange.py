@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from losses import Negatives, NonFiniteFeatures, ring_sigmoid_loss, ring_softmax_loss, sigmoid_loss_plain
 from losses.softmax import softmax_loss_plain
+from tests.helpers.losses import sorted_twin
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.reference import random_features
-from tests.losses.test_negatives import sorted_twin
 
 DIM = 5
 

@@ -11,15 +11,10 @@ from hypothesis import strategies as st
 
 from losses import fused
 from losses.fused import add_, block_, eager_terms_, has_amx, negative_terms_, pair_terms_, row_dots, scaled
+from tests.helpers.losses import tile_of
 from tests.helpers.reference import random_features
 
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-def tile_of(rows, columns, dtype, seed, excluded=0.0):
-    generator = torch.Generator().manual_seed(seed)
-    x = (2 * torch.rand(rows, columns, generator=generator) - 1).to(dtype)
-    return x.masked_fill_(torch.rand(rows, columns, generator=generator) < excluded, -torch.inf)
 
 
 def both(x, scale, bias):
@@ -289,7 +284,7 @@ import torch
 
 from losses.fused import eager_terms_
 from losses.fused_cuda import BLOCK, negative_terms_cuda_
-from tests.losses.test_fused import tile_of
+from tests.helpers.losses import tile_of
 
 for rows, columns, scale, bias, excluded in [
     (1, 1, 10.0, -10.0, 0.0), (3, 37, 10.0, -10.0, 0.3), (2, BLOCK, 117.3, -16.0, 0.1), (2, BLOCK + 5, 1e6, 5.0, 0.0),

@@ -7,21 +7,8 @@ from hypothesis import strategies as st
 
 from losses import Negatives, sigmoid_loss
 from losses.negatives import _random_mask
+from tests.helpers.losses import scalars, sorted_twin, value_and_gradients
 from tests.helpers.reference import random_features
-from tests.losses.test_sigmoid import scalars, value_and_gradients
-
-
-def sorted_twin(image, text, scale, bias, positive_offset, negatives):
-    """All logits at once; the hardest are those of the largest cosines."""
-    cosines = image @ text.T
-    rows, columns = torch.meshgrid(torch.arange(len(image)), torch.arange(len(text)), indexing="ij")
-    is_pair = columns == rows + positive_offset
-    order = cosines.detach()[~is_pair].float().sort(descending=negatives.keep == "hardest").values
-    limit = order[max(1, round(negatives.fraction * len(order))) - 1] if len(order) else 0
-    seen = cosines.detach().float()
-    kept = is_pair | (seen >= limit if negatives.keep == "hardest" else seen <= limit)
-    z = scale * cosines + bias
-    return torch.nn.functional.softplus(torch.where(is_pair, -z, z))[kept].sum() / len(image)
 
 
 @settings(max_examples=60, deadline=None)

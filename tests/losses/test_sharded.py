@@ -17,23 +17,9 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from losses import Negatives, Shards, sharded_sigmoid_loss, sharded_softmax_loss, sigmoid_loss, sigmoid_loss_plain
-from losses.softmax import softmax_loss_plain
+from losses import Negatives, Shards, sharded_sigmoid_loss, sigmoid_loss
 from tests.helpers.ranks import run_on_ranks
-from tests.helpers.reference import random_features
-
-DIM = 5
-PLAIN = {
-    "sigmoid": sigmoid_loss_plain,
-    "softmax": lambda image, text, scale, bias: softmax_loss_plain(image, text, scale) + 0 * bias,
-}
-SHARDED = {"sigmoid": sharded_sigmoid_loss, "softmax": sharded_softmax_loss}
-
-
-def inputs(num_pairs, dtype=torch.float64, dim=DIM):
-    features = [random_features(num_pairs, dim, seed=seed, dtype=dtype) for seed in (0, 1)]
-    scalar = torch.float64 if dtype == torch.float64 else torch.float32
-    return [*features, torch.tensor(10.0, dtype=scalar), torch.tensor(-8.0, dtype=scalar)]
+from tests.helpers.sharded import PLAIN, SHARDED, inputs
 
 
 def unsplit(count, hosts=None):
@@ -136,7 +122,7 @@ import torch_xla.runtime
 from torch_xla.debug import metrics
 
 from losses import Negatives, Shards
-from tests.losses.test_sharded import PLAIN, SHARDED, inputs
+from tests.helpers.sharded import PLAIN, SHARDED, inputs
 from tests.helpers.reference import random_features
 
 torch_xla.runtime.use_spmd()

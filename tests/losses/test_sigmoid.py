@@ -13,13 +13,8 @@ from hypothesis import strategies as st
 
 import losses.fused
 from losses import sigmoid_loss, sigmoid_loss_plain
+from tests.helpers.losses import scalars, value_and_gradients
 from tests.helpers.reference import pair_loss, random_features
-
-
-def value_and_gradients(function, *inputs):
-    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-    value = function(*leaves)
-    return [value.detach(), *torch.autograd.grad(value, leaves)]
 
 
 def matrix_loss(image, text, scale, bias, positive_offset):
@@ -28,10 +23,6 @@ def matrix_loss(image, text, scale, bias, positive_offset):
     columns = torch.arange(len(text))[None, :] - torch.arange(len(image))[:, None]
     is_pair = columns == positive_offset if positive_offset is not None else torch.zeros_like(columns, dtype=torch.bool)
     return torch.nn.functional.softplus(torch.where(is_pair, -z, z)).sum() / len(image)
-
-
-def scalars(scale, bias, dtype=torch.float64):
-    return torch.tensor(scale, dtype=dtype), torch.tensor(bias, dtype=dtype)
 
 
 @settings(max_examples=60, deadline=None)
@@ -201,7 +192,7 @@ import torch_xla
 device = torch_xla.device()  # before any backward pass: torch counts its devices at the first one
 
 from losses import sigmoid_loss, sigmoid_loss_plain
-from tests.losses.test_sigmoid import scalars, value_and_gradients
+from tests.helpers.losses import scalars, value_and_gradients
 from tests.helpers.reference import random_features
 import torch
 

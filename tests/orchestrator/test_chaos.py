@@ -37,7 +37,7 @@ from orchestrator.chaos import (
 )
 from orchestrator.cli import main
 from orchestrator.config import ConfigError, RunConfig, load_config, override
-from tests.orchestrator.test_run import SmallRun
+from tests.helpers.runs import SmallRun
 
 ALL = list(KINDS)
 

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from orchestrator.config import ConfigError, RunConfig, check_resume, json_schema, load_config, parse_config
+from tests.helpers.runs import EXAMPLES
 
-EXAMPLES = sorted(Path("examples").glob("*.yaml"))
 SMALL = {
     "run": {"name": "small"},
     "data": {"shards": "tars"},

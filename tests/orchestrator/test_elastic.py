@@ -18,7 +18,7 @@ import pytest
 from orchestrator.config import load_config
 from tests.helpers.bare import train_bare
 from tests.helpers.ranks import run_on_ranks
-from tests.orchestrator.test_run import Sigray, SmallRun
+from tests.helpers.runs import Sigray, SmallRun
 
 # Longer than any machine needs for what happens to the run; then it is interrupted.
 BATCH, NUM_STEPS, NUM_COMPARED = 96, 100_000, 51

@@ -17,7 +17,7 @@ from orchestrator.config import load_config
 from orchestrator.embed import check_store
 from tests.helpers.data import TOWERS, write_dataset
 from tests.helpers.processes import descendants_named
-from tests.workers.test_store import make_store
+from tests.helpers.stores import make_store
 from workers.shards import read_samples, scan_shards
 
 SIGRAY = str(Path(sys.executable).with_name("sigray"))
@@ -33,7 +33,7 @@ def write_config(tmp_path: Path, num_shards: int) -> Path:
         "model": {
             # A model of its size would be done before anything can be killed.
             "towers": TOWERS | {"vision_cfg": {"image_size": 64}},
-            "image_tower": "tests.workers.test_store:make_tower",
+            "image_tower": "tests.helpers.stores:make_tower",
             "locked": ["visual"],
         },
         "train": {"num_samples": 1024, "global_batch_size": 64},

@@ -20,8 +20,8 @@ from orchestrator.folder import RunFolder
 from orchestrator.lease import RunLease
 from orchestrator.pages import RUNS, Pages
 from orchestrator.serving import serve
+from tests.helpers.run_folders import CONFIG, HOSTILE, SET, SUMMARY, add_line, evaluation, made, metrics_line, write_run
 from tests.helpers.s3 import BUCKET, s3_server
-from tests.orchestrator.test_report import CONFIG, HOSTILE, SET, SUMMARY, evaluation, metrics_line, write_run
 from workers.storage import Storage
 
 
@@ -69,11 +69,6 @@ def api(get: Get, path: str) -> dict[str, Any]:
     return json.loads(text)
 
 
-def made(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    return folder
-
-
 def text_of(html: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html).replace("\N{NO-BREAK SPACE}", " "))
 
@@ -81,11 +76,6 @@ def text_of(html: str) -> str:
 def make_checkpoint(storage: Storage, step: int) -> None:
     commit = {"name": f"step-{step:010d}", "step": step, "samples_seen": step * 256, "files": {}, "model": {}}
     storage.write(f"checkpoints/step-{step:010d}/commit.json", json.dumps(commit).encode())
-
-
-def add_line(folder: Path, step: int) -> None:
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(metrics_line(step)) + "\n")
 
 
 def test_a_run_from_its_start_to_its_end(served, tmp_path):

@@ -21,7 +21,7 @@ from orchestrator.profile import draw, profile_config, read_profiles, remarks, s
 from tests.helpers.bare import train_bare
 from tests.helpers.data import write_small_run
 from tests.helpers.ranks import run_on_ranks
-from tests.orchestrator.test_run import Sigray, SmallRun
+from tests.helpers.runs import Sigray, SmallRun
 from workers.profile import PARTS, Profile, RankProfile, StepProfiler, split_steps
 from workers.storage import Storage
 

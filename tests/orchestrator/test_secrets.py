@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from orchestrator.config import ConfigError, load_config
 from orchestrator.secrets import secrets_of
 from tests.helpers.data import TOWERS
-from tests.orchestrator.test_config import EXAMPLES
+from tests.helpers.runs import EXAMPLES
 from tuning.cli import main
 from workers.shapes import open_clip_folder
 from workers.storage import Storage, StorageError

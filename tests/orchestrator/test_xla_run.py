@@ -20,7 +20,7 @@ import pytest
 from orchestrator.config import load_config
 from tests.helpers.bare import train_bare
 from tests.helpers.ranks import run_on_ranks
-from tests.orchestrator.test_run import BATCH, Sigray, SmallRun
+from tests.helpers.runs import BATCH, Sigray, SmallRun
 
 pytestmark = [
     pytest.mark.ray,

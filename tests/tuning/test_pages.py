@@ -16,11 +16,9 @@ import pytest
 from orchestrator.lease import RunLease
 from orchestrator.pages import RUNS, Pages
 from orchestrator.serving import serve
+from tests.helpers.run_folders import CONFIG, add_line, made, write_run
 from tests.helpers.s3 import free_ports
-from tests.orchestrator.test_pages import add_line, made
-from tests.orchestrator.test_report import CONFIG, write_run
-from tests.tuning.test_report import full_table, study_of
-from tests.tuning.test_table import decision, result, trial
+from tests.helpers.sweeps import decision, full_table, result, study_of, trial
 from tuning.pages import SWEEPS
 from tuning.report import write_report
 from tuning.study import STUDY, Study

@@ -2,77 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import yaml
 
 from orchestrator.config import load_config
-from tests.tuning.test_study import study_content
-from tests.tuning.test_table import table_of, trial
+from tests.helpers.sweeps import full_table, study_of, table_of, trial
 from tuning.report import importances, write_report
 from tuning.study import Study, parse_study
 from tuning.table import Table
 from workers.storage import Storage
-
-
-def study_of(folder: Path, **changes: Any) -> Study:
-    content = study_content(
-        dir=str(folder),
-        rungs=[300],
-        seeds=[0, 1],
-        question="Does <b>it</b> matter?",
-        space={
-            "train.global_batch_size": {"grid": [2, 20, 200]},
-            "loss.name": {"grid": ["sigmoid", "softmax"]},
-            "optim.lr": {"expr": "train.global_batch_size / 1000"},
-        },
-        expect=[
-            {"text": "The sigmoid leads.", "better": {"loss.name": "sigmoid"}, "worse": {"loss.name": "softmax"}},
-            {
-                "text": "Larger is worse.",
-                "better": {"train.global_batch_size": 2},
-                "worse": {"train.global_batch_size": 200},
-                "where": {"loss.name": "softmax"},
-            },
-        ],
-        figures=[
-            {"title": "Against the batch", "x": "train.global_batch_size", "series": "loss.name", "every_rung": True},
-            {"title": "A table", "kind": "table", "rows": "loss.name", "columns": "train.global_batch_size"},
-        ],
-    )
-    return parse_study(content | changes, "study")
-
-
-def full_table(study: Study) -> Table:
-    from tuning.search import Search
-
-    table, search = Table(), Search(study)
-    for number in range(search.num_trials):
-        proposal = search.propose(number, [])
-        values = proposal.point.values
-        table.add(trial(number, proposal.seed, proposal.budget, **values))
-        sigmoid = values.get("loss.name") == "sigmoid"
-        for rung, seen in enumerate(study.config.rungs_of(proposal.budget)):
-            value = 0.2 + 0.1 * rung + 0.2 * sigmoid + 0.01 * proposal.seed
-            figures = {"top1": value, "chance1": 0.25, "num_images": 2000}
-            table.add(
-                {
-                    "event": "result",
-                    "number": number,
-                    "rung": rung,
-                    "samples_seen": seen,
-                    "value": value,
-                    "loss": 1.0,
-                    "figures": {"zero_shot": {"colours": figures}, "retrieval": {}},
-                }
-            )
-            last = seen == proposal.budget
-            table.add(
-                {"event": "decision", "number": number, "rung": rung, "answer": "stop" if last else "go on", "why": ""}
-            )
-    return table
 
 
 def page_of(study: Study, table: Table) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.tuning.test_study import study_content
+from tests.helpers.sweeps import study_content
 from tuning.search import Outcome, Search
 from tuning.study import parse_study
 

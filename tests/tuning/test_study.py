@@ -9,31 +9,11 @@ import pytest
 import yaml
 
 from orchestrator.config import ConfigError, parse_config
-from tests.helpers.data import TOWERS
+from tests.helpers.sweeps import run_content, study_content
 from tuning.search import Search
 from tuning.study import load_study, parse_study, read_study, trial_name
 
 STUDIES = sorted(Path("tuning/studies").glob("*.yaml"))
-
-
-def run_content() -> dict[str, Any]:
-    return {
-        "run": {"name": "base"},
-        "data": {"shards": "tars"},
-        "model": {"towers": TOWERS},
-        "train": {"num_samples": 1000, "global_batch_size": 20},
-        "eval": {"sets": {"colours": {"shards": "held", "classes": "classes.json"}, "plain": {"shards": "held"}}},
-    }
-
-
-def study_content(**changes: Any) -> dict[str, Any]:
-    return {
-        "name": "tiny",
-        "base": run_content(),
-        "metric": "zero_shot.colours.top1",
-        "budget": 900,
-        "space": {"optim.lr": {"grid": [1e-3, 1e-2]}},
-    } | changes
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)

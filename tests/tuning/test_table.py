@@ -4,45 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.helpers.sweeps import FIGURES, decision, result, table_of, trial
 from tuning.decide import Rules
 from tuning.judge import Judge
-from tuning.table import RESULTS, Table, Writer, as_csv, ranking, read_table
+from tuning.table import RESULTS, Writer, as_csv, ranking, read_table
 from workers.storage import Storage
-
-FIGURES = {"zero_shot": {"colours": {"top1": 0.5, "num_images": 24}}}
-
-
-def trial(number: int, seed: int = 0, budget: int = 900, **values: Any) -> dict[str, Any]:
-    values = values or {"optim.lr": 10.0**-number}
-    return {"event": "trial", "number": number, "seed": seed, "budget": budget, "values": values, "overrides": values}
-
-
-def result(number: int, rung: int, value: float, samples_seen: int | None = None) -> dict[str, Any]:
-    seen = samples_seen or (300, 900)[rung]
-    return {
-        "event": "result",
-        "number": number,
-        "rung": rung,
-        "samples_seen": seen,
-        "value": value,
-        "loss": 1.0,
-        "figures": FIGURES,
-    }
-
-
-def decision(number: int, rung: int, answer: str) -> dict[str, Any]:
-    return {"event": "decision", "number": number, "rung": rung, "answer": answer, "why": "because"}
-
-
-def table_of(*events: dict[str, Any]) -> Table:
-    table = Table()
-    for event in events:
-        table.add(event)
-    return table
 
 
 def test_a_status_follows_from_what_happened():

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.tuning.test_table import table_of, trial
+from tests.helpers.sweeps import table_of, trial
 from tuning.study import Claim
 from tuning.verdict import sample_variance, verdict
 

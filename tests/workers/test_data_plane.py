@@ -6,37 +6,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tests.helpers.bare import OneWorker
+from tests.helpers.batches import batches, manifest_of
 from tests.helpers.data import drawn_sample, write_tar
 from tests.helpers.reference import samples_of
-from workers.data_worker import DataWorker, build_order, image_kind
+from workers.data_worker import DataWorker, build_order
 from workers.decode import Decoder, sample_random
-from workers.feed import Feed
 from workers.order import LaneSlice
-from workers.shards import read_samples, scan_shards
+from workers.shards import read_samples
 from workers.tar import DataError
-
-
-def manifest_of(data):
-    return scan_shards(data.shards, data)
-
-
-def batches(data, model, *, batch, rank=0, world_size=1, first=0, last=12, worker=None, source=OneWorker):
-    manifest = manifest_of(data)
-    feed = Feed(
-        build_order(manifest, data, 5),
-        source(worker or DataWorker(manifest, data, model, seed=5), shares_memory=True),
-        image_kind=image_kind(manifest, model),
-        global_batch_size=batch,
-        block_size=data.block_size,
-        rank=rank,
-        world_size=world_size,
-        first_step=first,
-        last_step=last,
-        prefetch_batches=2,
-        max_bad_fraction=data.max_bad_fraction,
-    )
-    return list(feed)
 
 
 def test_block_holds_the_samples_of_the_order(data_config, model_config):

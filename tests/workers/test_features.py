@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.helpers.data import COLOURS, TOWERS, drawn_sample, write_tar
-from tests.workers.test_store import make_store
+from tests.helpers.stores import make_store
 from workers import features
 from workers.checkpoint import CheckpointWriter
 from workers.committed import CheckpointInfo, list_checkpoints
@@ -30,7 +30,7 @@ from workers.towers import build_model
 
 BROKEN = 5  # a held-out sample whose image cannot be read
 LIVE = ModelConfig(towers=TOWERS)
-LOCKED = ModelConfig(towers=TOWERS, image_tower="tests.workers.test_store:make_tower", locked=["visual"])
+LOCKED = ModelConfig(towers=TOWERS, image_tower="tests.helpers.stores:make_tower", locked=["visual"])
 NAMES = {"red": "rot", "green": "gruen", "blue": "blau", "black": "schwarz"}
 
 

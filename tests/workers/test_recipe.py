@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.helpers.data import TOWERS
-from tests.workers.test_step import global_batch, make_trainer, part_of
+from tests.helpers.steps import global_batch, make_trainer, part_of
 from workers.config import ModelConfig, OptimConfig
 from workers.device import open_device
 from workers.optim import build_optimizer, parameter_groups

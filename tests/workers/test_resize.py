@@ -6,11 +6,11 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from native import cpu_flags
+from tests.helpers.images import image, resize_by_torch, resized
 from workers import resize as module
 from workers.resize import resize
 
@@ -50,24 +50,6 @@ def resize_written_out(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
     rows = rounded(np.einsum("ij,yjc->yic", across, pixels.astype(np.int64)), across_bits)
     return rounded(np.einsum("ij,jxc->ixc", down, rows), down_bits).astype(np.uint8)
-
-
-def resize_by_torch(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1).unsqueeze(0)
-    resized = torch.nn.functional.interpolate(tensor, size, mode="bicubic", antialias=True)
-    return resized[0].permute(1, 2, 0).numpy()
-
-
-def image(height: int, width: int, kind: str = "noise") -> np.ndarray:
-    random = np.random.default_rng([height, width])
-    pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return (pixels > 127).astype(np.uint8) * 255 if kind == "black and white" else pixels
-
-
-def resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    out = np.empty((*size, 3), np.uint8)
-    resize(pixels, out, size=size)
-    return out
 
 
 def test_the_compiled_library_is_what_is_tested_here():
@@ -141,7 +123,7 @@ def test_views_are_resized_as_their_copies(view, is_read_only, has_library, monk
 AT_THE_END_OF_MEMORY = """
 import ctypes, mmap
 import numpy as np
-from tests.workers.test_resize import image, resize_by_torch, resized
+from tests.helpers.images import image, resize_by_torch, resized
 
 memory = mmap.mmap(-1, 2 * mmap.PAGESIZE)
 pages = np.frombuffer(memory, np.uint8)

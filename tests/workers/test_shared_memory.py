@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.bare import OneWorker
-from tests.workers.test_data_plane import batches, manifest_of
+from tests.helpers.batches import batches, manifest_of
 from workers import feed, shared_memory
 from workers.config import LabelNoise
 from workers.data_worker import DataWorker, build_order, image_kind

@@ -11,58 +11,21 @@ from losses import mean_logits, sigmoid_loss_plain
 from tests.helpers.data import TOWERS
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.reference import step_gradients
+from tests.helpers.steps import (
+    MODEL,
+    NUM_PAIRS,
+    SEED,
+    WITH_DROPOUT,
+    check_gradients,
+    global_batch,
+    make_trainer,
+    part_of,
+)
 from workers.config import LossConfig, ModelConfig, OptimConfig
-from workers.device import Device, check_collectives, open_device
-from workers.feed import Batch
+from workers.device import Device, check_collectives
 from workers.optim import build_optimizer, learning_rate
 from workers.step import Trainer
 from workers.towers import normalize_pixels
-
-NUM_PAIRS, SEED = 48, 3
-MODEL = ModelConfig(towers=TOWERS)
-WITH_DROPOUT = ModelConfig(towers=TOWERS | {"vision_cfg": TOWERS["vision_cfg"] | {"patch_dropout": 0.5}})
-
-
-def global_batch():
-    random = np.random.RandomState(0)
-    images = torch.from_numpy(random.randint(0, 256, (NUM_PAIRS, 16, 16, 3)).astype(np.uint8))
-    return images, torch.from_numpy(random.randint(1, 400, (NUM_PAIRS, 8)).astype(np.int32))
-
-
-def make_trainer(
-    world_size,
-    *,
-    model=MODEL,
-    loss=LossConfig(),  # noqa: B008
-    micro_batch_size=None,
-    precision="fp32",
-    activation_checkpointing=False,
-    compile_blocks=False,
-    accelerator="cpu",
-    splits_weights=False,
-):
-    device = open_device(accelerator, 0, precision, splits_weights=splits_weights)
-    check_collectives(device, NUM_PAIRS // world_size)
-    return Trainer(
-        model,
-        OptimConfig(grad_clip_norm=None, schedule="constant"),
-        loss,
-        device,
-        num_samples=NUM_PAIRS,
-        global_batch_size=NUM_PAIRS,
-        micro_batch_size=micro_batch_size,
-        seed=SEED,
-        activation_checkpointing=activation_checkpointing,
-        compile_blocks=compile_blocks,
-    )
-
-
-def part_of(rank, world_size):
-    images, tokens = global_batch()
-    part = slice(rank * NUM_PAIRS // world_size, (rank + 1) * NUM_PAIRS // world_size)
-    size = len(images[part])
-    origin = {"samples": np.zeros((size, 3), np.int64), "keys": [""] * size, "replaced": np.zeros(size, bool)}
-    return Batch(0, images[part], tokens[part], **origin)
 
 
 def step_on_rank(rank, world_size, num_micro_batches=1, **settings):
@@ -74,15 +37,6 @@ def step_on_rank(rank, world_size, num_micro_batches=1, **settings):
     gradients = {name: parameter.grad for name, parameter in trainer.module.named_parameters()}
     figures = result.feature_means.tolist(), float(result.logit_scale), float(result.logit_bias)
     return float(result.loss), gradients, trainer.module.state_dict(), figures
-
-
-def check_gradients(actual, expected):
-    # float32 towers against float64: relative 2**-24 per operation over some hundred operations deep.
-    largest = max(float(gradient.abs().max()) for gradient in expected.values())
-    for name, want in expected.items():
-        close = torch.isclose(actual[name].double(), want, rtol=2e-4, atol=largest * 2e-6)
-        assert close.all(), f"{name}: {actual[name]} instead of {want}"
-    assert {"logit_scale", "logit_bias"} <= expected.keys()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

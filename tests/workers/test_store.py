@@ -16,10 +16,11 @@ from orchestrator.config import ConfigError, load_config
 from orchestrator.embed import check_store
 from tests.helpers.bare import OneWorker, train_bare
 from tests.helpers.data import TOWERS, drawn_sample, encode_image, write_tar
+from tests.helpers.stores import make_store, make_tower
 from workers.config import DataConfig, EmbeddingsConfig, EvalConfig, EvalSet, ModelConfig
 from workers.data_worker import DataWorker, build_order, image_kind
 from workers.decode import Decoder, Refused
-from workers.embed import Embedder, _view_random
+from workers.embed import _view_random
 from workers.evaluate import evaluate_checkpoint
 from workers.features import EvaluationJob
 from workers.feed import Feed
@@ -32,30 +33,12 @@ from workers.store import (
     StoreError,
     StoreFormat,
     read_embeddings,
-    store_key,
     stored_name,
 )
-from workers.towers import build_model, normalize_pixels
+from workers.towers import normalize_pixels
 
 SIZES = [24, 7, 32, 13]
 BROKEN = 11  # a sample whose image cannot be read
-
-
-class Tower(nn.Module):
-    """A small image tower: (b, 3, S, S) -> (b, 16)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 16, 5, stride=3)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.conv(images)).mean(dim=(2, 3))
-
-
-def make_tower() -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        return Tower()
 
 
 @pytest.fixture(scope="module")
@@ -83,24 +66,7 @@ def data(folder: Path) -> DataConfig:
 
 @pytest.fixture
 def model() -> ModelConfig:
-    return ModelConfig(towers=TOWERS, image_tower="tests.workers.test_store:make_tower", locked=["visual"])
-
-
-def make_store(
-    uri: Path, data: DataConfig, model: ModelConfig, held_out: str | None = None, **settings: object
-) -> EmbeddingStore:
-    """As `sigray embed` makes it, without Ray."""
-    embeddings = EmbeddingsConfig(store=str(uri), batch_size=8, **settings)
-    embedder = Embedder(model, data, embeddings, accelerator="cpu", precision="fp32", num_devices=None, num_threads=1)
-    store = EmbeddingStore(str(uri))
-    tower = build_model(model).visual
-    key = store_key(model, data, embeddings, sha256=tower_sha256(tower), precision="fp32")
-    store.begin(key, StoreFormat(embeddings.dtype, 16, embeddings.num_views))
-    for shard in scan_shards(data.shards, data).shards:
-        embedder.embed(shard, "train")
-    for shard in scan_shards(held_out, data).shards if held_out else ():
-        embedder.embed(shard, "eval")
-    return store
+    return ModelConfig(towers=TOWERS, image_tower="tests.helpers.stores:make_tower", locked=["visual"])
 
 
 def batches(manifest: Manifest, data: DataConfig, model: ModelConfig, first: int = 0, last: int = 14) -> list:
@@ -188,7 +154,7 @@ def config_of(folder: Path, tmp_path: Path, *overrides: str):
             "crop": "center",
             "max_bad_fraction": 1,
         },
-        "model": {"towers": TOWERS, "image_tower": "tests.workers.test_store:make_tower", "locked": ["visual"]},
+        "model": {"towers": TOWERS, "image_tower": "tests.helpers.stores:make_tower", "locked": ["visual"]},
         "train": {"num_samples": 12 * 30, "global_batch_size": 12, "log_every_steps": 1},
         "embeddings": {"store": str(tmp_path / "store"), "dtype": "fp32"},
         "optim": {"lr": 1e-2},
@@ -298,7 +264,7 @@ def test_what_cannot_be_read_is_refused():
         (["model.image_mean=[0.1,0.5,0.5]"], "image_mean: the store has [0.5, 0.5, 0.5]"),
         (["model.towers.vision_cfg.image_size=24"], "image_size: the store has 16, this config 24"),
         (["data.captions={txt: 1, cls: 1}"], "members: the store has ['json', 'txt']"),
-        (["model.image_tower=tests.workers.test_store:other_tower"], "tower_sha256"),
+        (["model.image_tower=tests.helpers.stores:other_tower"], "tower_sha256"),
     ],
 )
 def test_a_store_of_something_else_is_refused(folder, tmp_path, data, model, change, named):
@@ -308,11 +274,6 @@ def test_a_store_of_something_else_is_refused(folder, tmp_path, data, model, cha
         check_store(config_of(folder, tmp_path, *change))
     assert named in str(error.value)
     assert "sigray embed" in str(error.value)
-
-
-def other_tower() -> nn.Module:
-    torch.manual_seed(4)
-    return Tower()
 
 
 def test_a_store_that_does_not_fit_the_data_is_refused(data, model, tmp_path):
@@ -373,11 +334,11 @@ def test_towers_from_files(tmp_path):
     with pytest.raises(ValueError, match="text.pt is not a TorchScript file"):
         load_image_tower(str(tmp_path / "text.pt"))
     for name, reason in [
-        ("tests.workers.test_store", "is neither package.module:function nor a file"),
+        ("tests.helpers.stores", "is neither package.module:function nor a file"),
         ("tests.workers.nowhere:tower", "No module named"),
-        ("tests.workers.test_store:nothing", "has no attribute"),
-        ("tests.workers.test_store:StoredShard", "missing 7 required"),
-        ("tests.workers.test_store:dict", "has no attribute 'dict'"),
+        ("tests.helpers.stores:nothing", "has no attribute"),
+        ("workers.store:StoredShard", "missing 7 required"),
+        ("tests.helpers.stores:dict", "has no attribute 'dict'"),
         ("builtins:dict", "gave a dict, a torch.nn.Module expected"),
     ]:
         with pytest.raises(ValueError, match=reason):

@@ -12,20 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.captions import captions
 from tests.helpers.data import TOWERS
 from workers.config import ModelConfig
 from workers.shapes import tower_config
 from workers.tokenizer import build_tokenizer, is_plain, train_tokenizer
-
-WORDS = """
-    a the red green cat dog house runs Straße Müßiggang größer кошка собака дом бежит 犬が走る 猫 家 赤い家と緑の犬
-    สุนัขวิ่ง แมว बिल्ली कुत्ता घर القط كلب e\u0301te\u0301 \uff26\uff55ll \ufb01sh naïve 2,5 don't x² 🐈 👩\u200d🚀
-"""
-
-
-def captions(count: int = 600) -> list[str]:
-    random = np.random.default_rng(0)
-    return [" ".join(random.choice(WORDS.split(), size=random.integers(2, 9))) for _ in range(count)]
 
 
 def bpe_written_out(texts, vocab_size):
@@ -53,7 +44,7 @@ def test_same_captions_give_the_same_file_in_every_process(kind, vocab_size):
     """With the library's UnigramTrainer each process makes another file."""
     program = (
         "import hashlib\n"
-        "from tests.workers.test_tokenizer import captions, train_tokenizer\n"
+        "from tests.helpers.captions import captions, train_tokenizer\n"
         f"tokenizer = train_tokenizer(captions(), vocab_size={vocab_size}, kind={kind!r})\n"
         "print(hashlib.sha256(tokenizer.to_str().encode()).hexdigest())"
     )

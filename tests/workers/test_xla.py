@@ -12,27 +12,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-from orchestrator.config import RunConfig, load_config
+from orchestrator.config import load_config
 from tests.helpers.bare import train_bare
 from tests.helpers.data import write_small_run
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.xla import BATCH, NUM_STEPS
 from workers.committed import list_checkpoints
-from workers.device import open_device
-from workers.feed import Batch
-from workers.profile import Profile
-from workers.step import Trainer
 from workers.storage import Storage
 
 pytestmark = [
     pytest.mark.xla,
     pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="torch-xla (the tpu extra) is missing"),
 ]
-NUM_STEPS, BATCH = 10, 16
-ON_XLA = ["cluster.accelerator=xla_cpu", "cluster.devices_per_worker=2"]
 VARIANTS = {
     "whole": [],
     "micro": ["train.micro_batch_size=8"],
@@ -57,69 +50,9 @@ def config_file(tmp_path_factory):
     )
 
 
-def main() -> None:
-    """In a process of its own: runs on XLA, one after another, and what they reported."""
-    path, runs = sys.argv[1], json.loads(sys.argv[2])
-    found = {}
-    for name, (overrides, last_step) in runs.items():
-        config = load_config(path, [*ON_XLA, f"run.name={name}", *overrides])
-        profile = Profile(warm_up=2, steps=2) if name == "there" else None  # five steps
-        found[name] = train_bare(0, 1, config, last_step, profile)["lines"]
-    found["parts"] = split_parts(load_config(path, ON_XLA))
-    found["checkpoint"] = checkpointed_product()
-    print(json.dumps(found))
-
-
-def split_parts(config: RunConfig) -> list[str]:
-    """How XLA has laid out the weights and the optimizer's state after two steps with split weights."""
-    import torch_xla
-
-    trainer = Trainer(
-        config.model,
-        config.optim,
-        config.loss,
-        open_device("xla_cpu", 0, "fp32", 2, splits_weights=True),
-        num_samples=BATCH,
-        global_batch_size=BATCH,
-        micro_batch_size=None,
-        seed=0,
-    )
-    images, tokens = torch.zeros(BATCH, 16, 16, 3, dtype=torch.uint8), torch.ones(BATCH, 8, dtype=torch.int32)
-    origin = {"samples": np.zeros((BATCH, 3), np.int64), "keys": [""] * BATCH, "replaced": np.zeros(BATCH, bool)}
-    for step in range(2):
-        trainer.step(Batch(step, images, tokens, **origin))
-    states = [tensor for state in trainer.optimizer.state.values() for tensor in state.values()]
-    matrices = [tensor for tensor in [*trainer.module.parameters(), *states] if tensor.ndim == 2]
-    return [torch_xla._XLAC._get_xla_sharding_spec(matrix) for matrix in matrices]
-
-
-def checkpointed_product() -> dict[str, float]:
-    """Dropout and two products, checkpointed: does the second pass happen, and does it draw what the first drew?"""
-    import torch_xla
-
-    device = open_device("xla_cpu", 0, "fp32", 2)
-    device.seed(5)
-    x = torch.ones(64, 32, device=device.torch_device, requires_grad=True)
-    weight = torch.eye(32, device=device.torch_device, requires_grad=True)
-
-    def block(x, *, weight):
-        return torch.nn.functional.dropout(x, 0.5) @ weight @ weight
-
-    output = device.checkpoint(block, x, weight=weight)
-    output.sum().backward()
-    program = torch_xla._XLAC._get_xla_tensors_hlo([output, x.grad, weight.grad])
-    torch_xla.sync()
-    return {
-        "equal": bool(torch.equal(output.cpu(), x.grad.cpu())),  # dropout's mask twice, as the weight is one
-        "kept": float((output != 0).float().mean()),
-        "num_products": program.count(" dot("),
-        "has_barrier": "opt-barrier" in program,
-    }
-
-
 def train_on_xla(config_file: Path, runs: dict[str, tuple[list[str], int]]) -> dict[str, list[dict[str, float]]]:
     """Lines of metrics of each run: overrides and last step by name."""
-    command = [sys.executable, "-c", "from tests.workers.test_xla import main; main()", str(config_file)]
+    command = [sys.executable, "-c", "from tests.helpers.xla import main; main()", str(config_file)]
     # Compiled without optimization: the tests compile far more than they compute.
     environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     done = subprocess.run([*command, json.dumps(runs)], capture_output=True, text=True, env=environment)

@@ -1,0 +1,28 @@
+"""The batches of each rank, fed by data workers in this process."""
+
+from tests.helpers.bare import OneWorker
+from workers.data_worker import DataWorker, build_order, image_kind
+from workers.feed import Feed
+from workers.shards import scan_shards
+
+
+def manifest_of(data):
+    return scan_shards(data.shards, data)
+
+
+def batches(data, model, *, batch, rank=0, world_size=1, first=0, last=12, worker=None, source=OneWorker):
+    manifest = manifest_of(data)
+    feed = Feed(
+        build_order(manifest, data, 5),
+        source(worker or DataWorker(manifest, data, model, seed=5), shares_memory=True),
+        image_kind=image_kind(manifest, model),
+        global_batch_size=batch,
+        block_size=data.block_size,
+        rank=rank,
+        world_size=world_size,
+        first_step=first,
+        last_step=last,
+        prefetch_batches=2,
+        max_bad_fraction=data.max_bad_fraction,
+    )
+    return list(feed)
