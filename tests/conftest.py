@@ -1,13 +1,92 @@
-"""Fixtures that tests of several packages share."""
+"""Fixtures that tests of several packages share, and what each test needs of the machine (`tests/helpers/tiers.py`)."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.helpers.data import TOWERS, write_dataset
+from tests.helpers.tiers import TIERS, RayWatch, Tiers
 from workers.config import DataConfig, ModelConfig
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--tier", choices=TIERS, default="short", help="which tests: see tests/helpers/tiers.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Tiers(config.getoption("--tier")), "tiers")
+    config.pluginmanager.register(RayWatch(), "ray-watch")
+
+
+@pytest.fixture(scope="session")
+def shared_ray() -> Iterator[Any]:
+    """The Ray of this test run, a `ray.cluster_utils.Cluster` that grows by hosts; joined by its `address`."""
+    from ray.cluster_utils import Cluster
+
+    os.environ.setdefault("RAY_enable_metrics_collection", "0")
+    head = {"num_cpus": 8, "include_dashboard": False, "object_store_memory": 200 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ray_driver(shared_ray: Any) -> Iterator[Any]:
+    """This process as a driver of the shared Ray, while a module's tests run; the cluster."""
+    import ray
+
+    ray.init(address=shared_ray.address, log_to_driver=False, configure_logging=False)
+    yield shared_ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def own_ray() -> None:
+    """The test, or a fixture of its, starts a Ray of its own."""
+
+
+@pytest.fixture(scope="session")
+def minutes() -> None:
+    """The test takes a minute or more, without a Ray."""
+
+
+@pytest.fixture(scope="session")
+def patience() -> None:
+    """The test takes many minutes."""
+
+
+@pytest.fixture(scope="session")
+def registries() -> None:
+    """The test fetches from package registries."""
+
+
+@pytest.fixture(scope="session")
+def torch_xla() -> None:
+    if importlib.util.find_spec("torch_xla") is None:
+        pytest.skip("torch-xla (the tpu extra) is missing")
+
+
+@pytest.fixture(scope="session")
+def cuda() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+@pytest.fixture(scope="session")
+def namespaces() -> None:
+    """Hosts made of namespaces."""
+    from tests.helpers.hosts import why_not
+
+    if reason := why_not():
+        pytest.skip(f"hosts of namespaces: {reason}")
 
 
 @pytest.fixture(scope="session")

@@ -25,15 +25,10 @@ from orchestrator.clusters import check_cluster_file
 from orchestrator.config import load_config
 from tests.helpers.bare import train_bare
 from tests.helpers.data import TOWERS, write_dataset
-from tests.helpers.hosts import ROOT, Hosts, why_not
+from tests.helpers.hosts import ROOT, Hosts
 from tests.helpers.ranks import run_on_ranks
 
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(why_not()), reason=f"hosts of namespaces: {why_not()}"),
-    pytest.mark.timeout(900),
-]
+pytestmark = pytest.mark.timeout(900)
 NUM_STEPS, BATCH = 600, 24
 KEYS = {"AWS_ACCESS_KEY_ID": "ak", "AWS_SECRET_ACCESS_KEY": "sk1234567890", "AWS_DEFAULT_REGION": "us-east-1"}
 
@@ -81,7 +76,7 @@ def cluster_file(hosts: Hosts) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def hosts() -> Iterator[Hosts]:
+def hosts(own_ray: None, namespaces: None) -> Iterator[Hosts]:
     folder = Path("/var/tmp", f"sg-{int(time.time())}")
     try:
         with Hosts(

@@ -31,12 +31,11 @@ from workers.shards import scan_shards
 from workers.step import BadStep
 from workers.storage import Storage
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 CUDA = "cuda"
 
 
 @pytest.fixture(autouse=True)
-def strict_float32():
+def strict_float32(cuda):
     """As the tests expect it, whatever the one before has set."""
     open_device(CUDA, 0, "fp32")
 

@@ -1,6 +1,5 @@
 """The one-pass loss against the pair-by-pair twin: value and the gradient of every input."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -207,10 +206,7 @@ print("equal on", device)
 """
 
 
-@pytest.mark.xla
-def test_runs_on_an_xla_device():
-    if importlib.util.find_spec("torch_xla") is None:
-        pytest.skip("torch-xla (the tpu extra) is not installed")
+def test_runs_on_an_xla_device(torch_xla):
     done = subprocess.run(
         [sys.executable, "-c", XLA_PROGRAM], env=os.environ | {"PJRT_DEVICE": "CPU"}, capture_output=True, text=True
     )

@@ -46,7 +46,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
 
 
 @pytest.fixture(scope="module")
-def machines() -> Iterator[Any]:
+def machines(own_ray: None) -> Iterator[Any]:
     """A cluster of a head for data-shard workers and of machines with room for one training worker each."""
     from ray.cluster_utils import Cluster
 
@@ -98,7 +98,6 @@ def drain(address: str, node_id: str, seconds: int) -> None:
     subprocess.run([*command, "--deadline-remaining-seconds", str(seconds)], check=True, timeout=60)
 
 
-@pytest.mark.ray
 @pytest.mark.timeout(400)
 def test_it_shrinks_and_grows(output):
     assert "a training worker or its machine died: " in output
@@ -115,7 +114,6 @@ def test_it_shrinks_and_grows(output):
     assert "Traceback" not in output
 
 
-@pytest.mark.ray
 @pytest.mark.timeout(400)
 def test_growing_repeats_no_step(output):
     """The group that stops to grow writes a checkpoint first."""
@@ -128,7 +126,6 @@ def test_growing_repeats_no_step(output):
     assert begins[2] == done[-1]
 
 
-@pytest.mark.ray
 @pytest.mark.timeout(400)
 def test_the_losses_are_those_of_a_run_in_which_nothing_changed(small, output):
     """Two sums of the same numbers in another order: in float32 the losses part by rounding."""
@@ -143,7 +140,6 @@ def test_the_losses_are_those_of_a_run_in_which_nothing_changed(small, output):
     assert losses == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.ray
 @pytest.mark.timeout(400)
 def test_the_ledger_is_exact(small, output, capsys):
     from orchestrator.cli import main

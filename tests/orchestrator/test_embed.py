@@ -69,11 +69,16 @@ def embed(config: Path, num_kills: int, rng: random.Random) -> tuple[int, str]:
     return killed, log.read_text()
 
 
-@pytest.mark.ray
-@pytest.mark.parametrize(
-    ("num_kills", "num_shards"), [(3, 12), pytest.param(20, 60, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
-)
-def test_a_store_in_which_workers_died_is_the_same_bit_for_bit(tmp_path, num_kills, num_shards):
+def test_a_store_in_which_workers_died_is_the_same_bit_for_bit(own_ray, tmp_path):
+    check_a_store_in_which_workers_die(tmp_path, num_kills=3, num_shards=12)
+
+
+@pytest.mark.timeout(1200)
+def test_a_store_in_which_twenty_workers_died_is_the_same_bit_for_bit(own_ray, patience, tmp_path):
+    check_a_store_in_which_workers_die(tmp_path, num_kills=20, num_shards=60)
+
+
+def check_a_store_in_which_workers_die(tmp_path: Path, num_kills: int, num_shards: int) -> None:
     config = write_config(tmp_path, num_shards)
     killed, output = embed(config, num_kills, random.Random(num_kills))
     assert killed == num_kills, output

@@ -154,10 +154,8 @@ def test_a_run_that_is_too_short_is_refused(config):
     assert wanted.train == config.train
 
 
-@pytest.mark.ray
-@pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_the_command(tmp_path):
+def test_the_command(own_ray, tmp_path):
     """`sigray profile` under Ray: table, picture, traces, and a timeline with the data-shard workers' blocks."""
     small = SmallRun(tmp_path)
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"COLUMNS": "160"}

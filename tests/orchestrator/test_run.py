@@ -114,28 +114,24 @@ def third_life(small: SmallRun, s3: dict[str, str], second_life: str) -> str:
     return run.output()
 
 
-@pytest.mark.ray
 def test_a_killed_worker_is_replaced(first_life):
     assert re.search(r"a training worker or its machine died: .*\. Starting the workers again", first_life)
     assert re.search(r"restarted and go on from step [12]\d\b", first_life)
     assert "Traceback" not in first_life
 
 
-@pytest.mark.ray
 def test_a_killed_drivers_run_goes_on_with_the_same_command(second_life):
     assert f"{STORAGE} holds a run of this name: going on with it" in second_life
     (first_step,) = re.findall(r"steps +(\d+) to 120", second_life)
     assert int(first_step) >= 20
 
 
-@pytest.mark.ray
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(second_life):
     assert re.search(r"stopped at [\d,]+ samples after", second_life)
     assert f"go on with: sigray resume {STORAGE}" in second_life
     assert "Traceback" not in second_life
 
 
-@pytest.mark.ray
 def test_killed_and_resumed_equals_undisturbed_bit_for_bit(small, bucket, undisturbed, third_life):
     """Also: Ray changes nothing, S3 changes nothing, and two runs of one config give the same losses."""
     assert small.losses() == undisturbed["losses"]
@@ -143,7 +139,6 @@ def test_killed_and_resumed_equals_undisturbed_bit_for_bit(small, bucket, undist
     assert json.loads(commit)["files"] == undisturbed["files"]  # sizes and hashes of weights and optimizer state
 
 
-@pytest.mark.ray
 def test_the_ledger_shows_every_sample_once_per_epoch(small, s3, third_life):
     """120 steps of 24 in epochs of 200, with a killed trainer, a killed data-shard worker and two drivers."""
     run = Sigray(small.folder / "audit.log", s3, "data", "audit", STORAGE)
@@ -152,7 +147,6 @@ def test_the_ledger_shows_every_sample_once_per_epoch(small, s3, third_life):
     assert "every sample of 14 complete epochs was used exactly once" in run.output()
 
 
-@pytest.mark.ray
 def test_a_run_leaves_what_its_user_expects(small, bucket, third_life):
     summary = json.loads((small.path / "summary.json").read_text())
     assert summary["status"] == "finished"
@@ -179,7 +173,6 @@ def test_a_run_leaves_what_its_user_expects(small, bucket, third_life):
     assert yaml.safe_load((small.path / "config.yaml").read_text())["data"]["prefetch_batches"] == 4
 
 
-@pytest.mark.ray
 def test_no_key_of_the_store_is_kept(small, s3, bucket, third_life):
     """The runs read and wrote with it: it is in no file of theirs, no object, and nothing that was printed."""
     secret = s3["AWS_SECRET_ACCESS_KEY"].encode()
@@ -206,7 +199,6 @@ def test_the_output_tells_the_batch_arithmetic_and_chance(third_life):
     assert "Traceback" not in third_life
 
 
-@pytest.mark.ray
 def test_eval_of_a_checkpoint_repeats_the_figures(small, s3, third_life):
     """A Ray task in another cluster, weights from S3: the same figures to the last digit."""
     path = small.path / "evaluations" / f"{name(NUM_STEPS)}.json"
@@ -219,14 +211,12 @@ def test_eval_of_a_checkpoint_repeats_the_figures(small, s3, third_life):
         assert text in run.output()
 
 
-@pytest.mark.ray
 def test_an_existing_run_is_not_overwritten(small, third_life, s3, capsys, monkeypatch):
     error = error_of(["train", str(small.config), *S3_OVERRIDES, "run.seed=1"], s3, capsys, monkeypatch)
     assert "run.seed: the run was started with 0, now 1" in error
     assert "--overwrite" in error
 
 
-@pytest.mark.ray
 def test_a_second_driver_is_refused(small, third_life, s3, capsys, monkeypatch):
     storage = Storage(small.folder / "leased" / "small")
     with RunLease(storage):
@@ -234,7 +224,6 @@ def test_a_second_driver_is_refused(small, third_life, s3, capsys, monkeypatch):
     assert f"is being run by process {os.getpid()}" in error
 
 
-@pytest.mark.ray
 def test_resume_with_another_model_is_refused(small, third_life, s3, capsys, monkeypatch):
     error = error_of(["resume", STORAGE, "model.towers.embed_dim=32"], s3, capsys, monkeypatch)
     assert "model.towers.embed_dim: the run was started with 16, now 32" in error

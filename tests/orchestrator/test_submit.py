@@ -141,7 +141,7 @@ def test_rays_controller_stays_with_the_driver():
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+def head(own_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     with ray_head(tmp_path_factory.mktemp("head")) as up:
         yield up
 
@@ -156,7 +156,6 @@ def sigray(head: Head, command: str, *words: str, timeout: float = 200) -> subpr
     )
 
 
-@pytest.mark.ray
 def test_a_job_from_its_submission_to_its_end(head, run_config):
     """One head for all: starting it costs ten seconds, a job forty."""
     # Submitted and left alone; a lost terminal is one that is killed.

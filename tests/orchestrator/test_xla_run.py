@@ -6,7 +6,6 @@ client stands in for their chips. What comes out must equal a bare gloo run with
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -22,12 +21,7 @@ from tests.helpers.bare import train_bare
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import BATCH, Sigray, SmallRun
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.xla,
-    pytest.mark.timeout(500),
-    pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="torch-xla (the tpu extra) is missing"),
-]
+pytestmark = pytest.mark.timeout(500)
 NUM_STEPS = 50
 SLICE = [
     "cluster.accelerator=xla_cpu",
@@ -62,7 +56,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def cluster(own_ray: None, torch_xla: None) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     # Compiled without optimization: the test compiles far more than it computes. Ray's workers inherit from its nodes.

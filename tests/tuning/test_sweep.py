@@ -120,7 +120,7 @@ def table_now(study: Study) -> Table:
 
 
 @pytest.fixture(scope="module")
-def outputs(study: Study) -> tuple[str, str]:
+def outputs(own_ray: None, study: Study) -> tuple[str, str]:
     """What the two drivers printed, the first killed after the first decision."""
     folder = study.config.folder.parent.parent
     first = Driver(folder / "first.log", folder / "study.yaml")
@@ -131,10 +131,8 @@ def outputs(study: Study) -> tuple[str, str]:
     return first.log.read_text(), second.log.read_text()
 
 
-@pytest.mark.slow
-@pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_killed_at_three_moments_gives_the_same_table(tmp_path):
+def test_killed_at_three_moments_gives_the_same_table(own_ray, patience, tmp_path):
     """Before any result, between a result and the next, and when a trial is over already."""
     path = write_study(tmp_path)
     study = load_study(path)
@@ -201,7 +199,6 @@ def without_ray(study: Study, folder: Path) -> Table:
     return judge.table()[0]
 
 
-@pytest.mark.ray
 def test_killed_and_resumed_gives_the_table_that_no_ray_gives(study, outputs, tmp_path):
     """Figures to the last digit, and every decision: Ray, sharing, the kill and the resume change nothing."""
     expected = as_csv(without_ray(study, tmp_path), len(RUNGS))
@@ -212,7 +209,6 @@ def test_killed_and_resumed_gives_the_table_that_no_ray_gives(study, outputs, tm
     assert (statuses.count("failed"), statuses.count("infeasible")) == (1, 1)
 
 
-@pytest.mark.ray
 def test_what_was_done_is_not_done_again(study, outputs):
     events = [json.loads(line) for line in (study.config.folder / "results.jsonl").read_text().splitlines()]
     places = [(event["event"], event["number"], event.get("rung")) for event in events if "number" in event]
@@ -222,7 +218,6 @@ def test_what_was_done_is_not_done_again(study, outputs):
     assert all(int(step) > 0 for log in logs[:1] for step in re.findall(r"steps +(\d+) to", log)[1:])
 
 
-@pytest.mark.ray
 def test_what_cannot_run_is_told_before_anything_starts(study, outputs):
     first, second = outputs
     told = re.search(r"trial \d cannot run and is left out \(trial=cannot run\): .* takes 400 samples", first)
@@ -232,7 +227,6 @@ def test_what_cannot_run_is_told_before_anything_starts(study, outputs):
     assert "cannot run and is left out" not in second
 
 
-@pytest.mark.ray
 def test_a_trial_that_crashes_is_told_and_ends_nothing(study, outputs):
     row = table_now(study).rows[number_of(study, "crashes")]
     assert re.search(r"the (loss|norm of the gradients) is|NaN or infinity", row.error), row.error
@@ -240,14 +234,12 @@ def test_a_trial_that_crashes_is_told_and_ends_nothing(study, outputs):
     assert "Traceback" not in "".join(outputs)
 
 
-@pytest.mark.ray
 def test_trials_side_by_side_share_what_is_decoded(study, outputs):
     """Of the second driver. A trial asks for each block once: what was served more often was shared."""
     (stream,) = table_now(study).streams
     assert 0 < 1.15 * stream["decoded"] < stream["served"]
 
 
-@pytest.mark.ray
 def test_a_sweep_leaves_what_its_user_expects(study, outputs):
     folder = study.config.folder
     best = load_config(folder / "best.yaml")
@@ -261,7 +253,6 @@ def test_a_sweep_leaves_what_its_user_expects(study, outputs):
     assert summary["status"] in ("finished", "stopped")
 
 
-@pytest.mark.ray
 def test_a_finished_sweep_starts_nothing(study, outputs, capsys, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     before = (study.config.folder / "results.jsonl").read_bytes()
@@ -409,9 +400,9 @@ class Undecided:
         return "wait" if time.monotonic() < self._until else "go on"
 
 
-@pytest.mark.slow
-@pytest.mark.ray
-def test_a_trial_that_waits_long_gives_its_places_to_others_and_repeats_no_step(tmp_path, monkeypatch):
+def test_a_trial_that_waits_long_gives_its_places_to_others_and_repeats_no_step(
+    own_ray, patience, tmp_path, monkeypatch
+):
     import ray
     from rich.console import Console
 

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,16 +95,6 @@ def everything(folder: Path, **settings: Any) -> EvalConfig:
     return EvalConfig(sets={"a": spec}, batch_size=4, num_sheet_images=7, **settings)
 
 
-@pytest.fixture(scope="module")
-def ray_session() -> Iterator[Any]:
-    import ray
-
-    os.environ.setdefault("RAY_enable_metrics_collection", "0")
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    yield ray
-    ray.shutdown()
-
-
 class Watched:
     """Has crews wait for the workers they begin with, so that each gets parts; counts, keeps and disturbs.
 
@@ -171,11 +161,10 @@ def stop_and_kill(number: int, pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.ray
 @pytest.mark.timeout(900)  # seven processes import torch, on a machine that may be busy
 @pytest.mark.parametrize("name", ["live", "stored"])
 def test_figures_are_the_same_with_any_number_of_workers(
-    name, folder, checkpoints, store, ray_session, monkeypatch, tmp_path
+    name, folder, checkpoints, store, ray_driver, monkeypatch, tmp_path
 ):
     """From the live tower, one of three workers is killed; from the store, one of two stops for good."""
     watched, data = Watched(monkeypatch), data_of(folder)

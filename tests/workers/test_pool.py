@@ -39,22 +39,8 @@ BATCH, SEED = 24, 5
 BY_HAND = Autoscaler(runs=False)
 
 
-@pytest.fixture(scope="module")
-def ray_session() -> Iterator[Any]:
-    import ray
-    from ray.cluster_utils import Cluster
-
-    os.environ.setdefault("RAY_enable_metrics_collection", "0")
-    head = {"num_cpus": 8, "include_dashboard": False, "object_store_memory": 200 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
-
-
 @pytest.fixture
-def pools(ray_session: Any) -> Iterator[Callable[..., DataPool]]:
+def pools(ray_driver: Any) -> Iterator[Callable[..., DataPool]]:
     """Makes a pool that is gone after the test, processes and all."""
     made: list[DataPool] = []
 
@@ -151,9 +137,8 @@ def undisturbed(manifest: Manifest, data: DataConfig, model: ModelConfig, folder
     return committed(folder)["digests"]
 
 
-@pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_ledger_of_a_stream_in_which_everything_dies(ray_session, pools, model, tmp_path):
+def test_ledger_of_a_stream_in_which_everything_dies(ray_driver, pools, model, tmp_path):
     """Two epochs; 50 kills of data-shard workers and of the reader; 1 to 4 training workers, 1 to 3 data workers."""
     import ray
 
@@ -241,8 +226,7 @@ def test_ledger_of_a_stream_in_which_everything_dies(ray_session, pools, model, 
         assert epoch.num_used == epoch.num_samples or not epoch.is_over
 
 
-@pytest.mark.ray
-def test_headers_are_read_on_the_cluster(ray_session, tmp_path, monkeypatch):
+def test_headers_are_read_on_the_cluster(ray_driver, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_dataset(tmp_path / "tars", [12, 7, 9])
     data = DataConfig(shards=str(tmp_path / "tars"))
@@ -255,7 +239,6 @@ def test_headers_are_read_on_the_cluster(ray_session, tmp_path, monkeypatch):
         scan_shards(data.shards, data, parallel_map=in_tasks)
 
 
-@pytest.mark.ray
 def test_a_worker_that_hangs_is_bypassed_and_replaced(pools, model, tmp_path):
     write_dataset(tmp_path / "tars", [200])
     data = DataConfig(
@@ -320,7 +303,6 @@ def test_a_worker_that_hangs_is_bypassed_and_replaced(pools, model, tmp_path):
         time.sleep(0.1)
 
 
-@pytest.mark.ray
 def test_workers_that_cannot_reach_the_memory_send_images_and_are_not_told_again(pools, model, data_config):
     manifest = scan_shards(data_config.shards, data_config)
     pool = pools(manifest, data_config.model_copy(update={"num_workers": 2, "cpus_per_worker": 0}), model)
@@ -340,7 +322,6 @@ def test_workers_that_cannot_reach_the_memory_send_images_and_are_not_told_again
     assert told == [True, False, True, False]
 
 
-@pytest.mark.ray
 def test_two_readers_of_one_stream_share_the_decoding(pools, model, tmp_path):
     """At different speeds inside the window: each block is decoded once; a reader far behind is served as well."""
     write_dataset(tmp_path / "tars", [300])
@@ -372,20 +353,19 @@ def test_two_readers_of_one_stream_share_the_decoding(pools, model, tmp_path):
     assert read(1, 3) != seen[3]  # fallen out of the window: evaluated again
 
 
-@pytest.mark.ray
-def test_hosts_without_accelerators_are_preferred_and_not_required(ray_session, pools, data_config, model):
+def test_hosts_without_accelerators_are_preferred_and_not_required(ray_driver, pools, data_config, model):
     """Two more hosts, one of which says that it has a GPU: three workers of four CPUs on eight, two and four."""
     import ray
 
-    with_gpu = ray_session.add_node(num_cpus=4, num_gpus=1, object_store_memory=100 * 2**20)
-    without = ray_session.add_node(num_cpus=2, object_store_memory=100 * 2**20)
-    ray_session.wait_for_nodes()
+    with_gpu = ray_driver.add_node(num_cpus=4, num_gpus=1, object_store_memory=100 * 2**20)
+    without = ray_driver.add_node(num_cpus=2, object_store_memory=100 * 2**20)
+    ray_driver.wait_for_nodes()
     try:
         manifest = scan_shards(data_config.shards, data_config)
         pool = pools(manifest, data_config.model_copy(update={"num_workers": 3, "cpus_per_worker": 4}), model)
         where = [actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()) for actor in pool._actors]
         used = Counter(ray.get(where))
-        assert used == {ray_session.head_node.node_id: 2, with_gpu.node_id: 1}
+        assert used == {ray_driver.head_node.node_id: 2, with_gpu.node_id: 1}
         # What a run that waits would say: four of the GPU host's CPUs are taken by a data-shard worker.
         said = [room(Need(1, need), cluster_hosts(), BY_HAND).sentence for need in ({"GPU": 1.0}, {"GPU": 1, "CPU": 1})]
         assert said == [
@@ -395,7 +375,7 @@ def test_hosts_without_accelerators_are_preferred_and_not_required(ray_session, 
         assert find_autoscaler(ray.get_runtime_context().gcs_address) in (None, BY_HAND)
     finally:
         for node in (with_gpu, without):
-            ray_session.remove_node(node)
+            ray_driver.remove_node(node)
 
 
 def test_placement_of_data_shard_workers():

@@ -5,7 +5,6 @@ All runs share one process, not that of the tests: the number of devices is fixe
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -22,10 +21,6 @@ from tests.helpers.xla import BATCH, NUM_STEPS
 from workers.committed import list_checkpoints
 from workers.storage import Storage
 
-pytestmark = [
-    pytest.mark.xla,
-    pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="torch-xla (the tpu extra) is missing"),
-]
 VARIANTS = {
     "whole": [],
     "micro": ["train.micro_batch_size=8"],
@@ -73,7 +68,7 @@ def lines_on_cpu(config_file: Path, *overrides: str, last_step: int = NUM_STEPS)
 
 
 @pytest.fixture(scope="module")
-def on_xla(config_file):
+def on_xla(torch_xla, config_file):
     train_on_cpu(config_file, "run.name=back", last_step=5)
     runs = {name: (overrides, NUM_STEPS) for name, overrides in VARIANTS.items()}
     return train_on_xla(config_file, runs | {"there": ([], 5), "back": ([], NUM_STEPS)})
