@@ -44,7 +44,8 @@ def test_same_captions_give_the_same_file_in_every_process(kind, vocab_size):
     """With the library's UnigramTrainer each process makes another file."""
     program = (
         "import hashlib\n"
-        "from tests.helpers.captions import captions, train_tokenizer\n"
+        "from tests.helpers.captions import captions\n"
+        "from workers.tokenizer import train_tokenizer\n"
         f"tokenizer = train_tokenizer(captions(), vocab_size={vocab_size}, kind={kind!r})\n"
         "print(hashlib.sha256(tokenizer.to_str().encode()).hexdigest())"
     )
