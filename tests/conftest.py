@@ -7,10 +7,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from tests.helpers.data import TOWERS, write_dataset
+from tests.helpers.s3 import s3_server
 from tests.helpers.tiers import TIERS, RayWatch, Tiers
 from workers.config import DataConfig, ModelConfig
 
@@ -25,13 +27,23 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def shared_ray() -> Iterator[Any]:
-    """The Ray of this test run, a `ray.cluster_utils.Cluster` that grows by hosts; joined by its `address`."""
+def s3_variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The AWS variables that reach an S3 server of this test run; its bucket is `tests.helpers.s3.BUCKET`."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as variables:
+        yield variables
+
+
+@pytest.fixture(scope="session")
+def shared_ray(s3_variables: dict[str, str]) -> Iterator[Any]:
+    """The Ray of this test run, a `ray.cluster_utils.Cluster` that grows by hosts; joined by its `address`.
+
+    Its workers reach the S3 server: they inherit from the processes that are started here.
+    """
     from ray.cluster_utils import Cluster
 
-    os.environ.setdefault("RAY_enable_metrics_collection", "0")
     head = {"num_cpus": 8, "include_dashboard": False, "object_store_memory": 200 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    with mock.patch.dict(os.environ, s3_variables | {"RAY_enable_metrics_collection": "0"}):
+        cluster = Cluster(initialize_head=True, head_node_args=head)
     yield cluster
     cluster.shutdown()
 

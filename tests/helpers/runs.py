@@ -12,7 +12,6 @@ from typing import Any
 import yaml
 
 from tests.helpers.data import COLOURS, TOWERS, write_dataset
-from tests.helpers.processes import descendants_named
 
 SIGRAY = str(Path(sys.executable).parent / "sigray")
 NUM_STEPS, BATCH = 120, 24
@@ -90,10 +89,6 @@ class Sigray:
 
     def wait(self) -> int:
         return self.process.wait(timeout=200)
-
-    def workers(self, name: str) -> list[int]:
-        """Process ids of this run's Ray workers with a name."""
-        return descendants_named(self.process.pid, f"ray::{name}")
 
 
 EXAMPLES = sorted(Path("examples").glob("*.yaml"))

@@ -1,18 +1,17 @@
-"""Whole runs through the command line and a Ray of their own: killed, interrupted, resumed, evaluated.
+"""A whole run through the command line, on the Ray that the tests share: killed, interrupted, resumed, evaluated.
 
-A Ray run costs a minute of process starts here, so there is one, and everything happens to it: its data and its
-checkpoints lie in a real S3 server, a data-shard worker and a training worker are killed, Ctrl-C stops it, and a second
-driver resumes it from its storage. What it must equal comes from `tests/helpers/bare.py`: no Ray, no S3, nothing dies.
+A run costs a minute of process starts here, so there is one, and everything happens to it: its data and its
+checkpoints lie in a real S3 server, a data-shard worker, a training worker and the driver are killed, Ctrl-C stops it,
+and another driver resumes it from its storage. What it must equal comes from `tests/helpers/bare.py`: no Ray, no S3,
+nothing dies. Runs with a Ray of their own are in the long tier (test_chaos.py).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import signal
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,11 +23,11 @@ from tests.helpers.bare import train_bare
 from tests.helpers.processes import descendants_named
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import BATCH, NUM_STEPS, Sigray, SmallRun
-from tests.helpers.s3 import BUCKET, s3_server
+from tests.helpers.s3 import BUCKET
 from workers.storage import Storage
 
 STORAGE = f"s3://{BUCKET}/runs/small"
-S3_OVERRIDES = [f"run.storage=s3://{BUCKET}/runs", f"data.shards=s3://{BUCKET}/tars/"]
+IN_S3 = [f"run.storage=s3://{BUCKET}/runs", f"data.shards=s3://{BUCKET}/tars/"]
 
 
 def name(step: int) -> str:
@@ -53,10 +52,16 @@ def undisturbed(small: SmallRun) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """An environment that reaches an S3 server, and no Ray cluster that the machine's own may name."""
-    with s3_server(tmp_path_factory.mktemp("s3")) as variables:
-        yield {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | variables | {"COLUMNS": "160"}
+def s3(s3_variables: dict[str, str]) -> dict[str, str]:
+    """An environment that reaches the S3 server, and no Ray cluster that the machine's own may name."""
+    others = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    return others | s3_variables | {"COLUMNS": "160"}
+
+
+@pytest.fixture(scope="module")
+def arguments(small: SmallRun, shared_ray: Any) -> list[str]:
+    """Of `sigray train` for each life."""
+    return [str(small.config), *IN_S3, f"cluster.address={shared_ray.address}"]
 
 
 @pytest.fixture(scope="module")
@@ -73,31 +78,32 @@ def bucket(s3: dict[str, str]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def first_life(small: SmallRun, s3: dict[str, str], bucket: Any) -> str:
+def first_life(small: SmallRun, s3: dict[str, str], bucket: Any, arguments: list[str]) -> str:
     """Output of the run until its driver is killed; on the way one worker of each kind is killed."""
     for path in (small.folder / "train").iterdir():
         bucket.upload_file(str(path), f"tars/{path.name}")
-    run = Sigray(small.folder / "first.log", s3, "train", small.config, *S3_OVERRIDES)
+    run = Sigray(small.folder / "first.log", s3, "train", *arguments)
     run.wait_until(lambda: small.num_lines() >= 3)
-    os.kill(run.workers("DataWorkerActor")[0], signal.SIGKILL)
+    os.kill(workers_named("DataWorkerActor")[0], signal.SIGKILL)
     run.wait_until(lambda: small.num_lines() >= 14 and committed(bucket))
-    os.kill(run.workers("RayTrainWorker")[0], signal.SIGKILL)
+    os.kill(workers_named("RayTrainWorker")[0], signal.SIGKILL)
     run.wait_until(lambda: "were restarted and go on from step" in run.output())
     run.wait_until(lambda: small.num_lines() >= 31 and max(committed(bucket), default="") >= f"checkpoints/{name(20)}")
-    processes = descendants_named(run.process.pid, "")
-    run.process.kill()
+    run.process.kill()  # Ray ends what its driver had started
     run.process.wait()
-    for pid in processes:  # Ray's own processes may outlive a driver that is killed
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
     return run.output()
 
 
+def workers_named(name: str) -> list[int]:
+    """Process ids of the shared Ray's workers with a name."""
+    return descendants_named(os.getpid(), f"ray::{name}")
+
+
 @pytest.fixture(scope="module")
-def second_life(small: SmallRun, s3: dict[str, str], first_life: str) -> str:
+def second_life(small: SmallRun, s3: dict[str, str], first_life: str, arguments: list[str]) -> str:
     """Output of the same command once more, until Ctrl-C."""
     num_lines = small.num_lines()
-    run = Sigray(small.folder / "second.log", s3, "train", small.config, *S3_OVERRIDES)
+    run = Sigray(small.folder / "second.log", s3, "train", *arguments)
     # Behind the third checkpoint: two are kept, so the first is deleted, which Ray Train must not mind on resume.
     run.wait_until(lambda: small.num_lines() >= num_lines + 21)
     run.process.send_signal(signal.SIGINT)
@@ -212,7 +218,7 @@ def test_eval_of_a_checkpoint_repeats_the_figures(small, s3, third_life):
 
 
 def test_an_existing_run_is_not_overwritten(small, third_life, s3, capsys, monkeypatch):
-    error = error_of(["train", str(small.config), *S3_OVERRIDES, "run.seed=1"], s3, capsys, monkeypatch)
+    error = error_of(["train", str(small.config), *IN_S3, "run.seed=1"], s3, capsys, monkeypatch)
     assert "run.seed: the run was started with 0, now 1" in error
     assert "--overwrite" in error
 
