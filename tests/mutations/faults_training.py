@@ -1,0 +1,305 @@
+"""Faults of the training loop: steps, optimizer, order, draws."""
+
+from __future__ import annotations
+
+from tests.mutations.fault import Fault
+
+_RUN = "tests/workers/test_independent.py::test_run_is_the_plain_loops"
+_GOLDEN = "tests/workers/test_golden.py::test_golden"
+
+
+def _run(config: str, cut: str = "1-None") -> tuple[str, ...]:
+    return (f"{_RUN}[{config}-{cut}]",)
+
+
+def _golden(test: str) -> tuple[str, ...]:
+    return (f"{_GOLDEN}_{test}",)
+
+
+_STEP, _OPTIM, _TRAIN, _WORKER = "workers.step:", "workers.optim:", "workers.train:", "workers.data_worker:"
+
+FAULTS = [
+    Fault(
+        "clipping never applied",
+        _STEP + "Trainer.step",
+        'clip if clip is not None else float("inf")',
+        'float("inf")',
+        _run("adamw_sigmoid"),
+    ),
+    Fault(
+        "gradients are not averaged over ranks",
+        _STEP + "Trainer.step",
+        "self._device.average_gradients(self.module)",
+        "pass",
+        _run("adamw_sigmoid", "2-None"),
+    ),
+    Fault(
+        "the schedule counts steps",
+        _STEP + "Trainer._set_learning_rate",
+        "step * self._global_batch_size",
+        "step",
+        _run("adamw_sigmoid"),
+    ),
+    Fault(
+        "lr_scale ignored",
+        _STEP + "Trainer._set_learning_rate",
+        'lr * group.get("lr_scale", 1.0)',
+        "lr",
+        _run("adamw_sigmoid"),
+    ),
+    Fault(
+        "the same random negatives each step",
+        _STEP + "Trainer._global_loss",
+        "[self._seed, step]",
+        "[self._seed, 0]",
+        _golden("random_negatives[seed0step1]"),
+    ),
+    Fault(
+        "the same random negatives for each seed",
+        _STEP + "Trainer._global_loss",
+        "[self._seed, step]",
+        "[0, step]",
+        _golden("random_negatives[seed3step0]"),
+    ),
+    Fault(
+        "the same dropout in every step",
+        _STEP + "Trainer._encode",
+        "[self._seed, batch.step, ",
+        "[self._seed, 0, ",
+        _run("draws"),
+    ),
+    Fault(
+        "the same dropout on every rank",
+        _STEP + "Trainer._encode",
+        "self._device.random_rank",
+        "0",
+        _golden("draws_of_the_towers"),
+    ),
+    Fault(
+        "the same dropout in every micro-batch",
+        _STEP + "Trainer._encode",
+        ", micro_batch])",
+        ", 0])",
+        _run("draws", "1-4"),
+    ),
+    Fault(
+        "run.seed not in the weights",
+        _STEP + "Trainer.__init__",
+        "torch.manual_seed(seed)",
+        "torch.manual_seed(0)",
+        _run("adamw_sigmoid"),
+    ),
+    Fault("beta1 ignored", _OPTIM + "build_optimizer", "(optim.beta1, ", "(0.9, ", _run("adamw_sigmoid")),
+    Fault("beta2 ignored", _OPTIM + "build_optimizer", "optim.beta2)", "0.95)", _run("adamw_sigmoid")),
+    Fault("eps ignored", _OPTIM + "build_optimizer", "eps=optim.eps", "eps=1e-8", _run("adamw_sigmoid")),
+    Fault(
+        "warm-up ignored",
+        _OPTIM + "learning_rate",
+        "if samples_seen < optim.num_warmup_samples:",
+        "if False:",
+        _run("adamw_sigmoid"),
+    ),
+    Fault(
+        "the constant schedule falls",
+        _OPTIM + "learning_rate",
+        'optim.schedule == "constant"',
+        "False",
+        _run("adamw_softmax"),
+    ),
+    Fault(
+        "the cosine begins with the run",
+        _OPTIM + "learning_rate",
+        "decay = (samples_seen - optim.num_warmup_samples)",
+        "decay = samples_seen",
+        _run("adamw_sigmoid"),
+    ),
+    Fault(
+        "weight decay on biases",
+        _OPTIM + "parameter_groups",
+        "decay if dimensions == 2 else 0.0",
+        "decay",
+        _run("adamw_sigmoid"),
+    ),
+    Fault(
+        "a group's weight decay ignored",
+        _OPTIM + "parameter_groups",
+        "optim.weight_decay if group.weight_decay is None else group.weight_decay",
+        "optim.weight_decay",
+        _run("adamw_sigmoid"),
+    ),
+    Fault(
+        "the last, incomplete step dropped",
+        _TRAIN + "train_loop_per_worker",
+        "-(-job.train.num_samples // global_batch_size)",
+        "job.train.num_samples // global_batch_size",
+        _run("adamw_sigmoid"),
+    ),
+    Fault(
+        "the cosine ends before the last step",
+        _TRAIN + "train_loop_per_worker",
+        "num_samples=num_steps * global_batch_size",
+        "num_samples=job.train.num_samples",
+        _run("adamw_sigmoid"),
+    ),
+    Fault(
+        "run.seed not in the label noise",
+        _TRAIN + "train_loop_per_worker",
+        "Noise(job.train.label_noise, job.seed,",
+        "Noise(job.train.label_noise, 0,",
+        _run("draws"),
+    ),
+    Fault(
+        "the logged loss is summed over ranks",
+        _TRAIN + "_LogWindow.close",
+        "[total / world_size for total in losses]",
+        "list(losses)",
+        _run("adamw_sigmoid", "2-None"),
+    ),
+    Fault(
+        "run.seed not in the order, on both sides",
+        _WORKER + "build_order",
+        "seed=seed",
+        "seed=0",
+        _run("adamw_sigmoid"),
+    ),
+    Fault(
+        "weights of data sets ignored",
+        _WORKER + "build_order",
+        "data.shards[name].weight",
+        "1.0",
+        _run("draws"),
+    ),
+    Fault(
+        "run.seed not in the data-shard worker's order",
+        _WORKER + "DataWorker.__init__",
+        "build_order(manifest, data, seed)",
+        "build_order(manifest, data, 0)",
+        _run("adamw_sigmoid"),
+    ),
+    Fault(
+        "run.seed not in crops and captions",
+        _WORKER + "DataWorker.__init__",
+        "self._seed = manifest, data, seed",
+        "self._seed = manifest, data, 0",
+        _run("draws"),
+    ),
+    Fault(
+        "captions drawn alike in every epoch",
+        _WORKER + "DataWorker._decode",
+        "choose_caption(sample.members, random)",
+        "choose_caption(sample.members, sample_random(self._seed, 0, ref.shard, ref.index))",
+        _run("draws"),
+    ),
+    Fault(
+        "crops equal in all epochs",
+        _WORKER + "DataWorker._decode",
+        "self._decode_image(sample, random, out)",
+        "self._decode_image(sample, sample_random(self._seed, 0, ref.shard, ref.index), out)",
+        _run("draws"),
+    ),
+    Fault(
+        "crops and captions equal in all epochs",
+        "workers.decode:sample_random",
+        "seed, epoch, shard",
+        "seed, 0, shard",
+        _golden("crops"),
+    ),
+    Fault(
+        "a crop is drawn from the captions' numbers",
+        "workers.decode:Decoder.decode_image",
+        'random.uniforms("crop")',
+        'random.uniforms("caption")',
+        _run("draws"),
+    ),
+    Fault(
+        "a crop never reaches the right edge",
+        "workers.decode:random_box",
+        "(width - box_width + 1)",
+        "(width - box_width)",
+        _golden("crops"),
+    ),
+    Fault(
+        "weights of captions ignored",
+        "workers.decode:Decoder.choose_caption",
+        "-math.log1p(-next(uniforms)) / source[1]",
+        "-math.log1p(-next(uniforms))",
+        _golden("captions"),
+    ),
+    Fault(
+        "shards stand alike in every epoch",
+        "workers.order:DatasetOrder._line",
+        "0, epoch)",
+        "0, 0)",
+        _golden("order[seed7lanes2]"),
+    ),
+    Fault(
+        "windows are shuffled alike in every epoch",
+        "workers.order:DatasetOrder.window",
+        "1, epoch, segment, number",
+        "1, 0, segment, number",
+        _golden("order[seed7lanes2]"),
+    ),
+    Fault(
+        "windows of a segment are shuffled alike",
+        "workers.order:DatasetOrder.window",
+        "1, epoch, segment, number",
+        "1, epoch, segment, 0",
+        _golden("order[seed0lanes5]"),
+    ),
+    Fault(
+        "all data sets of a mix have one seed",
+        "workers.order:StreamOrder.__init__",
+        "(seed, number) if number else (seed,)",
+        "(seed,)",
+        _golden("order[seed2lanes3]"),
+    ),
+    Fault(
+        "label noise equal in all epochs",
+        "workers.noise:place_hash",
+        "samples.T.astype",
+        "samples.T[1:].astype",
+        _golden("label_noise[seed0]"),
+    ),
+    Fault(
+        "run.seed not in noise images and captions",
+        "workers.noise:Noise._random",
+        "self._seed",
+        "0",
+        _golden("label_noise[seed5]"),
+    ),
+    Fault(
+        "captions are dealt out in the batch's order",
+        "workers.noise:Noise.caption_rows",
+        'chosen[np.argsort(place_hash(samples[chosen], self._seed, _ORDER), kind="stable")]',
+        "chosen",
+        _golden("label_noise[seed0]"),
+    ),
+    Fault(
+        "image_mean ignored",
+        "workers.towers:normalize_pixels",
+        "(model.image_mean, ",
+        "((0.5, 0.5, 0.5), ",
+        _run("adamw_sigmoid"),
+    ),
+    Fault(
+        "image_std ignored",
+        "workers.towers:normalize_pixels",
+        "model.image_std)",
+        "(0.5, 0.5, 0.5))",
+        _run("adamw_sigmoid"),
+    ),
+    Fault(
+        "init_logit_scale ignored",
+        "workers.towers:build_model",
+        "init_logit_scale=model.init_logit_scale",
+        "init_logit_scale=2.302585",
+        _run("adamw_sigmoid"),
+    ),
+    Fault(
+        "init_logit_bias ignored",
+        "workers.towers:build_model",
+        "init_logit_bias=model.init_logit_bias",
+        "init_logit_bias=-10.0",
+        _run("adamw_sigmoid"),
+    ),
+]
