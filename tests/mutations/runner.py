@@ -89,12 +89,15 @@ class Worker:
         self._mark = uuid.uuid4().hex
         self._server: subprocess.Popen[str] | None = None
 
-    def run(self, tests: Sequence[str], timeout_s: float, *, stop: bool = False) -> dict[str, Any]:
+    def run(
+        self, tests: Sequence[str], timeout_s: float, *, stop: bool = False, options: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """Run tests in the copy as it is now; the answer is `server.py`'s."""
         shutil.rmtree(self.copy / ".hypothesis", ignore_errors=True)  # examples of another fault
         if self._server is None:
             self._start()
-        answer = self._ask({"tests": list(tests), "timeout_s": timeout_s, "stop": stop}, timeout_s + 30)
+        request = {"tests": list(tests), "timeout_s": timeout_s, "stop": stop, "options": list(options)}
+        answer = self._ask(request, timeout_s + 30)
         if answer is None or answer["ended"]:
             self.close()  # with whatever the tests left behind; a new one starts when there is more to run
         return answer or {"seen": [], "log": "", "ended": "the server ended"}

@@ -4,9 +4,11 @@ Run by path, `python -P server.py LIBRARIES` with LIBRARIES a JSON list, in a co
 PYTHONPATH. It imports nothing of the tree itself, so that a fork sees the tree as it is then. Reads requests and writes
 answers as lines of JSON:
 
-    {"tests": [...], "timeout_s": 60, "stop": true} -> {"seen": [...], "log": "...", "ended": null or a reason}
+    {"tests": [...], "timeout_s": 60, "stop": true, "options": []}
+    {"seen": [...], "log": "...", "ended": null or a reason}
 
-`stop`: end at the first failure that is an assertion. What is in `seen` says `Recorder`.
+`stop`: end at the first failure that is an assertion. `options` are pytest's, besides those of every run. What is in
+`seen` says `Recorder`.
 """
 
 from __future__ import annotations
@@ -54,12 +56,12 @@ def main() -> None:
         answers.flush()
 
 
-def _in_a_fork(tree: Path, tests: list[str], timeout_s: float, stop: bool) -> dict[str, Any]:
+def _in_a_fork(tree: Path, tests: list[str], timeout_s: float, stop: bool, options: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         results, log = Path(folder, "results"), Path(folder, "log")
         child = os.fork()
         if child == 0:
-            _run_pytest(tree, tests, stop, results, log)
+            _run_pytest(tree, [*options, *tests], stop, results, log)
         handle = os.pidfd_open(child)
         in_time = bool(select.select([handle], [], [], timeout_s)[0])
         os.close(handle)
@@ -72,7 +74,7 @@ def _in_a_fork(tree: Path, tests: list[str], timeout_s: float, stop: bool) -> di
         return {"seen": [json.loads(line) for line in lines], "log": said, "ended": ended}
 
 
-def _run_pytest(tree: Path, tests: list[str], stop: bool, results: Path, log: Path) -> None:
+def _run_pytest(tree: Path, arguments: list[str], stop: bool, results: Path, log: Path) -> None:
     """In the fork: never returns."""
     code = 1
     try:
@@ -92,7 +94,7 @@ def _run_pytest(tree: Path, tests: list[str], stop: bool, results: Path, log: Pa
         else:
             options += ["-p", "no:hypothesispytest"]  # which would import it
         with results.open("w", buffering=1) as file:
-            pytest.main([*options, "--rootdir", str(tree), *tests], plugins=[Recorder(tree, stop, file)])
+            pytest.main([*options, "--rootdir", str(tree), *arguments], plugins=[Recorder(tree, stop, file)])
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -15,7 +15,7 @@ from tests.mutations.source import changed, check
 
 TREE = Path(__file__).parents[2]
 PRODUCT = """
-LIMIT = 3
+LIMIT, BOUND = 3, 5
 
 
 class Shop:
@@ -177,7 +177,7 @@ def test_c_functions_and_macros_are_found(tree, symbol, old, new):
 
 
 def test_constants_and_decorators_belong_to_what_is_found(tree):
-    assert "LIMIT = 4" in changed(tree, fault("says", "shop:LIMIT", "3", "4"))[1]
+    assert "LIMIT, BOUND = 4, 5" in changed(tree, fault("says", "shop:LIMIT", "3", "4"))[1]
     assert "@property" not in changed(tree, fault("says", "shop:Shop.price", "    @property\n", ""))[1]
 
 

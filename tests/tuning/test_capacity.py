@@ -39,6 +39,12 @@ def test_the_shared_data_workers_are_placed_first():
     assert count_trials([machine(CPU=2)], pool, trial(1, CPU=0.1), 100) == 0
 
 
+def test_large_places_stay_large():
+    """The pool's GPU is the single one, so that the other two stay together."""
+    nodes = [machine(CPU=9, GPU=2), machine(CPU=9, GPU=1)]
+    assert count_trials(nodes, Demand([], [{"GPU": 1.0}]), trial(1, GPU=2), 9) == 1
+
+
 def test_no_more_than_wanted():
     assert count_trials([machine(CPU=100)], NO_POOL, trial(1, CPU=1), 7) == 7
 

@@ -101,6 +101,19 @@ def test_asha_keeps_one_in_eta():
     assert all(len(have) == 3 for have in rising.values())
 
 
+def test_asha_rounds_up():
+    trials = {number: Progress([value]) for number, value in enumerate([0.4, 0.3, 0.2, 0.35])}
+    decision = decide(Rules("asha", eta=3), 2, trials, 3, 0)
+    assert (decision.answer, decision.why) == ("go on", "2 of 4 at this rung, 2 go on")
+
+
+def test_brackets_are_compared_within_themselves():
+    """Nine trials in the first bracket, none before trial 9 in the second."""
+    trials = {number: Progress([0.9, 0.9]) for number in range(9)} | {9: Progress([0.1, 0.1])}
+    decision = decide(Rules("hyperband", eta=3), 3, trials, 9, 1)
+    assert (decision.answer, decision.why) == ("go on", "1 of 1 at this rung, 1 go on")
+
+
 def test_ranks_are_told_and_ties_go_to_the_lower_number():
     trials = {0: Progress([0.5]), 1: Progress([0.5]), 2: Progress([0.6])}
     rules = Rules("asha", eta=2)
@@ -124,6 +137,12 @@ def test_median_stops_below_the_median_and_needs_enough_trials():
     assert decide(rules, 3, trials | {3: Progress([0.3, 0.39])}, 3, 1).answer == "stop"
     assert decide(rules, 3, trials | {3: Progress([0.41, 0.1])}, 3, 1).answer == "go on"  # its best so far counts
     assert decide(rules, 3, {0: trials[0], 1: trials[1], 3: Progress([0.1])}, 3, 0).answer == "go on"
+
+
+def test_median_looks_no_further_than_the_rung():
+    """The others have got ahead; 0.3 is above what they had at the first rung."""
+    trials = {number: Progress([0.2, 1.0]) for number in range(3)} | {3: Progress([0.3])}
+    assert decide(Rules("median", min_trials=3), 3, trials, 3, 0).answer == "go on"
 
 
 def test_hyperband_deals_trials_over_brackets_and_the_last_stops_nobody():

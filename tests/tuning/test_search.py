@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.sweeps import study_content
-from tuning.search import Outcome, Search
+from tuning.search import Outcome, Search, frozen_trial
 from tuning.study import parse_study
 
 
@@ -108,3 +108,37 @@ def test_optuna_takes_trials_that_failed_or_could_not_run():
     points = [search.propose(n, [Outcome(search.propose(0, []).point, [], True, False)] * n).point for n in range(3)]
     known = [Outcome(points[0], [], True, False), Outcome(points[1], [0.3], True, False), outcome_of(points[2])]
     assert search.propose(6, [*known, *known]) is not None
+
+
+def test_each_budget_is_searched_from_its_own_results():
+    search = search_of(
+        **OPTUNA
+        | {"budget": [300, 900], "search": {"name": "optuna", "num_trials": 4, "num_startup_trials": 1, "lag": 1}}
+    )
+    outcomes: list[Outcome] = []
+    for number in range(8):
+        outcomes.append(outcome_of(search.propose(number, outcomes).point))
+    point = outcomes[7].point
+    others = [Outcome(outcome.point, [-value for value in outcome.values], True, True) for outcome in outcomes[3::-1]]
+    assert search.propose(7, [*others, *outcomes[4:7]]).point == point
+    assert search.propose(7, [*outcomes[:4], *others[:3]]).point != point
+
+
+def test_random_draws_are_independent():
+    space = {"optim.lr": {"uniform": [0, 1]}, "optim.weight_decay": {"uniform": [0, 1]}}
+    search = search_of(space=space, search={"name": "random", "num_trials": 3})
+    drawn = [value for n in range(3) for value in search.propose(n, []).point.values.values()]
+    assert len(set(drawn)) == 6
+
+
+def test_what_was_stopped_is_pruned_for_optuna():
+    import optuna
+
+    study = parse_study(study_content(**OPTUNA), "study")
+    point = Search(study).propose(0, []).point
+    stopped = frozen_trial(study.config.space, Outcome(point, [0.3], True, False))
+    assert (stopped.state, stopped.value) == (optuna.trial.TrialState.PRUNED, None)
+    assert stopped.intermediate_values == {0: 0.3}
+    finished = frozen_trial(study.config.space, Outcome(point, [0.3, 0.5], True, True))
+    assert (finished.state, finished.value) == (optuna.trial.TrialState.COMPLETE, 0.5)
+    assert finished.intermediate_values == {0: 0.3, 1: 0.5}

@@ -62,6 +62,21 @@ def test_a_rung_is_found_by_its_count_of_samples():
     assert table_of(trial(0), result(0, 0, 0.2, 384)).rows[0].at(900) is None
 
 
+def test_a_rung_that_is_missing_is_not_replaced_by_a_later_one():
+    row = table_of(trial(0), result(0, 1, 0.4, 1024)).rows[0]
+    assert row.at(300) is None
+
+
+def test_a_searcher_learns_nothing_from_what_failed():
+    events = [trial(0), result(0, 0, 0.5), decision(0, 0, "go on")]
+    failed = table_of(*events, {"event": "failed", "number": 0, "why": "NaN"}).rows[0].outcome()
+    assert (failed.values, failed.is_over, failed.is_complete) == ([], True, False)
+    stopped = table_of(*events[:2], decision(0, 0, "stop")).rows[0].outcome()
+    assert (stopped.values, stopped.is_over, stopped.is_complete) == ([0.5], True, False)
+    finished = table_of(*events, result(0, 1, 0.6), decision(0, 1, "stop")).rows[0].outcome()
+    assert (finished.values, finished.is_over, finished.is_complete) == ([0.5, 0.6], True, True)
+
+
 def test_ranking_is_by_how_far_then_by_the_mean_over_seeds():
     table = table_of(
         trial(0, seed=0, lr=1),
@@ -144,6 +159,14 @@ def test_a_decision_stands_whatever_comes_later(tmp_path):
     assert sweep.ask(0, 0, 0.1) == "go on"
     events = [json.loads(line)["event"] for line in (tmp_path / RESULTS).read_text().splitlines()]
     assert events.count("decision") == events.count("result") == 3
+
+
+def test_trials_are_compared_within_their_seed_and_budget(tmp_path):
+    sweep = Sweep(tmp_path, Rules("asha", eta=2))
+    sweep.judge.add(trial(0, seed=0), trial(1, seed=1), trial(2, seed=1))
+    assert sweep.ask(0, 0, 0.9) == "go on"
+    assert sweep.ask(1, 0, 0.2) == "go on"
+    assert sweep.ask(2, 0, 0.1) == "stop"
 
 
 def test_a_trial_that_goes_on_after_a_restart_knows_its_rungs(tmp_path):

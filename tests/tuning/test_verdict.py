@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -62,6 +63,14 @@ def test_a_lead_within_the_noise_of_the_images_is_open():
     assert found.answer == "undecided"
     assert found.error == pytest.approx(0.07, abs=1e-3)
     assert judge(figures, num_images=10_000).answer == "seen"
+
+
+def test_more_pairs_of_a_seed_blur_less():
+    """The error of a mean of two differences, each of two rates of 0.5 over 100 images."""
+    half = {(loss, batch): [0.5] for loss in ("sigmoid", "softmax") for batch in (1, 2)}
+    found = judge(half, num_images=100)
+    assert found.num_pairs == 2
+    assert found.error == pytest.approx(math.sqrt(2 * 2 * 0.25 / 100) / 2)
 
 
 def test_seeds_that_differ_widely_count_as_noise():
