@@ -1,0 +1,145 @@
+"""The driver without Ray: actors are plain objects of this process, tasks are calls, what Ray is asked is recorded.
+
+For tests of the driver's wiring, in which everything but Ray is the product's own: a run with `PlainRay` decodes,
+trains, writes checkpoints and evaluates. All of it happens in one process, so the world size is 1.
+"""
+
+from __future__ import annotations
+
+import importlib
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import ray
+import ray._private.state
+import ray.train.v2.api.data_parallel_trainer as ray_train
+
+from orchestrator import launch, lease
+from orchestrator.launch import LEAN_RAY
+
+
+class _Reference:
+    """What a call has given."""
+
+    def __init__(self, value: Any = None, error: Exception | None = None) -> None:
+        self.value, self.error = value, error
+
+
+class _Call:
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def remote(self, *arguments: Any, **named: Any) -> _Reference:
+        arguments = tuple(one.value if isinstance(one, _Reference) else one for one in arguments)
+        try:
+            return _Reference(self._function(*arguments, **named))
+        except Exception as error:
+            return _Reference(error=error)
+
+
+class Handle:
+    """The handle of an actor; `actor` is the actor itself."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    def __getattr__(self, name: str) -> _Call:
+        return _Call(getattr(self.actor, name))
+
+
+class _Remote:
+    """A class or function that `ray.remote` was given."""
+
+    def __init__(self, made: PlainRay, function: Any, options: dict[str, Any]) -> None:
+        self._made, self._function, self._options = made, function, options
+
+    def options(self, **options: Any) -> _Remote:
+        return _Remote(self._made, self._function, {**self._options, **options})
+
+    def remote(self, *arguments: Any, **named: Any) -> Any:
+        self._made.asked.append((self._function.__name__, self._options))
+        if isinstance(self._function, type):
+            handle = Handle(self._function(*arguments, **named))
+            self._made.handles.setdefault(self._function.__name__, []).append(handle)
+            return handle
+        return _Call(self._function).remote(*arguments, **named)
+
+
+class PlainRay:
+    """Stands for Ray in this process.
+
+    Attributes:
+        started: the arguments of each `ray.init`.
+        asked: name and options of each actor and task.
+        trainers: the arguments of each Ray Train trainer.
+        groups: bundles of each placement group.
+        handles: of the actors, by the name of their class.
+        killed: handles that were killed.
+        num_free: for how many bundles there is room.
+        train: runs what a training worker runs; a test may put another function in its place.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.started: list[dict[str, Any]] = []
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.trainers: list[dict[str, Any]] = []
+        self.groups: list[list[dict[str, float]]] = []
+        self.handles: dict[str, list[Handle]] = {}
+        self.killed: list[Any] = []
+        self.num_free = 1000
+        self.train: Callable[[Callable[[dict[str, Any]], None]], None] = lambda function: function({})
+        context = types.SimpleNamespace(get_node_id=lambda: "0" * 56, gcs_address="", current_actor="training worker")
+        for name, value in {
+            "init": lambda **arguments: self.started.append(arguments),
+            "is_initialized": lambda: False,
+            "shutdown": lambda: None,
+            "nodes": list,
+            "put": _Reference,
+            "get": self._get,
+            "wait": lambda references, **_: (list(references), []),
+            "kill": lambda handle, **_: self.killed.append(handle),
+            "remote": self._remote,
+            "get_runtime_context": lambda: context,
+        }.items():
+            monkeypatch.setattr(ray, name, value)
+        # `ray.util.placement_group` is also the name of a function there.
+        placement = importlib.import_module("ray.util.placement_group")
+        monkeypatch.setattr(placement, "placement_group", self._group)
+        monkeypatch.setattr(placement, "remove_placement_group", lambda group: None)
+        monkeypatch.setattr(ray.util, "placement_group_table", lambda group: {"state": "REMOVED"})
+        monkeypatch.setattr(ray._private.state.state, "get_draining_nodes", dict)
+        monkeypatch.setattr(ray_train, "DataParallelTrainer", self._trainer)
+        # It reads the state of a real cluster, for a sentence.
+        monkeypatch.setattr(launch._Run, "_room", lambda run, count: f"no room for {count}")
+        monkeypatch.setattr(launch, "_POLL_S", 0.01)
+        monkeypatch.setattr(lease, "_SETTLE_S", 0.0)
+        # Set first, so that what the driver sets is taken back at the end of the test.
+        for name in ("RAY_ADDRESS", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_TRAIN_ENABLE_STATE_TRACKING", *LEAN_RAY):
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+
+    def options_of(self, name: str) -> list[dict[str, Any]]:
+        """With which options the actors or tasks of a class or function were asked for."""
+        return [options for asked, options in self.asked if asked == name]
+
+    def _get(self, reference: Any) -> Any:
+        if isinstance(reference, list):
+            return [self._get(one) for one in reference]
+        if reference.error is not None:
+            raise reference.error
+        return reference.value
+
+    def _remote(self, function: Any = None, **options: Any) -> Any:
+        if function is not None:
+            return _Remote(self, function, {})
+        return lambda given: _Remote(self, given, options)
+
+    def _group(self, bundles: list[dict[str, float]], strategy: str) -> Any:
+        self.groups.append(bundles)
+        return types.SimpleNamespace(wait=lambda timeout_seconds: len(bundles) <= self.num_free)
+
+    def _trainer(self, function: Callable[[dict[str, Any]], None], **arguments: Any) -> Any:
+        self.trainers.append(arguments)
+        return types.SimpleNamespace(fit=lambda: self.train(function))
