@@ -407,12 +407,21 @@ def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and _is_under(key, FIXED_ON_RESUME) and not _is_under(key, _FREE_ON_RESUME)
     ]
+    orders = [_by_weight(config.data.captions) for config in (saved, wanted)]
+    if orders[0] != orders[1] and saved.data.captions == wanted.data.captions:
+        # The draw of a caption goes through sources of equal weight in their order.
+        lines.append(f"data.captions: the run was started with the order {orders[0]}, now {orders[1]}")
     if lines:
         shown = "\n".join(f"  {line}" for line in lines)
         raise ConfigError(
             f"{saved.folder} cannot be resumed with another model, data order or recipe:\n{shown}\n"
             "Leave these as they were, or start a new run with `sigray train` and another run.name, or with --overwrite"
         )
+
+
+def _by_weight(captions: dict[str, float]) -> list[str]:
+    """The sources, heaviest first."""
+    return sorted(captions, key=lambda source: -captions[source])
 
 
 def _content_name(value: Any) -> Any:

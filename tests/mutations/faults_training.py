@@ -156,6 +156,20 @@ FAULTS = [
         _run("adamw_sigmoid", "2-None"),
     ),
     Fault(
+        "the logged loss is that of the window's first step",
+        _TRAIN + "_LogWindow.close",
+        '"train/loss": means[-1]',
+        '"train/loss": means[0]',
+        _run("adamw_softmax"),
+    ),
+    Fault(
+        "the logged norm is that of the window's first step",
+        _TRAIN + "_LogWindow.close",
+        '"train/grad_norm": norms[-1]',
+        '"train/grad_norm": norms[0]',
+        _run("adamw_softmax"),
+    ),
+    Fault(
         "run.seed not in the order, on both sides",
         _WORKER + "build_order",
         "seed=seed",

@@ -106,6 +106,18 @@ def test_resume_may_change_the_machines_and_not_the_problem():
     assert "optim.lr: the run was started with 0.001, now 0.5" in str(error.value)
 
 
+def test_resume_refuses_captions_of_equal_weight_in_another_order():
+    """The numbers that draw a caption go to the sources in this order, so the stream would be another."""
+
+    def config(captions):
+        return parse_config(SMALL | {"data": {"shards": "tars", "captions": captions}}, "test")
+
+    saved = config({"txt": 1, "alt": 1, "long": 2})
+    check_resume(saved, config({"long": 2, "txt": 1, "alt": 1}))
+    with pytest.raises(ConfigError, match=r"order \['long', 'txt', 'alt'\], now \['long', 'alt', 'txt'\]"):
+        check_resume(saved, config({"alt": 1, "txt": 1, "long": 2}))
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_every_example_loads_and_tells_its_command(path):
     load_config(path)
