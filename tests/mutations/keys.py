@@ -53,13 +53,13 @@ _OTHER = {
 
 _HERE = "tests/test_keys_arrive.py::"
 _ASKED = (f"{_HERE}test_ray_is_asked_for_the_workers_that_the_config_wants",)
-_DEVICES = (f"{_HERE}test_training_workers_open_their_devices",)
+_DEVICES = (f"{_HERE}test_training_workers_open_their_devices[cluster1-opened1-False-GlooConfig]",)
 _SLICE = (f"{_HERE}test_a_slice_is_reserved_as_a_whole",)
 _STEPS = (f"{_HERE}test_steps_lines_and_checkpoints",)
 _FOLDERS = (f"{_HERE}test_a_run_lies_where_the_config_says",)
 _LEAP = (f"{_HERE}test_a_loss_that_leaps_is_left_out",)
 _STEP = f"{_HERE}test_how_a_step_goes_through_the_towers"
-_LOSS = (f"{_HERE}test_the_loss_that_is_computed",)
+_LOSS = f"{_HERE}test_the_loss_that_is_computed"
 _OPTIMIZER = (f"{_HERE}test_the_optimizer_of_a_run",)
 _RATES = (f"{_HERE}test_learning_rates_of_a_run",)
 _ORDER = (f"{_HERE}test_the_order_and_the_first_weights_follow_the_config",)
@@ -71,9 +71,8 @@ _BUCKET = (f"{_HERE}test_how_a_bucket_is_reached",)
 _SHARD_CACHE = (f"{_HERE}test_remote_shards_are_kept_where_the_config_says",)
 _EVALUATION = (f"{_HERE}test_what_an_evaluation_measures_and_how",)
 _MODEL = (f"{_HERE}test_the_model_that_is_trained",)
-_ELSEWHERE = (f"{_HERE}test_towers_and_weights_from_elsewhere",)
 _STORE = (f"{_HERE}test_embeddings_are_stored_and_read_as_the_config_says",)
-_NOISE = (f"{_HERE}test_labels_are_corrupted_as_asked",)
+_NOISE = (f"{_HERE}test_labels_are_corrupted_as_asked[text-0.5]",)
 
 KEYS: dict[str, tuple[str, ...]] = {
     "run.name": _FOLDERS,
@@ -96,7 +95,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "data.resources_per_worker": _ASKED,
     "data.prefetch_batches": _AHEAD,
     "data.shared_blocks": (f"{_HERE}test_blocks_that_a_data_shard_worker_keeps",),
-    "data.cache_mib": (f"{_HERE}test_decoded_images_are_kept_for_the_next_epoch",),
+    "data.cache_mib": (f"{_HERE}test_decoded_images_are_kept_for_the_next_epoch[0]",),
     "data.worker_timeout_s": _ASKED,
     "data.max_bad_fraction": (f"{_HERE}test_bad_samples_above_the_rate_stop_the_run",),
     "data.s3.endpoint": _BUCKET,
@@ -110,11 +109,11 @@ KEYS: dict[str, tuple[str, ...]] = {
     "data.shard_cache_gib": _SHARD_CACHE,
     "model.name": ("tests/workers/test_towers.py::test_named_open_clip_model",),
     "model.towers": _MODEL,
-    "model.image_tower": _ELSEWHERE,
+    "model.image_tower": (f"{_HERE}test_a_tower_of_a_function",),
     "model.tokenizer": (f"{_HERE}test_the_tokenizer_of_a_file",),
     "model.token_bottleneck": _MODEL,
-    "model.init_from": _ELSEWHERE,
-    "model.init_fresh": _ELSEWHERE,
+    "model.init_from": (f"{_HERE}test_weights_to_begin_with[fresh0]",),
+    "model.init_fresh": (f"{_HERE}test_weights_to_begin_with[fresh1]",),
     "model.init_logit_scale": _MODEL,
     "model.init_logit_bias": _MODEL,
     "model.locked": _MODEL,
@@ -137,11 +136,11 @@ KEYS: dict[str, tuple[str, ...]] = {
     "embeddings.dtype": _STORE,
     "embeddings.num_views": _STORE,
     "embeddings.batch_size": _STORE,
-    "loss.name": _LOSS,
-    "loss.negatives": _LOSS,
-    "loss.negatives_fraction": _LOSS,
-    "loss.tile_size": _LOSS,
-    "optim.name": (f"{_HERE}test_other_optimizers",),
+    "loss.name": (f"{_LOSS}[loss2-expected2]",),
+    "loss.negatives": (f"{_LOSS}[loss1-expected1]",),
+    "loss.negatives_fraction": (f"{_LOSS}[loss1-expected1]",),
+    "loss.tile_size": (f"{_LOSS}[loss0-expected0]",),
+    "optim.name": (f"{_HERE}test_other_optimizers[lion-Lion]",),
     "optim.lr": _RATES,
     "optim.beta1": _OPTIMIZER,
     "optim.beta2": _OPTIMIZER,
@@ -174,8 +173,8 @@ KEYS: dict[str, tuple[str, ...]] = {
     "cluster.tpu_topology": _SLICE,
     "cluster.device": (f"{_HERE}test_a_named_device_refuses_what_does_not_fit",),
     "cluster.num_workers": _ASKED,
-    "cluster.shrink_after_s": (f"{_HERE}test_a_run_shrinks_after_some_patience",),
-    "cluster.grow_after_s": (f"{_HERE}test_a_run_grows_after_some_training",),
+    "cluster.shrink_after_s": (f"{_HERE}test_a_run_shrinks_after_some_patience[40]",),
+    "cluster.grow_after_s": (f"{_HERE}test_a_run_grows_after_some_training[35]",),
     "cluster.cpus_per_worker": _ASKED,
     "cluster.resources_per_worker": _ASKED,
     "cluster.max_failures_per_hour": (f"{_HERE}test_failures_within_an_hour_are_counted",),

@@ -1,0 +1,179 @@
+"""Faults of the wiring: a value of the config is replaced by its default where it is handed on."""
+
+from __future__ import annotations
+
+from tests.mutations.fault import Fault
+from tests.mutations.keys import KEYS
+
+_LAUNCH, _TRAIN, _RUN = "orchestrator.launch:", "workers.train:", "orchestrator.launch:_Run."
+_HERE = "tests/test_keys_arrive.py::test_"
+_RESUME = "tests/orchestrator/test_resume.py::test_a_changed_key_is_refused_or_free"
+
+
+def _of(key: str) -> tuple[str, ...]:
+    return KEYS[key]
+
+
+FAULTS = [
+    # driver -> job of the training workers
+    Fault(
+        "devices_per_worker is lost",
+        _LAUNCH + "train_job",
+        "config.cluster.num_devices",
+        "4",
+        _of("cluster.devices_per_worker"),
+    ),
+    Fault(
+        "cpus_per_worker is lost",
+        _LAUNCH + "train_job",
+        "config.cluster.cpus_per_worker",
+        "1",
+        (f"{_HERE}threads_of_a_training_worker",),
+    ),
+    Fault(
+        "micro_batch_size is lost",
+        _LAUNCH + "train_job",
+        "config.micro_batch_size(num_workers)",
+        "None",
+        _of("train.micro_batch_size"),
+    ),
+    # job -> training worker
+    Fault(
+        "save_every_steps is lost",
+        _TRAIN + "_Saver.may_be_due",
+        "self._job.checkpoint.save_every_steps",
+        "500",
+        _of("checkpoint.save_every_steps"),
+    ),
+    Fault(
+        "storage_timeout_s is lost for the ledger",
+        _TRAIN + "_Saver.close",
+        "self._job.checkpoint.storage_timeout_s",
+        "900",
+        _of("checkpoint.storage_timeout_s"),
+    ),
+    Fault(
+        "max_loss_ratio is lost",
+        _TRAIN + "_LogWindow.__init__",
+        "job.train.max_loss_ratio",
+        "None",
+        _of("train.max_loss_ratio"),
+    ),
+    Fault(
+        "keep_newest and the like are lost",
+        _TRAIN + "_Saver.__init__",
+        "                job.checkpoint,",
+        "                type(job.checkpoint)(),",
+        _of("checkpoint.keep_newest"),
+    ),
+    # driver -> Ray
+    Fault(
+        "seed of the data-shard workers is lost",
+        _RUN + "__enter__",
+        "seed=self.config.run.seed",
+        "seed=0",
+        _of("run.seed"),
+    ),
+    Fault(
+        "shrink_after_s is lost",
+        _RUN + "_wait_for_room",
+        "self.config.cluster.shrink_after_s",
+        "10",
+        _of("cluster.shrink_after_s"),
+    ),
+    Fault(
+        "grow_after_s is lost", _RUN + "_grow", "self.config.cluster.grow_after_s", "60", _of("cluster.grow_after_s")
+    ),
+    Fault(
+        "hang_timeout_s is lost",
+        _RUN + "_kill_if_hung",
+        "self.config.cluster.hang_timeout_s",
+        "1800",
+        _of("cluster.hang_timeout_s"),
+    ),
+    Fault(
+        "max_failures_per_hour is lost",
+        _RUN + "_judge",
+        "self.config.cluster.max_failures_per_hour",
+        "10",
+        _of("cluster.max_failures_per_hour"),
+    ),
+    Fault(
+        "worker_timeout_s is lost",
+        _LAUNCH + "_trainer",
+        "config.data.worker_timeout_s",
+        "120",
+        _of("data.worker_timeout_s"),
+    ),
+    Fault(
+        "CPUs of data-shard workers are not counted",
+        _LAUNCH + "ray_of_run",
+        "config.data.cpus_per_worker",
+        "1",
+        _of("data.cpus_per_worker"),
+    ),
+    Fault(
+        "a Ray has room for one trial only",
+        _LAUNCH + "ray_of_run",
+        "max(1, num_trials)",
+        "1",
+        (f"{_HERE}a_sweep_has_room_for_all_its_trials",),
+    ),
+    Fault(
+        "resources of training workers are lost",
+        "orchestrator.backends:worker_resources",
+        "{**resources, **cluster.resources_per_worker}",
+        "resources",
+        _of("cluster.resources_per_worker"),
+    ),
+    Fault(
+        "CPUs of data-shard workers are not reserved",
+        "workers.pool:DataPool._start",
+        "num_cpus=self._cpus",
+        "num_cpus=1",
+        _of("data.cpus_per_worker"),
+    ),
+    Fault(
+        "block_size is lost where a trial is expected",
+        _RUN + "_expect_reader",
+        "data.block_size",
+        "128",
+        (f"{_HERE}a_trial_reads_on_from_its_block",),
+    ),
+    Fault(
+        "batch_size of an evaluation is lost",
+        "workers.features:FeatureWorker.__init__",
+        "job.data, evaluation.batch_size",
+        "job.data, 256",
+        _of("eval.batch_size"),
+    ),
+    # the config itself
+    Fault(
+        "languages are lost",
+        "workers.config:DataConfig._languages_fill_their_places",
+        'for language, share in content["languages"].items()',
+        'for language, share in {next(iter(content["languages"])): total}.items()',
+        _of("data.languages"),
+    ),
+    Fault(
+        "resume accepts another num_lanes",
+        "orchestrator.config:FIXED_ON_RESUME",
+        '"data.num_lanes",',
+        "",
+        (f"{_RESUME}[data.num_lanes]",),
+    ),
+    Fault(
+        "resume accepts another shuffle_window",
+        "orchestrator.config:FIXED_ON_RESUME",
+        '"data.shuffle_window",',
+        "",
+        (f"{_RESUME}[data.shuffle_window]",),
+    ),
+    Fault(
+        "resume refuses another micro-batch",
+        "orchestrator.config:_FREE_ON_RESUME",
+        '"train.micro_batch_size",',
+        "",
+        (f"{_RESUME}[train.micro_batch_size]",),
+    ),
+]
