@@ -1,5 +1,6 @@
 """The fused tile against the same lines in float64: sums, what the tile becomes, and life without a compiler."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from losses import fused
 from losses.fused import add_, block_, eager_terms_, has_amx, negative_terms_, pair_terms_, row_dots, scaled
+from native import compiled, cpu_flags
 from tests.helpers.losses import tile_of
 from tests.helpers.reference import random_features
 
@@ -62,6 +64,42 @@ def test_exponentials_and_logarithms_over_the_whole_range():
     for part in x.split(1, dim=1)[::997]:
         (_, sums), (_, want_sums) = both(part, 128.0, 0.0)
         torch.testing.assert_close(sums, want_sums, rtol=2e-6, atol=1e-36)
+
+
+WIDTHS = {"AVX-512": ("avx512f", []), "AVX": ("avx", ["-mno-avx512f"])}
+
+
+@pytest.fixture(scope="module", params=list(WIDTHS))
+def library_of_a_width(request):
+    """The tile in C, compiled for vectors of 64 or 32 bytes."""
+    flag, options = WIDTHS[request.param]
+    if flag not in cpu_flags():
+        pytest.skip(f"this processor has no {request.param}")
+    headers = [fused._SOURCES[0].with_name("terms.h")]
+    library = compiled(fused._SOURCES[:1], headers=headers, flags=["-fopenmp", *options], without="no test")
+    assert library is not None
+    pointer, size, scalar = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    for function in (library.tile_float32, library.tile_bfloat16):
+        function.argtypes, function.restype = [pointer, size, size, scalar, scalar, pointer, size], None
+    return library
+
+
+@pytest.mark.parametrize("columns", [950, 1040, 2048, 4096, 5000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_rows_of_logits_around_zero(library_of_a_width, columns, dtype):
+    """Every factor (1 + e) is as large as it can be, 2: their product must be folded before it leaves float32."""
+    x = 1e-3 * tile_of(3, columns, dtype, seed=columns)
+    x[0] = 0
+    tile, sums = x.clone(), torch.zeros(3, 3)
+    function = library_of_a_width.tile_float32 if dtype == torch.float32 else library_of_a_width.tile_bfloat16
+    function(tile.data_ptr(), *x.shape, 1.0, 0.0, sums.data_ptr(), sums.stride(0))
+    want_tile, want_sums = x.double(), torch.zeros(3, 3, dtype=torch.float64)
+    eager_terms_(want_tile, torch.tensor(1.0).double(), torch.tensor(0.0).double(), want_sums)
+    # 625 additions in a lane at most, each rounded to 2**-24 of a sum that grows; 1e-6 was seen. The last sum is of
+    # terms of both signs.
+    torch.testing.assert_close(sums[:2].double(), want_sums[:2], rtol=1e-5, atol=0)
+    torch.testing.assert_close(sums[2].double(), want_sums[2], rtol=0, atol=1e-5 * columns * 1e-3)
+    torch.testing.assert_close(tile.double(), want_tile, rtol=1e-6 + torch.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,7 +2,12 @@
 
 from tests.mutations.fault import Fault
 
+_EXCHANGE = "tests/losses/test_exchange.py"
 _FUSED = "tests/losses/test_fused.py"
+_MEANS = "tests/losses/test_means.py"
+_NEGATIVES = "tests/losses/test_negatives.py"
+_SHARDED = "tests/losses/test_sharded.py"
+_SIGMOID = "tests/losses/test_sigmoid.py"
 
 FAULTS = [
     Fault(
@@ -10,6 +15,208 @@ FAULTS = [
         "losses/terms.h:MAX_TERMS",
         "TERMS 120",
         "TERMS 240",
-        (f"{_FUSED}::test_exponentials_and_logarithms_over_the_whole_range",),
+        (f"{_FUSED}::test_long_rows_of_logits_around_zero",),
+    ),
+    Fault(
+        "the product of (1 + e) is folded at the end of a row alone",
+        "losses/fused.c:DEFINE_TILE",
+        "fold(&vector);",
+        "/**********/  ",
+        (f"{_FUSED}::test_long_rows_of_logits_around_zero",),
+    ),
+    Fault(
+        "the end of a row is left out",
+        "losses/fused.c:DEFINE_TILE",
+        "if (j < columns) {",
+        "if (j > columns) {",
+        (f"{_FUSED}::test_equals_the_float64_twin",),
+    ),
+    Fault(
+        "an element that does not count adds to the gradient by scale",
+        "losses/terms.h:terms",
+        "max_of(all(-2.0f), x) * sigmoid",
+        "x * sigmoid",
+        (f"{_FUSED}::test_equals_the_float64_twin",),
+    ),
+    Fault(
+        "bfloat16 is cut off and not rounded",
+        "losses/terms.h:narrow",
+        "(u + 0x7fff + ((u >> 16) & 1)) >> 16",
+        "u >> 16",
+        (f"{_FUSED}::test_scaled_into_another_dtype",),
+    ),
+    Fault(
+        "a pair's loss lacks its linear part",
+        "losses/terms.h:pair_terms",
+        "(z > 0 ? 0.0f : -z) + log1pf(e)",
+        "log1pf(e)",
+        (f"{_FUSED}::test_pairs_equal_the_float64_twin",),
+    ),
+    Fault(
+        "the end of a row's dot product is left out",
+        "losses/fused.c:dots_bfloat16",
+        "if (j < columns) {",
+        "if (j > columns) {",
+        (f"{_FUSED}::test_dots_of_rows",),
+    ),
+    Fault(
+        "the end of a bfloat16 sum is left out",
+        "losses/fused.c:add_bfloat16",
+        "int64_t i = whole; i < size",
+        "int64_t i = whole; i > size",
+        (f"{_FUSED}::test_bfloat16_is_added_to_float32",),
+    ),
+    Fault(
+        "the eager form gives its sums to the wrong gradients",
+        "losses.fused:negative_terms",
+        "sigmoid, cosine * sigmoid",
+        "cosine * sigmoid, sigmoid",
+        (
+            f"{_FUSED}::test_scales_that_are_no_exponentials",
+            f"{_SHARDED}::test_any_number_of_slices_is_the_loss_of_the_batch",
+        ),
+    ),
+    Fault(
+        "the kernel for CUDA lets excluded cosines count",
+        "losses.fused_cuda:tile_kernel",
+        'z = tl.where(counts, t * cosine + b, -float("inf"))',
+        "z = t * cosine + b",
+        (f"{_FUSED}::test_the_kernel_for_cuda_interpreted",),
+    ),
+    Fault(
+        "feature gradients are divided by the number of texts",
+        "losses.sigmoid:SigmoidPass.finish",
+        "self._scale / len(self._image)",
+        "self._scale / len(grad_text)",
+        (f"{_SIGMOID}::test_equals_the_sum_over_pairs",),
+    ),
+    Fault(
+        "text gradients of one row of tiles replace those of another",
+        "losses.sigmoid:SigmoidPass.visit",
+        "tile.rows.start == 0\n",
+        "True\n",
+        (f"{_SIGMOID}::test_equals_the_sum_over_pairs",),
+    ),
+    Fault(
+        "a factor before the loss does not reach the bias",
+        "losses.sigmoid:_OnePass.backward",
+        "(result.grad_bias * grad_loss)",
+        "result.grad_bias",
+        (f"{_SIGMOID}::test_gradients_follow_the_factor_before_the_loss",),
+    ),
+    Fault(
+        "images before the first text count as pairs",
+        "losses.sigmoid:sigmoid_loss",
+        "- max(0, -first_image)",
+        "",
+        (f"{_NEGATIVES}::test_hardest_and_easiest_equal_the_sorted_twin",),
+    ),
+    Fault(
+        "the softmax forgets one of its two directions",
+        "losses.softmax:SoftmaxPass.visit",
+        "dz = (dz + (z - normalisers[tile.columns].T).exp_()) / 2",
+        "pass",
+        (f"{_EXCHANGE}::test_mean_over_ranks_is_the_loss_of_the_global_batch[softmax-1]",),
+    ),
+    Fault(
+        "the softmax's pairs are half ones",
+        "losses.softmax:SoftmaxPass._subtract_pairs",
+        ".sub_(1)",
+        ".sub_(0.5)",
+        (f"{_EXCHANGE}::test_mean_over_ranks_is_the_loss_of_the_global_batch[softmax-1]",),
+    ),
+    Fault(
+        "pairs of a tile right of the diagonal are looked for one column further",
+        "losses.tiles:Tile.pair_slices",
+        "min(num_images, num_texts - shift)",
+        "min(num_images, num_texts - shift - 1)",
+        (f"{_SIGMOID}::test_equals_the_sum_over_pairs",),
+    ),
+    Fault(
+        "sums of bfloat16 are bfloat16",
+        "losses.tiles:sum_dtype",
+        "else torch.float32",
+        "else features.dtype",
+        (
+            f"{_SIGMOID}::test_low_precision_features_are_accumulated_in_float32",
+            f"{_MEANS}::test_sums_are_not_taken_in_the_features_dtype",
+        ),
+    ),
+    Fault(
+        "one negative too few is kept",
+        "losses.negatives:make_mask",
+        "num_negatives - num_kept if",
+        "num_negatives - num_kept + 1 if",
+        (f"{_NEGATIVES}::test_hardest_and_easiest_equal_the_sorted_twin",),
+    ),
+    Fault(
+        "negative cosines are ordered as their bits",
+        "losses.negatives:_key",
+        "^ ((bits >> 31) & 0x7FFFFFFF)",
+        "",
+        (f"{_NEGATIVES}::test_hardest_and_easiest_equal_the_sorted_twin",),
+    ),
+    Fault(
+        "each seed draws the same random negatives",
+        "losses.negatives:random_drop",
+        "_mix(texts, 2 * seed + 1)",
+        "_mix(texts, 1)",
+        (f"{_NEGATIVES}::test_random_negatives_are_as_many_as_asked_and_independent",),
+    ),
+    Fault(
+        "random negatives are numbered within the tile",
+        "losses.negatives:_random_mask",
+        "torch.arange(first_text, first_text + num_texts",
+        "torch.arange(0, num_texts",
+        (f"{_NEGATIVES}::test_random_negatives_do_not_depend_on_tiles",),
+    ),
+    Fault(
+        "the hardest negatives are those of this rank",
+        "losses.exchange:ring_sigmoid_loss",
+        "return ranks.sum(histogram)",
+        "return histogram",
+        (f"{_EXCHANGE}::test_threshold_is_that_of_the_global_batch",),
+    ),
+    Fault(
+        "text gradients of other ranks do not come home",
+        "losses.exchange:Ranks._travel",
+        "list(map(combine, at_home, homeward.wait()))",
+        "[homeward.wait(), at_home][1]",
+        (f"{_EXCHANGE}::test_mean_over_ranks_is_the_loss_of_the_global_batch[sigmoid-2]",),
+    ),
+    Fault(
+        "NaN in the first row is let through",
+        "losses.exchange:_raise_what_is_wrong",
+        "if row >= 0",
+        "if row > 0",
+        (f"{_EXCHANGE}::test_every_rank_refuses_with_the_same_words",),
+    ),
+    Fault(
+        "normalisers of other ranks are not summed",
+        "losses.exchange:ring_softmax_loss",
+        "torch.logaddexp",
+        "torch.maximum",
+        (f"{_EXCHANGE}::test_mean_over_ranks_is_the_loss_of_the_global_batch[softmax-2]",),
+    ),
+    Fault(
+        "the sharded loss forgets the pairs' gradient of texts",
+        "losses.sharded:sharded_sigmoid_loss",
+        "loss.pairs(text) + _round",
+        "0 * loss.pairs(text) + _round",
+        (f"{_SHARDED}::test_any_number_of_slices_is_the_loss_of_the_batch",),
+    ),
+    Fault(
+        "the sharded loss drops other random negatives on the way",
+        "losses.sharded:_SigmoidShards.visit",
+        ".roll(hops, 0)",
+        "",
+        (f"{_SHARDED}::test_random_negatives_are_those_of_the_global_batch",),
+    ),
+    Fault(
+        "pairs count among the negatives' mean",
+        "losses.means:mean_logits",
+        "(num_pairs * everything - positive)",
+        "(num_pairs * everything)",
+        (f"{_MEANS}::test_means_equal_those_of_the_matrix",),
     ),
 ]

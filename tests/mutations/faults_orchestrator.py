@@ -1,8 +1,18 @@
-"""Faults of orchestrator/."""
+"""Faults of orchestrator/ that decide and count; the wiring of the config's keys is in faults_config.py."""
 
 from tests.mutations.fault import Fault
 
+_CHAOS = "tests/orchestrator/test_chaos.py"
+_CLUSTER_FILES = "tests/cluster/test_files.py"
+_DATA = "tests/orchestrator/test_data_commands.py"
+_LEASE = "tests/orchestrator/test_lease.py"
+_PLAN = "tests/orchestrator/test_plan.py"
+_POLICY = "tests/orchestrator/test_policy.py"
+_PROFILE = "tests/orchestrator/test_profile.py"
+_REPORT = "tests/orchestrator/test_report.py"
+_ROOM = "tests/orchestrator/test_room.py"
 _SECRETS = "tests/orchestrator/test_secrets.py"
+_SUBMIT = "tests/orchestrator/test_submit.py"
 
 FAULTS = [
     Fault(
@@ -10,6 +20,300 @@ FAULTS = [
         "orchestrator.secrets:PRIVATE_KEY",
         "-----BEGIN",
         "-----BEGUN",
-        (f"{_SECRETS}::test_a_secret_is_refused_and_not_repeated",),
+        (f"{_SECRETS}::test_each_kind_of_secret_is_found",),
+    ),
+    Fault(
+        "`password` is not looked for",
+        "orchestrator.secrets:_KEY",
+        "|passw",
+        "",
+        (f"{_SECRETS}::test_each_kind_of_secret_is_found",),
+    ),
+    Fault(
+        "`api_key` is not looked for",
+        "orchestrator.secrets:_KEY",
+        "(access|api)",
+        "(access)",
+        (f"{_SECRETS}::test_each_kind_of_secret_is_found",),
+    ),
+    Fault(
+        "`credential` is not looked for",
+        "orchestrator.secrets:_KEY",
+        "|credential",
+        "",
+        (f"{_SECRETS}::test_each_kind_of_secret_is_found",),
+    ),
+    Fault(
+        "temporary Amazon keys are not looked for",
+        "orchestrator.secrets:AMAZON_KEY",
+        "(AKIA|ASIA)",
+        "(AKIA)",
+        (f"{_SECRETS}::test_each_kind_of_secret_is_found",),
+    ),
+    Fault(
+        "lists are not looked through",
+        "orchestrator.secrets:secrets_of",
+        "isinstance(content, list | tuple)",
+        "isinstance(content, tuple)",
+        (f"{_SECRETS}::test_each_kind_of_secret_is_found",),
+    ),
+    Fault(
+        "a lease is held at the moment in which it expires",
+        "orchestrator.lease:is_free",
+        "now >= lease.expires",
+        "now > lease.expires",
+        (f"{_LEASE}::test_when_a_run_may_be_taken",),
+    ),
+    Fault(
+        "a process id of another machine counts",
+        "orchestrator.lease:is_free",
+        "(lease.host, lease.boot) == (host, boot) and",
+        "",
+        (f"{_LEASE}::test_when_a_run_may_be_taken",),
+    ),
+    Fault(
+        "of two drivers that start at once both go on",
+        "orchestrator.lease:RunLease.__enter__",
+        "held.owner != self.owner",
+        "not held.owner",
+        (f"{_LEASE}::test_of_two_that_start_at_once_the_last_to_write_has_it",),
+    ),
+    Fault(
+        "a driver that lost its run is not told",
+        "orchestrator.lease:RunLease.check",
+        "if self._lost",
+        "if not self.owner",
+        (f"{_LEASE}::test_a_driver_whose_run_was_taken_over_is_told_and_leaves_the_lease",),
+    ),
+    Fault(
+        "a driver deletes the lease of another one",
+        "orchestrator.lease:RunLease.__exit__",
+        "held.owner == self.owner",
+        "held.owner",
+        (f"{_LEASE}::test_a_driver_whose_run_was_taken_over_is_told_and_leaves_the_lease",),
+    ),
+    Fault(
+        "one wait is enough for another data worker",
+        "orchestrator.policy:wanted_data_workers",
+        "min(waits) > _MUCH",
+        "max(waits) > _MUCH",
+        (f"{_POLICY}::test_waiting_trainers_get_another_data_worker",),
+    ),
+    Fault(
+        "data workers go though the others would be full",
+        "orchestrator.policy:wanted_data_workers",
+        "FULL * (current - 1)",
+        "FULL * current",
+        (f"{_POLICY}::test_idle_data_workers_go",),
+    ),
+    Fault(
+        "more data workers than allowed",
+        "orchestrator.policy:wanted_data_workers",
+        "min(max(current, least), most)",
+        "max(current, least)",
+        (f"{_POLICY}::test_waiting_trainers_get_another_data_worker",),
+    ),
+    Fault(
+        "what memory pressure killed counts as a death",
+        "orchestrator.policy:classify_failure",
+        "Failure.MEMORY if is_memory else Failure.DIED",
+        "Failure.DIED",
+        (f"{_POLICY}::test_what_ended_an_attempt",),
+    ),
+    Fault(
+        "a missing process group is bad input",
+        "orchestrator.policy:classify_failure",
+        '- ({"ValueError"} if error in broken else set())',
+        "",
+        (f"{_POLICY}::test_what_ended_an_attempt",),
+    ),
+    Fault(
+        "failures of all times are counted",
+        "orchestrator.policy:after_failure",
+        "and newest.ended_at - attempt.ended_at < HOUR_S",
+        "",
+        (f"{_POLICY}::test_failures_are_counted_by_the_hour_and_preemptions_are_not",),
+    ),
+    Fault(
+        "one failure less than allowed ends a run",
+        "orchestrator.policy:after_failure",
+        "len(counted) > max_failures_per_hour",
+        "len(counted) >= max_failures_per_hour",
+        (f"{_POLICY}::test_failures_are_counted_by_the_hour_and_preemptions_are_not",),
+    ),
+    Fault(
+        "pauses are twice as long",
+        "orchestrator.policy:after_failure",
+        "2 ** (num_stuck - 1)",
+        "2 ** num_stuck",
+        (f"{_POLICY}::test_pauses_grow_while_nothing_is_done",),
+    ),
+    Fault(
+        "numbers of workers that do not divide the batch are usable",
+        "orchestrator.policy:usable_sizes",
+        "if global_batch_size % size == 0",
+        "",
+        (f"{_POLICY}::test_sizes_are_those_that_divide_the_batch",),
+    ),
+    Fault(
+        "a run shrinks at once",
+        "orchestrator.policy:choose_size",
+        "best == sizes[0] or waited_s >= patience_s",
+        "True",
+        (f"{_POLICY}::test_the_largest_group_at_once_and_a_smaller_one_after_some_patience",),
+    ),
+    Fault(
+        "a micro-batch does not divide over a worker's devices",
+        "orchestrator.policy:micro_batch",
+        "num_devices if part % num_devices == 0 else 1",
+        "1",
+        (f"{_POLICY}::test_a_micro_batch_divides_over_the_devices_of_a_worker",),
+    ),
+    Fault(
+        "bad steps of long ago count",
+        "orchestrator.policy:after_bad_step",
+        "if step - other < _BAD_STEPS_WITHIN",
+        "",
+        (f"{_POLICY}::test_bad_steps_are_left_out_unless_there_are_many",),
+    ),
+    Fault(
+        "the last, incomplete step is not planned",
+        "orchestrator.plan:plan",
+        "-(-config.train.num_samples // batch)",
+        "config.train.num_samples // batch",
+        (f"{_PLAN}::test_time_is_operations_by_speed_plus_bytes_by_link",),
+    ),
+    Fault(
+        "the softmax takes as many products as the sigmoid",
+        "orchestrator.plan:plan",
+        '(3 if config.loss.name == "sigmoid" else 4)',
+        "3",
+        (f"{_PLAN}::test_a_step_is_counted_by_hand",),
+    ),
+    Fault(
+        "data workers are planned without time to spare",
+        "orchestrator.plan:plan",
+        "rate * DECODE_S / FULL",
+        "rate * DECODE_S",
+        (f"{_PLAN}::test_a_step_is_counted_by_hand",),
+    ),
+    Fault(
+        "all of a device's memory may be filled",
+        "orchestrator.plan:Plan.fits",
+        "FITS * self.memory",
+        "self.memory",
+        (f"{_PLAN}::test_a_twentieth_of_the_memory_stays_free",),
+    ),
+    Fault(
+        "one device is paid",
+        "orchestrator.plan:Plan.cost",
+        "self.days * 24 * self.num_devices",
+        "self.days * 24",
+        (f"{_PLAN}::test_cost_is_device_hours_by_price",),
+    ),
+    Fault(
+        "gradients of weights go round the ring once",
+        "orchestrator.plan:wire_bytes",
+        "2 * hops * gradient_bytes // num_devices",
+        "hops * gradient_bytes // num_devices",
+        (f"{_PLAN}::test_a_step_is_counted_by_hand",),
+    ),
+    Fault(
+        "tf32 is as slow as fp32",
+        "orchestrator.devices:DeviceKind.peak",
+        '"tf32": self.peak_tf32',
+        '"tf32": self.peak_fp32',
+        (f"{_PLAN}::test_a_step_is_counted_by_hand",),
+    ),
+    Fault(
+        "a host's devices talk over the network",
+        "orchestrator.devices:DeviceKind.link",
+        "num_devices <= self.island",
+        "num_devices < self.island",
+        (f"{_PLAN}::test_time_is_operations_by_speed_plus_bytes_by_link",),
+    ),
+    Fault(
+        "attention backwards is one product short",
+        "orchestrator.count:_attention_backward_flops",
+        "(3 * dim +",
+        "(2 * dim +",
+        (f"{_PLAN}::test_operations_do_not_depend_on_the_attention_kernel_but_for_what_it_computes_again",),
+    ),
+    Fault(
+        "what was freed is still held",
+        "orchestrator.count:Counter._forget",
+        "self.now -= self._alive.pop(key)",
+        "self._alive.pop(key)",
+        (f"{_PLAN}::test_the_counter_knows_views_frees_and_what_was_there",),
+    ),
+    Fault(
+        "the workers of a slice may be on two",
+        "orchestrator.room:_places",
+        "max(slices.values(), default=0)",
+        "sum(slices.values())",
+        (f"{_ROOM}::test_what_can_be_met_is_what_some_set_of_machines_meets",),
+    ),
+    Fault(
+        "the bound of all node types together is not seen",
+        "orchestrator.room:_reach",
+        "left - min(count, left)",
+        "left",
+        (f"{_ROOM}::test_what_can_be_met_is_what_some_set_of_machines_meets",),
+    ),
+    Fault(
+        "a kind of fault comes twice in a round",
+        "orchestrator.chaos:draw",
+        ".sample(list(kinds), len(kinds))[place]",
+        ".choices(list(kinds), k=len(kinds))[place]",
+        (f"{_CHAOS}::test_every_kind_comes_once_in_each_round",),
+    ),
+    Fault(
+        "a step that is logged twice is no difference",
+        "orchestrator.chaos:differences",
+        "if count > 1]",
+        "if count > 2]",
+        (f"{_CHAOS}::test_each_difference_is_found",),
+    ),
+    Fault(
+        "a checkpoint's other bytes are no difference",
+        "orchestrator.chaos:differences",
+        "disturbed.files.get(name) != expected",
+        'disturbed.files.get(name, expected)["bytes"] != expected["bytes"]',
+        (f"{_CHAOS}::test_each_difference_is_found",),
+    ),
+    Fault(
+        "the audit looks for an epoch one sample too early",
+        "orchestrator.inspect:RunAudit.steps_of",
+        "epoch.epoch * epoch.num_samples + 1",
+        "epoch.epoch * epoch.num_samples",
+        (f"{_DATA}::test_steps_of_an_epoch_are_those_of_its_rows",),
+    ),
+    Fault(
+        "a rate within luck of chance counts as better",
+        "orchestrator.report:_beats",
+        "level + 2 * math.sqrt",
+        "level + 0 * math.sqrt",
+        (f"{_REPORT}::test_a_rate_within_luck_of_chance_is_called_so",),
+    ),
+    Fault(
+        "the step of the checkpoint is in the mean",
+        "orchestrator.profile:split_of",
+        "rank.steps[:-1] or rank.steps",
+        "rank.steps",
+        (f"{_PROFILE}::test_ranks_are_told_apart",),
+    ),
+    Fault(
+        "a TPU's size counts chips, not cores",
+        "orchestrator.clusters:tpu_chips",
+        "else size / 2",
+        "else size / 1",
+        (f"{_CLUSTER_FILES}::test_chips_of_a_slice",),
+    ),
+    Fault(
+        "another version than the pinned one is not named",
+        "orchestrator.submit:environment_differences",
+        'found == "none" or not wanted',
+        'found == "none" and not wanted',
+        (f"{_SUBMIT}::test_another_environment_is_named",),
     ),
 ]

@@ -53,6 +53,20 @@ def test_a_second_driver_is_refused_and_told_whom(tmp_path):
         pass
 
 
+class Raced(Storage):
+    """Another driver, which found the run free in the same moment, writes its lease after ours."""
+
+    def write(self, path, data):
+        super().write(path, data)
+        super().write(path, json.dumps(lease(expires=time.time() + 60).__dict__).encode())
+
+
+def test_of_two_that_start_at_once_the_last_to_write_has_it(tmp_path):
+    with pytest.raises(ConfigError, match="is being run by process 7 on far"):
+        RunLease(Raced(tmp_path)).__enter__()
+    assert json.loads((tmp_path / "lease.json").read_text())["owner"] == "other"
+
+
 def test_it_is_renewed(tmp_path):
     with RunLease(Storage(tmp_path)):
         first = json.loads((tmp_path / "lease.json").read_text())["expires"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from unittest import mock
@@ -323,6 +324,27 @@ def test_time_is_operations_by_speed_plus_bytes_by_link():
     # Nine hosts' worth of devices go through the network, where a hop is slower.
     far = plan(small("train.precision=bf16", "train.global_batch_size=1024"), kind, 16)
     assert far.wire_s == pytest.approx(sum(far.wire.values()) / 25e9)
+
+
+def test_a_step_is_counted_by_hand():
+    """Products of the loss, gradients on a ring, the speed of a precision, data workers with time to spare."""
+    kind = DEVICES["a100-80"]
+    found, softmax = plan(small(), kind, 8), plan(small("loss.name=softmax"), kind, 8)
+    dim = TOWERS["embed_dim"]
+    assert found.flops_per_sample["loss"] == 3 * 2 * 256 * dim
+    assert softmax.flops_per_sample["loss"] == 4 * 2 * 256 * dim
+    assert found.wire["gradients of weights"] == 2 * 7 * 4 * found.parameters["trained"] // 8
+    assert found.data_workers == math.ceil(found.samples_per_s * DECODE_S / 0.7)
+    operations = 32 * sum(found.flops_per_sample.values())
+    for precision, peak in {"fp32": 19.5e12, "tf32": 156e12, "bf16": 312e12}.items():
+        expected = operations / (peak * kind.utilisation)
+        assert plan(small(f"train.precision={precision}"), kind, 8).compute_s == pytest.approx(expected)
+
+
+def test_a_twentieth_of_the_memory_stays_free():
+    needed = plan(small(), CPU, 1).peak.total
+    for memory, fits in ((needed / 0.94, True), (needed / 0.96, False)):
+        assert plan(small(), dataclasses.replace(CPU, memory=memory), 1).fits is fits
 
 
 @pytest.mark.parametrize("path", sorted(Path("examples").glob("emoji*.yaml")), ids=lambda path: path.stem)

@@ -155,6 +155,16 @@ def test_a_micro_batch_divides_and_is_the_largest(part, limit):
     assert size == max(other for other in range(1, min(part, limit) + 1) if part % other == 0)
 
 
+@given(rows=st.integers(1, 300), limit=st.integers(1, 3000), num_devices=st.integers(1, 8))
+def test_a_micro_batch_divides_over_the_devices_of_a_worker(rows, limit, num_devices):
+    """And where the part does not, it need not either."""
+    part = rows * num_devices
+    fitting = [size for size in range(num_devices, part + 1, num_devices) if part % size == 0]
+    expected = max([size for size in fitting if size <= limit], default=num_devices)
+    assert micro_batch(part, limit, num_devices) == expected
+    assert micro_batch(7, limit, 2) == (7 if limit >= 7 else 1)
+
+
 def test_bad_steps_are_left_out_unless_there_are_many():
     assert isinstance(after_bad_step(500, [], "stop"), GiveUp)
     assert after_bad_step(500, [], "rewind") == Retry(0)

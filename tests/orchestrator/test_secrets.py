@@ -59,6 +59,52 @@ def test_a_secret_is_refused_and_not_repeated(path, override, said, capsys):
     assert not (path.parent / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        *(
+            ({"a": {name: CANARY}}, f"a.{name}: a secret by its name")
+            for name in (
+                "secret",
+                "aws_secret_key",
+                "password",
+                "passwd",
+                "credential",
+                "gcp_credentials",
+                "api_key",
+                "APIKEY",
+                "api-key",
+                "access_key",
+                "auth_token",
+                "session_token",
+                "hf_token",
+            )
+        ),
+        ({"a": f"-----BEGIN RSA PRIVATE KEY-----\n{CANARY}"}, "a: a private key"),
+        ({"a": f"-----BEGIN PRIVATE KEY-----\n{CANARY}"}, "a: a private key"),
+        *(
+            ({"a": f"https://h/f?{name}={CANARY}"}, "a: a secret in a URL")
+            for name in ("password", "access_key", "sig")
+        ),
+        *(
+            ({"a": f"https://h/f?v=1&{name}={CANARY}"}, "a: a signature in a URL")
+            for name in ("X-Goog-Credential", "x-amz-security-token", "X-Goog-Signature")
+        ),
+        ({"a": "ASIA" + AMAZON[4:]}, "a: an Amazon access key"),
+        ({"a": ["no", {"b": AMAZON}]}, "a.1.b: an Amazon access key"),
+    ],
+    ids=str,
+)
+def test_each_kind_of_secret_is_found(content, line):
+    assert list(secrets_of(content)) == [line]
+
+
+def test_what_only_sounds_like_a_secret_is_none():
+    assert (
+        list(secrets_of({"tokenizer": "a", "hf_tokenizer_name": "b", "api": "c", "password": None, "key": "d"})) == []
+    )
+
+
 @given(st.from_regex(r"[A-Za-z0-9/+]{8,40}", fullmatch=True), st.sampled_from(["s3", "http", "https", "gs"]))
 @settings(deadline=None)
 def test_any_password_in_a_url_is_found_wherever_it_stands(password, scheme):

@@ -62,7 +62,7 @@ def test_clouds_apart_are_named_and_unknown_classes_are_wrong():
     figures = linear_probe(*fit, *asked)
     assert figures["top1"] == 1
     assert (figures["chance1"], figures["num_classes"], figures["num_fit"]) == (1 / 3, 3, 60)
-    assert figures["penalty"] in PENALTIES
+    assert figures["penalty"] == max(PENALTIES)  # all of them name every image: the largest of equals
     known = [row for row, class_id in enumerate(fit[1]) if class_id != "class 2"]
     figures = linear_probe(fit[0][known], [fit[1][row] for row in known], *asked)
     assert figures["top1"] == pytest.approx(2 / 3)
