@@ -68,7 +68,11 @@ def changed(key: str) -> RunConfig:
     else:
         assert last in place
         place[last] = another(place[last])
-    return RunConfig.model_construct(**content)
+    config = RunConfig.model_construct(**content)
+    for name, field in RunConfig.model_fields.items():
+        section: Any = field.annotation
+        config.__dict__[name] = section.model_construct(**content[name])
+    return config
 
 
 @pytest.mark.parametrize("key", leaf_keys())
