@@ -129,6 +129,7 @@ def unsafe_reads(path: Path) -> list[str]:
 
 def test_nothing_that_is_read_can_run_code():
     files = {path for package in [*PACKAGES, "benchmarks"] for path in Path(package).rglob("*.py")}
+    assert len(files) > 50
     for path in files - PICKLES_TO_ITSELF:
         assert not unsafe_reads(path), f"{path}: {unsafe_reads(path)}"
     for path in PICKLES_TO_ITSELF:
@@ -173,7 +174,9 @@ def test_no_test_imports_another():
     files = [path for path in Path("tests").rglob("*.py") if path != Path("tests/test_layout.py")]
     assert len(files) > 50
     for path in files:
-        assert not imported_tests(path.read_text()), f"{path} names {imported_tests(path.read_text())}"
+        own = ".".join(path.with_suffix("").parts)  # a module may be named by itself, as in model.image_tower
+        others = {name for name in imported_tests(path.read_text()) if name != own}
+        assert not others, f"{path} names {others}"
 
 
 @pytest.mark.parametrize(

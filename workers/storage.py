@@ -114,6 +114,21 @@ class _HashedFile:
         self._num_held = 0
 
 
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a local folder durable."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # what a storage lies in need not be readable
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
 class Storage:
     """One folder, addressed by relative POSIX paths.
 
@@ -156,18 +171,26 @@ class Storage:
             raise StorageError(f"{self.uri} is not writable: {error}") from error
 
     def write(self, path: str, content: bytes) -> None:
-        """Replace one file at once: a reader sees the old content or the new, never a part."""
+        """Replace one file at once: a reader sees the old content or the new, never a part.
+
+        The content is durable when this returns: a host that loses power finds no commit mark without its files.
+        """
         final = self._at(path)
-        self.filesystem.create_dir(str(Path(final).parent), recursive=True)
-        # An S3 object appears whole when its upload ends; a local file needs the rename.
-        target = f"{final}.{uuid.uuid4().hex}.tmp" if self.is_local else final
-        with self.filesystem.open_output_stream(target, compression=None) as stream:
-            stream.write(content)
-        if target != final:
-            self.filesystem.move(target, final)
+        self._make_folder(Path(final).parent)
+        if not self.is_local:  # an object of S3 appears whole when its upload ends, and is durable then
+            with self.filesystem.open_output_stream(final, compression=None) as stream:
+                stream.write(content)
+            return
+        part = f"{final}.{uuid.uuid4().hex}.tmp"
+        with open(part, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, final)
+        _sync_folder(Path(final).parent)
 
     def write_hashed(self, path: str, write: Callable[[Any], Any]) -> dict[str, Any]:
-        """Write one file piece by piece, not all at once: a reader may see a part of it.
+        """Write one file piece by piece, not all at once: a reader may see a part of it. Durable at the end.
 
         Args:
             write: called with a file object to write to.
@@ -176,7 +199,7 @@ class Storage:
             The content's `fingerprint`.
         """
         final = self._at(path)
-        self.filesystem.create_dir(str(Path(final).parent), recursive=True)
+        self._make_folder(Path(final).parent)
         stream: AbstractContextManager[Any] = (
             _UncachedFile(final) if self.is_local else self.filesystem.open_output_stream(final, compression=None)
         )
@@ -184,9 +207,14 @@ class Storage:
             file = _HashedFile(opened)
             try:
                 write(file)
-                return file.finish()
+                content = file.finish()
             except RuntimeError as error:  # torch's writer raises one about its own positions instead
                 raise file.refusal or error from None
+            if self.is_local:
+                os.fsync(opened.fileno())
+        if self.is_local:
+            _sync_folder(Path(final).parent)
+        return content
 
     def read(self, path: str) -> bytes:
         """One file.
@@ -227,6 +255,16 @@ class Storage:
     def download(self, path: str, local_file: Path) -> None:
         """Copy a file out."""
         fs.copy_files(self._at(path), str(local_file), source_filesystem=self.filesystem)
+
+    def _make_folder(self, folder: Path) -> None:
+        """Make a folder, if it is not there; on a disk its name is durable then, and those above it."""
+        if self.is_local and folder.is_dir():
+            return
+        self.filesystem.create_dir(str(folder), recursive=True)
+        for parent in folder.parents if self.is_local else ():
+            _sync_folder(parent)
+            if parent == Path(self.root).parent:
+                return
 
     def _at(self, path: str) -> str:
         return f"{self.root}/{path}" if path else self.root

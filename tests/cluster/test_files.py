@@ -12,6 +12,7 @@ import yaml
 
 from orchestrator.clusters import check_cluster_file, chips_per_host, tpu_chips
 from orchestrator.config import ConfigError
+from tests.helpers import hosts
 from tuning.cli import main
 
 FILES = [Path("cluster.yaml"), *sorted(Path("clusters").glob("*.yaml"))]
@@ -174,3 +175,12 @@ def test_what_is_no_cluster_file_is_refused(text, tmp_path):
     path.write_text(text)
     with pytest.raises(ConfigError, match="x.yaml"):
         check_cluster_file(path)
+
+
+@pytest.mark.parametrize("own", hosts.OWN)
+def test_hosts_of_namespaces_name_a_folder_that_they_cannot_see(own, monkeypatch):
+    """The checkout, or the folder of keys and mounts: each host has a file system of its own in its place."""
+    for checkout, folder in [(Path("/srv/sigray"), Path(own, "sg")), (Path(own, "sg"), Path("/var/tmp/sg"))]:
+        monkeypatch.setattr(hosts, "ROOT", checkout)
+        with pytest.raises(ValueError, match=rf"^{own}/sg cannot be seen by hosts of namespaces"):
+            hosts.Hosts(folder, ["head"], {})

@@ -23,6 +23,9 @@ NEEDED = {
     "nsenter": "util-linux",
 }
 
+# What each host has of its own, so that nothing of this machine's is seen there.
+OWN = ["/dev", "/proc", "/run", "/sys", "/tmp"]
+
 # PID 1 of a host; arguments: name, address, folder. What the host writes goes to a tmpfs over the machine's own root.
 _INIT = """\
 set -eu
@@ -85,6 +88,11 @@ class Hosts:
     """
 
     def __init__(self, folder: Path, names: list[str], variables: dict[str, str]) -> None:
+        for path in (ROOT, folder):
+            if any(path.is_relative_to(place) for place in OWN):
+                raise ValueError(
+                    f"{path} cannot be seen by hosts of namespaces: each has its own {', '.join(OWN)}. Put it elsewhere"
+                )
         self.folder, self._prefix = folder, f"sg{os.getpid()}"
         self.addresses = {name: f"10.79.0.{10 + number}" for number, name in enumerate(["user", *names])}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}

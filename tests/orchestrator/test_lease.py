@@ -7,10 +7,13 @@ import time
 
 import pytest
 
+from orchestrator import lease as lease_module
 from orchestrator.config import ConfigError
 from orchestrator.lease import Lease, RunLease, is_free
 from workers.fence import Fence, RunTakenOver
 from workers.storage import Storage
+
+LIFETIME_S, RENEW_S = lease_module._LIFETIME_S, lease_module._RENEW_S  # before `quick` changes one
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +77,35 @@ def test_it_is_renewed(tmp_path):
         while json.loads((tmp_path / "lease.json").read_text())["expires"] == first:
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+class Clock:
+    """Time that passes while the renewing thread waits; notes what was left of the lease each time it is over."""
+
+    def __init__(self, path) -> None:
+        self._path, self._now, self.left_s = path, 1000.0, []
+
+    def time(self) -> float:
+        return self._now
+
+    def wait(self, seconds: float) -> bool:
+        """As `threading.Event.wait`; set after ten renewals."""
+        self._now += seconds
+        self.left_s.append(json.loads(self._path.read_text())["expires"] - self._now)
+        return len(self.left_s) > 10
+
+
+def test_two_renewals_may_fail_before_a_lease_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease_module, "_RENEW_S", RENEW_S)
+    clock, held = Clock(tmp_path / "lease.json"), RunLease(Storage(tmp_path))
+    monkeypatch.setattr(lease_module, "time", clock)
+    held._stop = clock
+    held.renew()
+    held._renew()
+    assert len(clock.left_s) == 11
+    # Three renewals fit into a lifetime: after one interval at least two thirds of it are left.
+    assert min(clock.left_s) >= LIFETIME_S * 2 / 3
+    assert max(clock.left_s) < LIFETIME_S
 
 
 def test_a_driver_whose_run_was_taken_over_is_told_and_leaves_the_lease(tmp_path):

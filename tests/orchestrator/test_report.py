@@ -105,6 +105,7 @@ def test_names_from_data_are_escaped(tmp_path: Path) -> None:
 
 def test_charts_take_their_colours_from_the_page_and_mix_no_ids(full_run: Page) -> None:
     charts = re.findall(r"<svg.*?</svg>", full_run.source, flags=re.DOTALL)
+    assert len(charts) == 6
     assert all("var(--first)" in chart for chart in charts)
     assert not re.search(r"#0000\d\d", full_run.source)
     # An id may stand in two charts (a tick mark, a frame of the same size), but then it has to mean the same.

@@ -41,6 +41,7 @@ def test_every_study_can_be_read_at_every_scale(path):
 
 
 def test_the_demo_studies_read_what_the_demo_builds():
+    assert STUDIES
     for path in STUDIES:
         assert load_study(path).base["data"]["shards"].endswith("data/emoji36/train/*.tar")
 

@@ -1,8 +1,12 @@
 """Checkpoints: what is committed comes back bit for bit, what is not is never chosen, what is damaged is named."""
 
+import copy
 import errno
+import functools
 import io
 import json
+import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -45,6 +49,12 @@ MODEL = ModelConfig(towers=TOWERS)
 
 
 def trained(seed: int, steps: int = 2):
+    """A module and its optimizer, as they were after some steps; the caller's own."""
+    return copy.deepcopy(_trained(seed, steps))
+
+
+@functools.cache
+def _trained(seed: int, steps: int):
     torch.manual_seed(seed)
     module = build_model(MODEL)
     optimizer = build_optimizer(module, OptimConfig(), {})
@@ -264,6 +274,23 @@ def test_workers_that_a_dead_driver_left_commit_nothing(tmp_path):
     assert [info.step for info in list_checkpoints(storage)] == [10]
 
 
+def test_a_run_that_is_lost_while_the_files_are_written_is_not_committed(tmp_path):
+    """The fence was open when the write began; the files of a large model take minutes."""
+    storage = Storage(tmp_path)
+    storage.write("lease.json", b'{"owner": "first"}')
+    saver = writer(storage, owner="first")
+    saver.save(10, 80, after=["ledger/rank-1"])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "checkpoints" / "step-0000000010" / "optimizer.pt").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    storage.write("lease.json", b'{"owner": "second"}')
+    storage.write("ledger/rank-1", b"")
+    with pytest.raises(RunTakenOver, match="another driver"):
+        saver.close()
+    assert list_checkpoints(storage) == []
+
+
 def test_all_damaged_is_an_error_and_not_a_new_run(tmp_path):
     storage = Storage(tmp_path)
     save(storage, 10, 20)
@@ -460,3 +487,24 @@ def test_s3_that_goes_away_in_mid_upload(monkeypatch, quick, s3, num_bytes):
 def s3(tmp_path_factory):
     with s3_server(tmp_path_factory.mktemp("s3")) as variables:
         yield variables
+
+
+def test_files_are_durable_before_the_commit_mark(tmp_path, monkeypatch):
+    """Each fsync as it happens: what was synced, how much of it was written, and whether the mark stood there."""
+    synced, original = [], os.fsync
+    mark = tmp_path / "run" / "checkpoints" / "step-0000000010" / "commit.json"
+
+    def fsync(descriptor):
+        original(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        name = re.sub(r"\.[0-9a-f]{32}\.tmp$", "", os.path.relpath(path, tmp_path))
+        synced.append((name, path.stat().st_size, mark.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    save(Storage(tmp_path / "run"), 10)
+    folder = "run/checkpoints/step-0000000010"
+    before = {name: size for name, size, has_mark in synced if not has_mark}
+    for file in ("model.safetensors", "optimizer.pt", "commit.json"):
+        assert before.get(f"{folder}/{file}") == (mark.parent / file).stat().st_size
+    assert {folder, "run/checkpoints", "run", "."} <= before.keys(), "a name on the way to the files is not durable"
+    assert folder in {name for name, _, has_mark in synced if has_mark}, "the mark's own name is not durable"

@@ -39,6 +39,7 @@ def test_block_holds_the_samples_of_the_order(data_config, model_config):
 @pytest.mark.parametrize("batch", [5, 12, 24])
 def test_batches_are_the_same_on_any_number_of_ranks(data_config, model_config, batch):
     whole = batches(data_config, model_config, batch=batch)
+    assert len(whole) == 12
     for world_size in (size for size in (2, 3, 5) if batch % size == 0):
         parts = [
             batches(data_config, model_config, batch=batch, rank=r, world_size=world_size) for r in range(world_size)
@@ -52,6 +53,7 @@ def test_batches_are_the_same_on_any_number_of_ranks(data_config, model_config, 
 
 def test_feed_resumes_at_every_step(data_config, model_config):
     whole = batches(data_config, model_config, batch=12)
+    assert len(whole) == 12
     for first in range(1, len(whole)):
         rest = batches(data_config, model_config, batch=12, first=first)
         assert [batch.step for batch in rest] == [batch.step for batch in whole[first:]]
@@ -80,6 +82,7 @@ def test_every_position_can_be_resumed(data_config, model_config):
 def test_speed_settings_do_not_change_a_batch(data_config, model_config, change, crop):
     data_config = data_config.model_copy(update={"crop": crop})
     expected = batches(data_config, model_config, batch=12, last=20)  # three epochs: the cache is used
+    assert len(expected) == 20
     other = batches(data_config.model_copy(update=change), model_config, batch=12, last=20)
     for want, got in zip(expected, other, strict=True):
         np.testing.assert_array_equal(got.images.numpy(), want.images.numpy())

@@ -79,7 +79,7 @@ def test_without_pace_the_slower_reader_has_blocks_decoded_again():
 
 def test_a_reader_that_is_lost_or_leaves_holds_nobody_up(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("workers.pool.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("workers.pace.time.monotonic", lambda: now[0])
     listed = WorkerList(2)
     listed.expect("slow", 0)
     listed.expect("fast", 0)
@@ -96,7 +96,7 @@ def test_a_reader_that_is_lost_or_leaves_holds_nobody_up(monkeypatch):
 
 def test_a_reader_that_waits_is_not_taken_for_lost(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("workers.pool.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("workers.pace.time.monotonic", lambda: now[0])
     listed = WorkerList(1)
     for reader in ("first", "second", "third"):
         listed.expect(reader, 0)

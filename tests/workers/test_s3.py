@@ -506,6 +506,7 @@ def test_processes_share_a_cache_and_clean_up_after_a_dead_one(proxy: FaultProxy
     for process in processes:
         process.join()
         assert process.exitcode == 0
+    assert contents(tmp_path)
     assert all(name.endswith(".tar") for name in contents(tmp_path))
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 15_000
     assert proxy.faults.total() > 5

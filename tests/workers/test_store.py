@@ -109,6 +109,7 @@ def test_batches_are_those_of_the_live_tower(data, model, tmp_path, dtype, toler
 def test_resumes_at_every_step(data, model, tmp_path):
     stored = make_store(tmp_path, data, model).manifest(scan_shards(data.shards, data), data)
     whole = batches(stored, data, model)
+    assert len(whole) == 14
     for first in range(1, len(whole)):
         for want, got in zip(whole[first:], batches(stored, data, model, first=first), strict=True):
             assert torch.equal(got.images, want.images)
@@ -219,7 +220,9 @@ def test_other_tools_read_it(data, model, tmp_path):
 
 def test_made_again_it_is_the_same_bit_for_bit(data, model, tmp_path):
     stores = [make_store(tmp_path / name, data, model) for name in ("a", "b")]
-    for name in stores[0].complete("train"):
+    names = stores[0].complete("train").keys()
+    assert len(names) == len(SIZES)
+    for name in names:
         for ending in ("tar", "json"):
             one, other = (Path(store.uri, "train", f"{name}.{ending}").read_bytes() for store in stores)
             assert one == other

@@ -1,0 +1,123 @@
+"""What a driver does beside training: workers that hang are killed, and the best checkpoint is kept."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+import torch
+from rich.console import Console
+
+from orchestrator.config import parse_config
+from orchestrator.launch import _Run
+from orchestrator.monitor import Display
+from tests.helpers.data import TOWERS
+from workers.checkpoint import CheckpointWriter, read_best
+from workers.committed import list_checkpoints
+from workers.storage import Storage
+
+TIMEOUT_S = 700.0
+
+
+def run_of(storage: Storage, **sections: Any) -> tuple[_Run, io.StringIO]:
+    """A run that has begun, without its processes; and what it says."""
+    content = {
+        "run": {"name": "small"},
+        "data": {"shards": "tars"},
+        "model": {"towers": TOWERS},
+        "train": {"num_samples": 1000, "global_batch_size": 100},
+    }
+    said = io.StringIO()
+    folder: Any = SimpleNamespace(storage=storage)
+    manifest: Any = None
+    lease: Any = None
+    display = Display(Console(file=said, width=500))
+    return _Run(parse_config(content | sections, "test"), folder, manifest, display, lease), said
+
+
+class Watched:
+    """A run with two training workers, its monitor, and a clock that is set by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, storage: Storage) -> None:
+        self.now, self.killed = 1000.0, []
+        self._events: list[dict[str, Any]] = []
+        self.run, self.said = run_of(storage, cluster={"hang_timeout_s": TIMEOUT_S})
+        nothing = SimpleNamespace(repeat=lambda: None, tend=lambda: None)
+        self.run._metrics = self.run._pool = nothing
+        self.run._monitor = SimpleNamespace(take=SimpleNamespace(remote=self._take))
+        self.run._to_evaluate, self.run._evaluation, self.run._rung = [], None, None
+        self.run._workers, self.run._heard_at = [], None
+        clock = SimpleNamespace(monotonic=lambda: self.now, time=lambda: self.now)
+        monkeypatch.setattr("orchestrator.launch.time", clock)
+        monkeypatch.setattr(ray, "get", lambda answer: answer)
+        monkeypatch.setattr(ray, "kill", self.killed.append)
+
+    def _take(self) -> list[dict[str, Any]]:
+        events, self._events = self._events, []
+        return events
+
+    def look(self, now: float, *events: tuple[str, Any]) -> list[str]:
+        """One turn of the driver's loop; returns the workers that were killed so far."""
+        self.now = now
+        self._events = [{"kind": kind, "content": content} for kind, content in events]
+        self.run._take_events()
+        self.run._kill_if_hung()
+        return self.killed
+
+
+@pytest.fixture
+def watched(monkeypatch, tmp_path):
+    return Watched(monkeypatch, Storage(tmp_path))
+
+
+def test_training_workers_of_which_nothing_is_heard_are_killed(watched):
+    assert watched.look(1000, ("joined", "first"), ("joined", "second"), ("warning", "up")) == []
+    assert watched.look(1000 + TIMEOUT_S - 1) == []
+    assert watched.look(1000 + TIMEOUT_S) == ["first", "second"]
+    assert "nothing was heard of the training workers for 11 min 40 s: killing them" in watched.said.getvalue()
+    assert watched.look(1001 + TIMEOUT_S) == ["first", "second"]  # once, and not at each look until they are gone
+    assert watched.look(1000 + 2 * TIMEOUT_S) == ["first", "second"] * 2
+
+
+def test_what_is_heard_puts_the_hang_off(watched):
+    watched.look(1000, ("joined", "first"), ("warning", "up"))
+    assert watched.look(1600, ("warning", "slow")) == []
+    assert watched.look(1000 + TIMEOUT_S) == []
+    assert watched.look(1600 + TIMEOUT_S - 1) == []
+    assert watched.look(1600 + TIMEOUT_S) == ["first"]
+
+
+def test_workers_that_are_not_all_up_are_not_taken_for_hung(watched):
+    """Imports, compilation and a slow first read of the weights may take longer than any step."""
+    assert watched.look(1000, ("joined", "first")) == []
+    assert watched.look(1000 + 10 * TIMEOUT_S) == []
+
+
+def test_the_best_checkpoint_is_kept(tmp_path):
+    """Figures as they come in, and the writer's own pruning behind each checkpoint."""
+    storage = Storage(tmp_path)
+    figure = "zero_shot.colours.top1"
+    run, said = run_of(storage, checkpoint={"keep_best": figure, "keep_newest": 1})
+    module = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(module.parameters())
+    writer = CheckpointWriter(storage, module, optimizer, run.config.checkpoint, {}, warn=print)
+    kept = []
+    for step, value in [(10, 0.3), (20, 0.7), (30, 0.7), (40, 0.5), (50, 0.9), (60, None), (70, 0.8)]:
+        writer.save(step, step * 100)
+        writer.wait()
+        kept.append([info.step for info in list_checkpoints(storage)])
+        run._mark_best({"step": step, "zero_shot": {"colours": {"top1": value}}})
+    writer.close()
+    # The newest, which has no figure yet, and the best of those before.
+    assert kept == [[10], [10, 20], [20, 30], [20, 40], [20, 50], [50, 60], [50, 70]]
+    assert read_best(storage) == ("step-0000000050", 0.9)
+    assert said.getvalue().count("is no figure of the evaluation: nothing is marked as best") == 1
+
+
+def test_without_keep_best_nothing_is_marked(tmp_path):
+    run, _ = run_of(Storage(tmp_path))
+    run._mark_best({"step": 10, "zero_shot": {"colours": {"top1": 0.5}}})
+    assert read_best(Storage(tmp_path)) is None
