@@ -1,6 +1,8 @@
 # make demo   embed, train, evaluate and show a real model (about 7 minutes on two cores, set-up included)
-# make test   all tests but those of a cluster and of patience
-# make test-cluster   a real `ray up` on hosts of namespaces (5 minutes; root, iproute2, openssh-server, rsync)
+# make test   every part, and one whole run under Ray in which everything dies (8 minutes at most)
+# make test-all   that, and the long tests: chaos, elastic, sweeps, TPU slices, jobs, a real `ray up` (25 minutes at most;
+#             the last one needs root, iproute2, openssh-server and rsync)
+# make test-mutations   does a test notice each of some 200 small faults? (15 minutes at most)
 # make check  format, lint, types
 # make env    the environment .venv alone; the other targets call it
 PYTHON ?= python3
@@ -9,18 +11,23 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: demo test test-cluster check format env clean
+.PHONY: demo test test-all test-mutations check format env clean
 
 demo: $(STAMP)
 	$(BIN)/sigray data emoji data/emoji36
 	$(BIN)/sigray embed examples/emoji_siglit.yaml
 	$(BIN)/sigray train examples/emoji_siglit.yaml run.name=demo --overwrite
 
+# What needs no Ray runs in two processes; a whole run is a dozen processes already.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not ray" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m ray
 
-test-cluster: $(STAMP)
-	$(BIN)/python -m pytest -m cluster
+test-all: test
+	$(BIN)/python -m pytest --tier long
+
+test-mutations: $(STAMP)
+	$(BIN)/python -m tests.mutations
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,6 +14,7 @@ from unittest import mock
 import pytest
 
 from tests.helpers.data import TOWERS, write_dataset
+from tests.helpers.ranks import RankGroup
 from tests.helpers.s3 import s3_server
 from tests.helpers.tiers import TIERS, RayWatch, Tiers
 from workers.config import DataConfig, ModelConfig
@@ -56,6 +59,13 @@ def ray_driver(shared_ray: Any) -> Iterator[Any]:
     ray.init(address=shared_ray.address, log_to_driver=False, configure_logging=False)
     yield shared_ray
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def rank_groups() -> Iterator[Callable[[int], RankGroup]]:
+    """A group of gloo ranks for each size that a module's tests ask for; each is made once."""
+    with contextlib.ExitStack() as stack:
+        yield functools.cache(lambda world_size: stack.enter_context(RankGroup(world_size)))
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from losses import Negatives, Shards, sharded_sigmoid_loss, sigmoid_loss
-from tests.helpers.ranks import run_on_ranks
 from tests.helpers.sharded import PLAIN, SHARDED, inputs
 
 
@@ -92,8 +91,8 @@ def on_host(rank, world_size, name, count, pairs_per_device, negatives):
 @pytest.mark.parametrize(
     ("name", "negatives"), [("sigmoid", None), ("softmax", None), ("sigmoid", Negatives("random", 0.4, seed=7))]
 )
-def test_hosts_form_a_ring_around_their_devices(world_size, count, pairs_per_device, name, negatives):
-    hosts = run_on_ranks(world_size, on_host, name, count, pairs_per_device, negatives)
+def test_hosts_form_a_ring_around_their_devices(rank_groups, world_size, count, pairs_per_device, name, negatives):
+    hosts = rank_groups(world_size).run(on_host, name, count, pairs_per_device, negatives)
     values, images, texts, scales, biases = zip(*hosts, strict=True)
     actual = [
         torch.stack(values).mean(),

@@ -41,9 +41,9 @@ def step_on_rank(rank, world_size, num_micro_batches=1, **settings):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("num_micro_batches", [1, 4])
-def test_loss_and_every_gradient_equal_the_oracle(world_size, num_micro_batches):
+def test_loss_and_every_gradient_equal_the_oracle(rank_groups, world_size, num_micro_batches):
     expected_loss, expected, module = step_gradients(MODEL, SEED, *global_batch())
-    ranks = run_on_ranks(world_size, step_on_rank, num_micro_batches)
+    ranks = rank_groups(world_size).run(step_on_rank, num_micro_batches)
     assert sum(rank[0] for rank in ranks) / world_size == pytest.approx(expected_loss, rel=1e-5)
     for _, gradients, _, _ in ranks:
         check_gradients(gradients, expected)
@@ -103,10 +103,10 @@ class Float64(Device):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("num_micro_batches", [1, 4, 16])
-def test_dropout_is_replayed_in_the_second_pass(world_size, num_micro_batches):
+def test_dropout_is_replayed_in_the_second_pass(rank_groups, world_size, num_micro_batches):
     if NUM_PAIRS // world_size % num_micro_batches:
         num_micro_batches = NUM_PAIRS // world_size  # one pair each
-    ranks = run_on_ranks(world_size, dropout_step, num_micro_batches)
+    ranks = rank_groups(world_size).run(dropout_step, num_micro_batches)
     assert sum(rank[2] for rank in ranks) / world_size == pytest.approx(ranks[0][0], rel=1e-5)
     for _, expected, _, gradients in ranks:
         check_gradients(gradients, expected)
@@ -223,25 +223,25 @@ def poisoned_step(rank, world_size):
     return str(caught.value)
 
 
-def test_nan_in_features_is_named_on_every_rank_before_the_weights_change():
-    for message in run_on_ranks(2, poisoned_step):
+def test_nan_in_features_is_named_on_every_rank_before_the_weights_change(rank_groups):
+    for message in rank_groups(2).run(poisoned_step):
         assert message.startswith("step 1: NaN or infinity in text_features of rank 1, micro-batch 3 (pair 2 of it)")
 
 
 @pytest.mark.parametrize("keep", ["random", "hardest", "easiest"])
-def test_chosen_negatives_do_not_depend_on_the_cut(keep):
+def test_chosen_negatives_do_not_depend_on_the_cut(rank_groups, keep):
     loss = LossConfig(negatives=keep, negatives_fraction=0.3)
     whole = step_on_rank(0, 1, loss=loss)
-    ranks = run_on_ranks(3, functools.partial(step_on_rank, num_micro_batches=2, loss=loss))
+    ranks = rank_groups(3).run(functools.partial(step_on_rank, num_micro_batches=2, loss=loss))
     assert sum(rank[0] for rank in ranks) / 3 == pytest.approx(whole[0], rel=1e-5)
     assert whole[0] != step_on_rank(0, 1)[0]
     check_gradients(ranks[0][1], {name: gradient.double() for name, gradient in whole[1].items()})
 
 
-def test_softmax_steps():
+def test_softmax_steps(rank_groups):
     loss = LossConfig(name="softmax")
     whole = step_on_rank(0, 1, loss=loss)
-    ranks = run_on_ranks(2, functools.partial(step_on_rank, num_micro_batches=2, loss=loss))
+    ranks = rank_groups(2).run(functools.partial(step_on_rank, num_micro_batches=2, loss=loss))
     assert sum(rank[0] for rank in ranks) / 2 == pytest.approx(whole[0], rel=1e-5)
     check_gradients(ranks[0][1], {name: gradient.double() for name, gradient in whole[1].items()})
     assert float(whole[1]["logit_bias"]) == 0
@@ -252,7 +252,7 @@ def unequal_parts(rank, world_size):
 
 
 def test_ranks_with_different_numbers_of_pairs_are_refused():
-    with pytest.raises(Exception, match="pairs per step, others hold another number"):
+    with pytest.raises(RuntimeError, match="pairs per step, others hold another number"):
         run_on_ranks(2, unequal_parts)
 
 
