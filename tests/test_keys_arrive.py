@@ -447,7 +447,7 @@ def test_the_storage_may_refuse_for_so_long(configure, monkeypatch):
 def test_every_pair_is_written_to_the_ledger(configure):
     config = configure(train={"ledger": True, "num_samples": 16})
     train_here(config)
-    assert list(Path(config.storage_uri, "ledger").iterdir())
+    assert list(Path(config.storage_uri).glob("ledger/*"))
 
 
 def test_threads_of_a_training_worker(configure):
@@ -1010,3 +1010,17 @@ def test_images_that_cannot_be_embedded_stop_it_above_the_rate(configure, plain,
     )
     with pytest.raises(DataError, match="max_bad_fraction"):
         embed(config, Console(file=io.StringIO()))
+
+
+# A resume.
+
+
+def test_a_resume_refuses_the_same_datasets_in_another_order(configure, plain, folder):
+    """The order of samples goes through the datasets by number."""
+    plain.train = end_at_once
+    names = ["shard-000.tar", "shard-001.tar"]
+    shards = {name: {"shards": str(folder / "train" / name), "weight": 1} for name in names}
+    with contextlib.suppress(Enough):
+        drive(configure(data={"shards": shards}))
+    with pytest.raises(ValueError, match=r"datasets were shard-000.tar, shard-001.tar, now shard-001.tar, shard-000"):
+        drive(configure(data={"shards": dict(reversed(shards.items()))}))

@@ -87,6 +87,19 @@ class Manifest:
             for url, shard in before.items()
             if url in after and (shard.num_bytes, shard.fingerprint) != (after[url].num_bytes, after[url].fingerprint)
         ]
+        if lines:
+            return lines
+        # The order of samples is computed from these: another count, dataset or order is another stream.
+        lines = [
+            f"{url}: {shard.num_samples} samples before, {after[url].num_samples} now"
+            for url, shard in before.items()
+            if shard.num_samples != after[url].num_samples
+        ]
+        if [shard.dataset for shard in self.shards] != [shard.dataset for shard in now.shards]:
+            names = [", ".join(manifest.datasets()) for manifest in (self, now)]
+            lines.append(f"data.shards: the datasets were {names[0]}, now {names[1]}")
+        elif list(before) != list(after):
+            lines.append("data.shards: the same shards in another order")
         return lines
 
 

@@ -176,4 +176,18 @@ FAULTS = [
         "",
         (f"{_RESUME}[train.micro_batch_size]",),
     ),
+    Fault(
+        "a resume takes the datasets in another order",
+        "workers.shards:Manifest.differences",
+        "if [shard.dataset for shard in self.shards] != [shard.dataset for shard in now.shards]",
+        "if False",
+        (f"{_HERE}a_resume_refuses_the_same_datasets_in_another_order",),
+    ),
+    Fault(
+        "a resume takes another count of a shard's samples",
+        "workers.shards:Manifest.differences",
+        "if shard.num_samples != after[url].num_samples",
+        "if False",
+        ("tests/workers/test_shards.py::test_another_order_or_count_of_the_same_shards_is_a_difference",),
+    ),
 ]

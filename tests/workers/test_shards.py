@@ -4,12 +4,13 @@ import gzip
 import io
 import json
 import tarfile
+from dataclasses import replace
 
 import pytest
 
 from tests.helpers.data import drawn_sample, write_tar
 from workers.config import DataConfig, S3Config
-from workers.shards import Manifest, read_samples, scan_shards
+from workers.shards import Manifest, Shard, read_samples, scan_shards
 from workers.shards import list_shards as list_shards_of
 from workers.tar import DataError
 
@@ -112,6 +113,20 @@ def test_shard_that_changes_under_the_run(tmp_path):
     path.unlink()
     with pytest.raises(DataError, match=r"a\.tar: no such file"):
         list(read_samples(manifest.shards[0], DATA))
+
+
+def test_another_order_or_count_of_the_same_shards_is_a_difference():
+    one, two = Shard("/a.tar", 100, 5, "1", "a"), Shard("/b.tar", 100, 7, "2", "b")
+    manifest = Manifest((one, two))
+    assert manifest.differences(manifest) == []
+    assert manifest.differences(Manifest((two, one))) == ["data.shards: the datasets were a, b, now b, a"]
+    renamed = replace(two, dataset="c")
+    assert manifest.differences(Manifest((one, renamed))) == ["data.shards: the datasets were a, b, now a, c"]
+    more = replace(two, num_samples=8)
+    assert manifest.differences(Manifest((one, more))) == ["/b.tar: 7 samples before, 8 now"]
+    alike = Manifest((replace(one, dataset=""), replace(two, dataset="")))
+    turned = Manifest(alike.shards[::-1])
+    assert alike.differences(turned) == ["data.shards: the same shards in another order"]
 
 
 def num_header_passes(patterns, data=DATA):
