@@ -1,10 +1,12 @@
-"""Faults of losses/, the C included."""
+"""Faults of losses/ and native/, the C included."""
 
 from tests.mutations.fault import Fault
 
 _EXCHANGE = "tests/losses/test_exchange.py"
 _FUSED = "tests/losses/test_fused.py"
+_GRADCACHE = "tests/losses/test_gradcache.py"
 _MEANS = "tests/losses/test_means.py"
+_NATIVE = "tests/test_native.py"
 _NEGATIVES = "tests/losses/test_negatives.py"
 _SHARDED = "tests/losses/test_sharded.py"
 _SIGMOID = "tests/losses/test_sigmoid.py"
@@ -158,9 +160,9 @@ FAULTS = [
     ),
     Fault(
         "each seed draws the same random negatives",
-        "losses.negatives:random_drop",
-        "_mix(texts, 2 * seed + 1)",
-        "_mix(texts, 1)",
+        "losses.negatives:_random_mask",
+        "random_drop(images, texts, seed, fraction)",
+        "random_drop(images, texts, 0, fraction)",
         (f"{_NEGATIVES}::test_random_negatives_are_as_many_as_asked_and_independent",),
     ),
     Fault(
@@ -189,7 +191,10 @@ FAULTS = [
         "losses.exchange:_raise_what_is_wrong",
         "if row >= 0",
         "if row > 0",
-        (f"{_EXCHANGE}::test_every_rank_refuses_with_the_same_words",),
+        (
+            f"{_EXCHANGE}::test_every_rank_refuses_with_the_same_words"
+            "[poisoned_scale-NonFiniteFeatures: NaN or infinity in logit_scale of rank 2, row 0]",
+        ),
     ),
     Fault(
         "normalisers of other ranks are not summed",
@@ -218,5 +223,47 @@ FAULTS = [
         "(num_pairs * everything - positive)",
         "(num_pairs * everything)",
         (f"{_MEANS}::test_means_equal_those_of_the_matrix",),
+    ),
+    Fault(
+        "the whole batch is one micro-batch",
+        "losses.gradcache:cached_backward",
+        "if micro_batch_size >= num_rows:",
+        "if num_rows:",
+        (f"{_GRADCACHE}::test_micro_batches_give_the_gradients_of_the_whole_batch",),
+    ),
+    Fault(
+        "micro-batches receive each other's gradients",
+        "losses.gradcache:cached_backward",
+        "in zip(micro_batches, zip",
+        "in zip(micro_batches[::-1], zip",
+        (f"{_GRADCACHE}::test_micro_batches_give_the_gradients_of_the_whole_batch[False-5]",),
+    ),
+    Fault(
+        "a device that runs behind is not waited for after the loss",
+        "losses.gradcache:cached_backward",
+        "    del features\n    if settle is not None:\n        settle()\n",
+        "    del features\n",
+        (f"{_GRADCACHE}::test_micro_batches_give_the_gradients_of_the_whole_batch",),
+    ),
+    Fault(
+        "a profile does not wait for the device",
+        "losses.spans:recording",
+        "settle=settle",
+        "settle=None",
+        (f"{_GRADCACHE}::test_a_span_waits_for_the_device_at_its_end_and_for_nothing_while_nobody_profiles",),
+    ),
+    Fault(
+        "a changed header is not compiled",
+        "native:build",
+        "for path in (*sources, *headers))",
+        "for path in sources)",
+        (f"{_NATIVE}::test_a_change_of_source_header_or_flags_is_another_library",),
+    ),
+    Fault(
+        "other flags are not compiled",
+        "native:build",
+        "{[*_FLAGS, *flags]}",
+        "{_FLAGS}",
+        (f"{_NATIVE}::test_a_change_of_source_header_or_flags_is_another_library",),
     ),
 ]

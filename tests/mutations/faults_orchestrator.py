@@ -5,6 +5,7 @@ from tests.mutations.fault import Fault
 _CHAOS = "tests/orchestrator/test_chaos.py"
 _CLUSTER_FILES = "tests/cluster/test_files.py"
 _DATA = "tests/orchestrator/test_data_commands.py"
+_FOLDER = "tests/orchestrator/test_folder.py"
 _LEASE = "tests/orchestrator/test_lease.py"
 _PLAN = "tests/orchestrator/test_plan.py"
 _POLICY = "tests/orchestrator/test_policy.py"
@@ -251,7 +252,7 @@ FAULTS = [
         "orchestrator.room:_places",
         "max(slices.values(), default=0)",
         "sum(slices.values())",
-        (f"{_ROOM}::test_what_can_be_met_is_what_some_set_of_machines_meets",),
+        (f"{_ROOM}::test_the_sentences",),
     ),
     Fault(
         "the bound of all node types together is not seen",
@@ -315,5 +316,26 @@ FAULTS = [
         'found == "none" or not wanted',
         'found == "none" and not wanted',
         (f"{_SUBMIT}::test_another_environment_is_named",),
+    ),
+    Fault(
+        "the step of a checkpoint is done again in the log",
+        "orchestrator.folder:RunFolder.restore_metrics",
+        'if line["step"] <= last_step]',
+        'if line["step"] < last_step]',
+        (f"{_FOLDER}::test_steps_behind_a_checkpoint_are_forgotten",),
+    ),
+    Fault(
+        "numbers have three digits",
+        "orchestrator.words:decimal",
+        ".4g",
+        ".3g",
+        (f"{_FOLDER}::test_a_number_has_four_digits_and_a_true_minus",),
+    ),
+    Fault(
+        "a duration is cut off and not rounded",
+        "orchestrator.monitor:format_duration",
+        "round(seconds)",
+        "int(seconds)",
+        (f"{_FOLDER}::test_a_duration_is_rounded_to_seconds",),
     ),
 ]

@@ -264,4 +264,11 @@ FAULTS = [
         "False",
         (f"{_SPACE}::test_a_dimension_without_meaning_is_left_out_and_no_point_comes_twice",),
     ),
+    Fault(
+        "a rung at the budget is there twice",
+        "tuning.study:StudyConfig.rungs_of",
+        "if rung < budget",
+        "if rung <= budget",
+        (f"{_STUDY}::test_rungs_are_the_same_counts_for_all_and_end_with_the_budget",),
+    ),
 ]

@@ -13,6 +13,7 @@ answers as lines of JSON:
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.metadata
 import json
@@ -49,6 +50,7 @@ def main() -> None:
     multiprocessing.set_forkserver_preload(libraries)
     if libraries:
         multiprocessing.forkserver.ensure_running()
+    gc.freeze()  # a collection in a fork would copy the memory of all libraries
     answers.write("ready\n")
     answers.flush()
     for line in sys.stdin:
@@ -84,6 +86,9 @@ def _run_pytest(tree: Path, arguments: list[str], stop: bool, results: Path, log
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.argv = ["pytest"]
         sys.path.insert(0, str(tree))
+        # pytest keeps the tests as it rewrites them, by the time of the file: no fault is in those. What else is
+        # written is tied to the contents of its source, as `copy_tree` made it.
+        sys.dont_write_bytecode = False
         if multiprocessing.forkserver._forkserver._forkserver_pid is not None:  # type: ignore[attr-defined]
             # It is a child of the parent: waiting for it, to see whether it runs, fails here.
             multiprocessing.forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
