@@ -259,7 +259,7 @@ FAULTS = [
         "orchestrator.room:_reach",
         "left - min(count, left)",
         "left",
-        (f"{_ROOM}::test_what_can_be_met_is_what_some_set_of_machines_meets",),
+        (f"{_ROOM}::test_the_sentences",),
     ),
     Fault(
         "a kind of fault comes twice in a round",

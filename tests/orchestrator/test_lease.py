@@ -118,6 +118,7 @@ def test_a_driver_whose_run_was_taken_over_is_told_and_leaves_the_lease(tmp_path
             time.sleep(0.01)
         with pytest.raises(RunTakenOver, match="another driver has taken over"):
             held.check()
+    assert (tmp_path / "lease.json").exists()
     assert (tmp_path / "lease.json").read_text() == taken
 
 

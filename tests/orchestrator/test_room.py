@@ -127,6 +127,9 @@ def tpu_hosts(count: int, name: str, kind: str = "v4-32") -> list[Host]:
         (GPU, [host(GPU_HOST)], Autoscaler(True, (dataclasses.replace(GPU_TYPE, most=3),)),
          "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 1: cannot be met by this cluster.yaml: its node "
          "types have place for 3 at most (max_workers)", False),
+        (GPU, [], Autoscaler(True, (dataclasses.replace(GPU_TYPE, most=3), dataclasses.replace(GPU_TYPE, most=3)), 3),
+         "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 0: cannot be met by this cluster.yaml: its node "
+         "types have place for 3 at most (max_workers)", False),
         (Need(1, {"GPU": 8.0}), [], Autoscaler(True, (GPU_TYPE,)),
          "needs 1 training worker of 8 GPU, has 0: cannot be met by this cluster.yaml: no node type has more than "
          "1 GPU",
