@@ -31,12 +31,15 @@ Members = dict[str, bytes]
 
 
 class PlainStep(NamedTuple):
-    """Figures of one step; loss, norm and scale are of before the update."""
+    """Figures of one step, of before the update; the logits are without a bias under the softmax."""
 
     loss: float
     grad_norm: float
     learning_rate: float
     logit_scale: float
+    logit_bias: float
+    positive_logit_mean: float
+    negative_logit_mean: float
 
 
 class PlainRun(NamedTuple):
@@ -77,7 +80,12 @@ def run_plainly(config: dict[str, Any], world_size: int = 1, micro_batch_size: i
         value.backward()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norm = torch.stack([(gradient**2).sum() for gradient in gradients]).sum().sqrt()
-        steps.append(PlainStep(value.item(), norm.item(), lr, scale.item()))
+        logits = scale * image_features @ text_features.T
+        if config["loss"]["name"] == "sigmoid":
+            logits = logits + model.logit_bias
+        pairs = torch.eye(len(logits), dtype=torch.bool)
+        means = logits[pairs].mean().item(), logits[~pairs].mean().item()
+        steps.append(PlainStep(value.item(), norm.item(), lr, scale.item(), model.logit_bias.item(), *means))
         limit = config["optim"]["grad_clip_norm"]
         if norm > limit:
             for gradient in gradients:

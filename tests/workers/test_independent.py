@@ -118,15 +118,17 @@ CONFIGS = list(CHANGES)
 class Tolerance(NamedTuple):
     loss: float  # relative
     grad_norm: float  # relative
+    logits: float  # both
     weights: float
 
 
 TOLERANCES = {
     # float32 towers against float64: 1e-7 an operation, and what twelve steps make of it; up to 5e-6 was seen.
-    "adamw": Tolerance(loss=1e-5, grad_norm=5e-5, weights=2e-5),
+    "adamw": Tolerance(loss=1e-5, grad_norm=5e-5, logits=2e-5, weights=2e-5),
     # A momentum that float32 rounds to the other of two neighbouring bfloat16 is 2**-7 off: for a weight, times 0.003,
-    # the largest lr_scale and twelve steps. A norm near a minimum changes by more than the loss.
-    "adafactor": Tolerance(loss=5e-4, grad_norm=1e-2, weights=6e-4),
+    # the largest lr_scale and twelve steps is 6e-4. Up to a seventh of these was seen. A norm near a minimum changes by
+    # more than the loss. beta1, beta2 and the decay exponent each change a loss by 4e-3 and more.
+    "adafactor": Tolerance(loss=1e-3, grad_norm=2e-2, logits=3e-3, weights=1e-3),
 }
 
 
@@ -227,7 +229,8 @@ def test_run_is_the_plain_loops(name, cut, plain, product):
         assert line["train/learning_rate"] == pytest.approx(want.learning_rate, rel=1e-12), f"step {number}"
         assert line["train/loss"] == pytest.approx(want.loss, rel=tolerance.loss), f"step {number}"
         assert line["train/grad_norm"] == pytest.approx(want.grad_norm, rel=tolerance.grad_norm), f"step {number}"
-        assert line["train/logit_scale"] == pytest.approx(want.logit_scale, rel=tolerance.loss), f"step {number}"
+        for key in ("logit_scale", "logit_bias", "positive_logit_mean", "negative_logit_mean"):
+            assert line[f"train/{key}"] == pytest.approx(getattr(want, key), rel=tolerance.logits, abs=tolerance.logits)
     assert found.weights.keys() == expected.weights.keys()
     for weight_name, want in expected.weights.items():
         error = (found.weights[weight_name].double() - want).abs()
