@@ -171,7 +171,8 @@ class PlainOptimizer:
             second = state["rows"] * state["columns"] / state["rows"].mean()
         else:
             second = state["square"] = beta2 * state["square"] + (1 - beta2) * square
-        state["mean"] = (beta1 * state["mean"] + (1 - beta1) * gradient / second.sqrt()).bfloat16().double()
+        scaled = (gradient / second.sqrt()).bfloat16().double()
+        state["mean"] = (beta1 * state["mean"] + (1 - beta1) * scaled).bfloat16().double()
         return state["mean"]
 
 
