@@ -16,6 +16,7 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.metadata
+import inspect
 import json
 import multiprocessing
 import multiprocessing.forkserver
@@ -46,6 +47,7 @@ def main() -> None:
         importlib.import_module(f"_pytest.{name}")
     ours = [name for name, module in sys.modules.items() if _is_in(tree, getattr(module, "__file__", None))]
     assert ours in ([], ["__main__"]), f"imported from the tree before the fork: {ours}"
+    inspect.getmodule(main)  # looks at every module once; pydantic asks for each section of the config
     # Tests of several ranks fork them from a fork server; this one has the libraries, and nothing of the tree either.
     multiprocessing.set_forkserver_preload(libraries)
     if libraries:

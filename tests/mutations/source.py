@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -44,16 +45,18 @@ def changed(tree: Path, fault: AnyFault) -> tuple[Path, str]:
         BadFaultError: the symbol is not there, or `old` is not exactly once in it, or the result is no Python.
     """
     if isinstance(fault, Fault):
-        path, text = _replaced(tree, fault)
-    else:
-        path = Path(fault.file)
-        text = f"{_read(tree, path, fault)}\n{fault.append}\n"
-    if path.suffix == ".py":
-        try:
-            ast.parse(text)
-        except SyntaxError as error:
-            raise BadFaultError(f"{name_of(fault)}: {fault.says}: the result is no Python: {error}") from error
-    return path, text
+        return _replaced(tree, fault)
+    _check_python(fault.append, fault)
+    return Path(fault.file), f"{_read(tree, Path(fault.file), fault)}\n{fault.append}\n"
+
+
+def _check_python(text: str, fault: AnyFault) -> None:
+    """Of the changed part alone: to parse the rest of a file for each fault takes seconds."""
+    text = text.strip("\n")
+    try:
+        ast.parse(f"if True:\n{text}" if text[:1].isspace() else text)
+    except SyntaxError as error:
+        raise BadFaultError(f"{name_of(fault)}: {fault.says}: the result is no Python: {error}") from error
 
 
 def _replaced(tree: Path, fault: Fault) -> tuple[Path, str]:
@@ -71,7 +74,10 @@ def _replaced(tree: Path, fault: Fault) -> tuple[Path, str]:
         raise BadFaultError(f"{fault.symbol}: {fault.says}: its text is there {count} times, not once: {fault.old!r}")
     if fault.old == fault.new:
         raise BadFaultError(f"{fault.symbol}: {fault.says}: changes nothing")
-    return path, text[: span[0]] + function.replace(fault.old, fault.new) + text[span[1] :]
+    function = function.replace(fault.old, fault.new)
+    if not is_c:
+        _check_python(function, fault)
+    return path, text[: span[0]] + function + text[span[1] :]
 
 
 def _read(tree: Path, path: Path, fault: AnyFault) -> str:
@@ -83,7 +89,7 @@ def _read(tree: Path, path: Path, fault: AnyFault) -> str:
 
 def _python_span(text: str, names: Sequence[str]) -> tuple[int, int] | None:
     """Where the symbol's source begins and ends in the text, decorators included; None if it is not there."""
-    found: ast.AST = ast.parse(text)
+    found: ast.AST = _parsed(text)
     for name in names:
         inside = [node for node in _statements(found) if name in _names_of(node)]
         if not inside:
@@ -93,6 +99,9 @@ def _python_span(text: str, names: Sequence[str]) -> tuple[int, int] | None:
     first = min([first, *(decorator.lineno for decorator in getattr(found, "decorator_list", ()))])
     lines = text.splitlines(keepends=True)
     return len("".join(lines[: first - 1])), len("".join(lines[:last]))
+
+
+_parsed = functools.lru_cache(maxsize=256)(ast.parse)
 
 
 def _statements(node: ast.AST) -> Iterable[ast.stmt]:
