@@ -342,20 +342,22 @@ def test_a_run_shrinks_after_some_patience(configure, plain, monkeypatch, patien
 
 @pytest.mark.parametrize("after_s", [35, 95])
 def test_a_run_grows_after_some_training(configure, plain, monkeypatch, after_s):
-    clock, asked_at = Clock(), []
+    clock, begun_at, asked_at = Clock(), [], []
     monkeypatch.setattr(launch, "time", clock)
 
     class Watched(monitor.RunMonitor):
+        def begin(self, request: Any) -> None:
+            begun_at.append(clock.now)
+            plain.num_free = 1000
+            super().begin(request)
+
         def request(self, request: Any) -> None:
             asked_at.append(clock.now)
             super().request(request)
 
     monkeypatch.setattr(launch, "RunMonitor", Watched)
-    begun_at = []
 
     def train(_: Callable[[dict[str, Any]], None]) -> None:
-        begun_at.append(clock.now)
-        plain.num_free = 1000
         while not asked_at and clock.now - begun_at[0] < 200:
             time.sleep(0.001)
         raise Enough
@@ -364,7 +366,7 @@ def test_a_run_grows_after_some_training(configure, plain, monkeypatch, after_s)
     with contextlib.suppress(Enough):
         drive(configure(cluster={"num_workers": [1, 2], "shrink_after_s": 0, "grow_after_s": after_s}))
     assert asked_at
-    assert after_s - 2 <= asked_at[0] - begun_at[0] <= after_s + 13  # there is a look each ten seconds
+    assert after_s <= asked_at[0] - begun_at[0] <= after_s + 12  # there is a look each ten seconds
 
 
 def test_a_loss_that_leaps_is_left_out(configure, plain, spy):
@@ -391,7 +393,9 @@ def test_a_loss_that_leaps_is_left_out(configure, plain, spy):
 # What a training worker does.
 
 
-def test_steps_lines_and_checkpoints(configure, tmp_path):
+def test_steps_lines_and_checkpoints(configure, monkeypatch, tmp_path):
+    # While a checkpoint is written the next is not begun; here the run waits instead.
+    monkeypatch.setattr(BackgroundWriter, "is_busy", property(lambda writer: writer.wait(60)))
     config = configure(
         run={"name": "named", "storage": str(tmp_path / "storage")},
         train={"num_samples": 96, "log_every_steps": 5},
@@ -418,15 +422,18 @@ def test_checkpoints_by_time(configure):
     assert train_here(config).checkpoints[0].step == 2
 
 
-def test_the_best_checkpoint_is_marked(configure, plain, folder):
+def test_the_best_checkpoint_is_marked(configure, plain, folder, tmp_path):
+    (tmp_path / "classes.json").write_text(json.dumps([{"id": name, "name": name} for name in COLOURS]))
+    held_out = {"shards": str(folder / "train"), "classes": str(tmp_path / "classes.json")}
     config = configure(
-        eval={"sets": {"held_out": {"shards": str(folder / "train")}}},
-        checkpoint={"keep_best": "retrieval.held_out.image_to_text_r5", "keep_newest": 7},
+        train={"num_samples": 16},
+        eval={"sets": {"held_out": held_out}},
+        checkpoint={"keep_best": "zero_shot.held_out.top5"},
     )
     drive(config)
     best = read_best(Storage(config.storage_uri))
     assert best is not None
-    assert best[0] == "step-0000000006"
+    assert best[0] == "step-0000000002"
 
 
 def test_the_storage_may_refuse_for_so_long(configure, monkeypatch):
@@ -499,6 +506,7 @@ def test_blocks_are_compiled(configure, monkeypatch):
         ({"tile_size": 3}, ("ring_sigmoid_loss", 3, "all", 1.0)),
         ({"negatives": "hardest", "negatives_fraction": 0.25}, ("ring_sigmoid_loss", None, "hardest", 0.25)),
         ({"name": "softmax", "tile_size": 5}, ("ring_softmax_loss", 5)),
+        ({"negatives": "random"}, ("ring_sigmoid_loss", None, "random", 1.0)),
     ],
 )
 def test_the_loss_that_is_computed(configure, monkeypatch, loss, expected):
@@ -808,11 +816,11 @@ def test_remote_shards_are_kept_where_the_config_says(configure, monkeypatch, fo
 
 @pytest.fixture
 def held_out(tmp_path: Path) -> Path:
-    """Twelve samples: two fields with a class, and captions in two languages."""
+    """Twelve samples: two fields with a class, and captions in three."""
     samples = []
     for number in range(12):
         fields = {
-            "class": "red",
+            "class": [*COLOURS][(number + 1) % 4],
             "kind": [*COLOURS][number % 4],
             "captions": {"en": {"name": f"wrong {number}"}},
             "names": {"en": f"number {number}", "sw": f"namba {number}"},

@@ -47,7 +47,7 @@ _OTHER = {
     "train.global_batch_size": "value // 2",
     "train.label_noise.kind": "'image' if value == 'text' else 'text'",
     "train.label_noise.fraction": "value / 2",
-    "optim.groups.*.match": "'logit_scale'",
+    "optim.groups.*.match": "'text.*' if value.startswith('visual') else 'visual.*'",
 }
 
 
@@ -137,7 +137,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "embeddings.num_views": _STORE,
     "embeddings.batch_size": _STORE,
     "loss.name": (f"{_LOSS}[loss2-expected2]",),
-    "loss.negatives": (f"{_LOSS}[loss1-expected1]",),
+    "loss.negatives": (f"{_LOSS}[loss3-expected3]",),
     "loss.negatives_fraction": (f"{_LOSS}[loss1-expected1]",),
     "loss.tile_size": (f"{_LOSS}[loss0-expected0]",),
     "optim.name": (f"{_HERE}test_other_optimizers[lion-Lion]",),
@@ -153,7 +153,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "optim.schedule": (f"{_HERE}test_a_constant_learning_rate",),
     "optim.num_warmup_samples": _RATES,
     "sharding.weights": _DEVICES,
-    "eval.sets.*.classes": _EVALUATION,
+    "eval.sets.*.classes": (f"{_HERE}test_the_best_checkpoint_is_marked",),
     "eval.sets.*.class_field": _EVALUATION,
     "eval.sets.*.templates": _EVALUATION,
     "eval.sets.*.retrieval": _EVALUATION,
