@@ -7,6 +7,8 @@ _CLUSTER_FILES = "tests/cluster/test_files.py"
 _DATA = "tests/orchestrator/test_data_commands.py"
 _FOLDER = "tests/orchestrator/test_folder.py"
 _LEASE = "tests/orchestrator/test_lease.py"
+_MONITORING = "tests/orchestrator/test_monitoring.py"
+_PAGES = "tests/orchestrator/test_pages.py"
 _PLAN = "tests/orchestrator/test_plan.py"
 _POLICY = "tests/orchestrator/test_policy.py"
 _PROFILE = "tests/orchestrator/test_profile.py"
@@ -337,5 +339,33 @@ FAULTS = [
         "round(seconds)",
         "int(seconds)",
         (f"{_FOLDER}::test_a_duration_is_rounded_to_seconds",),
+    ),
+    Fault(
+        "a rung falls on the last step before it",
+        "orchestrator.launch:rung_step",
+        "-(-samples // global_batch_size)",
+        "samples // global_batch_size",
+        (f"{_POLICY}::test_a_rung_is_the_first_step_at_or_behind_it",),
+    ),
+    Fault(
+        "a value in a query of Prometheus is not escaped for its string",
+        "orchestrator.monitoring:fill_in",
+        """.replace("\\\\", "\\\\\\\\")""",
+        "",
+        (f"{_MONITORING}::test_variables_of_grafana_are_filled_in",),
+    ),
+    Fault(
+        "links out of the folder of runs are served",
+        "orchestrator.pages:_is_inside",
+        "return not storage.is_local or Path",
+        "return True or Path",
+        (f"{_PAGES}::test_nothing_outside_a_run_is_served",),
+    ),
+    Fault(
+        "workers may be fewer or more than the hosts of a slice",
+        "orchestrator.backends:check_slices",
+        "cluster.worker_range != (hosts, hosts)",
+        "hosts not in cluster.worker_range",
+        (f"{_ROOM}::test_workers_fill_whole_slices",),
     ),
 ]

@@ -3,6 +3,7 @@
 from tests.mutations.fault import Fault
 
 _DECIDE = "tests/tuning/test_decide.py"
+_REPORT = "tests/tuning/test_report.py"
 _SEARCH = "tests/tuning/test_search.py"
 _SPACE = "tests/tuning/test_space.py"
 _TABLE = "tests/tuning/test_table.py"
@@ -270,5 +271,12 @@ FAULTS = [
         "if rung < budget",
         "if rung <= budget",
         (f"{_STUDY}::test_rungs_are_the_same_counts_for_all_and_end_with_the_budget",),
+    ),
+    Fault(
+        "best.yaml lacks what the trial changed",
+        "tuning.report:_best_yaml",
+        "row.budget, row.overrides)",
+        "row.budget, {})",
+        (f"{_REPORT}::test_the_best_trial_is_a_run_of_its_own",),
     ),
 ]

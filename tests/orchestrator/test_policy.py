@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.launch import rung_step
 from orchestrator.policy import (
     Attempt,
     Failure,
@@ -163,6 +164,10 @@ def test_a_micro_batch_divides_over_the_devices_of_a_worker(rows, limit, num_dev
     expected = max([size for size in fitting if size <= limit], default=num_devices)
     assert micro_batch(part, limit, num_devices) == expected
     assert micro_batch(7, limit, 2) == (7 if limit >= 7 else 1)
+
+
+def test_a_rung_is_the_first_step_at_or_behind_it():
+    assert [rung_step(samples, 128) for samples in (1, 127, 128, 129, 900)] == [1, 1, 1, 2, 8]
 
 
 def test_bad_steps_are_left_out_unless_there_are_many():

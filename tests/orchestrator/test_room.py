@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.backends import check_slices
 from orchestrator.config import ClusterConfig
 from orchestrator.room import Autoscaler, Host, Need, NodeType, autoscaler_of, find_autoscaler, need_of, room
 
@@ -164,6 +165,19 @@ def test_each_cluster_file_can_bring_up_what_it_is_for(path):
         assert room(need, [], autoscaler).can_be_met is True
         if kind.pod_type:
             assert room(dataclasses.replace(need, count=need.count + 1), [], autoscaler).can_be_met is False
+
+
+@pytest.mark.parametrize("num_workers", [2, 8, [2, 4], [4, 8]])
+def test_workers_fill_whole_slices(num_workers):
+    def cluster(**changes):
+        content = {"accelerator": "tpu", "tpu_type": "TPU-V4", "tpu_topology": "2x2x4", "num_workers": 4}
+        return ClusterConfig(**content | changes)
+
+    check_slices(cluster())
+    with pytest.raises(ValueError, match=r"slice of 2x2x4 has 4 host\(s\), .*: set cluster.num_workers to 4"):
+        check_slices(cluster(num_workers=num_workers))
+    with pytest.raises(ValueError, match="tpu_topology=3x5x7: "):
+        check_slices(cluster(tpu_topology="3x5x7"))
 
 
 def test_a_config_names_its_slice():
