@@ -18,9 +18,9 @@ demo: $(STAMP)
 	$(BIN)/sigray embed examples/emoji_siglit.yaml
 	$(BIN)/sigray train examples/emoji_siglit.yaml run.name=demo --overwrite
 
-# What needs no Ray runs in two processes; a whole run is a dozen processes already.
+# What needs no Ray runs in two processes of one thread each; a whole run is a dozen processes already.
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not ray" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ray" -n 2 --dist loadfile
 	$(BIN)/python -m pytest -m ray
 
 test-all: test

@@ -21,14 +21,16 @@ ON_XLA = ["cluster.accelerator=xla_cpu", "cluster.devices_per_worker=2"]
 
 def main() -> None:
     """In a process of its own: runs on XLA, one after another, and what they reported."""
-    path, runs = sys.argv[1], json.loads(sys.argv[2])
+    path, runs, looks = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
     found = {}
     for name, (overrides, last_step) in runs.items():
         config = load_config(path, [*ON_XLA, f"run.name={name}", *overrides])
         profile = Profile(warm_up=2, steps=2) if name == "there" else None  # five steps
         found[name] = train_bare(0, 1, config, last_step, profile)["lines"]
-    found["parts"] = split_parts(load_config(path, ON_XLA))
-    found["checkpoint"] = checkpointed_product()
+    if "parts" in looks:
+        found["parts"] = split_parts(load_config(path, ON_XLA))
+    if "checkpoint" in looks:
+        found["checkpoint"] = checkpointed_product()
     print(json.dumps(found))
 
 

@@ -206,7 +206,7 @@ print("equal on", device)
 """
 
 
-def test_runs_on_an_xla_device(torch_xla):
+def test_runs_on_an_xla_device(torch_xla, minutes):
     done = subprocess.run(
         [sys.executable, "-c", XLA_PROGRAM], env=os.environ | {"PJRT_DEVICE": "CPU"}, capture_output=True, text=True
     )

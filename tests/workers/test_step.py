@@ -150,7 +150,7 @@ def test_activation_checkpointing_changes_no_bit(num_micro_batches, precision):
     assert all(torch.equal(same[name], gradient) for name, gradient in gradients.items())
 
 
-def test_compiled_blocks_give_the_same_step():
+def test_compiled_blocks_give_the_same_step(minutes):
     """With micro-batches and checkpointing: passes with and without gradients, and the same block called again."""
     expected_loss, expected, _ = step_gradients(MODEL, SEED, *global_batch())
     torch._dynamo.reset()

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,12 +46,12 @@ def config_file(tmp_path_factory):
     )
 
 
-def train_on_xla(config_file: Path, runs: dict[str, tuple[list[str], int]]) -> dict[str, list[dict[str, float]]]:
-    """Lines of metrics of each run: overrides and last step by name."""
+def train_on_xla(config_file: Path, runs: dict[str, tuple[list[str], int]], *looks: str) -> dict[str, Any]:
+    """Lines of metrics of each run, given as overrides and last step by name; and other looks by name."""
     command = [sys.executable, "-c", "from tests.helpers.xla import main; main()", str(config_file)]
     # Compiled without optimization: the tests compile far more than they compute.
     environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    done = subprocess.run([*command, json.dumps(runs)], capture_output=True, text=True, env=environment)
+    done = subprocess.run([*command, json.dumps(runs), *looks], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -68,17 +69,27 @@ def lines_on_cpu(config_file: Path, *overrides: str, last_step: int = NUM_STEPS)
 
 
 @pytest.fixture(scope="module")
-def on_xla(torch_xla, config_file):
+def micro_on_xla(torch_xla, config_file):
+    """One variant, for the short tier: most of the time is the compiler's."""
+    return train_on_xla(config_file, {"micro": (VARIANTS["micro"], NUM_STEPS)})
+
+
+@pytest.fixture(scope="module")
+def on_xla(torch_xla, minutes, config_file):
     train_on_cpu(config_file, "run.name=back", last_step=5)
     runs = {name: (overrides, NUM_STEPS) for name, overrides in VARIANTS.items()}
-    return train_on_xla(config_file, runs | {"there": ([], 5), "back": ([], NUM_STEPS)})
+    return train_on_xla(config_file, runs | {"there": ([], 5), "back": ([], NUM_STEPS)}, "parts", "checkpoint")
+
+
+def test_the_losses_with_micro_batches_are_those_of_the_cpu(config_file, micro_on_xla):
+    check_losses(config_file, micro_on_xla, "micro", 10)
+    check_compiled_programs(micro_on_xla["micro"])
 
 
 @pytest.mark.parametrize(
     ("name", "num_steps"),
     [
         ("whole", 10),
-        ("micro", 10),
         ("random", 3),
         ("softmax", 10),
         ("checkpointed", 10),
@@ -88,6 +99,10 @@ def on_xla(torch_xla, config_file):
     ],
 )
 def test_the_losses_are_those_of_the_cpu(config_file, on_xla, name, num_steps):
+    check_losses(config_file, on_xla, name, num_steps)
+
+
+def check_losses(config_file: Path, on_xla: dict[str, Any], name: str, num_steps: int) -> None:
     """Ten steps of AdamW from the same weights on the same batches; float32, other order of additions.
 
     With random negatives, which are others in each step, the losses part sooner: AdamW divides gradients that are
@@ -107,8 +122,12 @@ def test_the_losses_are_those_of_the_cpu(config_file, on_xla, name, num_steps):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_nothing_is_compiled_after_the_second_step(on_xla, name):
+    check_compiled_programs(on_xla[name])
+
+
+def check_compiled_programs(lines: list[dict[str, float]]) -> None:
     """The first step makes the optimizer's state, the second is the program of all others."""
-    programs = [line["compile/num_programs"] for line in on_xla[name]]
+    programs = [line["compile/num_programs"] for line in lines]
     assert programs[0] > 0
     assert set(programs[1:]) == {programs[1]}, programs
 
