@@ -13,6 +13,7 @@ answers as lines of JSON:
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import importlib.metadata
@@ -26,11 +27,14 @@ import signal
 import sys
 import tempfile
 import traceback
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
 from _pytest.config import default_plugins
+
+_RUN = "SIGRAY_MUTATIONS_RUN"
 
 
 def main() -> None:
@@ -63,8 +67,10 @@ def main() -> None:
 def _in_a_fork(tree: Path, tests: list[str], timeout_s: float, stop: bool, options: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         results, log = Path(folder, "results"), Path(folder, "log")
+        name = f"{_RUN}={uuid.uuid4().hex}"
         child = os.fork()
         if child == 0:
+            os.environ[_RUN] = name.partition("=")[2]
             _run_pytest(tree, [*options, *tests], stop, results, log)
         handle = os.pidfd_open(child)
         in_time = bool(select.select([handle], [], [], timeout_s)[0])
@@ -72,10 +78,19 @@ def _in_a_fork(tree: Path, tests: list[str], timeout_s: float, stop: bool, optio
         if not in_time:
             os.kill(child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        _kill_what_has(name)  # servers, a Ray: what a crash left behind
         ended = f"not done after {timeout_s:.0f} s" if not in_time else f"ended with code {code}" if code else None
         lines = results.read_text().splitlines() if results.exists() else []
         said = log.read_text(errors="replace")[-4000:] if log.exists() else ""
         return {"seen": [json.loads(line) for line in lines], "log": said, "ended": ended}
+
+
+def _kill_what_has(variable: str) -> None:
+    """Kill processes that were started with an environment variable."""
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdigit() and variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                os.kill(int(folder.name), signal.SIGKILL)
 
 
 def _run_pytest(tree: Path, arguments: list[str], stop: bool, results: Path, log: Path) -> None:

@@ -50,6 +50,11 @@ def test_blind():
     Shop().total(3)
     name()
 
+def test_leaves_a_process():
+    import os, pathlib, subprocess
+    pathlib.Path(os.environ["LEFT"]).write_text(str(subprocess.Popen(["sleep", "60"]).pid))
+    assert name() == "tea"
+
 @pytest.mark.skip
 def test_skipped(): ...
 
@@ -130,11 +135,21 @@ def test_what_is_caught_and_what_is_not(tree, capsys):
     assert (tree / "shop.py").read_text() == PRODUCT
 
 
-def test_all_caught_is_a_success(tree, capsys):
+def test_all_caught_is_a_success_and_leaves_no_process(tree, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("LEFT", str(tmp_path / "left"))
     (tree / "tests" / "test_new.py").write_text(TESTS)  # a file that git does not know yet
-    (new,) = [Fault("other price", "shop:Shop.price", "2", "3", ("tests/test_new.py::test_total",))]
-    assert run(tree, [new], libraries=(), show_where=False) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "mutations=1 survivors=0"
+    price = Fault("other price", "shop:Shop.price", "2", "3", ("tests/test_new.py::test_total",))
+    label = Fault("other name", "shop:name", "tea", "mate", ("tests/test_new.py::test_leaves_a_process",))
+    assert run(tree, [price, label], libraries=(), show_where=False) == 0
+    assert not is_running(int((tmp_path / "left").read_text()))
+    assert capsys.readouterr().out.splitlines()[-1] == "mutations=2 survivors=0"
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize(
