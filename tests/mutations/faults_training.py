@@ -316,4 +316,11 @@ FAULTS = [
         "init_logit_bias=-10.0",
         _run("adamw_sigmoid"),
     ),
+    Fault(
+        "a resume takes equal captions in another order",
+        "orchestrator.config:check_resume",
+        "orders[0] != orders[1] and",
+        "False and",
+        ("tests/orchestrator/test_config.py::test_resume_refuses_captions_of_equal_weight_in_another_order",),
+    ),
 ]
