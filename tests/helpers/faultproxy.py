@@ -151,6 +151,7 @@ class FaultProxy:
         address = urlsplit(upstream)
         self._upstream = (address.hostname, address.port)
         self.schedule, self.faults, self.ranges = schedule, Counter[str](), list[tuple[int, int]]()
+        self.conditions: list[str] = []  # If-Match of each GET of an object, "" for none
         self.num_sent = self.most_at_once = self._num_at_once = 0
         self._lock, self._closing = threading.Lock(), threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -196,6 +197,7 @@ class FaultProxy:
         if is_object and (asked := headers.get("range", "").removeprefix("bytes=")):
             first, last = (int(number) for number in asked.split("-"))
             self.ranges.append((first, last))
+            self.conditions.append(headers.get("if-match", ""))
             if fault and fault.kind in ("other range", "short"):
                 moved = (
                     (first + 1, last) if fault.kind == "other range" else (first, max(first, last - fault.num_bytes))

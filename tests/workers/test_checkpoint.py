@@ -251,6 +251,14 @@ def test_a_damaged_one_is_named_and_the_one_before_is_taken(tmp_path, damage, fi
     assert len(warnings) == 1
 
 
+def test_a_damaged_one_loses_its_mark(tmp_path):
+    storage = Storage(tmp_path)
+    save(storage, 10, 20)
+    (tmp_path / "checkpoints" / "step-0000000020" / "optimizer.pt").unlink()
+    assert load_newest(storage, *trained(1), print).step == 10
+    assert [info.step for info in list_checkpoints(storage)] == [10]
+
+
 def test_a_damaged_one_is_not_counted_among_those_that_are_kept(tmp_path):
     """Of the checkpoints 10 and 20, 20 is damaged; going on from 10, 15 is written, and one is kept."""
     storage = Storage(tmp_path)

@@ -1,6 +1,8 @@
 """Data-shard worker and feed: what reaches the towers is the order's samples, whoever delivers them."""
 
 import dataclasses
+import io
+import tarfile
 from collections import Counter
 
 import numpy as np
@@ -122,12 +124,46 @@ def test_bad_samples_are_counted_and_replaced(tmp_path, data_config, model_confi
         "no image": 1,
         "caption is not UTF-8": 1,
     }
+    stood_in = [
+        (own, key)
+        for block in blocks
+        for (_, _, own), key in zip(
+            block.samples[block.replaced],
+            [key for key, is_other in zip(block.keys, block.replaced, strict=True) if is_other],
+            strict=True,
+        )
+    ]
+    assert sorted(own for own, _ in stood_in) == sorted(bad)
+    assert not {key for _, key in stood_in} & {f"sample{number:05d}" for number in bad}
     keys = {reason: key for block in blocks for reason, key in block.refused_keys.items()}
     assert keys["unreadable image"].endswith("a.tar sample00003")
     again = DataWorker(manifest, data, model_config, seed=5)
     for lane in (2, 1, 0):
         for number in range(5):
             np.testing.assert_array_equal(again.block(lane, number).images, blocks[lane * 5 + number].images)
+
+
+def test_a_sample_with_doubled_members_stands_in_for_none(tmp_path, data_config, model_config):
+    """Four of five samples have two texts each: which one belongs to the image is not known."""
+    good = set()
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(60):
+            sample = drawn_sample(number)
+            members = [("png", sample["png"]), ("txt", sample["txt"].encode())]
+            if number % 5:
+                members.append(("txt", b"another text"))
+            else:
+                good.add(sample["__key__"])
+            for ending, content in members:
+                info = tarfile.TarInfo(f"{sample['__key__']}.{ending}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    data = data_config.model_copy(update={"shards": str(tmp_path)})
+    worker = DataWorker(manifest_of(data), data, model_config, seed=5)
+    blocks = [worker.block(lane, number) for lane in range(3) for number in range(5)]
+    assert {key for block in blocks for key in block.keys} == good
+    assert sum(block.refused["duplicate key"] for block in blocks) == 48
+    assert sum(int(block.replaced.sum()) for block in blocks) == 48
 
 
 def test_too_many_bad_samples_stop_the_run_with_the_reasons(tmp_path, data_config, model_config):

@@ -38,6 +38,12 @@ def test_retrieval_with_several_images_per_caption():
     assert figures["text_to_image_r5"] == figures["image_to_text_r5"] == 1
 
 
+def test_a_caption_finds_any_of_its_images():
+    """The second image of caption 0 is its nearest; the first is not."""
+    similarity = torch.tensor([[0.1, 0.0], [0.9, 0.0], [0.5, 0.8]])
+    assert retrieval_recall(similarity, torch.tensor([0, 0, 1]))["text_to_image_r1"] == 1
+
+
 @pytest.mark.parametrize("k", [1, 5, 10])
 def test_chance_of_retrieval_is_that_of_a_blind_draw(k):
     owner = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3, 3, 3, 4, 4])

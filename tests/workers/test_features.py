@@ -308,6 +308,25 @@ def test_tars_with_cls_members_and_a_list_of_names(tmp_path):
         load_set(spec.model_copy(update={"retrieval": True}), DataConfig(shards="none"), 8)
 
 
+class OneHot(Crew):
+    """Each text has a dimension of its own, in the order in which they were first given."""
+
+    def __init__(self) -> None:
+        self.known: list[str] = []
+
+    def texts(self, texts: list[str]) -> torch.Tensor:
+        self.known += [text for text in texts if text not in self.known]
+        return torch.eye(6)[[self.known.index(text) for text in texts]]
+
+
+def test_prompts_are_the_mean_over_templates_of_one_name():
+    crew = OneHot()
+    found = crew.prompts(["cat", "dog", "emu"], ["a {}", "the {}"])
+    for name, row in zip(["cat", "dog", "emu"], found, strict=True):
+        assert {text for text, value in zip(crew.known, row, strict=True) if value} == {f"a {name}", f"the {name}"}
+        assert row.norm() == pytest.approx(1)
+
+
 def test_parts_and_sheets_do_not_depend_on_shards_being_whole(folder):
     """Each sample in one part, none larger than a batch, the sheet's spread over all."""
     spec = everything(folder).sets["a"]

@@ -258,6 +258,15 @@ def test_a_replaced_object_is_an_error_and_no_mixture(proxy: FaultProxy) -> None
             stream.read(1)
 
 
+def test_every_get_asks_for_the_version_of_the_manifest(proxy: FaultProxy) -> None:
+    """What comes without being asked for is refused too; but a whole part would be downloaded first, each time."""
+    info = info_of("small")
+    with stream_through(proxy, info) as stream:
+        stream.read(info.num_bytes)
+    assert proxy.conditions
+    assert set(proxy.conditions) == {f'"{info.etag}"'}
+
+
 def test_a_store_without_if_match_gives_no_mixture_either(proxy: FaultProxy) -> None:
     info = put("replaced", LARGE)
     proxy.schedule = lambda: Fault("no if-match")

@@ -33,6 +33,7 @@ from workers.store import (
     StoreError,
     StoreFormat,
     read_embeddings,
+    store_key,
     stored_name,
 )
 from workers.towers import normalize_pixels
@@ -256,6 +257,33 @@ def test_what_cannot_be_read_is_refused():
     ]:
         with pytest.raises(Refused, match=reason):
             reader.read(members, 0)
+
+
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [
+        ("data", {"crop_scale": (0.5, 1.0)}),
+        ("data", {"crop_ratio": (0.5, 2.0)}),
+        ("data", {"crop": "center"}),
+        ("data", {"max_image_pixels": 1000}),
+        ("data", {"image_keys": ["png"]}),
+        ("data", {"captions": {"cls": 1.0}}),
+        ("model", {"image_mean": (0.1, 0.5, 0.5)}),
+        ("model", {"image_std": (0.1, 0.5, 0.5)}),
+        ("embeddings", {"dtype": "fp32"}),
+        ("embeddings", {"num_views": 3}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_a_stores_key_holds_whatever_changes_its_numbers(section, change):
+    configs = {
+        "data": DataConfig(shards="tars", crop="random", crop_scale=(0.9, 1.0)),
+        "model": ModelConfig(towers=TOWERS),
+        "embeddings": EmbeddingsConfig(store="store", num_views=2),
+    }
+    before = store_key(**configs, sha256="a", precision="fp32")
+    configs[section] = configs[section].model_copy(update=change)
+    assert store_key(**configs, sha256="a", precision="fp32") != before
 
 
 @pytest.mark.parametrize(

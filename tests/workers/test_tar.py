@@ -100,6 +100,19 @@ def test_no_cut_and_no_changed_header_goes_unnoticed(tmp_path_factory, data):
         list(read_tar(MappedFile(path)))
 
 
+def test_a_size_of_pax_is_one_members(tmp_path):
+    """The next one has its own, here in as many blocks; and so has its name."""
+    path, contents = tmp_path / "a.tar", {"a.txt": b"a" * 700, "b.txt": b"b" * 1000, "c.txt": b"c"}
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, content in contents.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            info.pax_headers = {"size": "700", "path": name} if name == "a.txt" else {}
+            tar.addfile(info, io.BytesIO(content))
+    assert b" size=700\n" in path.read_bytes()
+    assert {member.name: bytes(member.content) for member in read_members(MappedFile(path))} == contents
+
+
 def test_sizes_beyond_octal_are_understood(tmp_path):
     """GNU's base 256, which tarfile writes from 8 GiB on: only the number is tried here."""
     from workers.tar import _number
