@@ -141,7 +141,7 @@ FAULTS = [
         "workers.checkpoint:superseded",
         "infos[-config.keep_newest :]",
         "infos[-config.keep_newest - 1 :]",
-        (f"{_CHECKPOINT}milestones_are_kept",),
+        _BEST,
     ),
     Fault(
         "a checkpoint that was put off is left out",

@@ -43,21 +43,21 @@ FAULTS = [
         "workers.feed:_Buffers.take",
         "sys.getrefcount(buffer.array) == 2",
         "True",
-        (f"{_PLANE}batches_are_the_same_on_any_number_of_ranks[24]",),
+        (f"{_PLANE}each_row_of_batches_that_are_held_is_its_samples",),
     ),
     Fault(
         "a batch is handed out while somebody late may write into it",
         "workers.feed:Feed._assemble",
         "if buffer.num_writers:",
         "if False:",
-        (f"{_MEMORY}memory_is_used_again_and_not_where_somebody_is_late",),
+        (f"{_MEMORY}batches_that_are_handed_out_stay_as_they_are[12-1]",),
     ),
     Fault(
         "a rank takes the rows of a block from its beginning",
         "workers.feed:Feed._assemble",
         "blocks[piece.block].images[piece.first : piece.last]",
         "blocks[piece.block].images[: piece.last - piece.first]",
-        (f"{_PLANE}batches_are_the_same_on_any_number_of_ranks[5]",),
+        (f"{_MEMORY}batches_that_are_handed_out_stay_as_they_are[10-2]",),
     ),
     # Data workers: blocks and what stands in for bad samples.
     Fault(
@@ -180,7 +180,7 @@ FAULTS = [
         "workers.resize:_resize_by_torch",
         "whole[top : top + height, left : left + width]",
         "whole[:height, :width]",
-        (f"{_W}resize.py::test_without_a_compiler_torch_resizes_and_that_is_said",),
+        (f"{_W}resize.py::test_a_part_by_torch_is_that_part_of_the_whole",),
     ),
     # Memory of batches that data workers write into.
     Fault(
@@ -227,10 +227,10 @@ FAULTS = [
         (f"{_LISTS}a_reader_that_waits_is_not_taken_for_lost",),
     ),
     Fault(
-        "data workers go to any host beside hosts that train",
+        "data workers are kept away from the only hosts that there are",
         "workers.pool:placement",
-        "if len(training) in (0, len(alive)):",
-        "if True:",
+        "len(training) in (0, len(alive))",
+        "not training",
         (f"{_W}pool.py::test_placement_of_data_shard_workers",),
     ),
     # Embedding stores.
@@ -271,11 +271,11 @@ FAULTS = [
         (f"{_W}tokenizer.py::test_case_is_folded_where_asked",),
     ),
     Fault(
-        "init_fresh is not looked at",
+        "tensors that the model does not have are not named",
         "workers.initial:_match",
-        "state.pop(name, None)",
-        "found.asked_fresh.pop()",
-        (f"{_W}initial.py::test_fresh_by_pattern",),
+        "[name for name in state if name not in own]",
+        "[]",
+        (f"{_W}initial.py::test_more_and_less_than_the_model_has",),
     ),
     Fault(
         "class names of several templates are mixed",

@@ -64,6 +64,16 @@ def test_feed_resumes_at_every_step(data_config, model_config):
             np.testing.assert_array_equal(actual.tokens.numpy(), expected.tokens.numpy())
 
 
+def test_each_row_of_batches_that_are_held_is_its_samples(data_config, model_config):
+    """With the centre for a crop, a sample has one image in all epochs, and no two samples have the same."""
+    data, images = data_config.model_copy(update={"crop": "center"}), {}
+    for batch in batches(data, model_config, batch=12, last=20):
+        for (_, shard, index), image in zip(batch.samples.tolist(), batch.images, strict=True):
+            images.setdefault((shard, index), set()).add(image.numpy().tobytes())
+    assert [len(found) for found in images.values()] == [1] * 76
+    assert len(set.union(*images.values())) == 76
+
+
 def test_every_position_can_be_resumed(data_config, model_config):
     """Batches of one: a cursor may stand between any two samples. A fresh worker each time."""
     whole = batches(data_config, model_config, batch=1, last=100)

@@ -96,6 +96,13 @@ def test_a_part_is_that_part_of_the_whole(height, width, to_height, to_width, da
     assert (out[-1] == 77).all()
 
 
+def test_a_part_by_torch_is_that_part_of_the_whole(monkeypatch):
+    monkeypatch.setattr(module, "_library", lambda: None)
+    out = np.empty((5, 7, 3), np.uint8)
+    resize(image(40, 30), out, size=(16, 12), corner=(9, 4))
+    np.testing.assert_array_equal(out, resize_by_torch(image(40, 30), (16, 12))[9:14, 4:11])
+
+
 @pytest.mark.parametrize(
     "view",
     [

@@ -10,6 +10,7 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -214,6 +215,21 @@ def test_batches_written_in_place_are_those_by_value(
         config, model_config, lambda *all: WithLateWriters(*all, seed=seed), shares_memory=True, **kinds
     )
     same(expected, late)
+
+
+def by_value(worker, shares_memory):
+    return OneWorker(worker)
+
+
+@pytest.mark.parametrize(("batch", "world_size"), [(12, 1), (10, 2)])
+def test_batches_that_are_handed_out_stay_as_they_are(data_config, model_config, batch, world_size):
+    """All are held to the end, while those who are late write on."""
+    for rank in range(world_size):
+        kinds = {"batch": batch, "rank": rank, "world_size": world_size}
+        expected = batches(data_config, model_config, source=by_value, **kinds)
+        assert len(expected) == 12
+        for source in (Recorded, WithLateWriters):
+            same(expected, batches(data_config, model_config, source=source, **kinds))
 
 
 def test_memory_is_used_again_and_not_where_somebody_is_late(data_config, model_config, monkeypatch):
