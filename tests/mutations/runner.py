@@ -133,7 +133,7 @@ class Worker:
             _MARK: self._mark,
             "PYTHONPATH": str(self.copy),
             "PYTHONDONTWRITEBYTECODE": "1",
-            "OMP_NUM_THREADS": "1",  # two workers on two cores
+            "OMP_WAIT_POLICY": "PASSIVE",  # two workers on two cores: a thread that waits must not spin
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         command = [sys.executable, "-P", str(_SERVER), json.dumps(list(self._libraries))]
