@@ -47,6 +47,8 @@ _OTHER = {
     "train.global_batch_size": "value // 2",
     "train.label_noise.kind": "'image' if value == 'text' else 'text'",
     "train.label_noise.fraction": "value / 2",
+    "cluster.tpu_type": "'TPU-V5P'",
+    "cluster.tpu_topology": "'1x2x4'",
     "optim.groups.*.match": "'text.*' if value.startswith('visual') else 'visual.*'",
 }
 
@@ -140,7 +142,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "loss.negatives": (f"{_LOSS}[loss3-expected3]",),
     "loss.negatives_fraction": (f"{_LOSS}[loss1-expected1]",),
     "loss.tile_size": (f"{_LOSS}[loss0-expected0]",),
-    "optim.name": (f"{_HERE}test_other_optimizers[lion-Lion]",),
+    "optim.name": (f"{_HERE}test_other_optimizers[lion]",),
     "optim.lr": _RATES,
     "optim.beta1": _OPTIMIZER,
     "optim.beta2": _OPTIMIZER,
@@ -167,7 +169,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "eval.pixel_baseline": _EVALUATION,
     "eval.num_sheet_images": _EVALUATION,
     "cluster.address": (f"{_HERE}test_a_cluster_that_is_there_is_joined",),
-    "cluster.accelerator": _DEVICES,
+    "cluster.accelerator": (f"{_HERE}test_training_workers_open_their_devices[cluster0-opened0-True-TorchConfig]",),
     "cluster.devices_per_worker": _DEVICES,
     "cluster.tpu_type": _SLICE,
     "cluster.tpu_topology": _SLICE,
