@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from tests.helpers.bare import Recorder
-from workers.committed import list_checkpoints
+from workers.committed import list_checkpoints, read_metrics
 from workers.config import CheckpointConfig
 from workers.feed import Batch
 from workers.fence import RunTakenOver
@@ -72,28 +73,71 @@ def test_ranks_that_a_dead_driver_left_write_no_rows(tmp_path):
     assert storage.list("ledger") == []
 
 
-def test_a_checkpoint_waits_for_the_ledgers_of_all_ranks(tmp_path):
-    """Through the training loop's own saver, as rank 0 of two."""
+def saver_of(
+    storage: Storage, world_size: int = 1, first_step: int = 0, owner: str | None = None, has_ledger: bool = True
+) -> tuple[_Saver, Recorder]:
+    """The training loop's own saver, as rank 0 has it; and what it tells."""
     module = torch.nn.Linear(2, 2)
     trainer: Any = SimpleNamespace(module=module, optimizer=torch.optim.SGD(module.parameters()))
+    hooks = Recorder()
     job: Any = SimpleNamespace(
-        train=SimpleNamespace(ledger=True, global_batch_size=6),
-        checkpoint=CheckpointConfig(),
+        train=SimpleNamespace(ledger=has_ledger, global_batch_size=6),
+        checkpoint=CheckpointConfig(storage_timeout_s=20),
         model=SimpleNamespace(model_dump=lambda mode: {}),
-        hooks=Recorder(),
-        owner=None,
+        hooks=hooks,
+        owner=owner,
     )
-    storage = Storage(tmp_path)
-    saver = _Saver(job, storage, trainer, 0, 2, 0)
-    saver.add(batch_of(0))
-    saver.save(1)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "checkpoints" / "step-0000000001" / "optimizer.pt").exists():
+    return _Saver(job, storage, trainer, 0, world_size, first_step), hooks
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_checkpoint_waits_for_the_ledgers_of_all_ranks(tmp_path):
+    storage = Storage(tmp_path)
+    saver, hooks = saver_of(storage, world_size=2)
+    saver.add(batch_of(0))
+    saver.save(1)
+    wait_until((tmp_path / "checkpoints" / "step-0000000001" / "optimizer.pt").exists)
     time.sleep(0.3)  # three looks for rank 1's file
     assert list_checkpoints(storage) == []
     write(storage, 1, 0, 1)
     saver.close()
     assert [info.step for info in list_checkpoints(storage)] == [1]
-    assert [info.step for info in job.hooks.checkpoints] == [1]
+    assert [info.step for info in hooks.checkpoints] == [1]
+
+
+def test_a_resumed_attempt_saves_from_its_first_step_on(tmp_path):
+    storage = Storage(tmp_path)
+    saver, hooks = saver_of(storage, first_step=20)
+    for step in (20, 21):
+        saver.add(batch_of(step))
+        saver.add_metrics({"step": step + 1})
+        saver.save(step + 1)
+        wait_until(lambda step=step: [info.step for info in list_checkpoints(storage)][-1:] == [step + 1])
+    saver.close()
+    assert [(info.step, info.samples_seen) for info in hooks.checkpoints] == [(21, 126), (22, 132)]
+    assert storage.list("metrics") == ["0000000020-0000000021.jsonl", "0000000021-0000000022.jsonl"]
+    assert [line["step"] for line in read_metrics(storage)] == [21, 22]
+    assert storage.read("metrics/0000000021-0000000022.jsonl") == b'{"step": 22}\n'
+    assert [f"ledger/{name}" for name in storage.list("ledger")] == [
+        *ledger_files(20, 21, 1),
+        *ledger_files(21, 22, 1),
+    ]
+
+
+@pytest.mark.parametrize("has_ledger", [True, False])
+def test_nothing_is_saved_of_a_run_that_another_driver_has(tmp_path, has_ledger):
+    storage = Storage(tmp_path)
+    storage.write("lease.json", b'{"owner": "second"}')
+    saver, hooks = saver_of(storage, owner="first", has_ledger=has_ledger)
+    saver.add(batch_of(0))
+    saver.save(1)
+    with pytest.raises(RunTakenOver, match="another driver"):
+        saver.close()
+    assert (storage.list("ledger"), storage.list("checkpoints"), storage.list("metrics")) == ([], [], [])
+    assert hooks.checkpoints == []
