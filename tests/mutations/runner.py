@@ -93,7 +93,6 @@ class Worker:
         self, tests: Sequence[str], timeout_s: float, *, stop: bool = False, options: Sequence[str] = ()
     ) -> dict[str, Any]:
         """Run tests in the copy as it is now; the answer is `server.py`'s."""
-        shutil.rmtree(self.copy / ".hypothesis", ignore_errors=True)  # examples of another fault
         if self._server is None:
             self._start()
         request = {"tests": list(tests), "timeout_s": timeout_s, "stop": stop, "options": list(options)}

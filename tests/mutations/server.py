@@ -51,6 +51,11 @@ def main() -> None:
         importlib.import_module(f"_pytest.{name}")
     ours = [name for name, module in sys.modules.items() if _is_in(tree, getattr(module, "__file__", None))]
     assert ours in ([], ["__main__"]), f"imported from the tree before the fork: {ours}"
+    if hypothesis := sys.modules.get("hypothesis"):
+        # The first failing example is enough; to make it small takes longer than to find it.
+        phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
+        hypothesis.settings.register_profile("mutations", phases=phases, database=None, report_multiple_bugs=False)
+        hypothesis.settings.load_profile("mutations")
     inspect.getmodule(main)  # looks at every module once; pydantic asks for each section of the config
     # Tests of several ranks fork them from a fork server; this one has the libraries, and nothing of the tree either.
     multiprocessing.set_forkserver_preload(libraries)
