@@ -193,6 +193,20 @@ FAULTS = [
         (f"{_CHECKPOINT}a_damaged_one_loses_its_mark",),
     ),
     Fault(
+        "a damaged file is taken",
+        "workers.checkpoint:_verified",
+        "if fingerprint(content) != info.files[file]:",
+        "if False:",
+        (f"{_CHECKPOINT}a_damaged_one_is_named_and_the_one_before_is_taken",),
+    ),
+    Fault(
+        "the optimizer state of a checkpoint is not read",
+        "workers.checkpoint:load_checkpoint",
+        "optimizer.load_state_dict(state)",
+        "pass",
+        (f"{_CHECKPOINT}comes_back_bit_for_bit",),
+    ),
+    Fault(
         "lines of metrics behind the checkpoint come back",
         "workers.committed:read_metrics",
         "if int(name[11:21]) <= last_step:",

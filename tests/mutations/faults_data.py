@@ -95,6 +95,20 @@ FAULTS = [
         "pass",
         (f"{_PLANE}cache_takes_no_more_than_it_may",),
     ),
+    Fault(
+        "the block decoded last makes room",
+        "workers.data_worker:DataWorker.block",
+        "blocks.popitem(last=False)",
+        "blocks.popitem(last=True)",
+        (f"{_PLANE}the_newest_blocks_of_a_lane_are_kept[1]",),
+    ),
+    Fault(
+        "encoded samples are never released",
+        "workers.data_worker:_Windows.get",
+        "len(loaded) > self._num_kept",
+        "False",
+        (f"{_BOUNDS}encoded_samples_are_released_with_their_window",),
+    ),
     # Tars and shards.
     Fault(
         "a size from a pax header is kept for the next member",
@@ -152,6 +166,13 @@ FAULTS = [
         'kind == "denied" and failures[kind] == 1',
         'kind == "denied"',
         (f"{_W}s3.py::test_failures_and_what_is_done_about_them",),
+    ),
+    Fault(
+        "the copy used last makes room in the shard cache",
+        "workers.s3:ShardCache._reserve",
+        "copies.sort()",
+        "copies.sort(reverse=True)",
+        (f"{_W}s3.py::test_the_cache_keeps_what_was_used_last",),
     ),
     # Decoding and resizing.
     Fault(

@@ -15,7 +15,7 @@ from tests.helpers.bare import OneWorker
 from workers.data_worker import Block, DataWorker, ImageKind, build_order, image_kind
 from workers.feed import Feed
 from workers.shards import Manifest, scan_shards
-from workers.tar import DataError
+from workers.tar import DataError, TarSample
 
 BATCH, NUM_STEPS, PREFETCH = 12, 300, 2
 
@@ -106,6 +106,26 @@ def test_buffers_of_batches_are_used_again(data_config, model_config):
     # Asked for ahead: 2 batches and as many as a round of blocks fills, 1. A block reaches into one batch more. Two are
     # ready, one is put there, one is the consumer's, and one is the consumer's last, until the loop lets go of it.
     assert 0 < max(held) <= (PREFETCH + 1) + 1 + 2 + 1 + 2
+
+
+def num_encoded() -> int:
+    """Encoded samples that somebody holds in this process."""
+    return sum(isinstance(thing, TarSample) for thing in gc.get_objects())
+
+
+def test_encoded_samples_are_released_with_their_window(data_config, model_config):
+    data = data_config.model_copy(update={"cache_mib": 0})
+    manifest = scan_shards(data.shards, data)
+    gc.collect()
+    before, held = num_encoded(), []
+    worker = DataWorker(manifest, data, model_config, seed=5)
+    for number in range(20):
+        for lane in range(data.num_lanes):
+            worker.block(lane, number)
+        if number in (3, 19):  # a look at all objects of the process costs a tenth of a second
+            held.append(num_encoded() - before)
+    # A window in each lane; and of each lane's open shard, the sample that is being read.
+    assert 0 < max(held) <= data.num_lanes * (data.shuffle_window + 2)
 
 
 @pytest.mark.parametrize(("every", "is_too_many"), [(200, False), (67, True)])  # 0.5 % and 1.5 %

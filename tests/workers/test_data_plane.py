@@ -101,6 +101,21 @@ def test_speed_settings_do_not_change_a_batch(data_config, model_config, change,
         np.testing.assert_array_equal(got.tokens.numpy(), want.tokens.numpy())
 
 
+@pytest.mark.parametrize("num_kept", [1, 3])
+def test_the_newest_blocks_of_a_lane_are_kept(data_config, model_config, num_kept):
+    """For ranks that share a block, and runs that read one stream at their own pace."""
+    data = data_config.model_copy(update={"shared_blocks": num_kept})
+    worker, size = DataWorker(manifest_of(data), data, model_config, seed=5), data.block_size
+    for number in range(num_kept + 1):
+        worker.block(0, number)
+    assert worker.num_decoded == (num_kept + 1) * size
+    for number in range(num_kept, 0, -1):
+        worker.block(0, number)
+    assert worker.num_decoded == (num_kept + 1) * size
+    worker.block(0, 0)
+    assert worker.num_decoded == (num_kept + 2) * size
+
+
 def test_cache_takes_no_more_than_it_may(data_config, model_config, monkeypatch):
     data = data_config.model_copy(update={"cache_mib": 1, "crop": "center"})
     worker = DataWorker(manifest_of(data), data, model_config, seed=5)
