@@ -142,9 +142,9 @@ FAULTS = [
     ),
     Fault(
         "batch_size of an evaluation is lost",
-        "workers.features:FeatureWorker.__init__",
-        "job.data, evaluation.batch_size",
-        "job.data, 256",
+        "workers.features:Crew.images",
+        "self._evaluation.batch_size",
+        "256",
         _of("eval.batch_size"),
     ),
     # the config itself
