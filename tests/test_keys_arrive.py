@@ -872,6 +872,7 @@ def test_what_an_evaluation_measures_and_how(configure, plain, monkeypatch, held
     )
     texts: list[str] = []
     sizes: list[int] = []
+    threads: set[int] = set()
     own_texts, own_images = workers.features.Encoder.texts, workers.features.Encoder.images
     monkeypatch.setattr(
         workers.features.Encoder,
@@ -885,7 +886,9 @@ def test_what_an_evaluation_measures_and_how(configure, plain, monkeypatch, held
         lambda name, spec, data, size, **named: (cuts.append(size), own_cut(name, spec, data, size, **named))[1],
     )
     monkeypatch.setattr(
-        workers.features.Encoder, "images", lambda self, some: (sizes.append(len(some)), own_images(self, some))[1]
+        workers.features.Encoder,
+        "images",
+        lambda self, some: (sizes.append(len(some)), threads.add(torch.get_num_threads()), own_images(self, some))[2],
     )
     spec = {
         "shards": str(held_out / "held"),
@@ -898,7 +901,7 @@ def test_what_an_evaluation_measures_and_how(configure, plain, monkeypatch, held
         "language_captions": "json:names.{language}",
     }
     pairs = {"shards": str(held_out / "held")}
-    evaluation = {"sets": {"held_out": spec, "pairs": pairs}, "batch_size": 5, "num_workers": 2, "cpus_per_worker": 2}
+    evaluation = {"sets": {"held_out": spec, "pairs": pairs}, "batch_size": 5, "num_workers": 2, "cpus_per_worker": 3}
     evaluation |= {"accelerator": "cuda", "pixel_baseline": True, "num_sheet_images": 3}
     # The pixel neighbour reads the training data, which has the class in another field.
     config = configure(
@@ -910,8 +913,8 @@ def test_what_an_evaluation_measures_and_how(configure, plain, monkeypatch, held
     summary = drive(config)
     assert set(opened) == {"cuda"}
     (task,), (helper,) = plain.options_of("evaluate_checkpoint"), plain.options_of("FeatureWorker")
-    assert (task["num_cpus"], task["num_gpus"], helper["num_cpus"], helper["num_gpus"]) == (2, 1, 2, 1)
-    assert torch.get_num_threads() == 2
+    assert (task["num_cpus"], task["num_gpus"], helper["num_cpus"], helper["num_gpus"]) == (3, 1, 3, 1)
+    assert threads == {3}
     assert labels == [[[*COLOURS][number % 4] for number in range(12)]]
     assert {f"{word} {name}" for word in ("a", "the") for name in COLOURS} <= set(texts)
     assert {"namba 3", "alternative 3"} <= set(texts)

@@ -282,7 +282,7 @@ def throttled(upstream: str, latency_s: float, bytes_per_s: float) -> Iterator[s
         str(latency_s),
         str(bytes_per_s),
     ]
-    folder = Path(__file__).resolve().parent.parent
+    folder = Path(__file__).resolve().parents[2]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder)
     try:
         assert process.stdout is not None
