@@ -243,7 +243,8 @@ def plan(
         wire["gradients of weights"] = num_micro * (num_devices - 1) * towers.gradients
     wire_s = sum(wire.values()) / kind.link(num_devices)
     rate = batch / (compute_s + wire_s)
-    ahead = config.data.prefetch_batches + -(-config.data.block_size * config.data.num_lanes // batch)
+    num_lanes = config.data.num_lanes * (len(config.data.shards) if isinstance(config.data.shards, dict) else 1)
+    ahead = config.data.prefetch_batches + -(-config.data.block_size * num_lanes // batch)
     return Plan(
         device=kind,
         num_devices=num_devices,

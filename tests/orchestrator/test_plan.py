@@ -326,6 +326,15 @@ def test_time_is_operations_by_speed_plus_bytes_by_link():
     assert far.wire_s == pytest.approx(sum(far.wire.values()) / 25e9)
 
 
+def test_samples_on_their_way_are_those_that_the_feed_asks_for():
+    """Two batches ahead, and as many as a block of each lane holds; lanes are of each dataset."""
+    data = ["data.prefetch_batches=2", "data.block_size=64", "data.num_lanes=8"]
+    two = "data.shards={a: {shards: tars/a, weight: 1}, b: {shards: tars/b, weight: 3}}"
+    one_sample = 16 * 16 * 3 + 8 * 4
+    assert plan(small(*data), CPU, 1).object_store == (2 + 2) * 256 * one_sample
+    assert plan(small(*data, two), CPU, 1).object_store == (2 + 4) * 256 * one_sample
+
+
 def test_a_step_is_counted_by_hand():
     """Products of the loss, gradients on a ring, the speed of a precision, data workers with time to spare."""
     kind = DEVICES["a100-80"]
