@@ -288,25 +288,32 @@ class _Run:
         Raises:
             RunFailed, DataError: what ended it.
         """
-        with stop_on_signal(self._ask_to_stop):
-            self._find_open_rung()
-            while not self._stopping:
-                if not self._is_let_go_on():
-                    break
-                size = self._wait_for_room()
-                if size is None:
-                    break
-                self._errors = self._attempt(size)
-                if not self._errors:
-                    if self._is_done() or self._stopping:
-                        break
-                    continue  # stopped to grow, or to leave its place while it waits at a rung
-                decision = self._judge()
-                if isinstance(decision, GiveUp):
-                    raise _explain_failure(classify_failure(self._errors)[1], decision.reason, self._advice())
-                self._pause(decision.pause_s)
-        self.train_s = time.monotonic() - self._training_since if self._training_since is not None else 0.0
+        try:
+            with stop_on_signal(self._ask_to_stop):
+                self._follow()
+        finally:
+            if self._training_since is not None:
+                self.train_s = time.monotonic() - self._training_since
         return "finished" if self._is_done() else "stopped"
+
+    def _follow(self) -> None:
+        """One attempt after the other; raises as `watch`."""
+        self._find_open_rung()
+        while not self._stopping:
+            if not self._is_let_go_on():
+                return
+            size = self._wait_for_room()
+            if size is None:
+                return
+            self._errors = self._attempt(size)
+            if not self._errors:
+                if self._is_done() or self._stopping:
+                    return
+                continue  # stopped to grow, or to leave its place while it waits at a rung
+            decision = self._judge()
+            if isinstance(decision, GiveUp):
+                raise _explain_failure(classify_failure(self._errors)[1], decision.reason, self._advice())
+            self._pause(decision.pause_s)
 
     @property
     def _saved_step(self) -> int:

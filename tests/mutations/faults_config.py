@@ -7,6 +7,7 @@ from tests.mutations.keys import KEYS
 
 _LAUNCH, _TRAIN, _RUN = "orchestrator.launch:", "workers.train:", "orchestrator.launch:_Run."
 _HERE = "tests/test_keys_arrive.py::test_"
+_DRIVER = "tests/orchestrator/test_launch.py::test_a_run_"
 _RESUME = "tests/orchestrator/test_resume.py::test_a_changed_key_is_refused_or_free"
 
 
@@ -189,5 +190,12 @@ FAULTS = [
         "if shard.num_samples != after[url].num_samples",
         "if False",
         ("tests/workers/test_shards.py::test_another_order_or_count_of_the_same_shards_is_a_difference",),
+    ),
+    Fault(
+        "a run that fails has trained for no time",
+        _RUN + "watch",
+        "time.monotonic() - self._training_since",
+        "0.0",
+        (f"{_DRIVER}that_fails_says_how_long_it_trained",),
     ),
 ]

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from orchestrator.config import parse_config
-from orchestrator.launch import _Run
+from orchestrator.launch import RunFailed, _Run
 from orchestrator.monitor import Display
 from tests.helpers.data import TOWERS
 from workers.checkpoint import CheckpointWriter, read_best
@@ -121,3 +121,19 @@ def test_without_keep_best_nothing_is_marked(tmp_path):
     run, _ = run_of(Storage(tmp_path))
     run._mark_best({"step": 10, "zero_shot": {"colours": {"top1": 0.5}}})
     assert read_best(Storage(tmp_path)) is None
+
+
+def test_a_run_that_fails_says_how_long_it_trained(monkeypatch, tmp_path):
+    run, _ = run_of(Storage(tmp_path))
+    clock = SimpleNamespace(now=1000.0)
+
+    def fail() -> None:
+        run._training_since = clock.now
+        clock.now += 90
+        raise RunFailed
+
+    monkeypatch.setattr("orchestrator.launch.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(run, "_follow", fail)
+    with pytest.raises(RunFailed):
+        run.watch()
+    assert run.train_s == 90
