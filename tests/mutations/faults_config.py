@@ -191,11 +191,40 @@ FAULTS = [
         "if False",
         ("tests/workers/test_shards.py::test_another_order_or_count_of_the_same_shards_is_a_difference",),
     ),
+    # values that are computed, where the driver hands them on
+    Fault(
+        "the steps that are left out do not reach the decision about the next bad one",
+        _RUN + "_judge_bad_step",
+        "read_left_out(storage)",
+        "[]",
+        (f"{_DRIVER}goes_back_until_ten_steps_are_left_out[10]",),
+    ),
+    Fault(
+        "a run grows only where there is room for all of its workers once more",
+        _RUN + "_grow",
+        "other - size",
+        "other",
+        (f"{_DRIVER}grows_where_there_is_room_for_the_difference[2-asked1]",),
+    ),
     Fault(
         "a run that fails has trained for no time",
         _RUN + "watch",
         "time.monotonic() - self._training_since",
         "0.0",
         (f"{_DRIVER}that_fails_says_how_long_it_trained",),
+    ),
+    Fault(
+        "micro_batch_size is lost with a range of workers",
+        "orchestrator.config:RunConfig.micro_batch_size",
+        "micro or batch // largest",
+        "batch // largest",
+        ("tests/orchestrator/test_config.py::test_micro_batches_of_a_range_of_workers[10-expected1]",),
+    ),
+    Fault(
+        "the training workers meet at the host of Ray's first one",
+        "orchestrator.backends:_GlooBackend.on_start",
+        "order[0], get_address_and_port",
+        "0, get_address_and_port",
+        ("tests/orchestrator/test_backends.py::test_all_workers_meet_at_the_host_of_rank_0",),
     ),
 ]

@@ -7,6 +7,7 @@ from tests.mutations.fault import Fault
 _W = "tests/workers/test_"
 _BOUNDS, _PLANE, _LISTS = f"{_W}bounds.py::test_", f"{_W}data_plane.py::test_", f"{_W}pace.py::test_"
 _MEMORY, _DECODE, _STORE = f"{_W}shared_memory.py::test_", f"{_W}decode.py::test_", f"{_W}store.py::test_"
+_PADS = "tests/orchestrator/test_export.py::test_a_tokenizer_pads_with_its_own_token"
 
 FAULTS = [
     # The feed: what it holds, what it counts, what it hands out.
@@ -59,6 +60,13 @@ FAULTS = [
         "blocks[piece.block].images[: piece.last - piece.first]",
         (f"{_MEMORY}batches_that_are_handed_out_stay_as_they_are[10-2]",),
     ),
+    Fault(
+        "blocks are asked for ahead as if there were one dataset",
+        "workers.feed:Feed.__init__",
+        " * len(order.datasets)",
+        "",
+        (f"{_BOUNDS}blocks_ahead_are_counted_over_the_lanes_of_all_datasets",),
+    ),
     # Data workers: blocks and what stands in for bad samples.
     Fault(
         "a sample with doubled members stands in for another",
@@ -66,6 +74,13 @@ FAULTS = [
         "if sample.has_duplicates:",
         "if False:",
         (f"{_PLANE}a_sample_with_doubled_members_stands_in_for_none",),
+    ),
+    Fault(
+        "a stand-in is cropped alike in every epoch",
+        "workers.data_worker:DataWorker._replacement",
+        "ref.epoch",
+        "0",
+        (f"{_PLANE}a_stand_in_is_drawn_with_the_numbers_of_the_refused_sample",),
     ),
     Fault(
         "a sample with doubled members is used",
@@ -130,6 +145,13 @@ FAULTS = [
         "(shard.num_bytes, shard.fingerprint) != (after[url].num_bytes, after[url].fingerprint)",
         "shard.num_samples != shard.num_samples",
         (f"{_W}shards.py::test_shard_that_changes_under_the_run",),
+    ),
+    Fault(
+        "the marks that a machine remembers are lost",
+        "workers.shards:_Counts._recall",
+        'tuple(entry["marks"])',
+        "()",
+        (f"{_W}shards.py::test_marks_lead_to_the_same_samples",),
     ),
     Fault(
         "a shard is read from its mark on, not from the sample asked for",
@@ -276,6 +298,13 @@ FAULTS = [
         "0 * (",
         (f"{_STORE}views_are_crops_and_each_epoch_draws_one",),
     ),
+    Fault(
+        "the driver reads the headers of a store alone",
+        "workers.store:EmbeddingStore.manifest",
+        ", parallel_map=parallel_map)",
+        ")",
+        (f"{_STORE}the_headers_of_a_store_are_read_as_the_caller_asks",),
+    ),
     # Tokenizers, weights to begin with, features of evaluations, figures, metrics.
     Fault(
         "a caption that is cut has no end of text",
@@ -283,6 +312,20 @@ FAULTS = [
         "[begin, *ids[: self._context_length - 2], end]",
         "[begin, *ids, end][: self._context_length]",
         (f"{_W}towers.py::test_open_clip_tokenizer_pads_and_cuts",),
+    ),
+    Fault(
+        "captions are padded with token 0",
+        "workers.tokenizer:build_tokenizer",
+        ", pad_id=pad",
+        "",
+        (_PADS,),
+    ),
+    Fault(
+        "an exported tokenizer pads with token 0",
+        "workers.export:_save_tokenizer",
+        ", pad_id=pad,",
+        ",",
+        (_PADS,),
     ),
     Fault(
         "case is folded where it was not asked for",

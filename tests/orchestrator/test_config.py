@@ -128,6 +128,14 @@ def test_there_are_examples():
     assert EXAMPLES
 
 
+@pytest.mark.parametrize(("configured", "expected"), [(None, {1: 25, 2: 25, 4: None}), (10, {1: 10, 2: 10, 4: 5})])
+def test_micro_batches_of_a_range_of_workers(configured, expected):
+    """100 pairs: 25 on each of four workers."""
+    train = SMALL["train"] | {"micro_batch_size": configured}
+    config = parse_config(SMALL | {"train": train, "cluster": {"num_workers": [1, 4]}}, "small")
+    assert {size: config.micro_batch_size(size) for size in expected} == expected
+
+
 def test_schema_describes_every_key():
     schema = json.loads(json_schema())
     assert schema["additionalProperties"] is False

@@ -284,3 +284,22 @@ def test_open_clips_own_tokenizer_needs_no_file(tmp_path):
     found = compare_open_clip(tmp_path, module, model, ["a cat", "o\u2019clock &amp; more"])
     assert found.other_tokens == ()
     assert max(found.image_difference, found.text_difference) < 1e-5
+
+
+def test_a_tokenizer_pads_with_its_own_token(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from workers.config import ModelConfig
+    from workers.export import export_safetensors
+
+    words = ["[UNK]", "field", "number", "[PAD]"]
+    file = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    file.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    file.save(str(tmp_path / "words.json"))
+    model = ModelConfig(towers=TOWERS, tokenizer=str(tmp_path / "words.json"))
+    (tmp_path / "exported").mkdir()
+    export_safetensors(build_model(model), model, tmp_path / "exported")
+    exported = Tokenizer.from_file(str(tmp_path / "exported" / "tokenizer.json"))
+    expected = [2, 1, 3, 3, 3, 3, 3, 3]
+    assert build_tokenizer(model, 8, 64)(["number field"]).tolist() == [expected]
+    assert exported.encode("number field").ids == expected

@@ -1,4 +1,4 @@
-"""What a driver does beside training: workers that hang are killed, and the best checkpoint is kept."""
+"""What a driver does beside training: hung workers, bad steps, room for more workers, the best checkpoint."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from rich.console import Console
 from orchestrator.config import parse_config
 from orchestrator.launch import RunFailed, _Run
 from orchestrator.monitor import Display
+from orchestrator.policy import GiveUp, Retry
 from tests.helpers.data import TOWERS
-from workers.checkpoint import CheckpointWriter, read_best
+from workers.checkpoint import CheckpointWriter, leave_out, read_best, read_left_out
 from workers.committed import list_checkpoints
+from workers.step import BadStep
 from workers.storage import Storage
 
 TIMEOUT_S = 700.0
@@ -121,6 +123,35 @@ def test_without_keep_best_nothing_is_marked(tmp_path):
     run, _ = run_of(Storage(tmp_path))
     run._mark_best({"step": 10, "zero_shot": {"colours": {"top1": 0.5}}})
     assert read_best(Storage(tmp_path)) is None
+
+
+@pytest.mark.parametrize("num_left_out", [9, 10])
+def test_a_run_goes_back_until_ten_steps_are_left_out(tmp_path, num_left_out):
+    storage = Storage(tmp_path)
+    before = list(range(101, 101 + num_left_out))
+    for step in before:
+        leave_out(storage, step)
+    train = {"num_samples": 100_000, "global_batch_size": 100, "on_bad_loss": "rewind"}
+    run, _ = run_of(storage, train=train)
+    run._metrics = SimpleNamespace(ended=lambda is_bad_step: None)
+    run._errors = [BadStep(150, "step 150: the loss is nan")]
+    decision = run._judge()
+    if num_left_out < 10:
+        assert decision == Retry(0.0)
+        assert read_left_out(storage) == [*before, 150]
+    else:
+        assert isinstance(decision, GiveUp)
+        assert read_left_out(storage) == before
+
+
+@pytest.mark.parametrize(("num_free", "asked"), [(1, []), (2, ["stop"]), (3, ["stop"])])
+def test_a_run_grows_where_there_is_room_for_the_difference(monkeypatch, tmp_path, num_free, asked):
+    run, _ = run_of(Storage(tmp_path), cluster={"num_workers": [1, 4], "grow_after_s": 60})
+    requests: list[str] = []
+    run._monitor = SimpleNamespace(request=SimpleNamespace(remote=requests.append))
+    monkeypatch.setattr("orchestrator.launch._has_room", lambda resources, count: count <= num_free)
+    run._grow(2, 61)  # 100 pairs divide by 4 workers and not by 3
+    assert requests == asked
 
 
 def test_a_run_that_fails_says_how_long_it_trained(monkeypatch, tmp_path):

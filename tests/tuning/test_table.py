@@ -169,6 +169,14 @@ def test_trials_are_compared_within_their_seed_and_budget(tmp_path):
     assert sweep.ask(2, 0, 0.1) == "stop"
 
 
+def test_a_trial_ends_with_the_rungs_of_its_own_budget(tmp_path):
+    judge = Judge("sweep", str(tmp_path), Rules("asha", eta=2), {300: 1, 900: 2})
+    judge.add(trial(0, budget=300), trial(1, budget=900))
+    asked = 300, 0.5, {"loss": 1.0, "figures": FIGURES}
+    assert judge.decide(0, 0, *asked) == "stop"  # at its end
+    assert judge.decide(1, 0, *asked) == "go on"
+
+
 def test_a_trial_that_goes_on_after_a_restart_knows_its_rungs(tmp_path):
     sweep = Sweep(tmp_path, Rules())
     sweep.judge.add(trial(0))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.bare import OneWorker
+from workers.config import WeightedShards
 from workers.data_worker import Block, DataWorker, ImageKind, build_order, image_kind
 from workers.feed import Feed
 from workers.shards import Manifest, scan_shards
@@ -32,9 +33,11 @@ class Stored:
     def __init__(self, block_size: int, is_bad=lambda number: False) -> None:
         self._block_size, self._is_bad, self._num_given = block_size, is_bad, 0
         self._images: list[weakref.ref[np.ndarray]] = []
+        self.asked_before: list[tuple[int, int]] = []  # lanes and numbers, before the first block was waited for
 
     def request(self, lane, number, places=()):
-        return None
+        if not self._images:
+            self.asked_before.append((lane, number))
 
     def wait(self, lane, number, handle):
         size = self._block_size
@@ -83,6 +86,17 @@ def test_blocks_are_released_when_no_later_batch_needs_them(data_config):
     # 4 samples of each of the 3 lanes a step, blocks of 4: a batch touches at most 2 blocks of a lane. The feed may
     # have taken the blocks of the next step and not yet dropped those of the last one.
     assert 0 < max(alive) <= 2 * 2 * 3
+
+
+def test_blocks_ahead_are_counted_over_the_lanes_of_all_datasets(data_config, tar_folder):
+    names = ["shard-000.tar", "shard-002.tar"]
+    shards = {name: WeightedShards(shards=str(tar_folder / name), weight=1) for name in names}
+    data = data_config.model_copy(update={"shards": shards, "block_size": 8})
+    source = Stored(data.block_size)
+    with contextlib.closing(feed_of(scan_shards(shards, data), data, source, SMALL, NUM_STEPS)) as feed:
+        next(iter(feed))
+    # Blocks of 2 x 3 lanes fill 4 batches, and 2 more are asked for ahead: 12 samples of each lane.
+    assert sorted(source.asked_before) == [(lane, number) for lane in range(6) for number in range(2)]
 
 
 def memory_of_batches() -> int:

@@ -168,6 +168,22 @@ def test_bad_samples_are_counted_and_replaced(tmp_path, data_config, model_confi
             np.testing.assert_array_equal(again.block(lane, number).images, blocks[lane * 5 + number].images)
 
 
+def test_a_stand_in_is_drawn_with_the_numbers_of_the_refused_sample(tmp_path, data_config, model_config):
+    folder = folder_with_bad_samples(tmp_path, {number: {"png": None} for number in (3, 17, 31)})
+    data = data_config.model_copy(update={"shards": str(folder)})
+    manifest, decoder = manifest_of(data), Decoder(data, 16)
+    members = {sample.key: sample.members for sample in read_samples(manifest.shards[0], data)}
+    worker, found = DataWorker(manifest, data, model_config, seed=5), Counter()
+    for block in (worker.block(lane, number) for lane in range(3) for number in range(10)):
+        for row in np.flatnonzero(block.replaced):
+            epoch, shard, index = block.samples[row].tolist()
+            expected = np.empty((16, 16, 3), np.uint8)
+            decoder.decode_image(members[block.keys[row]], expected, sample_random(5, epoch, shard, index))
+            np.testing.assert_array_equal(block.images[row], expected)
+            found[epoch] += 1
+    assert found == {0: 3, 1: 3}
+
+
 def test_a_sample_with_doubled_members_stands_in_for_none(tmp_path, data_config, model_config):
     """Four of five samples have two texts each: which one belongs to the image is not known."""
     good = set()

@@ -204,6 +204,7 @@ def test_marks_lead_to_the_same_samples(tmp_path, own_cache, monkeypatch):
     path = write_tar(tmp_path / "a.tar", [drawn_sample(n) for n in range(21)])
     shard = scan([str(path)]).shards[0]
     assert len(shard.marks) == 5
+    assert scan([str(path)]).shards[0].marks == shard.marks  # of this machine's memory
     for start in range(21):
         found = [(sample.index, sample.key) for sample in read_samples(shard, DATA, start=start)]
         assert found == [(n, f"sample{n:05d}") for n in range(start, 21)]

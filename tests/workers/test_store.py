@@ -307,6 +307,13 @@ def test_a_store_of_something_else_is_refused(folder, tmp_path, data, model, cha
     assert "sigray embed" in str(error.value)
 
 
+def test_the_headers_of_a_store_are_read_as_the_caller_asks(data, model, tmp_path):
+    source, files = scan_shards(data.shards, data), []
+    store = make_store(tmp_path, data, model)
+    store.manifest(source, data, lambda function, items: (files.extend(items), map(function, items))[1])
+    assert [file.url for file in files] == [store.url("train", stored_name(shard)) for shard in source.shards]
+
+
 def test_a_store_that_does_not_fit_the_data_is_refused(data, model, tmp_path):
     (tmp_path / "shards").mkdir()
     for number in range(3):
