@@ -50,16 +50,18 @@ class RankGroup:
         """
         for connection in self._connections:
             connection.send((function, arguments))
-        waiting, paths = dict(zip(self._connections, range(len(self._connections)), strict=True)), {}
-        while waiting:
-            ready = multiprocessing.connection.wait(list(waiting), _TIMEOUT_S)
+        paths: dict[int, str] = {}
+        while waiting := set(range(len(self._connections))) - paths.keys():
+            ready = multiprocessing.connection.wait([self._connections[rank] for rank in waiting], _TIMEOUT_S)
             if not ready:
                 self.close()
-                raise RuntimeError(f"ranks {sorted(waiting.values())} gave no answer in {_TIMEOUT_S:.0f} s")
-            for connection in ready:
-                rank = waiting.pop(connection)  # type: ignore[call-overload]
+                raise RuntimeError(f"ranks {sorted(waiting)} gave no answer in {_TIMEOUT_S:.0f} s")
+            for rank in waiting:
+                connection = self._connections[rank]
+                if connection not in ready:
+                    continue
                 try:
-                    failure, paths[rank] = connection.recv()  # type: ignore[union-attr]
+                    failure, paths[rank] = connection.recv()
                 except EOFError:
                     failure = f"rank {rank} died with exit code {self._processes[rank].exitcode}"
                 if failure:
