@@ -11,20 +11,25 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: demo test test-all test-mutations check format env clean
+.PHONY: demo test test-parts test-run test-all test-mutations check format env clean
 
 demo: $(STAMP)
 	$(BIN)/sigray data emoji data/emoji36
 	$(BIN)/sigray embed examples/emoji_siglit.yaml
 	$(BIN)/sigray train examples/emoji_siglit.yaml run.name=demo --overwrite
 
-# What needs no Ray runs in two processes of one thread each; a whole run is a dozen processes already.
+# Two at once: what needs no Ray, in two processes of one thread each, and the whole run, which waits more than it works.
 test: $(STAMP)
+	$(MAKE) --no-print-directory -j2 test-parts test-run
+
+test-parts:
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ray" -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m ray
+
+test-run:
+	$(BIN)/python -m pytest -m ray -v
 
 test-all: test
-	$(BIN)/python -m pytest --tier long
+	$(BIN)/python -m pytest --tier long -n 2 --dist loadfile
 
 test-mutations: $(STAMP)
 	$(BIN)/python -m tests.mutations

@@ -36,7 +36,6 @@ from orchestrator.plan import (
     wire_bytes,
 )
 from tests.helpers.data import TOWERS
-from tests.helpers.ranks import run_on_ranks
 from workers.config import LossConfig, ModelConfig, OptimConfig
 from workers.device import open_device
 from workers.feed import Batch
@@ -181,14 +180,14 @@ def ring_peak(rank, world_size, num_pairs, dim, dtype, loss, tile_size):
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
-def test_a_ring_holds_and_sends_what_was_predicted(world_size, dtype, loss):
+def test_a_ring_holds_and_sends_what_was_predicted(rank_groups, world_size, dtype, loss):
     num_pairs, dim, tile_size = 512, 64, 128
     f = torch.empty((), dtype=dtype).element_size()
     products = plan_module._product_bytes("bf16" if f == 2 else "fp32", "cpu")
     predicted = loss_bytes(loss, num_pairs, dim, world_size, f, products, tile_size)
     # On a busy machine a message that is late holds its buffer for longer: the best of three.
     for _ in range(3):
-        measured = run_on_ranks(world_size, ring_peak, num_pairs, dim, dtype, loss, tile_size)
+        measured = rank_groups(world_size).run(ring_peak, num_pairs, dim, dtype, loss, tile_size)
         if 0.97 * max(peak for peak, _ in measured) <= predicted:
             break
     # Never too little; a tile may be counted in a moment in which it is gone.

@@ -82,7 +82,8 @@ def first_life(small: SmallRun, s3: dict[str, str], bucket: Any, arguments: list
     """Output of the run until its driver is killed; on the way one worker of each kind is killed."""
     for path in (small.folder / "train").iterdir():
         bucket.upload_file(str(path), f"tars/{path.name}")
-    run = Sigray(small.folder / "first.log", s3, "train", *arguments)
+    # Evaluation begins with the second life: here its processes would import torch beside two starts of the workers.
+    run = Sigray(small.folder / "first.log", s3, "train", *arguments, "eval.sets={}", "eval.pixel_baseline=false")
     run.wait_until(lambda: small.num_lines() >= 3)
     os.kill(workers_named("DataWorkerActor")[0], signal.SIGKILL)
     run.wait_until(lambda: small.num_lines() >= 14 and committed(bucket))
