@@ -99,7 +99,9 @@ class Outcomes:
 
 def outcomes(tree: Path, *arguments: str) -> dict[str, str]:
     found = Outcomes()
-    options = ["-p", "no:cacheprovider", "-p", "no:terminal", "--import-mode=importlib", f"--rootdir={tree}"]
+    # Two of pytest's plugins collect garbage of this whole process, five times, at the end of each run.
+    plugins = ["cacheprovider", "terminal", "unraisableexception", "threadexception"]
+    options = [*(f"-pno:{plugin}" for plugin in plugins), "--import-mode=importlib", f"--rootdir={tree}"]
     assert pytest.main([*options, *arguments, str(tree)], plugins=[found]) in (0, 1)
     return found.of
 

@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -407,16 +408,13 @@ for dtype in (torch.bfloat16, torch.float32):
 
 @pytest.mark.parametrize("program", [PROGRAM_OF_A_TILE, pytest.param(PROGRAM_OF_A_BLOCK, marks=needs_amx)])
 def test_the_number_of_threads_does_not_change_a_bit(program):
-    begin = "import torch, hashlib; torch.set_num_threads({})\n"
+    begin = "import torch, hashlib\nfor number in (1, 2, 3):\n    torch.set_num_threads(number)\n"
     end = "print(hashlib.sha256(b''.join(tensor.numpy().tobytes() for tensor in results)).hexdigest())"
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", begin.format(number) + program + end], capture_output=True, text=True
-        ).stdout
-        for number in (1, 2, 3)
-    }
-    assert len(outputs) == 1, outputs
-    assert len(outputs.pop().strip()) == 64
+    script = begin + textwrap.indent(program + end, "    ")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    sums = done.stdout.split()
+    assert [len(each) for each in sums] == [64] * 3, done.stderr
+    assert len(set(sums)) == 1
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])

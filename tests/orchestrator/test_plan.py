@@ -244,7 +244,7 @@ def test_activation_checkpointing_takes_less_memory_and_at_most_one_forward_pass
     assert 0 < locked[1] - locked[0] <= whole.flops["text tower"]
 
 
-def test_four_tpu_v4_take_the_batch_of_the_paper():
+def test_four_tpu_v4_take_the_batch_of_the_paper(minutes):
     """Section 4.2: Base SigLIP with a batch of 4,096 on four chips."""
     config = load_config("examples/siglip_b16_5days_32xtpu_v4.yaml", ["train.global_batch_size=4096"])
     found = plan(config, DEVICES["tpu-v4"], 4)
@@ -523,7 +523,7 @@ def predicted_days(path: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("path", sorted(Path("examples").glob("sigl*.yaml")), ids=lambda path: path.stem)
-def test_every_paper_example_fits_and_its_head_says_what_is_predicted(path):
+def test_every_paper_example_fits_and_its_head_says_what_is_predicted(minutes, path):
     config, head = load_config(path), path.read_text().split("\nrun:")[0]
     assert f"sigray plan {path}" in head
     assert config.run.name == path.stem

@@ -14,8 +14,10 @@ from tests.helpers.reference import samples_of
 from workers.data_worker import DataWorker, build_order
 from workers.decode import Decoder, sample_random
 from workers.order import LaneSlice
+from workers.shapes import shapes
 from workers.shards import read_samples
 from workers.tar import DataError
+from workers.tokenizer import build_tokenizer
 
 
 def test_block_holds_the_samples_of_the_order(data_config, model_config):
@@ -74,8 +76,10 @@ def test_each_row_of_batches_that_are_held_is_its_samples(data_config, model_con
     assert len(set.union(*images.values())) == 76
 
 
-def test_every_position_can_be_resumed(data_config, model_config):
-    """Batches of one: a cursor may stand between any two samples. A fresh worker each time."""
+def test_every_position_can_be_resumed(data_config, model_config, monkeypatch):
+    """Batches of one: a cursor may stand between any two samples. A fresh worker each time, but for the tokenizer."""
+    tokenizer = build_tokenizer(model_config, *shapes(model_config)[1:])
+    monkeypatch.setattr("workers.data_worker.build_tokenizer", lambda *_: tokenizer)
     whole = batches(data_config, model_config, batch=1, last=100)
     manifest = manifest_of(data_config)
     assert len(whole) > manifest.num_samples
