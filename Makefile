@@ -23,10 +23,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(MAKE) --no-print-directory -j2 test-parts test-run
 
-test-parts:
+test-parts: $(STAMP)
 	OMP_NUM_THREADS=1 nice $(BIN)/python -m pytest -m "not ray" -n 2 --dist loadfile
 
-test-run:
+test-run: $(STAMP)
 	$(BIN)/python -m pytest -m ray -v
 
 test-all: test
