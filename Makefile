@@ -2,7 +2,7 @@
 # make test   every part, and one whole run under Ray in which everything dies (8 minutes at most)
 # make test-all   that, and the long tests: chaos, elastic, sweeps, TPU slices, jobs, a real `ray up` (25 minutes at most;
 #             the last one needs root, iproute2, openssh-server and rsync)
-# make test-mutations   does a test notice each of some 200 small faults? (15 minutes at most)
+# make test-mutations   does a test notice each of some 400 small faults? (15 minutes at most)
 # make check  format, lint, types
 # make env    the environment .venv alone; the other targets call it
 PYTHON ?= python3

@@ -695,7 +695,7 @@ def test_blocks_that_are_asked_for_ahead(configure):
     source = SlowSource(DataWorker(manifest, config.data, config.model, seed=0))
     with contextlib.suppress(ValueError):
         train_here(config, source, last_step=10)
-    # A batch takes four samples of each lane: a block. Two are asked for ahead, and one is in use.
+    # A batch takes four samples of each lane: a block. Two are prefetched, and one is in use.
     assert source.asked_before == [(lane, number) for number in range(3) for lane in range(2)]
 
 

@@ -61,7 +61,7 @@ FAULTS = [
         (f"{_MEMORY}batches_that_are_handed_out_stay_as_they_are[10-2]",),
     ),
     Fault(
-        "blocks are asked for ahead as if there were one dataset",
+        "blocks are prefetched as if there were one dataset",
         "workers.feed:Feed.__init__",
         " * len(order.datasets)",
         "",

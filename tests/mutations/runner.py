@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from tests.mutations.fault import AnyFault
+from tests.mutations.server import processes_with
 from tests.mutations.source import changed
 
 # What the product and its tests import, and what takes longest: a fork has it from the start.
@@ -117,7 +118,7 @@ class Worker:
         if server is None:
             return
         for _ in range(10):
-            if not (marked := list(_processes_with(f"{_MARK}={self._mark}"))):
+            if not (marked := list(processes_with(f"{_MARK}={self._mark}"))):
                 break
             for pid in marked:
                 with contextlib.suppress(ProcessLookupError):
@@ -164,14 +165,6 @@ class Worker:
         assert self._server.stdout is not None
         ready = select.select([self._server.stdout], [], [], timeout_s)[0]
         return self._server.stdout.readline() if ready else ""
-
-
-def _processes_with(variable: str) -> Iterator[int]:
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != os.getpid():
-            with contextlib.suppress(OSError):
-                if variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
-                    yield int(folder.name)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ import sys
 import tempfile
 import traceback
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,19 +84,22 @@ def _in_a_fork(tree: Path, tests: list[str], timeout_s: float, stop: bool, optio
         if not in_time:
             os.kill(child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        _kill_what_has(name)  # servers, a Ray: what a crash left behind
+        for pid in processes_with(name):  # servers, a Ray: what a crash left behind
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         ended = f"not done after {timeout_s:.0f} s" if not in_time else f"ended with code {code}" if code else None
         lines = results.read_text().splitlines() if results.exists() else []
         said = log.read_text(errors="replace")[-4000:] if log.exists() else ""
         return {"seen": [json.loads(line) for line in lines], "log": said, "ended": ended}
 
 
-def _kill_what_has(variable: str) -> None:
-    """Kill processes that were started with an environment variable."""
+def processes_with(variable: str) -> Iterator[int]:
+    """Ids of the other processes that were started with an environment variable, `NAME=value`."""
     for folder in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if folder.name.isdigit() and variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
-                os.kill(int(folder.name), signal.SIGKILL)
+        if folder.name.isdigit() and int(folder.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                    yield int(folder.name)
 
 
 def _run_pytest(tree: Path, arguments: list[str], stop: bool, results: Path, log: Path) -> None:

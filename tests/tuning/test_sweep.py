@@ -215,7 +215,7 @@ def test_what_was_done_is_not_done_again(study, outputs):
     assert len(places) == len(set(places))
     logs = [path.read_text() for path in sorted((study.config.folder / "trials").glob("*.log"))]
     assert sum("holds a run of this name: going on with it" in log for log in logs) >= 1
-    # At least the trial that was told to go on had a checkpoint when the driver was killed.
+    # At least the trial that goes on had a checkpoint when the driver was killed.
     starts = [[int(step) for step in re.findall(r"steps +(\d+) to", log)] for log in logs]
     assert all(steps == sorted(steps) for steps in starts), starts
     assert any(len(steps) >= 2 and steps[-1] >= 4 for steps in starts), starts

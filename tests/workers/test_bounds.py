@@ -95,7 +95,7 @@ def test_blocks_ahead_are_counted_over_the_lanes_of_all_datasets(data_config, ta
     source = Stored(data.block_size)
     with contextlib.closing(feed_of(scan_shards(shards, data), data, source, SMALL, NUM_STEPS)) as feed:
         next(iter(feed))
-    # Blocks of 2 x 3 lanes fill 4 batches, and 2 more are asked for ahead: 12 samples of each lane.
+    # Blocks of 2 x 3 lanes fill 4 batches, and 2 more are prefetched: 12 samples of each lane.
     assert sorted(source.asked_before) == [(lane, number) for lane in range(6) for number in range(2)]
 
 
@@ -117,7 +117,7 @@ def test_buffers_of_batches_are_used_again(data_config, model_config):
     for _ in feed_of(manifest, data_config, source, image_kind(manifest, model_config), NUM_STEPS // 3):
         held.append(memory_of_batches() - before)
     assert len(held) == NUM_STEPS // 3
-    # Asked for ahead: 2 batches and as many as a round of blocks fills, 1. A block reaches into one batch more. Two are
+    # Prefetched: 2 batches and as many as a round of blocks fills, 1. A block reaches into one batch more. Two are
     # ready, one is put there, one is the consumer's, and one is the consumer's last, until the loop lets go of it.
     assert 0 < max(held) <= (PREFETCH + 1) + 1 + 2 + 1 + 2
 

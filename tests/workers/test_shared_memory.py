@@ -243,7 +243,7 @@ def test_memory_is_used_again_and_not_where_somebody_is_late(data_config, model_
     monkeypatch.setattr(feed, "SharedBuffer", Counted)
     _, source = one_by_one(data_config, model_config, Recorded, shares_memory=True)
     usual = len(made)
-    # Asked for ahead: 2 batches, and those that a round of blocks holds, twice; ready or in use: 4.
+    # Prefetched: 2 batches, and those that a round of blocks holds, twice; ready or in use: 4.
     assert usual <= 2 + 2 * -(-data_config.block_size * data_config.num_lanes // 12) + 4 < 25
     assert source.by_value == 0
     made.clear()
