@@ -14,7 +14,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 .PHONY: demo test test-parts test-run test-all test-mutations check format env clean
 
 demo: $(STAMP)
-	$(BIN)/sigray data emoji data/emoji36
+	$(BIN)/python -m examples.emoji36 data/emoji36
 	$(BIN)/sigray embed examples/emoji_siglit.yaml
 	$(BIN)/sigray train examples/emoji_siglit.yaml run.name=demo --overwrite
 

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 
 from benchmarks.common import report
-from workers.checkpoint import CheckpointWriter
-from workers.config import CheckpointConfig, LossConfig, ModelConfig, OptimConfig
-from workers.device import open_device
-from workers.feed import Batch
-from workers.step import Trainer
-from workers.storage import Storage
+from sigray.workers.checkpoint.writer import CheckpointWriter
+from sigray.workers.config import CheckpointConfig, LossConfig, ModelConfig, OptimConfig
+from sigray.workers.data.loader import Batch
+from sigray.workers.device import open_device
+from sigray.workers.storage import Storage
+from sigray.workers.training.step import Trainer
 
 MODEL, BATCH = ModelConfig(name="ViT-S-32"), 8
 SAVE_EVERY_S = 30

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from orchestrator.config import RunConfig
-from orchestrator.emoji import build_emoji
-from orchestrator.launch import environment
-from workers.config import ModelConfig
-from workers.device import Device
-from workers.feed import Batch
-from workers.shapes import shapes
-from workers.step import Trainer
+from examples.emoji36.build import build_emoji
+from sigray.orchestrator.config import RunConfig
+from sigray.orchestrator.run.driver import environment
+from sigray.workers.config import ModelConfig
+from sigray.workers.data.loader import Batch
+from sigray.workers.device import Device
+from sigray.workers.model.inputs import shapes
+from sigray.workers.training.step import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 EMOJI = ROOT / "data" / "emoji36"

@@ -30,13 +30,13 @@ from open_clip_train.train import train_one_epoch
 
 from benchmarks.common import ROOT, cuda_growth_mib, random_batch, report, trainer_of
 from benchmarks.step import epoch_arguments, epoch_data
-from orchestrator.config import RunConfig, load_config
-from orchestrator.devices import DEVICES, DeviceKind
-from orchestrator.plan import plan
-from workers.device import open_device
-from workers.feed import Batch
-from workers.step import Trainer
-from workers.towers import build_model, normalize_pixels
+from sigray.orchestrator.config import RunConfig, load_config
+from sigray.orchestrator.planning.devices import DEVICES, DeviceKind
+from sigray.orchestrator.planning.plan import plan
+from sigray.workers.data.loader import Batch
+from sigray.workers.device import open_device
+from sigray.workers.model.towers import build_model, normalize_pixels
+from sigray.workers.training.step import Trainer
 
 MIB = 2**20
 CASES: dict[str, dict[str, object]] = {

@@ -2,7 +2,7 @@
 
 In one process, alternating, each on the same features:
 
-    sigray            losses.sigmoid_loss
+    sigray            sigray.losses.sigmoid_loss
     floor             the three matrix products of tiles alone, by torch, in the dtype that sigray multiplies tiles in
                       (where a processor has AMX, sigray has products of its own)
     open_clip         open_clip.loss.SigLipLoss on one rank
@@ -33,8 +33,8 @@ from open_clip.loss import SigLipLoss
 from torch import Tensor
 
 from benchmarks.common import cuda_growth_mib, peak_growth_mib, report
-from losses import sigmoid_loss, sigmoid_loss_plain
-from losses.tiles import default_tile_size, product_dtype
+from sigray.losses import sigmoid_loss, sigmoid_loss_plain
+from sigray.losses.tiles import default_tile_size, product_dtype
 from tests.helpers.reference import random_features
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}

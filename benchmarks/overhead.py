@@ -1,6 +1,6 @@
 """What does the system around a training step cost?
 
-The same `workers/step.py` on the same batches, in the same number of processes, alternating:
+The same `workers/training/step.py` on the same batches, in the same number of processes, alternating:
 
     bare     a plain gloo process group, no Ray; all batches decoded beforehand and held in memory
     sigray   `sigray train`: Ray Train, data-shard workers that read and decode meanwhile, metrics, display
@@ -28,14 +28,14 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import ROOT, ensure_emoji, report
-from orchestrator.config import RunConfig, load_config
+from sigray.orchestrator.config import RunConfig, load_config
+from sigray.workers.data.loader import Feed
+from sigray.workers.data.manifest import scan_shards
+from sigray.workers.data.worker import DataWorker, build_order, image_kind
+from sigray.workers.device import open_device
+from sigray.workers.training.step import Trainer
 from tests.helpers.bare import OneWorker
 from tests.helpers.ranks import run_on_ranks
-from workers.data_worker import DataWorker, build_order, image_kind
-from workers.device import open_device
-from workers.feed import Feed
-from workers.shards import scan_shards
-from workers.step import Trainer
 
 WARM_UP_STEPS, WINDOW_STEPS = 20, 10
 

@@ -24,16 +24,16 @@ from PIL import Image
 
 from benchmarks.common import EMOJI, report
 from benchmarks.photo_tars import photo_folder
-from orchestrator.folder import read_run
-from workers.committed import list_checkpoints
-from workers.config import DataConfig, EvalSet
-from workers.evaluate import class_labels
-from workers.features import Encoder
-from workers.held_out import load_set, read_classes
-from workers.initial import build_trained_model
-from workers.shapes import shapes
-from workers.storage import Storage
-from workers.tokenizer import build_tokenizer
+from sigray.orchestrator.run.folder import read_run
+from sigray.workers.checkpoint.index import list_checkpoints
+from sigray.workers.config import DataConfig, EvalSet
+from sigray.workers.data.tokenizer import build_tokenizer
+from sigray.workers.evaluation.datasets import load_set, read_classes
+from sigray.workers.evaluation.evaluate import class_labels
+from sigray.workers.evaluation.features import Encoder
+from sigray.workers.model.init_weights import build_trained_model
+from sigray.workers.model.inputs import shapes
+from sigray.workers.storage import Storage
 
 PHOTOS = {  # file of scikit-image's data folder: the concept's id, its code points
     "astronaut.png": "1f469-200d-1f680",

@@ -1,14 +1,14 @@
 """How far is `sigray plan` from the truth?
 
 `memory_error_max`: predicted against measured memory of a training step on this CPU, for four configurations, each in
-a fresh process that runs the real `workers.step.Trainer`. Measured is by how much the resident set grows at most during
+a fresh process that runs the real `sigray.workers.training.step.Trainer`. Measured is by how much the resident set grows at most during
 a step that begins without gradients, and how large it is then; the larger error of the two counts. As in
 benchmarks/step.py the allocator gives freed blocks back: what counts is what is held. The growth with glibc's own
 settings is printed beside it.
 
 `paper_days_error_max`: predicted days of the five runs of the paper's table 1 (arXiv 2303.15343 v4), from the configs
 in examples/, against the paper's. Where the paper says less than so many days, a prediction below that has no error.
-All rows rest on one assumption about the TPU v4, `orchestrator.devices.UTILISATION`; which utilisation would make each
+All rows rest on one assumption about the TPU v4, `sigray.orchestrator.planning.devices.UTILISATION`; which utilisation would make each
 row exact is printed beside it.
 
 `paper_batch_ratio`: the largest global batch that the plan fits on four TPU v4 in one piece, without micro-batches and
@@ -26,9 +26,9 @@ import sys
 import torch
 
 from benchmarks.common import ROOT, peak_growth_mib, random_batch, report, status_mib, trainer_of
-from orchestrator.config import RunConfig, load_config
-from orchestrator.devices import DEVICES, GIB
-from orchestrator.plan import default_num_devices, largest_batch, plan, run_device, this_cpu
+from sigray.orchestrator.config import RunConfig, load_config
+from sigray.orchestrator.planning.devices import DEVICES, GIB
+from sigray.orchestrator.planning.plan import default_num_devices, largest_batch, plan, run_device, this_cpu
 
 MIB = 2**20
 PAPER_BATCH = 4096
@@ -79,7 +79,7 @@ def measure(name: str) -> dict[str, float]:
     """In a process of its own: MiB by which a step grows the resident set at most, and MiB that are resident then."""
     import ray.train.torch  # noqa: F401 - as a training worker does
 
-    from workers.device import open_device
+    from sigray.workers.device import open_device
 
     config = cpu_config(name)
     size = config.train.global_batch_size

@@ -30,7 +30,7 @@ from typing import Any
 import yaml
 
 from benchmarks.common import ROOT, report
-from orchestrator.launch import LEAN_RAY
+from sigray.orchestrator.run.driver import LEAN_RAY
 from tests.helpers.data import TOWERS, write_dataset
 from tests.helpers.processes import descendants_named
 
@@ -79,7 +79,7 @@ def run_ray(folder: Path) -> None:
         import torch
         import torch.distributed as dist
 
-        import workers.train  # noqa: F401
+        import sigray.workers.training.train  # noqa: F401
 
         path = folder / "steps"
         step = int(path.read_text()) if path.exists() else 0

@@ -3,7 +3,7 @@
 Photographs of `benchmarks/photo_tars.py`, the boxes that a run crops at random (0.9 to 1 of the area), one thread.
 Contestants in one process, all of a repetition in an order of its own, over the same hundred photographs:
 
-    sigray   `workers/resize.py`
+    sigray   `workers/data/resize.py`
     narrow   the same compiled without AVX-512, as for a processor that has AVX2 only
     torch    `_upsample_bicubic2d_aa` on channels last, which is torchvision's antialiased resize; it wants a copy of
              the box, which is part of the work here
@@ -31,10 +31,10 @@ from PIL import Image
 
 from benchmarks.common import report
 from benchmarks.photo_tars import ensure_photos
-from workers import resize as module
-from workers.config import DataConfig
-from workers.decode import decode_pixels, random_box, sample_random
-from workers.shards import read_samples, scan_shards
+from sigray.workers.config import DataConfig
+from sigray.workers.data import resize as module
+from sigray.workers.data.decode import decode_pixels, random_box, sample_random
+from sigray.workers.data.manifest import read_samples, scan_shards
 
 SIZE, NUM_PHOTOS = 224, 100
 

@@ -1,6 +1,6 @@
 """How fast is the loss over ranks, and how many bytes does it move?
 
-Per number of ranks, in the same gloo processes of one thread each, alternating: `losses.ring_sigmoid_loss` and every
+Per number of ranks, in the same gloo processes of one thread each, alternating: `sigray.losses.ring_sigmoid_loss` and every
 `dist_impl` of open_clip's `SigLipLoss`, forward and backward, on the same features. The slowest rank's time counts.
 `speedup_open_clip` is against the fastest `dist_impl`, `bytes_over_floor` what the loopback device carried during
 sigray's passes (TCP headers and the check of all ranks' shapes included) over (R - 1) b D features and as many
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from open_clip.loss import SigLipLoss
 
 from benchmarks.common import report
-from losses import ring_sigmoid_loss
+from sigray.losses import ring_sigmoid_loss
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.reference import random_features
 

@@ -5,7 +5,7 @@ process, alternating:
 
     fast store   CPU seconds of the client (all its threads) per GB and MB/s: boto3's `Body.read(1 MiB)`, the cheapest
                  plain client measured; `S3Stream` read 1 MiB at a time; and the tar of 35 kB samples read through
-                 `workers.tar.read_tar`. `cpu_over_boto3` is the 1 MiB reads' ratio.
+                 `sigray.workers.data.tar.read_tar`. `cpu_over_boto3` is the 1 MiB reads' ratio.
     slow store   behind a proxy in its own process that answers 30 ms late and at 60 MB/s per connection, as Amazon's S3
                  does: MB/s of one plain boto3 stream and of `S3Stream`, which has the default of 4 connections.
                  `speedup_slow_store` is over objects read one after another, as shards are.
@@ -34,11 +34,11 @@ import boto3
 from botocore.config import Config
 
 from benchmarks.common import report
+from sigray.workers.config import S3Config
+from sigray.workers.data.s3 import ObjectInfo, S3Stream, split_s3_url, stat
+from sigray.workers.data.tar import read_tar
 from tests.helpers.faultproxy import throttled
 from tests.helpers.s3 import BUCKET, s3_server
-from workers.config import S3Config
-from workers.s3 import ObjectInfo, S3Stream, split_s3_url, stat
-from workers.tar import read_tar
 
 MIB = 1 << 20
 LATENCY_S, BYTES_PER_S = 0.030, 60e6

@@ -25,10 +25,17 @@ import time
 from collections.abc import Callable
 
 from benchmarks.common import peak_growth_mib, report
-from orchestrator.devices import DEVICES
-from orchestrator.policy import Attempt, Failure, after_failure, choose_size, usable_sizes, wanted_data_workers
-from workers.order import StreamOrder
-from workers.shards import Manifest, Shard
+from sigray.orchestrator.planning.devices import DEVICES
+from sigray.orchestrator.run.policy import (
+    Attempt,
+    Failure,
+    after_failure,
+    choose_size,
+    usable_sizes,
+    wanted_data_workers,
+)
+from sigray.workers.data.manifest import Manifest, Shard
+from sigray.workers.data.order import StreamOrder
 
 NUM_SHARDS, NUM_SAMPLES = 100_000, 1_000_000_000
 NUM_WORKERS, NUM_DATA_WORKERS, NUM_LANES = 1_000, 2_000, 2_000
@@ -57,7 +64,7 @@ def make_manifest() -> Manifest:
 
 
 def build(manifest: Manifest) -> StreamOrder:
-    """As `workers.data_worker.build_order`, for a run with this seed, these lanes and windows."""
+    """As `sigray.workers.data.worker.build_order`, for a run with this seed, these lanes and windows."""
     sizes = [[shard.num_samples for shard in shards] for shards in manifest.datasets().values()]
     return StreamOrder(sizes, seed=0, num_lanes=NUM_LANES, shuffle_window=WINDOW)
 

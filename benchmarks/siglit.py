@@ -24,10 +24,10 @@ from statistics import median
 from typing import Any
 
 from benchmarks.common import ROOT, ensure_emoji, report
-from orchestrator.config import load_config
-from workers.store import EmbeddingStore
+from sigray.orchestrator.config import load_config
+from sigray.workers.data.embedding_store import EmbeddingStore
 
-SIGRAY = "import sys; from tuning.cli import main; sys.exit(main(sys.argv[1:]))"
+SIGRAY = "import sys; from sigray.tuning.cli import main; sys.exit(main(sys.argv[1:]))"
 SIGLIT, SCRATCH = ROOT / "examples" / "emoji_siglit.yaml", ROOT / "examples" / "emoji_cpu.yaml"
 NO_EVALUATION = ["eval.sets={}", "eval.pixel_baseline=false", "checkpoint.save_every_steps=null"]
 NUM_STEPS = {"stored": 60, "live": 8}  # about 10 and 20 s

@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.common import ROOT, ensure_emoji, report
-from orchestrator.chaos import DISTURBED, KINDS, chaos, result_table
+from sigray.orchestrator.chaos.chaos import DISTURBED, KINDS, chaos, result_table
 
 EMOJI = ROOT / "examples" / "emoji_cpu.yaml"
 OVERRIDES = [

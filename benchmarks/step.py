@@ -22,13 +22,13 @@ from open_clip.loss import SigLipLoss
 from open_clip_train.train import train_one_epoch
 
 from benchmarks.common import ROOT, peak_growth_mib, random_batch, report
-from orchestrator.config import load_config
+from sigray.orchestrator.config import load_config
+from sigray.workers.config import LossConfig, ModelConfig, OptimConfig
+from sigray.workers.data.loader import Batch
+from sigray.workers.device import open_device
+from sigray.workers.model.towers import build_model, normalize_pixels
+from sigray.workers.training.step import Trainer
 from tests.helpers.reference import step_gradients
-from workers.config import LossConfig, ModelConfig, OptimConfig
-from workers.device import open_device
-from workers.feed import Batch
-from workers.step import Trainer
-from workers.towers import build_model, normalize_pixels
 
 SEED = 0
 

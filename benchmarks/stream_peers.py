@@ -39,7 +39,7 @@ import numpy as np
 import torch
 
 from benchmarks.photo_tars import NUM_SHARDS, SHARD_SAMPLES, ensure_photos
-from workers.config import DataConfig, ModelConfig
+from sigray.workers.config import DataConfig, ModelConfig
 
 BATCH, NUM_WORKERS, SEED = 256, 2, 0
 MODEL = ModelConfig(name="ViT-B-32")
@@ -67,8 +67,8 @@ def data_config(paths: list[Path], **fields: Any) -> DataConfig:
 @functools.cache
 def worker_tools() -> tuple[Any, Callable[[list[str]], Any]]:
     """sigray's decoder and tokenizer, one of each per process."""
-    from workers.decode import Decoder
-    from workers.tokenizer import build_tokenizer
+    from sigray.workers.data.decode import Decoder
+    from sigray.workers.data.tokenizer import build_tokenizer
 
     data = data_config([Path("unused.tar")])
     return Decoder(data, SIZE), build_tokenizer(MODEL, CONTEXT, VOCABULARY)
@@ -76,7 +76,7 @@ def worker_tools() -> tuple[Any, Callable[[list[str]], Any]]:
 
 def decode_pairs(samples: Iterable[dict[str, Any]], places: Iterable[int], images: np.ndarray) -> Any:
     """Members by ending to rows of `images` (n, S, S, 3) uint8; returns the tokens (n, T)."""
-    from workers.decode import sample_random
+    from sigray.workers.data.decode import sample_random
 
     decoder, tokenizer = worker_tools()
     captions = []
@@ -92,8 +92,8 @@ def decode_pairs(samples: Iterable[dict[str, Any]], places: Iterable[int], image
 
 def sigray(paths: list[Path]) -> Iterator[Batch]:
     """What one training worker of a run does for its batches, but training."""
-    from workers.ledger import Ledger
-    from workers.storage import Storage
+    from sigray.workers.data.ledger import Ledger
+    from sigray.workers.storage import Storage
 
     stream = SigrayStream(paths)
     with tempfile.TemporaryDirectory() as folder:
@@ -114,9 +114,9 @@ class SigrayStream:
     def __init__(self, paths: list[Path], **fields: Any) -> None:
         import ray
 
-        from workers.data_worker import build_order, image_kind
-        from workers.pool import DataPool, listed
-        from workers.shards import scan_shards
+        from sigray.workers.data.manifest import scan_shards
+        from sigray.workers.data.pool import DataPool, listed
+        from sigray.workers.data.worker import build_order, image_kind
 
         start_ray()
         self._data = data_config(paths, **fields)
@@ -128,8 +128,8 @@ class SigrayStream:
 
     def feed(self, num_batches: int = 2**40) -> Any:
         """One reader from the stream's beginning."""
-        from workers.feed import Feed
-        from workers.pool import PoolBlocks
+        from sigray.workers.data.loader import Feed
+        from sigray.workers.data.pool import PoolBlocks
 
         return Feed(
             self._order,
@@ -289,8 +289,8 @@ def over_rounds(arrivals: list[float]) -> float:
 
 
 def floor_process(paths: list[Path], news: Any) -> None:
-    from workers.pool import keep_freed_memory
-    from workers.tar import MappedFile, read_tar
+    from sigray.workers.data.pool import keep_freed_memory
+    from sigray.workers.data.tar import MappedFile, read_tar
 
     torch.set_num_threads(1)
     keep_freed_memory()

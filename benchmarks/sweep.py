@@ -28,11 +28,11 @@ from typing import Any
 import yaml
 
 from benchmarks.common import ROOT, ensure_emoji, report
-from tuning.study import load_study
-from tuning.table import Table, ranking, read_table
-from workers.storage import Storage
+from sigray.tuning.study import load_study
+from sigray.tuning.table import Table, ranking, read_table
+from sigray.workers.storage import Storage
 
-SWEEP = "import sys; from tuning.cli import main; sys.exit(main(sys.argv[1:]))"
+SWEEP = "import sys; from sigray.tuning.cli import main; sys.exit(main(sys.argv[1:]))"
 LEARNING_RATES = [1.0e-5, 1.0e-4, 5.0e-4, 2.0e-3, 1.0e-2, 5.0e-2]
 BATCHES = [32, 128]
 

@@ -2,7 +2,7 @@
 
     apt-get install prometheus chromium fonts-dejavu-core fonts-liberation
     pip install -e '.[docs]'                       # playwright, which drives Debian's Chromium
-    sigray data emoji data/emoji36
+    python -m examples.emoji36 data/emoji36
     python -m docs.take_screenshots                # about ten minutes on two cores, into docs/screenshots
 
 Everything runs below a folder of its own and on free ports, and is ended with the script. Nothing is drawn for the

@@ -1,12 +1,12 @@
 """Contrastive losses as functions of tensors. Knows no config, no logger, no Ray; imports nothing of sigray."""
 
-from losses.exchange import NonFiniteFeatures, ring_sigmoid_loss, ring_softmax_loss
-from losses.gradcache import cached_backward
-from losses.means import feature_means, mean_logits
-from losses.negatives import Negatives
-from losses.sharded import Shards, sharded_sigmoid_loss, sharded_softmax_loss
-from losses.sigmoid import sigmoid_loss, sigmoid_loss_plain
-from losses.softmax import softmax_loss_plain
+from sigray.losses.gradcache import cached_backward
+from sigray.losses.logit_means import feature_means, mean_logits
+from sigray.losses.negatives import Negatives
+from sigray.losses.ring import NonFiniteFeatures, ring_sigmoid_loss, ring_softmax_loss
+from sigray.losses.sharded import Shards, sharded_sigmoid_loss, sharded_softmax_loss
+from sigray.losses.sigmoid import sigmoid_loss, sigmoid_loss_plain
+from sigray.losses.softmax import softmax_loss_plain
 
 __all__ = [
     "Negatives",

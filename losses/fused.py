@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from native import compiled, cpu_flags
+from sigray.native import compiled, cpu_flags
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("fused.c", "amx_bfloat16.c", "amx_float32.c")]
 _HEADERS = [Path(__file__).with_name(name) for name in ("terms.h", "amx.h")]
@@ -43,7 +43,7 @@ def negative_terms_(x: Tensor, scale: Tensor, bias: Tensor, sums: Tensor) -> Non
         function = library.tile_float32 if x.dtype == torch.float32 else library.tile_bfloat16
         function(x.data_ptr(), *x.shape, scale_value, bias.item(), sums.data_ptr(), sums.stride(0))
     elif x.device.type == "cuda" and sums.dtype == torch.float32:
-        from losses.fused_cuda import negative_terms_cuda_  # Triton is there where CUDA is
+        from sigray.losses.fused_cuda import negative_terms_cuda_  # Triton is there where CUDA is
 
         negative_terms_cuda_(x, scale, bias, sums)
     else:

@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024  # columns at a time; on an H100 no other pair was clearly faster (docs/log.md)
+BLOCK = 1024  # columns at a time; on an H100 no other pair was clearly faster (dev/log.md)
 NUM_WARPS = 4
 
 
 @triton.jit
 def tile_kernel(x, scale, bias, sums, columns, stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Cosines in, dL/dlogits out, sums of a row on the way; as `losses.fused.negative_terms_`.
+    """Cosines in, dL/dlogits out, sums of a row on the way; as `sigray.losses.fused.negative_terms_`.
 
     Args:
         x: (R, C), contiguous, float32 or bfloat16.
@@ -60,5 +60,5 @@ def tile_kernel(x, scale, bias, sums, columns, stride, BLOCK: tl.constexpr):  # 
 
 
 def negative_terms_cuda_(x: Tensor, scale: Tensor, bias: Tensor, sums: Tensor) -> None:
-    """`losses.fused.negative_terms_` for float32 sums on a CUDA device."""
+    """`sigray.losses.fused.negative_terms_` for float32 sums on a CUDA device."""
     tile_kernel[(len(x),)](x, scale, bias, sums, x.shape[1], sums.stride(0), BLOCK=BLOCK, num_warps=NUM_WARPS)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from losses.spans import span
+from sigray.losses.spans import span
 
 
 def cached_backward(

@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from losses.exchange import Ranks
-from losses.fused import negative_terms
-from losses.negatives import ALL_NEGATIVES, Negatives, random_drop
-from losses.sigmoid import LossBlock, one_pass
-from losses.tiles import default_tile_size, product_dtype, sum_dtype
+from sigray.losses.fused import negative_terms
+from sigray.losses.negatives import ALL_NEGATIVES, Negatives, random_drop
+from sigray.losses.ring import Ranks
+from sigray.losses.sigmoid import LossBlock, one_pass
+from sigray.losses.tiles import default_tile_size, product_dtype, sum_dtype
 
 
 @dataclass(frozen=True)

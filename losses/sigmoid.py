@@ -6,7 +6,7 @@
 
 The sigmoid needs no normaliser, so dL/dz_ij = sigmoid(z_ij) - [i, j is a pair] is known the moment z_ij is: value
 and every gradient come from one visit to each tile, three matrix products per tile, and nothing of size B x M is
-ever kept. `SigmoidPass` is that pass, `one_pass` hands its result to autograd; `losses/exchange.py` runs the same
+ever kept. `SigmoidPass` is that pass, `one_pass` hands its result to autograd; `losses/ring.py` runs the same
 pass over the chunks of the ring. docs/numerics.md has the algebra and what is summed in which precision.
 """
 
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses.fused import block_, negative_terms_, pair_terms_, row_dots, scaled
-from losses.negatives import ALL_NEGATIVES, NUM_BINS, Mask, Negatives, count_cosines_, make_mask
-from losses.tiles import Tile, accumulate, check_features, default_tile_size, sum_dtype, tiles
+from sigray.losses.fused import block_, negative_terms_, pair_terms_, row_dots, scaled
+from sigray.losses.negatives import ALL_NEGATIVES, NUM_BINS, Mask, Negatives, count_cosines_, make_mask
+from sigray.losses.tiles import Tile, accumulate, check_features, default_tile_size, sum_dtype, tiles
 
 
 def sigmoid_loss_plain(
@@ -210,7 +210,7 @@ def count_tiles_(
     offset: int,
     tile_size: int,
 ) -> None:
-    """Add the cosines of all negatives of a block to a histogram (`losses.negatives.count_cosines_`).
+    """Add the cosines of all negatives of a block to a histogram (`sigray.losses.negatives.count_cosines_`).
 
     Image i and text i + offset of the block are a pair.
     """

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from losses.sigmoid import LossBlock
-from losses.tiles import Tile, accumulate, sum_dtype, tiles
+from sigray.losses.sigmoid import LossBlock
+from sigray.losses.tiles import Tile, accumulate, sum_dtype, tiles
 
 
 def softmax_loss_plain(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:

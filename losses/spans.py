@@ -1,6 +1,6 @@
 """Names for the parts of a step in a trace of torch.profiler; nothing at all while nobody profiles.
 
-Spans may lie in each other: time counts for the innermost. What reads them is `workers/profile.py`.
+Spans may lie in each other: time counts for the innermost. What reads them is `workers/training/profile.py`.
 """
 
 from __future__ import annotations

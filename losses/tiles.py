@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from losses.fused import add_, has_bfloat16_products
+from sigray.losses.fused import add_, has_bfloat16_products
 
 
 def check_features(image_features: Tensor, text_features: Tensor) -> None:

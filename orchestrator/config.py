@@ -16,10 +16,10 @@ from typing import Annotated, Any, get_args, get_origin
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from orchestrator.devices import DEVICES, DeviceName
-from orchestrator.policy import micro_batch, usable_sizes
-from orchestrator.secrets import secrets_of
-from workers.config import (
+from sigray.orchestrator.planning.devices import DEVICES, DeviceName
+from sigray.orchestrator.run.policy import micro_batch, usable_sizes
+from sigray.orchestrator.secrets import secrets_of
+from sigray.workers.config import (
     Accelerator,
     CheckpointConfig,
     DataConfig,

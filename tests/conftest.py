@@ -13,11 +13,11 @@ from unittest import mock
 
 import pytest
 
+from sigray.workers.config import DataConfig, ModelConfig
 from tests.helpers.data import TOWERS, write_dataset
 from tests.helpers.ranks import RankGroup
 from tests.helpers.s3 import s3_server
 from tests.helpers.tiers import TIERS, RayWatch, Tiers
-from workers.config import DataConfig, ModelConfig
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -26,39 +26,40 @@ import ray.train.torch  # noqa: F401 - before anything of Ray is replaced
 import torch
 from rich.console import Console
 
-import workers.data_worker
-import workers.decode
-import workers.device
-import workers.embed
-import workers.evaluate
-import workers.features
-import workers.pool
-import workers.s3
-import workers.train
-from orchestrator import launch, monitor, policy
-from orchestrator.config import RunConfig
-from orchestrator.embed import embed
-from orchestrator.folder import RunFolder
+import sigray.workers.data.decode
+import sigray.workers.data.embed
+import sigray.workers.data.pool
+import sigray.workers.data.s3
+import sigray.workers.data.worker
+import sigray.workers.device
+import sigray.workers.evaluation.evaluate
+import sigray.workers.evaluation.features
+import sigray.workers.training.train
+from sigray.orchestrator.config import RunConfig
+from sigray.orchestrator.run import driver as launch
+from sigray.orchestrator.run import monitor, policy
+from sigray.orchestrator.run.embed import embed
+from sigray.orchestrator.run.folder import RunFolder
+from sigray.workers.checkpoint.async_writer import BackgroundWriter
+from sigray.workers.checkpoint.index import list_checkpoints
+from sigray.workers.checkpoint.writer import read_best, read_left_out
+from sigray.workers.config import LabelNoise, ModelConfig
+from sigray.workers.data.label_noise import Noise
+from sigray.workers.data.loader import Batch
+from sigray.workers.data.manifest import Shard, open_shard, scan_shards
+from sigray.workers.data.order import StreamOrder
+from sigray.workers.data.pool import PoolBlocks
+from sigray.workers.data.s3 import GiveUp, S3Stream
+from sigray.workers.data.tar import DataError
+from sigray.workers.data.tokenizer import build_tokenizer
+from sigray.workers.data.worker import Block, DataWorker
+from sigray.workers.model.towers import build_model
+from sigray.workers.storage import Storage
+from sigray.workers.training.step import StepResult, Trainer
+from sigray.workers.training.train import train_loop_per_worker
 from tests.helpers.bare import OneWorker, Recorder
 from tests.helpers.data import COLOURS, TOWERS, drawn_sample, encode_image, write_dataset, write_tar
 from tests.helpers.plain_ray import PlainRay
-from workers.background import BackgroundWriter
-from workers.checkpoint import read_best, read_left_out
-from workers.committed import list_checkpoints
-from workers.config import LabelNoise, ModelConfig
-from workers.data_worker import Block, DataWorker
-from workers.feed import Batch
-from workers.noise import Noise
-from workers.order import StreamOrder
-from workers.pool import PoolBlocks
-from workers.s3 import GiveUp, S3Stream
-from workers.shards import Shard, open_shard, scan_shards
-from workers.step import StepResult, Trainer
-from workers.storage import Storage
-from workers.tar import DataError
-from workers.tokenizer import build_tokenizer
-from workers.towers import build_model
-from workers.train import train_loop_per_worker
 
 
 class Enough(ValueError):
@@ -140,7 +141,7 @@ class Spy:
                 spy.after_step(batch, result)
                 return result
 
-        monkeypatch.setattr(workers.train, "Trainer", Watched)
+        monkeypatch.setattr(sigray.workers.training.train, "Trainer", Watched)
 
     @property
     def trainer(self) -> Trainer:
@@ -173,7 +174,7 @@ def test_ray_is_asked_for_the_workers_that_the_config_wants(configure, plain, mo
             timeouts.append(timeout_s)
             super().__init__(worker_list, timeout_s, reader)
 
-    monkeypatch.setattr("workers.pool.PoolBlocks", Watched)
+    monkeypatch.setattr("sigray.workers.data.pool.PoolBlocks", Watched)
     plain.train = end_at_once
     config = configure(
         data={
@@ -260,7 +261,7 @@ def test_training_workers_open_their_devices(configure, plain, monkeypatch, clus
         seen.append((*arguments, splits_weights))
         raise Enough
 
-    monkeypatch.setattr(workers.train, "open_device", open_device)
+    monkeypatch.setattr(sigray.workers.training.train, "open_device", open_device)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with contextlib.suppress(Enough):
         drive(configure(cluster=cluster, train={"precision": "bf16"}, sharding={"weights": "split"}))
@@ -417,7 +418,7 @@ def test_steps_lines_and_checkpoints(configure, monkeypatch, tmp_path):
 
 def test_a_run_lies_where_the_config_says(configure, plain, monkeypatch, tmp_path):
     told: list[tuple[Any, ...]] = []
-    for module, name in ((launch, "RunMetrics"), (workers.pool, "WorkerMetrics")):
+    for module, name in ((launch, "RunMetrics"), (sigray.workers.data.pool, "WorkerMetrics")):
         own = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *some, own=own: (told.append(some), own(*some))[1])
     plain.train = end_at_once
@@ -504,7 +505,7 @@ def test_blocks_are_compiled(configure, monkeypatch):
     seen = []
 
     def compile_nothing(function: Any) -> Any:
-        """What is compiled is compared with the plain one in `tests/workers/test_step.py`, which takes seconds."""
+        """What is compiled is compared with the plain one in `tests/workers/training/test_step.py`, which takes seconds."""
         seen.append(function)
         return function
 
@@ -525,7 +526,7 @@ def test_blocks_are_compiled(configure, monkeypatch):
 def test_the_loss_that_is_computed(configure, monkeypatch, loss, expected):
     seen = []
     for name in ("ring_sigmoid_loss", "ring_softmax_loss"):
-        own = getattr(workers.device, name)
+        own = getattr(sigray.workers.device, name)
 
         def watched(*features: Any, own: Any = own, name: str = name, **settings: Any) -> Any:
             negatives = settings.get("negatives")
@@ -533,7 +534,7 @@ def test_the_loss_that_is_computed(configure, monkeypatch, loss, expected):
             seen.append((name, settings["tile_size"], *chosen))
             return own(*features, **settings)
 
-        monkeypatch.setattr(workers.device, name, watched)
+        monkeypatch.setattr(sigray.workers.device, name, watched)
     train_here(configure(loss=loss, train={"num_samples": 8}))
     assert seen == [expected]
 
@@ -731,13 +732,13 @@ def test_members_that_are_read(configure, tmp_path):
 
 
 def test_crops(configure, monkeypatch):
-    seen, own = [], workers.decode.random_box
+    seen, own = [], sigray.workers.data.decode.random_box
 
     def watched(height: int, width: int, scale: Any, ratio: Any, uniforms: Any) -> Any:
         seen.append((tuple(scale), tuple(ratio)))
         return own(height, width, scale, ratio, uniforms)
 
-    monkeypatch.setattr(workers.decode, "random_box", watched)
+    monkeypatch.setattr(sigray.workers.data.decode, "random_box", watched)
     data_worker(configure(data={"crop_scale": [0.2, 0.4], "crop_ratio": [1.5, 1.75]})).block(0, 0)
     assert set(seen) == {((0.2, 0.4), (1.5, 1.75))}
     seen.clear()
@@ -761,13 +762,13 @@ def test_blocks_that_a_data_shard_worker_keeps(configure):
 
 @pytest.mark.parametrize("cache_mib", [0, 1])
 def test_decoded_images_are_kept_for_the_next_epoch(configure, monkeypatch, cache_mib):
-    num_decoded, own = [], workers.decode.Decoder.decode_image
+    num_decoded, own = [], sigray.workers.data.decode.Decoder.decode_image
 
     def watched(*arguments: Any) -> None:
         num_decoded.append(1)
         own(*arguments)
 
-    monkeypatch.setattr(workers.decode.Decoder, "decode_image", watched)
+    monkeypatch.setattr(sigray.workers.data.decode.Decoder, "decode_image", watched)
     data = {"crop": "center", "cache_mib": cache_mib, "num_lanes": 1, "block_size": 64, "shuffle_window": 64}
     worker = data_worker(configure(data=data))
     for number in range(2):
@@ -793,8 +794,8 @@ def test_how_a_bucket_is_reached(configure, monkeypatch, tmp_path):
         silent.append(deadline_s)
         return GiveUp()
 
-    monkeypatch.setattr(workers.s3, "after_failure", after_failure)
-    monkeypatch.setattr(workers.s3, "_stores", {})
+    monkeypatch.setattr(sigray.workers.data.s3, "after_failure", after_failure)
+    monkeypatch.setattr(sigray.workers.data.s3, "_stores", {})
     stream = open_shard(shard, data)
     assert isinstance(stream, S3Stream)
     client = stream._fetcher.store.client
@@ -810,7 +811,7 @@ def test_how_a_bucket_is_reached(configure, monkeypatch, tmp_path):
 
 
 def test_a_public_bucket_is_asked_without_a_signature(configure, monkeypatch):
-    monkeypatch.setattr(workers.s3, "_stores", {})
+    monkeypatch.setattr(sigray.workers.data.s3, "_stores", {})
     data = configure(data={"s3": {"anonymous": True, "endpoint": "http://127.0.0.1:9"}, "shards": "s3://b/p"}).data
     with contextlib.closing(open_shard(Shard("s3://b/p/one.tar", 1 << 30, 8, "1-etag"), data)) as stream:
         assert stream._fetcher.store.client.meta.config.signature_version is botocore.UNSIGNED
@@ -827,7 +828,7 @@ def test_remote_shards_are_kept_where_the_config_says(configure, monkeypatch, fo
         def path_of(self, info: Any, s3: Any) -> str:
             return one
 
-    monkeypatch.setattr(workers.s3, "ShardCache", Cache)
+    monkeypatch.setattr(sigray.workers.data.s3, "ShardCache", Cache)
     cache = str(tmp_path / "cache")
     public = {"anonymous": True, "endpoint": "http://127.0.0.1:9"}
     data = configure(data={"shard_cache": cache, "shard_cache_gib": 0.5, "shards": "s3://b/p", "s3": public}).data
@@ -860,33 +861,38 @@ def held_out(tmp_path: Path) -> Path:
 
 
 def test_what_an_evaluation_measures_and_how(configure, plain, monkeypatch, held_out):
-    opened, own_device = [], workers.features.open_device
+    opened, own_device = [], sigray.workers.evaluation.features.open_device
     monkeypatch.setattr(
-        workers.features,
+        sigray.workers.evaluation.features,
         "open_device",
         lambda accelerator, *rest: (opened.append(accelerator), own_device("cpu", *rest))[1],
     )
-    labels, own_labels = [], workers.evaluate.class_labels
+    labels, own_labels = [], sigray.workers.evaluation.evaluate.class_labels
     monkeypatch.setattr(
-        workers.evaluate, "class_labels", lambda ids, *rest: (labels.append(list(ids)), own_labels(ids, *rest))[1]
+        sigray.workers.evaluation.evaluate,
+        "class_labels",
+        lambda ids, *rest: (labels.append(list(ids)), own_labels(ids, *rest))[1],
     )
     texts: list[str] = []
     sizes: list[int] = []
     threads: set[int] = set()
-    own_texts, own_images = workers.features.Encoder.texts, workers.features.Encoder.images
+    own_texts, own_images = (
+        sigray.workers.evaluation.features.Encoder.texts,
+        sigray.workers.evaluation.features.Encoder.images,
+    )
     monkeypatch.setattr(
-        workers.features.Encoder,
+        sigray.workers.evaluation.features.Encoder,
         "texts",
         lambda self, some: (sizes.append(len(some)), texts.extend(some), own_texts(self, some))[2],
     )
-    cuts, own_cut = [], workers.features.cut
+    cuts, own_cut = [], sigray.workers.evaluation.features.cut
     monkeypatch.setattr(
-        workers.features,
+        sigray.workers.evaluation.features,
         "cut",
         lambda name, spec, data, size, **named: (cuts.append(size), own_cut(name, spec, data, size, **named))[1],
     )
     monkeypatch.setattr(
-        workers.features.Encoder,
+        sigray.workers.evaluation.features.Encoder,
         "images",
         lambda self, some: (sizes.append(len(some)), threads.add(torch.get_num_threads()), own_images(self, some))[2],
     )
@@ -1003,12 +1009,14 @@ def test_the_tokenizer_of_a_file(configure, tmp_path):
 
 
 def test_embeddings_are_stored_and_read_as_the_config_says(configure, plain, spy, monkeypatch, tmp_path):
-    sizes, own = [], workers.embed.Embedder._forward
+    sizes, own = [], sigray.workers.data.embed.Embedder._forward
     monkeypatch.setattr(
-        workers.embed.Embedder, "_forward", lambda self, images: (sizes.append(len(images)), own(self, images))[1]
+        sigray.workers.data.embed.Embedder,
+        "_forward",
+        lambda self, images: (sizes.append(len(images)), own(self, images))[1],
     )
-    opened, own_device = [], workers.features.open_device
-    for module in (workers.embed, workers.train):
+    opened, own_device = [], sigray.workers.evaluation.features.open_device
+    for module in (sigray.workers.data.embed, sigray.workers.training.train):
 
         def open_device(*arguments: Any, **named: Any) -> Any:
             opened.append(arguments)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from native import build, compiled
+from sigray.native import build, compiled
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_a_change_of_source_header_or_flags_is_another_library(source, tmp_path,
 
 def test_several_processes_at_once_get_a_whole_library(source, tmp_path):
     script = (
-        "from pathlib import Path; from native import compiled; import sys; path = Path(sys.argv[1])\n"
+        "from pathlib import Path; from sigray.native import compiled; import sys; path = Path(sys.argv[1])\n"
         "print(compiled([path], headers=[path.with_suffix('.h')], without='').answer())"
     )
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}

@@ -1,4 +1,4 @@
-"""Entry point of `sigray`: the commands of `orchestrator/cli.py`, and `sweep` from here, as imports point one way."""
+"""Entry point of `sigray`: the commands of `orchestrator/cli/main.py`, and `sweep` from here, as imports point one way."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from orchestrator.cli import main as orchestrator_main
-from orchestrator.config import ConfigError
+from sigray.orchestrator.cli.main import main as orchestrator_main
+from sigray.orchestrator.config import ConfigError
 
 _EXAMPLES = """\
 examples:
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _sweep_pages() -> list[Any]:
-    from tuning.pages import SWEEPS
+    from sigray.tuning.live_page import SWEEPS
 
     return [SWEEPS]
 
@@ -80,7 +80,7 @@ def _add_sweep(command: Any) -> None:
 
 
 def _sweep(options: argparse.Namespace, console: Console) -> int:
-    from tuning.study import load_study, read_study
+    from sigray.tuning.study import load_study, read_study
 
     given = options.resume or options.report
     words = options.overrides
@@ -89,18 +89,18 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
     if not given and not (words and "=" not in words[0]):
         raise ConfigError("give a study, as tuning/studies/batch_size.yaml, or --resume DIR; `sigray sweep --help`")
     study = read_study(given, words) if given else load_study(words[0], words[1:])
-    from tuning.sweep import plan, sweep
-    from tuning.table import ranking
+    from sigray.tuning.sweep import plan, sweep
+    from sigray.tuning.table import ranking
 
     if options.plan:
         console.print(plan(study, console))
         return 0
-    from tuning.live import results_table, value_text
+    from sigray.tuning.live import results_table, value_text
 
     if options.report:
-        from tuning.report import write_report
-        from tuning.table import read_table
-        from workers.storage import Storage
+        from sigray.tuning.report import write_report
+        from sigray.tuning.table import read_table
+        from sigray.workers.storage import Storage
 
         storage = Storage(study.config.storage_uri)
         path = write_report(study, storage, read_table(storage))

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from orchestrator.config import RunConfig, parse_config
-from orchestrator.launch import check_batch, check_model_and_sets, rung_step
-from orchestrator.plan import check_memory
-from workers.shards import Manifest
+from sigray.orchestrator.config import RunConfig, parse_config
+from sigray.orchestrator.planning.plan import check_memory
+from sigray.orchestrator.run.driver import check_batch, check_model_and_sets, rung_step
+from sigray.workers.data.manifest import Manifest
 
 Check = Callable[[RunConfig, Manifest, Sequence[int]], None]
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from tuning.decide import Rules, decide
-from tuning.table import Row, Table, Writer
-from workers.storage import Storage
+from sigray.tuning.decide import Rules, decide
+from sigray.tuning.table import Row, Table, Writer
+from sigray.workers.storage import Storage
 
 if TYPE_CHECKING:
-    from workers.train import Answer
+    from sigray.workers.training.train import Answer
 
 
 class Judge:

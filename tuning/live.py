@@ -9,9 +9,9 @@ from rich.live import Live
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from orchestrator.monitor import Display
-from tuning.study import Study
-from tuning.table import Row, Table
+from sigray.orchestrator.run.monitor import Display
+from sigray.tuning.study import Study
+from sigray.tuning.table import Row, Table
 
 _MAX_ROWS = 40  # on a terminal
 

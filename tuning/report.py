@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from orchestrator import drawing, words
-from orchestrator.folder import REPORT
-from orchestrator.page import page, render
-from tuning.live import value_text
-from tuning.search import Search
-from tuning.study import FigureConfig, Study
-from tuning.table import Ranked, Row, Table, as_csv, ranking
-from tuning.verdict import Verdict, verdict
-from workers.storage import Storage
+from sigray.orchestrator import formatting as words
+from sigray.orchestrator.reports import drawing
+from sigray.orchestrator.reports.template import page, render
+from sigray.orchestrator.run.folder import REPORT
+from sigray.tuning.live import value_text
+from sigray.tuning.search import Search
+from sigray.tuning.study import FigureConfig, Study
+from sigray.tuning.table import Ranked, Row, Table, as_csv, ranking
+from sigray.tuning.verdict import Verdict, verdict
+from sigray.workers.storage import Storage
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -81,7 +82,7 @@ def draw_sweep(
         trials: of a live page, what is known of trials besides the table, by number.
     """
     return render(
-        "tuning",
+        "sigray.tuning",
         "report.html.j2",
         now=now,
         name=study.config.name,
@@ -107,7 +108,7 @@ def draw_sweep(
 
 def sweep_css() -> str:
     """The style of sweeps' pages, besides that of all."""
-    return importlib.resources.files("tuning").joinpath("report.css").read_text(encoding="utf-8")
+    return importlib.resources.files("sigray.tuning").joinpath("report.css").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def _is_level(study: Study, best: Ranked, other: Ranked) -> bool:
 
 def _variance(study: Study, one: Ranked) -> float:
     """Of the mean over seeds: that of the images, or of the seeds where there are enough to say."""
-    from tuning.verdict import sample_variance
+    from sigray.tuning.verdict import sample_variance
 
     count = len(one.rows)
     images = sum(sample_variance(row.results[one.rung], study.config.metric) for row in one.rows) / count**2
@@ -579,8 +580,8 @@ def importances(study: Study, table: Table) -> dict[str, float]:
         return {}
     import optuna
 
-    from tuning.search import Outcome, frozen_trial
-    from tuning.space import Point
+    from sigray.tuning.search import Outcome, frozen_trial
+    from sigray.tuning.space import Point
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     known = optuna.create_study(direction="maximize")

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tuning.space import Dimension, Point, crossed_points, draw, make_point, random_uniform
-from tuning.study import Study
+from sigray.tuning.space import Dimension, Point, crossed_points, draw, make_point, random_uniform
+from sigray.tuning.study import Study
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from orchestrator.config import ConfigError, put
-from workers.config import Section
+from sigray.orchestrator.config import ConfigError, put
+from sigray.workers.config import Section
 
 _KINDS = ("grid", "cases", "choice", "uniform", "loguniform", "expr")
 

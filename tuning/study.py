@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from orchestrator.config import (
+from sigray.orchestrator.config import (
     ConfigError,
     RunConfig,
     override_of,
@@ -25,9 +25,9 @@ from orchestrator.config import (
     read_mapping,
     refuse_secrets,
 )
-from tuning.decide import Rules, Scheduler, geometric_rungs
-from tuning.space import Dimension
-from workers.config import LocalOrUri, NonNegativeInt, PositiveInt, Section
+from sigray.tuning.decide import Rules, Scheduler, geometric_rungs
+from sigray.tuning.space import Dimension
+from sigray.workers.config import LocalOrUri, NonNegativeInt, PositiveInt, Section
 
 STUDY = "study.yaml"  # in the folder of a sweep
 _FIGURES = {
@@ -315,7 +315,7 @@ def read_study(uri: str, overrides: list[str] | tuple[str, ...] = ()) -> Study:
     Raises:
         ConfigError: where there is none.
     """
-    from workers.storage import Storage
+    from sigray.workers.storage import Storage
 
     try:
         content = yaml.safe_load(Storage(uri).read(STUDY))

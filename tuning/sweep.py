@@ -4,7 +4,7 @@
 
     driver: sigray sweep           this file
       |-- Judge (actor)            the table of results; decides at rungs                  tuning/judge.py
-      |-- data-shard workers       of each stream that trials share                        workers/pool.py
+      |-- data-shard workers       of each stream that trials share                        workers/data/pool.py
       '-- Ray Tune: trials (actors), as many as there is room for
             '-- a whole `sigray train` each, with its own worker group, checkpoints and evaluations
 
@@ -31,24 +31,32 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich.console import Console
 
-from orchestrator.backends import worker_resources
-from orchestrator.config import ConfigError, RunConfig, check_resume, parse_config
-from orchestrator.launch import TRIAL_CPUS, evaluation_resources, ray_of_run, rung_step, scan, stop_on_signal, train
-from orchestrator.lease import RunHeld, RunLease
-from orchestrator.monitor import Display
-from tuning.capacity import Demand, Node, count_trials
-from tuning.feasible import feasible
-from tuning.judge import Judge
-from tuning.live import LiveTable, results_table, words
-from tuning.search import Search
-from tuning.study import STUDY, Study, parse_study, trial_name
-from tuning.table import RESULTS, Row, Table, Writer
-from workers.shards import Manifest
-from workers.storage import Storage
+from sigray.orchestrator.config import ConfigError, RunConfig, check_resume, parse_config
+from sigray.orchestrator.run.backends import worker_resources
+from sigray.orchestrator.run.driver import (
+    TRIAL_CPUS,
+    evaluation_resources,
+    ray_of_run,
+    rung_step,
+    scan,
+    stop_on_signal,
+    train,
+)
+from sigray.orchestrator.run.lease import RunHeld, RunLease
+from sigray.orchestrator.run.monitor import Display
+from sigray.tuning.capacity import Demand, Node, count_trials
+from sigray.tuning.feasible import feasible
+from sigray.tuning.judge import Judge
+from sigray.tuning.live import LiveTable, results_table, words
+from sigray.tuning.search import Search
+from sigray.tuning.study import STUDY, Study, parse_study, trial_name
+from sigray.tuning.table import RESULTS, Row, Table, Writer
+from sigray.workers.data.manifest import Manifest
+from sigray.workers.storage import Storage
 
 if TYPE_CHECKING:
-    from workers.pool import DataPool, SharedPool
-    from workers.train import Answer
+    from sigray.workers.data.pool import DataPool, SharedPool
+    from sigray.workers.training.train import Answer
 
 _LOOK_S = 1.0  # between two looks at the table
 _CAPACITY_S = 5.0  # and at the cluster
@@ -72,7 +80,7 @@ def sweep(study: Study, console: Console, *, overwrite: bool = False, retry: boo
         ConfigError, OSError: for what the user can mend, before anything is started.
         RuntimeError: where not one trial came to a result.
     """
-    from tuning.report import write_report
+    from sigray.tuning.report import write_report
 
     # Ray Tune prints what it likes: its words go to a file, and ours past it.
     display, config = Display(Console(file=console.file)), study.config
@@ -244,7 +252,7 @@ class _Sweep:
     def __enter__(self) -> _Sweep:
         import ray
 
-        from workers.pool import start_here
+        from sigray.workers.data.pool import start_here
 
         config = self.study.config
         num_rungs = {budget: len(config.rungs_of(budget)) for budget in config.budgets}
@@ -273,7 +281,7 @@ class _Sweep:
             os.environ[name] = value
         from ray import tune
 
-        from tuning.tune_adapter import Trials, Watch
+        from sigray.tuning.tune_adapter import Trials, Watch
 
         scratch = tempfile.mkdtemp(prefix="sigray-tune-")
         trainable: Any = tune.with_resources(
@@ -400,7 +408,7 @@ class _Sweep:
         """Give a trial its stream; its data-shard workers start with the first that reads it."""
         import ray
 
-        from workers.pool import DataPool
+        from sigray.workers.data.pool import DataPool
 
         config = self._configs[number]
         key = self._stream_key(config)
@@ -427,7 +435,7 @@ class _Sweep:
 
     def _stream_key(self, config: RunConfig) -> str:
         """Runs with the same one read the same blocks: what decides about samples, images and tokens."""
-        from workers.shapes import shapes
+        from sigray.workers.model.inputs import shapes
 
         data = config.data.model_dump(mode="json")
         for name in ("num_workers", "cpus_per_worker", "prefetch_batches", "shared_blocks", "worker_timeout_s"):
@@ -476,7 +484,7 @@ class _JudgeWriter:
 
 
 class _SweepTrial:
-    """A trial as `launch.train` sees it; see `orchestrator.launch.Trial`."""
+    """A trial as `launch.train` sees it; see `sigray.orchestrator.run.driver.Trial`."""
 
     def __init__(
         self,
@@ -525,7 +533,7 @@ def _run_trial(config: dict[str, Any], *, judge: Any, study: Study) -> None:
     """
     import ray
 
-    from workers.pool import SharedPool
+    from sigray.workers.data.pool import SharedPool
 
     number = config["number"]
     content, stream, passed = ray.get(judge.seat_of.remote(number))

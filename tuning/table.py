@@ -22,10 +22,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tuning.decide import Progress
-from tuning.search import Outcome
-from tuning.space import Point
-from workers.storage import Storage
+from sigray.tuning.decide import Progress
+from sigray.tuning.search import Outcome
+from sigray.tuning.space import Point
+from sigray.workers.storage import Storage
 
 RESULTS = "results.jsonl"
 Status = Literal["waiting", "begun", "finished", "stopped", "failed", "infeasible"]

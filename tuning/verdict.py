@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tuning.study import Claim
-from tuning.table import Result, Row
+from sigray.tuning.study import Claim
+from sigray.tuning.table import Result, Row
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 `Device` is what the step and the loop talk to: one torch device per worker, run eagerly, with collectives over the
 workers. `XlaDevice` is its twin under torch-xla: a worker is a host with several devices, operations are recorded and
-compiled, and the devices share one program (GSPMD). `orchestrator/backends.py` brings the process groups up; no other
+compiled, and the devices share one program (GSPMD). `orchestrator/run/backends.py` brings the process groups up; no other
 file imports torch_xla or calls torch.cuda (tests/test_layout.py). torch-xla 2.9 is its last release: its successor
 would join here and there.
 """
@@ -24,10 +24,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from losses import Negatives, Shards, ring_sigmoid_loss, ring_softmax_loss, sharded_sigmoid_loss, sharded_softmax_loss
-from losses.spans import span
-from workers.config import Accelerator, LossConfig, Precision
-from workers.towers import tower_blocks
+from sigray.losses import (
+    Negatives,
+    Shards,
+    ring_sigmoid_loss,
+    ring_softmax_loss,
+    sharded_sigmoid_loss,
+    sharded_softmax_loss,
+)
+from sigray.losses.spans import span
+from sigray.workers.config import Accelerator, LossConfig, Precision
+from sigray.workers.model.towers import tower_blocks
 
 _PORTABLE = 1  # cudaHostRegisterPortable
 _COPIES_AHEAD = 3  # the device must not run out of work while the host asks for the many small kernels of a text tower

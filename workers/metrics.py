@@ -1,6 +1,6 @@
 """Every metric that leaves a run for Prometheus, defined once: name, unit, meaning, and where its value comes from.
 
-`orchestrator/monitoring.py` makes the Grafana dashboard and the alert rules from this table. The driver sets what it
+`orchestrator/cluster/prometheus.py` makes the Grafana dashboard and the alert rules from this table. The driver sets what it
 knows (`RunMetrics`), each data-shard worker what it has done (`WorkerMetrics`); Ray exports both to Prometheus, with
 `ray_` before the name and `_total` behind a counter's. Imports no Ray before something is set.
 """

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.clusters import check_cluster_file
-from orchestrator.config import load_config
+from sigray.orchestrator.cluster.files import check_cluster_file
+from sigray.orchestrator.config import load_config
 from tests.helpers.bare import train_bare
 from tests.helpers.data import TOWERS, write_dataset
 from tests.helpers.hosts import ROOT, Hosts

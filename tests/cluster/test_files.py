@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.clusters import check_cluster_file, chips_per_host, tpu_chips
-from orchestrator.config import ConfigError
+from sigray.orchestrator.cluster.files import check_cluster_file, chips_per_host, tpu_chips
+from sigray.orchestrator.config import ConfigError
+from sigray.tuning.cli import main
 from tests.helpers import hosts
-from tuning.cli import main
 
 FILES = [Path("cluster.yaml"), *sorted(Path("clusters").glob("*.yaml"))]
 GCP, AWS, LOCAL = Path("cluster.yaml"), Path("clusters/aws_gpu.yaml"), Path("clusters/on_premises.yaml")
@@ -150,7 +150,7 @@ def test_ray_agrees_about_the_hosts_of_a_slice():
 
 
 def test_versions_agree_with_what_is_pinned():
-    from orchestrator.clusters import RAY_VERSION
+    from sigray.orchestrator.cluster.files import RAY_VERSION
 
     pinned = Path("requirements.txt").read_text()
     assert f"\nray=={RAY_VERSION}\n" in pinned

@@ -11,25 +11,25 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from losses import Negatives, sigmoid_loss, sigmoid_loss_plain
-from losses.exchange import ring_softmax_loss
-from losses.fused import eager_terms_, negative_terms_
-from losses.softmax import softmax_loss_plain
-from orchestrator.config import load_config
+from sigray.losses import Negatives, sigmoid_loss, sigmoid_loss_plain
+from sigray.losses.fused import eager_terms_, negative_terms_
+from sigray.losses.ring import ring_softmax_loss
+from sigray.losses.softmax import softmax_loss_plain
+from sigray.orchestrator.config import load_config
+from sigray.workers.checkpoint.writer import CheckpointWriter, load_newest
+from sigray.workers.config import CheckpointConfig
+from sigray.workers.data.loader import Feed
+from sigray.workers.data.manifest import scan_shards
+from sigray.workers.data.worker import DataWorker, build_order, image_kind
+from sigray.workers.device import open_device
+from sigray.workers.storage import Storage
+from sigray.workers.training.step import BadStep
 from tests.helpers import steps
 from tests.helpers.bare import OneWorker, train_bare
 from tests.helpers.data import write_small_run
 from tests.helpers.losses import scalars, tile_of, value_and_gradients
 from tests.helpers.reference import random_features, step_gradients
 from tests.helpers.steps import MODEL, NUM_PAIRS, SEED, WITH_DROPOUT, check_gradients, global_batch, part_of
-from workers.checkpoint import CheckpointWriter, load_newest
-from workers.config import CheckpointConfig
-from workers.data_worker import DataWorker, build_order, image_kind
-from workers.device import open_device
-from workers.feed import Feed
-from workers.shards import scan_shards
-from workers.step import BadStep
-from workers.storage import Storage
 
 CUDA = "cuda"
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from orchestrator.config import RunConfig
-from orchestrator.embed import check_store
-from orchestrator.launch import train_job
-from workers.committed import CheckpointInfo
-from workers.data_worker import Block, DataWorker
-from workers.profile import Profile
-from workers.shards import scan_shards
-from workers.shared_memory import Place
-from workers.train import Answer, Request, train_loop_per_worker
+from sigray.orchestrator.config import RunConfig
+from sigray.orchestrator.run.driver import train_job
+from sigray.orchestrator.run.embed import check_store
+from sigray.workers.checkpoint.index import CheckpointInfo
+from sigray.workers.data.buffers import Place
+from sigray.workers.data.manifest import scan_shards
+from sigray.workers.data.worker import Block, DataWorker
+from sigray.workers.training.profile import Profile
+from sigray.workers.training.train import Answer, Request, train_loop_per_worker
 
 
 class OneWorker:

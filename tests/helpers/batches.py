@@ -1,9 +1,9 @@
 """The batches of each rank, fed by data workers in this process."""
 
+from sigray.workers.data.loader import Feed
+from sigray.workers.data.manifest import scan_shards
+from sigray.workers.data.worker import DataWorker, build_order, image_kind
 from tests.helpers.bare import OneWorker
-from workers.data_worker import DataWorker, build_order, image_kind
-from workers.feed import Feed
-from workers.shards import scan_shards
 
 
 def manifest_of(data):

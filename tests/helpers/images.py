@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from workers.resize import resize
+from sigray.workers.data.resize import resize
 
 
 def resize_by_torch(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -16,8 +16,9 @@ import ray
 import ray._private.state
 import ray.train.v2.api.data_parallel_trainer as ray_train
 
-from orchestrator import launch, lease
-from orchestrator.launch import LEAN_RAY
+from sigray.orchestrator.run import driver as launch
+from sigray.orchestrator.run import lease
+from sigray.orchestrator.run.driver import LEAN_RAY
 
 
 class _Reference:

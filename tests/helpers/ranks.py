@@ -27,7 +27,7 @@ class RankGroup:
     def __init__(self, world_size: int) -> None:
         context = multiprocessing.get_context("forkserver")
         # The fork server imports torch and open_clip once for all tests: a fresh interpreter would do so per rank.
-        context.set_forkserver_preload(["torch", "open_clip", "workers.train"])
+        context.set_forkserver_preload(["torch", "open_clip", "sigray.workers.training.train"])
         self._folder = tempfile.TemporaryDirectory()
         self._connections: list[Connection] = []
         self._processes = []

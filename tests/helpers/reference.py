@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from losses import sigmoid_loss_plain
-from workers.config import ModelConfig
-from workers.order import LaneSlice, SampleRef, StreamOrder
-from workers.towers import build_model, normalize_pixels
+from sigray.losses import sigmoid_loss_plain
+from sigray.workers.config import ModelConfig
+from sigray.workers.data.order import LaneSlice, SampleRef, StreamOrder
+from sigray.workers.model.towers import build_model, normalize_pixels
 
 
 def random_features(num_rows: int, dim: int, *, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -35,7 +35,7 @@ def step_gradients(
 ) -> tuple[float, dict[str, Tensor], nn.Module]:
     """Loss and gradient of every parameter for one global batch: one process, float64, the whole B x B matrix.
 
-    The weights are those that `workers.step.Trainer` starts from with the same seed.
+    The weights are those that `sigray.workers.training.step.Trainer` starts from with the same seed.
     """
     torch.manual_seed(seed)
     module = build_model(model).double()

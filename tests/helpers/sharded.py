@@ -2,8 +2,8 @@
 
 import torch
 
-from losses import sharded_sigmoid_loss, sharded_softmax_loss, sigmoid_loss_plain
-from losses.softmax import softmax_loss_plain
+from sigray.losses import sharded_sigmoid_loss, sharded_softmax_loss, sigmoid_loss_plain
+from sigray.losses.softmax import softmax_loss_plain
 from tests.helpers.reference import random_features
 
 DIM = 5

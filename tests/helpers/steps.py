@@ -3,11 +3,11 @@
 import numpy as np
 import torch
 
+from sigray.workers.config import LossConfig, ModelConfig, OptimConfig
+from sigray.workers.data.loader import Batch
+from sigray.workers.device import check_collectives, open_device
+from sigray.workers.training.step import Trainer
 from tests.helpers.data import TOWERS
-from workers.config import LossConfig, ModelConfig, OptimConfig
-from workers.device import check_collectives, open_device
-from workers.feed import Batch
-from workers.step import Trainer
 
 NUM_PAIRS, SEED = 48, 3
 MODEL = ModelConfig(towers=TOWERS)

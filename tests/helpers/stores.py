@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from workers.config import DataConfig, EmbeddingsConfig, ModelConfig
-from workers.embed import Embedder
-from workers.image_towers import tower_sha256
-from workers.shards import scan_shards
-from workers.store import (
+from sigray.workers.config import DataConfig, EmbeddingsConfig, ModelConfig
+from sigray.workers.data.embed import Embedder
+from sigray.workers.data.embedding_store import (
     EmbeddingStore,
     StoreFormat,
     store_key,
 )
-from workers.towers import build_model
+from sigray.workers.data.manifest import scan_shards
+from sigray.workers.model.image_towers import tower_sha256
+from sigray.workers.model.towers import build_model
 
 
 class Tower(nn.Module):

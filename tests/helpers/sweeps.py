@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sigray.tuning.search import Search
+from sigray.tuning.study import Study, parse_study
+from sigray.tuning.table import Table
 from tests.helpers.data import TOWERS
-from tuning.search import Search
-from tuning.study import Study, parse_study
-from tuning.table import Table
 
 
 def run_content() -> dict[str, Any]:

@@ -8,12 +8,12 @@ import sys
 import numpy as np
 import torch
 
-from orchestrator.config import RunConfig, load_config
+from sigray.orchestrator.config import RunConfig, load_config
+from sigray.workers.data.loader import Batch
+from sigray.workers.device import open_device
+from sigray.workers.training.profile import Profile
+from sigray.workers.training.step import Trainer
 from tests.helpers.bare import train_bare
-from workers.device import open_device
-from workers.feed import Batch
-from workers.profile import Profile
-from workers.step import Trainer
 
 NUM_STEPS, BATCH = 10, 16
 ON_XLA = ["cluster.accelerator=xla_cpu", "cluster.devices_per_worker=2"]

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from losses import fused
-from losses.fused import add_, block_, eager_terms_, has_amx, negative_terms_, pair_terms_, row_dots, scaled
-from native import compiled, cpu_flags
+from sigray.losses import fused
+from sigray.losses.fused import add_, block_, eager_terms_, has_amx, negative_terms_, pair_terms_, row_dots, scaled
+from sigray.native import compiled, cpu_flags
 from tests.helpers.losses import tile_of
 from tests.helpers.reference import random_features
 
@@ -321,8 +321,8 @@ def test_a_block_of_float32_at_the_ends_of_its_range():
 INTERPRETED = """
 import torch
 
-from losses.fused import eager_terms_
-from losses.fused_cuda import BLOCK, negative_terms_cuda_
+from sigray.losses.fused import eager_terms_
+from sigray.losses.fused_cuda import BLOCK, negative_terms_cuda_
 from tests.helpers.losses import tile_of
 
 for rows, columns, scale, bias, excluded in [
@@ -365,7 +365,7 @@ def test_the_kernel_for_cuda_compiles(capability, dtype):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
-    from losses.fused_cuda import BLOCK, NUM_WARPS, tile_kernel
+    from sigray.losses.fused_cuda import BLOCK, NUM_WARPS, tile_kernel
 
     signature = {
         "x": f"*{dtype}",
@@ -391,13 +391,13 @@ def test_bfloat16_is_added_to_float32(size):
 
 
 PROGRAM_OF_A_TILE = """
-from losses.fused import negative_terms_
+from sigray.losses.fused import negative_terms_
 x = torch.linspace(-1, 1, 300 * 211).view(300, 211).contiguous()
 results = x, torch.zeros(3, 300)
 negative_terms_(x, torch.tensor(10.0), torch.tensor(-3.0), results[1])
 """
 PROGRAM_OF_A_BLOCK = """
-from losses import fused
+from sigray.losses import fused
 values, results = (torch.tensor(10.0), torch.tensor(-3.0)), []
 for dtype in (torch.bfloat16, torch.float32):
     features = [torch.randn(1300, 50, generator=torch.manual_seed(seed)).to(dtype) for seed in (0, 1)]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from losses import sigmoid_loss
-from losses.gradcache import cached_backward
-from losses.spans import recording, span
+from sigray.losses import sigmoid_loss
+from sigray.losses.gradcache import cached_backward
+from sigray.losses.spans import recording, span
 
 NUM_ROWS = 10
 

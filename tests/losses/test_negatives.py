@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from losses import Negatives, sigmoid_loss
-from losses.negatives import _random_mask
+from sigray.losses import Negatives, sigmoid_loss
+from sigray.losses.negatives import _random_mask
 from tests.helpers.losses import scalars, sorted_twin, value_and_gradients
 from tests.helpers.reference import random_features
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from losses import Negatives, Shards, sharded_sigmoid_loss, sigmoid_loss
+from sigray.losses import Negatives, Shards, sharded_sigmoid_loss, sigmoid_loss
 from tests.helpers.sharded import PLAIN, SHARDED, inputs
 
 
@@ -121,7 +121,7 @@ import torch_xla.distributed.spmd as spmd
 import torch_xla.runtime
 from torch_xla.debug import metrics
 
-from losses import Negatives, Shards
+from sigray.losses import Negatives, Shards
 from tests.helpers.sharded import PLAIN, SHARDED, inputs
 from tests.helpers.reference import random_features
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import losses.fused
-from losses import sigmoid_loss, sigmoid_loss_plain
+import sigray.losses.fused
+from sigray.losses import sigmoid_loss, sigmoid_loss_plain
 from tests.helpers.losses import scalars, value_and_gradients
 from tests.helpers.reference import pair_loss, random_features
 
@@ -75,10 +75,10 @@ def test_any_block_in_any_dtype(
     image, text = random_features(num_images, 8, seed=seed, dtype=dtype), random_features(num_texts, 8, seed=seed + 1)
     inputs = image, text.to(dtype), *scalars(scale, -10.0, torch.float32)
     expected = value_and_gradients(lambda *x: matrix_loss(*x, positive_offset), *(tensor.double() for tensor in inputs))
-    has_amx = has_amx and losses.fused.has_amx()
+    has_amx = has_amx and sigray.losses.fused.has_amx()
     with (
-        mock.patch("losses.fused.has_amx", return_value=has_amx),
-        mock.patch("losses.tiles.has_bfloat16_products", return_value=bfloat16_products),
+        mock.patch("sigray.losses.fused.has_amx", return_value=has_amx),
+        mock.patch("sigray.losses.tiles.has_bfloat16_products", return_value=bfloat16_products),
     ):
         actual = value_and_gradients(
             lambda *x: sigmoid_loss(*x, positive_offset=positive_offset, tile_size=tile_size), *inputs
@@ -101,8 +101,8 @@ def test_low_precision_features_are_accumulated_in_float32(dtype):
     expected = value_and_gradients(sigmoid_loss_plain, image.double(), text.double(), scale.double(), bias.double())
     # Products in bfloat16, where a processor has them, round x and dL/dz too; test_any_block_in_any_dtype bounds that.
     with (
-        mock.patch("losses.fused.has_amx", return_value=False),
-        mock.patch("losses.tiles.has_bfloat16_products", return_value=False),
+        mock.patch("sigray.losses.fused.has_amx", return_value=False),
+        mock.patch("sigray.losses.tiles.has_bfloat16_products", return_value=False),
     ):
         actual = value_and_gradients(lambda *x: sigmoid_loss(*x, tile_size=20), image, text, scale, bias)
     assert actual[0].dtype == torch.float32
@@ -190,7 +190,7 @@ import torch_xla
 
 device = torch_xla.device()  # before any backward pass: torch counts its devices at the first one
 
-from losses import sigmoid_loss, sigmoid_loss_plain
+from sigray.losses import sigmoid_loss, sigmoid_loss_plain
 from tests.helpers.losses import scalars, value_and_gradients
 from tests.helpers.reference import random_features
 import torch

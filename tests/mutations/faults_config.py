@@ -5,10 +5,14 @@ from __future__ import annotations
 from tests.mutations.fault import Fault
 from tests.mutations.keys import KEYS
 
-_LAUNCH, _TRAIN, _RUN = "orchestrator.launch:", "workers.train:", "orchestrator.launch:_Run."
+_LAUNCH, _TRAIN, _RUN = (
+    "sigray.orchestrator.run.driver:",
+    "sigray.workers.training.train:",
+    "sigray.orchestrator.run.driver:_Run.",
+)
 _HERE = "tests/test_keys_arrive.py::test_"
-_DRIVER = "tests/orchestrator/test_launch.py::test_a_run_"
-_RESUME = "tests/orchestrator/test_resume.py::test_a_changed_key_is_refused_or_free"
+_DRIVER = "tests/orchestrator/run/test_driver.py::test_a_run_"
+_RESUME = "tests/orchestrator/run/test_resume.py::test_a_changed_key_is_refused_or_free"
 
 
 def _of(key: str) -> tuple[str, ...]:
@@ -122,14 +126,14 @@ FAULTS = [
     ),
     Fault(
         "resources of training workers are lost",
-        "orchestrator.backends:worker_resources",
+        "sigray.orchestrator.run.backends:worker_resources",
         "{**resources, **cluster.resources_per_worker}",
         "resources",
         _of("cluster.resources_per_worker"),
     ),
     Fault(
         "CPUs of data-shard workers are not reserved",
-        "workers.pool:DataPool._start",
+        "sigray.workers.data.pool:DataPool._start",
         "num_cpus=self._cpus",
         "num_cpus=1",
         _of("data.cpus_per_worker"),
@@ -143,7 +147,7 @@ FAULTS = [
     ),
     Fault(
         "batch_size of an evaluation is lost",
-        "workers.features:Crew.images",
+        "sigray.workers.evaluation.features:Crew.images",
         "self._evaluation.batch_size",
         "256",
         _of("eval.batch_size"),
@@ -151,45 +155,45 @@ FAULTS = [
     # the config itself
     Fault(
         "languages are lost",
-        "workers.config:DataConfig._languages_fill_their_places",
+        "sigray.workers.config:DataConfig._languages_fill_their_places",
         'for language, share in content["languages"].items()',
         'for language, share in {next(iter(content["languages"])): total}.items()',
         _of("data.languages"),
     ),
     Fault(
         "resume accepts another num_lanes",
-        "orchestrator.config:FIXED_ON_RESUME",
+        "sigray.orchestrator.config:FIXED_ON_RESUME",
         '"data.num_lanes",',
         "",
         (f"{_RESUME}[data.num_lanes]",),
     ),
     Fault(
         "resume accepts another shuffle_window",
-        "orchestrator.config:FIXED_ON_RESUME",
+        "sigray.orchestrator.config:FIXED_ON_RESUME",
         '"data.shuffle_window",',
         "",
         (f"{_RESUME}[data.shuffle_window]",),
     ),
     Fault(
         "resume refuses another micro-batch",
-        "orchestrator.config:_FREE_ON_RESUME",
+        "sigray.orchestrator.config:_FREE_ON_RESUME",
         '"train.micro_batch_size",',
         "",
         (f"{_RESUME}[train.micro_batch_size]",),
     ),
     Fault(
         "a resume takes the datasets in another order",
-        "workers.shards:Manifest.differences",
+        "sigray.workers.data.manifest:Manifest.differences",
         "if [shard.dataset for shard in self.shards] != [shard.dataset for shard in now.shards]",
         "if False",
         (f"{_HERE}a_resume_refuses_the_same_datasets_in_another_order",),
     ),
     Fault(
         "a resume takes another count of a shard's samples",
-        "workers.shards:Manifest.differences",
+        "sigray.workers.data.manifest:Manifest.differences",
         "if shard.num_samples != after[url].num_samples",
         "if False",
-        ("tests/workers/test_shards.py::test_another_order_or_count_of_the_same_shards_is_a_difference",),
+        ("tests/workers/data/test_manifest.py::test_another_order_or_count_of_the_same_shards_is_a_difference",),
     ),
     # values that are computed, where the driver hands them on
     Fault(
@@ -215,16 +219,16 @@ FAULTS = [
     ),
     Fault(
         "micro_batch_size is lost with a range of workers",
-        "orchestrator.config:RunConfig.micro_batch_size",
+        "sigray.orchestrator.config:RunConfig.micro_batch_size",
         "micro or batch // largest",
         "batch // largest",
         ("tests/orchestrator/test_config.py::test_micro_batches_of_a_range_of_workers[10-expected1]",),
     ),
     Fault(
         "the training workers meet at the host of Ray's first one",
-        "orchestrator.backends:_GlooBackend.on_start",
+        "sigray.orchestrator.run.backends:_GlooBackend.on_start",
         "order[0], get_address_and_port",
         "0, get_address_and_port",
-        ("tests/orchestrator/test_backends.py::test_all_workers_meet_at_the_host_of_rank_0",),
+        ("tests/orchestrator/run/test_backends.py::test_all_workers_meet_at_the_host_of_rank_0",),
     ),
 ]

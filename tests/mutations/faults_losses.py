@@ -2,10 +2,10 @@
 
 from tests.mutations.fault import Fault
 
-_EXCHANGE = "tests/losses/test_exchange.py"
+_EXCHANGE = "tests/losses/test_ring.py"
 _FUSED = "tests/losses/test_fused.py"
 _GRADCACHE = "tests/losses/test_gradcache.py"
-_MEANS = "tests/losses/test_means.py"
+_MEANS = "tests/losses/test_logit_means.py"
 _NATIVE = "tests/test_native.py"
 _NEGATIVES = "tests/losses/test_negatives.py"
 _SHARDED = "tests/losses/test_sharded.py"
@@ -70,7 +70,7 @@ FAULTS = [
     ),
     Fault(
         "the eager form gives its sums to the wrong gradients",
-        "losses.fused:negative_terms",
+        "sigray.losses.fused:negative_terms",
         "sigmoid, cosine * sigmoid",
         "cosine * sigmoid, sigmoid",
         (
@@ -80,63 +80,63 @@ FAULTS = [
     ),
     Fault(
         "the kernel for CUDA lets excluded cosines count",
-        "losses.fused_cuda:tile_kernel",
+        "sigray.losses.fused_cuda:tile_kernel",
         'z = tl.where(counts, t * cosine + b, -float("inf"))',
         "z = t * cosine + b",
         (f"{_FUSED}::test_the_kernel_for_cuda_interpreted",),
     ),
     Fault(
         "feature gradients are divided by the number of texts",
-        "losses.sigmoid:SigmoidPass.finish",
+        "sigray.losses.sigmoid:SigmoidPass.finish",
         "self._scale / len(self._image)",
         "self._scale / len(grad_text)",
         (f"{_SIGMOID}::test_equals_the_sum_over_pairs",),
     ),
     Fault(
         "text gradients of one row of tiles replace those of another",
-        "losses.sigmoid:SigmoidPass.visit",
+        "sigray.losses.sigmoid:SigmoidPass.visit",
         "tile.rows.start == 0\n",
         "True\n",
         (f"{_SIGMOID}::test_equals_the_sum_over_pairs",),
     ),
     Fault(
         "a factor before the loss does not reach the bias",
-        "losses.sigmoid:_OnePass.backward",
+        "sigray.losses.sigmoid:_OnePass.backward",
         "(result.grad_bias * grad_loss)",
         "result.grad_bias",
         (f"{_SIGMOID}::test_gradients_follow_the_factor_before_the_loss",),
     ),
     Fault(
         "images before the first text count as pairs",
-        "losses.sigmoid:sigmoid_loss",
+        "sigray.losses.sigmoid:sigmoid_loss",
         "- max(0, -first_image)",
         "",
         (f"{_NEGATIVES}::test_hardest_and_easiest_equal_the_sorted_twin",),
     ),
     Fault(
         "the softmax forgets one of its two directions",
-        "losses.softmax:SoftmaxPass.visit",
+        "sigray.losses.softmax:SoftmaxPass.visit",
         "dz = (dz + (z - normalisers[tile.columns].T).exp_()) / 2",
         "pass",
         (f"{_EXCHANGE}::test_mean_over_ranks_is_the_loss_of_the_global_batch[softmax-1]",),
     ),
     Fault(
         "the softmax's pairs are half ones",
-        "losses.softmax:SoftmaxPass._subtract_pairs",
+        "sigray.losses.softmax:SoftmaxPass._subtract_pairs",
         ".sub_(1)",
         ".sub_(0.5)",
         (f"{_EXCHANGE}::test_mean_over_ranks_is_the_loss_of_the_global_batch[softmax-1]",),
     ),
     Fault(
         "a tile with a single pair has none",
-        "losses.tiles:Tile.pairs",
+        "sigray.losses.tiles:Tile.pairs",
         "rows.start < rows.stop",
         "rows.start + 1 < rows.stop",
         (f"{_SIGMOID}::test_equals_the_sum_over_pairs",),
     ),
     Fault(
         "sums of bfloat16 are bfloat16",
-        "losses.tiles:sum_dtype",
+        "sigray.losses.tiles:sum_dtype",
         "else torch.float32",
         "else features.dtype",
         (
@@ -146,49 +146,49 @@ FAULTS = [
     ),
     Fault(
         "one negative too few is kept",
-        "losses.negatives:make_mask",
+        "sigray.losses.negatives:make_mask",
         "num_negatives - num_kept if",
         "num_negatives - num_kept + 1 if",
         (f"{_NEGATIVES}::test_hardest_and_easiest_equal_the_sorted_twin",),
     ),
     Fault(
         "negative cosines are ordered as their bits",
-        "losses.negatives:_key",
+        "sigray.losses.negatives:_key",
         "^ ((bits >> 31) & 0x7FFFFFFF)",
         "",
         (f"{_NEGATIVES}::test_hardest_and_easiest_equal_the_sorted_twin",),
     ),
     Fault(
         "each seed draws the same random negatives",
-        "losses.negatives:_random_mask",
+        "sigray.losses.negatives:_random_mask",
         "random_drop(images, texts, seed, fraction)",
         "random_drop(images, texts, 0, fraction)",
         (f"{_NEGATIVES}::test_random_negatives_are_as_many_as_asked_and_independent",),
     ),
     Fault(
         "random negatives are numbered within the tile",
-        "losses.negatives:_random_mask",
+        "sigray.losses.negatives:_random_mask",
         "torch.arange(first_text, first_text + num_texts",
         "torch.arange(0, num_texts",
         (f"{_NEGATIVES}::test_random_negatives_do_not_depend_on_tiles",),
     ),
     Fault(
         "the hardest negatives are those of this rank",
-        "losses.exchange:ring_sigmoid_loss",
+        "sigray.losses.ring:ring_sigmoid_loss",
         "return ranks.sum(histogram)",
         "return histogram",
         (f"{_EXCHANGE}::test_threshold_is_that_of_the_global_batch",),
     ),
     Fault(
         "text gradients of other ranks do not come home",
-        "losses.exchange:Ranks._travel",
+        "sigray.losses.ring:Ranks._travel",
         "list(map(combine, at_home, homeward.wait()))",
         "[homeward.wait(), at_home][1]",
         (f"{_EXCHANGE}::test_mean_over_ranks_is_the_loss_of_the_global_batch[sigmoid-2]",),
     ),
     Fault(
         "NaN in the first row is let through",
-        "losses.exchange:_raise_what_is_wrong",
+        "sigray.losses.ring:_raise_what_is_wrong",
         "if row >= 0",
         "if row > 0",
         (
@@ -198,56 +198,56 @@ FAULTS = [
     ),
     Fault(
         "normalisers of other ranks are not summed",
-        "losses.exchange:ring_softmax_loss",
+        "sigray.losses.ring:ring_softmax_loss",
         "torch.logaddexp",
         "torch.maximum",
         (f"{_EXCHANGE}::test_mean_over_ranks_is_the_loss_of_the_global_batch[softmax-2]",),
     ),
     Fault(
         "the sharded loss forgets the pairs' gradient of texts",
-        "losses.sharded:sharded_sigmoid_loss",
+        "sigray.losses.sharded:sharded_sigmoid_loss",
         "loss.pairs(text) + _round",
         "0 * loss.pairs(text) + _round",
         (f"{_SHARDED}::test_any_number_of_slices_is_the_loss_of_the_batch",),
     ),
     Fault(
         "the sharded loss drops other random negatives on the way",
-        "losses.sharded:_SigmoidShards.visit",
+        "sigray.losses.sharded:_SigmoidShards.visit",
         ".roll(hops, 0)",
         "",
         (f"{_SHARDED}::test_random_negatives_are_those_of_the_global_batch",),
     ),
     Fault(
         "pairs count among the negatives' mean",
-        "losses.means:mean_logits",
+        "sigray.losses.logit_means:mean_logits",
         "(num_pairs * everything - positive)",
         "(num_pairs * everything)",
         (f"{_MEANS}::test_means_equal_those_of_the_matrix",),
     ),
     Fault(
         "the whole batch is one micro-batch",
-        "losses.gradcache:cached_backward",
+        "sigray.losses.gradcache:cached_backward",
         "if micro_batch_size >= num_rows:",
         "if num_rows:",
         (f"{_GRADCACHE}::test_micro_batches_give_the_gradients_of_the_whole_batch",),
     ),
     Fault(
         "micro-batches receive each other's gradients",
-        "losses.gradcache:cached_backward",
+        "sigray.losses.gradcache:cached_backward",
         "in zip(micro_batches, zip",
         "in zip(micro_batches[::-1], zip",
         (f"{_GRADCACHE}::test_micro_batches_give_the_gradients_of_the_whole_batch[False-5]",),
     ),
     Fault(
         "a device that runs behind is not waited for after the loss",
-        "losses.gradcache:cached_backward",
+        "sigray.losses.gradcache:cached_backward",
         "    del features\n    if settle is not None:\n        settle()\n",
         "    del features\n",
         (f"{_GRADCACHE}::test_micro_batches_give_the_gradients_of_the_whole_batch",),
     ),
     Fault(
         "a profile does not wait for the device",
-        "losses.spans:recording",
+        "sigray.losses.spans:recording",
         "settle=settle",
         "settle=None",
         (f"{_GRADCACHE}::test_a_span_waits_for_the_device_at_its_end_and_for_nothing_while_nobody_profiles",),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tests.mutations.fault import Fault
 
-_RUN = "tests/workers/test_independent.py::test_run_is_the_plain_loops"
-_GOLDEN = "tests/workers/test_golden.py::test_golden"
+_RUN = "tests/workers/training/test_independent.py::test_run_is_the_plain_loops"
+_GOLDEN = "tests/workers/data/test_golden.py::test_golden"
 
 
 def _run(config: str, cut: str = "1-None") -> tuple[str, ...]:
@@ -16,7 +16,12 @@ def _golden(test: str) -> tuple[str, ...]:
     return (f"{_GOLDEN}_{test}",)
 
 
-_STEP, _OPTIM, _TRAIN, _WORKER = "workers.step:", "workers.optim:", "workers.train:", "workers.data_worker:"
+_STEP, _OPTIM, _TRAIN, _WORKER = (
+    "sigray.workers.training.step:",
+    "sigray.workers.training.optim:",
+    "sigray.workers.training.train:",
+    "sigray.workers.data.worker:",
+)
 
 FAULTS = [
     Fault(
@@ -213,112 +218,112 @@ FAULTS = [
     ),
     Fault(
         "crops and captions equal in all epochs",
-        "workers.decode:sample_random",
+        "sigray.workers.data.decode:sample_random",
         "seed, epoch, shard",
         "seed, 0, shard",
         _golden("crops"),
     ),
     Fault(
         "a crop is drawn from the captions' numbers",
-        "workers.decode:Decoder.decode_image",
+        "sigray.workers.data.decode:Decoder.decode_image",
         'random.uniforms("crop")',
         'random.uniforms("caption")',
         _run("draws"),
     ),
     Fault(
         "a crop never reaches the right edge",
-        "workers.decode:random_box",
+        "sigray.workers.data.decode:random_box",
         "(width - box_width + 1)",
         "(width - box_width)",
         _golden("crops"),
     ),
     Fault(
         "weights of captions ignored",
-        "workers.decode:Decoder.choose_caption",
+        "sigray.workers.data.decode:Decoder.choose_caption",
         "-math.log1p(-next(uniforms)) / source[1]",
         "-math.log1p(-next(uniforms))",
         _golden("captions"),
     ),
     Fault(
         "shards stand alike in every epoch",
-        "workers.order:DatasetOrder._line",
+        "sigray.workers.data.order:DatasetOrder._line",
         "0, epoch)",
         "0, 0)",
         _golden("order[seed7lanes2]"),
     ),
     Fault(
         "windows are shuffled alike in every epoch",
-        "workers.order:DatasetOrder.window",
+        "sigray.workers.data.order:DatasetOrder.window",
         "1, epoch, segment, number",
         "1, 0, segment, number",
         _golden("order[seed7lanes2]"),
     ),
     Fault(
         "windows of a segment are shuffled alike",
-        "workers.order:DatasetOrder.window",
+        "sigray.workers.data.order:DatasetOrder.window",
         "1, epoch, segment, number",
         "1, epoch, segment, 0",
         _golden("order[seed0lanes5]"),
     ),
     Fault(
         "all data sets of a mix have one seed",
-        "workers.order:StreamOrder.__init__",
+        "sigray.workers.data.order:StreamOrder.__init__",
         "(seed, number) if number else (seed,)",
         "(seed,)",
         _golden("order[seed2lanes3]"),
     ),
     Fault(
         "label noise equal in all epochs",
-        "workers.noise:place_hash",
+        "sigray.workers.data.label_noise:place_hash",
         "samples.T.astype",
         "samples.T[1:].astype",
         _golden("label_noise[seed0]"),
     ),
     Fault(
         "run.seed not in noise images and captions",
-        "workers.noise:Noise._random",
+        "sigray.workers.data.label_noise:Noise._random",
         "self._seed",
         "0",
         _golden("label_noise[seed5]"),
     ),
     Fault(
         "captions are dealt out in the batch's order",
-        "workers.noise:Noise.caption_rows",
+        "sigray.workers.data.label_noise:Noise.caption_rows",
         'chosen[np.argsort(place_hash(samples[chosen], self._seed, _ORDER), kind="stable")]',
         "chosen",
         _golden("label_noise[seed0]"),
     ),
     Fault(
         "image_mean ignored",
-        "workers.towers:normalize_pixels",
+        "sigray.workers.model.towers:normalize_pixels",
         "(model.image_mean, ",
         "((0.5, 0.5, 0.5), ",
         _run("adamw_sigmoid"),
     ),
     Fault(
         "image_std ignored",
-        "workers.towers:normalize_pixels",
+        "sigray.workers.model.towers:normalize_pixels",
         "model.image_std)",
         "(0.5, 0.5, 0.5))",
         _run("adamw_sigmoid"),
     ),
     Fault(
         "init_logit_scale ignored",
-        "workers.towers:build_model",
+        "sigray.workers.model.towers:build_model",
         "init_logit_scale=model.init_logit_scale",
         "init_logit_scale=2.302585",
         _run("adamw_sigmoid"),
     ),
     Fault(
         "init_logit_bias ignored",
-        "workers.towers:build_model",
+        "sigray.workers.model.towers:build_model",
         "init_logit_bias=model.init_logit_bias",
         "init_logit_bias=-10.0",
         _run("adamw_sigmoid"),
     ),
     Fault(
         "a resume takes equal captions in another order",
-        "orchestrator.config:check_resume",
+        "sigray.orchestrator.config:check_resume",
         "orders[0] != orders[1] and",
         "False and",
         ("tests/orchestrator/test_config.py::test_resume_refuses_captions_of_equal_weight_in_another_order",),

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from orchestrator.config import RunConfig
-from workers.config import Section
+from sigray.orchestrator.config import RunConfig
+from sigray.workers.config import Section
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -109,7 +109,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "data.s3.deadline_s": _BUCKET,
     "data.shard_cache": _SHARD_CACHE,
     "data.shard_cache_gib": _SHARD_CACHE,
-    "model.name": ("tests/workers/test_towers.py::test_named_open_clip_model",),
+    "model.name": ("tests/workers/model/test_towers.py::test_named_open_clip_model",),
     "model.towers": _MODEL,
     "model.image_tower": (f"{_HERE}test_a_tower_of_a_function",),
     "model.tokenizer": (f"{_HERE}test_the_tokenizer_of_a_file",),

@@ -71,9 +71,12 @@ def copy_tree(tree: Path, copy: Path) -> None:
     listed = subprocess.run(command, cwd=tree, capture_output=True, check=True, text=True).stdout
     for name in filter(None, listed.split("\0")):
         source, target = tree / name, copy / name
-        if source.is_dir() or not source.exists():  # a link to a folder; deleted, and not yet committed
+        if not source.exists():  # deleted, and not yet committed
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_symlink():
+            target.symlink_to(source.readlink())
+            continue
         shutil.copy2(source, target)
         if target.suffix == ".py":
             with contextlib.suppress(py_compile.PyCompileError):
@@ -131,7 +134,7 @@ class Worker:
     def _start(self) -> None:
         environment = os.environ | {
             _MARK: self._mark,
-            "PYTHONPATH": str(self.copy),
+            "PYTHONPATH": os.pathsep.join([str(self.copy / "src"), str(self.copy)]),
             "PYTHONDONTWRITEBYTECODE": "1",
             "OMP_WAIT_POLICY": "PASSIVE",  # two workers on two cores: a thread that waits must not spin
             "RAY_USAGE_STATS_ENABLED": "0",

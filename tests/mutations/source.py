@@ -62,7 +62,7 @@ def _check_python(text: str, fault: AnyFault) -> None:
 def _replaced(tree: Path, fault: Fault) -> tuple[Path, str]:
     where, _, symbol = fault.symbol.partition(":")
     is_c = where.endswith((".c", ".h"))
-    path = Path(where) if is_c else Path(*where.split("."))
+    path = Path(where) if is_c else Path(*where.removeprefix("sigray.").split("."))
     if not is_c:
         path = path / "__init__.py" if (tree / path).is_dir() else path.with_suffix(".py")
     text = _read(tree, path, fault)

@@ -1,4 +1,4 @@
-"""Which `workers` each kind of process imports: not a test of the suite, `python -m tests.mutations` runs it in a copy.
+"""Which `sigray.workers` each kind of process imports: not a test of the suite, `python -m tests.mutations` runs it in a copy.
 
 Without that a fault could be in the copy and the process in the editable install: no test would see it.
 """
@@ -11,14 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import workers
+import sigray.workers
 from tests.helpers.ranks import run_on_ranks
 
 COPY = Path(__file__).parents[2]
 
 
 def test_pytests_own() -> None:
-    _check("pytest", str(workers.__file__))
+    _check("pytest", str(sigray.workers.__file__))
 
 
 def test_a_gloo_rank() -> None:
@@ -32,8 +32,8 @@ def test_the_sigray_command(tmp_path: Path) -> None:
         f"sys.argv = [{str(command)!r}, '--help']\n"
         f"try:\n    runpy.run_path({str(command)!r}, run_name='__main__')\n"
         "except SystemExit:\n    pass\n"
-        "import workers\n"
-        "print(workers.__file__)\n"
+        "import sigray.workers\n"
+        "print(sigray.workers.__file__)\n"
     )
     done = subprocess.run([sys.executable, "-P", "-c", program], cwd=tmp_path, capture_output=True, text=True)
     _check("sigray command", done.stdout.splitlines()[-1])
@@ -50,9 +50,9 @@ def test_a_ray_worker() -> None:
 
 
 def _file(*_: Any) -> str:
-    import workers
+    import sigray.workers
 
-    return str(workers.__file__)
+    return str(sigray.workers.__file__)
 
 
 def _check(kind: str, file: str) -> None:

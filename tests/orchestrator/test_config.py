@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestrator.config import ConfigError, RunConfig, check_resume, json_schema, load_config, parse_config
+from sigray.orchestrator.config import ConfigError, RunConfig, check_resume, json_schema, load_config, parse_config
 from tests.helpers.runs import EXAMPLES
 
 SMALL = {
@@ -146,7 +146,7 @@ def test_schema_describes_every_key():
 
 def test_config_error_exits_with_2_and_starts_nothing(tmp_path):
     program = (
-        "import sys; from orchestrator.cli import main\n"
+        "import sys; from sigray.orchestrator.cli.main import main\n"
         f"code = main(['train', '{write(tmp_path, SMALL)}', 'train.x=1'])\n"
         "print(code, [name for name in ('torch', 'ray') if name in sys.modules])"
     )
@@ -158,7 +158,7 @@ def test_config_error_exits_with_2_and_starts_nothing(tmp_path):
 
 
 def test_overrides_may_stand_behind_an_option(tmp_path, capsys):
-    from orchestrator.cli import main
+    from sigray.orchestrator.cli.main import main
 
     path = str(write(tmp_path, SMALL))
     assert main(["train", path, "--overwrite", "train.x=1", "optim.y=2"]) == 2
@@ -174,5 +174,5 @@ def test_help_teaches():
     sigray = Path(sys.executable).parent / "sigray"
     done = subprocess.run([sigray, "--help"], capture_output=True, text=True)
     assert done.returncode == 0
-    for word in ("sigray data emoji", "sigray resume", "section.key=value", "Exit codes"):
+    for word in ("python -m examples.emoji36", "sigray resume", "section.key=value", "Exit codes"):
         assert word in done.stdout

@@ -9,13 +9,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.config import ConfigError, load_config
-from orchestrator.secrets import secrets_of
+from sigray.orchestrator.config import ConfigError, load_config
+from sigray.orchestrator.secrets import secrets_of
+from sigray.tuning.cli import main
+from sigray.workers.model.inputs import open_clip_folder
+from sigray.workers.storage import Storage, StorageError
 from tests.helpers.data import TOWERS
 from tests.helpers.runs import EXAMPLES
-from tuning.cli import main
-from workers.shapes import open_clip_folder
-from workers.storage import Storage, StorageError
 
 CANARY = "c4n4ryS3cret"
 AMAZON = "AKIA" + "C4NARY0123456789"  # in two parts, so that no scanner takes it for one

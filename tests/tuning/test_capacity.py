@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tuning.capacity import SLICE_LABEL, Demand, Node, count_trials
+from sigray.tuning.capacity import SLICE_LABEL, Demand, Node, count_trials
 
 DRIVER = [{"CPU": 1.0}, {"CPU": 0.5}]
 NO_POOL = Demand([], [])

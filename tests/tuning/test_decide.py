@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuning.decide import Progress, Rules, bracket_sizes, decide, first_rung, geometric_rungs
+from sigray.tuning.decide import Progress, Rules, bracket_sizes, decide, first_rung, geometric_rungs
 
 SCHEDULERS = ["none", "asha", "median", "hyperband"]
 

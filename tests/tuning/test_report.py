@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from orchestrator.config import load_config
+from sigray.orchestrator.config import load_config
+from sigray.tuning.report import importances, write_report
+from sigray.tuning.study import Study, parse_study
+from sigray.tuning.table import Table
+from sigray.workers.storage import Storage
 from tests.helpers.sweeps import full_table, study_of, table_of, trial
-from tuning.report import importances, write_report
-from tuning.study import Study, parse_study
-from tuning.table import Table
-from workers.storage import Storage
 
 
 def page_of(study: Study, table: Table) -> str:

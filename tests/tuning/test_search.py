@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from sigray.tuning.search import Outcome, Search, frozen_trial
+from sigray.tuning.study import parse_study
 from tests.helpers.sweeps import study_content
-from tuning.search import Outcome, Search, frozen_trial
-from tuning.study import parse_study
 
 
 def search_of(**changes: Any) -> Search:

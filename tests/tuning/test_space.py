@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from orchestrator.config import ConfigError
-from tuning.space import Dimension, crossed_points, draw, evaluate, make_point, random_uniform
+from sigray.orchestrator.config import ConfigError
+from sigray.tuning.space import Dimension, crossed_points, draw, evaluate, make_point, random_uniform
 
 BASE = {
     "train": {"global_batch_size": 128, "micro_batch_size": None},

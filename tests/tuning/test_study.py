@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.config import ConfigError, parse_config
+from sigray.orchestrator.config import ConfigError, parse_config
+from sigray.tuning.search import Search
+from sigray.tuning.study import load_study, parse_study, read_study, trial_name
 from tests.helpers.sweeps import run_content, study_content
-from tuning.search import Search
-from tuning.study import load_study, parse_study, read_study, trial_name
 
 STUDIES = sorted(Path("tuning/studies").glob("*.yaml"))
 

@@ -23,22 +23,22 @@ import pytest
 import yaml
 from rich.console import Console
 
-from orchestrator.config import load_config, parse_config
+from sigray.orchestrator.config import load_config, parse_config
+from sigray.tuning.cli import main
+from sigray.tuning.feasible import feasible
+from sigray.tuning.judge import Judge
+from sigray.tuning.study import Study, load_study
+from sigray.tuning.sweep import STUDY, Display, _Sweep, figure_of, shortened
+from sigray.tuning.table import RESULTS, Table, as_csv, read_table
+from sigray.workers.checkpoint.index import list_checkpoints
+from sigray.workers.evaluation.evaluate import evaluate_checkpoint
+from sigray.workers.evaluation.features import EvaluationJob
+from sigray.workers.storage import Storage
 from tests.helpers.bare import train_bare
 from tests.helpers.data import COLOURS, TOWERS, write_dataset
 from tests.helpers.processes import descendants_named
-from tuning.cli import main
-from tuning.feasible import feasible
-from tuning.judge import Judge
-from tuning.study import Study, load_study
-from tuning.sweep import STUDY, Display, _Sweep, figure_of, shortened
-from tuning.table import RESULTS, Table, as_csv, read_table
-from workers.committed import list_checkpoints
-from workers.evaluate import evaluate_checkpoint
-from workers.features import EvaluationJob
-from workers.storage import Storage
 
-SWEEP = "import sys; from tuning.cli import main; sys.exit(main(sys.argv[1:]))"
+SWEEP = "import sys; from sigray.tuning.cli import main; sys.exit(main(sys.argv[1:]))"
 RUNGS = (192, 384, 768)
 
 
@@ -159,7 +159,7 @@ def test_killed_at_three_moments_gives_the_same_table(own_ray, patience, tmp_pat
 
 def without_ray(study: Study, folder: Path) -> Table:
     """The table as it must be: every trial trained here, and the judge asked in the order of the trials."""
-    from tuning.search import Search
+    from sigray.tuning.search import Search
 
     config, search = study.config, Search(study)
     judge = Judge("expected", str(folder), config.rules, {config.budgets[0]: len(RUNGS)})
@@ -293,7 +293,7 @@ def test_another_study_under_the_same_name_is_refused(study, tmp_path, capsys, m
 
 
 def test_where_a_sweep_runs_may_change(study, tmp_path):
-    from tuning.sweep import _check_same
+    from sigray.tuning.sweep import _check_same
 
     home = tmp_path / "small"
     home.mkdir()
@@ -374,7 +374,7 @@ def test_the_plan_shows_all_trials_and_writes_nothing(study, tmp_path, capsys):
     ],
 )
 def test_why_a_trial_cannot_run(study, overrides, message):
-    from workers.shards import scan_shards
+    from sigray.workers.data.manifest import scan_shards
 
     content = study.trial_content(0, 0, 768, {"train.global_batch_size": 24} | overrides)
     found = feasible(content, (96, *RUNGS), lambda config: scan_shards(config.data.shards, config.data))
@@ -409,9 +409,9 @@ def test_a_trial_that_waits_long_gives_its_places_to_others_and_repeats_no_step(
     import ray
     from rich.console import Console
 
-    from orchestrator import launch
-    from workers.pool import DataPool, SharedPool
-    from workers.shards import scan_shards
+    from sigray.orchestrator.run import driver as launch
+    from sigray.workers.data.manifest import scan_shards
+    from sigray.workers.data.pool import DataPool, SharedPool
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(launch, "_HOLD_S", 2.0)

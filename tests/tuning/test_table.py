@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from sigray.tuning.decide import Rules
+from sigray.tuning.judge import Judge
+from sigray.tuning.table import RESULTS, Writer, as_csv, ranking, read_table
+from sigray.workers.storage import Storage
 from tests.helpers.sweeps import FIGURES, decision, result, table_of, trial
-from tuning.decide import Rules
-from tuning.judge import Judge
-from tuning.table import RESULTS, Writer, as_csv, ranking, read_table
-from workers.storage import Storage
 
 
 def test_a_status_follows_from_what_happened():

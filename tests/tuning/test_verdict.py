@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from sigray.tuning.study import Claim
+from sigray.tuning.verdict import sample_variance, verdict
 from tests.helpers.sweeps import table_of, trial
-from tuning.study import Claim
-from tuning.verdict import sample_variance, verdict
 
 METRIC = "zero_shot.colours.top1"
 

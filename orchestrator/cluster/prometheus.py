@@ -1,0 +1,463 @@
+"""Prometheus and pictures for a cluster: alert rules and a Grafana dashboard made from `workers/metrics.py`, and
+`sigray monitor`, which starts Prometheus on the head with them.
+
+Ray's dashboard shows metrics only where a Grafana answers. Where one is installed, it finds our dashboard beside Ray's.
+Where none is, `Pictures` answers the few URLs of a Grafana that Ray's dashboard embeds, /api/health, /d/UID and
+/d-solo/UID?panelId=N, and draws Ray's panels and ours as SVG from Prometheus. It is no Grafana: nothing can be edited.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from sigray.orchestrator.reports.http_server import JSON, TEXT, Answer, serve
+from sigray.workers.metrics import BY_NAME, METRICS
+
+UID = "sigrayTraining"
+RULES, DASHBOARD = "sigray_alerts.yml", "sigray_grafana_dashboard.json"
+SESSION = "/tmp/ray/session_latest"
+_STALLED_S, _STARVED_PCT, _LATE = 600, 20, 3
+_COLOURS = ("#3274d9", "#e0752d", "#56a64b", "#a352cc", "#e02f44", "#8f8f8f", "#00a3a3", "#b877d9")
+_WIDTH, _HEIGHT, _NUM_POINTS = 640, 300, 240
+
+
+def alert_rules() -> dict[str, Any]:
+    """Prometheus alert rules over the metrics of the table."""
+    name = {key: metric.exported for key, metric in BY_NAME.items()}
+    loss, wait = name["sigray_train_loss"], name["sigray_data_wait_pct"]
+    saved, every = name["sigray_checkpoint_time_s"], name["sigray_checkpoint_every_s"]
+    return {
+        "groups": [
+            {
+                "name": "sigray",
+                "rules": [
+                    _rule(
+                        "SigrayStalled",
+                        f"time() - {name['sigray_heard_time_s']} > {_STALLED_S}",
+                        "critical",
+                        f"run {{{{ $labels.run }}}}: nothing was heard of its training workers for {_STALLED_S} s",
+                    ),
+                    _rule(
+                        "SigrayDataStarved",
+                        f"avg_over_time({wait}[5m]) > {_STARVED_PCT}",
+                        "warning",
+                        'run {{ $labels.run }}: training workers wait for samples {{ $value | printf "%.0f" }} % of '
+                        "their time: more data-shard workers (data.num_workers)",
+                        hold="5m",
+                    ),
+                    _rule(
+                        "SigrayNotANumber",
+                        f"{loss} != {loss} or increase({name['sigray_bad_steps']}[15m]) > 0",
+                        "critical",
+                        "run {{ $labels.run }}: a loss or a gradient was not finite, or leapt",
+                    ),
+                    _rule(
+                        "SigrayCheckpointTooOld",
+                        f"time() - {saved} > {_LATE} * {every} + 60",
+                        "critical",
+                        "run {{ $labels.run }}: the newest checkpoint is {{ $value | humanizeDuration }} old",
+                    ),
+                ],
+            }
+        ]
+    }
+
+
+def _rule(name: str, expr: str, severity: str, summary: str, hold: str = "0s") -> dict[str, Any]:
+    labels, annotations = {"severity": severity}, {"summary": summary}
+    return {"alert": name, "expr": expr, "for": hold, "labels": labels, "annotations": annotations}
+
+
+def grafana_dashboard() -> dict[str, Any]:
+    """The dashboard of the table's metrics, a row for each group, as Grafana's JSON."""
+    panels: list[dict[str, Any]] = []
+    y = number = 0
+    for group in dict.fromkeys(metric.group for metric in METRICS):
+        number += 1
+        panels.append({"id": number, "type": "row", "title": group, "gridPos": {"h": 1, "w": 24, "x": 0, "y": y}})
+        y += 1
+        members = [metric for metric in METRICS if metric.group == group]
+        for place, metric in enumerate(members):
+            number += 1
+            labels = "".join(f" {{{{{tag}}}}}" for tag in ("run", *metric.tags)).strip()
+            panels.append(
+                {
+                    "id": number,
+                    "type": "timeseries",
+                    "title": metric.title,
+                    "description": metric.meaning,
+                    "datasource": "${datasource}",
+                    "fieldConfig": {"defaults": {"unit": metric.unit}, "overrides": []},
+                    "gridPos": {"h": 8, "w": 8, "x": 8 * (place % 3), "y": y + 8 * (place // 3)},
+                    "targets": [{"expr": metric.query, "legendFormat": labels, "refId": "A"}],
+                }
+            )
+        y += 8 * -(-len(members) // 3)
+    return {
+        "uid": UID,
+        "title": "Sigray training",
+        "schemaVersion": 38,
+        "refresh": "15s",
+        "time": {"from": "now-1h", "to": "now"},
+        "templating": {"list": [{"name": "datasource", "type": "datasource", "query": "prometheus"}]},
+        "panels": panels,
+    }
+
+
+def generate(out: Path) -> list[Path]:
+    """Write alert rules and dashboard into a folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / RULES).write_text(yaml.safe_dump(alert_rules(), sort_keys=False, width=200))
+    (out / DASHBOARD).write_text(json.dumps(grafana_dashboard(), indent=1))
+    return [out / RULES, out / DASHBOARD]
+
+
+class MonitorError(RuntimeError):
+    """What `sigray monitor` needs and does not find."""
+
+
+@contextlib.contextmanager
+def monitor(
+    console: Console, *, session: str = SESSION, out: Path, port: int = 9090, grafana_port: int = 3000
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run Prometheus, and Grafana or its stand-in, beside the Ray whose session is given; all on loopback.
+
+    Args:
+        console: where it is said what runs where.
+        session: Ray's session folder on the head.
+        out: folder of Prometheus's database and of the generated files.
+        port: of Prometheus; RAY_PROMETHEUS_HOST of `ray start --head` must name another one than 9090.
+        grafana_port: of Grafana; the same with RAY_GRAFANA_HOST and 3000.
+
+    Yields:
+        The process of Prometheus.
+
+    Raises:
+        MonitorError: where there is no Prometheus, or no Ray.
+    """
+    metrics = Path(session, "metrics")
+    config = metrics / "prometheus" / "prometheus.yml"
+    if not config.exists():
+        raise MonitorError(
+            f"{config} is not there: start this on the head of a Ray with a dashboard, or give --session"
+        )
+    prometheus = shutil.which("prometheus")
+    if prometheus is None:
+        raise MonitorError("no prometheus on PATH: `apt-get install prometheus` brings it")
+    generate(out)
+    content = yaml.safe_load(config.read_text())
+    content["rule_files"] = [str((out / RULES).absolute())]
+    (out / "prometheus.yml").write_text(yaml.safe_dump(content))
+    dashboards = Path(os.environ.get("RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR", metrics / "grafana" / "dashboards"))
+    shutil.copy(out / DASHBOARD, dashboards)
+    command = [prometheus, f"--config.file={out / 'prometheus.yml'}", f"--storage.tsdb.path={out / 'prometheus'}"]
+    command += [f"--web.listen-address=127.0.0.1:{port}", "--storage.tsdb.retention.time=30d"]
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context((out / "prometheus.log").open("w"))
+        database = stack.enter_context(_child(command, log))
+        address = f"http://127.0.0.1:{port}"
+        _wait_until_ready(f"{address}/-/ready", database, out / "prometheus.log")
+        _say(console, f"Prometheus: {address} (alerts: {address}/alerts)")
+        grafana = shutil.which("grafana-server")
+        if grafana is not None:
+            ini = metrics / "grafana" / "grafana.ini"
+            home = Path(os.environ.get("GF_PATHS_HOME", "/usr/share/grafana"))
+            environment = os.environ | {
+                "GF_SERVER_HTTP_ADDR": "127.0.0.1",
+                "GF_SERVER_HTTP_PORT": str(grafana_port),
+                "GF_PATHS_DATA": str(out / "grafana"),
+            }
+            log = stack.enter_context((out / "grafana.log").open("w"))
+            command = [grafana, f"--homepath={home}", f"--config={ini}", "web"]
+            process = stack.enter_context(_child(command, log, environment))
+            _wait_until_ready(f"http://127.0.0.1:{grafana_port}/api/health", process, out / "grafana.log")
+            _say(console, f"Grafana: http://127.0.0.1:{grafana_port}/d/{UID}")
+        else:
+            stack.enter_context(serve_pictures(dashboards, address, grafana_port))
+            _say(console, f"no Grafana is installed; pictures: http://127.0.0.1:{grafana_port}/d/{UID}")
+        _say(console, "the Metrics page of Ray's dashboard shows both")
+        yield database
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _child(
+    command: list[str], log: Any, environment: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=2).close()
+            # A stranger on that port would answer too, while ours has died of it.
+            if process.poll() is None:
+                return
+        except OSError:
+            pass
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise MonitorError(f"{log.stem} did not come up:\n{log.read_text()[-1500:]}")
+        time.sleep(0.2)
+
+
+# -------------------------------------------------------------------------------------------------- pictures
+
+
+@contextlib.contextmanager
+def serve_pictures(dashboards: Path, prometheus: str, port: int) -> Iterator[int]:
+    """Answer a Grafana's URLs on 127.0.0.1; yields the port (0 takes a free one).
+
+    Args:
+        dashboards: folder of Grafana's dashboard files, Ray's and ours; read anew for every page.
+        prometheus: its address.
+    """
+    with serve(Pictures(dashboards, prometheus).answer, port) as served:
+        yield served
+
+
+class Pictures:
+    """Pages of dashboards as SVG.
+
+    Args:
+        dashboards: folder of dashboard files.
+        prometheus: its address.
+    """
+
+    def __init__(self, dashboards: Path, prometheus: str) -> None:
+        self._folder, self._prometheus = dashboards, prometheus
+
+    def answer(self, path: str) -> Answer:
+        """To a GET."""
+        url = urllib.parse.urlsplit(path)
+        parts = [part for part in url.path.split("/") if part]
+        variables = dict(urllib.parse.parse_qsl(url.query))
+        if parts == ["api", "health"]:
+            return Answer(json.dumps({"database": "ok", "version": "sigray", "commit": ""}), JSON)
+        if len(parts) >= 2 and parts[0] in ("d", "d-solo"):
+            dashboard = self._dashboard(parts[1])
+            if dashboard is not None:
+                panels = list(_panels(dashboard))
+                if parts[0] == "d-solo":
+                    panels = [panel for panel in panels if str(panel.get("id")) == variables.get("panelId")]
+                elif dashboard["uid"] == "rayDefaultDashboard":  # what Ray's Metrics page embeds: the training first
+                    panels = [*_panels(grafana_dashboard()), *panels]
+                if panels:
+                    return Answer(self._page(dashboard, panels, variables))
+        return Answer("not found\n", TEXT, 404)
+
+    def _dashboard(self, uid: str) -> dict[str, Any] | None:
+        if uid == UID:
+            return grafana_dashboard()
+        for path in sorted(self._folder.glob("*.json")):
+            content = json.loads(path.read_text())
+            if content.get("uid") == uid:
+                return dict(content)
+        return None
+
+    def _page(self, dashboard: dict[str, Any], panels: list[dict[str, Any]], variables: dict[str, str]) -> str:
+        dark = variables.get("theme") == "dark"
+        begin, end = _moment(variables.get("from", "now-1h")), _moment(variables.get("to", "now"))
+        is_solo = len(panels) == 1
+        body, shown = [], 0
+        for panel in panels:
+            if panel["type"] == "row":
+                body.append(f"<h2>{html.escape(panel['title'])}</h2>")
+                continue
+            series, problem = self._series(panel, variables, begin, end)
+            if not series and not problem and not is_solo:
+                continue  # Ray has many panels for what a cluster may not have
+            shown += 1
+            body.append(_figure(panel, series, problem, begin, end))
+        if not shown:
+            body.append("<p>No panel of this dashboard has data yet.</p>")
+        colours = ("#181b1f", "#d8d9da", "#2c3235") if dark else ("#ffffff", "#24292e", "#e4e7e7")
+        return _PAGE.format(
+            title=html.escape(dashboard.get("title", "")),
+            background=colours[0],
+            ink=colours[1],
+            rule=colours[2],
+            columns="1fr" if is_solo else "repeat(auto-fill, minmax(20rem, 1fr))",
+            body="\n".join(body),
+        )
+
+    def _series(
+        self, panel: dict[str, Any], variables: dict[str, str], begin: float, end: float
+    ) -> tuple[list[tuple[str, list[tuple[float, float]]]], str]:
+        step = max(5, round((end - begin) / _NUM_POINTS))
+        series, problem = [], ""
+        for target in panel.get("targets") or []:
+            query = fill_in(target.get("expr", ""), variables, step)
+            form = urllib.parse.urlencode({"query": query, "start": begin, "end": end, "step": step})
+            try:
+                with urllib.request.urlopen(f"{self._prometheus}/api/v1/query_range?{form}", timeout=10) as answer:
+                    found = json.load(answer)["data"]["result"]
+            except urllib.error.HTTPError as error:
+                problem = error.read().decode(errors="replace")[:300]
+                continue
+            except OSError as error:
+                problem = f"Prometheus at {self._prometheus} does not answer: {error}"
+                continue
+            for one in found:
+                points = [(float(at), float(value)) for at, value in one["values"]]
+                points = [point for point in points if math.isfinite(point[1])]
+                if points:
+                    series.append((_legend(target.get("legendFormat", ""), one["metric"]), points))
+        return series, problem
+
+
+def _panels(dashboard: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Rows and panels in order; Grafana keeps the panels of a closed row inside it."""
+    for panel in dashboard["panels"]:
+        yield panel
+        yield from panel.get("panels") or []
+
+
+def fill_in(query: str, variables: dict[str, str], step: int) -> str:
+    """A query with Grafana's variables in it: those that the URL gives, and `.*` for all others."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if name in ("__rate_interval", "interval", "__interval", "window"):
+            return f"{max(60, 4 * step)}s"
+        if name == "__range":
+            return "1h"
+        given = variables.get(f"var-{name}", "")
+        return re.escape(given).replace("\\", "\\\\") if given and given not in ("All", "$__all") else ".*"
+
+    return re.sub(r"\$\{(\w+)(?::\w+)?\}|\$(\w+)", value, query).replace("{global_filters}", "")
+
+
+def _legend(pattern: str, labels: dict[str, str]) -> str:
+    text = re.sub(r"\{\{\s*(\w+)\s*\}\}", lambda match: labels.get(match[1], ""), pattern).strip(" ,")
+    return text or ", ".join(f"{key}={value}" for key, value in labels.items() if key != "__name__") or "value"
+
+
+def _moment(text: str) -> float:
+    """Grafana's times in seconds of Unix time: `now-30m`, or milliseconds."""
+    match = re.fullmatch(r"now(?:-(\d+)([smhdw]))?", text)
+    if match:
+        size = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match[2]] if match[2] else 0
+        return time.time() - size * int(match[1] or 0)
+    with contextlib.suppress(ValueError):
+        return float(text) / 1000
+    return time.time() - 3600
+
+
+def _figure(
+    panel: dict[str, Any],
+    series: list[tuple[str, list[tuple[float, float]]]],
+    problem: str,
+    begin: float,
+    end: float,
+) -> str:
+    title, meaning = html.escape(panel.get("title", "")), html.escape(panel.get("description", ""))
+    if not series:
+        why = html.escape(problem) or "no data in this time"
+        return f'<figure><figcaption title="{meaning}">{title}</figcaption><p>{why}</p></figure>'
+    unit = panel.get("fieldConfig", {}).get("defaults", {}).get("unit") or (panel.get("yaxes") or [{}])[0].get("format")
+    values = [value for _, points in series for _, value in points]
+    low, high = min(values), max(values)
+    low = 0.0 if 0 <= low < 0.5 * high else low
+    if high == low:
+        low, high = low - (abs(low) or 1) * 0.1, high + (abs(high) or 1) * 0.1
+    left, right, top, bottom = 64, 8, 8, 24
+    wide, tall = _WIDTH - left - right, _HEIGHT - top - bottom
+
+    def x(at: float) -> float:
+        return left + wide * (at - begin) / (end - begin)
+
+    def y(value: float) -> float:
+        return top + tall * (1 - (value - low) / (high - low))
+
+    parts = []
+    for number in range(5):
+        value = low + (high - low) * number / 4
+        parts.append(
+            f'<line class="grid" x1="{left}" x2="{_WIDTH - right}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
+            f'<text x="{left - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{_number(value, unit)}</text>'
+        )
+    for number in range(4):
+        at = begin + (end - begin) * (number + 0.5) / 4
+        clock = time.strftime("%H:%M", time.localtime(at))
+        parts.append(f'<text x="{x(at):.1f}" y="{_HEIGHT - 6}" text-anchor="middle">{clock}</text>')
+    keys = []
+    for number, (name, points) in enumerate(series[:24]):
+        colour = _COLOURS[number % len(_COLOURS)]
+        line = " ".join(f"{x(at):.1f},{y(value):.1f}" for at, value in points)
+        shape = f'<polyline points="{line}"' if len(points) > 1 else f'<circle r="2.5" {_centre(x, y, points[0])}'
+        parts.append(f'{shape} style="stroke:{colour};fill:none"/>')
+        newest = _number(points[-1][1], unit)
+        keys.append(f'<li><i style="background:{colour}"></i>{html.escape(name)} <b>{newest}</b></li>')
+    more = f"<li>and {len(series) - 24} more</li>" if len(series) > 24 else ""
+    return (
+        f'<figure><figcaption title="{meaning}">{title}</figcaption>'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{title}">{"".join(parts)}</svg>'
+        f"<ul>{''.join(keys)}{more}</ul></figure>"
+    )
+
+
+def _centre(x: Any, y: Any, point: tuple[float, float]) -> str:
+    return f'cx="{x(point[0]):.1f}" cy="{y(point[1]):.1f}"'
+
+
+def _number(value: float, unit: str | None) -> str:
+    """A value with its unit, short: (2.5e9, "bytes") -> "2.5 GB"."""
+    if unit in ("percentunit",):
+        return f"{100 * value:.3g} %"
+    if unit in ("percent", "%"):
+        return f"{value:.3g} %"
+    if unit == "s":
+        return f"{value:.3g} s" if abs(value) < 120 else f"{value / 60:.3g} min"
+    suffix = {"bytes": "B", "Bps": "B/s", "binBps": "B/s", "gbytes": " GiB"}.get(unit or "", "")
+    if suffix == " GiB":
+        return f"{value:.3g}{suffix}"
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {letter}{suffix}"
+    return f"{value:.4g} {suffix}".strip()
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="refresh" content="15"><title>{title}</title><style>
+body {{ margin: 8px; background: {background}; color: {ink}; font: 14px/1.4 system-ui, sans-serif;
+  display: grid; grid-template-columns: {columns}; gap: 8px }}
+h2 {{ grid-column: 1 / -1; margin: 8px 0 0; font-size: 15px; border-bottom: 1px solid {rule} }}
+figure {{ margin: 0; padding: 6px; border: 1px solid {rule}; border-radius: 3px; min-width: 0 }}
+figcaption {{ font-weight: 600 }}
+svg {{ width: 100%; height: auto }} svg text {{ fill: {ink}; font-size: 11px }}
+polyline {{ stroke-width: 1.5 }} .grid {{ stroke: {rule} }}
+ul {{ margin: 2px 0 0; padding: 0; list-style: none; font-size: 12px; max-height: 5em; overflow: auto }}
+li {{ display: inline-block; margin-right: 12px }}
+i {{ display: inline-block; width: 10px; height: 3px; margin: 0 5px 3px 0 }}
+</style></head><body>
+{body}
+</body></html>
+"""

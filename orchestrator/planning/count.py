@@ -1,0 +1,311 @@
+"""What the towers cost, counted on tensors without memory: bytes held, floating-point operations.
+
+The towers, their backward pass and the optimizer are run as `sigray.workers.training.step.Trainer` runs them, on torch's fake tensors,
+so anything that open_clip and timm can build is counted, with autocast, locked towers and dropout as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+# Private names: torch has no public way to run autocast on tensors without memory, nor to see every operation.
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
+
+from sigray.workers.config import ModelConfig, OptimConfig, Precision, Tower
+from sigray.workers.model.inputs import shapes
+from sigray.workers.model.towers import (
+    TOWERS,
+    build_meta_model,
+    checkpoint_activations,
+    normalize_pixels,
+    num_parameters,
+    tower_blocks,
+)
+from sigray.workers.training.optim import build_optimizer
+
+
+@dataclass(frozen=True)
+class TowerCosts:
+    """What one micro-batch through the towers, and one update, take on a device. Bytes beyond the weights, if not said.
+
+    Attributes:
+        embed_dim: D.
+        parameters: numbers of them: visual, text, trained.
+        weights: bytes of all parameters and buffers that the device holds.
+        optimizer_state: bytes.
+        gradients: bytes of all.
+        embed_peak: most at once in a forward pass without a graph.
+        graph: what a forward pass leaves for its backward pass, features included.
+        peak: most at once in forward and backward pass, gradients of weights included.
+        gradients_at_peak: of these, gradients of weights: behind the first micro-batch all, else those made by then.
+        update_peak: most at once in clipping and optimizer, beyond gradients and state.
+        flops: of a micro-batch: forward of each tower, forward again, backward.
+    """
+
+    embed_dim: int
+    parameters: dict[str, int]
+    weights: int
+    optimizer_state: int
+    gradients: int
+    embed_peak: int
+    graph: int
+    peak: int
+    gradients_at_peak: int
+    update_peak: int
+    flops: dict[str, float]
+
+
+def gathered_bytes(model: ModelConfig) -> int:
+    """What a device holds whole at once where weights are split (`sharding.weights`), with its gradients: bytes.
+
+    Of each tower what belongs to no block, from its forward pass until its backward pass; and two blocks, the one that
+    computes and the next, which is on its way (FSDP2 as `sigray.workers.device` sets it up).
+    """
+    module = build_meta_model(model)
+    rest, largest = 0, 0
+    for tower in (module.get_submodule("visual"), module.get_submodule("text")):
+        in_blocks: set[int] = set()
+        for block in tower_blocks(tower):
+            largest = max(largest, sum(parameter.nbytes for parameter in block.parameters()))
+            in_blocks |= {id(parameter) for parameter in block.parameters()}
+        rest += sum(parameter.nbytes for parameter in tower.parameters() if id(parameter) not in in_blocks)
+    return 2 * rest + 3 * largest
+
+
+def measure_towers(
+    model: ModelConfig,
+    optim: OptimConfig,
+    precision: Precision,
+    num_pairs: int,
+    *,
+    cached: bool,
+    plain_attention: bool = False,
+    activation_checkpointing: bool = False,
+    stored_embeddings: bool = False,
+) -> TowerCosts:
+    """Run towers and optimizer as `sigray.workers.training.step.Trainer` does, without memory or arithmetic, and count.
+
+    Args:
+        num_pairs: of the micro-batch.
+        cached: whether a step has several micro-batches: then each is embedded twice.
+        plain_attention: attention as torch spells it out, which keeps the attention weights for the backward pass
+            (XLA), and not in one kernel that computes them again (CPU, CUDA).
+        activation_checkpointing: as in the config.
+        stored_embeddings: never run the locked tower.
+    """
+    return _measure_towers(
+        model.model_dump_json(),
+        optim.name,
+        precision,
+        num_pairs,
+        cached,
+        plain_attention,
+        activation_checkpointing,
+        stored_embeddings,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _measure_towers(
+    model_json: str,
+    optimizer_name: Literal["adamw", "lion", "adafactor"],
+    precision: Precision,
+    num_pairs: int,
+    cached: bool,
+    plain_attention: bool,
+    activation_checkpointing: bool,
+    stored_embeddings: bool,
+) -> TowerCosts:
+    model, optim = ModelConfig.model_validate_json(model_json), OptimConfig(name=optimizer_name)
+    size, context_length, _ = shapes(model)
+    running = [tower for tower in TOWERS if not (stored_embeddings and tower in model.locked)]
+    training = [tower for tower in TOWERS if tower not in model.locked]
+    module = build_meta_model(model)
+    if activation_checkpointing:
+        checkpoint_activations(module, model, functools.partial(checkpoint, use_reentrant=False))
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        if plain_attention:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        module = module.to_empty(device="cpu")  # no memory either, but torch's autocast takes it for a CPU's
+        images = torch.empty(num_pairs, size, size, 3, dtype=torch.uint8)
+        tokens = torch.empty(num_pairs, context_length, dtype=torch.int32)
+        counter = stack.enter_context(Counter([*module.parameters(), *module.buffers(), images, tokens]))
+
+        after_image: list[float] = []
+        module.get_submodule("visual").register_forward_hook(lambda *_: after_image.append(counter.flops))
+
+        def embed(towers: list[Tower]) -> list[torch.Tensor]:
+            counter.start()
+            with torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16" else nullcontext():
+                found = module(
+                    normalize_pixels(images, model) if "visual" in towers else None,
+                    tokens if "text" in towers else None,
+                )
+            names = {"visual": "image_features", "text": "text_features"}
+            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            return [found[names[tower]].to(dtype) for tower in towers]
+
+        def forward_flops() -> dict[str, float]:
+            image = after_image[-1] if "visual" in running else 0.0
+            found = {"image tower": image, "text tower": counter.flops - image}
+            return {name: count for name, count in found.items() if count}
+
+        embed_peak = 0
+        if cached:
+            with torch.no_grad():
+                embed(running)
+            flops, embed_peak = forward_flops(), counter.peak
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        gradients = sum(map(_num_bytes, parameters))
+        if cached:  # as from the second micro-batch on
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter)
+        counter.watch(parameters)
+        features = embed(training if cached else running)
+        if cached:
+            flops["forward again"] = counter.flops
+        else:
+            flops = forward_flops()
+        dim, graph, forward = features[0].shape[1], counter.now, counter.flops
+        features = [part for part in features if part.requires_grad]
+        torch.autograd.backward(features, [torch.empty_like(part) for part in features])
+        del features
+        peak, gradients_at_peak = counter.peak, counter.gradients_at_peak
+        if cached:
+            peak, gradients_at_peak = gradients + peak, gradients
+        flops["backward"] = counter.flops - forward
+        for parameter in parameters:  # those that only the loss reads have none yet
+            parameter.grad = torch.empty_like(parameter)
+        optimizer = build_optimizer(module, optim, {"fused": True})
+        counter.start()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()  # makes its state
+        state = sum(_num_bytes(value) for values in optimizer.state.values() for value in values.values())
+        update_peak = counter.peak - state
+    held = {"visual": "visual" in running, "text": "text" in running}
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return TowerCosts(
+        embed_dim=dim,
+        parameters={
+            "visual": num_parameters(module.get_submodule("visual")),
+            "text": num_parameters(module.get_submodule("text")),
+            "trained": sum(parameter.numel() for parameter in parameters),
+        },
+        weights=sum(_num_bytes(tensor) for name, tensor in tensors if held.get(name.split(".")[0], True)),
+        optimizer_state=state,
+        gradients=gradients,
+        embed_peak=embed_peak,
+        graph=graph,
+        peak=peak,
+        gradients_at_peak=gradients_at_peak,
+        update_peak=update_peak,
+        flops=flops,
+    )
+
+
+class Counter(TorchDispatchMode):
+    """Counts, while it is entered, the bytes that tensors hold and the floating-point operations.
+
+    What is held is known to the byte: each new storage adds its size, and takes it away when it is freed, whoever held
+    it (a variable, the autograd graph, a gradient). Memory that operations take and free inside themselves is not seen.
+
+    Args:
+        known: tensors that are there already and do not count, nor do views of them.
+
+    Attributes:
+        now: bytes held, since `start`.
+        peak: most of them at once.
+        gradients_at_peak: of the peak, gradients of the parameters that are watched.
+        flops: since `start`, of matrix products, convolutions and attention; multiplication and addition are two.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self._alive: dict[int, int] = {}  # bytes by address of the storage's C++ object
+        self.start()
+        for tensor in known:
+            self._see(tensor, counts=False)
+
+    def start(self) -> None:
+        """Count from here on; what is held now belongs to what was before."""
+        self.now = self.peak = self.gradients_at_peak = self._gradients = 0
+        self.flops = 0.0
+        self._alive = dict.fromkeys(self._alive, 0)
+
+    def watch(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Tell gradients from the rest of a peak."""
+
+        def count(parameter: torch.Tensor) -> None:
+            self._gradients += _num_bytes(parameter)
+
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(count)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        for tensor in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor)
+        if (formula := _FLOPS.get(func.overloadpacket)) is not None:
+            self.flops += formula(*args, **kwargs, out_val=output)
+        return output
+
+    def _see(self, tensor: torch.Tensor, counts: bool = True) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive:
+            return
+        self._alive[key] = storage.nbytes() if counts else 0
+        self.now += self._alive[key]
+        if self.now > self.peak:
+            self.peak, self.gradients_at_peak = self.now, self._gradients
+        weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._alive.pop(key)
+
+
+def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> int:
+    """Two products: (heads, L, d) with (heads, d, M), and back."""
+    batch, heads, length, dim = query.shape
+    return 2 * batch * heads * length * key.shape[2] * (dim + value.shape[3])
+
+
+def _attention_layer_flops(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, width: int, num_heads: int, *_: Any, **__: Any
+) -> int:
+    """Projections of query, key and value, attention, projection of the output (torch's layer in evaluation mode)."""
+    batch, length = query.shape[:2]
+    return 2 * batch * length * width * (4 * width + 2 * length)
+
+
+def _attention_backward_flops(grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *_: Any, **__: Any) -> int:
+    """Five products: the weights once more, then their gradient and those of query, key and value."""
+    batch, heads, length, dim = query.shape
+    return 2 * batch * heads * length * key.shape[2] * (3 * dim + 2 * grad.shape[3])
+
+
+# Of attention in one kernel, torch counts only CUDA's.
+_FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    torch.ops.aten._native_multi_head_attention: _attention_layer_flops,
+}
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,145 @@
+"""What a plan knows of the devices: memory, speed and links, each with its source. Imports no torch.
+
+Vendors print peaks, and no training reaches them. `UTILISATION` is the one assumption that turns a peak into a speed;
+docs/plan.md compares it with the paper's runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+GB, GIB = 10**9, 2**30
+
+UTILISATION = 0.35
+"""Part of a TPU's peak that the operations of a step reach, second forward passes counted. Known from outside: so
+counted, PaLM reached 0.58 on TPU v4, with matrices 24 times as wide as a Base tower's (arXiv 2204.02311, section 4.1).
+The paper's runs on TPU v4 check it (benchmarks/plan.py)."""
+GPU_UTILISATION = 0.25
+"""The same for a GPU: Base towers on an H100 reached 0.22 to 0.28 (benchmarks/results/2026-11-26-gpu.json). No other
+kind was measured."""
+COMPILED = 1.2
+"""How much faster train.compile_blocks makes a step on a GPU: 1.21 and 1.27 there."""
+
+
+@dataclass(frozen=True)
+class DeviceKind:
+    """One sort of device.
+
+    Attributes:
+        name: as cluster.device names it.
+        accelerators: the values of cluster.accelerator that run on it.
+        memory: bytes of one device.
+        peak_bf16: dense matrix products, FLOP/s.
+        peak_fp32: the same for train.precision=fp32.
+        peak_tf32: the same for tf32.
+        utilisation: part of the peak that a step reaches.
+        framework: bytes that a process holds on the device before the first tensor.
+        ring_bytes_per_s: what one device can send on a ring, both directions together, inside an island.
+        island: devices that are linked so.
+        network_bytes_per_s: what one device can send to another island.
+        per_host: devices of one training worker where the config does not say.
+        source: where the figures stand.
+    """
+
+    name: str
+    accelerators: tuple[str, ...]
+    memory: float
+    peak_bf16: float
+    peak_fp32: float
+    peak_tf32: float
+    utilisation: float
+    framework: float
+    ring_bytes_per_s: float
+    island: int
+    network_bytes_per_s: float
+    per_host: int
+    source: str
+
+    def peak(self, precision: str) -> float:
+        """FLOP/s of matrix products with train.precision."""
+        return {"bf16": self.peak_bf16, "tf32": self.peak_tf32, "fp32": self.peak_fp32}[precision]
+
+    def link(self, num_devices: int) -> float:
+        """Bytes per second that each of so many devices can send on a ring through all of them."""
+        return self.ring_bytes_per_s if num_devices <= self.island else self.network_bytes_per_s
+
+
+def _tpu(
+    name: str, memory: float, tflops: float, axis_gb_s: float, pod: int, per_host: int, network_gb_s: float, page: str
+) -> DeviceKind:
+    # XLA takes float32 products in passes of bfloat16, one at its default precision (tf32 here), six at the highest.
+    peak = tflops * 1e12
+    return DeviceKind(
+        name,
+        ("tpu",),
+        memory,
+        peak_bf16=peak,
+        peak_fp32=peak / 6,
+        peak_tf32=peak,
+        utilisation=UTILISATION,
+        framework=0.5 * GIB,
+        ring_bytes_per_s=axis_gb_s * GB,
+        island=pod,
+        network_bytes_per_s=network_gb_s * GB,
+        per_host=per_host,
+        source=f"cloud.google.com/tpu/docs/{page}; links: jax-ml.github.io/scaling-book/tpus, one axis, both ways",
+    )
+
+
+def _gpu(
+    name: str,
+    memory_gb: float,
+    tflops: tuple[float, float, float],
+    link_gb_s: float,
+    island: int,
+    network_gb_s: float,
+    page: str,
+) -> DeviceKind:
+    bf16, tf32, fp32 = (value * 1e12 for value in tflops)
+    return DeviceKind(
+        name,
+        ("cuda",),
+        memory_gb * GB,
+        peak_bf16=bf16,
+        peak_fp32=fp32,
+        peak_tf32=tf32,
+        utilisation=GPU_UTILISATION,
+        framework=1.5 * GIB,  # context, cuBLAS and nccl
+        ring_bytes_per_s=link_gb_s * GB,
+        island=island,
+        network_bytes_per_s=network_gb_s * GB,
+        per_host=1,
+        source=f"nvidia.com/en-us/data-center/{page}, without sparsity; half of the bidirectional link rate",
+    )
+
+
+# Memory is decimal where the vendor says GB and binary where it says GiB. GPUs are the SXM variants, in hosts of eight
+# with one 200 (A100) or 400 Gbit/s (H100, H200) network card each, as in the vendor's own DGX; L4s talk over PCIe.
+DEVICES = {
+    kind.name: kind
+    for kind in (
+        _tpu("tpu-v4", 32 * GIB, 275, 90, 4096, 4, 6.25, "v4"),
+        _tpu("tpu-v5e", 16 * GB, 197, 90, 256, 8, 3.125, "v5e"),
+        _tpu("tpu-v5p", 95 * GIB, 459, 180, 8960, 4, 6.25, "v5p"),
+        _tpu("tpu-v6e", 32 * GB, 918, 180, 256, 8, 12.5, "v6e"),
+        _gpu("a100-40", 40, (312, 156, 19.5), 300, 8, 25, "a100"),
+        _gpu("a100-80", 80, (312, 156, 19.5), 300, 8, 25, "a100"),
+        _gpu("h100", 80, (989, 494, 67), 450, 8, 50, "h100"),
+        _gpu("h200", 141, (989, 494, 67), 450, 8, 50, "h200"),
+        _gpu("l4", 24, (121, 60, 30.3), 32, 8, 1.5, "l4"),
+    )
+}
+CPU = "cpu"
+"""The name of this machine, which `sigray.orchestrator.planning.plan.this_cpu` looks at."""
+
+
+def _known(name: str) -> str:
+    if name not in DEVICES:
+        raise ValueError(f"no device {name!r} is known: {', '.join(DEVICES)}")
+    return name
+
+
+DeviceName = Annotated[str, AfterValidator(_known)]

@@ -1,0 +1,107 @@
+"""Figures in the style of the pages: as SVG in a page's own colours, so that they follow its dark mode, or as PNG."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sigray.orchestrator.formatting import short_count
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Points = list[tuple[float, float]]  # samples seen, value
+
+# Colours by names that matplotlib is taught: what they are depends on where the figure goes.
+INK, RULE = "sigray:ink", "sigray:rule"
+SERIES = tuple(f"sigray:{name}" for name in ("first", "second", "third", "fourth", "fifth", "sixth"))
+FIRST, SECOND = SERIES[:2]
+_ON_PAPER = {
+    INK: "#5a6069",
+    RULE: "#dcdad3",
+    **dict(zip(SERIES, ("#1f66b8", "#b8541a", "#1a7f4b", "#8a3f9e", "#8a6400", "#b3372f"), strict=True)),
+}
+# In an SVG, a colour that stands for a variable of page.css. Black itself (#000000) is matplotlib's default and would
+# be left out of the file.
+_IN_SVG = {name: f"#{number:06x}" for number, name in enumerate(_ON_PAPER, start=1)}
+_CSS = {color: f"var(--{name.partition(':')[2].replace('ink', 'soft')})" for name, color in _IN_SVG.items()}
+
+
+def spans_decades(values: list[float]) -> bool:
+    """Whether a log axis shows more than a linear one would."""
+    return bool(values) and min(values) > 0 and max(values) / min(values) > 20
+
+
+def plot(axes: Axes, points: Points, color: str, *, marker: str = "", label: str = "") -> None:
+    marker = marker or ("o" if len(points) < 3 else "")
+    axes.plot(*zip(*points, strict=True), color=color, linewidth=1.8, marker=marker, markersize=4, label=label or None)
+
+
+def samples_axis(axes: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda samples, _: short_count(samples)))
+    axes.set_xlabel("pairs seen")
+
+
+def svg(draw: Callable[[Figure], None]) -> Any:
+    """A figure as SVG inside the page: no ids that could meet those of another one, colours from the page's CSS."""
+    from markupsafe import Markup
+
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    _draw(draw, _IN_SVG, buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it is about `*`: all of the page
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"| id="(?![mp][0-9a-f]{10}")[^"]*"', "", svg)
+    for color, css in _CSS.items():
+        svg = svg.replace(color, css)
+    return Markup(svg)
+
+
+def png(draw: Callable[[Figure], None], path: Path) -> None:
+    """The same figure as a file, in the colours of the light page: for papers and mails."""
+    _draw(draw, _ON_PAPER, path, dpi=200, facecolor="white")
+
+
+def _draw(draw: Callable[[Figure], None], colors: dict[str, str], target: Any, **options: Any) -> None:
+    import matplotlib
+    from matplotlib.colors import get_named_colors_mapping
+    from matplotlib.figure import Figure
+
+    mapping = get_named_colors_mapping()
+    for name, color in colors.items():  # one by one: that also clears its cache
+        mapping[name] = color
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",  # text stays text: in the page's font, and searchable
+        "svg.hashsalt": "sigray",  # the same run gives the same bytes
+        "font.size": 9.5,
+        "text.color": INK,
+        "axes.edgecolor": RULE,
+        "axes.labelcolor": INK,
+        "xtick.color": RULE,
+        "ytick.color": RULE,
+        "xtick.labelcolor": INK,
+        "ytick.labelcolor": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "grid.color": RULE,
+        "grid.linewidth": 0.6,
+        "legend.fontsize": 9.0,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(4.2, 2.9))
+        # One frame for all: their axes line up, and a layout engine would draw each figure twice.
+        figure.subplots_adjust(left=0.18, right=0.98, bottom=0.16, top=0.97, hspace=0.16)
+        draw(figure)
+        figure.savefig(target, **options)

@@ -1,0 +1,340 @@
+"""Live pages of runs and sweeps over HTTP, fed by nothing but their folders: nothing is asked of a run.
+
+    /                     all runs and sweeps of the places that were given
+    /runs/NAME            a run: progress, newest figures, checkpoint, events, then what its report has
+    /sweeps/NAME          a sweep: the same, and its trials (from tuning/live_page.py, as imports point one way)
+    /runs/NAME/report.html    the page that was written at the end
+    /api/...              the same as JSON; the page asks it every few seconds and swaps itself
+
+NAME is a path below one of the places, such as demo or batch_size/trials/trial-003, and its folder must hold the file
+that makes it a run. Of a folder only the files that a `Kind` names are given out.
+
+A page is drawn where something of it has changed, and so seldom that it costs a tenth of a core, however many look:
+the curves of a run take a second or two.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from sigray.orchestrator import formatting as words
+from sigray.orchestrator.reports.http_server import HTML, JSON, TEXT, Answer
+from sigray.orchestrator.reports.run_page import RunFiles, draw_run, read_run_files
+from sigray.orchestrator.reports.template import content_policy, page, render
+from sigray.orchestrator.run.folder import CONFIG, EVENTS, METRICS, REPORT
+from sigray.orchestrator.run.lease import is_driven
+from sigray.workers.checkpoint.index import newest_checkpoint
+from sigray.workers.storage import Storage
+
+PLACES = ("~/sigray-runs", "runs", "sweeps")
+"""Where runs and sweeps are looked for: those of jobs on a head, and of commands that were started here."""
+_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a name: nothing that could lead out of a folder
+_MAX_PARTS = 4
+_MAX_ENTRIES = 100  # of a kind in the list
+_MAX_EVENTS = 40
+_KEEP_S, _REST = 3.0, 10  # what is shown is shown for so long, and for so many times as long as it took to make
+_NOT_FOUND = Answer("not found\n", TEXT, 404)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a folder says at a moment."""
+
+    status: str
+    says: str  # in a line, for the list
+    heard_at: float | None  # Unix time
+    content: dict[str, Any]  # for programs; the page is drawn anew when it has changed
+    draw: Callable[[], Markup]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Folders that have a page.
+
+    Attributes:
+        name: first part of their addresses.
+        mark: the file that makes a folder one of them.
+        files: a pattern of those files in it that may be fetched.
+        look: given the folder and its address; raises ConfigError where it cannot be read.
+        css: of their pages, besides that of all.
+    """
+
+    name: str
+    mark: str
+    files: str
+    look: Callable[[Storage, str], Look]
+    css: str = ""
+
+
+def clock(at: float) -> str:
+    """A time for browsers that run no script."""
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
+
+
+# ------------------------------------------------------------------------------------------------- a run
+
+
+def look_at_run(storage: Storage, address: str) -> Look:
+    """A run, from its local folder or its storage."""
+    home = _home(storage)
+    run, newest = read_run_files(storage, is_driven(home)), newest_checkpoint(home)
+    line = run.metrics[-1] if run.metrics else {}
+    times = [storage.modified(name) for name in (METRICS, EVENTS)]
+    if newest is not None:
+        times.append(newest[1])
+    events = _events(storage)
+    content = {
+        "name": run.name,
+        "status": run.status,
+        "step": run.step,
+        "samples_seen": run.samples_seen,
+        "planned_samples": run.planned_samples,
+        "left_s": run.left_s if run.is_driven else None,
+        "heard_at": max((at for at in times if at), default=None),
+        "metrics": line,
+        "checkpoint": {"name": newest[0].name, "step": newest[0].step, "at": newest[1]} if newest else None,
+        "num_restarts": sum(event["kind"] == "restart" for event in events),
+        "events": events[:_MAX_EVENTS],
+        "num_evaluations": len(run.evaluations),
+        "zero_shot": run.zero_shot,
+        "retrieval": run.retrieval,
+        "has_report": storage.exists(REPORT),
+        "unreadable": run.unreadable,
+    }
+    return Look(
+        run.status,
+        _place(run),
+        content["heard_at"],
+        content,
+        lambda: draw_run(run, _draw_moment(run, content, address)),
+    )
+
+
+def _home(storage: Storage) -> Storage:
+    """Where the run of a local folder has its lease and checkpoints: there, unless its config names a storage."""
+    import yaml
+
+    try:
+        section = yaml.safe_load(storage.read(CONFIG))["run"]
+        return Storage(f"{section['storage'].rstrip('/')}/{section['name']}") if section.get("storage") else storage
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return storage
+
+
+def _events(storage: Storage) -> list[dict[str, Any]]:
+    """The newest first."""
+    events = []
+    for text in storage.read(EVENTS).decode(errors="replace").splitlines() if storage.exists(EVENTS) else []:
+        try:
+            event = json.loads(text)
+            events.append({"time": float(event["time"]), "kind": str(event["kind"]), "text": str(event["text"])})
+        except (ValueError, KeyError, TypeError):
+            continue  # a crash cut it short
+    return events[::-1]
+
+
+def _place(run: RunFiles) -> str:
+    """'step 120 of 400, 30,720 of 102,400 pairs'."""
+    planned, batch = run.planned_samples, run.global_batch_size
+    steps = f"step {words.count(run.step)}" + (f" of {words.count(planned / batch)}" if planned and batch else "")
+    return f"{steps}, {words.count(run.samples_seen)}" + (f" of {words.count(planned)}" if planned else "") + " pairs"
+
+
+def _draw_moment(run: RunFiles, content: dict[str, Any], address: str) -> Markup:
+    line, left_s, checkpoint = content["metrics"], content["left_s"], content["checkpoint"]
+    tiles = [
+        ("time left, about", words.duration(left_s) if left_s is not None else None),
+        ("loss per image", _figure(line, "train/loss")),
+        ("scale", _figure(line, "train/logit_scale")),
+        ("bias", _figure(line, "train/logit_bias")),
+        ("pairs per second", _figure(line, "throughput/samples_per_s", words.count)),
+        ("data wait", _figure(line, "data/wait_pct", lambda value: words.percent(value / 100))),
+        ("restarts", str(content["num_restarts"])),
+    ]
+    saved = (f"Newest checkpoint: step {words.count(checkpoint['step'])}", checkpoint["at"]) if checkpoint else None
+    return draw_moment(
+        percent=round(100 * run.samples_seen / run.planned_samples, 1) if run.planned_samples else None,
+        place=_place(run),
+        heard_at=content["heard_at"],
+        tiles=[(label, value) for label, value in tiles if value is not None],
+        facts=[saved or ("No checkpoint yet", None)],
+        links=[("the report, with held-out images", f"{address}/{REPORT}")] if content["has_report"] else [],
+        events=content["events"],
+    )
+
+
+def draw_moment(**values: Any) -> Markup:
+    """The part of a live page that is about the moment; see now.html.j2."""
+    return render("sigray.orchestrator.reports", "now.html.j2", clock=clock, **values)
+
+
+def _figure(line: dict[str, Any], key: str, say: Callable[[float], str] = words.decimal) -> str | None:
+    value = line.get(key)
+    return say(value) if isinstance(value, int | float) else None
+
+
+RUNS = Kind("runs", CONFIG, re.escape(REPORT), look_at_run)
+
+
+# ------------------------------------------------------------------------------------------------- all of them
+
+
+@dataclass
+class _Kept:
+    """The last answer for an address."""
+
+    until: float  # of time.monotonic
+    content: dict[str, Any]
+    answer: dict[str, Any]  # with title and html
+
+
+class Pages:
+    """Answers GETs.
+
+    Args:
+        places: local folders or s3://bucket/prefix in which runs and sweeps lie. The first that has a name counts.
+        kinds: of pages.
+
+    Raises:
+        StorageError: for a place that cannot be understood.
+    """
+
+    def __init__(self, places: Sequence[str], kinds: Sequence[Kind]) -> None:
+        self._given = list(places)
+        self._places = [Storage(Path(place).expanduser() if "://" not in place else place) for place in places]
+        self._kinds = {kind.name: kind for kind in kinds}
+        self._kept: dict[str, _Kept] = {}
+        self._lock = threading.Lock()  # matplotlib draws one figure at a time
+
+    def answer(self, path: str) -> Answer:
+        """For a path; its query is ignored."""
+        try:
+            parts = [part for part in urllib.parse.unquote(urllib.parse.urlsplit(path).path).split("/") if part]
+            if not all(_PART.fullmatch(part) for part in parts):
+                return _NOT_FOUND
+            is_api = parts[:1] == ["api"]
+            parts = parts[is_api:]
+            with self._lock:
+                if len(parts) <= 1:
+                    return self._list(parts, is_api)
+                kind = self._kinds.get(parts[0])
+                if kind is None:
+                    return _NOT_FOUND
+                name = "/".join(parts[1:])
+                file = re.fullmatch(rf"(.+?)/({kind.files})", name)
+                return self._file(kind, file[1], file[2]) if file and not is_api else self._page(kind, name, is_api)
+        except (OSError, ValueError, KeyError) as error:  # a storage that is away, a file that is none of ours
+            return Answer(f"{error}\n", TEXT, 502)
+
+    def _find(self, kind: Kind, name: str) -> Storage | None:
+        if name.count("/") >= _MAX_PARTS:
+            return None
+        for place in self._places:
+            storage = Storage(f"{place.uri}/{name}")
+            if _is_inside(storage, place) and storage.exists(kind.mark):
+                return storage
+        return None
+
+    def _page(self, kind: Kind, name: str, is_api: bool) -> Answer:
+        address = f"/{kind.name}/{name}"
+        kept = self._kept.get(address)
+        begin = time.monotonic()
+        if kept is None or begin >= kept.until:
+            storage = self._find(kind, name)
+            if storage is None:
+                self._kept.pop(address, None)
+                return _NOT_FOUND
+            look = kind.look(storage, address)
+            if kept is None or kept.content != look.content:
+                kept = self._keep(address, look.content, f"{name} ({look.status})", look.draw())
+            kept.until = _rest(begin)
+        return self._as(kept, kind.css, is_api)
+
+    def _list(self, parts: list[str], is_api: bool) -> Answer:
+        if parts and parts[0] not in self._kinds:
+            return _NOT_FOUND
+        kinds = [self._kinds[name] for name in parts or self._kinds]
+        address = "/" + "".join(parts)
+        kept, begin = self._kept.get(address), time.monotonic()
+        if kept is None or begin >= kept.until:
+            content: dict[str, Any] = {kind.name: self._entries(kind) for kind in kinds}
+            title = " and ".join(kind.name.capitalize() if not n else kind.name for n, kind in enumerate(kinds))
+            html = render(
+                "sigray.orchestrator.reports",
+                "index.html.j2",
+                title=title,
+                places=self._given,
+                kinds={name: entries[:_MAX_ENTRIES] for name, entries in content.items()},
+                left_out={name: max(len(entries) - _MAX_ENTRIES, 0) for name, entries in content.items()},
+                clock=clock,
+            )
+            kept = self._keep(address, content, title, html)
+            kept.until = _rest(begin)
+        return self._as(kept, "", is_api)
+
+    def _keep(self, address: str, content: dict[str, Any], title: str, html: Markup) -> _Kept:
+        answer = {**content, "title": title, "html": html}
+        self._kept[address] = _Kept(0.0, content, answer)
+        return self._kept[address]
+
+    def _as(self, kept: _Kept, css: str, is_api: bool) -> Answer:
+        if is_api:
+            return Answer(json.dumps(kept.answer), JSON)
+        whole = page(kept.answer["title"], Markup(kept.answer["html"]), css=css, is_live=True)
+        return Answer(whole, HTML, policy=content_policy())
+
+    def _entries(self, kind: Kind) -> list[dict[str, Any]]:
+        """What the places hold of a kind, the newest first."""
+
+        def entry(found: tuple[Storage, str]) -> dict[str, Any] | None:
+            storage, name = found
+            address = f"/{kind.name}/{name}"
+            try:
+                if not storage.exists(kind.mark):
+                    return None
+                look = kind.look(storage, address)
+            except (OSError, ValueError, KeyError) as error:
+                status, says, heard_at = "unreadable", str(error), None
+            else:
+                status, says, heard_at = look.status, look.says, look.heard_at
+            return {"name": name, "address": address, "status": status, "says": says, "heard_at": heard_at}
+
+        found = [
+            (storage, name)
+            for place in self._places
+            for name in place.list("")
+            if _PART.fullmatch(name) and _is_inside(storage := Storage(f"{place.uri}/{name}"), place)
+        ]
+        with ThreadPoolExecutor(8) as pool:  # each takes a few round trips where the place is a bucket
+            entries = [one for one in pool.map(entry, found) if one is not None]
+        first = {one["name"]: one for one in reversed(entries)}
+        return sorted(first.values(), key=lambda one: -(one["heard_at"] or 0))
+
+    def _file(self, kind: Kind, name: str, file: str) -> Answer:
+        storage = self._find(kind, name)
+        if storage is None or not storage.exists(file) or not _is_inside(Storage(f"{storage.uri}/{file}"), storage):
+            return _NOT_FOUND
+        kinds = {"html": HTML, "png": "image/png"}
+        return Answer(storage.read(file), kinds.get(file.rpartition(".")[2], TEXT))
+
+
+def _rest(begin: float) -> float:
+    """Until when that is shown which was begun to be made at a time, and is made now."""
+    now = time.monotonic()
+    return now + max(_KEEP_S, _REST * (now - begin))
+
+
+def _is_inside(storage: Storage, place: Storage) -> bool:
+    """Links that lead out of a place are not followed."""
+    return not storage.is_local or Path(storage.uri).resolve().is_relative_to(Path(place.uri).resolve())

@@ -1,0 +1,54 @@
+"""HTML pages: one frame and one style. Templates fill it and escape everything that came from data."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.resources
+from functools import cache
+from typing import Any
+
+from markupsafe import Markup
+
+_LIVE_S = 5  # between two questions of a live page
+
+
+def render(package: str, template: str, **values: Any) -> Markup:
+    """A template of a package, filled."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return Markup(environment.from_string(_file(package, template)).render(**values))
+
+
+def page(title: str, body: Markup, *, css: str = "", is_live: bool = False) -> str:
+    """A whole page around its content, which needs nothing else.
+
+    Args:
+        css: besides that of all pages.
+        is_live: the page keeps asking /api + its own path for {"html": its content, anew}.
+    """
+    return render(
+        "sigray.orchestrator.reports",
+        "page.html.j2",
+        title=title,
+        body=body,
+        css=Markup(_file("sigray.orchestrator.reports", "page.css") + css),
+        script=Markup(_script()) if is_live else "",
+    )
+
+
+def content_policy() -> str:
+    """The Content-Security-Policy of live pages: our one script, our styles, pictures inside the page, no else."""
+    digest = base64.b64encode(hashlib.sha256(_script().encode()).digest()).decode()
+    own = f"script-src 'sha256-{digest}'; connect-src 'self'; style-src 'unsafe-inline'; img-src data:"
+    return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
+
+def _script() -> str:
+    return _file("sigray.orchestrator.reports", "live.js").replace("LIVE_MS", str(1000 * _LIVE_S))
+
+
+@cache
+def _file(package: str, name: str) -> str:
+    return importlib.resources.files(package).joinpath(name).read_text(encoding="utf-8")

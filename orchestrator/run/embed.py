@@ -1,0 +1,215 @@
+"""`sigray embed`: a locked image tower over all shards of a run, once, into its embedding store.
+
+Workers are Ray actors, one for each training worker that the config allows. A shard is the unit: Ray gives the shard
+of a worker that dies to the next one, and what a store holds when this process dies is not computed again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+from rich.console import Console
+
+from sigray.orchestrator.config import ConfigError, RunConfig
+from sigray.orchestrator.run.monitor import Display, format_duration
+from sigray.workers.data.embedding_store import EmbeddingStore, Part, StoredShard, StoreFormat, store_key, stored_name
+from sigray.workers.data.manifest import Manifest, Shard
+from sigray.workers.data.tar import DataError
+from sigray.workers.evaluation.datasets import check_set, probe_set, scan_set
+
+_LINE_S = 10.0  # between two lines of progress
+_MIN_READ = 1024  # samples below which a rate of refused ones says nothing
+
+
+def check_store(config: RunConfig) -> EmbeddingStore:
+    """The store of a config, once it is sure that this config's tower and preprocessing made it.
+
+    Builds the image tower to take its fingerprint.
+
+    Raises:
+        StoreError: where there is none, or it was made by something else.
+    """
+    store, key, _ = _open(config)
+    store.check(key)
+    return store
+
+
+def embed(config: RunConfig, console: Console) -> str:
+    """Embed what the store lacks of data.shards and eval.sets; returns what there is now, in a sentence.
+
+    Raises:
+        ConfigError: where embeddings.store is not set.
+        StoreError: where the store was made by another tower or preprocessing.
+        DataError: for shards that are damaged, and above data.max_bad_fraction.
+        StorageError: where the store cannot be written.
+    """
+    begin = time.monotonic()
+    from sigray.orchestrator.run.driver import environment, ray_of_run, scan
+
+    display = Display(console)
+    source = scan(
+        config.model_copy(update={"embeddings": config.embeddings.model_copy(update={"store": None})}), display
+    )
+    sets = list(config.eval.sets.items())
+    sets += [(name, probe_set(spec)) for name, spec in sets if spec.linear_probe is not None]
+    for name, spec in sets:
+        check_set(name, spec, config.data, is_stored=True)
+    held_out = [scan_set(spec, config.data) for _, spec in sets]
+    store, key, store_format = _open(config)
+    store.begin(key, store_format)
+    wanted = _wanted(source, held_out)
+    done = {part: store.complete(part) for part in ("train", "eval")}
+    missing = [(part, shard) for part, shard in wanted if stored_name(shard) not in done[part]]
+    num_images = sum(shard.num_samples for _, shard in wanted)
+    if missing:
+        to_do = sum(shard.num_samples for _, shard in missing)
+        display.say(
+            f"store    {store.uri}: {len(wanted) - len(missing):,} of {len(wanted):,} shards are there, "
+            f"{to_do:,} images to do, {store_format.num_views} view(s) of {store_format.dim} x {store_format.dtype}"
+        )
+        with ray_of_run(config, display):
+            began = time.monotonic()
+            num_workers = _embed_all(config, missing, display)
+            seconds = time.monotonic() - began
+        store.add_history(
+            {"num_images": to_do, "seconds": round(seconds, 1), "num_workers": num_workers, **environment()}
+        )
+    return (
+        f"embeddings of {num_images:,} images in {len(wanted):,} shards: {store.uri} "
+        f"({format_duration(time.monotonic() - begin)}, {len(missing):,} shards of it new)"
+    )
+
+
+def _open(config: RunConfig) -> tuple[EmbeddingStore, dict[str, Any], StoreFormat]:
+    """The store of a config, not looked at yet, its key and its format."""
+    import torch
+
+    from sigray.workers.model.image_towers import tower_sha256
+    from sigray.workers.model.init_weights import build_initial_model
+    from sigray.workers.model.inputs import shapes, tower_config
+
+    if config.embeddings.store is None:
+        raise ConfigError(
+            "embeddings.store is not set: give the folder or s3:// prefix that holds, or shall hold, the store"
+        )
+    torch.manual_seed(config.run.seed)
+    tower = build_initial_model(config.model).eval().get_submodule("visual")
+    key = store_key(
+        config.model, config.data, config.embeddings, sha256=tower_sha256(tower), precision=config.train.precision
+    )
+    size, dim = shapes(config.model)[0], tower_config(config.model)["embed_dim"]
+    with torch.inference_mode():
+        shape = tuple(tower(torch.zeros(1, 3, size, size)).shape)
+    if len(shape) != 2 or shape[1] != dim:
+        raise ConfigError(
+            f"model: the image tower gives {shape} for one image, the text tower {dim} numbers: set "
+            f"model.towers.embed_dim={shape[-1]}"
+        )
+    return (
+        EmbeddingStore(config.embeddings.store),
+        key,
+        StoreFormat(config.embeddings.dtype, dim, config.embeddings.num_views),
+    )
+
+
+def _wanted(source: Manifest, held_out: list[Manifest]) -> list[tuple[Part, Shard]]:
+    """What a complete store holds; the largest shards first, so that no worker ends long after the others."""
+    wanted: dict[tuple[Part, str], Shard] = {("train", shard.url): shard for shard in source.shards}
+    wanted |= {("eval", shard.url): shard for manifest in held_out for shard in manifest.shards}
+    return sorted(
+        ((part, shard) for (part, _), shard in wanted.items()), key=lambda item: (-item[1].num_samples, item[1].url)
+    )
+
+
+def _embed_all(config: RunConfig, missing: list[tuple[Part, Shard]], display: Display) -> int:
+    """Have all shards embedded by actors of the cluster, and show progress; returns how many actors."""
+    import ray
+
+    from sigray.orchestrator.run.backends import worker_resources
+    from sigray.workers.data.embed import Embedder
+    from sigray.workers.data.pool import as_raised
+
+    cluster = config.cluster
+    resources = worker_resources(cluster)
+    num_workers = min(cluster.worker_range[1], len(missing))
+    actor_class: Any = ray.remote(Embedder)
+    actors = [
+        actor_class.options(
+            num_cpus=resources.get("CPU", 0),
+            num_gpus=resources.get("GPU", 0),
+            resources={name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")},
+            # The work is a function of the shard: it may be done again as often as something dies.
+            max_restarts=-1,
+            max_task_retries=-1,
+        ).remote(
+            config.model,
+            config.data,
+            config.embeddings,
+            accelerator=cluster.accelerator,
+            precision=config.train.precision,
+            num_devices=cluster.devices_per_worker,
+            num_threads=cluster.cpus_per_worker,
+        )
+        for _ in range(num_workers)
+    ]
+    progress = _Progress(sum(shard.num_samples for _, shard in missing), config.data.max_bad_fraction, display)
+    waiting = list(reversed(missing))
+    running: dict[Any, Any] = {}
+
+    def give(actor: Any) -> None:
+        if waiting:
+            part, shard = waiting.pop()
+            running[actor.embed.remote(shard, part)] = actor
+
+    for actor in actors:
+        give(actor)
+        give(actor)  # one ahead, so that none waits for this process
+    while running:
+        finished, _ = ray.wait(list(running), timeout=_LINE_S)
+        for reference in finished:
+            actor = running.pop(reference)
+            try:
+                progress.add(ray.get(reference))
+            except ray.exceptions.RayTaskError as error:
+                raise as_raised(error) from None
+            give(actor)
+        progress.show()
+    return num_workers
+
+
+class _Progress:
+    """Counts, and the lines that tell them."""
+
+    def __init__(self, num_images: int, max_bad_fraction: float, display: Display) -> None:
+        self._num_images, self._max_bad_fraction, self._display = num_images, max_bad_fraction, display
+        self._num_done, self._refused = 0, Counter[str]()
+        self._begin = self._shown = time.monotonic()
+
+    def add(self, stored: StoredShard) -> None:
+        """A shard is in the store.
+
+        Raises:
+            DataError: where too many samples were refused, with the reasons.
+        """
+        self._num_done += stored.num_samples
+        self._refused.update(stored.refused)
+        if self._refused.total() > self._max_bad_fraction * max(self._num_done, _MIN_READ):
+            table = "\n  ".join(f"{count} x {reason}" for reason, count in self._refused.most_common())
+            raise DataError(
+                f"{self._refused.total()} of {self._num_done} images refused, more than data.max_bad_fraction "
+                f"{self._max_bad_fraction}, the last of {stored.source}:\n  {table}"
+            )
+
+    def show(self) -> None:
+        now = time.monotonic()
+        if now - self._shown < _LINE_S and self._num_done < self._num_images:
+            return
+        self._shown = now
+        rate = self._num_done / (now - self._begin)
+        left = format_duration((self._num_images - self._num_done) / rate) if rate else "unknown"
+        refused = f", {self._refused.total():,} refused" if self._refused else ""
+        self._display.say(
+            f"embedded {self._num_done:9,} of {self._num_images:,} images  {rate:7,.0f} images/s  {left} left{refused}"
+        )

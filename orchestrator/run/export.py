@@ -1,0 +1,179 @@
+"""`sigray export`: a run's checkpoint as a folder for other programs, with a model card.
+
+The folder is made beside its place and renamed, so a folder that is there is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.resources
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sigray.orchestrator.config import ConfigError, RunConfig
+from sigray.orchestrator.run.folder import SUMMARY, RunFolder
+from sigray.workers.checkpoint.index import CheckpointInfo
+from sigray.workers.data.manifest import Manifest
+from sigray.workers.data.tar import DataError
+
+CARD = "README.md"
+MAX_DIFFERENCE = 1e-5
+"""Of a feature, above which an open_clip export is refused."""
+_MAX_TEXTS = 2000  # that are compared
+_SOME_TEXTS = ("a photo of a cat", "two dogs, one ball", "rain")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export_run` made: the folder, and what there is to say about it."""
+
+    path: Path
+    remarks: list[str]
+
+
+def export_run(config: RunConfig, info: CheckpointInfo, form: str, out: Path | None, *, overwrite: bool) -> Exported:
+    """Write a checkpoint in one of the forms of `workers/model/export.py`; an open_clip one is loaded again and compared.
+
+    Args:
+        config: of the run.
+        info: the checkpoint.
+        form: open_clip, safetensors or onnx.
+        out: the folder; None: RUN/export/FORM.
+        overwrite: delete an earlier export first.
+
+    Raises:
+        ConfigError: where the folder is in use, or the model cannot be exported.
+        CheckpointError: for a damaged checkpoint.
+        RuntimeError: where a package is missing, or the exported model computes something else.
+    """
+    from sigray.workers.model.export import EXPORTERS, compare_open_clip
+    from sigray.workers.model.init_weights import build_trained_model
+    from sigray.workers.model.towers import num_parameters
+
+    path = (out or config.folder / "export" / form).absolute()
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path} exists: give another --out, or --overwrite")
+    if form == "open_clip" and config.model.image_tower is not None:
+        raise ConfigError(
+            f"open_clip knows no tower from elsewhere (model.image_tower={config.model.image_tower}): "
+            "take --format onnx or safetensors"
+        )
+    run = RunFolder(config)
+    module = build_trained_model(run.storage, info, config.model).eval()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remarks = []
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as parent:
+        staging = Path(parent) / path.name
+        staging.mkdir(mode=0o755)
+        EXPORTERS[form](module, config.model, staging)
+        if form == "open_clip":
+            texts = _texts_of(config)
+            found = compare_open_clip(staging, module, config.model, texts)
+            largest = max(found.image_difference, found.text_difference)
+            if largest > MAX_DIFFERENCE:
+                raise RuntimeError(
+                    f"the exported model's features differ by {largest:.2g} in plain open_clip, by more than "
+                    f"{MAX_DIFFERENCE:g}: nothing was written"
+                )
+            remarks.append(f"loaded in open_clip: features differ by {largest:.1e} at most")
+            if found.other_tokens is None:
+                remarks.append("tokenizer not compared: open_clip reads it with transformers, which is not installed")
+            elif found.other_tokens:
+                remarks.append(
+                    f"tokenizer: {len(found.other_tokens)} of {found.num_texts} prompts give other tokens in "
+                    f"open_clip, which cleans texts first (ftfy), such as {found.other_tokens[0]!r}; "
+                    f"{path.name}/tokenizer.json itself gives those of the training"
+                )
+            else:
+                remarks.append(f"tokenizer: the same tokens in open_clip for all of {found.num_texts} prompts")
+        (staging / CARD).write_text(
+            model_card(config, info, form, run.manifest(), _figures(run, info), num_parameters(module), remarks)
+        )
+        if path.exists():
+            shutil.rmtree(path)
+        staging.rename(path)
+    return Exported(path, remarks)
+
+
+def model_card(
+    config: RunConfig,
+    info: CheckpointInfo,
+    form: str,
+    manifest: Manifest,
+    figures: dict[str, Any],
+    num_parameters: int,
+    remarks: list[str],
+) -> str:
+    """The README.md of an exported model: how to load it, data, recipe and results.
+
+    Args:
+        figures: `zero_shot`, `retrieval` and `languages` of the checkpoint's evaluation; empty where there was none.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    template = importlib.resources.files("sigray.orchestrator.run").joinpath("card.md.j2").read_text(encoding="utf-8")
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["percent"] = lambda rate: f"{rate:.2%}"
+    datasets = [
+        {
+            "name": name or "training data",
+            "samples": sum(shard.num_samples for shard in shards),
+            "shards": len(shards),
+            "megabytes": sum(shard.num_bytes for shard in shards) / 1e6,
+            "first": shards[0].url.rpartition("/")[2],
+            "last": shards[-1].url.rpartition("/")[2],
+        }
+        for name, shards in manifest.datasets().items()
+    ]
+    from sigray.workers.model.export import preprocessing
+
+    return environment.from_string(template).render(
+        config=config,
+        info=info,
+        form=form,
+        datasets=datasets,
+        num_samples=manifest.num_samples,
+        zero_shot=figures.get("zero_shot", {}),
+        retrieval=figures.get("retrieval", {}),
+        languages=figures.get("languages", {}),
+        million_parameters=num_parameters / 1e6,
+        preprocessing=preprocessing(config.model),
+        remarks=remarks,
+        has_file=config.model.tokenizer != "open_clip",
+    )
+
+
+def _texts_of(config: RunConfig) -> list[str]:
+    """Prompts of the run's own sets, by which its zero-shot figure is measured; some others where it has none."""
+    from sigray.workers.evaluation.datasets import classes_of
+
+    texts: list[str] = []
+    for spec in config.eval.sets.values():
+        if spec.classes:
+            with contextlib.suppress(DataError):  # the class file, or the folder, may be elsewhere by now
+                names = [entry["name"] for entry in classes_of(spec)]
+                texts += [template.replace("{}", name) for template in spec.templates for name in names]
+    return list(dict.fromkeys(texts))[:_MAX_TEXTS] or list(_SOME_TEXTS)
+
+
+def _figures(run: RunFolder, info: CheckpointInfo) -> dict[str, Any]:
+    """The evaluation of this very checkpoint, from the run's records, wherever they lie."""
+    name = f"evaluations/step-{info.step:010d}.json"
+    for content in (_read(run, name), _read(run, SUMMARY)):
+        if content.get("samples_seen") == info.samples_seen:
+            return content
+    return {}
+
+
+def _read(run: RunFolder, name: str) -> dict[str, Any]:
+    local = run.path / name
+    try:
+        return json.loads(local.read_text() if local.exists() else run.storage.read(name))
+    except (OSError, ValueError):
+        return {}

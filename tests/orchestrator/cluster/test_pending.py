@@ -1,0 +1,217 @@
+"""What a cluster lacks, in one sentence: against counting by hand, and read from real files."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sigray.orchestrator.cluster.pending import (
+    Autoscaler,
+    Host,
+    Need,
+    NodeType,
+    autoscaler_of,
+    find_autoscaler,
+    need_of,
+    room,
+)
+from sigray.orchestrator.config import ClusterConfig
+from sigray.orchestrator.run.backends import check_slices
+
+amounts = st.fixed_dictionaries(
+    {}, optional={"CPU": st.integers(1, 8), "GPU": st.integers(1, 4), "training": st.integers(1, 2)}
+)
+needs = st.builds(Need, st.integers(1, 6), amounts.filter(bool))
+BY_HAND = Autoscaler(runs=False)
+
+
+def host(total: dict[str, int], **more: str) -> Host:
+    return Host(dict(total), dict(total), **more)
+
+
+hosts = st.lists(st.builds(host, amounts), max_size=4)
+types = st.lists(
+    st.builds(NodeType, st.sampled_from(["a", "b"]), amounts.filter(bool), st.integers(0, 3)),
+    max_size=2,
+    unique_by=lambda kind: kind.name,
+).map(tuple)
+autoscalers = st.one_of(
+    st.none(), st.just(BY_HAND), st.builds(Autoscaler, st.just(True), types, st.one_of(st.none(), st.integers(0, 4)))
+)
+
+
+def fits(need: Need, machines: list[dict[str, int]]) -> bool:
+    """One worker after the other, each on the first machine with room: right where all workers are alike."""
+    left = [dict(machine) for machine in machines]
+    for _ in range(need.count):
+        for machine in left:
+            if all(machine.get(name, 0) >= amount for name, amount in need.resources.items()):
+                for name, amount in need.resources.items():
+                    machine[name] -= amount
+                break
+        else:
+            return False
+    return True
+
+
+@settings(deadline=None)
+@given(needs, hosts, autoscalers)
+def test_what_can_be_met_is_what_some_set_of_machines_meets(need, up, autoscaler):
+    """Every set of nodes that the autoscaler may have, tried one by one."""
+    up = [dataclasses.replace(one, group="by hand") for one in up]  # none of them is the autoscaler's
+    found = room(need, up, autoscaler)
+    here = [dict(one.total) for one in up]
+    if fits(need, here):
+        assert found.can_be_met is True
+    elif autoscaler is None:
+        assert found.can_be_met is None
+    else:
+        ranges = [range(kind.most + 1) for kind in autoscaler.types]
+        most = autoscaler.most if autoscaler.most is not None else 99
+        sets = [counts for counts in itertools.product(*ranges) if sum(counts) <= most]
+        more = [
+            [kind.resources for kind, count in zip(autoscaler.types, counts, strict=True) for _ in range(count)]
+            for counts in sets
+        ]
+        assert found.can_be_met is any(fits(need, [*here, *machines]) for machines in more)
+    assert ("cannot be met" in found.sentence) == (found.can_be_met is False and autoscaler.runs)
+
+
+@settings(deadline=None)
+@given(needs, hosts, autoscalers)
+def test_it_is_one_sentence_with_both_numbers(need, up, autoscaler):
+    sentence = room(need, up, autoscaler).sentence
+    assert "\n" not in sentence
+    assert sentence.startswith(f"needs {need.count} training worker")
+    has = re.search(r", has (\d+)", sentence)
+    if has:
+        totals = [one.total for one in up]
+        most = next(n for n in itertools.count() if not fits(dataclasses.replace(need, count=n + 1), totals))
+        assert int(has[1]) == most
+    else:
+        assert "has them" in sentence
+
+
+@settings(deadline=None)
+@given(needs, hosts, st.builds(host, amounts), autoscalers)
+def test_another_machine_never_makes_it_worse(need, up, another, autoscaler):
+    if room(need, up, autoscaler).can_be_met:
+        assert room(need, [*up, dataclasses.replace(another, group="by hand")], autoscaler).can_be_met
+
+
+GPU = Need(4, {"CPU": 12.0, "GPU": 1.0, "training": 1.0})
+SLICE = Need(4, {"CPU": 1.0, "TPU": 4.0}, pod_type="v4-32")
+GPU_HOST = {"CPU": 12.0, "GPU": 1.0, "training": 1.0}
+GPU_TYPE = NodeType("gpu", GPU_HOST, 8)
+
+
+def tpu_hosts(count: int, name: str, kind: str = "v4-32") -> list[Host]:
+    return [host({"CPU": 240, "TPU": 4}, slice_name=name, pod_type=kind) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("need", "up", "autoscaler", "sentence", "can_be_met"),
+    [
+        (GPU, [host(GPU_HOST)] * 2, Autoscaler(True, (GPU_TYPE,)),
+         "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 2: waiting for the autoscaler (gpu)", True),
+        (GPU, [host(GPU_HOST)] * 2, BY_HAND,
+         "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 2: no autoscaler runs, so it waits for machines "
+         "that somebody starts", False),
+        (GPU, [], None,
+         "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 0: waiting for machines; whether an autoscaler "
+         "runs cannot be seen from here", None),
+        (GPU, [Host(GPU_HOST, {"CPU": 12.0})] * 4, BY_HAND,
+         "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 4, 0 free: waiting for those that hold the "
+         "others",
+         True),
+        (GPU, [], Autoscaler(True, (NodeType("data", {"CPU": 16.0, "data": 16.0}, 8),)),
+         "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 0: cannot be met by this cluster.yaml: no "
+         "node type offers GPU", False),
+        (GPU, [host(GPU_HOST)], Autoscaler(True, (dataclasses.replace(GPU_TYPE, most=3),)),
+         "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 1: cannot be met by this cluster.yaml: its node "
+         "types have place for 3 at most (max_workers)", False),
+        (GPU, [], Autoscaler(True, (dataclasses.replace(GPU_TYPE, most=3), dataclasses.replace(GPU_TYPE, most=3)), 3),
+         "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 0: cannot be met by this cluster.yaml: its node "
+         "types have place for 3 at most (max_workers)", False),
+        (Need(1, {"GPU": 8.0}), [], Autoscaler(True, (GPU_TYPE,)),
+         "needs 1 training worker of 8 GPU, has 0: cannot be met by this cluster.yaml: no node type has more than "
+         "1 GPU",
+         False),
+        (SLICE, tpu_hosts(2, "a"), Autoscaler(True, (NodeType("tpu", {"CPU": 240, "TPU": 4}, 1, 4, "v4-32"),)),
+         "needs 4 TPU hosts of v4-32, has 2: waiting for the autoscaler (tpu)", True),
+        # Two halves of slices are no slice, and other slices are none.
+        (SLICE, [*tpu_hosts(2, "a"), *tpu_hosts(2, "b"), *tpu_hosts(4, "c", "v4-64")], BY_HAND,
+         "needs 4 TPU hosts of v4-32, has 2: no autoscaler runs, so it waits for machines "
+         "that somebody starts", False),
+        (SLICE, [], Autoscaler(True, (NodeType("tpu", {"CPU": 240, "TPU": 4}, 1, 2, "v4-16"),)),
+         "needs 4 TPU hosts of v4-32, has 0: cannot be met by this cluster.yaml: no node type brings up a "
+         "v4-32", False),
+        (SLICE, tpu_hosts(4, "a"), BY_HAND,
+         "needs 4 TPU hosts of v4-32, has them: waiting for Ray to place them", True),
+    ],
+)  # fmt: skip
+def test_the_sentences(need, up, autoscaler, sentence, can_be_met):
+    found = room(need, up, autoscaler)
+    assert (found.sentence, found.can_be_met) == (sentence, can_be_met)
+
+
+@pytest.mark.parametrize("path", ["cluster.yaml", "clusters/aws_gpu.yaml", "clusters/gcp_tpu.yaml"])
+def test_each_cluster_file_can_bring_up_what_it_is_for(path):
+    """Their own node types, as `sigray cluster check` counts them, are the need."""
+    autoscaler = autoscaler_of(yaml.safe_load(Path(path).read_text()))
+    training = [kind for kind in autoscaler.types if "training" in kind.resources]
+    assert training
+    for kind in training:
+        own = {"GPU": kind.resources.get("GPU", 0), "TPU": kind.resources.get("TPU", 0), "training": 1.0}
+        need = Need(kind.hosts if kind.pod_type else kind.most, own, kind.pod_type)
+        assert room(need, [], autoscaler).can_be_met is True
+        if kind.pod_type:
+            assert room(dataclasses.replace(need, count=need.count + 1), [], autoscaler).can_be_met is False
+
+
+@pytest.mark.parametrize("num_workers", [2, 8, [2, 4], [4, 8]])
+def test_workers_fill_whole_slices(num_workers):
+    def cluster(**changes):
+        content = {"accelerator": "tpu", "tpu_type": "TPU-V4", "tpu_topology": "2x2x4", "num_workers": 4}
+        return ClusterConfig(**content | changes)
+
+    check_slices(cluster())
+    with pytest.raises(ValueError, match=r"slice of 2x2x4 has 4 host\(s\), .*: set cluster.num_workers to 4"):
+        check_slices(cluster(num_workers=num_workers))
+    with pytest.raises(ValueError, match="tpu_topology=3x5x7: "):
+        check_slices(cluster(tpu_topology="3x5x7"))
+
+
+def test_a_config_names_its_slice():
+    config = ClusterConfig(accelerator="tpu", tpu_type="TPU-V4", tpu_topology="2x2x4", num_workers=4)
+    need = need_of(config, 4)
+    assert (need.pod_type, need.resources["TPU"], need.text()) == ("v4-32", 4.0, "4 TPU hosts of v4-32")
+    assert need_of(ClusterConfig(accelerator="cuda"), 2).text() == "2 training workers of 1 CPU, 1 GPU"
+
+
+def test_the_autoscaler_is_found_by_its_process(tmp_path):
+    """As Ray 2.60 starts it; one of another cluster is none of ours."""
+    file = tmp_path / "ray_bootstrap_config.yaml"
+    file.write_text(Path("cluster.yaml").read_text())
+    entry = "/env/ray/autoscaler/_private/monitor.py"
+    commands = {
+        "10": ["python", "-u", entry, "--gcs-address=10.0.0.1:6379", f"--autoscaling-config={file}"],
+        "11": ["python", "-u", entry, "--gcs-address=10.0.0.2:6379"],
+        "12": ["vim", "/env/ray/autoscaler/_private/monitor.py"],
+    }
+    for number, words in commands.items():
+        (tmp_path / number).mkdir()
+        (tmp_path / number / "cmdline").write_bytes("\0".join(words).encode())
+    found = find_autoscaler("10.0.0.1:6379", tmp_path)
+    assert {kind.name for kind in found.types} == {"data", "gpu", "tpu_host", "tpu_slice"}
+    slice_type = next(kind for kind in found.types if kind.name == "tpu_slice")
+    assert (slice_type.hosts, slice_type.pod_type, slice_type.most) == (2, "v4-16", 1)
+    assert find_autoscaler("10.0.0.2:6379", tmp_path) == BY_HAND
+    assert find_autoscaler("10.0.0.3:6379", tmp_path) is None

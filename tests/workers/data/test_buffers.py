@@ -1,0 +1,318 @@
+"""Batches whose images are written where they belong, by whom they were asked of: the same batches as by value."""
+
+import contextlib
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sigray.workers.config import LabelNoise
+from sigray.workers.data import buffers as shared_memory
+from sigray.workers.data import loader as feed
+from sigray.workers.data.buffers import Address, Mappings, Place, SharedBuffer
+from sigray.workers.data.label_noise import Noise
+from sigray.workers.data.loader import Feed
+from sigray.workers.data.worker import DataWorker, build_order, image_kind
+from sigray.workers.device import Device
+from tests.helpers.bare import OneWorker
+from tests.helpers.batches import batches, manifest_of
+
+WRITER = """
+import sys
+import numpy as np
+from sigray.workers.data.buffers import Address, Mappings, Place
+pid, descriptor, name, num_bytes = sys.argv[1:]
+place = Place(Address(int(pid), int(descriptor), name, int(num_bytes)), row=3, first=1, count=2)
+rows = Mappings().rows([place], (2, 2), np.dtype(np.uint16))
+if rows is not None:
+    for number, row in rows.items():
+        row[:] = 1000 + number
+print(None if rows is None else sorted(rows), flush=True)
+sys.stdin.read()
+"""
+
+
+def buffer_of_rows(num_rows: int) -> SharedBuffer:
+    return SharedBuffer((num_rows, 2, 2), np.dtype(np.uint16))
+
+
+def place_in(buffer: SharedBuffer, **changes) -> Place:
+    return Place(dataclasses.replace(buffer.address, **changes), row=0, first=0, count=1)
+
+
+def rows_of(mappings: Mappings, place: Place):
+    return mappings.rows([place], (2, 2), np.dtype(np.uint16))
+
+
+def test_another_process_writes_rows_where_they_belong():
+    buffer = buffer_of_rows(6)
+    buffer.array[:] = 7
+    address = [str(field) for field in dataclasses.astuple(buffer.address)]
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, *address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout.readline() == "[1, 2]\n"
+    assert buffer.array[:, 0, 0].tolist() == [7, 7, 7, 1001, 1002, 7]
+    array = buffer.array
+    del buffer  # a batch outlives its buffer, and is there whoever dies
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    assert array[:, 1, 1].tolist() == [7, 7, 7, 1001, 1002, 7]
+
+
+def test_what_stands_at_an_address_is_the_buffer_or_nothing():
+    buffer, other = buffer_of_rows(2), buffer_of_rows(2)
+    mappings = Mappings()
+    assert rows_of(mappings, place_in(buffer)) is not None
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for changes in (
+        {"name": "sigray-of-somebody-else"},
+        {"descriptor": other.address.descriptor},
+        {"descriptor": 2**20},
+        {"pid": gone.pid},
+        {"pid": 1, "descriptor": 0},
+    ):
+        assert rows_of(mappings, place_in(buffer, **changes)) is None, changes
+    assert mappings.rows([place_in(buffer), place_in(other, name="x")], (2, 2), np.dtype(np.uint16)) is None
+
+
+def test_memory_of_buffers_that_are_gone_is_let_go(monkeypatch):
+    opened = []
+    monkeypatch.setattr(Address, "open", lambda self, open=Address.open: opened.append(self) or open(self))
+    mappings, buffers = Mappings(), [buffer_of_rows(1) for _ in range(3)]
+    for _ in range(2):  # each is looked for once
+        assert all(rows_of(mappings, place_in(buffer)) for buffer in buffers)
+    assert opened == [buffer.address for buffer in buffers]
+    del buffers[:2]
+    new = buffer_of_rows(1)
+    assert rows_of(mappings, place_in(new)) is not None
+    assert set(mappings._found) == {buffers[0].address, new.address}
+
+
+def test_a_system_without_such_memory_has_batches_of_its_own(monkeypatch, data_config, model_config):
+    expected = batches(data_config, model_config, batch=12)
+    monkeypatch.delattr(os, "memfd_create")
+    assert buffer_of_rows(2).address is None
+    same(expected, batches(data_config, model_config, batch=12, source=MustNotBeTold))
+
+
+def test_a_block_comes_by_value_where_one_of_its_batches_cannot_be_reached(data_config, model_config, monkeypatch):
+    expected = batches(data_config, model_config, batch=12)
+    made = []
+
+    class OftenOutOfReach(SharedBuffer):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self.address)
+            self.address = self.address if len(made) % 3 else None
+
+    monkeypatch.setattr(feed, "SharedBuffer", OftenOutOfReach)
+    same(expected, batches(data_config, model_config, batch=12))
+    assert len(made) > 3
+
+
+class MustNotBeTold(OneWorker):
+    def request(self, lane, number, places=()):
+        assert not places
+        return places
+
+
+class Recorded(OneWorker):
+    """Counts how its blocks come."""
+
+    def __init__(self, worker, shares_memory):
+        super().__init__(worker, shares_memory)
+        self.by_value = self.in_place = 0
+
+    def wait(self, lane, number, handle):
+        block = super().wait(lane, number, handle)
+        self.by_value, self.in_place = self.by_value + bool(len(block.images)), self.in_place + (not len(block.images))
+        return block
+
+
+class WithLateWriters(OneWorker):
+    """Some that were told places do not answer, another does; they go on writing nonsense there, for ever."""
+
+    def __init__(self, worker, shares_memory, seed=0):
+        super().__init__(worker, shares_memory)
+        self._random, self._mappings, self._late = random.Random(seed), Mappings(), []
+        self.num_late = 0
+
+    def wait(self, lane, number, handle):
+        for rows in self._late:
+            for row in rows.values():
+                row[...] = self._random.randrange(256)
+        if not handle or self._random.random() < 0.7:
+            return super().wait(lane, number, handle)
+        kind = self._worker._image
+        self._late.append(self._mappings.rows(handle, kind.shape, kind.dtype))
+        self.num_late += 1
+        # A block that the worker keeps must not be told about this.
+        return dataclasses.replace(super().wait(lane, number, ()), has_late_writer=True)
+
+
+def same(expected, found):
+    for want, got in zip(expected, found, strict=True):
+        for name in ("images", "tokens"):
+            np.testing.assert_array_equal(getattr(got, name).numpy(), getattr(want, name).numpy())
+        for name in ("samples", "replaced", "keys", "step"):
+            np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
+
+
+def one_by_one(data, model, make_source, *, shares_memory, world_size=1, rank=0, first=0, batch=12, noise=None):
+    """Copies of a feed's batches, each let go before the next, so that memory is used again."""
+    manifest = manifest_of(data)
+    source = make_source(DataWorker(manifest, data, model, seed=5), shares_memory)
+    reader = Feed(
+        build_order(manifest, data, 5), source, image_kind=image_kind(manifest, model), global_batch_size=batch,
+        block_size=data.block_size, rank=rank, world_size=world_size, first_step=first, last_step=first + 25,
+        prefetch_batches=2, max_bad_fraction=1.0, noise=noise,
+    )  # fmt: skip
+    found = []
+    for got in reader:
+        found.append(dataclasses.replace(got, images=got.images.clone()))
+        del got
+    return found, source
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    block_size=st.integers(1, 9),
+    num_lanes=st.integers(1, 5),
+    world_size=st.sampled_from([1, 2, 3, 4]),
+    shared_blocks=st.sampled_from([1, 3]),
+    first=st.integers(0, 9),
+    noise=st.sampled_from([None, "alignment", "image", "all"]),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_batches_written_in_place_are_those_by_value(
+    data_config, model_config, block_size, num_lanes, world_size, shared_blocks, first, noise, seed, data
+):
+    rank = data.draw(st.integers(0, world_size - 1))
+    config = data_config.model_copy(
+        update={"block_size": block_size, "num_lanes": num_lanes, "shared_blocks": shared_blocks}
+    )
+    kinds = {"world_size": world_size, "rank": rank, "first": first}
+    if noise is not None:
+        kinds["noise"] = Noise(LabelNoise(kind=noise, fraction=0.5), 5, 49408)
+    expected, _ = one_by_one(config, model_config, OneWorker, shares_memory=False, **kinds)
+    found, source = one_by_one(config, model_config, Recorded, shares_memory=True, **kinds)
+    same(expected, found)
+    # Where captions move, every rank asks for all blocks, and each shall be decoded once.
+    by_value = world_size > 1 and noise in ("alignment", "all")
+    assert (source.by_value == 0, source.in_place == 0) == (not by_value, by_value)
+    late, source = one_by_one(
+        config, model_config, lambda *all: WithLateWriters(*all, seed=seed), shares_memory=True, **kinds
+    )
+    same(expected, late)
+
+
+def by_value(worker, shares_memory):
+    return OneWorker(worker)
+
+
+@pytest.mark.parametrize(("batch", "world_size"), [(12, 1), (10, 2)])
+def test_batches_that_are_handed_out_stay_as_they_are(data_config, model_config, batch, world_size):
+    """All are held to the end, while those who are late write on."""
+    for rank in range(world_size):
+        kinds = {"batch": batch, "rank": rank, "world_size": world_size}
+        expected = batches(data_config, model_config, source=by_value, **kinds)
+        assert len(expected) == 12
+        for source in (Recorded, WithLateWriters):
+            same(expected, batches(data_config, model_config, source=source, **kinds))
+
+
+def test_memory_is_used_again_and_not_where_somebody_is_late(data_config, model_config, monkeypatch):
+    made = []
+
+    class Counted(SharedBuffer):
+        def __init__(self, *arguments):
+            made.append(1)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(feed, "SharedBuffer", Counted)
+    _, source = one_by_one(data_config, model_config, Recorded, shares_memory=True)
+    usual = len(made)
+    # Prefetched: 2 batches, and those that a round of blocks holds, twice; ready or in use: 4.
+    assert usual <= 2 + 2 * -(-data_config.block_size * data_config.num_lanes // 12) + 4 < 25
+    assert source.by_value == 0
+    made.clear()
+    _, source = one_by_one(data_config, model_config, WithLateWriters, shares_memory=True)
+    assert source.num_late > 5
+    assert usual < len(made)
+
+
+def test_where_memory_cannot_be_locked_it_is_torchs_own(monkeypatch):
+    """On hardware: tests/gpu/test_cuda.py."""
+    monkeypatch.setattr(shared_memory, "_pinned", lambda num_bytes: np.zeros(num_bytes, np.uint8))
+    asked = []
+
+    def page_lock(memory):
+        asked.append(len(memory))
+        return len(asked) > 1
+
+    for has_address in (False, True):
+        buffer = SharedBuffer((3, 4), np.dtype(np.uint8), page_lock)
+        assert (buffer.address is not None, buffer.array.shape) == (has_address, (3, 4))
+    assert asked == [12, 12]
+
+
+def test_memory_is_locked_as_long_as_a_batch_is_held(monkeypatch):
+    """What CUDA is asked, without one. On hardware: tests/gpu/test_cuda.py."""
+    asked, answers = [], [0, 2]
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda *arguments: asked.append(arguments) or answers.pop(0),
+        cudaHostUnregister=lambda *arguments: asked.append(arguments),
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(shared_memory, "_pinned", lambda num_bytes: np.zeros(num_bytes, np.uint8))
+    device = Device(torch.device("cuda", 1), "fp32")
+    buffer = SharedBuffer((3, 4), np.dtype(np.uint8), device.page_lock)
+    pointer, batch = buffer.array.ctypes.data, torch.from_numpy(buffer.array)[1:]
+    assert buffer.address is not None
+    assert asked == [(pointer, 12, 1)]
+    del buffer
+    assert len(asked) == 1
+    del batch
+    assert asked[1:] == [(pointer,)]
+    refused = SharedBuffer((3, 4), np.dtype(np.uint8), device.page_lock)
+    assert refused.address is None
+    del refused
+    assert len(asked) == 3  # nothing is unlocked that was not locked
+
+
+def test_a_block_wanted_whole_is_decoded_where_it_belongs_and_a_part_of_one_for_others_too(data_config, model_config):
+    manifest = manifest_of(data_config)
+    worker = DataWorker(manifest, data_config, model_config, seed=5)
+    want = DataWorker(manifest, data_config, model_config, seed=5).block(1, 2)
+    size = data_config.block_size
+    buffer = SharedBuffer((size + 1, 16, 16, 3), np.dtype(np.uint8))
+
+    def ask(first, count):
+        buffer.array[:] = 0
+        block = worker.block(1, 2, [Place(buffer.address, first + 1, first, count)])
+        assert block.images.shape == (0, 16, 16, 3)
+        np.testing.assert_array_equal(buffer.array[first + 1 : first + 1 + count], want.images[first : first + count])
+        assert not buffer.array[: first + 1].any()
+        assert not buffer.array[first + 1 + count :].any()
+        np.testing.assert_array_equal(block.tokens, want.tokens)
+        return worker.num_decoded
+
+    assert ask(0, size) == size
+    assert ask(0, size) == 2 * size  # it kept nothing
+    assert ask(1, 2) == 3 * size
+    assert ask(3, 1) == ask(0, size) == 3 * size  # now it has
+    np.testing.assert_array_equal(worker.block(1, 2).images, want.images)
+    assert worker.num_decoded == 3 * size

@@ -1,0 +1,156 @@
+"""The stream from a real S3 server that keeps failing: the batches of the same tars on disk, and nothing else."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sigray.workers.config import DataConfig, ModelConfig, S3Config
+from sigray.workers.data.ledger import Ledger, audit
+from sigray.workers.data.loader import Batch, Feed
+from sigray.workers.data.manifest import Manifest, scan_shards
+from sigray.workers.data.s3 import S3Stream, client
+from sigray.workers.data.tar import DataError
+from sigray.workers.data.worker import DataWorker, build_order, image_kind
+from sigray.workers.storage import Storage
+from tests.helpers.bare import OneWorker
+from tests.helpers.data import write_tar
+from tests.helpers.faultproxy import FaultProxy, drawn
+from tests.helpers.s3 import BUCKET, s3_server
+
+PART = 1 << 14
+BATCH, SEED, NUM_STEPS = 20, 5, 32  # 640 of 300 samples: two epochs and a bit
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 JPEGs of noise, 10 kB each, in six shards."""
+    folder, rng = tmp_path_factory.mktemp("noise"), np.random.RandomState(0)
+    for shard in range(6):
+        samples = []
+        for number in range(50):
+            buffer = io.BytesIO()
+            Image.fromarray(rng.randint(0, 256, (96, 96, 3), dtype=np.uint8)).save(buffer, "JPEG", quality=90)
+            key = f"{shard}-{number}"
+            samples.append({"__key__": key, "jpg": buffer.getvalue(), "txt": f"noise {key}"})
+        write_tar(folder / f"shard-{shard}.tar", samples)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def endpoint(tars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with s3_server(tmp_path_factory.mktemp("s3")) as variables, pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        for path in tars.iterdir():
+            client(S3Config()).upload_file(str(path), BUCKET, f"tars/{path.name}")
+        yield variables["AWS_ENDPOINT_URL"]
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many GETs for few bytes."""
+    monkeypatch.setitem(S3Stream.__init__.__kwdefaults__, "part_bytes", PART)
+
+
+def data_of(shards: str, s3: S3Config) -> DataConfig:
+    return DataConfig(shards=shards, num_lanes=3, shuffle_window=30, block_size=8, s3=s3)
+
+
+def read(manifest: Manifest, data: DataConfig, model: ModelConfig, folder: Path, first_step: int = 0) -> list[Batch]:
+    """All batches from a step on; what was read stands in the ledger in `folder`."""
+    feed = Feed(
+        build_order(manifest, data, SEED),
+        OneWorker(DataWorker(manifest, data, model, seed=SEED)),
+        image_kind=image_kind(manifest, model),
+        global_batch_size=BATCH,
+        block_size=data.block_size,
+        rank=0,
+        world_size=1,
+        first_step=first_step,
+        last_step=NUM_STEPS,
+        prefetch_batches=2,
+        max_bad_fraction=0,
+    )
+    ledger, batches = Ledger(Storage(folder), rank=0, first_step=first_step, warn=print), []
+    for batch in feed:
+        ledger.add(batch)
+        batches.append(batch)
+    ledger.write(NUM_STEPS)
+    ledger.close(60)
+    return batches
+
+
+def test_a_store_that_keeps_failing_changes_nothing(tars, endpoint, model_config, tmp_path, small_parts):
+    """Over 100 faults of eight kinds in two epochs: no sample lost, doubled or altered."""
+    local = data_of(str(tars), S3Config())
+    expected = read(scan_shards(local.shards, local), local, model_config, tmp_path / "local")
+    kinds = ("reset", "close", "stall", "503", "429", "500", "hang up", "short")
+    with FaultProxy(endpoint) as proxy:
+        s3 = S3Config(endpoint=proxy.endpoint, read_timeout_s=0.3, num_connections=2)
+        data = data_of(f"s3://{BUCKET}/tars/", s3)
+        manifest = scan_shards(data.shards, data)
+        proxy.schedule = drawn(seed=1, share=0.2, kinds=kinds, most_bytes=PART)
+        batches = read(manifest, data, model_config, tmp_path / "s3")
+        assert sum(proxy.faults.values()) >= 100, proxy.faults
+        assert set(proxy.faults) == set(kinds)
+    for want, got in zip(expected, batches, strict=True):
+        np.testing.assert_array_equal(got.images.numpy(), want.images.numpy())
+        np.testing.assert_array_equal(got.tokens.numpy(), want.tokens.numpy())
+        assert got.keys == want.keys
+    found = audit(Storage(tmp_path / "s3"), manifest, build_order(manifest, data, SEED), BATCH)
+    assert found.is_exact
+    assert [epoch.num_used for epoch in found.epochs] == [300, 300, 40]
+
+
+def test_a_resume_reads_no_more_than_a_window_per_lane(
+    tars, endpoint, model_config, tmp_path, monkeypatch, small_parts
+):
+    """Besides the window read ahead, and the way from the manifest's mark before it: 10 samples here, not 256."""
+    monkeypatch.setattr("sigray.workers.data.manifest._MARK_EVERY", 10)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with FaultProxy(endpoint) as proxy:
+        data = data_of(f"s3://{BUCKET}/tars/", S3Config(endpoint=proxy.endpoint, num_connections=2))
+        manifest = scan_shards(data.shards, data)
+        order = build_order(manifest, data, SEED)
+        sample_bytes = manifest.num_bytes / manifest.num_samples
+        for step in (3, 9, 21):
+            worker = DataWorker(manifest, data, model_config, seed=SEED)
+            before = proxy.num_sent
+            for lane in range(3):
+                index = order.next_index(lane, step, BATCH)
+                window, _ = order.window(lane, index)
+                assert len(worker._windows.get(lane, index)[0]) == len(window.permutation) <= 30
+            for _, ahead in worker._windows._ahead.values():
+                ahead.result()
+            # Per lane: two windows in two shards each at most, each with a mark's distance and three parts in flight.
+            assert proxy.num_sent - before <= 3 * (2 * 30 * sample_bytes + 4 * (10 * sample_bytes + 3 * PART))
+            assert proxy.num_sent - before < 0.9 * manifest.num_bytes
+
+
+def test_an_object_replaced_under_the_run_is_an_error(tars, endpoint, model_config, tmp_path):
+    data = data_of(f"s3://{BUCKET}/replaced/", S3Config())
+    content = (tars / "shard-0.tar").read_bytes()
+    client(S3Config()).put_object(Bucket=BUCKET, Key="replaced/a.tar", Body=content)
+    manifest = scan_shards(data.shards, data)
+    client(S3Config()).put_object(Bucket=BUCKET, Key="replaced/a.tar", Body=content[:-1] + b"\1")
+    with pytest.raises(DataError, match=r"a.tar was replaced since the run's manifest was made"):
+        read(manifest, data, model_config, tmp_path)
+
+
+def test_the_shard_cache_serves_later_epochs(tars, endpoint, model_config, tmp_path):
+    data = data_of(f"s3://{BUCKET}/tars/", S3Config(endpoint=endpoint))
+    manifest = scan_shards(data.shards, data)
+    expected = read(manifest, data, model_config, tmp_path / "streamed")
+    with FaultProxy(endpoint) as proxy:
+        s3 = S3Config(endpoint=proxy.endpoint)
+        cached = data.model_copy(update={"s3": s3, "shard_cache": str(tmp_path / "cache")})
+        batches = read(manifest, cached, model_config, tmp_path / "cached")
+        assert proxy.num_sent <= manifest.num_bytes  # each shard once, for two epochs
+    for want, got in zip(expected, batches, strict=True):
+        np.testing.assert_array_equal(got.images.numpy(), want.images.numpy())

@@ -1,0 +1,110 @@
+"""The live page of a sweep: its report, always drawn anew, its trials at work, and the way to the page of each."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from markupsafe import Markup
+
+from sigray.orchestrator import formatting as words
+from sigray.orchestrator.config import ConfigError
+from sigray.orchestrator.reports.live_server import RUNS, Kind, Look, draw_moment, look_at_run
+from sigray.orchestrator.run.folder import CONFIG, REPORT
+from sigray.orchestrator.run.lease import is_driven
+from sigray.tuning.report import BEST, TRIALS, Trial, draw_sweep, sweep_css, sweep_status
+from sigray.tuning.study import STUDY, read_study, trial_name
+from sigray.tuning.table import RESULTS, Table, read_table
+from sigray.workers.storage import Storage
+
+
+def look_at_sweep(storage: Storage, address: str) -> Look:
+    """A sweep, from its local folder or its storage."""
+    study = read_study(storage.uri)
+    home = Storage(study.config.storage_uri)
+    table = read_table(home)
+    status = "running" if is_driven(home) else sweep_status(study, table)
+    looks = _trials_at_work(storage, home, table)
+    pages = f"/{RUNS.name}/{address.partition('/sweeps/')[2]}/trials"
+    trials = {}
+    for number, row in sorted(table.rows.items()):
+        look = looks.get(number)
+        trials[number] = Trial(
+            f"{pages}/{trial_name(number)}" if row.results or look else "",
+            look.status if look else row.status,
+            max(row.samples_seen, look.content["samples_seen"] if look else 0),
+        )
+    times = [home.modified(RESULTS), *(look.heard_at for look in looks.values())]
+    heard_at = max((at for at in times if at), default=None)
+    spent = sum(trial.samples_seen for trial in trials.values())
+    has_report = storage.exists(REPORT)
+    content = {
+        "name": study.config.name,
+        "status": status,
+        "heard_at": heard_at,
+        "trials": {
+            number: {
+                "values": table.rows[number].values,
+                "seed": table.rows[number].seed,
+                "status": trial.status,
+                "samples_seen": trial.samples_seen,
+                "results": [
+                    (result.samples_seen, result.value, result.answer) for result in table.rows[number].results
+                ],
+            }
+            for number, trial in trials.items()
+        },
+        "has_report": has_report,
+    }
+
+    def draw() -> Markup:
+        counts = Counter(trial.status for trial in trials.values())
+        tiles = [(outcome, str(count)) for outcome, count in sorted(counts.items())]
+        now = draw_moment(
+            percent=_percent(table, spent),
+            place=_place(table),
+            heard_at=heard_at,
+            tiles=[*tiles, ("pairs seen, all trials", words.count(spent))],
+            facts=[],
+            links=[("the report, with figures as PNG", f"{address}/{REPORT}")] if has_report else [],
+            events=[],
+        )
+        return draw_sweep(study, table, None, now, status, trials)
+
+    return Look(status, _place(table), heard_at, content, draw)
+
+
+def _trials_at_work(storage: Storage, home: Storage, table: Table) -> dict[int, Look]:
+    """Those that have begun and are not over, where their folders can be found."""
+    looks = {}
+    for row in table.rows.values():
+        for place in (storage, home) if not row.is_over else ():
+            folder = Storage(f"{place.uri}/trials/{trial_name(row.number)}")
+            if folder.exists(CONFIG):
+                try:
+                    looks[row.number] = look_at_run(folder, "")
+                except ConfigError:
+                    continue
+                break
+    return looks
+
+
+def _place(table: Table) -> str:
+    over = sum(row.is_over for row in table.rows.values())
+    return f"{words.count(over)} of {words.counted(len(table.rows), 'trial')} over"
+
+
+def _percent(table: Table, spent: int) -> float | None:
+    """Of the pairs that all known trials would see to their ends; those of trials that ended early count as seen."""
+    whole = sum(row.budget for row in table.rows.values())
+    saved = sum(max(row.budget - row.samples_seen, 0) for row in table.rows.values() if row.is_over)
+    return round(min(100 * (spent + saved) / whole, 100), 1) if whole else None
+
+
+SWEEPS = Kind(
+    "sweeps",
+    STUDY,
+    rf"{re.escape(REPORT)}|{re.escape(TRIALS)}|{re.escape(BEST)}|figures/[a-z0-9_]+\.png",
+    look_at_sweep,
+    sweep_css(),
+)

@@ -1,0 +1,346 @@
+"""The embedding store: a locked image tower's outputs, computed once, as WebDataset tars.
+
+    n  samples of a shard       V  views of an image       D  embedding dimension
+
+For each tar of images there is one tar with the same samples in the same order: in the place of the image stands
+`embedding.safetensors`, a (V, D) tensor of unit rows named `embedding`, beside the members that captions and classes
+stand in. So a store is streamed like any other data, by the same order, from disk or S3, and webdataset and safetensors
+read it. A sample whose image could not be used has `refused.txt` with the reason instead, and training counts and
+replaces it as it would have.
+
+    STORE/store.json                 what made it: the key, the format; written first
+    STORE/train/NAME-HASH.tar        embeddings of NAME.tar; HASH is of the URL and content of that shard
+    STORE/train/NAME-HASH.json       written when the tar is complete: source, counts
+    STORE/eval/...                   the same for the held-out sets, always of the centre of the image
+    STORE/history/00000.json         what each `sigray embed` took
+
+A shard that is replaced gets another hash, so a store grows with its data and never mixes old with new.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import struct
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from sigray.workers.config import DataConfig, EmbeddingsConfig, ModelConfig, Precision
+from sigray.workers.data.decode import Refused
+from sigray.workers.data.manifest import (
+    Manifest,
+    ParallelMap,
+    Shard,
+    ShardFile,
+    caption_member,
+    in_threads,
+    read_samples,
+    scan_shards,
+)
+from sigray.workers.data.tar import DataError, TarSample
+from sigray.workers.model.inputs import shapes
+from sigray.workers.storage import Storage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EMBEDDING, REFUSED = "embedding.safetensors", "refused.txt"
+VERSION = 1
+_INDEX, _HISTORY = "store.json", "history"
+_TORCH = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_SAFETENSORS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+_NUMPY = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32}  # numpy knows no bfloat16
+
+Part = Literal["train", "eval"]
+
+
+class StoreError(ValueError):
+    """A store that cannot be used with this run; the message names the store, the reason and the remedy."""
+
+
+@dataclass(frozen=True)
+class StoreFormat:
+    """What an embedding of a store is: V views of D numbers."""
+
+    dtype: Literal["bf16", "fp16", "fp32"]
+    dim: int
+    num_views: int
+
+    @property
+    def numpy_dtype(self) -> Any:
+        """uint16 stands for bfloat16."""
+        return _NUMPY[self.dtype]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the numbers of an embedding."""
+        return self.num_views * self.dim * np.dtype(self.numpy_dtype).itemsize
+
+    def prefix(self) -> bytes:
+        """What every member of this format begins with: safetensors' header, as its own writers make it."""
+        place = {"dtype": _SAFETENSORS[self.dtype], "shape": [self.num_views, self.dim]}
+        header = json.dumps({"embedding": {**place, "data_offsets": [0, self.num_bytes]}}, separators=(",", ":"))
+        header += " " * (-len(header) % 8)
+        return struct.pack("<Q", len(header)) + header.encode()
+
+
+class EmbeddingReader:
+    """Members of a sample of a store -> one of its views."""
+
+    def __init__(self, store_format: StoreFormat) -> None:
+        self._format, self._prefix = store_format, store_format.prefix()
+        self._num_bytes = len(self._prefix) + store_format.num_bytes
+
+    def read(self, members: dict[str, Any], view: int) -> np.ndarray:
+        """(D,) of the format's numpy type.
+
+        Raises:
+            Refused: with the reason for which the image was refused; "no embedding"; "unreadable embedding".
+        """
+        content = members.get(EMBEDDING)
+        if content is None:
+            reason = members.get(REFUSED)
+            raise Refused(str(reason, "utf-8", "replace") if reason is not None else "no embedding")
+        if len(content) != self._num_bytes or content[: len(self._prefix)] != self._prefix:
+            raise Refused("unreadable embedding")
+        dim = self._format.dim
+        start = len(self._prefix) + view * (self._format.num_bytes // self._format.num_views)
+        return np.frombuffer(content, self._format.numpy_dtype, count=dim, offset=start)
+
+
+@dataclass(frozen=True)
+class StoredShard:
+    """A complete tar of a store: the content of its JSON file."""
+
+    part: Part
+    source: str
+    source_bytes: int
+    source_fingerprint: str
+    num_samples: int
+    num_refused: int
+    num_bytes: int
+    refused: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def store_key(
+    model: ModelConfig, data: DataConfig, embeddings: EmbeddingsConfig, *, sha256: str, precision: Precision
+) -> dict[str, Any]:
+    """All that an embedding depends on, the image and the kind of device apart.
+
+    Stores of equal keys made on one kind of device hold equal numbers.
+
+    Args:
+        sha256: of the tower, see `sigray.workers.model.image_towers.tower_sha256`.
+        precision: with which the tower computes, that of training.
+    """
+    crop: dict[str, Any] = {"crop": data.crop}
+    if data.crop == "random":
+        crop |= {"crop_scale": list(data.crop_scale), "crop_ratio": list(data.crop_ratio)}
+    return {
+        "tower_sha256": sha256,
+        "precision": precision,
+        "image_size": shapes(model)[0],
+        "image_mean": list(model.image_mean),
+        "image_std": list(model.image_std),
+        **crop,
+        "max_image_pixels": data.max_image_pixels,
+        "image_keys": data.image_keys,
+        "members": kept_members(data),
+        "dtype": embeddings.dtype,
+        "num_views": embeddings.num_views,
+    }
+
+
+def kept_members(data: DataConfig) -> list[str]:
+    """Endings of the members that a store has from its source: captions, and the JSON that classes stand in."""
+    return sorted({caption_member(source) for source in data.captions} | {"json"})
+
+
+class EmbeddingStore:
+    """The files of one store.
+
+    Args:
+        uri: its folder or s3:// prefix.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.storage = Storage(uri)
+        self.uri = self.storage.uri
+
+    def begin(self, key: dict[str, Any], store_format: StoreFormat) -> None:
+        """Make the store, or go on with it.
+
+        Raises:
+            StoreError: where the folder holds a store of another key, with what differs.
+            StorageError: where it cannot be written.
+        """
+        self.storage.check_writable()
+        if self.storage.exists(_INDEX):
+            self.check(key)
+            return
+        content = {"version": VERSION, "key": key, "format": asdict(store_format)}
+        self.storage.write(_INDEX, json.dumps(content, indent=1).encode())
+
+    def check(self, key: dict[str, Any]) -> None:
+        """Refuse a store that holds other numbers than this key's.
+
+        Raises:
+            StoreError: with what differs.
+        """
+        saved = self._read()["key"]
+        lines = [
+            f"{name}: the store has {saved.get(name)!r}, this config {key.get(name)!r}"
+            for name in sorted(saved.keys() | key.keys())
+            # More members than are asked for do no harm.
+            if (not set(key[name]) <= set(saved[name]) if name == "members" else saved.get(name) != key.get(name))
+        ]
+        if lines:
+            shown = "\n  ".join(lines)
+            raise StoreError(
+                f"embeddings.store={self.uri} was made by another tower or preprocessing:\n  {shown}\n"
+                "Set these as they were, or give another embeddings.store and run `sigray embed` again"
+            )
+
+    def format(self) -> StoreFormat:
+        return StoreFormat(**self._read()["format"])
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            content = json.loads(self.storage.read(_INDEX))
+        except FileNotFoundError:
+            raise StoreError(
+                f"embeddings.store={self.uri} holds no store yet: make it with `sigray embed` and this config"
+            ) from None
+        except ValueError as error:
+            raise StoreError(f"{self.uri}/{_INDEX} is damaged: {error}") from error
+        if content.get("version") != VERSION:
+            raise StoreError(
+                f"embeddings.store={self.uri} is of version {content.get('version')}, this sigray reads {VERSION}: "
+                "make it again in another folder"
+            )
+        return content
+
+    def complete(self, part: Part) -> dict[str, StoredShard]:
+        """The complete tars of a part, by name without ending."""
+        names = [name.removesuffix(".json") for name in self.storage.list(part) if name.endswith(".json")]
+        contents = in_threads(lambda name: self.storage.read(f"{part}/{name}.json"), names)
+        return {name: StoredShard(**json.loads(content)) for name, content in zip(names, contents, strict=True)}
+
+    def write(self, name: str, shard: StoredShard, content: bytes) -> None:
+        """Add one complete tar. Written again, it is the same, bit for bit."""
+        self.storage.write(f"{shard.part}/{name}.tar", content)
+        self.storage.write(f"{shard.part}/{name}.json", json.dumps(asdict(shard)).encode())
+
+    def add_history(self, entry: dict[str, Any]) -> None:
+        """Keep what one `sigray embed` has done: {"num_images", "seconds", ...}."""
+        self.storage.write(f"{_HISTORY}/{len(self.storage.list(_HISTORY)):05d}.json", json.dumps(entry).encode())
+
+    def history(self) -> list[dict[str, Any]]:
+        """What each `sigray embed` that came to its end has done, in order."""
+        names = self.storage.list(_HISTORY)
+        return [json.loads(self.storage.read(f"{_HISTORY}/{name}")) for name in names if name.endswith(".json")]
+
+    def url(self, part: Part, name: str) -> str:
+        return f"{self.uri}/{part}/{name}.tar"
+
+    def manifest(self, source: Manifest, data: DataConfig, parallel_map: ParallelMap = in_threads) -> Manifest:
+        """The manifest of a run that trains from the store: the source's shards and samples, one for one.
+
+        Raises:
+            StoreError: where shards of the source are not in the store, or hold another number of samples there.
+            DataError: where tars of the store are missing or damaged.
+        """
+        stored = self.complete("train")
+        names = [stored_name(shard) for shard in source.shards]
+        missing = [shard.url for shard, name in zip(source.shards, names, strict=True) if name not in stored]
+        if missing:
+            raise StoreError(
+                f"embeddings.store={self.uri} lacks {len(missing)} of {len(names)} shards, {missing[0]} first: "
+                "they are new or have changed, or embedding was interrupted. Run `sigray embed` with this config again"
+            )
+        as_stored = data.model_copy(update={"image_keys": [EMBEDDING]})
+        found = scan_shards([self.url("train", name) for name in names], as_stored, parallel_map=parallel_map)
+        for own, other in zip(source.shards, found.shards, strict=True):
+            if own.num_samples != other.num_samples:
+                raise StoreError(
+                    f"{other.url} holds {other.num_samples} samples, {own.url} {own.num_samples}: delete both files of "
+                    "that name from the store and run `sigray embed` again"
+                )
+        shards = [
+            dataclasses.replace(other, dataset=own.dataset)
+            for own, other in zip(source.shards, found.shards, strict=True)
+        ]
+        return Manifest(tuple(shards), store=asdict(self.format()))
+
+
+def stored_name(source: Shard | ShardFile) -> str:
+    """Name of the tar that holds a shard's embeddings, without ending."""
+    stem = source.url.rpartition("/")[2].removesuffix(".tar")
+    what = f"{source.url} {source.num_bytes} {source.fingerprint}"
+    return f"{stem}-{hashlib.sha256(what.encode()).hexdigest()[:10]}"
+
+
+def write_tar(
+    samples: Iterable[tuple[TarSample, Tensor | str]], store_format: StoreFormat, members: list[str]
+) -> bytes:
+    """A tar of a store. The same samples give the same bytes.
+
+    Args:
+        samples: each with its (V, D) embedding, or the reason why it has none.
+        members: endings of the members to keep.
+    """
+    import torch  # here, not above: data-shard workers read stores without it
+
+    prefix, buffer = store_format.prefix(), io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for sample, result in samples:
+            contents: list[tuple[str, Any]]
+            if isinstance(result, str):
+                contents = [(REFUSED, result.encode())]
+            else:
+                rows = result.to(getattr(torch, _TORCH[store_format.dtype])).contiguous()
+                assert rows.shape == (store_format.num_views, store_format.dim)
+                contents = [(EMBEDDING, prefix + rows.view(torch.uint8).numpy().tobytes())]
+            contents += [(ending, sample.members[ending]) for ending in members if ending in sample.members]
+            for ending, content in contents:
+                info = tarfile.TarInfo(f"{sample.key}.{ending}")
+                info.size, info.mode = len(content), 0o644
+                tar.addfile(info, io.BytesIO(bytes(content)))
+    return buffer.getvalue()
+
+
+def read_embeddings(
+    store: EmbeddingStore, source: Shard, data: DataConfig, start: int = 0
+) -> Iterator[np.ndarray | None]:
+    """The first view of each sample of a held-out shard from number `start` on, (D,) float32; None for a refused image.
+
+    Raises:
+        StoreError: where the shard is not in the store.
+        DataError: where its tar is damaged.
+    """
+    # Held-out images have one view, however many those of training have.
+    name, store_format = stored_name(source), dataclasses.replace(store.format(), num_views=1)
+    # A set without captions has an embedding and perhaps nothing beside it.
+    as_stored = data.model_copy(update={"image_keys": [EMBEDDING], "captions": {EMBEDDING: 1.0}})
+    try:
+        (shard,) = scan_shards(store.url("eval", name), as_stored).shards
+    except DataError as error:
+        raise StoreError(
+            f"embeddings.store={store.uri} lacks the held-out shard {source.url}: run `sigray embed` with this config "
+            f"again ({error})"
+        ) from error
+    reader = EmbeddingReader(store_format)
+    for sample in read_samples(shard, as_stored, start=start):
+        try:
+            row = reader.read(sample.members, 0)
+        except Refused:
+            yield None
+            continue
+        # bfloat16 is the upper half of float32.
+        yield (row.astype(np.uint32) << 16).view(np.float32) if row.dtype == np.uint16 else row.astype(np.float32)

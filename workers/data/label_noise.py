@@ -1,0 +1,100 @@
+"""Corrupted training pairs, as in the paper's section 4.8 (SigLIP, arXiv 2303.15343): how robust is a loss to labels?
+
+    B  pairs in the global batch     b  pairs of this rank     S  image size     T  context length
+
+    image       with probability p an image is replaced by uniform noise
+    text        with probability p a caption is replaced by random tokens, of a random length
+    alignment   of a fraction p of the batch the captions are dealt out again, to other pairs of that fraction
+    image_text  image and text, each with its own p
+    all         all three, each with its own p
+
+What happens to a pair is a function of (seed, its place in the stream): the same pair is corrupted alike in every run
+of a seed, whatever its batch size, loss or number of workers, and a larger p corrupts the pairs of a smaller one and
+more. (Only to whom a moved caption goes depends on the batch.) The data-shard workers know nothing of it, so runs with
+different noise share one stream.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sigray.workers.config import LabelNoise
+
+_IMAGE, _TEXT, _ALIGNMENT, _ORDER = range(4)  # what a hash is for
+_KINDS = {
+    "image": (_IMAGE,),
+    "text": (_TEXT,),
+    "alignment": (_ALIGNMENT,),
+    "image_text": (_IMAGE, _TEXT),
+    "all": (_IMAGE, _TEXT, _ALIGNMENT),
+}
+
+
+class Noise:
+    """The corruption of one run.
+
+    Args:
+        config: train.label_noise.
+        seed: of the run.
+        vocab_size: tokens are drawn from 1 to vocab_size - 1.
+
+    Attributes:
+        moves_captions: whether a pair's caption may come from anywhere in the global batch.
+    """
+
+    def __init__(self, config: LabelNoise, seed: int, vocab_size: int) -> None:
+        self._fraction, self._seed, self._vocab_size = config.fraction, seed, vocab_size
+        kinds = _KINDS[config.kind]
+        self._images, self._texts = _IMAGE in kinds, _TEXT in kinds
+        self.moves_captions = _ALIGNMENT in kinds
+
+    def caption_rows(self, samples: np.ndarray) -> np.ndarray:
+        """(B,) for each pair of the global batch, the pair whose caption it gets; a permutation.
+
+        Args:
+            samples: (B, 3) of the global batch: epoch, shard, index.
+        """
+        rows = np.arange(len(samples))
+        if self.moves_captions:
+            chosen = np.flatnonzero(self._is_chosen(samples, _ALIGNMENT))
+            # In a random order each takes the caption of the next: nobody keeps their own, unless alone.
+            order = chosen[np.argsort(place_hash(samples[chosen], self._seed, _ORDER), kind="stable")]
+            rows[order] = np.roll(order, -1)
+        return rows
+
+    def corrupt(self, samples: np.ndarray, images: np.ndarray, tokens: np.ndarray) -> None:
+        """Replace images and captions in place.
+
+        Args:
+            samples: (b, 3).
+            images: (b, S, S, 3) uint8.
+            tokens: (b, T) int32, already those of `caption_rows`.
+        """
+        if self._images:
+            for row in np.flatnonzero(self._is_chosen(samples, _IMAGE)):
+                random = self._random(samples[row], _IMAGE)
+                images[row] = np.frombuffer(random.bytes(images[row].size), np.uint8).reshape(images[row].shape)
+        if self._texts:
+            for row in np.flatnonzero(self._is_chosen(samples, _TEXT)):
+                random = self._random(samples[row], _TEXT)
+                length = random.randint(1, tokens.shape[1] + 1)
+                tokens[row] = 0
+                tokens[row, :length] = random.randint(1, self._vocab_size, size=length)
+
+    def _is_chosen(self, samples: np.ndarray, purpose: int) -> np.ndarray:
+        return (place_hash(samples, self._seed, purpose) >> np.uint64(11)) * 2.0**-53 < self._fraction
+
+    def _random(self, sample: np.ndarray, purpose: int) -> np.random.RandomState:
+        # RandomState: its streams are frozen, see workers/data/order.py.
+        return np.random.RandomState(int(place_hash(sample[None], self._seed, purpose)[0] & np.uint64(0xFFFFFFFF)))
+
+
+def place_hash(samples: np.ndarray, seed: int, purpose: int) -> np.ndarray:
+    """(n,) uint64, well mixed (the finaliser of splitmix64 after each number): of (n, 3) epoch, shard, index."""
+    h = np.full(len(samples), seed * 16 + purpose, np.uint64)
+    for column in samples.T.astype(np.uint64):
+        h = h * np.uint64(0x9E3779B97F4A7C15) + column + np.uint64(1)
+        h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        h = h ^ (h >> np.uint64(31))
+    return h

@@ -1,0 +1,203 @@
+"""The ledger: which pair entered the loss of which step, and the proof that none was lost or doubled.
+
+    RUN/ledger/0000000040-0000000080-rank-0.parquet    rank 0's rows of steps 40 to 79, counted from 0
+
+Each rank writes its rows when a checkpoint is due, and the checkpoint is committed when they are there; so there is a
+row for every step that a resumed run does not repeat. What a dead attempt wrote beyond its last checkpoint is deleted
+when the next one begins. The ledger says what happened, not what should have: keys come from the tars, with the
+samples.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sigray.workers.checkpoint.async_writer import BackgroundWriter
+from sigray.workers.checkpoint.fence import Fence
+from sigray.workers.checkpoint.writer import read_left_out
+from sigray.workers.data.loader import Batch
+from sigray.workers.data.manifest import Manifest
+from sigray.workers.data.order import StreamOrder
+from sigray.workers.data.tar import DataError
+from sigray.workers.storage import Storage
+
+FOLDER = "ledger"
+_NAME = re.compile(r"(\d{10})-(\d{10})-rank-(\d+)\.parquet")
+_SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("epoch", pa.int64()),
+        ("shard", pa.int64()),
+        ("index", pa.int64()),
+        ("key", pa.string()),
+        ("replaced", pa.bool_()),
+    ]
+)
+
+
+def ledger_files(first_step: int, steps_done: int, world_size: int) -> list[str]:
+    """What the ranks write between two checkpoints, as paths in the run's storage."""
+    return [f"{FOLDER}/{first_step:010d}-{steps_done:010d}-rank-{rank}.parquet" for rank in range(world_size)]
+
+
+class Ledger:
+    """One rank's rows since the last checkpoint.
+
+    Args:
+        storage: of the run.
+        rank: of this training worker.
+        first_step: the attempt's; rank 0 deletes what was written from there on.
+        warn: told, from another thread, when the storage refuses.
+        owner: of the run's lease, see `workers/checkpoint/fence.py`.
+    """
+
+    def __init__(
+        self, storage: Storage, rank: int, first_step: int, warn: Callable[[str], None], owner: str | None = None
+    ) -> None:
+        self._storage, self._rank, self._first_step = storage, rank, first_step
+        self._rows: list[tuple[np.ndarray, np.ndarray, list[str], np.ndarray]] = []
+        self._writer = BackgroundWriter("ledger", warn, Fence(storage, owner))
+        if rank == 0:
+            for name in storage.list(FOLDER):
+                if (match := _NAME.fullmatch(name)) and int(match[2]) > first_step:
+                    storage.delete(f"{FOLDER}/{name}")
+
+    def add(self, batch: Batch) -> None:
+        """The batch has entered a loss."""
+        steps = np.full(len(batch.keys), batch.step)
+        self._rows.append((steps, batch.samples, batch.keys, batch.replaced))  # not the batch: it holds the pixels
+
+    def write(self, steps_done: int) -> None:
+        """Write the rows in the background; the checkpoint of `steps_done` waits for all ranks' files."""
+        rows, name = self._rows, ledger_files(self._first_step, steps_done, self._rank + 1)[-1]
+        self._rows, self._first_step = [], steps_done
+        self._writer.submit(f"the ledger up to step {steps_done:,}", lambda: self._storage.write(name, _parquet(rows)))
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until all is written; raises OSError where the storage refuses for so long."""
+        self._writer.wait(timeout_s)
+
+    def close(self, timeout_s: float) -> None:
+        """`wait`, and end the thread."""
+        self._writer.close(timeout_s)
+
+    def abandon(self) -> None:
+        """Training failed: the steps behind the last checkpoint will be done again."""
+        self._writer.abandon()
+
+
+def _parquet(rows: list[tuple[np.ndarray, np.ndarray, list[str], np.ndarray]]) -> bytes:
+    steps, samples, keys, replaced = zip(*rows, strict=True)
+    epoch, shard, index = np.concatenate(samples).T
+    columns = {
+        "step": np.concatenate(steps),
+        "epoch": epoch,
+        "shard": shard,
+        "index": index,
+        "key": list(itertools.chain.from_iterable(keys)),
+        "replaced": np.concatenate(replaced),
+    }
+    content = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=_SCHEMA), content, compression="zstd")
+    return content.getvalue()
+
+
+@dataclass
+class EpochAudit:
+    """How often the samples of one epoch of a dataset were used."""
+
+    dataset: str
+    epoch: int
+    num_samples: int  # in the dataset
+    num_used: int = 0  # rows
+    num_replaced: int = 0
+    is_over: bool = False  # the run has gone beyond it: then every sample must have been used
+    missing: list[str] = field(default_factory=list)  # shard url and index of the first of them
+    num_missing: int = 0
+    doubled: list[str] = field(default_factory=list)
+    num_doubled: int = 0
+
+
+@dataclass
+class Audit:
+    """What a ledger shows."""
+
+    num_steps: int
+    epochs: list[EpochAudit]
+    wrong_steps: list[str]  # steps without exactly one global batch of rows
+    left_out: list[int]  # steps, counted from 1, whose pairs changed no weights
+
+    @property
+    def is_exact(self) -> bool:
+        """Every step once, every sample once per epoch."""
+        return not self.wrong_steps and not any(epoch.num_missing or epoch.num_doubled for epoch in self.epochs)
+
+
+def audit(storage: Storage, manifest: Manifest, order: StreamOrder, global_batch_size: int) -> Audit:
+    """Count the rows of a run's ledger.
+
+    Args:
+        storage: of the run.
+        manifest, order: of the run; the order only says which epochs are over.
+        global_batch_size: of the run.
+
+    Raises:
+        DataError: where there is no ledger, or it names a sample that the manifest does not have.
+    """
+    names = [name for name in storage.list(FOLDER) if _NAME.fullmatch(name)]
+    if not names:
+        raise DataError(f"{storage.uri}/{FOLDER} holds nothing: train with train.ledger=true and a checkpoint")
+    datasets = list(manifest.datasets())
+    sizes = np.array([shard.num_samples for shard in manifest.shards])
+    first_number = np.concatenate([[0], np.cumsum(sizes)])
+    dataset_of_shard = np.array([datasets.index(shard.dataset) for shard in manifest.shards])
+    uses: dict[tuple[int, int], np.ndarray] = {}  # (dataset, epoch) -> uses of each sample of the manifest
+    replaced: Counter[tuple[int, int]] = Counter()
+    rows_of_step: Counter[int] = Counter()
+    for name in names:
+        table = pq.read_table(io.BytesIO(storage.read(f"{FOLDER}/{name}")), schema=_SCHEMA)
+        steps, epochs, shards, indices = (table[column].to_numpy() for column in ("step", "epoch", "shard", "index"))
+        if not ((shards < len(sizes)).all() and (indices < sizes[shards]).all()):
+            raise DataError(f"{storage.uri}/{FOLDER}/{name} names samples that the run's manifest does not have")
+        rows_of_step.update(dict(zip(*(part.tolist() for part in np.unique(steps, return_counts=True)), strict=True)))
+        for dataset, epoch in {*zip(dataset_of_shard[shards].tolist(), epochs.tolist(), strict=True)}:
+            chosen = (dataset_of_shard[shards] == dataset) & (epochs == epoch)
+            counts = np.bincount(first_number[shards[chosen]] + indices[chosen], minlength=first_number[-1])
+            uses[dataset, epoch] = uses.get((dataset, epoch), 0) + counts
+            replaced[dataset, epoch] += int(table["replaced"].to_numpy(zero_copy_only=False)[chosen].sum())
+    num_steps = max(rows_of_step) + 1
+    wrong = [
+        f"step {step + 1}: {rows_of_step[step]} rows, {global_batch_size} expected"
+        for step in range(num_steps)
+        if rows_of_step[step] != global_batch_size
+    ]
+    found = []
+    for (dataset, epoch), counts in sorted(uses.items()):
+        num_seen = order.num_of_dataset(dataset, num_steps * global_batch_size)
+        num_samples = order.datasets[dataset].num_samples
+        result = EpochAudit(datasets[dataset], epoch, num_samples, int(counts.sum()), replaced[dataset, epoch])
+        result.is_over = num_seen >= (epoch + 1) * num_samples
+        inside = dataset_of_shard.repeat(sizes) == dataset
+        expected = np.flatnonzero(inside & (counts == 0)) if result.is_over else np.empty(0, int)
+        doubled = np.flatnonzero(counts > 1)
+        result.num_missing, result.num_doubled = len(expected), len(doubled)
+        result.missing, result.doubled = (
+            list(_names(manifest, first_number, numbers[:10])) for numbers in (expected, doubled)
+        )
+        found.append(result)
+    return Audit(num_steps, found, wrong, read_left_out(storage))
+
+
+def _names(manifest: Manifest, first_number: np.ndarray, numbers: np.ndarray) -> Iterator[str]:
+    for number in numbers.tolist():
+        shard = int(np.searchsorted(first_number, number, side="right")) - 1
+        yield f"{manifest.shards[shard].url} sample {number - int(first_number[shard])}"

@@ -1,0 +1,1051 @@
+"""Objects in S3 as streams that do not break, and a local cache of them.
+
+`S3Stream` reads an object by ranged GETs, in one of two ways, and learns from how long its reader has to wait which one
+the store needs:
+
+    directly        The reader takes blocks of 2 MiB from the connection itself, in ranges of 64 MiB. Nothing is
+                    cheaper: no thread, few requests, and the bytes are still in the core's cache when they are looked
+                    at. So it begins, and goes on while 8 MiB cost the reader less than 84 ms (100 MB/s).
+    over threads    Each part of 8 MiB is fetched by a thread ahead of the reader: two at first, and one more each time
+                    that the reader waits 21 ms for one, up to `s3.num_connections`. A store that gives each connection
+                    30 ms and 60 MB/s, as Amazon's does, is soon read over all of them.
+
+What goes wrong inside a part is mended inside it: another GET begins at the byte that was reached. boto3 retries a 503,
+but never a body that breaks off, and waits 60 s for one that stalls. Every GET carries If-Match with the ETag of the
+run's manifest, so an object that is replaced in mid-run is an error and never a mixture. What to do after a failure is
+`after_failure`, a pure function; the thread acts on what it says.
+
+boto3 lists the objects and signs each once (a presigned URL, which covers neither Range nor If-Match, for ten minutes);
+the GETs are written here, and bodies go from the socket into buffers that are used again. Client CPU per GB over
+loopback, medians of benchmarks/s3.py on two busy cores: boto3 `Body.read(1 MiB)` 0.32 s, directly 0.33 s, over threads
+0.40 s; over threads through botocore's session and urllib3 it was 0.7 s. What makes the difference are 8 MiB buffers,
+which do not fit into a core's cache (0.05 s), and requests.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import errno
+import fcntl
+import hashlib
+import http.client
+import mmap
+import os
+import queue
+import random
+import re
+import select
+import socket
+import ssl
+import threading
+import time
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import SplitResult, unquote, urlsplit
+
+from sigray.workers.config import S3Config
+from sigray.workers.data.tar import DataError, cut_short
+
+PART_BYTES = 8 << 20
+"""Of one ranged GET: 140 ms at 60 MB/s, so that a latency of 30 ms costs a connection a sixth of its time."""
+FIRST_PARTS = 2
+_BLOCK_BYTES = 2 << 20  # one large page
+_DIRECT_PARTS = 8  # of a range that is read directly, once the store is known to be fast
+_MOST_IDLE = 64
+# A connection is fast that brings a waiting reader so much: three times what a core decodes (35 kB a sample), and more
+# than one connection to Amazon's brings. Threads aim at four times as much.
+_FAST_BYTES_PER_S = 100e6
+_SIGNED_FOR_S, _SIGN_AGAIN_S = 3600, 600
+_LONGEST_WAIT_S = 10.0
+# Kind of a failure that is worth another try -> seconds of the first wait; it doubles with each further failure.
+_FIRST_WAIT_S = {
+    "reset": 0.1,
+    "stall": 0.1,
+    "no connection": 0.2,
+    "server error": 0.2,
+    "wrong answer": 0.2,
+    "slow down": 0.5,
+}
+_EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired")
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """One object as it was when it was listed. `etag` is without its quotation marks."""
+
+    url: str
+    num_bytes: int
+    etag: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What came instead of a part's bytes. `kind` is a key of `_FIRST_WAIT_S`, or denied, gone, replaced, no ranges."""
+
+    kind: str
+    message: str
+    status: int = 0
+    code: str = ""
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Ask again for the bytes that are missing, after so many seconds, and with a new signature where needed."""
+
+    after_s: float
+    sign_again: bool = False
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """No other try would help, or the deadline has passed."""
+
+
+def after_failure(
+    kind: str, failures: Counter[str], silent_s: float, deadline_s: float, jitter: float
+) -> Retry | GiveUp:
+    """What to do about a failed GET.
+
+    Args:
+        kind: of the failure.
+        failures: by kind, since the part's last byte, this one included.
+        silent_s: seconds since the part's last byte.
+        deadline_s: when to give up.
+        jitter: 0 to 1, drawn evenly, so that many clients of a busy store do not come back all at once.
+    """
+    if kind == "denied" and failures[kind] == 1:
+        return Retry(0.0, sign_again=True)  # credentials may have been renewed, the bucket's region become known
+    if kind not in _FIRST_WAIT_S or silent_s >= deadline_s:
+        return GiveUp()
+    wait_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S[kind] * 2 ** min(failures.total() - 1, 16))
+    return Retry(min(jitter * wait_s, deadline_s - silent_s))
+
+
+def split_s3_url(url: str) -> tuple[str, str]:
+    """Bucket and key (or prefix) of an s3:// URL.
+
+    Raises:
+        DataError: where it names no bucket.
+    """
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise DataError(f"{url!r} names no bucket: s3://BUCKET/PREFIX expected")
+    return bucket, key
+
+
+@dataclass
+class _Answer:
+    """Head of an answer, and what came of its body together with it."""
+
+    connection: socket.socket
+    status: int
+    headers: dict[str, str]  # names in lower case
+    begun: bytes
+
+
+class _Connections:
+    """Connections to one store, which are kept for the next request.
+
+    http.client connects, through the proxy and with the certificates that boto3 would use. Requests and heads of
+    answers are written and read here: a GET costs 0.2 ms of CPU, against 0.5 in http.client and 1.0 in botocore's own
+    session, and body bytes go from the socket to where they belong without a buffer in between.
+    """
+
+    def __init__(self, endpoint: str, ca_bundle: str | None, timeout_s: float) -> None:
+        from botocore.httpsession import get_cert_path
+        from botocore.utils import get_environ_proxies
+
+        self._timeout_s = timeout_s
+        self._tls = ssl.create_default_context(cafile=ca_bundle or get_cert_path(True))
+        self._proxies = {scheme: urlsplit(proxy) for scheme, proxy in get_environ_proxies(endpoint).items()}
+        self._idle: dict[str, list[socket.socket]] = {}  # by scheme and host
+
+    def get(self, url: str, headers: dict[str, str]) -> _Answer:
+        """Send a GET and read the head of its answer.
+
+        Raises:
+            _NotConnected: where the store could not be reached.
+            OSError: where it was, and no answer came.
+        """
+        parts = urlsplit(url)
+        proxy = self._proxies.get(parts.scheme)
+        target = f"{parts.path}?{parts.query}" if parts.query else parts.path
+        headers = {"Host": parts.netloc, "Accept-Encoding": "identity"} | headers
+        if proxy and parts.scheme == "http":
+            target, headers = url, headers | _authorization(proxy)
+        lines = [f"GET {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+        request = "\r\n".join(lines).encode("latin-1")
+        while True:
+            connection = self._take(url)
+            is_fresh = connection is None
+            connection = connection or self._connect(parts, proxy)
+            try:
+                connection.sendall(request)
+                return _read_head(connection)
+            except OSError as error:
+                connection.close()
+                if is_fresh or isinstance(error, TimeoutError):
+                    raise
+                # The store has closed it while it was idle: no failure.
+
+    def keep(self, url: str, answer: _Answer) -> None:
+        """Take back the connection of an answer that has been read to its end."""
+        idle = self._idle.setdefault(_origin(url), [])
+        is_over = bool(answer.begun) or answer.headers.get("connection", "").lower() == "close"
+        if is_over or len(idle) >= _MOST_IDLE:
+            answer.connection.close()
+        else:
+            idle.append(answer.connection)
+
+    def _take(self, url: str) -> socket.socket | None:
+        idle = self._idle.get(_origin(url), [])
+        with contextlib.suppress(IndexError):
+            while True:
+                connection = idle.pop()
+                poll = select.poll()
+                poll.register(connection, select.POLLIN)
+                if not poll.poll(0):
+                    return connection
+                connection.close()  # what is there to read without a request is its end
+        return None
+
+    def _connect(self, parts: SplitResult, proxy: SplitResult | None) -> socket.socket:
+        host, port = ((proxy or parts).hostname or "", (proxy or parts).port)
+        if parts.scheme == "https":
+            connection = http.client.HTTPSConnection(host, port, timeout=self._timeout_s, context=self._tls)
+            if proxy:
+                connection.set_tunnel(parts.hostname or "", parts.port, _authorization(proxy))
+        else:
+            connection = http.client.HTTPConnection(host, port, timeout=self._timeout_s)  # type: ignore[assignment]
+        try:
+            connection.connect()
+        except OSError as error:
+            connection.close()
+            raise _NotConnected(str(error)) from error
+        return connection.sock
+
+
+def _origin(url: str) -> str:
+    return url[: url.index("/", len("https://"))]
+
+
+def _authorization(proxy: SplitResult) -> dict[str, str]:
+    if not proxy.username:
+        return {}
+    user = base64.b64encode(f"{unquote(proxy.username)}:{unquote(proxy.password or '')}".encode()).decode()
+    return {"Proxy-Authorization": f"Basic {user}"}
+
+
+def _read_head(connection: socket.socket) -> _Answer:
+    received = b""
+    while b"\r\n\r\n" not in received:
+        piece = connection.recv(1 << 14)
+        if not piece or len(received) > 1 << 16:
+            raise ConnectionError(f"the answer ends after {len(received)} bytes of its head")
+        received += piece
+    head, _, begun = received.partition(b"\r\n\r\n")
+    first, *lines = head.decode("latin-1").split("\r\n")
+    status = re.match(r"HTTP/1\.\d (\d{3})", first)
+    if not status:
+        raise ConnectionError(f"no HTTP answer but {first[:40]!r}")
+    fields = (line.partition(":") for line in lines)
+    return _Answer(connection, int(status[1]), {name.lower(): value.strip() for name, _, value in fields}, begun)
+
+
+def _fill(
+    view: memoryview, num_filled: int, answer: _Answer, dropped: threading.Event | None = None
+) -> tuple[int, Failure | None]:
+    """Read an answer's body until the view is full; how much of it is, and what went wrong."""
+    if answer.begun:
+        begun = answer.begun[: len(view) - num_filled]
+        answer.begun = answer.begun[len(begun) :]
+        view[num_filled : num_filled + len(begun)] = begun
+        num_filled += len(begun)
+    receive = answer.connection.recv_into
+    try:
+        while num_filled < len(view) and not (dropped and dropped.is_set()):
+            count = receive(view[num_filled:])
+            if not count:
+                return num_filled, Failure("reset", "closed early")
+            num_filled += count
+    except TimeoutError:
+        return num_filled, Failure("stall", "no byte in time")
+    except OSError as error:
+        return num_filled, Failure("reset", str(error) or type(error).__name__)
+    return num_filled, None
+
+
+def _read_error(answer: _Answer) -> bytes:
+    """The beginning of an answer that is an error, up to its end where that can be told."""
+    body, length = answer.begun, int(answer.headers.get("content-length", 1 << 14))
+    with contextlib.suppress(OSError):
+        while (
+            len(body) < min(length, 1 << 14) and b"</Error>" not in body and (piece := answer.connection.recv(1 << 14))
+        ):
+            body += piece
+    return body
+
+
+class _NotConnected(Exception):
+    """No connection could be made; the message is the system's."""
+
+
+class _Store:
+    """What all streams of one process share for one config: boto3's client, connections, what was learnt of it."""
+
+    def __init__(self, s3: S3Config) -> None:
+        import boto3
+        import botocore.session
+        from botocore import UNSIGNED
+        from botocore.config import Config
+
+        core = botocore.session.Session(profile=s3.profile)
+        # Stand-alone stores know no other addresses than path-style ones.
+        style = "path" if s3.endpoint or os.environ.get("AWS_ENDPOINT_URL") else "auto"
+        self.client = boto3.session.Session(botocore_session=core).client(
+            "s3",
+            endpoint_url=s3.endpoint,
+            region_name=s3.region,
+            config=Config(
+                s3={"addressing_style": style},
+                signature_version=UNSIGNED if s3.anonymous else "s3v4",
+                retries={"mode": "standard", "max_attempts": 5},
+                connect_timeout=s3.read_timeout_s,
+                read_timeout=s3.read_timeout_s,
+                max_pool_connections=32,
+                # A presigned URL would carry a signed header that asks for checksums of whole objects.
+                response_checksum_validation="when_required",
+                request_checksum_calculation="when_required",
+            ),
+        )
+        self.endpoint: str = self.client.meta.endpoint_url
+        self.connections = _Connections(self.endpoint, core.get_config_variable("ca_bundle"), s3.read_timeout_s)
+        self.num_parts = 0  # what the stream that ended last leaves to the next one
+
+
+_stores: dict[tuple[object, ...], _Store] = {}
+_stores_lock = threading.Lock()
+
+
+def _store(s3: S3Config) -> _Store:
+    # Connections do not survive a fork, and boto3 reads the variables only once.
+    variables = sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))
+    key = (os.getpid(), s3, *variables)
+    with _stores_lock:
+        if key not in _stores:
+            _stores[key] = _Store(s3)
+        return _stores[key]
+
+
+def client(s3: S3Config) -> Any:
+    """A boto3 client, the same one for all callers in this process; may be used from several threads.
+
+    Raises:
+        DataError: where the profile, the endpoint or the region cannot be understood.
+    """
+    return _opened("S3", s3).client
+
+
+def list_objects(url_prefix: str, s3: S3Config) -> list[ObjectInfo]:
+    """All objects whose URL begins with a prefix, in the order of their keys.
+
+    Raises:
+        DataError: where the store cannot be reached or refuses, with the reason and the remedy.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, prefix = split_s3_url(url_prefix)
+    paginator = _opened(url_prefix, s3).client.get_paginator("list_objects_v2")
+    try:
+        pages = paginator.paginate(Bucket=bucket, Prefix=prefix)
+        found = [item for page in pages for item in page.get("Contents", [])]
+    except (BotoCoreError, ClientError) as error:
+        raise _explained(error, url_prefix, s3) from error
+    infos = [ObjectInfo(f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"].strip('"')) for item in found]
+    return sorted(infos, key=lambda info: info.url)
+
+
+def stat(url: str, s3: S3Config) -> ObjectInfo:
+    """Size and ETag of one object.
+
+    Raises:
+        DataError: where it is missing, or the store cannot be reached or refuses, with the reason and the remedy.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, key = split_s3_url(url)
+    client = _opened(url, s3).client
+    try:
+        try:
+            answer = client.head_object(Bucket=bucket, Key=key)
+        except ClientError:
+            # The answer to a HEAD has no body that could tell a missing bucket from a missing object.
+            client.get_object(Bucket=bucket, Key=key, Range="bytes=0-0")["Body"].close()
+            raise
+    except (BotoCoreError, ClientError) as error:
+        raise _explained(error, url, s3) from error
+    return ObjectInfo(url, answer["ContentLength"], answer["ETag"].strip('"'))
+
+
+def read_object(url: str, s3: S3Config) -> bytes:
+    """A small object as a whole.
+
+    Raises:
+        DataError: as `stat`.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, key = split_s3_url(url)
+    client = _opened(url, s3).client
+    try:
+        return client.get_object(Bucket=bucket, Key=key)["Body"].read()
+    except (BotoCoreError, ClientError) as error:
+        raise _explained(error, url, s3) from error
+
+
+def _opened(url: str, s3: S3Config) -> _Store:
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        return _store(s3)
+    except (BotoCoreError, ValueError) as error:  # boto3 raises ValueError for an endpoint that is no URL
+        raise DataError(
+            f"{url}: no S3 client can be made: {error}; check data.s3.endpoint, data.s3.region, data.s3.profile and "
+            "the AWS_ variables"
+        ) from error
+
+
+def _explained(error: Exception, url: str, s3: S3Config) -> DataError:
+    """A failure of boto3 as an error for the user."""
+    from botocore import exceptions
+
+    if isinstance(error, exceptions.ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return _refused(url, s3, status, str(error.response.get("Error", {}).get("Code", "")))
+    if isinstance(error, (exceptions.ConnectionError, exceptions.HTTPClientError)):
+        return _unreachable(url, s3, str(error))
+    credentials = (
+        exceptions.NoCredentialsError,
+        exceptions.PartialCredentialsError,
+        exceptions.CredentialRetrievalError,
+        exceptions.TokenRetrievalError,
+        exceptions.SSOError,
+    )
+    if isinstance(error, credentials):
+        return DataError(f"{url}: no S3 credentials: {error}; {_credentials(s3)}")
+    return DataError(f"{url}: {error}")
+
+
+def _refused(url: str, s3: S3Config, status: int, code: str) -> DataError:
+    """An answer of the store other than success as an error for the user."""
+    endpoint, bucket = _shown_endpoint(url, s3), split_s3_url(url)[0]
+    if code == "NoSuchBucket":
+        return DataError(f"{url}: there is no bucket {bucket!r} at {endpoint}; check the URL and data.s3.endpoint")
+    if code in _EXPIRED:
+        return DataError(f"{url}: the S3 credentials have expired ({code}): renew them; {_credentials(s3)}")
+    if status == 404:
+        return DataError(f"{url}: there is no such object at {endpoint}")
+    if status in (301, 307, 400, 401, 403):
+        return DataError(f"{url}: access denied by {endpoint} ({status} {code}); {_credentials(s3)}")
+    return DataError(f"{url}: {endpoint} answers {status} {code}")
+
+
+def _shown_endpoint(url: str, s3: S3Config) -> str:
+    """Without name and password, which AWS_ENDPOINT_URL may hold."""
+    return re.sub(r"//[^/]*@", "//", _opened(url, s3).endpoint)
+
+
+def _unreachable(url: str, s3: S3Config, reason: str) -> DataError:
+    endpoint = _shown_endpoint(url, s3)
+    return DataError(
+        f"{url}: cannot reach the store {endpoint}: {reason.split('?')[0]}; check the network, data.s3.endpoint and "
+        "AWS_ENDPOINT_URL"
+    )
+
+
+def _credentials(s3: S3Config) -> str:
+    if s3.anonymous:
+        return "requests are not signed (data.s3.anonymous=true): is the bucket public?"
+    used = f"profile {s3.profile!r} was used" if s3.profile else "data.s3.profile is not set"
+    return (
+        f"{used}: set data.s3.profile or the AWS_ variables (AWS_PROFILE, or AWS_ACCESS_KEY_ID with "
+        "AWS_SECRET_ACCESS_KEY and, for temporary ones, AWS_SESSION_TOKEN), or data.s3.anonymous=true for a public "
+        "bucket"
+    )
+
+
+class _Part:
+    """Bytes of the object and the buffer that is filled with them.
+
+    Args:
+        begin, end: of the bytes.
+        buffer: is at least as long.
+        end_asked: of the range that is asked for; what is left of it is in `answer` afterwards.
+    """
+
+    def __init__(self, begin: int, end: int, buffer: mmap.mmap, end_asked: int = 0) -> None:
+        self.begin, self.end, self.buffer = begin, end, buffer
+        self.end_asked = max(end, end_asked)
+        self.answer: _Answer | None = None
+        self.num_filled = 0
+        self.done = threading.Event()  # complete, failed or dropped
+        self.error: BaseException | None = None
+        self.dropped = threading.Event()
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+
+    def watch(self, connection: socket.socket | None) -> None:
+        """Whose body `drop` has to interrupt; None once the connection may carry another part."""
+        with self._lock:
+            self._socket = connection
+
+    def drop(self) -> None:
+        """Nobody wants it any more. A thread that waits for its bytes wakes up and closes the connection."""
+        self.dropped.set()
+        with self._lock:
+            if self._socket is not None:
+                with contextlib.suppress(OSError):  # it is closed already
+                    self._socket.shutdown(socket.SHUT_RDWR)
+
+
+def _end(parts: deque[_Part], work: queue.SimpleQueue[_Part | None]) -> None:
+    """Drop the parts and let the threads go."""
+    while parts:
+        parts.popleft().drop()
+    work.put(None)
+
+
+def _new_buffer(num_bytes: int) -> mmap.mmap:
+    """Memory for a part. Large pages make the kernel's copy into it cheaper: 0.27 s of CPU per GB instead of 0.32."""
+    buffer = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+    return buffer
+
+
+TRAFFIC: Counter[str] = Counter()
+"""What this process has read from S3: "bytes", and how often it asked again, by kind of failure."""
+
+
+class _Fetcher:
+    """What the threads of a stream need: they know the object and nothing of its reader."""
+
+    def __init__(
+        self,
+        info: ObjectInfo,
+        s3: S3Config,
+        draw: Callable[[], float],
+        clock: Callable[[], float],
+        sleep: Callable[[threading.Event, float], object],
+    ) -> None:
+        self.info, self.s3, self.store = info, s3, _opened(info.url, s3)
+        self.retries: Counter[str] = Counter()
+        self._draw, self._clock, self._sleep = draw, clock, sleep
+        self._lock = threading.Lock()
+        self._signed, self._signed_at = "", -float("inf")
+
+    def run(self, work: queue.SimpleQueue[_Part | None]) -> None:
+        """What each thread does: parts, until there is a None, which is left for the others."""
+        while (part := work.get()) is not None:
+            self.fetch(part)
+            del part  # its buffer may be used again, or freed, while this thread waits
+        work.put(None)
+
+    def fetch(self, part: _Part, failure: Failure | None = None) -> None:
+        """Fill a part, whatever it takes; what cannot be mended is left in `part.error`.
+
+        Args:
+            part: to be filled.
+            failure: what became of a try before.
+        """
+        try:
+            failures: Counter[str] = Counter()
+            last_byte_at = self._clock()
+            while not part.dropped.is_set():
+                signed = self._url()
+                reached = part.num_filled
+                failure = failure or self._attempt(part, signed)
+                if failure is None:
+                    return
+                now = self._clock()
+                if part.num_filled > reached:
+                    failures.clear()
+                    last_byte_at = now - (self.s3.read_timeout_s if failure.kind == "stall" else 0.0)
+                failures[failure.kind] += 1
+                silent_s = now - last_byte_at
+                decision = after_failure(failure.kind, failures, silent_s, self.s3.deadline_s, self._draw())
+                if isinstance(decision, GiveUp):
+                    part.error = self._error(part, failure, failures, silent_s)
+                    return
+                with self._lock:
+                    self.retries[failure.kind] += 1
+                    TRAFFIC[failure.kind] += 1
+                if decision.sign_again:
+                    self._sign_again(signed)
+                self._sleep(part.dropped, decision.after_s)
+                failure = None
+        except BaseException as error:  # the reader raises it
+            part.error = error
+        finally:
+            part.done.set()
+
+    def _attempt(self, part: _Part, signed: str) -> Failure | None:
+        """One GET for the bytes that are missing; None where all have come, or nobody wants them any more."""
+        first, last = part.begin + part.num_filled, part.end_asked - 1
+        headers = {"Range": f"bytes={first}-{last}", "If-Match": f'"{self.info.etag}"'}
+        try:
+            answer = self.store.connections.get(signed, headers)
+        except _NotConnected as error:
+            return Failure("no connection", str(error))
+        except TimeoutError:
+            return Failure("stall", "no answer in time")
+        except OSError as error:
+            return Failure("reset", str(error) or type(error).__name__)
+        part.watch(answer.connection)
+        failure = self._judge(answer, first, last)
+        if failure is None:
+            with memoryview(part.buffer) as buffer, buffer[: part.end - part.begin] as view:
+                before = part.num_filled
+                part.num_filled, failure = _fill(view, part.num_filled, answer, part.dropped)
+                with self._lock:
+                    TRAFFIC["bytes"] += part.num_filled - before
+        part.watch(None)
+        if part.num_filled < part.end - part.begin:
+            answer.connection.close()
+        elif part.end < part.end_asked:
+            part.answer = answer
+        else:
+            self.store.connections.keep(signed, answer)
+        return failure
+
+    def _judge(self, answer: _Answer, first: int, last: int) -> Failure | None:
+        """None where the body is the one that was asked for."""
+        status, headers = answer.status, answer.headers
+        if status == 206:
+            etag = headers.get("etag", "").strip('"')
+            if etag and etag != self.info.etag:  # some stores do not know If-Match
+                return Failure("replaced", f"ETag {etag}", status)
+            wanted, sent = f"bytes {first}-{last}/{self.info.num_bytes}", headers.get("content-range")
+            if sent != wanted:
+                return Failure("wrong answer", f"Content-Range {sent!r} instead of {wanted!r}", status)
+            length = headers.get("content-length")
+            if length != str(last - first + 1):
+                return Failure("wrong answer", f"Content-Length {length} instead of {last - first + 1}", status)
+            return None
+        if status == 200:
+            return Failure("no ranges", "200 instead of 206", status)
+        found = re.search(rb"<Code>([^<]+)</Code>", _read_error(answer))
+        code = found.group(1).decode(errors="replace") if found else ""
+        return Failure(_kind_of(status, code), f"{status} {code}".strip(), status, code)
+
+    def keep(self, answer: _Answer) -> None:
+        """Take back the connection of an answer that has been read to its end."""
+        self.store.connections.keep(self._signed, answer)
+
+    def _url(self) -> str:
+        """The object's presigned URL."""
+        with self._lock:
+            if self._clock() - self._signed_at > _SIGN_AGAIN_S:
+                self._sign()
+            return self._signed
+
+    def _sign_again(self, refused: str) -> None:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        with self._lock:
+            if refused != self._signed:
+                return  # another part has done so already
+            bucket, key = split_s3_url(self.info.url)
+            with contextlib.suppress(BotoCoreError, ClientError):
+                self.store.client.head_object(Bucket=bucket, Key=key)  # from its answer boto3 learns the region
+            self._sign()
+
+    def _sign(self) -> None:
+        from botocore.exceptions import BotoCoreError
+
+        bucket, key = split_s3_url(self.info.url)
+        try:
+            self._signed = self.store.client.generate_presigned_url(
+                "get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=_SIGNED_FOR_S
+            )
+        except BotoCoreError as error:
+            raise _explained(error, self.info.url, self.s3) from error
+        self._signed_at = self._clock()
+
+    def _error(self, part: _Part, failure: Failure, failures: Counter[str], silent_s: float) -> DataError:
+        url, endpoint = self.info.url, self.store.endpoint
+        remedy = "put the object of the manifest back, or start a new run on the new data"
+        if failure.kind == "replaced":
+            return DataError(f"{url} was replaced since the run's manifest was made: {remedy}")
+        if failure.kind == "gone":
+            return DataError(f"{url} is gone, though it was there when the run's manifest was made: {remedy}")
+        if failure.kind == "no ranges":
+            return DataError(
+                f"{url}: the store {endpoint} ignores ranges (it answers a Range request with the whole object), which "
+                "sigray needs to go on after a broken connection: use a store that knows them, or copy the shards"
+            )
+        if failure.kind == "denied":
+            return _refused(url, self.s3, failure.status, failure.code)
+        tried = ", ".join(f"{count} x {kind}" for kind, count in failures.most_common())
+        if set(failures) == {"no connection"}:
+            return _unreachable(url, self.s3, f"{failure.message} (tried {failures.total()} times in {silent_s:.0f} s)")
+        return DataError(
+            f"{url}: no byte from {endpoint} for {silent_s:.0f} s (data.s3.deadline_s={self.s3.deadline_s:g}) at byte "
+            f"{part.begin + part.num_filled} of {self.info.num_bytes}, tried {failures.total()} times: {tried}; last: "
+            f"{failure.message}"
+        )
+
+
+def _kind_of(status: int, code: str) -> str:
+    """Kind of the failure that an answer without the bytes is."""
+    if status in (429, 503) or code in ("SlowDown", "ServiceUnavailable", "TooManyRequests"):
+        return "slow down"
+    if status >= 500 or status == 408 or code == "RequestTimeout":
+        return "server error"
+    if status == 404:
+        return "gone"
+    if status == 412:
+        return "replaced"
+    if status in (301, 307, 400, 401, 403):  # 400 is S3's answer to expired credentials, and to the wrong region
+        return "denied"
+    return "wrong answer"
+
+
+class S3Stream:
+    """One object as a `sigray.workers.data.tar.ByteSource`, for one reading thread. Where threads are needed they begin at once.
+
+    What `read` returns are views where it can: they stay valid as long as anyone holds them, since a buffer is used
+    again only when nobody does. Memory: the part that is read and at most `s3.num_connections` ahead of it.
+
+    Args:
+        info: the object, as listed: an object of another ETag is an error.
+        s3: how it is reached.
+        start: first byte.
+        part_bytes: of one ranged GET.
+        draw: random numbers from 0 to 1, for the waits between tries.
+        clock: seconds.
+        sleep: wait for so many seconds, or until the event is set.
+
+    Attributes:
+        position: of the next byte.
+        num_bytes: of the object.
+        retries: how often a part had to be asked for again, by kind of failure.
+        num_parts: how many parts may be on their way in threads now; 0: the reader reads directly.
+    """
+
+    def __init__(
+        self,
+        info: ObjectInfo,
+        s3: S3Config,
+        start: int = 0,
+        *,
+        part_bytes: int = PART_BYTES,
+        draw: Callable[[], float] = random.random,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[threading.Event, float], object] = threading.Event.wait,
+    ) -> None:
+        self.position, self.num_bytes = start, info.num_bytes
+        self._fetcher = _Fetcher(info, s3, draw, clock, sleep)
+        self.retries = self._fetcher.retries
+        # What was learnt of a store holds for its next object.
+        self.num_parts = min(s3.num_connections, self._fetcher.store.num_parts)
+        self._most_parts, self._part_bytes, self._clock = s3.num_connections, part_bytes, clock
+        self._answer: _Answer | None = None  # without threads: of the range that is being read
+        self._range_end, self._num_ranges = start, 0
+        self._judged_at, self._waited_s = start + part_bytes, 0.0  # by then so many seconds
+        self._view, self._view_begin, self._view_end = memoryview(b""), start, start
+        self._buffer: mmap.mmap | None = None  # under the view
+        self._free: list[mmap.mmap] = []
+        self._ahead: deque[_Part] = deque()
+        self._next = start  # first byte of the next part to ask for
+        self._just_placed = True  # the first part is always waited for: that says nothing about the store
+        self._has_waited = False
+        self._work: queue.SimpleQueue[_Part | None] = queue.SimpleQueue()
+        self._num_threads = 0
+        # A stream that nobody closed must not go on downloading.
+        self._end = weakref.finalize(self, _end, self._ahead, self._work)
+        self._ask()
+
+    def read(self, count: int) -> bytes | memoryview:
+        """The next `count` bytes.
+
+        Raises:
+            DataError: "cut short: ..." where the object ends earlier; where it was replaced, is gone, cannot be reached
+                or is refused; and where no byte comes for `s3.deadline_s`.
+        """
+        begin = self.position
+        end = begin + count
+        if end > self._view_end or begin < self._view_begin:
+            return self._read_across(count)
+        self.position = end
+        return self._view[begin - self._view_begin : end - self._view_begin]
+
+    def skip(self, count: int) -> None:
+        """Pass over bytes; parts that lie wholly before the new position are dropped, or never asked for."""
+        self.position += count
+
+    def close(self) -> None:
+        """Stop the downloads; views that were read stay valid."""
+        # Where the reader never waited for a thread, the store is fast or the reader slow: the next one reads directly.
+        needs_none = not self._has_waited and not self._just_placed
+        self._fetcher.store.num_parts = 0 if needs_none else self.num_parts
+        self._end()
+        self._hang_up()
+        self._let_go()
+        self._free.clear()
+        self._next = self._range_end = self.num_bytes
+
+    def _read_across(self, count: int) -> bytes | memoryview:
+        """Bytes that do not all lie in the current part."""
+        if self.position + count > self.num_bytes:
+            raise cut_short(self.num_bytes)
+        if not count:
+            return b""
+        if self.position >= self._view_end:
+            self._advance()
+            if self.position + count <= self._view_end:
+                return self.read(count)
+        whole, num_copied = bytearray(count), 0
+        while num_copied < count:
+            if self.position >= self._view_end:
+                self._advance()
+            piece = self._view[self.position - self._view_begin :][: count - num_copied]
+            whole[num_copied : num_copied + len(piece)] = piece
+            num_copied += len(piece)
+            self.position += len(piece)
+        return memoryview(whole).toreadonly()
+
+    def _advance(self) -> None:
+        """Make the part, or block, that holds the position the current one."""
+        assert self._end.alive, "read after close"
+        self._let_go()
+        if not self.num_parts and self._next >= self._judged_at:
+            if self._waited_s > self._part_bytes / _FAST_BYTES_PER_S:
+                self._hang_up()
+                self._free.clear()  # they have the size of blocks
+                self._next, self.num_parts = max(self._next, self.position), min(FIRST_PARTS, self._most_parts)
+            self._waited_s, self._judged_at = 0.0, self._next + self._part_bytes
+        if self.num_parts:
+            part = self._waited_for()
+            begin, end, self._buffer = part.begin, part.end, part.buffer
+        else:
+            begin, end, self._buffer = self._received()
+        self._view = memoryview(self._buffer).toreadonly()[: end - begin]
+        self._view_begin, self._view_end = begin, end
+        self._ask()
+
+    def _received(self) -> tuple[int, int, mmap.mmap]:
+        """Without threads: the block of the current range that holds the position, as (begin, end, buffer)."""
+        began = self._clock()
+        num_bytes = min(_BLOCK_BYTES, self._part_bytes)
+        buffer = self._free.pop() if self._free else _new_buffer(num_bytes)
+        if self.position >= self._range_end:
+            self._hang_up()
+            # The first range tells whether the store is fast; the next ones may then be long.
+            num_parts, self._num_ranges = 1 if not self._num_ranges else _DIRECT_PARTS, self._num_ranges + 1
+            self._next, self._range_end = (
+                self.position,
+                min(self.position + num_parts * self._part_bytes, self.num_bytes),
+            )
+        while True:
+            begin, num_filled, failure = self._next, 0, None
+            end = min(begin + num_bytes, self._range_end)
+            if self._answer is not None:
+                with memoryview(buffer) as whole, whole[: end - begin] as view:
+                    num_filled, failure = _fill(view, 0, self._answer)
+            if num_filled < end - begin:
+                self._hang_up()
+                block = _Part(begin, end, buffer, self._range_end)
+                block.num_filled = num_filled
+                self._fetcher.fetch(block, failure)
+                if block.error is not None:
+                    raise block.error
+                self._answer = block.answer
+            self._next = end
+            if end == self._range_end and self._answer is not None:
+                self._fetcher.keep(self._answer)
+                self._answer = None
+            if end > self.position:
+                self._waited_s += self._clock() - began
+                return begin, end, buffer
+
+    def _waited_for(self) -> _Part:
+        """The part that holds the position, once it is complete."""
+        while self._ahead and self._ahead[0].end <= self.position:
+            passed = self._ahead.popleft()
+            if passed.done.is_set():
+                self._free.append(passed.buffer)
+            passed.drop()
+        if not self._ahead and self._next < self.position:
+            self._next, self._just_placed = self.position, True
+        self._ask()
+        part = self._ahead[0]
+        if self._just_placed:
+            part.done.wait()
+        elif not part.done.wait(self._part_bytes / _FAST_BYTES_PER_S / 4):
+            self._has_waited = True
+            if self.num_parts < self._most_parts:
+                self.num_parts += 1
+                self._ask()
+            part.done.wait()
+        self._just_placed = False
+        if part.error is not None:
+            raise part.error
+        return self._ahead.popleft()
+
+    def _hang_up(self) -> None:
+        if self._answer is not None:
+            self._answer.connection.close()
+        self._answer = None
+
+    def _let_go(self) -> None:
+        """Give the current part's buffer back, unless somebody still holds a view of it."""
+        self._view.release()
+        self._view, self._view_begin, self._view_end = memoryview(b""), self.position, self.position
+        if self._buffer is not None:
+            try:
+                self._buffer.resize(len(self._buffer))
+                self._free.append(self._buffer)
+            except BufferError:  # a mapping that is looked at refuses even the length that it has
+                pass
+        self._buffer = None
+
+    def _ask(self) -> None:
+        """Start the threads of as many parts as may be on their way."""
+        while len(self._ahead) < self.num_parts and self._next < self.num_bytes:
+            end = min(self._next + self._part_bytes, self.num_bytes)
+            part = _Part(self._next, end, self._free.pop() if self._free else _new_buffer(self._part_bytes))
+            self._next = end
+            self._ahead.append(part)
+            self._work.put(part)
+            if self._num_threads < self.num_parts:
+                self._num_threads += 1
+                threading.Thread(target=self._fetcher.run, args=(self._work,), name="s3-part", daemon=True).start()
+
+
+class ShardCache:
+    """A folder of local copies of objects, shared by any number of processes of this host.
+
+    Every change is made under a lock on the folder. Space is reserved before a download begins, so the folder never
+    grows above `max_bytes`; the copies used longest ago make room. A download holds a lock on its file: one that nobody
+    holds was left by a process that died, and goes.
+
+    Args:
+        folder: is made where it does not exist. Other files in it are left alone.
+        max_bytes: of all copies together.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], max_bytes: int) -> None:
+        self.folder, self.max_bytes = Path(folder), max_bytes
+
+    def path_of(self, info: ObjectInfo, s3: S3Config) -> Path:
+        """The local copy of an object, downloaded unless it is there.
+
+        Open it at once: another process may need the room. An open file stays readable when its copy goes; where it
+        went before it was opened, ask again.
+
+        Raises:
+            DataError: as `S3Stream.read`; where the object is larger than the cache; where the disk is full.
+        """
+        if info.num_bytes > self.max_bytes:
+            raise DataError(
+                f"{info.url} has {info.num_bytes} bytes, more than the whole shard cache {self.folder} may have "
+                f"({self.max_bytes}): raise data.shard_cache_gib, or stream the shards with data.shard_cache=null"
+            )
+        path = self.folder / (hashlib.sha256(f"{info.url} {info.etag}".encode()).hexdigest()[:32] + ".tar")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            while True:
+                if self._touched(path, info.num_bytes):
+                    return path
+                with self._locked():
+                    file = self._reserve(path, info.num_bytes)
+                if file is None:
+                    time.sleep(0.1)  # another process downloads it, or needs all the room that there is
+                    continue
+                with file:
+                    self._download(file, info, s3)
+                    with self._locked():  # or its bytes might be missing from somebody's sum
+                        os.replace(file.name, path)
+                return path
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DataError(
+                    f"{info.url}: the disk of the shard cache {self.folder} is full: free some space or lower "
+                    f"data.shard_cache_gib ({self.max_bytes / 2**30:.3g} now)"
+                ) from error
+            raise DataError(f"{info.url}: the shard cache {self.folder} cannot be used: {error}") from error
+
+    def _download(self, file: IO[bytes], info: ObjectInfo, s3: S3Config) -> None:
+        """Fill the reserved file; on any error it goes."""
+        try:
+            with contextlib.closing(S3Stream(info, s3)) as stream:
+                for position in range(0, info.num_bytes, 1 << 20):
+                    file.write(stream.read(min(1 << 20, info.num_bytes - position)))
+            file.flush()
+            os.fsync(file.fileno())  # a host that loses power must not find a copy of the right size and zeros in it
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+    def _touched(self, path: Path, num_bytes: int) -> bool:
+        """Whether the copy is there; it counts as used now."""
+        try:
+            os.utime(path)
+            return path.stat().st_size == num_bytes
+        except FileNotFoundError:
+            return False
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with open(self.folder / ".lock", "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _reserve(self, path: Path, num_bytes: int) -> IO[bytes] | None:
+        """An open, locked file of the wanted size beside the path, and room for it; None: try again later."""
+        if self._touched(path, num_bytes):
+            return None
+        wanted = path.with_suffix(".part")
+        copies: list[tuple[int, int, Path]] = []  # time of last use in ns, bytes
+        num_used = 0
+        for other in self.folder.iterdir():
+            if not re.fullmatch(r"[0-9a-f]{32}\.(tar|part)", other.name):
+                continue
+            with contextlib.suppress(FileNotFoundError):  # a download failed meanwhile
+                if other.suffix == ".part" and _is_abandoned(other):
+                    other.unlink()
+                    continue
+                status = other.stat()
+                num_used += status.st_size
+                if other.suffix == ".tar":
+                    copies.append((status.st_mtime_ns, status.st_size, other))
+        if wanted.exists():
+            return None
+        copies.sort()
+        if num_used - sum(size for _, size, _ in copies) + num_bytes > self.max_bytes:
+            return None
+        while num_used + num_bytes > self.max_bytes:
+            _, size, oldest = copies.pop(0)
+            oldest.unlink(missing_ok=True)
+            num_used -= size
+        file = open(wanted, "xb")  # noqa: SIM115 - the caller closes it
+        fcntl.flock(file, fcntl.LOCK_EX)
+        os.ftruncate(file.fileno(), num_bytes)
+        return file
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether no living process holds a lock on a file."""
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True

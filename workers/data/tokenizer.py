@@ -1,0 +1,272 @@
+"""Captions to tokens of fixed length, and a tokenizer trained from the captions of a run.
+
+    n  captions          T  context length in tokens
+
+A model config names open_clip's own tokenizer or a Hugging Face tokenizer.json. `train_tokenizer` makes such a file:
+the same captions give the same bytes, which the trainers of the tokenizers library promise for BPE alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import html
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from sigray.workers.config import ModelConfig
+from sigray.workers.model.inputs import open_clip_folder, tower_config
+
+if TYPE_CHECKING:
+    import tokenizers
+
+Tokenizer = Callable[[list[str]], np.ndarray]
+"""n captions -> (n, T) int32."""
+
+_NUM_MERGES = 49152 - 256 - 2  # of CLIP's vocabulary; its file holds more
+_WORD_END, _CLIP_SPECIAL = "</w>", ("<start_of_text>", "<end_of_text>")
+_NUM_WORDS = 2**16  # whose tokens are remembered
+_MAX_SIMPLE = 1024  # characters of a caption whose words are; a bound on their memory
+_SPECIAL = ["[PAD]", "[UNK]", "[EOS]"]  # 0, 1, 2
+_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # the names under which the library falls back to bytes
+_SEED_FACTOR = 4  # pieces that Unigram training starts from, for each that it keeps
+_KEPT_PER_ROUND = 0.75  # of the pieces, as SentencePiece
+
+
+def build_tokenizer(model: ModelConfig, context_length: int, vocab_size: int) -> Tokenizer:
+    """The tokenizer that a model config names.
+
+    Raises:
+        ValueError: where the file is missing or holds more tokens than the text tower has rows.
+    """
+    if model.tokenizer == "open_clip":
+        return _open_clip_tokenizer(model, context_length)
+    from tokenizers import Tokenizer as HFTokenizer
+
+    path = Path(model.tokenizer)
+    if not path.is_file():
+        raise ValueError(f"model.tokenizer: {path.absolute()} does not exist; give a tokenizer.json or 'open_clip'")
+    tokenizer = HFTokenizer.from_file(str(path))
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise ValueError(
+            f"model.tokenizer: {path} has {tokenizer.get_vocab_size()} tokens, "
+            f"the text tower's text_cfg.vocab_size is {vocab_size}"
+        )
+    pad = tokenizer.token_to_id("[PAD]") or 0
+    tokenizer.enable_truncation(context_length)
+    tokenizer.enable_padding(length=context_length, pad_id=pad)
+
+    def tokenize(captions: list[str]) -> np.ndarray:
+        return np.array([encoding.ids for encoding in tokenizer.encode_batch(captions)], dtype=np.int32)
+
+    return tokenize
+
+
+def _open_clip_tokenizer(model: ModelConfig, context_length: int) -> Tokenizer:
+    text = tower_config(model)["text_cfg"]
+    if is_plain(model.name, text):
+        return _ClipTokenizer(context_length)
+    import open_clip
+
+    encode = open_clip.get_tokenizer(model.name, context_length=context_length)
+    return lambda captions: encode(captions).numpy().astype(np.int32)
+
+
+def is_plain(name: str | None, text: dict[str, Any]) -> bool:
+    """Whether open_clip takes its own BPE for a model, without options, by its rule (`get_tokenizer`, open_clip 3.3).
+
+    Args:
+        name: of the model; None: towers of the user's own.
+        text: the config of its text tower.
+    """
+    if name is None:
+        return True
+    return not (
+        text.get("hf_tokenizer_name") or text.get("tokenizer_kwargs") or ":" in name or "siglip" in name.lower()
+    )
+
+
+class _ClipTokenizer:
+    """CLIP's byte pair encoding of lower-case text (github.com/openai/CLIP), by the vocabulary that open_clip brings.
+
+    What open_clip's SimpleTokenizer gives, without torch, which that imports, and word by word from a cache where a
+    caption allows it: no token spans a space, and what is done to a text first (ftfy, HTML entities) leaves printable
+    ASCII without "&" as it is. 3 us for a caption of some 17 words, 43 the other way (one core of an EPYC).
+    """
+
+    def __init__(self, context_length: int) -> None:
+        import regex
+
+        self._context_length = context_length
+        content = gzip.decompress((open_clip_folder() / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
+        merges = [tuple(line.split()) for line in content.split("\n")[1 : _NUM_MERGES + 1]]  # the first line is a title
+        # Each byte is a character that can be printed; the others come behind Latin-1.
+        printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+        others = [byte for byte in range(256) if byte not in printable]
+        self._letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+        letters = list(self._letters.values())
+        pieces = [*letters, *(letter + _WORD_END for letter in letters), *map("".join, merges), *_CLIP_SPECIAL]
+        self._ids = {piece: number for number, piece in enumerate(pieces)}
+        self._ranks = {pair: rank for rank, pair in enumerate(merges)}
+        words = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+        self._pattern = regex.compile("|".join([*_CLIP_SPECIAL, words]), regex.IGNORECASE)
+        self._cached_text = functools.lru_cache(_NUM_WORDS)(self._encode)
+        self._cached_word = functools.lru_cache(_NUM_WORDS)(self._encode_word)
+
+    def __call__(self, captions: list[str]) -> np.ndarray:
+        rows = np.zeros((len(captions), self._context_length), np.int32)
+        begin, end = (self._ids[piece] for piece in _CLIP_SPECIAL)
+        for row, caption in zip(rows, captions, strict=True):
+            is_simple = caption.isascii() and caption.isprintable() and "&" not in caption
+            if is_simple and len(caption) <= _MAX_SIMPLE:
+                words = map(self._cached_text, caption.lower().split())
+                ids = list(itertools.islice(itertools.chain.from_iterable(words), self._context_length))
+            else:
+                ids = self._encode(_cleaned(caption))
+            ids = [begin, *ids[: self._context_length - 2], end]
+            row[: len(ids)] = ids
+        return rows
+
+    def _encode(self, text: str) -> list[int]:
+        return [number for word in self._pattern.findall(text) for number in self._cached_word(word)]
+
+    def _encode_word(self, word: str) -> list[int]:
+        """The two neighbours that come first in the vocabulary are merged, wherever they stand, until none do."""
+        if word in _CLIP_SPECIAL:
+            return [self._ids[word]]
+        pieces = [self._letters[byte] for byte in word.encode()]
+        pieces[-1] += _WORD_END
+        while pairs := [pair for pair in itertools.pairwise(pieces) if pair in self._ranks]:
+            best = min(pairs, key=self._ranks.__getitem__)
+            merged: list[str] = []
+            for piece in pieces:
+                if merged and (merged[-1], piece) == best:
+                    merged[-1] += piece
+                else:
+                    merged.append(piece)
+            pieces = merged
+        return [self._ids[piece] for piece in pieces]
+
+
+def _cleaned(text: str) -> str:
+    """As CLIP cleans a text: its encoding repaired, HTML's entities resolved (twice), spaces single, in lower case."""
+    import ftfy
+
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+
+
+def train_tokenizer(
+    captions: Iterable[str], *, vocab_size: int, kind: Literal["bpe", "unigram"], lower_case: bool = True
+) -> tokenizers.Tokenizer:
+    """A tokenizer with [PAD] 0, [UNK] 1, and [EOS] 2 after every caption, one that is truncated too: a tower may pool
+    at the last token.
+
+    Args:
+        vocab_size: tokens at most; fewer where the captions do not give more.
+        kind: bpe, words split at spaces and signs: for languages that write words apart and few characters, all of
+            which become tokens; another character is [UNK]. unigram: for captions in any languages; spaces are part
+            of the tokens, and a character without a token of its own falls back to its UTF-8 bytes, so nothing is
+            [UNK].
+
+    Raises:
+        ValueError: for captions without a character, or a vocabulary too small for them.
+    """
+    from tokenizers import normalizers, processors
+
+    captions = list(captions)
+    if not any(map(str.strip, captions)):
+        raise ValueError(f"{len(captions)} captions, none with a character: nothing to train a tokenizer from")
+    normalizer = normalizers.Sequence([normalizers.NFKC(), *([normalizers.Lowercase()] if lower_case else [])])
+    tokenizer = {"bpe": _train_bpe, "unigram": _train_unigram}[kind](captions, vocab_size, normalizer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A [EOS]", special_tokens=[("[EOS]", 2)])
+    return tokenizer
+
+
+def _train_bpe(
+    captions: list[str], vocab_size: int, normalizer: tokenizers.normalizers.Sequence
+) -> tokenizers.Tokenizer:
+    from tokenizers import Tokenizer as HFTokenizer
+    from tokenizers import models, pre_tokenizers, trainers
+
+    tokenizer = HFTokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=_SPECIAL, show_progress=False)
+    tokenizer.train_from_iterator(captions, trainer)
+    if tokenizer.get_vocab_size() > vocab_size:  # the trainer takes every character, whatever vocab_size is
+        raise ValueError(
+            f"vocab_size={vocab_size} is less than the captions' different characters and three special tokens, "
+            f"{tokenizer.get_vocab_size()}: raise it, or train kind=unigram, which keeps the frequent ones"
+        )
+    return tokenizer
+
+
+def _train_unigram(
+    captions: list[str], vocab_size: int, normalizer: tokenizers.normalizers.Sequence
+) -> tokenizers.Tokenizer:
+    """Unigram pieces by rounds of segmentation and pruning.
+
+    The library's own UnigramTrainer sums floats in the order of a hash map: three runs gave three files (0.23.3). Here
+    its fast parts are kept (seeds from its BPE trainer, the best segmentation from its Unigram model) and the counts
+    between them are integers. On the 61,568 captions of the emoji dataset in 36 languages its pieces cover a caption
+    with 6 % (8,000 tokens) and 11 % (32,000) fewer tokens than the library's, in 0.6 to 0.85 of the time.
+    """
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as HFTokenizer
+
+    num_pieces = vocab_size - len(_SPECIAL) - len(_BYTES)
+    if num_pieces < 2:
+        raise ValueError(f"vocab_size={vocab_size}: unigram needs more than 260, 256 of which stand for bytes")
+    normalizer = normalizers.Sequence([normalizer, normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()])
+    metaspace = pre_tokenizers.Metaspace()
+    texts = [normalizer.normalize_str(caption) for caption in captions]
+    # Half of the pieces at most are characters, the most frequent; others fall back to bytes and are not trained on.
+    frequent = Counter("".join(texts).replace(" ", ""))
+    characters = sorted(frequent, key=lambda character: (-frequent[character], character))
+    rare = str.maketrans(dict.fromkeys(characters[max(1, num_pieces // 2) :], " "))
+    texts = [text.translate(rare) for text in texts]
+    words = Counter(word for text in texts for word, _ in metaspace.pre_tokenize_str(text))
+    alphabet = {character for word in words for character in word}
+
+    seeds = HFTokenizer(models.BPE())
+    seeds.pre_tokenizer = metaspace
+    seeds.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=_SEED_FACTOR * num_pieces, show_progress=False))
+    # With equal scores the best segmentation is the one with the fewest pieces.
+    scores = dict.fromkeys(sorted(seeds.get_vocab()), -1.0)
+    while True:
+        for _ in range(2):
+            counts = _count_pieces(scores, words)
+            total = sum(counts.values())
+            # Characters stay without being used; half a count keeps their scores finite.
+            scores = {piece: round(math.log((counts[piece] or 0.5) / total), 6) for piece in scores}
+        if len(scores) <= num_pieces:
+            break
+        longer = sorted(scores.keys() - alphabet, key=lambda piece: (-counts[piece], piece))
+        num_kept = max(num_pieces, int(_KEPT_PER_ROUND * len(scores))) - len(alphabet)
+        scores = {piece: scores[piece] for piece in sorted(alphabet.union(longer[:num_kept]))}
+    best_first = sorted(scores.items(), key=lambda entry: (-entry[1], entry[0]))
+    others = [(name, 0.0) for name in _SPECIAL] + [(name, best_first[-1][1]) for name in _BYTES]
+    tokenizer = HFTokenizer(models.Unigram(others + best_first, unk_id=1, byte_fallback=True))
+    tokenizer.add_special_tokens(_SPECIAL)
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, metaspace
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()])
+    return tokenizer
+
+
+def _count_pieces(scores: dict[str, float], words: Counter[str]) -> Counter[str]:
+    """How often each piece occurs in the best segmentations of all words."""
+    from tokenizers import Tokenizer as HFTokenizer
+    from tokenizers import models
+
+    segmenter = HFTokenizer(models.Unigram(list(scores.items()), unk_id=None))
+    counts: Counter[str] = Counter()
+    for encoding, times in zip(segmenter.encode_batch(list(words)), words.values(), strict=True):
+        for piece in encoding.tokens:
+            counts[piece] += times
+    return counts

@@ -1,0 +1,308 @@
+"""Held-out sets: which samples there are, read from tars or from a folder of images, in parts.
+
+    n  images of a set       C  classes      S  image size
+
+A set is WebDataset tars, or a folder with a subfolder of images for each class. Either is cut into parts of at most a
+batch, in the order of shards or files. Where parts begin follows from the set and `eval.batch_size` alone, so what is
+computed part by part does not depend on who computes how many.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sigray.workers.config import SUBFOLDERS, DataConfig, EvalSet
+from sigray.workers.data.decode import Decoder, Members, Refused
+from sigray.workers.data.manifest import Manifest, Shard, read_samples, scan_shards
+from sigray.workers.data.tar import DataError, TarSample
+from sigray.workers.evaluation.per_language import translations
+
+CLASS = "cls"
+"""The member that webdataset's own classification sets have their class in; an image folder's samples have it too."""
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image of a folder."""
+
+    path: str
+    class_id: str  # name of the subfolder
+
+
+@dataclass(frozen=True)
+class Part:
+    """Neighbouring samples of a set: numbers `start` to `stop` of a shard, or files."""
+
+    source: Shard | tuple[ImageFile, ...]
+    start: int
+    stop: int
+    shown: tuple[int, ...] = ()
+    """Numbers, in the shard or of the files, of samples whose image is wanted for the sheet."""
+
+    def samples(self, data: DataConfig) -> Iterator[TarSample]:
+        """Read them.
+
+        Raises:
+            DataError: as `read_samples`; for a file that is gone.
+        """
+        if isinstance(self.source, Shard):
+            samples = read_samples(self.source, data, start=self.start)
+            yield from islice(samples, self.stop - self.start)
+            if self.stop == self.source.num_samples:
+                yield from samples  # to the end, where the shard's count is checked
+            return
+        for number, file in enumerate(self.source, start=self.start):
+            try:
+                content = Path(file.path).read_bytes()
+            except OSError as error:
+                raise DataError(f"{file.path}: {error.strerror}, though it was there a moment ago") from error
+            yield TarSample(file.path, number, 0, {_ending(file.path): content, CLASS: file.class_id.encode()})
+
+
+@dataclass
+class LoadedSet:
+    """Decoded samples: unusable ones are left out and counted."""
+
+    images: np.ndarray  # (n, S, S, 3) uint8
+    captions: list[str]  # n; empty strings where the set is not asked for captions
+    places: list[int]  # n; numbers in their shard, or in the folder
+    class_ids: list[str]  # n; empty strings where the set has no classes
+    refused: Counter[str]  # by reason
+    translations: list[list[str | None]] = field(default_factory=list)  # n; by language of the set
+
+    @property
+    def num_refused(self) -> int:
+        return self.refused.total()
+
+
+def cut(
+    name: str, spec: EvalSet, data: DataConfig, batch_size: int, *, num_shown: int = 0, is_stored: bool = False
+) -> list[Part]:
+    """The parts of a set, in order.
+
+    Args:
+        name: of the set, for errors.
+        batch_size: samples of a part.
+        num_shown: how many samples, evenly spread, go on the sheet.
+        is_stored: whether its embeddings come from a store.
+
+    Raises:
+        DataError: as `check_set`, and where shards are missing or damaged.
+    """
+    files = check_set(name, spec, data, is_stored=is_stored)
+    parts: list[Part] = []
+    if files is not None:
+        for start in range(0, len(files), batch_size):
+            some = tuple(files[start : start + batch_size])
+            parts.append(Part(some, start, start + len(some)))
+    else:
+        for shard in scan_set(spec, data).shards:
+            # A stream without marks can only be read from its beginning: its shards stay whole.
+            step = batch_size if shard.marks or not shard.url.startswith("s3://") else shard.num_samples
+            parts += [
+                Part(shard, start, min(start + step, shard.num_samples)) for start in range(0, shard.num_samples, step)
+            ]
+    return _show(parts, num_shown)
+
+
+def _show(parts: list[Part], num_shown: int) -> list[Part]:
+    """Give each part its share of the samples that go on the sheet."""
+    total = sum(part.stop - part.start for part in parts)
+    count = min(num_shown, total)
+    wanted = [index * total // count for index in range(count)]
+    result, first = [], 0
+    for part in parts:
+        last = first + part.stop - part.start
+        shown = tuple(number - first + part.start for number in wanted if first <= number < last)
+        result.append(replace(part, shown=shown))
+        first = last
+    return result
+
+
+def load(samples: Iterable[TarSample], spec: EvalSet, data: DataConfig, image_size: int) -> LoadedSet:
+    """Decode samples of a set."""
+    decoder = Decoder(data, image_size)
+    images: list[np.ndarray] = []
+    loaded = LoadedSet(np.empty((0, image_size, image_size, 3), np.uint8), [], [], [], Counter())
+    for sample in samples:
+        try:
+            caption = decoder.choose_caption(sample.members, None) if spec.retrieval else ""
+            class_id = _class_id(sample.members, spec) if spec.classes else ""
+            image = np.empty((image_size, image_size, 3), np.uint8)
+            decoder.decode_image(sample.members, image, None)
+        except Refused as reason:
+            loaded.refused[str(reason)] += 1
+            continue
+        images.append(image)
+        loaded.captions.append(caption)
+        loaded.places.append(sample.index)
+        loaded.class_ids.append(class_id)
+        loaded.translations.append(translations(sample.members, spec))
+    if images:
+        loaded.images = np.stack(images)
+    return loaded
+
+
+def load_set(spec: EvalSet, data: DataConfig, image_size: int, name: str = "NAME") -> LoadedSet:
+    """Read and decode a whole set, in memory.
+
+    Raises:
+        DataError: where shards are missing or nothing in them is usable.
+    """
+    parts = cut(name, spec, data, batch_size=1 << 30)
+    loaded = load((sample for part in parts for sample in part.samples(data)), spec, data, image_size)
+    check_usable(spec, len(loaded.captions), loaded.refused)
+    return loaded
+
+
+def check_usable(spec: EvalSet, num_usable: int, refused: Counter[str]) -> None:
+    """Raise a DataError where no sample of a set is usable, with the reasons."""
+    if not num_usable:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in refused.most_common())
+        raise DataError(f"{spec.shards}: none of {refused.total()} samples is usable ({reasons or 'there are none'})")
+
+
+def probe_set(spec: EvalSet) -> EvalSet:
+    """The set that a linear probe of `spec` is fitted on."""
+    change = {"shards": spec.linear_probe, "languages": [], "retrieval": False, "linear_probe": None}
+    return spec.model_copy(update=change)
+
+
+def scan_set(spec: EvalSet, data: DataConfig) -> Manifest:
+    """The tars of a set. Captions are asked for only where it measures retrieval.
+
+    Raises:
+        DataError: as `scan_shards`.
+    """
+    if not spec.retrieval and spec.classes is not None:
+        data = data.model_copy(update={"captions": {"json": 1.0, CLASS: 1.0}})
+    return scan_shards(spec.shards, data)
+
+
+def check_set(name: str, spec: EvalSet, data: DataConfig, *, is_stored: bool = False) -> list[ImageFile] | None:
+    """The files of a set that is an image folder; None: it is tars.
+
+    Args:
+        is_stored: whether its embeddings come from a store.
+
+    Raises:
+        DataError: where the folder cannot be measured as the set asks, with what to set.
+    """
+    folder = image_folder(spec.shards)
+    if folder is None:
+        return None
+    if is_stored:
+        raise DataError(
+            f"eval.sets.{name}: embeddings.store holds tars, and {folder} is a folder of images: pack it into tars"
+        )
+    if spec.classes is None:
+        raise DataError(
+            f"eval.sets.{name}: {folder} has folders of images and no tars: set classes={SUBFOLDERS}, or to a JSON "
+            "list of {id, name} whose ids are the subfolders' names"
+        )
+    if spec.retrieval or spec.languages:
+        key = "retrieval=false" if spec.retrieval else "languages=[]"
+        raise DataError(f"eval.sets.{name}: {folder} is a folder of images, which has no captions: set {key}")
+    return list_images(folder, data)
+
+
+def image_folder(patterns: Any) -> str | None:
+    """The folder that patterns name, where it has subfolders and no tars.
+
+    Raises:
+        DataError: for such a folder among other patterns.
+    """
+    listed = [patterns] if isinstance(patterns, str) else patterns if isinstance(patterns, list) else []
+    folders = [path for path in listed if os.path.isdir(path) and not any(Path(path).glob("*.tar"))]
+    folders = [path for path in folders if _subfolders(path)]
+    if folders and len(listed) > 1:
+        raise DataError(f"{folders[0]} is a folder of images: it must be the only pattern of its set")
+    return folders[0] if folders else None
+
+
+def list_images(folder: str, data: DataConfig) -> list[ImageFile]:
+    """By class, then by path; subfolders of subfolders belong to the class.
+
+    Raises:
+        DataError: for a subfolder without an image.
+    """
+    found = []
+    for class_id in _subfolders(folder):
+        paths = sorted(
+            os.path.join(parent, name)
+            for parent, _, names in os.walk(os.path.join(folder, class_id), followlinks=True)
+            for name in names
+            if _ending(name) in data.image_keys
+        )
+        if not paths:
+            raise DataError(
+                f"{folder}: no file of the subfolder {class_id} ends in {', '.join(data.image_keys)}: remove the "
+                "subfolder, or set data.image_keys"
+            )
+        found += [ImageFile(path, class_id) for path in paths]
+    return found
+
+
+def classes_of(spec: EvalSet) -> list[dict[str, str]]:
+    """The classes of a zero-shot set.
+
+    Raises:
+        DataError: as `read_classes`; for subfolders that there are not.
+    """
+    assert spec.classes is not None
+    if spec.classes != SUBFOLDERS:
+        return read_classes(spec.classes)
+    folder = image_folder(spec.shards)
+    if folder is None:
+        raise DataError(
+            f"classes={SUBFOLDERS} needs a folder with a subfolder of images for each class, and {spec.shards} is "
+            "none: for tars, classes is a file"
+        )
+    return [{"id": name, "name": name.replace("_", " ")} for name in _subfolders(folder)]
+
+
+def read_classes(path: str) -> list[dict[str, str]]:
+    """The classes of a file: JSON, or a .txt with a name in each line, whose ids are the lines' numbers from 0 on.
+
+    Raises:
+        DataError: where the file is missing or is not a list of {id, name}.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if path.endswith(".txt"):
+            return [{"id": str(number), "name": line.strip()} for number, line in enumerate(text.splitlines())]
+        classes = json.loads(text)
+        if not classes or not all({"id", "name"} <= entry.keys() for entry in classes):
+            raise ValueError("a non-empty list of {id, name} expected")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"eval classes {path}: {error}") from error
+    return classes
+
+
+def _subfolders(folder: str) -> list[str]:
+    with suppress(OSError), os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    return []
+
+
+def _ending(path: str) -> str:
+    return os.path.splitext(path)[1][1:].lower()
+
+
+def _class_id(members: Members, spec: EvalSet) -> str:
+    if "json" in members:
+        with suppress(KeyError, ValueError, TypeError):
+            return str(json.loads(bytes(members["json"]))[spec.class_field])
+    if CLASS in members:
+        return str(members[CLASS], "utf-8", "replace").strip()
+    raise Refused("no class")

@@ -1,0 +1,179 @@
+"""Evaluation of one checkpoint: zero-shot classification, retrieval, and what a model must beat.
+
+    n  images of a set       C  classes       U  distinct captions       D  embedding dimension
+
+Every figure stands beside its chance level. `evaluate_checkpoint` is a function of a checkpoint; the driver runs it as
+a Ray task, beside training and not in its way. Features come from one worker or several (`workers/evaluation/features.py`),
+figures are computed once from all of them.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sigray.workers.config import DataConfig, EvalConfig
+from sigray.workers.data.tar import DataError
+from sigray.workers.evaluation.datasets import LoadedSet, classes_of, load_set, probe_set
+from sigray.workers.evaluation.features import Crew, EvaluationJob, SetFeatures
+from sigray.workers.evaluation.linear_probe import linear_probe
+from sigray.workers.evaluation.per_language import figures_by_language, mean_over_languages
+
+_PIXEL_BASELINE_SIZE = 16
+
+
+def evaluate_checkpoint(job: EvaluationJob) -> dict[str, Any]:
+    """All figures of one checkpoint; with a store the image features come from there.
+
+    They are the same, bit for bit, with any `eval.num_workers` on machines of one kind; with more than 1, this process
+    is part of a Ray cluster.
+
+    Returns:
+        {"step", "samples_seen", "zero_shot": {set: ...}, "retrieval": {set: ...}, "linear_probe": {set: ...},
+        "languages": {set: {language: ...}}, "multilingual": {set: ...}, "sheets": {set: [...]}}; rates are fractions.
+        `multilingual` is the mean over the languages, `sheets` images as base64 PNG with their five best captions.
+    """
+    evaluation = job.evaluation
+    result: dict[str, Any] = {"step": job.info.step, "samples_seen": job.info.samples_seen}
+    result |= {"zero_shot": {}, "retrieval": {}, "linear_probe": {}, "languages": {}, "multilingual": {}, "sheets": {}}
+    with Crew(job) as crew:
+        for name, spec in evaluation.sets.items():
+            found = crew.images(name, spec, evaluation.num_sheet_images if spec.classes else 0)
+            features = found.features
+            if spec.classes:
+                classes = classes_of(spec)
+                labels = class_labels(found.class_ids, classes, name)
+                logits = features @ crew.prompts([entry["name"] for entry in classes], spec.templates).T
+                result["zero_shot"][name] = zero_shot_accuracy(logits, labels) | {"num_refused": found.num_refused}
+                result["sheets"][name] = _sheet(found, logits, labels, classes)
+            if spec.retrieval:
+                number_of = {caption: number for number, caption in enumerate(sorted(set(found.captions)))}
+                owner = torch.tensor([number_of[caption] for caption in found.captions])
+                result["retrieval"][name] = retrieval_recall(features @ crew.texts(list(number_of)).T, owner)
+            if spec.linear_probe is not None:
+                fit = crew.images(name, probe_set(spec))
+                result["linear_probe"][name] = linear_probe(fit.features, fit.class_ids, features, found.class_ids)
+            if spec.languages:
+                result["languages"][name] = figures_by_language(
+                    features,
+                    found.translations,
+                    found.class_ids,
+                    spec,
+                    crew.texts,
+                    retrieval_recall,
+                    zero_shot_accuracy,
+                )
+                if result["languages"][name]:
+                    result["multilingual"][name] = mean_over_languages(result["languages"][name])
+    return result
+
+
+def class_labels(class_ids: list[str], classes: list[dict[str, str]], set_name: str) -> Tensor:
+    """(n,) int64, the number of each image's class.
+
+    Raises:
+        DataError: for an image whose class is not among the classes.
+    """
+    numbers = {entry["id"]: number for number, entry in enumerate(classes)}
+    unknown = sorted(set(class_ids) - numbers.keys())
+    if unknown:
+        raise DataError(f"eval.sets.{set_name}: class {unknown[0]!r} of a sample is not in the classes file")
+    return torch.tensor([numbers[class_id] for class_id in class_ids])
+
+
+def zero_shot_accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Top-1 and top-5 accuracy of (n, C) similarities, with the rates of a blind guess."""
+    num_classes = logits.shape[1]
+    rank = _rank_of(logits, labels)
+    return {
+        "top1": float((rank < 1).double().mean()),
+        "top5": float((rank < 5).double().mean()),
+        "chance1": 1 / num_classes,
+        "chance5": min(5, num_classes) / num_classes,
+        "num_classes": num_classes,
+        "num_images": len(labels),
+    }
+
+
+def retrieval_recall(similarity: Tensor, owner: Tensor) -> dict[str, float]:
+    """Recall at 1, 5 and 10 both ways, with chance levels.
+
+    Args:
+        similarity: (n, U), images against distinct captions.
+        owner: (n,) int64, the caption of each image; several images may share one.
+
+    Returns:
+        image_to_text: is the image's caption among the k nearest captions; text_to_image: is any image of the
+        caption among its k nearest images.
+    """
+    num_images, num_captions = similarity.shape
+    image_rank = _rank_of(similarity, owner)
+    text_rank = torch.empty(num_captions)
+    for caption in range(num_captions):
+        own, others = similarity[owner == caption, caption].max(), similarity[owner != caption, caption]
+        text_rank[caption] = (others > own).sum() + (others == own).sum() / 2
+    counts = torch.bincount(owner, minlength=num_captions).tolist()
+    result: dict[str, float] = {"num_images": num_images, "num_captions": num_captions}
+    for k in (1, 5, 10):
+        result[f"image_to_text_r{k}"] = float((image_rank < k).double().mean())
+        result[f"image_to_text_chance{k}"] = min(1.0, k / num_captions)
+        result[f"text_to_image_r{k}"] = float((text_rank < k).double().mean())
+        misses = [math.comb(num_images - m, min(k, num_images)) for m in counts]
+        ways = math.comb(num_images, min(k, num_images))
+        result[f"text_to_image_chance{k}"] = sum(1 - miss / ways for miss in misses) / num_captions
+    return result
+
+
+def pixel_baseline(data: DataConfig, evaluation: EvalConfig) -> dict[str, float]:
+    """Top-1 of the nearest training image in raw 16 x 16 pixels, by set: what no learning at all reaches.
+
+    A held-out drawing of a known thing often looks like another drawing of it, so this, and not chance alone, is what
+    a model has to beat. Classes that were never trained on get 0 by construction.
+    """
+    result = {}
+    train_by_field: dict[str, LoadedSet] = {}
+    for name, spec in evaluation.sets.items():
+        if not spec.classes:
+            continue
+        if spec.class_field not in train_by_field:
+            train_spec = spec.model_copy(update={"shards": data.shards})
+            train_by_field[spec.class_field] = load_set(train_spec, data, _PIXEL_BASELINE_SIZE)
+        train = train_by_field[spec.class_field]
+        held_out = load_set(spec, data, _PIXEL_BASELINE_SIZE)
+        known, asked = (torch.from_numpy(s.images).float().flatten(1) for s in (train, held_out))
+        nearest = torch.cat([torch.cdist(part, known).argmin(dim=1) for part in asked.split(512)]).tolist()
+        hits = [train.class_ids[n] == truth for n, truth in zip(nearest, held_out.class_ids, strict=True)]
+        result[name] = sum(hits) / len(hits)
+    return result
+
+
+def _rank_of(scores: Tensor, truth: Tensor) -> Tensor:
+    """(n,) how many columns score higher than the true one; ties count against the model, half of them."""
+    own = scores.gather(1, truth[:, None])
+    return (scores > own).sum(dim=1) + ((scores == own).sum(dim=1) - 1) / 2
+
+
+def _sheet(found: SetFeatures, logits: Tensor, labels: Tensor, classes: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Images with their truth and their five best class names, for the report."""
+    sheet = []
+    for number, image in found.shown.items():
+        top = logits[number].topk(min(5, len(classes)))
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PNG")
+        sheet.append(
+            {
+                "png_base64": base64.b64encode(buffer.getvalue()).decode(),
+                "truth": classes[int(labels[number])]["name"],
+                "best": [
+                    {"name": classes[c]["name"], "cosine": round(s, 4), "right": c == int(labels[number])}
+                    for c, s in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+                ],
+            }
+        )
+    return sheet

@@ -1,0 +1,319 @@
+"""Features of held-out sets and of texts, part by part, by one process or by several.
+
+    n  images of a set, or texts      b  of a part      D  embedding dimension
+
+A part (`workers/evaluation/datasets.py`) is one batch of the towers, whoever computes it, and every worker has the same number of
+threads: so features are the same bits with any number of workers. Gathered here are features and captions, never the
+images, but for those of the sheet.
+
+The evaluation's own task is a worker too. It does not wait for the others: it computes parts from the first moment on,
+and they take their share once they are up. So a cluster without room for them makes an evaluation slower and not stuck.
+A worker that dies, or is not heard of, is replaced, and what it had is computed again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sigray.workers.checkpoint.index import CheckpointInfo
+from sigray.workers.checkpoint.writer import load_weights
+from sigray.workers.config import DataConfig, EmbeddingsConfig, EvalConfig, EvalSet, ModelConfig
+from sigray.workers.data.embedding_store import EmbeddingStore, read_embeddings
+from sigray.workers.data.manifest import Shard
+from sigray.workers.data.pool import as_raised
+from sigray.workers.data.tar import DataError
+from sigray.workers.data.tokenizer import Tokenizer, build_tokenizer
+from sigray.workers.device import Device, open_device
+from sigray.workers.evaluation.datasets import LoadedSet, Part, check_usable, cut, load
+from sigray.workers.model.init_weights import build_trained_model
+from sigray.workers.model.inputs import shapes, tower_config
+from sigray.workers.model.towers import build_model, normalize_pixels
+from sigray.workers.storage import Storage
+
+_AHEAD = 2  # parts that a worker has at once, so that it does not wait for this process between two
+_PATIENCE, _PATIENCE_S = 4.0, 60.0  # a part that takes so many times as long as the longest here, and this, is lost
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """A checkpoint and the sections of the config by which it is measured."""
+
+    storage_uri: str  # of the run
+    info: CheckpointInfo
+    model: ModelConfig
+    data: DataConfig
+    evaluation: EvalConfig
+    embeddings: EmbeddingsConfig
+
+
+class Encoder:
+    """Features from a model, batch by batch, without a graph."""
+
+    def __init__(
+        self, module: Any, model: ModelConfig, tokenizer: Tokenizer, batch_size: int, device: Device | None = None
+    ) -> None:
+        self._device = device or open_device("cpu", 0, "fp32")
+        self._module, self._model = self._device.place(module.eval()), model
+        self._tokenizer, self._batch_size = tokenizer, batch_size
+
+    @torch.inference_mode()
+    def images(self, images: np.ndarray) -> Tensor:
+        """(n, S, S, 3) uint8 -> (n, D) of unit norm, on the host."""
+        return torch.cat([self._batch_of_images(batch) for batch in torch.from_numpy(images).split(self._batch_size)])
+
+    def _batch_of_images(self, images: Tensor) -> Tensor:
+        pixels = normalize_pixels(images.to(self._device.torch_device), self._model)
+        module: Any = self._module
+        return module.encode_image(pixels, normalize=True).cpu()
+
+    @torch.inference_mode()
+    def texts(self, texts: list[str]) -> Tensor:
+        """n strings -> (n, D) of unit norm, on the host."""
+        module: Any = self._module
+        batches = torch.from_numpy(self._tokenizer(texts)).split(self._batch_size)
+        return torch.cat(
+            [module.encode_text(batch.to(self._device.torch_device), normalize=True).cpu() for batch in batches]
+        )
+
+
+@dataclass
+class SetFeatures:
+    """What is known of a set, or of a part of it, once its images have gone through the tower."""
+
+    features: Tensor  # (n, D) of unit norm
+    captions: list[str]  # n
+    class_ids: list[str]  # n
+    translations: list[list[str | None]]  # n; by language of the set
+    refused: Counter[str]  # samples that are not usable, by reason
+    shown: dict[int, np.ndarray] = field(default_factory=dict)  # row -> (S, S, 3) uint8, for the sheet
+
+    @property
+    def num_refused(self) -> int:
+        return self.refused.total()
+
+
+class FeatureWorker:
+    """The towers of one checkpoint; with a store, image features come from there."""
+
+    def __init__(self, job: EvaluationJob) -> None:
+        model, evaluation, store = job.model, job.evaluation, job.embeddings.store
+        torch.set_num_threads(evaluation.cpus_per_worker)
+        self._data, self._batch_size = job.data, evaluation.batch_size
+        self._image_size, context_length, vocab_size = shapes(model)
+        self._dim = tower_config(model)["embed_dim"]
+        self._store = EmbeddingStore(store) if store is not None else None
+        if self._store is None:
+            module = build_trained_model(Storage(job.storage_uri), job.info, model)
+        else:
+            module = build_model(model, stored_embeddings=True)
+            load_weights(Storage(job.storage_uri), job.info, module)
+        tokenizer = build_tokenizer(model, context_length, vocab_size)
+        device = open_device(evaluation.accelerator, 0, "fp32")
+        self._encoder = Encoder(module, model, tokenizer, evaluation.batch_size, device)
+
+    def pid(self) -> int:
+        """Of the process, once it is up."""
+        return os.getpid()
+
+    def texts(self, texts: list[str]) -> Tensor:
+        """A batch of texts -> (b, D) of unit norm."""
+        return self._encoder.texts(texts)
+
+    def images(self, part: Part, spec: EvalSet) -> SetFeatures:
+        """The features of a part.
+
+        Raises:
+            DataError: for a shard that changed or is damaged.
+            StoreError: where the store lacks the shard.
+        """
+        samples, found = part.samples(self._data), []
+        while batch := list(islice(samples, self._batch_size)):
+            loaded = load(batch, spec, self._data, self._image_size)
+            features = torch.empty(0, self._dim)
+            if loaded.places:
+                features = self._encoder.images(loaded.images) if self._store is None else self._stored(part, loaded)
+            shown = {row: loaded.images[row] for row, place in enumerate(loaded.places) if place in part.shown}
+            found.append(
+                SetFeatures(features, loaded.captions, loaded.class_ids, loaded.translations, loaded.refused, shown)
+            )
+        return _join(found)
+
+    def _stored(self, part: Part, loaded: LoadedSet) -> Tensor:
+        """(n, D) of unit norm.
+
+        Raises:
+            DataError: where the store refused an image that is usable now.
+        """
+        assert self._store is not None
+        assert isinstance(part.source, Shard)  # check_set refuses folders of images
+        first, last = loaded.places[0], loaded.places[-1]
+        rows = list(islice(read_embeddings(self._store, part.source, self._data, first), last + 1 - first))
+        found = [row for place in loaded.places if (row := rows[place - first]) is not None]
+        if len(found) < len(loaded.places):
+            raise DataError(
+                f"{self._store.uri} lacks the embeddings of {len(loaded.places) - len(found)} images of "
+                f"{part.source.url} that can be read now: delete its eval folder and run `sigray embed` again"
+            )
+        return torch.nn.functional.normalize(torch.from_numpy(np.stack(found)), dim=-1)
+
+
+class Crew:
+    """The workers of one evaluation: this process, and `eval.num_workers` - 1 Ray actors. A context manager."""
+
+    def __init__(self, job: EvaluationJob) -> None:
+        self._job, self._evaluation = job, job.evaluation
+        self._starting: dict[Any, Any] = {}  # actors that are not up yet, by the reference that tells
+        self._helpers: list[Any] = []
+        self._longest_s = 0.0  # of the parts that this process computed
+
+    def __enter__(self) -> Crew:
+        self._threads_before = torch.get_num_threads()
+        try:
+            self._here = FeatureWorker(self._job)
+        except BaseException:
+            torch.set_num_threads(self._threads_before)
+            raise
+        for _ in range(self._evaluation.num_workers - 1):
+            self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._threads_before)
+        if actors := [*self._helpers, *self._starting.values()]:
+            import ray
+
+            for actor in actors:
+                ray.kill(actor)
+
+    def images(self, name: str, spec: EvalSet, num_shown: int = 0) -> SetFeatures:
+        """The features of a set.
+
+        Args:
+            name: of the set.
+            num_shown: how many of its images, evenly spread, to keep for the sheet; those that are not usable are not
+                made up for.
+
+        Raises:
+            DataError: where shards are missing or damaged, or nothing in them is usable.
+        """
+        is_stored = self._job.embeddings.store is not None
+        parts = cut(name, spec, self._job.data, self._evaluation.batch_size, num_shown=num_shown, is_stored=is_stored)
+        found = _join(self._map("images", [(part, spec) for part in parts]))
+        check_usable(spec, len(found.captions), found.refused)
+        return found
+
+    def texts(self, texts: list[str]) -> Tensor:
+        """n strings -> (n, D) of unit norm."""
+        size = self._evaluation.batch_size
+        batches = [(texts[start : start + size],) for start in range(0, len(texts), size)]
+        return torch.cat(self._map("texts", batches))
+
+    def prompts(self, names: list[str], templates: list[str]) -> Tensor:
+        """C class names -> (C, D): the mean of each name's prompt features, normalised (CLIP, section 3.1.4)."""
+        features = self.texts([template.replace("{}", name) for template in templates for name in names])
+        return torch.nn.functional.normalize(features.unflatten(0, (len(templates), len(names))).sum(dim=0), dim=-1)
+
+    def _map(self, method: str, items: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """One call of a method for each item, spread over the workers; results in the items' order."""
+        results: dict[int, Any] = {}
+        waiting, running = deque(range(len(items))), dict[Any, tuple[int, Any]]()
+        while len(results) < len(items):
+            self._look_for_new()
+            for _ in range(_AHEAD):
+                for helper in self._helpers:
+                    # The last one is for this process: a list of one does not travel.
+                    if len(waiting) > 1 and sum(actor is helper for _, actor in running.values()) < _AHEAD:
+                        number = waiting.popleft()
+                        running[getattr(helper, method).remote(*items[number])] = number, helper
+            if waiting:
+                number, begin = waiting.popleft(), time.monotonic()
+                results[number] = getattr(self._here, method)(*items[number])
+                self._longest_s = max(self._longest_s, time.monotonic() - begin)
+            if running:
+                self._gather(results, waiting, running)
+        return [results[number] for number in range(len(items))]
+
+    def _gather(self, results: dict[int, Any], waiting: deque[int], running: dict[Any, tuple[int, Any]]) -> None:
+        """Take what the others have finished; where nothing is left to do here, wait for it.
+
+        Parts of a worker that died or is not heard of are waiting again.
+        """
+        import ray
+
+        patience_s = 0.0 if waiting else max(_PATIENCE_S, _PATIENCE * self._longest_s)
+        finished, late = ray.wait(list(running), timeout=patience_s)
+        lost = set() if finished or waiting else {running[late[0]][1]}
+        for reference in finished:
+            number, helper = running.pop(reference)
+            try:
+                results[number] = ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                raise as_raised(error) from None
+            except ray.exceptions.RayError:
+                waiting.appendleft(number)
+                lost.add(helper)
+        for helper in lost:
+            for reference in [reference for reference, (_, actor) in running.items() if actor is helper]:
+                waiting.appendleft(running.pop(reference)[0])
+            if helper in self._helpers:
+                self._helpers.remove(helper)
+                ray.kill(helper)
+                self._start()
+
+    def _start(self) -> None:
+        import ray
+
+        evaluation = self._evaluation
+        actor_class: Any = ray.remote(FeatureWorker)
+        num_gpus = 1 if evaluation.accelerator == "cuda" else 0
+        actor = actor_class.options(num_cpus=evaluation.cpus_per_worker, num_gpus=num_gpus).remote(self._job)
+        self._starting[actor.pid.remote()] = actor
+
+    def _look_for_new(self) -> None:
+        """Take in the workers that are up by now.
+
+        Raises:
+            RuntimeError: where one cannot load the model, as this process could.
+        """
+        if not self._starting:
+            return
+        import ray
+
+        for reference in ray.wait(list(self._starting), num_returns=len(self._starting), timeout=0)[0]:
+            actor = self._starting.pop(reference)
+            try:
+                ray.get(reference)
+            except ray.exceptions.RayActorError as error:
+                if error.actor_init_failed:
+                    raise RuntimeError(f"an evaluation worker cannot load the model on its machine: {error}") from None
+                self._start()
+            else:
+                self._helpers.append(actor)
+
+
+def _join(parts: list[SetFeatures]) -> SetFeatures:
+    """Parts in their order as one."""
+    if not parts:
+        return SetFeatures(torch.empty(0, 0), [], [], [], Counter())
+    first, shown = 0, dict[int, np.ndarray]()
+    for part in parts:
+        shown |= {first + row: image for row, image in part.shown.items()}
+        first += len(part.captions)
+    return SetFeatures(
+        torch.cat([part.features for part in parts]),
+        [caption for part in parts for caption in part.captions],
+        [class_id for part in parts for class_id in part.class_ids],
+        [languages for part in parts for languages in part.translations],
+        sum((part.refused for part in parts), Counter()),
+        shown,
+    )

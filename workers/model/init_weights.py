@@ -1,0 +1,205 @@
+"""Weights to begin with (`model.init_from`): which of a checkpoint's tensors the model takes, and which not.
+
+Every tensor of the model and of the file is accounted for: matched, resized, fresh, unused, or of another shape.
+Another shape is an error unless it is a positional embedding, which is resized as open_clip does (its
+`resize_pos_embed` and `resize_text_pos_embed`), or the config asks for fresh weights there.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sigray.workers.checkpoint.index import CheckpointInfo
+from sigray.workers.checkpoint.writer import load_weights
+from sigray.workers.config import ModelConfig
+from sigray.workers.device import like
+from sigray.workers.model.towers import TOWERS, build_bare_model, build_meta_model, build_model
+from sigray.workers.storage import Storage
+
+_POSITIONS = ("visual.positional_embedding", "text.positional_embedding")
+_NUM_NAMED = 6
+
+
+@dataclass
+class InitialWeights:
+    """What became of each tensor; names are those of the model."""
+
+    path: str
+    matched: list[str] = field(default_factory=list)
+    resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    """Positional embeddings: shape in the file, shape in the model."""
+    asked_fresh: list[str] = field(default_factory=list)
+    """Fresh because of model.init_fresh."""
+    missing: list[str] = field(default_factory=list)
+    """Fresh because the file has none."""
+    unused: list[str] = field(default_factory=list)
+    """In the file, not in the model."""
+    other_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    """Shape in the file, shape in the model."""
+
+    def text(self) -> str:
+        """One line for each kind of which there are any."""
+        total = len(self.matched) + len(self.resized) + len(self.asked_fresh) + len(self.missing)
+        lines = [f"weights from {self.path}: {len(self.matched)} of {total} tensors match"]
+        lines += [f"  resized: {name} {list(old)} -> {list(new)}" for name, (old, new) in self.resized.items()]
+        for title, names in (
+            ("fresh, by model.init_fresh", self.asked_fresh),
+            ("fresh, not in the file", self.missing),
+            ("in the file, not in the model", self.unused),
+        ):
+            if names:
+                more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
+                lines.append(f"  {title}: {', '.join(names[:_NUM_NAMED])}{more}")
+        return "\n".join(lines)
+
+
+def check_initial_weights(model: ModelConfig) -> InitialWeights:
+    """What `load_initial_weights` will do, without memory for the model; raises as it does."""
+    return _match(build_meta_model(model), model)[0]
+
+
+def build_initial_model(model: ModelConfig) -> nn.Module:
+    """The model with the weights that training begins with; raises as `build_model` and `load_initial_weights`."""
+    module = build_model(model)
+    if model.init_from is not None:
+        load_initial_weights(module, model)
+    return module
+
+
+def load_initial_weights(module: nn.Module, model: ModelConfig) -> InitialWeights:
+    """Put the weights of `model.init_from` into the model, the same on every rank.
+
+    Raises:
+        ValueError: where the file is missing or unreadable, fits nothing, or has a tensor of another shape; the message
+            lists all of them with a remedy.
+    """
+    found, tensors = _match(module, model)
+    own = module.state_dict()
+    module.load_state_dict({name: like(tensor, own[name]) for name, tensor in tensors.items()}, strict=False)
+    return found
+
+
+def build_trained_model(storage: Storage, info: CheckpointInfo, model: ModelConfig) -> nn.Module:
+    """The whole model of a checkpoint.
+
+    A locked image tower that the run had in an embedding store is not in its checkpoints: it comes from where it came
+    from for the store.
+
+    Raises:
+        DamagedCheckpoint, CheckpointError: as `load_weights`.
+        ValueError: where model.image_tower or model.init_from is needed and not there any more.
+    """
+    module = build_bare_model(model)
+
+    def load_tower() -> None:
+        if model.init_from is not None:
+            load_initial_weights(module, model)
+
+    load_weights(storage, info, module, load_tower)
+    return module
+
+
+def _match(module: nn.Module, model: ModelConfig) -> tuple[InitialWeights, dict[str, Tensor]]:
+    assert model.init_from is not None
+    state, found = _read(model.init_from), InitialWeights(model.init_from)
+    own = module.state_dict()
+    fresh = [re.compile(pattern) for pattern in model.init_fresh]
+    for name in [name for name in own if any(pattern.fullmatch(name) for pattern in fresh)]:
+        found.asked_fresh.append(name)
+        state.pop(name, None)
+    unmatched = [p.pattern for p in fresh if not any(p.fullmatch(name) for name in own)]
+    if unmatched:
+        raise ValueError(
+            f"model.init_fresh={unmatched[0]!r} matches no parameter; their names are such as {_some(own)}"
+        )
+    _resize_positions(state, module, found)
+    taken: dict[str, Tensor] = {}
+    for name, tensor in own.items():
+        if name in found.asked_fresh:
+            continue
+        theirs = state.get(name)
+        if theirs is None:
+            found.missing.append(name)
+            continue
+        if theirs.numel() == tensor.numel() == 1:  # logit_scale and logit_bias are () here, (1,) in some checkpoints
+            theirs = theirs.reshape(tensor.shape)
+        if theirs.shape != tensor.shape:
+            found.other_shape[name] = tuple(theirs.shape), tuple(tensor.shape)
+            continue
+        taken[name] = theirs
+        if name not in found.resized:
+            found.matched.append(name)
+    found.unused = [name for name in state if name not in own]
+    if found.other_shape:
+        lines = [
+            f"  {name}: {list(old)} in the file, {list(new)} here" for name, (old, new) in found.other_shape.items()
+        ]
+        more = [f"  and {len(lines) - 2 * _NUM_NAMED} more"] if len(lines) > 2 * _NUM_NAMED else []
+        parts = sorted({name.partition(".")[0] for name in found.other_shape})
+        fresh_parts = [rf"{part}\..*" if part in TOWERS else part for part in parts]
+        shown = "', '".join(fresh_parts)
+        raise ValueError(
+            f"model.init_from={model.init_from}: {len(lines)} tensors have another shape:\n"
+            + "\n".join(lines[: 2 * _NUM_NAMED] + more)
+            + f"\nTake towers of the checkpoint's shape, or begin there anew: model.init_fresh=['{shown}']"
+        )
+    if not any(name.startswith(("visual.", "text.")) for name in taken):
+        raise ValueError(
+            f"model.init_from={model.init_from}: none of its {len(state)} tensors is one of the model's: "
+            f"{_some(state) or 'nothing'} there, {_some(own)} here"
+        )
+    return found, taken
+
+
+def _read(path: str) -> dict[str, Tensor]:
+    """A checkpoint's tensors by CustomTextCLIP's names, as open_clip converts them."""
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    if not Path(path).is_file():
+        raise ValueError(f"model.init_from: {path} is not a file; every training worker needs to see it")
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of a dozen kinds, by what is wrong with the file
+        raise ValueError(
+            f"model.init_from: {path} cannot be read as safetensors, or by torch.load with weights_only: {error}"
+        ) from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):  # of open_clip's own training
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"model.init_from: {path} holds no mapping of names to tensors")
+    state = {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    if "positional_embedding" in state:  # open_clip's CLIP class has the text tower's parts at the top
+        state = dict(convert_to_custom_text_state_dict(state))
+    state.pop("text.transformer.embeddings.position_ids", None)  # a buffer of older transformers
+    return state
+
+
+def _resize_positions(state: dict[str, Tensor], module: nn.Module, found: InitialWeights) -> None:
+    """Bring positional embeddings to the model's length; what cannot be is left as it is, with its shape."""
+    from open_clip.model import resize_pos_embed, resize_text_pos_embed
+
+    own = module.state_dict()
+    for name, resize in zip(_POSITIONS, (resize_pos_embed, resize_text_pos_embed), strict=True):
+        if name not in state or name not in own or state[name].shape == own[name].shape:
+            continue
+        old = tuple(state[name].shape)
+        is_square = name.startswith("text") or round((old[0] - 1) ** 0.5) ** 2 == old[0] - 1
+        if old[1:] == tuple(own[name].shape[1:]) and is_square:
+            resize(state, module)
+            found.resized[name] = old, tuple(own[name].shape)
+
+
+def _some(names: dict[str, Tensor]) -> str:
+    chosen = list(names)
+    return ", ".join(chosen[:: max(1, len(chosen) // 4)][:4])

@@ -1,0 +1,203 @@
+"""The model: open_clip's image tower and text tower, `logit_scale` (a log) and `logit_bias`.
+
+    b  pairs on this rank      S  image size      T  context length      D  embedding dimension
+
+Every model is an open_clip `CustomTextCLIP`, so a checkpoint's weights load in plain open_clip under the same names.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sigray.workers.config import ModelConfig, Tower
+from sigray.workers.model.bottleneck import use_bottleneck
+from sigray.workers.model.image_towers import StoredTower, load_image_tower
+from sigray.workers.model.inputs import shapes, tower_config
+
+TOWERS: tuple[Tower, ...] = ("visual", "text")
+
+
+def build_model(model: ModelConfig, *, stored_embeddings: bool = False) -> nn.Module:
+    """The towers with fresh weights from torch's current random state; `model.image_tower` with its own.
+
+    Its forward takes (b, 3, S, S) float images and (b, T) int tokens and returns a dict: `image_features` and
+    `text_features`, both (b, D) of unit norm, `logit_scale` (already exponentiated) and, if it has one, `logit_bias`.
+
+    Args:
+        stored_embeddings: leave the image tower out: forward takes its embeddings, (b, D), in the place of images.
+
+    Raises:
+        ValueError: where open_clip cannot build what the config says, or `model.image_tower` names nothing usable.
+    """
+    from open_clip.model import CustomTextCLIP
+
+    config = tower_config(model)
+    if stored_embeddings or model.image_tower is not None:
+        # Replaced below; open_clip cannot leave it out.
+        size = config["vision_cfg"].get("image_size", 224)
+        config["vision_cfg"] = {"image_size": size, "patch_size": size, "width": 64, "head_width": 64, "layers": 1}
+    try:
+        module = CustomTextCLIP(
+            **config,
+            init_logit_scale=model.init_logit_scale,
+            init_logit_bias=model.init_logit_bias,
+            output_dict=True,
+        )
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"model.towers: open_clip cannot build this model: {error}") from error
+    if stored_embeddings:
+        module.visual = StoredTower()
+    elif model.image_tower is not None:
+        module.visual = load_image_tower(model.image_tower)
+    if model.token_bottleneck is not None:
+        use_bottleneck(module, model.token_bottleneck)
+    return module
+
+
+def build_bare_model(model: ModelConfig) -> nn.Module:
+    """As `build_model`, for weights that come from elsewhere: fetches no pretrained ones."""
+    config = tower_config(model)
+    config["vision_cfg"]["timm_model_pretrained"] = config["text_cfg"]["hf_model_pretrained"] = False
+    return build_model(model.model_copy(update={"name": None, "towers": config}))
+
+
+def lock_towers(module: nn.Module, model: ModelConfig) -> None:
+    """Set a model to training, what is locked apart: that has no gradients and no dropout from now on.
+
+    Raises:
+        ValueError: for more `trained_blocks` than a tower has.
+    """
+    module.train()
+    for name in model.locked:
+        module.get_submodule(name).requires_grad_(False).eval()
+    for name, num_trained in model.trained_blocks.items():
+        tower = module.get_submodule(name).eval()
+        blocks = _chain(tower)
+        if num_trained > len(blocks):
+            raise ValueError(f"model.trained_blocks: the {name} tower has {len(blocks)} blocks, not {num_trained}")
+        trained = _behind(model, name, num_trained)
+        for parameter_name, parameter in tower.named_parameters():
+            parameter.requires_grad_(parameter_name in trained)
+        for block in blocks[-num_trained:]:
+            block.train()
+
+
+def _behind(model: ModelConfig, name: Tower, num_trained: int) -> set[str]:
+    """Names of a tower's parameters in its last blocks and behind them.
+
+    Found by a backward pass without memory: where the input of the first trained block is cut off, what lies before it
+    gets no gradient. So it holds for any tower, whatever its parts are called.
+    """
+    size, context_length, _ = shapes(model)
+    with torch.device("meta"):
+        tower = build_model(model).get_submodule(name)
+        block = _chain(tower)[-num_trained]
+        block.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(), *inputs[1:]))
+        text = torch.zeros(2, context_length, dtype=torch.int32)
+        output = tower(text if name == "text" else torch.zeros(2, 3, size, size))
+        (output[0] if isinstance(output, tuple) else output).sum().backward()
+    return {path for path, parameter in tower.named_parameters() if parameter.grad is not None}
+
+
+def _chain(tower: nn.Module) -> list[nn.Module]:
+    """The blocks of a tower in their order: the members of one class, in a list or a chain, with the most weights."""
+    chains = [list(part.children()) for part in tower.modules() if isinstance(part, nn.ModuleList | nn.Sequential)]
+    alike = [chain for chain in chains if len({type(member) for member in chain}) == 1]
+    return max(alike, key=lambda chain: sum(map(num_parameters, chain)), default=[])
+
+
+def build_meta_model(model: ModelConfig) -> nn.Module:
+    """The towers without memory (torch's meta device), locked as in training; fetches no pretrained weights.
+
+    Raises:
+        ValueError: where open_clip cannot build it.
+    """
+    with torch.device("meta"):
+        module = build_bare_model(model)
+    lock_towers(module, model)
+    return module
+
+
+def check_model(model: ModelConfig) -> nn.Module:
+    """Run two pairs through the model without memory or arithmetic; returns it, as `build_meta_model`.
+
+    Raises:
+        ValueError: where open_clip cannot build it, or its towers do not give one vector per image and per text.
+    """
+    size, context_length, _ = shapes(model)
+    module = build_meta_model(model)
+    with torch.device("meta"):
+        try:
+            output = module(torch.empty(2, 3, size, size), torch.zeros(2, context_length, dtype=torch.int32))
+        except RuntimeError as error:
+            raise ValueError(f"model: the towers cannot run on {size} x {size} pixel images: {error}") from error
+    for key in ("image_features", "text_features"):
+        shape = tuple(output[key].shape)
+        if len(shape) != 2:
+            raise ValueError(f"model: {key} of two pairs have shape {shape}, (2, embed_dim) expected; check pool_type")
+    return module
+
+
+def normalize_pixels(images: Tensor, model: ModelConfig) -> Tensor:
+    """(b, S, S, 3) uint8 as it comes from the feed -> (b, 3, S, S) float32 as the image tower takes it.
+
+    Runs on the device: a quarter of the bytes cross to it.
+    """
+    mean, std = (
+        # Filled on the device: numbers sent to a GPU would have the host wait for all that it has asked for.
+        torch.stack([torch.full((), float(np.float32(v) * 255), device=images.device) for v in values])
+        for values in (model.image_mean, model.image_std)
+    )
+    return images.float().sub_(mean).div_(std).permute(0, 3, 1, 2)
+
+
+def tower_blocks(tower: nn.Module) -> list[nn.Module]:
+    """The repeated parts of a tower, inner ones first: members of one class in a list (open_clip) or a chain (timm)."""
+    blocks: list[nn.Module] = []
+    for part in reversed(list(tower.modules())):
+        members = list(part.children()) if isinstance(part, nn.ModuleList | nn.Sequential) else []
+        if len({type(member) for member in members}) == 1 and num_parameters(members[0]):
+            blocks += members
+    return blocks
+
+
+def checkpoint_activations(module: nn.Module, model: ModelConfig, checkpoint: Callable[..., Any]) -> None:
+    """Have each block of the towers that train keep its input only, and run again in the backward pass.
+
+    Names of parameters stay.
+
+    Args:
+        checkpoint: function and its arguments -> its result; `sigray.workers.device.Device.checkpoint`.
+    """
+    for name in TOWERS:
+        if name not in model.locked:
+            for block in _outer_blocks(module.get_submodule(name)):
+                block.forward = functools.partial(checkpoint, block.forward)
+
+
+def compile_tower_blocks(module: nn.Module) -> None:
+    """Have the blocks of both towers compiled by torch.compile when they first run. Names of parameters stay.
+
+    Blocks and not whole towers: all blocks of a tower share one compiled form, and compiling takes seconds.
+    """
+    for name in TOWERS:
+        for block in _outer_blocks(module.get_submodule(name)):
+            block.forward = torch.compile(block.forward)
+
+
+def _outer_blocks(tower: nn.Module) -> list[nn.Module]:
+    """`tower_blocks` less those that are part of another one."""
+    blocks = tower_blocks(tower)
+    inner = {id(part) for block in blocks for part in list(block.modules())[1:]}
+    return [block for block in blocks if id(block) not in inner]
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Trainable and locked parameters together."""
+    return sum(parameter.numel() for parameter in module.parameters())

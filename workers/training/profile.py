@@ -1,0 +1,195 @@
+"""Where the time of a step goes: torch.profiler around some steps, and the split of its trace into parts.
+
+The loop tells the end of each step; the spans (`losses/spans.py`) say what happens in it. Each rank writes two files to
+the run's storage:
+
+    profile/rank-0000.json.gz      the trace, for Perfetto (ui.perfetto.dev) or chrome://tracing
+    profile/rank-0000-steps.json   `RankProfile`, from the same trace
+    profile/rank-0000-xla.txt      torch-xla's own counters, under torch-xla
+
+On CUDA the host waits for the device at the end of each span: otherwise forward and backward would last as long as it
+takes to ask for them. Under torch-xla they do: operations are only recorded there, one program computes the step, and
+the host waits for it in "device program".
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from sigray.losses.spans import PREFIX, recording
+from sigray.workers.device import Device
+from sigray.workers.storage import Storage
+
+FOLDER = "profile"
+PARTS = (
+    "data wait",
+    "to device",
+    "forward",
+    "loss: tiles",
+    "loss: ring",
+    "backward",
+    "device program",
+    "gradient all-reduce",
+    "optimizer",
+    "metrics",
+    "checkpoint",
+    "other",
+)
+"""In the order of a step. "other" is what no span names."""
+_STEP = "ProfilerStep#"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Which steps are profiled.
+
+    Attributes:
+        warm_up: steps before them, of each life of the training workers.
+        steps: that are profiled; one more behind them ends with a checkpoint.
+    """
+
+    warm_up: int
+    steps: int
+
+    @property
+    def total(self) -> int:
+        return self.warm_up + self.steps + 1
+
+
+@dataclass(frozen=True)
+class RankProfile:
+    """What one rank found.
+
+    Attributes:
+        plain_step_s: median of the steps before, which nobody profiled; None: too few.
+        steps: seconds of each profiled step by part; they add up to its wall time.
+    """
+
+    rank: int
+    device: str
+    plain_step_s: float | None
+    steps: list[dict[str, float]]
+
+
+def split_steps(events: Iterable[dict[str, Any]]) -> list[dict[str, float]]:
+    """Seconds of each step of a Chrome trace by part, each moment counted for the innermost span.
+
+    Args:
+        events: of the trace; those of torch.profiler's steps and of our spans count, on the thread of the steps.
+    """
+    named = [event for event in events if event.get("cat") == "user_annotation" and event.get("ph") == "X"]
+    steps = sorted((event for event in named if event["name"].startswith(_STEP)), key=lambda event: event["ts"])
+    spans = [event for event in named if event["name"].startswith(PREFIX)]
+    spans.sort(key=lambda event: (event["ts"], -event["dur"]))  # of two that begin together the longer is the outer one
+    found = []
+    for step in steps:
+        begin, end = float(step["ts"]), float(step["ts"]) + float(step["dur"])
+        inside = [
+            (max(begin, float(event["ts"])), min(end, float(event["ts"]) + float(event["dur"])), event["name"])
+            for event in spans
+            if event["tid"] == step["tid"] and event["ts"] < end and event["ts"] + event["dur"] > begin
+        ]
+        found.append({part: us / 1e6 for part, us in _innermost(begin, end, inside).items()})
+    return found
+
+
+def _innermost(begin: float, end: float, spans: list[tuple[float, float, str]]) -> dict[str, float]:
+    """Length of each part of [begin, end] in which its span is the innermost. Outer spans come before inner ones."""
+    lengths = dict.fromkeys(PARTS, 0.0)
+    open_spans: list[tuple[float, str]] = []  # end and part, the innermost last
+    at = begin
+
+    def advance(to: float) -> None:
+        nonlocal at
+        lengths[open_spans[-1][1] if open_spans else "other"] += max(0.0, to - at)
+        at = max(at, to)
+
+    for start, stop, name in spans:
+        while open_spans and open_spans[-1][0] <= start:
+            advance(open_spans[-1][0])
+            open_spans.pop()
+        advance(start)
+        open_spans.append((stop if not open_spans else min(stop, open_spans[-1][0]), name.removeprefix(PREFIX)))
+    while open_spans:
+        advance(open_spans[-1][0])
+        open_spans.pop()
+    advance(end)
+    return lengths
+
+
+class StepProfiler:
+    """Profiles steps of a training loop, or does nothing.
+
+    Args:
+        wanted: None: nothing is profiled.
+        device: of this worker.
+        storage: of the run.
+        rank: of this worker.
+    """
+
+    def __init__(self, wanted: Profile | None, device: Device, storage: Storage, rank: int) -> None:
+        self._wanted, self._device, self._storage, self._rank = wanted, device, storage, rank
+        self._ends: list[float] = []
+
+    def __enter__(self) -> StepProfiler:
+        if self._wanted is None:
+            return self
+        activities = [ProfilerActivity.CPU]
+        if self._device.torch_device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        skipped = self._wanted.warm_up - 1
+        steps = schedule(skip_first=skipped, wait=0, warmup=1, active=self._wanted.steps + 1, repeat=1)
+        self._profile = profile(activities=activities, schedule=steps, on_trace_ready=self._save)
+        self._profile.start()
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if self._wanted is not None:
+            self._stop_recording()
+            self._profile.stop()
+
+    def step_done(self) -> None:
+        """A step, with all that the loop does between it and the next, is over."""
+        if self._wanted is None:
+            return
+        self._ends.append(time.perf_counter())
+        if len(self._ends) == self._wanted.warm_up:
+            self._recording = recording(self._device.settle_span)
+            self._recording.__enter__()
+        elif len(self._ends) == self._wanted.total:
+            self._stop_recording()
+        self._profile.step()
+
+    def _stop_recording(self) -> None:
+        if hasattr(self, "_recording"):
+            self._recording.__exit__(None, None, None)
+            del self._recording
+
+    def _save(self, trace: profile) -> None:
+        assert self._wanted is not None
+        # The first two steps make buffers and the optimizer's state; torch.profiler warms up in the last one.
+        ends = self._ends[1 : self._wanted.warm_up - 1]
+        plain = [after - before for before, after in pairwise(ends)]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "trace.json.gz")
+            trace.export_chrome_trace(str(path))
+            content = path.read_bytes()
+        steps = split_steps(json.loads(gzip.decompress(content))["traceEvents"])
+        found = RankProfile(self._rank, self._device.describe(), statistics.median(plain) if plain else None, steps)
+        name = f"{FOLDER}/rank-{self._rank:04d}"
+        self._storage.write(f"{name}.json.gz", content)
+        report = self._device.compiler_report()
+        if report:
+            self._storage.write(f"{name}-xla.txt", report.encode())
+        self._storage.write(f"{name}-steps.json", json.dumps(asdict(found)).encode())

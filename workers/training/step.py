@@ -1,0 +1,215 @@
+"""One optimizer step over one global batch. Runs with or without a process group, with or without Ray.
+
+b  pairs on this rank      S  image size      T  context length      D  embedding dimension
+
+The loss always sees the global batch: how it is cut into ranks and micro-batches changes memory and time, and neither
+the loss nor any gradient beyond rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sigray.losses import NonFiniteFeatures, cached_backward, feature_means
+from sigray.losses.spans import span
+from sigray.workers.config import LossConfig, ModelConfig, OptimConfig, Tower
+from sigray.workers.data.loader import Batch
+from sigray.workers.device import Device
+from sigray.workers.model.towers import (
+    TOWERS,
+    build_model,
+    checkpoint_activations,
+    compile_tower_blocks,
+    lock_towers,
+    normalize_pixels,
+)
+from sigray.workers.training.optim import build_optimizer, learning_rate
+
+
+@dataclass
+class StepResult:
+    """Figures of one step, still on the device. `loss` is this rank's part; its mean over ranks is the loss."""
+
+    loss: Tensor
+    feature_means: Tensor  # (2 D + 1,) of this rank's rows, see `losses.mean_logits`
+    logit_scale: Tensor
+    logit_bias: Tensor
+    grad_norm: Tensor
+    learning_rate: float
+
+
+class BadStep(FloatingPointError):
+    """A step whose loss or gradients are not finite, or whose loss leaps.
+
+    Attributes:
+        step: counted from 1.
+    """
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(step, message)  # both, so that it can travel between processes
+        self.step = step
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+class Trainer:
+    """Model, optimizer and the step that moves them.
+
+    Args:
+        model: config of the towers.
+        optim: config of the optimizer.
+        loss: config of the loss.
+        device: of this worker.
+        num_samples: length of the run, for the schedule.
+        global_batch_size: B, over all ranks.
+        micro_batch_size: pairs that go through the towers at once; None: all b of this rank.
+        activation_checkpointing: whether the towers' blocks keep their inputs only.
+        compile_blocks: whether they are compiled.
+        stored_embeddings: whether batches hold the locked image tower's embeddings in the place of images.
+        seed: of the run; weights and the random state of every step follow from it.
+
+    Attributes:
+        module: the open_clip model, the same weights on every rank.
+        optimizer: its AdamW or Lion.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        optim: OptimConfig,
+        loss: LossConfig,
+        device: Device,
+        *,
+        num_samples: int,
+        global_batch_size: int,
+        micro_batch_size: int | None,
+        seed: int,
+        activation_checkpointing: bool = False,
+        compile_blocks: bool = False,
+        stored_embeddings: bool = False,
+    ) -> None:
+        self._model, self._optim, self._loss, self._device = model, optim, loss, device
+        self._num_samples, self._global_batch_size, self._seed = num_samples, global_batch_size, seed
+        self._micro_batch_size, self._is_first = micro_batch_size, True
+        torch.manual_seed(seed)
+        self.module = device.place(build_model(model, stored_embeddings=stored_embeddings))
+        lock_towers(self.module, model)
+        if compile_blocks:
+            compile_tower_blocks(self.module)
+        if activation_checkpointing:
+            checkpoint_activations(self.module, model, device.checkpoint)
+        self.optimizer = build_optimizer(self.module, optim, device.optimizer_options())
+        self._log_logit_scale = self.module.get_parameter("logit_scale")
+        bias = self.module.logit_bias
+        self._logit_bias = bias if isinstance(bias, Tensor) else torch.zeros((), device=device.torch_device)
+
+    def step(self, batch: Batch) -> StepResult:
+        """Forward, loss over the global batch, backward, clip, update.
+
+        Raises:
+            BadStep: on every rank and before the weights change, where a rank's features hold NaN or
+                infinity; names rank and micro-batch.
+        """
+        lr = self._set_learning_rate(batch.step)
+        size = self._micro_batch_size or len(batch.images)
+        self.optimizer.zero_grad(set_to_none=True)
+        means: list[Tensor] = []
+        late_checks: list[Callable[[], None]] = []
+
+        def global_loss(image_features: Tensor, text_features: Tensor) -> Tensor:
+            with span("loss: tiles"):
+                means.append(feature_means(image_features, text_features))
+                return self._global_loss(image_features, text_features, batch.step, size, late_checks)
+
+        try:
+            loss = cached_backward(
+                lambda rows: self._encode(batch, rows, rows.start // size),
+                global_loss,
+                num_rows=len(batch.images),
+                micro_batch_size=size,
+                encode_again=lambda rows: self._encode_again(batch, rows, rows.start // size),
+                settle=self._device.settle,
+            )
+            for check in late_checks:
+                check()
+        except NonFiniteFeatures as error:
+            raise BadStep(
+                batch.step + 1,
+                f"step {batch.step + 1}: NaN or infinity in {error.name} of rank {error.rank}, micro-batch "
+                f"{error.row // size} (pair {error.row % size} of it); the weights are those of step {batch.step}. "
+                "Lower optim.lr, or train in fp32",
+            ) from error
+        with span("gradient all-reduce"):
+            self._device.average_gradients(self.module)
+        with span("optimizer"):
+            clip = self._optim.grad_clip_norm
+            grad_norm = self._device.clip_gradients(self.module, clip if clip is not None else float("inf"))
+            # The scalars of the weights that this loss was computed with.
+            logit_scale, logit_bias = self._log_logit_scale.detach().exp(), self._logit_bias.detach().clone()
+            self.optimizer.step()
+        if self._is_first:
+            self._device.split_state(self.optimizer)
+            self._is_first = False
+        if self._device.settle is not None:
+            self._device.settle()
+        return StepResult(loss, means[0], logit_scale, logit_bias, grad_norm, lr)
+
+    def _encode(
+        self, batch: Batch, rows: slice, micro_batch: int, towers: Sequence[Tower] = TOWERS
+    ) -> tuple[Tensor, ...]:
+        """Features of one micro-batch, by tower, laid out for the loss, in the dtype in which it multiplies them."""
+        # Dropout and the like depend on (seed, step, rank, micro-batch) alone: a second pass over the micro-batch
+        # draws the same, and a resumed run needs no saved random state.
+        seeds = np.random.SeedSequence([self._seed, batch.step, self._device.random_rank, micro_batch])
+        self._device.seed(int(seeds.generate_state(1)[0]))
+        with span("to device"):
+            images, tokens = self._device.to_device(batch.images[rows], batch.tokens[rows])
+        with span("forward"), self._device.autocast():
+            # A locked tower draws nothing, so leaving it out does not shift what the other one draws.
+            features = self.module(
+                self._tower_input(images) if "visual" in towers else None,
+                tokens if "text" in towers else None,
+            )
+        names = {"visual": "image_features", "text": "text_features"}
+        return tuple(self._device.lay_out(features[names[tower]].to(self._device.product_dtype)) for tower in towers)
+
+    def _tower_input(self, images: Tensor) -> Tensor:
+        return normalize_pixels(images, self._model) if images.dtype == torch.uint8 else images
+
+    def _encode_again(self, batch: Batch, rows: slice, micro_batch: int) -> tuple[Tensor | None, ...]:
+        """As `_encode`; a locked tower is left out, with None in the place of its features."""
+        unlocked = [tower for tower in TOWERS if tower not in self._model.locked]
+        features = dict(zip(unlocked, self._encode(batch, rows, micro_batch, unlocked), strict=True))
+        return tuple(features.get(tower) for tower in TOWERS)
+
+    def _global_loss(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        step: int,
+        micro_batch_size: int,
+        late_checks: list[Callable[[], None]],
+    ) -> Tensor:
+        seeds = np.random.SeedSequence([self._seed, step])  # the same on all ranks
+        return self._device.loss(
+            image_features,
+            text_features,
+            self._log_logit_scale.exp(),
+            self._logit_bias,
+            self._loss,
+            seed=int(seeds.generate_state(1)[0]),
+            micro_batch_size=micro_batch_size,
+            late_checks=late_checks,
+        )
+
+    def _set_learning_rate(self, step: int) -> float:
+        lr = learning_rate(self._optim, step * self._global_batch_size, self._num_samples)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._device.number(lr * group.get("lr_scale", 1.0))
+        return lr
