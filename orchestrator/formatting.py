@@ -1,8 +1,6 @@
-"""Numbers for people: what the pages of runs and sweeps print."""
+"""Numbers for people: what messages and the pages of runs and sweeps print."""
 
 from __future__ import annotations
-
-from sigray.orchestrator.run.monitor import format_duration
 
 NBSP, TIMES = "\u00a0", "\u00d7"
 
@@ -30,7 +28,10 @@ def percent(rate: float) -> str:
 
 
 def decimal(value: float) -> str:
-    """Four significant digits and a true minus sign: 2.1319 -> '2.132', 0.00098 -> '0.00098', -10.0 -> '−10'."""
+    """Format with four significant digits and a true minus sign.
+
+    2.1319 -> '2.132', 0.00098 -> '0.00098', -10.0 -> '−10'.
+    """
     return (count(value) if abs(value) >= 1000 else f"{value:.4g}").replace("-", "\u2212")
 
 
@@ -40,8 +41,16 @@ def multiple(rate: float, chance: float) -> str:
     return f"{count(ratio) if ratio >= 10 else f'{ratio:.1f}'} times chance"
 
 
+def format_duration(seconds: float) -> str:
+    """3725 -> '1 h 02 min', 200 -> '3 min 20 s'."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
 def duration(seconds: float) -> str:
-    """As `format_duration`; the parts do not break over a line."""
+    """Format as `format_duration` does, without breaks between its parts."""
     return format_duration(seconds).replace(" ", NBSP)
 
 

@@ -30,8 +30,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sigray.orchestrator.config import ClusterConfig, ConfigError, RunConfig, load_config
+from sigray.orchestrator.formatting import format_duration
 from sigray.orchestrator.run.folder import SUMMARY, RunFolder, read_run
-from sigray.orchestrator.run.monitor import format_duration
 from sigray.workers.checkpoint.index import FOLDER as CHECKPOINTS
 from sigray.workers.checkpoint.index import list_checkpoints
 from sigray.workers.data.tar import DataError

@@ -590,7 +590,8 @@ def _data_tokenizer(options: argparse.Namespace, console: Console) -> int:
 
 
 def _finish(summary: dict[str, Any], config: RunConfig, console: Console) -> int:
-    from sigray.orchestrator.run.monitor import figures_table, format_duration
+    from sigray.orchestrator.formatting import format_duration
+    from sigray.orchestrator.run.monitor import figures_table
 
     if summary["zero_shot"] or summary["retrieval"]:
         console.print(figures_table(summary))

@@ -29,7 +29,7 @@ from rich.table import Table
 
 import sigray
 from sigray.orchestrator.config import FILES, ConfigError, RunConfig, load_config
-from sigray.orchestrator.run.monitor import format_duration
+from sigray.orchestrator.formatting import format_duration
 from sigray.workers.config import SUBFOLDERS
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"

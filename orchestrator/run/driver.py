@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rich.console import Console
 
 from sigray.orchestrator.config import ConfigError, RunConfig, check_resume
+from sigray.orchestrator.formatting import format_duration
 from sigray.orchestrator.planning.plan import check_memory
 from sigray.orchestrator.run.folder import CONFIG, RunFolder, read_run
 from sigray.orchestrator.run.lease import RunLease
-from sigray.orchestrator.run.monitor import Display, RayHooks, RunMonitor, TensorBoard, format_duration
+from sigray.orchestrator.run.monitor import Display, RayHooks, RunMonitor, TensorBoard
 from sigray.orchestrator.run.policy import (
     Attempt,
     Failure,

@@ -13,7 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from sigray.orchestrator.config import ConfigError, RunConfig
-from sigray.orchestrator.run.monitor import Display, format_duration
+from sigray.orchestrator.formatting import format_duration
+from sigray.orchestrator.run.monitor import Display
 from sigray.workers.data.embedding_store import EmbeddingStore, Part, StoredShard, StoreFormat, store_key, stored_name
 from sigray.workers.data.manifest import Manifest, Shard
 from sigray.workers.data.tar import DataError

@@ -19,6 +19,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from sigray.orchestrator.formatting import format_duration
+
 if TYPE_CHECKING:
     from sigray.orchestrator.run.folder import RunFolder
     from sigray.workers.checkpoint.index import CheckpointInfo
@@ -281,11 +283,3 @@ def _table(rows: list[list[str]]) -> Table:
 
 def _figure(title: str, value: float, chance: float) -> list[str]:
     return [title, f"{value:.2%}", f"{chance:.2%}", f"{value / chance:.1f}", ""]
-
-
-def format_duration(seconds: float) -> str:
-    """3725 -> "1 h 02 min", 200 -> "3 min 20 s"."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -6,6 +6,7 @@ _CHAOS = "tests/orchestrator/chaos/test_chaos.py"
 _CLUSTER_FILES = "tests/cluster/test_files.py"
 _DATA = "tests/orchestrator/data/test_data_commands.py"
 _FOLDER = "tests/orchestrator/run/test_folder.py"
+_FORMATTING = "tests/orchestrator/test_formatting.py"
 _LEASE = "tests/orchestrator/run/test_lease.py"
 _MONITORING = "tests/orchestrator/cluster/test_prometheus.py"
 _PAGES = "tests/orchestrator/reports/test_live_server.py"
@@ -331,14 +332,14 @@ FAULTS = [
         "sigray.orchestrator.formatting:decimal",
         ".4g",
         ".3g",
-        (f"{_FOLDER}::test_a_number_has_four_digits_and_a_true_minus",),
+        (f"{_FORMATTING}::test_a_number_has_four_digits_and_a_true_minus",),
     ),
     Fault(
         "a duration is cut off and not rounded",
-        "sigray.orchestrator.run.monitor:format_duration",
+        "sigray.orchestrator.formatting:format_duration",
         "round(seconds)",
         "int(seconds)",
-        (f"{_FOLDER}::test_a_duration_is_rounded_to_seconds",),
+        (f"{_FORMATTING}::test_a_duration_is_rounded_to_seconds",),
     ),
     Fault(
         "a rung falls on the last step before it",
