@@ -27,12 +27,12 @@ from benchmarks.photo_tars import photo_folder
 from sigray.orchestrator.run.folder import read_run
 from sigray.workers.checkpoint.index import list_checkpoints
 from sigray.workers.config import DataConfig, EvalSet
-from sigray.workers.data.tokenizer import build_tokenizer
 from sigray.workers.evaluation.datasets import load_set, read_classes
 from sigray.workers.evaluation.evaluate import class_labels
 from sigray.workers.evaluation.features import Encoder
 from sigray.workers.model.init_weights import build_trained_model
 from sigray.workers.model.inputs import shapes
+from sigray.workers.model.tokenizer import build_tokenizer
 from sigray.workers.storage import Storage
 
 PHOTOS = {  # file of scikit-image's data folder: the concept's id, its code points

@@ -68,7 +68,7 @@ def data_config(paths: list[Path], **fields: Any) -> DataConfig:
 def worker_tools() -> tuple[Any, Callable[[list[str]], Any]]:
     """sigray's decoder and tokenizer, one of each per process."""
     from sigray.workers.data.decode import Decoder
-    from sigray.workers.data.tokenizer import build_tokenizer
+    from sigray.workers.model.tokenizer import build_tokenizer
 
     data = data_config([Path("unused.tar")])
     return Decoder(data, SIZE), build_tokenizer(MODEL, CONTEXT, VOCABULARY)

@@ -51,8 +51,8 @@ from sigray.workers.data.order import StreamOrder
 from sigray.workers.data.pool import PoolBlocks
 from sigray.workers.data.s3 import GiveUp, S3Stream
 from sigray.workers.data.tar import DataError
-from sigray.workers.data.tokenizer import build_tokenizer
 from sigray.workers.data.worker import Block, DataWorker
+from sigray.workers.model.tokenizer import build_tokenizer
 from sigray.workers.model.towers import build_model
 from sigray.workers.storage import Storage
 from sigray.workers.training.step import StepResult, Trainer

@@ -47,7 +47,7 @@ def test_losses_and_the_training_loop_know_no_ray():
 DATA_WORKER = """
 from sigray.workers.data import pool
 from sigray.workers.config import ModelConfig
-from sigray.workers.data.tokenizer import build_tokenizer
+from sigray.workers.model.tokenizer import build_tokenizer
 from sigray.workers.model.inputs import shapes
 for model in (ModelConfig(name="ViT-B-32"), ModelConfig(towers={"embed_dim": 8, "vision_cfg": {}, "text_cfg": {}})):
     shapes(model), build_tokenizer(model, 8, 49408)

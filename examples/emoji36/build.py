@@ -279,7 +279,7 @@ def build_emoji(
             classes = [{"id": c, "name": captions[c]["en"]["name"]} for c in sorted({d.concept for d in splits[split]})]
             (staging / split / "classes.json").write_text(to_json(classes), encoding="utf-8")
         trained = sorted({d.concept for d in splits[TRAIN]})
-        from sigray.workers.data.tokenizer import train_tokenizer
+        from sigray.workers.model.tokenizer import train_tokenizer
 
         texts = (caption_text(**captions[c]["en"]) for c in trained)
         tokenizer = train_tokenizer(texts, vocab_size=MAX_VOCABULARY, kind="bpe")

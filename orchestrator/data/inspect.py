@@ -5,7 +5,7 @@ training, so that what it calls broken is what training would refuse. A shard th
 `Inspection.problems` and never the end of the inspection. Every shard that is opened is read front to back: that alone
 finds all damage and counts the samples; of its samples an even selection is decoded, or all of them.
 
-`audit_table` shows `workers/data/ledger.py`'s proof. `train_caption_tokenizer` feeds `workers/data/tokenizer.py`.
+`audit_table` shows `workers/data/ledger.py`'s proof. `train_caption_tokenizer` feeds `workers/model/tokenizer.py`.
 
 Figures are kept as arrays of numbers, about 50 bytes per sample, so that `--all` can read a hundred million; the few
 captions and keys that are shown are looked up again.
@@ -55,8 +55,8 @@ from sigray.workers.data.manifest import (
 )
 from sigray.workers.data.order import StreamOrder
 from sigray.workers.data.tar import ByteSource, DataError, MappedFile, TarSample, read_tar
-from sigray.workers.data.tokenizer import train_tokenizer
 from sigray.workers.data.worker import build_order
+from sigray.workers.model.tokenizer import train_tokenizer
 
 NUM_SAMPLES, MAX_S = 2000, 30.0
 """What is decoded, and how long it may take, where the user says nothing else."""

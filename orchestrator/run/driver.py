@@ -880,9 +880,9 @@ def _check_unchanged(saved: Manifest, now: Manifest) -> None:
 
 def check_model_and_sets(config: RunConfig) -> None:
     """What can be found wrong without a cluster: shapes, tokenizer, held-out sets, towers, optimizer."""
-    from sigray.workers.data.tokenizer import build_tokenizer
     from sigray.workers.evaluation.datasets import check_set, classes_of, probe_set
     from sigray.workers.model.inputs import shapes
+    from sigray.workers.model.tokenizer import build_tokenizer
     from sigray.workers.model.towers import check_model
     from sigray.workers.training.optim import parameter_groups
 

@@ -308,14 +308,14 @@ FAULTS = [
     # Tokenizers, weights to begin with, features of evaluations, figures, metrics.
     Fault(
         "a caption that is cut has no end of text",
-        "sigray.workers.data.tokenizer:_ClipTokenizer.__call__",
+        "sigray.workers.model.tokenizer:_ClipTokenizer.__call__",
         "[begin, *ids[: self._context_length - 2], end]",
         "[begin, *ids, end][: self._context_length]",
         (f"{_W}towers.py::test_open_clip_tokenizer_pads_and_cuts",),
     ),
     Fault(
         "captions are padded with token 0",
-        "sigray.workers.data.tokenizer:build_tokenizer",
+        "sigray.workers.model.tokenizer:build_tokenizer",
         ", pad_id=pad",
         "",
         (_PADS,),
@@ -329,7 +329,7 @@ FAULTS = [
     ),
     Fault(
         "case is folded where it was not asked for",
-        "sigray.workers.data.tokenizer:train_tokenizer",
+        "sigray.workers.model.tokenizer:train_tokenizer",
         "if lower_case else []",
         "if True else []",
         (f"{_W}tokenizer.py::test_case_is_folded_where_asked",),

@@ -29,8 +29,8 @@ from sigray.workers.data.embedding_store import EmbeddingReader, StoreFormat
 from sigray.workers.data.manifest import Manifest, caption_member, read_samples
 from sigray.workers.data.order import DatasetOrder, LaneSlice, SampleRef, StreamOrder, Window
 from sigray.workers.data.tar import DataError, TarSample
-from sigray.workers.data.tokenizer import build_tokenizer
 from sigray.workers.model.inputs import shapes
+from sigray.workers.model.tokenizer import build_tokenizer
 
 # Windows of remote shards that are read while the one before is decoded.
 _NUM_READERS = 2

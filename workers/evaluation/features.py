@@ -32,11 +32,11 @@ from sigray.workers.data.embedding_store import EmbeddingStore, read_embeddings
 from sigray.workers.data.manifest import Shard
 from sigray.workers.data.pool import as_raised
 from sigray.workers.data.tar import DataError
-from sigray.workers.data.tokenizer import Tokenizer, build_tokenizer
 from sigray.workers.device import Device, open_device
 from sigray.workers.evaluation.datasets import LoadedSet, Part, check_usable, cut, load
 from sigray.workers.model.init_weights import build_trained_model
 from sigray.workers.model.inputs import shapes, tower_config
+from sigray.workers.model.tokenizer import Tokenizer, build_tokenizer
 from sigray.workers.model.towers import build_model, normalize_pixels
 from sigray.workers.storage import Storage
 

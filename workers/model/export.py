@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from sigray.workers.config import ModelConfig
-from sigray.workers.data.tokenizer import build_tokenizer
 from sigray.workers.model.bottleneck import fold_bottleneck
 from sigray.workers.model.inputs import shapes, tower_config
+from sigray.workers.model.tokenizer import build_tokenizer
 
 Format = Literal["open_clip", "safetensors", "onnx"]
 

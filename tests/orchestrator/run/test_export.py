@@ -21,11 +21,11 @@ from sigray.orchestrator.run.folder import RunFolder
 from sigray.workers.checkpoint.index import list_checkpoints
 from sigray.workers.checkpoint.writer import load_weights
 from sigray.workers.data.manifest import scan_shards
-from sigray.workers.data.tokenizer import build_tokenizer, train_tokenizer
 from sigray.workers.evaluation.datasets import load_set, read_classes
 from sigray.workers.evaluation.evaluate import evaluate_checkpoint
 from sigray.workers.evaluation.features import Encoder, EvaluationJob
 from sigray.workers.model.inputs import shapes
+from sigray.workers.model.tokenizer import build_tokenizer, train_tokenizer
 from sigray.workers.model.towers import build_model, normalize_pixels
 from tests.helpers.bare import train_bare
 from tests.helpers.data import COLOURS, TOWERS, drawn_sample, write_tar

@@ -12,9 +12,9 @@ from sigray.workers.data.decode import Decoder, sample_random
 from sigray.workers.data.manifest import read_samples
 from sigray.workers.data.order import LaneSlice
 from sigray.workers.data.tar import DataError
-from sigray.workers.data.tokenizer import build_tokenizer
 from sigray.workers.data.worker import DataWorker, build_order
 from sigray.workers.model.inputs import shapes
+from sigray.workers.model.tokenizer import build_tokenizer
 from tests.helpers.batches import batches, manifest_of
 from tests.helpers.data import drawn_sample, write_tar
 from tests.helpers.reference import samples_of

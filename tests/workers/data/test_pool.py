@@ -28,8 +28,8 @@ from sigray.workers.data.loader import BlockSource, Feed
 from sigray.workers.data.manifest import Manifest, scan_shards
 from sigray.workers.data.pool import DataPool, PoolBlocks, in_tasks, placement
 from sigray.workers.data.tar import DataError
-from sigray.workers.data.tokenizer import train_tokenizer
 from sigray.workers.data.worker import DataWorker, build_order, image_kind
+from sigray.workers.model.tokenizer import train_tokenizer
 from sigray.workers.storage import Storage
 from tests.helpers.bare import OneWorker
 from tests.helpers.data import TOWERS, drawn_sample, write_dataset, write_tar

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sigray.workers.config import ModelConfig
-from sigray.workers.data.tokenizer import build_tokenizer
 from sigray.workers.model.inputs import shapes
+from sigray.workers.model.tokenizer import build_tokenizer
 from sigray.workers.model.towers import build_model, check_model, normalize_pixels
 from tests.helpers.data import TOWERS
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sigray.workers.config import ModelConfig
-from sigray.workers.data.tokenizer import build_tokenizer, is_plain, train_tokenizer
 from sigray.workers.model.inputs import tower_config
+from sigray.workers.model.tokenizer import build_tokenizer, is_plain, train_tokenizer
 from tests.helpers.captions import captions
 from tests.helpers.data import TOWERS
 
@@ -45,7 +45,7 @@ def test_same_captions_give_the_same_file_in_every_process(kind, vocab_size):
     program = (
         "import hashlib\n"
         "from tests.helpers.captions import captions\n"
-        "from sigray.workers.data.tokenizer import train_tokenizer\n"
+        "from sigray.workers.model.tokenizer import train_tokenizer\n"
         f"tokenizer = train_tokenizer(captions(), vocab_size={vocab_size}, kind={kind!r})\n"
         "print(hashlib.sha256(tokenizer.to_str().encode()).hexdigest())"
     )
