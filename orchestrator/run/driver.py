@@ -449,10 +449,10 @@ class _Run:
         itself: machines are started by hand, and a changed cluster file comes with another `ray up`."""
         import ray
 
-        from sigray.orchestrator.cluster.pending import cluster_hosts, find_autoscaler, need_of, room
+        from sigray.orchestrator.cluster.pending import cluster_hosts, demand_of, find_autoscaler, pending_reason
 
         autoscaler = find_autoscaler(ray.get_runtime_context().gcs_address)
-        return room(need_of(self.config.cluster, count), cluster_hosts(), autoscaler).sentence
+        return pending_reason(demand_of(self.config.cluster, count), cluster_hosts(), autoscaler).sentence
 
     def _grow(self, size: int, running_s: float) -> None:
         """Where there is room for more training workers, have this attempt write a checkpoint and stop."""

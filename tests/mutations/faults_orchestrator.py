@@ -14,7 +14,7 @@ _PLAN = "tests/orchestrator/planning/test_plan.py"
 _POLICY = "tests/orchestrator/run/test_policy.py"
 _PROFILE = "tests/orchestrator/run/test_profile.py"
 _REPORT = "tests/orchestrator/reports/test_run_page.py"
-_ROOM = "tests/orchestrator/cluster/test_pending.py"
+_PENDING = "tests/orchestrator/cluster/test_pending.py"
 _SECRETS = "tests/orchestrator/test_secrets.py"
 _SUBMIT = "tests/orchestrator/cluster/test_jobs.py"
 
@@ -252,17 +252,17 @@ FAULTS = [
     ),
     Fault(
         "the workers of a slice may be on two",
-        "sigray.orchestrator.cluster.pending:_places",
+        "sigray.orchestrator.cluster.pending:_num_fitting",
         "max(slices.values(), default=0)",
         "sum(slices.values())",
-        (f"{_ROOM}::test_the_sentences",),
+        (f"{_PENDING}::test_the_sentences",),
     ),
     Fault(
         "the bound of all node types together is not seen",
-        "sigray.orchestrator.cluster.pending:_reach",
-        "left - min(count, left)",
-        "left",
-        (f"{_ROOM}::test_the_sentences",),
+        "sigray.orchestrator.cluster.pending:_max_workers",
+        "left -= min(count, left)",
+        "left -= 0",
+        (f"{_PENDING}::test_the_sentences",),
     ),
     Fault(
         "a kind of fault comes twice in a round",
@@ -367,6 +367,6 @@ FAULTS = [
         "sigray.orchestrator.run.backends:check_slices",
         "cluster.worker_range != (hosts, hosts)",
         "hosts not in cluster.worker_range",
-        (f"{_ROOM}::test_workers_fill_whole_slices",),
+        (f"{_PENDING}::test_workers_fill_whole_slices",),
     ),
 ]

@@ -1,4 +1,4 @@
-"""What a cluster lacks, in one sentence: against counting by hand, and read from real files."""
+"""Why a run is pending, in one sentence: against counting by hand, and read from real files."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from sigray.orchestrator.cluster.pending import (
     Autoscaler,
+    Demand,
     Host,
-    Need,
     NodeType,
     autoscaler_of,
+    demand_of,
     find_autoscaler,
-    need_of,
-    room,
+    pending_reason,
 )
 from sigray.orchestrator.config import ClusterConfig
 from sigray.orchestrator.run.backends import check_slices
@@ -28,7 +28,7 @@ from sigray.orchestrator.run.backends import check_slices
 amounts = st.fixed_dictionaries(
     {}, optional={"CPU": st.integers(1, 8), "GPU": st.integers(1, 4), "training": st.integers(1, 2)}
 )
-needs = st.builds(Need, st.integers(1, 6), amounts.filter(bool))
+demands = st.builds(Demand, st.integers(1, 6), amounts.filter(bool))
 BY_HAND = Autoscaler(runs=False)
 
 
@@ -47,13 +47,13 @@ autoscalers = st.one_of(
 )
 
 
-def fits(need: Need, machines: list[dict[str, int]]) -> bool:
-    """One worker after the other, each on the first machine with room: right where all workers are alike."""
+def fits(demand: Demand, machines: list[dict[str, int]]) -> bool:
+    """One worker after the other, each on the first machine that it fits: correct because all workers are alike."""
     left = [dict(machine) for machine in machines]
-    for _ in range(need.count):
+    for _ in range(demand.num_workers):
         for machine in left:
-            if all(machine.get(name, 0) >= amount for name, amount in need.resources.items()):
-                for name, amount in need.resources.items():
+            if all(machine.get(name, 0) >= amount for name, amount in demand.resources.items()):
+                for name, amount in demand.resources.items():
                     machine[name] -= amount
                 break
         else:
@@ -62,52 +62,52 @@ def fits(need: Need, machines: list[dict[str, int]]) -> bool:
 
 
 @settings(deadline=None)
-@given(needs, hosts, autoscalers)
-def test_what_can_be_met_is_what_some_set_of_machines_meets(need, up, autoscaler):
+@given(demands, hosts, autoscalers)
+def test_what_can_be_met_is_what_some_set_of_machines_meets(demand, up, autoscaler):
     """Every set of nodes that the autoscaler may have, tried one by one."""
     up = [dataclasses.replace(one, group="by hand") for one in up]  # none of them is the autoscaler's
-    found = room(need, up, autoscaler)
+    found = pending_reason(demand, up, autoscaler)
     here = [dict(one.total) for one in up]
-    if fits(need, here):
+    if fits(demand, here):
         assert found.can_be_met is True
     elif autoscaler is None:
         assert found.can_be_met is None
     else:
-        ranges = [range(kind.most + 1) for kind in autoscaler.types]
-        most = autoscaler.most if autoscaler.most is not None else 99
+        ranges = [range(kind.max_nodes + 1) for kind in autoscaler.types]
+        most = autoscaler.max_nodes if autoscaler.max_nodes is not None else 99
         sets = [counts for counts in itertools.product(*ranges) if sum(counts) <= most]
         more = [
             [kind.resources for kind, count in zip(autoscaler.types, counts, strict=True) for _ in range(count)]
             for counts in sets
         ]
-        assert found.can_be_met is any(fits(need, [*here, *machines]) for machines in more)
+        assert found.can_be_met is any(fits(demand, [*here, *machines]) for machines in more)
     assert ("cannot be met" in found.sentence) == (found.can_be_met is False and autoscaler.runs)
 
 
 @settings(deadline=None)
-@given(needs, hosts, autoscalers)
-def test_it_is_one_sentence_with_both_numbers(need, up, autoscaler):
-    sentence = room(need, up, autoscaler).sentence
+@given(demands, hosts, autoscalers)
+def test_it_is_one_sentence_with_both_numbers(demand, up, autoscaler):
+    sentence = pending_reason(demand, up, autoscaler).sentence
     assert "\n" not in sentence
-    assert sentence.startswith(f"needs {need.count} training worker")
+    assert sentence.startswith(f"needs {demand.num_workers} training worker")
     has = re.search(r", has (\d+)", sentence)
     if has:
         totals = [one.total for one in up]
-        most = next(n for n in itertools.count() if not fits(dataclasses.replace(need, count=n + 1), totals))
+        most = next(n for n in itertools.count() if not fits(dataclasses.replace(demand, num_workers=n + 1), totals))
         assert int(has[1]) == most
     else:
         assert "has them" in sentence
 
 
 @settings(deadline=None)
-@given(needs, hosts, st.builds(host, amounts), autoscalers)
-def test_another_machine_never_makes_it_worse(need, up, another, autoscaler):
-    if room(need, up, autoscaler).can_be_met:
-        assert room(need, [*up, dataclasses.replace(another, group="by hand")], autoscaler).can_be_met
+@given(demands, hosts, st.builds(host, amounts), autoscalers)
+def test_another_machine_never_makes_it_worse(demand, up, another, autoscaler):
+    if pending_reason(demand, up, autoscaler).can_be_met:
+        assert pending_reason(demand, [*up, dataclasses.replace(another, group="by hand")], autoscaler).can_be_met
 
 
-GPU = Need(4, {"CPU": 12.0, "GPU": 1.0, "training": 1.0})
-SLICE = Need(4, {"CPU": 1.0, "TPU": 4.0}, pod_type="v4-32")
+GPU = Demand(4, {"CPU": 12.0, "GPU": 1.0, "training": 1.0})
+SLICE = Demand(4, {"CPU": 1.0, "TPU": 4.0}, pod_type="v4-32")
 GPU_HOST = {"CPU": 12.0, "GPU": 1.0, "training": 1.0}
 GPU_TYPE = NodeType("gpu", GPU_HOST, 8)
 
@@ -117,30 +117,29 @@ def tpu_hosts(count: int, name: str, kind: str = "v4-32") -> list[Host]:
 
 
 @pytest.mark.parametrize(
-    ("need", "up", "autoscaler", "sentence", "can_be_met"),
+    ("demand", "up", "autoscaler", "sentence", "can_be_met"),
     [
         (GPU, [host(GPU_HOST)] * 2, Autoscaler(True, (GPU_TYPE,)),
          "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 2: waiting for the autoscaler (gpu)", True),
         (GPU, [host(GPU_HOST)] * 2, BY_HAND,
-         "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 2: no autoscaler runs, so it waits for machines "
-         "that somebody starts", False),
+         "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 2: no autoscaler runs: start hosts by "
+         "hand", False),
         (GPU, [], None,
-         "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 0: waiting for machines; whether an autoscaler "
-         "runs cannot be seen from here", None),
+         "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 0: waiting for hosts; the driver cannot see "
+         "whether an autoscaler runs", None),
         (GPU, [Host(GPU_HOST, {"CPU": 12.0})] * 4, BY_HAND,
-         "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 4, 0 free: waiting for those that hold the "
-         "others",
-         True),
+         "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 4, 0 free: waiting until the others are "
+         "released", True),
         (GPU, [], Autoscaler(True, (NodeType("data", {"CPU": 16.0, "data": 16.0}, 8),)),
          "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 0: cannot be met by this cluster.yaml: no "
          "node type offers GPU", False),
-        (GPU, [host(GPU_HOST)], Autoscaler(True, (dataclasses.replace(GPU_TYPE, most=3),)),
+        (GPU, [host(GPU_HOST)], Autoscaler(True, (dataclasses.replace(GPU_TYPE, max_nodes=3),)),
          "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 1: cannot be met by this cluster.yaml: its node "
-         "types have place for 3 at most (max_workers)", False),
-        (GPU, [], Autoscaler(True, (dataclasses.replace(GPU_TYPE, most=3), dataclasses.replace(GPU_TYPE, most=3)), 3),
+         "types fit at most 3 (max_workers)", False),
+        (GPU, [], Autoscaler(True, (dataclasses.replace(GPU_TYPE, max_nodes=3),) * 2, 3),
          "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 0: cannot be met by this cluster.yaml: its node "
-         "types have place for 3 at most (max_workers)", False),
-        (Need(1, {"GPU": 8.0}), [], Autoscaler(True, (GPU_TYPE,)),
+         "types fit at most 3 (max_workers)", False),
+        (Demand(1, {"GPU": 8.0}), [], Autoscaler(True, (GPU_TYPE,)),
          "needs 1 training worker of 8 GPU, has 0: cannot be met by this cluster.yaml: no node type has more than "
          "1 GPU",
          False),
@@ -148,32 +147,36 @@ def tpu_hosts(count: int, name: str, kind: str = "v4-32") -> list[Host]:
          "needs 4 TPU hosts of v4-32, has 2: waiting for the autoscaler (tpu)", True),
         # Two halves of slices are no slice, and other slices are none.
         (SLICE, [*tpu_hosts(2, "a"), *tpu_hosts(2, "b"), *tpu_hosts(4, "c", "v4-64")], BY_HAND,
-         "needs 4 TPU hosts of v4-32, has 2: no autoscaler runs, so it waits for machines "
-         "that somebody starts", False),
+         "needs 4 TPU hosts of v4-32, has 2: no autoscaler runs: start hosts by "
+         "hand", False),
         (SLICE, [], Autoscaler(True, (NodeType("tpu", {"CPU": 240, "TPU": 4}, 1, 2, "v4-16"),)),
-         "needs 4 TPU hosts of v4-32, has 0: cannot be met by this cluster.yaml: no node type brings up a "
-         "v4-32", False),
+         "needs 4 TPU hosts of v4-32, has 0: cannot be met by this cluster.yaml: no node type is a v4-32", False),
         (SLICE, tpu_hosts(4, "a"), BY_HAND,
          "needs 4 TPU hosts of v4-32, has them: waiting for Ray to place them", True),
     ],
 )  # fmt: skip
-def test_the_sentences(need, up, autoscaler, sentence, can_be_met):
-    found = room(need, up, autoscaler)
+def test_the_sentences(demand, up, autoscaler, sentence, can_be_met):
+    found = pending_reason(demand, up, autoscaler)
     assert (found.sentence, found.can_be_met) == (sentence, can_be_met)
 
 
 @pytest.mark.parametrize("path", ["cluster.yaml", "clusters/aws_gpu.yaml", "clusters/gcp_tpu.yaml"])
 def test_each_cluster_file_can_bring_up_what_it_is_for(path):
-    """Their own node types, as `sigray cluster check` counts them, are the need."""
+    """Their own node types, as `sigray cluster check` counts them, are the demand."""
     autoscaler = autoscaler_of(yaml.safe_load(Path(path).read_text()))
     training = [kind for kind in autoscaler.types if "training" in kind.resources]
     assert training
     for kind in training:
         own = {"GPU": kind.resources.get("GPU", 0), "TPU": kind.resources.get("TPU", 0), "training": 1.0}
-        need = Need(kind.hosts if kind.pod_type else kind.most, own, kind.pod_type)
-        assert room(need, [], autoscaler).can_be_met is True
+        demand = Demand(kind.hosts if kind.pod_type else kind.max_nodes, own, kind.pod_type)
+        assert pending_reason(demand, [], autoscaler).can_be_met is True
         if kind.pod_type:
-            assert room(dataclasses.replace(need, count=need.count + 1), [], autoscaler).can_be_met is False
+            assert (
+                pending_reason(
+                    dataclasses.replace(demand, num_workers=demand.num_workers + 1), [], autoscaler
+                ).can_be_met
+                is False
+            )
 
 
 @pytest.mark.parametrize("num_workers", [2, 8, [2, 4], [4, 8]])
@@ -191,9 +194,9 @@ def test_workers_fill_whole_slices(num_workers):
 
 def test_a_config_names_its_slice():
     config = ClusterConfig(accelerator="tpu", tpu_type="TPU-V4", tpu_topology="2x2x4", num_workers=4)
-    need = need_of(config, 4)
-    assert (need.pod_type, need.resources["TPU"], need.text()) == ("v4-32", 4.0, "4 TPU hosts of v4-32")
-    assert need_of(ClusterConfig(accelerator="cuda"), 2).text() == "2 training workers of 1 CPU, 1 GPU"
+    demand = demand_of(config, 4)
+    assert (demand.pod_type, demand.resources["TPU"], demand.text()) == ("v4-32", 4.0, "4 TPU hosts of v4-32")
+    assert demand_of(ClusterConfig(accelerator="cuda"), 2).text() == "2 training workers of 1 CPU, 1 GPU"
 
 
 def test_the_autoscaler_is_found_by_its_process(tmp_path):
@@ -212,6 +215,6 @@ def test_the_autoscaler_is_found_by_its_process(tmp_path):
     found = find_autoscaler("10.0.0.1:6379", tmp_path)
     assert {kind.name for kind in found.types} == {"data", "gpu", "tpu_host", "tpu_slice"}
     slice_type = next(kind for kind in found.types if kind.name == "tpu_slice")
-    assert (slice_type.hosts, slice_type.pod_type, slice_type.most) == (2, "v4-16", 1)
+    assert (slice_type.hosts, slice_type.pod_type, slice_type.max_nodes) == (2, "v4-16", 1)
     assert find_autoscaler("10.0.0.2:6379", tmp_path) == BY_HAND
     assert find_autoscaler("10.0.0.3:6379", tmp_path) is None

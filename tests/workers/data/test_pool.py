@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sigray.orchestrator.cluster.pending import Autoscaler, Need, cluster_hosts, find_autoscaler, room
+from sigray.orchestrator.cluster.pending import Autoscaler, Demand, cluster_hosts, find_autoscaler, pending_reason
 from sigray.workers.config import DataConfig, ModelConfig
 from sigray.workers.data.buffers import Place, SharedBuffer
 from sigray.workers.data.ledger import Ledger, audit
@@ -372,10 +372,11 @@ def test_hosts_without_accelerators_are_preferred_and_not_required(ray_driver, p
         used = Counter(ray.get(where))
         assert used == {ray_driver.head_node.node_id: 2, with_gpu.node_id: 1}
         # What a run that waits would say: four of the GPU host's CPUs are taken by a data-shard worker.
-        said = [room(Need(1, need), cluster_hosts(), BY_HAND).sentence for need in ({"GPU": 1.0}, {"GPU": 1, "CPU": 1})]
+        demands = [Demand(1, {"GPU": 1.0}), Demand(1, {"GPU": 1, "CPU": 1})]
+        said = [pending_reason(demand, cluster_hosts(), BY_HAND).sentence for demand in demands]
         assert said == [
             "needs 1 training worker of 1 GPU, has them: waiting for Ray to place them",
-            "needs 1 training worker of 1 GPU, 1 CPU, has 1, 0 free: waiting for those that hold the others",
+            "needs 1 training worker of 1 GPU, 1 CPU, has 1, 0 free: waiting until the others are released",
         ]
         assert find_autoscaler(ray.get_runtime_context().gcs_address) in (None, BY_HAND)
     finally:
