@@ -92,8 +92,8 @@ def decode_pairs(samples: Iterable[dict[str, Any]], places: Iterable[int], image
 
 def sigray(paths: list[Path]) -> Iterator[Batch]:
     """What one training worker of a run does for its batches, but training."""
-    from sigray.workers.data.ledger import Ledger
     from sigray.workers.storage import Storage
+    from sigray.workers.training.ledger import Ledger
 
     stream = SigrayStream(paths)
     with tempfile.TemporaryDirectory() as folder:

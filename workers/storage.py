@@ -7,9 +7,6 @@ usual AWS variables (AWS_ENDPOINT_URL included).
 from __future__ import annotations
 
 import errno
-import fcntl
-import io
-import mmap
 import os
 import uuid
 from collections.abc import Callable
@@ -32,86 +29,33 @@ def fingerprint(content: bytes | memoryview) -> dict[str, Any]:
     return {"bytes": len(content), "xxh3_128": xxhash.xxh3_128(content).hexdigest()}
 
 
-class _UncachedFile(io.FileIO):
-    """A local file to write once, past the system's page cache where the file system allows that.
-
-    Copying a checkpoint into that cache takes a core three to six times as long as handing its pages to the disk does,
-    and pushes out what others read. For this, pieces must be whole pages of page-aligned memory, all but the last.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._direct = getattr(os, "O_DIRECT", 0)  # Linux knows it
-        super().__init__(path, "w", opener=self._open)
-
-    def _open(self, path: str, flags: int) -> int:
-        try:
-            return os.open(path, flags | self._direct, 0o666)
-        except OSError as error:
-            if error.errno != errno.EINVAL or not self._direct:
-                raise
-            self._direct = 0
-            return os.open(path, flags, 0o666)
-
-    def write(self, piece: Any) -> int:
-        if len(piece) % mmap.PAGESIZE:
-            self._go_through_the_cache()
-        num_written = 0
-        while num_written < len(piece):
-            try:
-                num_written += super().write(piece[num_written:])
-            except OSError as error:
-                if error.errno != errno.EINVAL or not self._direct:
-                    raise
-                self._go_through_the_cache()  # a file system with other wishes than whole pages
-        return num_written
-
-    def _go_through_the_cache(self) -> None:
-        if self._direct:
-            fcntl.fcntl(self, fcntl.F_SETFL, fcntl.fcntl(self, fcntl.F_GETFL) & ~self._direct)
-            self._direct = 0
-
-
 class _HashedFile:
-    """A file to write to that counts and hashes what passes, in pieces of `_PIECE` bytes of page-aligned memory.
-
-    Hashing and writing leave the interpreter to other threads meanwhile.
-    """
+    """A writable file that counts and hashes its content. Hashing and writing release Python's lock."""
 
     def __init__(self, stream: Any) -> None:
-        self._stream, self._hash, self._num_bytes = stream, xxhash.xxh3_128(), 0
-        self._piece, self._num_held = memoryview(mmap.mmap(-1, _PIECE)), 0
+        self._stream = stream
+        self._hash = xxhash.xxh3_128()
+        self._num_bytes = 0
         self.refusal: OSError | None = None  # of the stream
 
     def write(self, content: bytes | memoryview) -> int:
         view = memoryview(content).cast("B")
-        start = 0
-        while start < len(view):
-            part = view[start : start + _PIECE - self._num_held]
-            self._piece[self._num_held : self._num_held + len(part)] = part
-            self._num_held += len(part)
-            start += len(part)
-            if self._num_held == _PIECE:
-                self._pass_on()
+        for start in range(0, len(view), _PIECE):
+            piece = view[start : start + _PIECE]
+            self._hash.update(piece)
+            try:
+                self._stream.write(piece)
+            except OSError as error:
+                self.refusal = error
+                raise
+        self._num_bytes += len(view)
         return len(view)
 
     def flush(self) -> None:
         pass
 
-    def finish(self) -> dict[str, Any]:
-        """Pass the rest on; see `fingerprint`."""
-        self._pass_on()
+    def fingerprint(self) -> dict[str, Any]:
         return {"bytes": self._num_bytes, "xxh3_128": self._hash.hexdigest()}
-
-    def _pass_on(self) -> None:
-        piece = self._piece[: self._num_held]
-        self._hash.update(piece)
-        try:
-            self._stream.write(piece)
-        except OSError as error:
-            self.refusal = error
-            raise
-        self._num_bytes += self._num_held
-        self._num_held = 0
 
 
 def _sync_folder(folder: Path) -> None:
@@ -201,20 +145,20 @@ class Storage:
         final = self._at(path)
         self._make_folder(Path(final).parent)
         stream: AbstractContextManager[Any] = (
-            _UncachedFile(final) if self.is_local else self.filesystem.open_output_stream(final, compression=None)
+            open(final, "wb") if self.is_local else self.filesystem.open_output_stream(final, compression=None)  # noqa: SIM115
         )
         with stream as opened:
             file = _HashedFile(opened)
             try:
                 write(file)
-                content = file.finish()
             except RuntimeError as error:  # torch's writer raises one about its own positions instead
                 raise file.refusal or error from None
             if self.is_local:
+                opened.flush()
                 os.fsync(opened.fileno())
         if self.is_local:
             _sync_folder(Path(final).parent)
-        return content
+        return file.fingerprint()
 
     def read(self, path: str) -> bytes:
         """One file.

@@ -5,7 +5,7 @@ training, so that what it calls broken is what training would refuse. A shard th
 `Inspection.problems` and never the end of the inspection. Every shard that is opened is read front to back: that alone
 finds all damage and counts the samples; of its samples an even selection is decoded, or all of them.
 
-`audit_table` shows `workers/data/ledger.py`'s proof. `train_caption_tokenizer` feeds `workers/model/tokenizer.py`.
+`audit_table` shows `workers/training/ledger.py`'s proof. `train_caption_tokenizer` feeds `workers/model/tokenizer.py`.
 
 Figures are kept as arrays of numbers, about 50 bytes per sample, so that `--all` can read a hundred million; the few
 captions and keys that are shown are looked up again.
@@ -42,7 +42,6 @@ from sigray.orchestrator.config import ConfigError, RunConfig, load_config, over
 from sigray.orchestrator.run.folder import RunFolder
 from sigray.workers.config import DataConfig, ModelConfig, Patterns, TrainConfig
 from sigray.workers.data.decode import Decoder, Refused, SampleRandom, captions_at, decode_pixels, sample_random
-from sigray.workers.data.ledger import Audit, EpochAudit, audit
 from sigray.workers.data.manifest import (
     ShardCount,
     ShardFile,
@@ -57,6 +56,7 @@ from sigray.workers.data.order import StreamOrder
 from sigray.workers.data.tar import ByteSource, DataError, MappedFile, TarSample, read_tar
 from sigray.workers.data.worker import build_order
 from sigray.workers.model.tokenizer import train_tokenizer
+from sigray.workers.training.ledger import Audit, EpochAudit, audit
 
 NUM_SAMPLES, MAX_S = 2000, 30.0
 """What is decoded, and how long it may take, where the user says nothing else."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutations.fault import Fault
 
-_CHECKPOINT, _LEDGER = "tests/workers/checkpoint/test_writer.py::test_", "tests/workers/data/test_ledger.py::test_"
+_CHECKPOINT, _LEDGER = "tests/workers/checkpoint/test_writer.py::test_", "tests/workers/training/test_ledger.py::test_"
 _LEASE, _LAUNCH = "tests/orchestrator/run/test_lease.py::test_", "tests/orchestrator/run/test_driver.py::test_"
 _DURABLE = (f"{_CHECKPOINT}files_are_durable_before_the_commit_mark",)
 _BEST = (f"{_LAUNCH}the_best_checkpoint_is_kept",)
@@ -54,14 +54,14 @@ FAULTS = [
     ),
     Fault(
         "the lease's owner is lost for the ledger",
-        "sigray.workers.data.ledger:Ledger.__init__",
+        "sigray.workers.training.ledger:Ledger.__init__",
         "Fence(storage, owner)",
         "Fence(storage, None)",
         (f"{_LEDGER}nothing_is_saved_of_a_run_that_another_driver_has[True]",),
     ),
     Fault(
         "a checkpoint waits for its own rank's ledger only",
-        "sigray.workers.data.ledger:ledger_files",
+        "sigray.workers.training.ledger:ledger_files",
         "for rank in range(world_size)",
         "for rank in range(1)",
         (f"{_LEDGER}a_checkpoint_waits_for_the_ledgers_of_all_ranks",),
@@ -89,28 +89,28 @@ FAULTS = [
     ),
     Fault(
         "a dead attempt's ledger files are kept",
-        "sigray.workers.data.ledger:Ledger.__init__",
+        "sigray.workers.training.ledger:Ledger.__init__",
         "int(match[2]) > first_step",
         "int(match[1]) > first_step",
         (f"{_LEDGER}what_a_dead_attempt_wrote_beyond_its_checkpoint_goes[0]",),
     ),
     Fault(
         "each rank deletes a dead attempt's ledger files",
-        "sigray.workers.data.ledger:Ledger.__init__",
+        "sigray.workers.training.ledger:Ledger.__init__",
         "if rank == 0:",
         "if True:",
         (f"{_LEDGER}what_a_dead_attempt_wrote_beyond_its_checkpoint_goes[1]",),
     ),
     Fault(
         "the ledger does not say what was replaced",
-        "sigray.workers.data.ledger:_parquet",
+        "sigray.workers.training.ledger:_parquet",
         "np.concatenate(replaced)",
         "np.zeros_like(np.concatenate(replaced))",
         (f"{_LEDGER}rows_come_back_as_they_entered_the_loss",),
     ),
     Fault(
         "rows are written again with each checkpoint",
-        "sigray.workers.data.ledger:Ledger.write",
+        "sigray.workers.training.ledger:Ledger.write",
         "self._rows, self._first_step = [], steps_done",
         "self._rows, self._first_step = [*rows], steps_done",
         (f"{_LEDGER}rows_come_back_as_they_entered_the_loss",),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from tests.mutations.fault import Fault
 
-_W = "tests/workers/test_"
-_BOUNDS, _PLANE, _LISTS = f"{_W}bounds.py::test_", f"{_W}data_plane.py::test_", f"{_W}pace.py::test_"
-_MEMORY, _DECODE, _STORE = f"{_W}shared_memory.py::test_", f"{_W}decode.py::test_", f"{_W}store.py::test_"
+_W = "tests/workers/data/test_"
+_BOUNDS = "tests/workers/training/test_bounds.py::test_"
+_PLANE, _LISTS = f"{_W}data_plane.py::test_", f"{_W}stream_registry.py::test_"
+_MEMORY, _DECODE, _STORE = f"{_W}buffers.py::test_", f"{_W}decode.py::test_", f"{_W}embedding_store.py::test_"
 _PADS = "tests/orchestrator/run/test_export.py::test_a_tokenizer_pads_with_its_own_token"
 
 FAULTS = [
@@ -144,21 +145,21 @@ FAULTS = [
         "sigray.workers.data.manifest:Manifest.differences",
         "(shard.num_bytes, shard.fingerprint) != (after[url].num_bytes, after[url].fingerprint)",
         "shard.num_samples != shard.num_samples",
-        (f"{_W}shards.py::test_shard_that_changes_under_the_run",),
+        (f"{_W}manifest.py::test_shard_that_changes_under_the_run",),
     ),
     Fault(
         "the marks that a machine remembers are lost",
         "sigray.workers.data.manifest:_Counts._recall",
         'tuple(entry["marks"])',
         "()",
-        (f"{_W}shards.py::test_marks_lead_to_the_same_samples",),
+        (f"{_W}manifest.py::test_marks_lead_to_the_same_samples",),
     ),
     Fault(
         "a shard is read from its mark on, not from the sample asked for",
         "sigray.workers.data.manifest:read_samples",
         "if sample.index >= start:",
         "if True:",
-        (f"{_W}shards.py::test_reading_starts_anywhere",),
+        (f"{_W}manifest.py::test_reading_starts_anywhere",),
     ),
     # S3.
     Fault(
@@ -311,7 +312,7 @@ FAULTS = [
         "sigray.workers.model.tokenizer:_ClipTokenizer.__call__",
         "[begin, *ids[: self._context_length - 2], end]",
         "[begin, *ids, end][: self._context_length]",
-        (f"{_W}towers.py::test_open_clip_tokenizer_pads_and_cuts",),
+        ("tests/workers/model/test_towers.py::test_open_clip_tokenizer_pads_and_cuts",),
     ),
     Fault(
         "captions are padded with token 0",
@@ -339,28 +340,28 @@ FAULTS = [
         "sigray.workers.model.init_weights:_match",
         "[name for name in state if name not in own]",
         "[]",
-        (f"{_W}initial.py::test_more_and_less_than_the_model_has",),
+        ("tests/workers/model/test_init_weights.py::test_more_and_less_than_the_model_has",),
     ),
     Fault(
         "class names of several templates are mixed",
         "sigray.workers.evaluation.features:Crew.prompts",
         "for template in templates for name in names",
         "for name in names for template in templates",
-        (f"{_W}features.py::test_prompts_are_the_mean_over_templates_of_one_name",),
+        ("tests/workers/evaluation/test_features.py::test_prompts_are_the_mean_over_templates_of_one_name",),
     ),
     Fault(
         "a tie counts for the model",
         "sigray.workers.evaluation.evaluate:_rank_of",
         " + ((scores == own).sum(dim=1) - 1) / 2",
         "",
-        (f"{_W}evaluate.py::test_a_collapsed_model_is_not_rewarded",),
+        ("tests/workers/evaluation/test_evaluate.py::test_a_collapsed_model_is_not_rewarded",),
     ),
     Fault(
         "a caption of several images finds only its first",
         "sigray.workers.evaluation.evaluate:retrieval_recall",
         "similarity[owner == caption, caption].max()",
         "similarity[owner == caption, caption][0]",
-        (f"{_W}evaluate.py::test_a_caption_finds_any_of_its_images",),
+        ("tests/workers/evaluation/test_evaluate.py::test_a_caption_finds_any_of_its_images",),
     ),
     Fault(
         "a data worker's totals are added again and again",

@@ -73,12 +73,6 @@ class MappedFile:
     def skip(self, count: int) -> None:
         self.position += count
 
-    def will_need(self, count: int) -> None:
-        """Ask the kernel to have the next `count` bytes in memory soon."""
-        if self._map is not None and self.position < self.num_bytes:
-            start = self.position // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_WILLNEED, start, min(count, self.num_bytes - start))
-
     def close(self) -> None:
         """Nothing to do: the mapping goes with its last view."""
 

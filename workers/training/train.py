@@ -35,7 +35,6 @@ from sigray.workers.config import (
     TrainConfig,
 )
 from sigray.workers.data.label_noise import Noise
-from sigray.workers.data.ledger import Ledger, ledger_files
 from sigray.workers.data.loader import Batch, BlockSource, Feed
 from sigray.workers.data.manifest import Manifest
 from sigray.workers.data.worker import build_order, image_kind
@@ -44,6 +43,7 @@ from sigray.workers.model.init_weights import load_initial_weights
 from sigray.workers.model.inputs import shapes
 from sigray.workers.model.towers import num_parameters
 from sigray.workers.storage import Storage
+from sigray.workers.training.ledger import Ledger, ledger_files
 from sigray.workers.training.profile import Profile, StepProfiler
 from sigray.workers.training.step import BadStep, StepResult, Trainer
 

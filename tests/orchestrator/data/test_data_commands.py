@@ -18,11 +18,11 @@ from sigray.orchestrator.config import RunConfig, parse_config
 from sigray.orchestrator.data.inspect import audit_run
 from sigray.orchestrator.run.folder import RunFolder
 from sigray.workers.config import ModelConfig
-from sigray.workers.data.ledger import Ledger
 from sigray.workers.data.loader import Batch
 from sigray.workers.data.manifest import scan_shards
 from sigray.workers.data.worker import build_order
 from sigray.workers.model.tokenizer import build_tokenizer
+from sigray.workers.training.ledger import Ledger
 from tests.helpers.data import TOWERS, drawn_sample, write_dataset, write_tar
 from tests.helpers.reference import samples_of
 

@@ -39,7 +39,7 @@ from sigray.workers.checkpoint.writer import (
 )
 from sigray.workers.config import CheckpointConfig, ModelConfig, OptimConfig
 from sigray.workers.model.towers import build_model
-from sigray.workers.storage import Storage, StorageError, _UncachedFile, fingerprint
+from sigray.workers.storage import Storage, StorageError, fingerprint
 from sigray.workers.training.optim import build_optimizer
 from tests.helpers.data import TOWERS
 from tests.helpers.faultproxy import Outage
@@ -431,15 +431,6 @@ def test_a_large_file_is_written_as_it_is(tmp_path, num_bytes, piece):
     assert storage.write_hashed("a/b", write) == fingerprint(content)
     assert storage.read("a/b") == content
     assert fingerprint(content)["xxh3_128"] == xxhash.xxh3_128(content).hexdigest()
-
-
-def test_memory_that_the_disk_cannot_take_as_it_lies(tmp_path):
-    """The kernel refuses O_DIRECT from odd addresses (EINVAL), as some file systems refuse pages of 4 KiB."""
-    content = np.random.default_rng(0).bytes(4 * 4096 + 1)
-    with _UncachedFile(str(tmp_path / "file")) as file:
-        assert file.write(memoryview(content)[1:8193]) == 8192
-        assert file.write(memoryview(content)[8193:]) == 8192
-    assert (tmp_path / "file").read_bytes() == content[1:]
 
 
 def test_a_disk_that_is_full(tmp_path, quick):

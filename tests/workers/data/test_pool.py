@@ -23,7 +23,6 @@ import pytest
 from sigray.orchestrator.cluster.pending import Autoscaler, Demand, cluster_hosts, find_autoscaler, pending_reason
 from sigray.workers.config import DataConfig, ModelConfig
 from sigray.workers.data.buffers import Place, SharedBuffer
-from sigray.workers.data.ledger import Ledger, audit
 from sigray.workers.data.loader import BlockSource, Feed
 from sigray.workers.data.manifest import Manifest, scan_shards
 from sigray.workers.data.pool import DataPool, PoolBlocks, in_tasks, placement
@@ -31,6 +30,7 @@ from sigray.workers.data.tar import DataError
 from sigray.workers.data.worker import DataWorker, build_order, image_kind
 from sigray.workers.model.tokenizer import train_tokenizer
 from sigray.workers.storage import Storage
+from sigray.workers.training.ledger import Ledger, audit
 from tests.helpers.bare import OneWorker
 from tests.helpers.data import TOWERS, drawn_sample, write_dataset, write_tar
 from tests.helpers.processes import descendants_named

@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 from sigray.workers.config import DataConfig, ModelConfig, S3Config
-from sigray.workers.data.ledger import Ledger, audit
 from sigray.workers.data.loader import Batch, Feed
 from sigray.workers.data.manifest import Manifest, scan_shards
 from sigray.workers.data.s3 import S3Stream, client
 from sigray.workers.data.tar import DataError
 from sigray.workers.data.worker import DataWorker, build_order, image_kind
 from sigray.workers.storage import Storage
+from sigray.workers.training.ledger import Ledger, audit
 from tests.helpers.bare import OneWorker
 from tests.helpers.data import write_tar
 from tests.helpers.faultproxy import FaultProxy, drawn

@@ -10,10 +10,10 @@ import torch
 from sigray.orchestrator.config import load_config
 from sigray.workers.checkpoint.index import list_checkpoints, read_metrics
 from sigray.workers.checkpoint.writer import leave_out, load_weights
-from sigray.workers.data.ledger import audit
 from sigray.workers.data.manifest import scan_shards
 from sigray.workers.model.towers import build_model
 from sigray.workers.storage import Storage
+from sigray.workers.training.ledger import audit
 from sigray.workers.training.step import BadStep, Trainer
 from sigray.workers.training.train import why_bad
 from tests.helpers.bare import train_bare

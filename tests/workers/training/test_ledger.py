@@ -16,9 +16,9 @@ import torch
 from sigray.workers.checkpoint.fence import RunTakenOver
 from sigray.workers.checkpoint.index import list_checkpoints, read_metrics
 from sigray.workers.config import CheckpointConfig
-from sigray.workers.data.ledger import Ledger, ledger_files
 from sigray.workers.data.loader import Batch
 from sigray.workers.storage import Storage
+from sigray.workers.training.ledger import Ledger, ledger_files
 from sigray.workers.training.train import _Saver
 from tests.helpers.bare import Recorder
 
