@@ -25,13 +25,13 @@ import time
 from collections.abc import Callable
 
 from benchmarks.common import peak_growth_mib, report
+from sigray.orchestrator.batch import usable_sizes
 from sigray.orchestrator.planning.devices import DEVICES
 from sigray.orchestrator.run.policy import (
     Attempt,
     Failure,
     after_failure,
     choose_size,
-    usable_sizes,
     wanted_data_workers,
 )
 from sigray.workers.data.manifest import Manifest, Shard

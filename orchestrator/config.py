@@ -16,8 +16,8 @@ from typing import Annotated, Any, get_args, get_origin
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from sigray.orchestrator.batch import micro_batch, usable_sizes
 from sigray.orchestrator.planning.devices import DEVICES, DeviceName
-from sigray.orchestrator.run.policy import micro_batch, usable_sizes
 from sigray.orchestrator.secrets import secrets_of
 from sigray.workers.config import (
     Accelerator,

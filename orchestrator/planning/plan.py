@@ -28,10 +28,10 @@ from rich.text import Text
 from sigray.losses.fused import has_bfloat16_products
 from sigray.losses.negatives import NUM_BINS
 from sigray.losses.tiles import default_tile_size
+from sigray.orchestrator.batch import MAX_DATA_WORKER_UTILISATION, micro_batch
 from sigray.orchestrator.config import ConfigError, RunConfig
 from sigray.orchestrator.planning.count import TowerCosts, gathered_bytes, measure_towers
 from sigray.orchestrator.planning.devices import COMPILED, CPU, DEVICES, GB, GIB, DeviceKind
-from sigray.orchestrator.run.policy import FULL, micro_batch
 from sigray.workers.config import LossConfig, Precision
 from sigray.workers.model.inputs import shapes
 
@@ -261,7 +261,7 @@ def plan(
         wire_s=wire_s,
         wire=wire,
         num_steps=-(-config.train.num_samples // batch),
-        data_workers=None if stored_embeddings else math.ceil(rate * DECODE_S / FULL),
+        data_workers=None if stored_embeddings else math.ceil(rate * DECODE_S / MAX_DATA_WORKER_UTILISATION),
         object_store=ahead * batch * sample_bytes,
         price_per_hour=price_per_hour,
         assumptions=_assumptions(config, kind),

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 
+from sigray.orchestrator.batch import micro_batch, usable_sizes
 from sigray.orchestrator.config import ConfigError, RunConfig, check_resume
 from sigray.orchestrator.formatting import format_duration
 from sigray.orchestrator.planning.plan import check_memory
@@ -36,8 +37,6 @@ from sigray.orchestrator.run.policy import (
     after_failure,
     choose_size,
     classify_failure,
-    micro_batch,
-    usable_sizes,
     wanted_data_workers,
 )
 from sigray.workers.checkpoint.index import CheckpointInfo, is_committed, list_checkpoints

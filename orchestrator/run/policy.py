@@ -1,10 +1,12 @@
-"""Decisions as values: pure functions of what was observed. `launch.py` acts on them."""
+"""Decisions as values: pure functions of what was observed. `supervisor.py` acts on them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+
+from sigray.orchestrator.batch import MAX_DATA_WORKER_UTILISATION
 
 HOUR_S = 3600.0
 _MAX_BAD_STEPS, _BAD_STEPS_WITHIN = 10, 1000
@@ -14,7 +16,6 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 120.0
 _NUM_LINES = 3
 _MUCH_WAIT_PCT = 5.0
 _LITTLE_WAIT_PCT = 1.0
-FULL = 0.7  # of a worker's time; above it a short delay makes the trainers wait
 
 
 def wanted_data_workers(lines: Sequence[dict[str, float]], current: int, least: int, most: int) -> int:
@@ -34,7 +35,7 @@ def wanted_data_workers(lines: Sequence[dict[str, float]], current: int, least: 
         busy = max(line["data/busy_workers"] for line in newest)
         if min(waits) > _MUCH_WAIT_PCT:
             current += 1
-        elif max(waits) < _LITTLE_WAIT_PCT and current > 1 and busy < FULL * (current - 1):
+        elif max(waits) < _LITTLE_WAIT_PCT and current > 1 and busy < MAX_DATA_WORKER_UTILISATION * (current - 1):
             current -= 1
     return min(max(current, least), most)
 
@@ -172,20 +173,6 @@ def after_failure(attempts: Sequence[Attempt], max_failures_per_hour: int) -> Re
             break
         num_stuck += 1
     return Retry(min(_FIRST_PAUSE_S * 2 ** (num_stuck - 1), _LONGEST_PAUSE_S) if num_stuck else 0.0)
-
-
-def usable_sizes(least: int, most: int, global_batch_size: int) -> list[int]:
-    """The numbers of training workers that can share the batch, largest first."""
-    return [size for size in range(most, least - 1, -1) if global_batch_size % size == 0]
-
-
-def micro_batch(part: int, limit: int, num_devices: int = 1) -> int:
-    """The largest micro-batch within a limit that divides a training worker's part of the global batch.
-
-    It divides over the worker's devices where the part does; then it may have to be above the limit.
-    """
-    multiple = num_devices if part % num_devices == 0 else 1
-    return next(size for size in range(max(min(part, limit), multiple), 0, -1) if part % size == size % multiple == 0)
 
 
 def choose_size(sizes: Sequence[int], fitting: int, waited_s: float, patience_s: float) -> int | None:

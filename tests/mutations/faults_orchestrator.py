@@ -106,8 +106,8 @@ FAULTS = [
     Fault(
         "data workers go though the others would be full",
         "sigray.orchestrator.run.policy:wanted_data_workers",
-        "FULL * (current - 1)",
-        "FULL * current",
+        "MAX_DATA_WORKER_UTILISATION * (current - 1)",
+        "MAX_DATA_WORKER_UTILISATION * current",
         (f"{_POLICY}::test_idle_data_workers_go",),
     ),
     Fault(
@@ -154,7 +154,7 @@ FAULTS = [
     ),
     Fault(
         "numbers of workers that do not divide the batch are usable",
-        "sigray.orchestrator.run.policy:usable_sizes",
+        "sigray.orchestrator.batch:usable_sizes",
         "if global_batch_size % size == 0",
         "",
         (f"{_POLICY}::test_sizes_are_those_that_divide_the_batch",),
@@ -168,7 +168,7 @@ FAULTS = [
     ),
     Fault(
         "a micro-batch does not divide over a worker's devices",
-        "sigray.orchestrator.run.policy:micro_batch",
+        "sigray.orchestrator.batch:micro_batch",
         "num_devices if part % num_devices == 0 else 1",
         "1",
         (f"{_POLICY}::test_a_micro_batch_divides_over_the_devices_of_a_worker",),
@@ -197,7 +197,7 @@ FAULTS = [
     Fault(
         "data workers are planned without time to spare",
         "sigray.orchestrator.planning.plan:plan",
-        "rate * DECODE_S / FULL",
+        "rate * DECODE_S / MAX_DATA_WORKER_UTILISATION",
         "rate * DECODE_S",
         (f"{_PLAN}::test_a_step_is_counted_by_hand",),
     ),

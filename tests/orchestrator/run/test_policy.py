@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sigray.orchestrator.batch import micro_batch, usable_sizes
 from sigray.orchestrator.run.driver import rung_step
 from sigray.orchestrator.run.policy import (
     Attempt,
@@ -16,8 +17,6 @@ from sigray.orchestrator.run.policy import (
     after_failure,
     choose_size,
     classify_failure,
-    micro_batch,
-    usable_sizes,
     wanted_data_workers,
 )
 from sigray.workers.checkpoint.index import DamagedCheckpoint
