@@ -1,22 +1,22 @@
-"""Cluster files, checked before anything is spent: `ray up` YAMLs of aws, gcp and local, and KubeRay manifests.
+"""Check cluster files: `ray up` YAMLs of aws, gcp and local, KubeRay manifests.
 
-Ray's own preparation and schema come first. They let pass a machine that does not exist, an image or zone that cannot
-be, eight chips on a host of four, a head that trains: the rest of this file looks for those, offline. What no one can
-know offline: whether an image, a quota, a project or a network exists, and whether a zone has the machine.
+All checks are offline. Ray's own preparation and schema come first. They accept an image or a zone that cannot exist,
+eight chips on a host of four, and a head that trains; the rest of this file finds those. It keeps no table of a cloud's
+machines. Names of Amazon's machine types, regions and fields come from botocore, TPU slices from Ray. Numbers that a
+name contains are compared: n2-standard-16 has 16 CPUs, a2-highgpu-1g has one GPU.
 
-Sources: Amazon's machine types, regions and the fields of an instance from botocore's description of EC2; Google's from
-cloud.google.com/compute/docs/machine-resource, and for TPUs from cloud.google.com/tpu/docs and Ray's own tables.
+Only the cloud knows which images, quotas, projects and networks exist, and which machines a zone has.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import ipaddress
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -27,45 +27,7 @@ from sigray.orchestrator.secrets import AMAZON_KEY, PRIVATE_KEY
 
 RAY_VERSION = "2.60.0"
 TRAINING, DATA = "training", "data"
-"""Ray resources by which cluster files say what a node is for."""
-
-# GPUs of Amazon's machine types; vCPUs follow from the size (4 for xlarge, 4 N for Nxlarge).
-_AWS_GPUS = {
-    "g4dn.xlarge": 1, "g4dn.2xlarge": 1, "g4dn.4xlarge": 1, "g4dn.8xlarge": 1, "g4dn.16xlarge": 1, "g4dn.12xlarge": 4,
-    "g5.xlarge": 1, "g5.2xlarge": 1, "g5.4xlarge": 1, "g5.8xlarge": 1, "g5.16xlarge": 1, "g5.12xlarge": 4,
-    "g5.24xlarge": 4, "g5.48xlarge": 8,
-    "g6.xlarge": 1, "g6.2xlarge": 1, "g6.4xlarge": 1, "g6.8xlarge": 1, "g6.16xlarge": 1, "g6.12xlarge": 4,
-    "g6.24xlarge": 4, "g6.48xlarge": 8,
-    "g6e.xlarge": 1, "g6e.2xlarge": 1, "g6e.4xlarge": 1, "g6e.8xlarge": 1, "g6e.16xlarge": 1, "g6e.12xlarge": 4,
-    "g6e.24xlarge": 4, "g6e.48xlarge": 8,
-    "p3.2xlarge": 1, "p3.8xlarge": 4, "p3.16xlarge": 8, "p4d.24xlarge": 8, "p4de.24xlarge": 8, "p5.4xlarge": 1,
-    "p5.48xlarge": 8, "p5e.48xlarge": 8, "p5en.48xlarge": 8,
-}  # fmt: skip
-_AWS_SIZES = {"medium": 1, "large": 2, "xlarge": 4}
-_AWS_BURST = {"nano": 2, "micro": 2, "small": 2, "medium": 2, "large": 2}
-
-_GCP_FAMILIES = ("e2", "n1", "n2", "n2d", "n4", "c2", "c2d", "c3", "c3d", "c4", "c4d", "t2d")
-_GCP_SIZES = (1, 2, 4, 8, 16, 22, 30, 32, 44, 48, 60, 64, 80, 88, 90, 96, 112, 128, 176, 180, 192, 224, 360)
-# vCPUs and GPUs of Google's machines that bring their GPUs along.
-_GCP_GPUS = {
-    **{f"a2-highgpu-{count}g": (12 * count, count) for count in (1, 2, 4, 8)},
-    "a2-megagpu-16g": (96, 16),
-    **{f"a2-ultragpu-{count}g": (12 * count, count) for count in (1, 2, 4, 8)},
-    **{f"a3-highgpu-{count}g": (26 * count, count) for count in (1, 2, 4, 8)},
-    "a3-megagpu-8g": (208, 8),
-    "a3-ultragpu-8g": (224, 8),
-    **{f"g2-standard-{cpus}": (cpus, gpus) for cpus, gpus in
-       {4: 1, 8: 1, 12: 1, 16: 1, 24: 2, 32: 1, 48: 4, 96: 8}.items()},
-}  # fmt: skip
-_TPU_GENERATIONS = ("v2", "v3", "v4", "v5p", "v5litepod", "v6e")
-_TPU_SINGLE_HOST = {"v5litepod": (1, 4, 8), "v6e": (1, 4, 8)}  # chips of slices that are one host
-_TPU_PER_HOST = 4  # of all other slices
-_GKE_TPU = {
-    "tpu-v4-podslice": "v4",
-    "tpu-v5-lite-podslice": "v5litepod",
-    "tpu-v5p-slice": "v5p",
-    "tpu-v6e-slice": "v6e",
-}
+"""Ray resources of cluster files: what a node is for."""
 
 _PLACEHOLDER = re.compile(r"YOUR-|REGISTRY|\b192\.0\.2\.|\b198\.51\.100\.|\b203\.0\.113\.")
 _SECRETS = {
@@ -76,8 +38,9 @@ _SECRETS = {
         r"""["']?\s*[:=]\s*["']?(?!~|/|\$|\{|null\b)[^\s"',}]{6,}"""
     ),
 }
-# Ray 2.60 writes the whole runtime environment of a job to runtime_env_agent.log, at the level of information.
+# At log level info, Ray 2.60 writes a job's whole runtime environment to runtime_env_agent.log.
 _LOG_LEVEL, _LOG_LEVEL_WHY = "RAY_LOGGER_LEVEL", "Ray's logs would hold the values that `sigray submit --env` passes"
+_NO_TOKEN_WHY = "any client that reaches a port could run code"
 _HEALTH = ("RAY_health_check_period_ms", "RAY_health_check_timeout_ms", "RAY_health_check_failure_threshold")
 
 
@@ -86,10 +49,10 @@ class ClusterCheck:
     """What a check found.
 
     Attributes:
-        path: the file.
         kind: aws, gcp, local, RayCluster or RayJob.
         problems: one line each, with the place in the file.
-        notes: what is still to fill in.
+        notes: placeholders that are still to be filled in.
+        groups: Ray resources of a node of each type, and the most nodes of that type.
     """
 
     path: str
@@ -97,17 +60,16 @@ class ClusterCheck:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     groups: dict[str, tuple[dict[str, float], int]] = field(default_factory=dict)
-    """Resources of a node of each type, and how many there can be."""
 
     def add(self, place: str, problem: str) -> None:
         self.problems.append(f"{place}: {problem}" if place else problem)
 
 
 def check_cluster_file(path: str | Path) -> ClusterCheck:
-    """Check one file; nothing is started and nothing is asked of any cloud.
+    """Check one file, without starting anything and without calls to a cloud.
 
     Raises:
-        ConfigError: where the file cannot be read or is of an unknown kind.
+        ConfigError: the file cannot be read or is of an unknown kind.
     """
     try:
         text = Path(path).read_text()
@@ -121,9 +83,7 @@ def check_cluster_file(path: str | Path) -> ClusterCheck:
     check = ClusterCheck(str(path))
     _check_secrets(text, check)
     for number, line in enumerate(text.splitlines(), 1):
-        line = line.partition("#")[0] if line.lstrip().startswith("#") else line
-        found = _PLACEHOLDER.search(line)
-        if found and not line.lstrip().startswith("#"):
+        if _PLACEHOLDER.search(line) and not line.lstrip().startswith("#"):
             check.notes.append(f"line {number}: fill in {line.strip().partition(' #')[0]}")
     if "apiVersion" in content:
         _check_manifest(content, check)
@@ -136,7 +96,7 @@ def _check_secrets(text: str, check: ClusterCheck) -> None:
     for number, line in enumerate(text.splitlines(), 1):
         for what, pattern in _SECRETS.items():
             if pattern.search(line):
-                check.add(f"line {number}", f"{what} in the file: give it by the environment, a role or a file mount")
+                check.add(f"line {number}", f"{what} in the file: use the environment, a role or a file mount")
 
 
 # ---------------------------------------------------------------------------------------------------- ray up
@@ -146,12 +106,12 @@ def _check_ray_yaml(content: dict[str, Any], check: ClusterCheck, path: Path) ->
     provider = content.get("provider")
     if not isinstance(provider, dict) or provider.get("type") not in ("aws", "gcp", "local"):
         kind = provider.get("type") if isinstance(provider, dict) else provider
-        raise ConfigError(f"{path}: provider.type={kind!r}: aws, gcp or local can be checked")
+        raise ConfigError(f"{path}: provider.type={kind!r}: expected aws, gcp or local")
     check.kind = provider["type"]
     prepared = _prepare(content, check)
     if prepared is None:
         return
-    _check_commands(content, prepared, check)
+    _check_commands(content, check)
     _check_mounts(content, check)
     for name in ("aws_credentials", "gcp_credentials"):
         if name in provider:
@@ -160,30 +120,35 @@ def _check_ray_yaml(content: dict[str, Any], check: ClusterCheck, path: Path) ->
         _check_local(content, check)
         return
     if not content.get("idle_timeout_minutes"):
-        check.add("idle_timeout_minutes", "missing or 0: nodes that nobody uses must go")
+        check.add("idle_timeout_minutes", "missing or 0: idle nodes must end")
     _check_zones(provider, check)
     head = prepared["head_node_type"]
     for name, group in prepared["available_node_types"].items():
-        place, config, resources = f"available_node_types.{name}", group["node_config"], group["resources"]
-        machine = _aws_machine(config, place, check) if check.kind == "aws" else _gcp_machine(config, place, check)
+        place = f"available_node_types.{name}"
+        checked = _check_aws if check.kind == "aws" else _check_gcp
+        checked(group["node_config"], group["resources"], place, check)
         if name == head:
-            _check_head(resources, group, config, place, check)
+            _check_head(group, place, check)
         else:
-            _check_resources(resources, machine, place, check)
-            check.groups[name] = resources, int(group.get("max_workers", 0))
+            if group["resources"].keys() & {"GPU", "TPU"} and not group["resources"].get(TRAINING):
+                check.add(f"{place}.resources.{TRAINING}", "missing: a node with accelerators is for training")
+            check.groups[name] = group["resources"], int(group.get("max_workers", 0))
         if group.get("worker_setup_commands"):
             check.add(f"{place}.worker_setup_commands", "nodes of this type would have an environment of their own")
-    offered = {resource for resources, _ in check.groups.values() for resource in resources}
-    for role in (TRAINING, DATA):
-        if role not in offered:
-            check.add("available_node_types", f"no node offers the resource {role!r}, by which workers are placed")
+    _check_roles({name for resources, _ in check.groups.values() for name in resources}, "available_node_types", check)
     total = sum(group.get("max_workers", 0) for group in prepared["available_node_types"].values())
     if total > prepared["max_workers"]:
         check.add("max_workers", f"{prepared['max_workers']} is less than the {total} of all node types together")
 
 
+def _check_roles(offered: set[str], place: str, check: ClusterCheck) -> None:
+    for role in (TRAINING, DATA):
+        if role not in offered:
+            check.add(place, f"no node offers the resource {role!r}, by which workers are placed")
+
+
 def _prepare(content: dict[str, Any], check: ClusterCheck) -> dict[str, Any] | None:
-    """Ray's own checks; None where they find something."""
+    """Run Ray's own checks; None if they find a problem."""
     import copy
     import logging
 
@@ -208,7 +173,7 @@ def _prepare(content: dict[str, Any], check: ClusterCheck) -> dict[str, Any] | N
     return None
 
 
-def _check_commands(content: dict[str, Any], prepared: dict[str, Any], check: ClusterCheck) -> None:
+def _check_commands(content: dict[str, Any], check: ClusterCheck) -> None:
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
         commands = [command for command in content.get(key, []) if "ray start" in command]
         if not commands:
@@ -216,44 +181,40 @@ def _check_commands(content: dict[str, Any], prepared: dict[str, Any], check: Cl
             continue
         command = " ".join(commands)
         if "RAY_AUTH_MODE=token" not in command:
-            check.add(key, "RAY_AUTH_MODE=token is missing: whoever reaches a port could run code")
+            check.add(key, f"RAY_AUTH_MODE=token is missing: {_NO_TOKEN_WHY}")
         if not re.search(rf"{_LOG_LEVEL}=(warning|error|critical)\b", command):
             check.add(key, f"{_LOG_LEVEL}=warning is missing: {_LOG_LEVEL_WHY}")
         if key.startswith("head"):
             for name in _HEALTH:
                 if f"{name}=" not in command:
-                    check.add(key, f"{name} is missing: a node cut off counts as alive for a minute")
+                    check.add(key, f"{name} is missing: an unreachable node counts as alive for a minute")
             if not re.search(r"--num-cpus[= ]0\b", command):
                 check.add(key, "--num-cpus=0 is missing: the head would train and decode")
             host = re.search(r"--dashboard-host[= ](\S+)", command)
             if host and host[1] not in ("127.0.0.1", "localhost", "::1"):
-                check.add(
-                    key, f"--dashboard-host={host[1]}: the dashboard belongs on 127.0.0.1; `ray dashboard` reaches it"
-                )
+                check.add(key, f"--dashboard-host={host[1]}: use 127.0.0.1 and `ray dashboard`")
         elif "$RAY_HEAD_IP" not in command:
             check.add(key, "--address=$RAY_HEAD_IP:PORT is missing: workers would not find the head")
 
 
 def _check_mounts(content: dict[str, Any], check: ClusterCheck) -> None:
     mounts = content.get("file_mounts") or {}
-    wanted = {"~/.ray/auth_token": "the token", "~/sigray/requirements.txt": "the pinned environment"}
-    for place, what in wanted.items():
+    for place in ("~/.ray/auth_token", "~/sigray/requirements.txt", "~/sigray/src"):
         if place not in mounts:
-            check.add("file_mounts", f"{place} is missing: {what} of every node")
+            check.add("file_mounts", f"{place} is missing: every node needs it")
     for remote, local in mounts.items():
         if "auth_token" not in str(local) and not Path(str(local)).expanduser().exists():
             check.add(f"file_mounts.{remote}", f"{local} does not exist here (run from the top of the repository)")
     commands = content.get("setup_commands") or []
     if not any("clusters/setup.sh" in command for command in commands):
-        check.add("setup_commands", "clusters/setup.sh is not run: nodes would not have the pinned environment")
+        check.add("setup_commands", "clusters/setup.sh does not run: nodes would not have the pinned environment")
 
 
 def _check_local(content: dict[str, Any], check: ClusterCheck) -> None:
     provider = content["provider"]
-    address = re.compile(r"^[A-Za-z0-9]([A-Za-z0-9.:-]*[A-Za-z0-9])?$")
     hosts = [provider.get("head_ip"), *provider.get("worker_ips", [])]
     for host in hosts:
-        if not isinstance(host, str) or not address.match(host) or _is_bad_ip(host):
+        if not _is_address(str(host)):
             check.add("provider", f"{host!r} is no address")
     if len(set(hosts)) < len(hosts):
         check.add("provider", "an address stands there twice")
@@ -263,201 +224,128 @@ def _check_local(content: dict[str, Any], check: ClusterCheck) -> None:
         check.add("auth.ssh_user", "missing")
 
 
-def _is_bad_ip(host: str) -> bool:
-    import ipaddress
-
-    if not re.fullmatch(r"[0-9.]+", host):
+def _is_address(host: str) -> bool:
+    if re.fullmatch(r"[0-9.]+", host):
+        with contextlib.suppress(ValueError):
+            return bool(ipaddress.ip_address(host))
         return False
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return True
-    return False
+    return host != "None" and bool(re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.:-]*[A-Za-z0-9])?", host))
 
 
-def _check_head(
-    resources: dict[str, Any], group: dict[str, Any], config: dict[str, Any], place: str, check: ClusterCheck
-) -> None:
+def _check_head(group: dict[str, Any], place: str, check: ClusterCheck) -> None:
+    config, resources = group["node_config"], group["resources"]
     for name in ("CPU", "GPU", "TPU", TRAINING, DATA):
         if resources.get(name):
-            check.add(f"{place}.resources.{name}", f"{resources[name]}: the head only drives; 0, or left out")
+            check.add(f"{place}.resources.{name}", f"{resources[name]}: the head only drives; set 0 or leave it out")
     if "CPU" not in resources:
-        check.add(f"{place}.resources.CPU", "missing: give 0, or Ray offers all of the head's")
+        check.add(f"{place}.resources.CPU", "missing: set 0, or Ray offers all CPUs of the head")
     if group.get("max_workers"):
-        check.add(f"{place}.max_workers", f"{group['max_workers']}: there is one head; 0")
-    if _is_spot(config):
-        check.add(f"{place}.node_config", "the head is preemptible: driver and controller would go with it")
-
-
-def _is_spot(config: dict[str, Any]) -> bool:
+        check.add(f"{place}.max_workers", f"{group['max_workers']}: a cluster has one head; set 0")
     scheduling = _scheduling(config)
-    market = config.get("InstanceMarketOptions") or {}
-    return bool(
-        scheduling.get("preemptible")
-        or scheduling.get("spot")
-        or scheduling.get("provisioningModel") == "SPOT"
-        or market.get("MarketType") == "spot"
-    )
+    is_spot = (config.get("InstanceMarketOptions") or {}).get("MarketType") == "spot"
+    if is_spot or scheduling.get("preemptible") or scheduling.get("spot") or "SPOT" in scheduling.values():
+        check.add(f"{place}.node_config", "the head is preemptible: its preemption would end driver and controller")
 
 
 def _scheduling(config: dict[str, Any]) -> dict[str, Any]:
-    """Of a machine or a TPU; Ray's own examples give it as a list of one."""
+    """Return the scheduling of a machine or TPU; Ray's examples have a list of one."""
     given: Any = config.get("scheduling") or config.get("schedulingConfig") or {}
     return dict(given[0]) if isinstance(given, list) else dict(given)
 
 
-@dataclass(frozen=True)
-class _Machine:
-    """What a machine has; None: not known here."""
-
-    name: str
-    cpus: int | None = None
-    gpus: int | None = None
-    tpus: int = 0
-
-
-def _check_resources(resources: dict[str, Any], machine: _Machine | None, place: str, check: ClusterCheck) -> None:
-    if machine is None:
-        return
-    for name, has in (("CPU", machine.cpus), ("GPU", machine.gpus), ("TPU", machine.tpus)):
-        if has is None:
-            continue
-        said = resources.get(name, 0)
-        if said != has and (name != "CPU" or said > has):
-            check.add(f"{place}.resources.{name}", f"{said}, but one node of {machine.name} has {has}")
-    if not resources.get(TRAINING) and (machine.gpus or machine.tpus):
-        check.add(f"{place}.resources.{TRAINING}", f"missing: {machine.name} is for training")
-
-
 def _check_zones(provider: dict[str, Any], check: ClusterCheck) -> None:
-    region, zones = str(provider.get("region", "")), str(provider.get("availability_zone", ""))
+    region = str(provider.get("region", ""))
     if provider["type"] == "aws":
-        if region not in _aws_regions():
+        pattern = re.escape(region) + "[a-f]"
+        if region not in _botocore().get_available_regions("ec2"):
             check.add("provider.region", f"{region!r} is no region of EC2")
-        zone = re.compile(re.escape(region) + r"[a-f]$")
     else:
+        pattern = re.escape(region) + "-[a-f]"
         if not re.fullmatch(r"[a-z]+-[a-z]+\d{1,2}", region):
             check.add("provider.region", f"{region!r} is no region of Google Cloud")
         if not provider.get("project_id"):
             check.add("provider.project_id", "missing")
-        zone = re.compile(re.escape(region) + r"-[a-f]$")
-    for name in zones.split(","):
-        if not zone.match(name.strip()):
+    for name in str(provider.get("availability_zone", "")).split(","):
+        if not re.fullmatch(pattern, name.strip()):
             check.add("provider.availability_zone", f"{name.strip()!r} is no zone of {region}")
 
 
 @cache
-def _ec2() -> Any:
+def _botocore() -> Any:
     import botocore.session
 
-    return botocore.session.Session().get_service_model("ec2")
+    return botocore.session.Session()
 
 
-def _aws_regions() -> frozenset[str]:
-    import botocore.session
-
-    return frozenset(botocore.session.Session().get_available_regions("ec2"))
-
-
-def _aws_machine(config: dict[str, Any], place: str, check: ClusterCheck) -> _Machine | None:
+def _check_aws(config: dict[str, Any], resources: dict[str, Any], place: str, check: ClusterCheck) -> None:
     from botocore.validate import ParamValidator
 
-    shape = _ec2().operation_model("RunInstances").input_shape
+    ec2 = _botocore().get_service_model("ec2")
+    shape = ec2.operation_model("RunInstances").input_shape
     report = ParamValidator().validate({"MinCount": 1, "MaxCount": 1, **config}, shape)
     if report.has_errors():
         for line in report.generate_report().splitlines():
             check.add(f"{place}.node_config", line)
-    image, device = str(config.get("ImageId", "")), config.get("BlockDeviceMappings")
+    image = str(config.get("ImageId", ""))
     if not re.fullmatch(r"ami-[0-9a-f]{8}([0-9a-f]{9})?|resolve:ssm:/\S+", image):
-        check.add(
-            f"{place}.node_config.ImageId",
-            f"{image!r}: ami-... or resolve:ssm:/... expected (Ray's default is too old for torch 2.9)",
-        )
-    if not device:
-        check.add(f"{place}.node_config.BlockDeviceMappings", "missing: the environment takes 10 GB, images give 8")
+        why = "expected ami-... or resolve:ssm:/... (Ray's default image is too old for torch 2.9)"
+        check.add(f"{place}.node_config.ImageId", f"{image!r}: {why}")
+    if not config.get("BlockDeviceMappings"):
+        check.add(f"{place}.node_config.BlockDeviceMappings", "missing: the environment takes 10 GB, images have 8 GB")
     name = str(config.get("InstanceType", ""))
-    if name not in set(_ec2().shape_for("InstanceType").enum):
+    if name not in ec2.shape_for("InstanceType").enum:
         check.add(f"{place}.node_config.InstanceType", f"{name!r} is no machine type of EC2")
-        return None
-    family, _, size = name.partition(".")
-    cpus = _AWS_BURST.get(size) if family.startswith("t") else None
-    cpus = cpus or _aws_cpus(size)
-    if name == "p5.4xlarge":
-        cpus = 16
-    is_gpu = family[0] in "gp" and family[1:2].isdigit() and not family.startswith(("g3", "p2"))
-    return _Machine(name, cpus, _AWS_GPUS.get(name) if is_gpu else 0)
+    if size := re.search(r"\.(\d*)xlarge$", name):
+        _check_most("CPU", 4 * int(size[1] or 1), name, resources, place, check)
 
 
-def _aws_cpus(size: str) -> int | None:
-    match = re.fullmatch(r"(\d+)xlarge", size)
-    return 4 * int(match[1]) if match else _AWS_SIZES.get(size)
+def _check_most(
+    resource: str, most: int, machine: str, resources: dict[str, Any], place: str, check: ClusterCheck
+) -> None:
+    if resources.get(resource, 0) > most:
+        check.add(f"{place}.resources.{resource}", f"{resources[resource]}, but one node of {machine} has {most}")
 
 
-def _gcp_machine(config: dict[str, Any], place: str, check: ClusterCheck) -> _Machine | None:
-    is_tpu = "acceleratorType" in config or "acceleratorConfig" in config
-    if is_tpu and "machineType" not in config:
-        return _tpu_machine(config, place, check)
+def _check_gcp(config: dict[str, Any], resources: dict[str, Any], place: str, check: ClusterCheck) -> None:
+    if ("acceleratorType" in config or "acceleratorConfig" in config) and "machineType" not in config:
+        _check_tpu(config, resources, place, check)
+        return
+    pattern = r"(https://www\.googleapis\.com/compute/v1/)?projects/[a-z0-9-]+/global/images/(family/)?[a-z0-9-]+"
     for disk in config.get("disks") or [{}]:
         image = str(disk.get("initializeParams", {}).get("sourceImage", "") if isinstance(disk, dict) else "")
-        image_path = (
-            r"(https://www\.googleapis\.com/compute/v1/)?projects/[a-z0-9-]+/global/images/(family/)?[a-z0-9-]+"
-        )
-        if not re.fullmatch(image_path, image):
-            check.add(
-                f"{place}.node_config.disks",
-                f"sourceImage {image!r}: projects/PROJECT/global/images/family/NAME expected",
-            )
+        if not re.fullmatch(pattern, image):
+            why = "expected projects/PROJECT/global/images/family/NAME"
+            check.add(f"{place}.node_config.disks", f"sourceImage {image!r}: {why}")
     name = str(config.get("machineType", ""))
-    if name in _GCP_GPUS:
-        if str(_scheduling(config).get("onHostMaintenance", "")).upper() != "TERMINATE":
-            check.add(f"{place}.node_config.scheduling", f"{name} has GPUs and needs onHostMaintenance: TERMINATE")
-        return _Machine(name, *_GCP_GPUS[name])
-    match = re.fullmatch(r"([a-z0-9]+)-(standard|highmem|highcpu)-(\d+)(-lssd)?", name)
-    if not match or match[1] not in _GCP_FAMILIES or int(match[3]) not in _GCP_SIZES:
-        check.add(
-            f"{place}.node_config.machineType", f"{name!r} is no machine type of Compute Engine that is known here"
-        )
-        return None
-    gpus = sum(int(one.get("acceleratorCount", 0)) for one in config.get("guestAccelerators") or [])
-    return _Machine(name, int(match[3]), gpus)
+    size = re.fullmatch(r"[a-z]+\d+[a-z]*-[a-z]+(?:-(\d+)(g?).*)?", name)
+    if not size:
+        check.add(f"{place}.node_config.machineType", f"{name!r}: expected FAMILY-CLASS-SIZE, as n2-standard-16")
+    elif size[1]:
+        _check_most("GPU" if size[2] else "CPU", int(size[1]), name, resources, place, check)
+    if resources.get("GPU") and str(_scheduling(config).get("onHostMaintenance", "")).upper() != "TERMINATE":
+        check.add(f"{place}.node_config.scheduling", "a machine with GPUs needs onHostMaintenance: TERMINATE")
 
 
-def _tpu_machine(config: dict[str, Any], place: str, check: ClusterCheck) -> _Machine | None:
-    from ray._private.accelerators import TPUAcceleratorManager
+def _check_tpu(config: dict[str, Any], resources: dict[str, Any], place: str, check: ClusterCheck) -> None:
+    from ray._private.accelerators import tpu
 
     if "acceleratorConfig" in config:
-        check.add(f"{place}.node_config.acceleratorConfig", "give acceleratorType, as v4-16")
-        return None
+        check.add(f"{place}.node_config.acceleratorConfig", "use acceleratorType, as v4-16")
+        return
     name = str(config["acceleratorType"])
-    generation, _, size = name.partition("-")
-    if not TPUAcceleratorManager.is_valid_tpu_accelerator_type(name) or generation not in _TPU_GENERATIONS:
-        check.add(
-            f"{place}.node_config.acceleratorType",
-            f"{name!r}: GENERATION-SIZE expected, with one of {', '.join(_TPU_GENERATIONS)}",
-        )
-        return None
-    if not str(config.get("runtimeVersion", "")).startswith(("tpu-", "v2-alpha")):
-        check.add(f"{place}.node_config.runtimeVersion", f"{config.get('runtimeVersion')!r}: as tpu-ubuntu2204-base")
-    chips = tpu_chips(generation, int(size))
-    if chips not in _tpu_sizes(generation):
-        check.add(f"{place}.node_config.acceleratorType", f"{name!r}: no slice has {chips:g} chips")
-        return None
-    return _Machine(name, None, 0, tpus=chips_per_host(generation, int(chips)))
-
-
-def tpu_chips(generation: str, size: int) -> float:
-    """Chips of a slice such as v4-16 (8: the size counts cores, two a chip) or v6e-16 (16)."""
-    return size / 1 if generation in _TPU_SINGLE_HOST else size / 2
-
-
-def chips_per_host(generation: str, chips: int) -> int:
-    """Chips that each host of a slice has."""
-    return chips if chips in _TPU_SINGLE_HOST.get(generation, ()) else min(chips, _TPU_PER_HOST)
-
-
-def _tpu_sizes(generation: str) -> frozenset[float]:
-    multiples = range(4, 8961, 4) if generation in ("v4", "v5p") else (2**power for power in range(2, 11))
-    return frozenset([*_TPU_SINGLE_HOST.get(generation, ()), *multiples])
+    runtime = str(config.get("runtimeVersion", ""))
+    if not runtime.startswith(("tpu-", "v2-alpha")):
+        check.add(f"{place}.node_config.runtimeVersion", f"{runtime!r}: expected one such as tpu-ubuntu2204-base")
+    generation = name.partition("-")[0]
+    topologies = tpu.VALID_TPU_TOPOLOGY.get(generation, set())
+    one_host = {"2x2"} if topologies else set()  # which Ray's table lacks for v2 and v3
+    known = {tpu.infer_tpu_pod_type_from_topology(topology, generation) for topology in topologies | one_host}
+    if name not in known:
+        check.add(f"{place}.node_config.acceleratorType", f"{name!r} is no TPU slice that Ray {RAY_VERSION} knows")
+        return
+    chips = tpu.get_num_tpu_visible_chips_per_host(name)
+    if resources.get("TPU", 0) != chips:
+        check.add(f"{place}.resources.TPU", f"{resources.get('TPU', 0)}, but one node of {name} has {chips}")
 
 
 # --------------------------------------------------------------------------------------------------- KubeRay
@@ -485,25 +373,27 @@ _CONTAINER_KEYS = {
 def _check_manifest(content: dict[str, Any], check: ClusterCheck) -> None:
     kind = str(content.get("kind"))
     if content["apiVersion"] != "ray.io/v1" or kind not in ("RayCluster", "RayJob"):
-        raise ConfigError(f"{check.path}: {content['apiVersion']} {kind}: ray.io/v1 RayCluster or RayJob expected")
+        raise ConfigError(f"{check.path}: {content['apiVersion']} {kind}: expected ray.io/v1 RayCluster or RayJob")
     check.kind = kind
     if not content.get("metadata", {}).get("name"):
         check.add("metadata.name", "missing")
-    spec, place = content.get("spec") or {}, "spec"
+    place = "spec"
+    spec = content.get("spec") or {}
     if kind == "RayJob":
         _check_keys(spec, _JOB_KEYS, place, check)
         if not str(spec.get("entrypoint", "")).startswith("sigray "):
-            check.add("spec.entrypoint", f"{spec.get('entrypoint')!r}: a sigray command expected")
+            check.add("spec.entrypoint", f"{spec.get('entrypoint')!r}: expected a sigray command")
         if not spec.get("shutdownAfterJobFinishes"):
-            check.add("spec.shutdownAfterJobFinishes", "not true: the cluster would stay and cost")
-        spec, place = spec.get("rayClusterSpec") or {}, "spec.rayClusterSpec"
+            check.add("spec.shutdownAfterJobFinishes", "not true: the cluster would stay up")
+        place = "spec.rayClusterSpec"
+        spec = spec.get("rayClusterSpec") or {}
     _check_keys(spec, _CLUSTER_KEYS, place, check)
     if spec.get("rayVersion") != RAY_VERSION:
         check.add(f"{place}.rayVersion", f"{spec.get('rayVersion')!r}, but requirements.txt pins {RAY_VERSION}")
     if (spec.get("authOptions") or {}).get("mode") != "token":
-        check.add(f"{place}.authOptions.mode", "not token: whoever reaches a port could run code")
+        check.add(f"{place}.authOptions.mode", f"not token: {_NO_TOKEN_WHY}")
     if spec.get("enableInTreeAutoscaling") and not (spec.get("autoscalerOptions") or {}).get("idleTimeoutSeconds"):
-        check.add(f"{place}.autoscalerOptions.idleTimeoutSeconds", "missing: pods that nobody uses must go")
+        check.add(f"{place}.autoscalerOptions.idleTimeoutSeconds", "missing: idle pods must end")
     _check_pods(spec, place, check)
     if not check.problems:
         _prepare_manifest(content["metadata"], spec, check)
@@ -514,14 +404,18 @@ def _check_pods(spec: dict[str, Any], place: str, check: ClusterCheck) -> None:
     head = spec.get("headGroupSpec") or {}
     _check_keys(head, _HEAD_KEYS, f"{place}.headGroupSpec", check)
     if head.get("serviceType", "ClusterIP") != "ClusterIP":
-        check.add(f"{place}.headGroupSpec.serviceType", f"{head['serviceType']}: reachable from outside; ClusterIP")
+        check.add(
+            f"{place}.headGroupSpec.serviceType", f"{head['serviceType']} is reachable from outside; use ClusterIP"
+        )
     if str((head.get("rayStartParams") or {}).get("num-cpus")) != "0":
         check.add(f"{place}.headGroupSpec.rayStartParams.num-cpus", 'not "0": the head would train and decode')
     container = _container(head, f"{place}.headGroupSpec", check, images)
     names = {one.get("name") for one in container.get("env") or []}
     for name in _HEALTH:
         if name not in names:
-            check.add(f"{place}.headGroupSpec", f"env {name} is missing: a pod cut off counts as alive for a minute")
+            check.add(
+                f"{place}.headGroupSpec", f"env {name} is missing: an unreachable pod counts as alive for a minute"
+            )
     offered: set[str] = set()
     for number, group in enumerate(spec.get("workerGroupSpecs") or []):
         where = f"{place}.workerGroupSpecs.{group.get('groupName', number)}"
@@ -530,13 +424,9 @@ def _check_pods(spec: dict[str, Any], place: str, check: ClusterCheck) -> None:
         _check_gke_tpu(group, container, where, check)
         params = {str(key): str(value) for key, value in (group.get("rayStartParams") or {}).items()}
         offered |= set(re.findall(r'\\?"(\w+)\\?"\s*:', params.get("resources", "")))
-    for role in (TRAINING, DATA):
-        if role not in offered:
-            check.add(
-                f"{place}.workerGroupSpecs", f"no group offers the resource {role!r}, by which workers are placed"
-            )
+    _check_roles(offered, f"{place}.workerGroupSpecs", check)
     if len(set(images.values())) > 1:
-        check.add(place, f"images differ, so environments do: {', '.join(sorted(set(images.values())))}")
+        check.add(place, f"images differ, so environments differ: {', '.join(sorted(set(images.values())))}")
 
 
 def _container(group: dict[str, Any], place: str, check: ClusterCheck, images: dict[str, str]) -> dict[str, Any]:
@@ -554,32 +444,34 @@ def _container(group: dict[str, Any], place: str, check: ClusterCheck, images: d
         check.add(f"{place}.env", f"{_LOG_LEVEL} is not warning: {_LOG_LEVEL_WHY}")
     for one in container.get("env") or []:
         if re.search(r"(?i)secret|password|token|access_key", str(one.get("name"))) and one.get("value"):
-            check.add(f"{place}.env.{one['name']}", "a secret in the file: take it from a Secret (valueFrom)")
+            check.add(f"{place}.env.{one['name']}", "a secret in the file: use a Secret (valueFrom)")
     return container
 
 
 def _check_gke_tpu(group: dict[str, Any], container: dict[str, Any], place: str, check: ClusterCheck) -> None:
+    from ray._private.accelerators import tpu
+    from ray.autoscaler._private.kuberay.utils import tpu_node_selectors_to_type
+
     limits = (container.get("resources") or {}).get("limits") or {}
     selector = ((group.get("template") or {}).get("spec") or {}).get("nodeSelector") or {}
     accelerator, topology = (selector.get(f"cloud.google.com/gke-tpu-{key}") for key in ("accelerator", "topology"))
     per_host, hosts = int(limits.get("google.com/tpu", 0)), int(group.get("numOfHosts", 1))
     if not per_host and accelerator is None:
         return
-    if accelerator not in _GKE_TPU:
-        check.add(f"{place}.nodeSelector", f"gke-tpu-accelerator {accelerator!r}: one of {', '.join(_GKE_TPU)}")
+    slice_type = tpu_node_selectors_to_type(topology, accelerator)
+    if slice_type is None:
+        check.add(f"{place}.nodeSelector", f"{accelerator!r} {topology!r} is no TPU slice that Ray {RAY_VERSION} knows")
         return
-    chips = prod(int(part) for part in re.findall(r"\d+", str(topology)))
-    fits = chips_per_host(_GKE_TPU[accelerator], chips)
+    fits = tpu.get_num_tpu_visible_chips_per_host(slice_type)
+    wanted = tpu.get_total_chips_from_accelerator_type(slice_type) // fits
     if per_host != fits:
         check.add(f"{place}.limits", f"google.com/tpu: {per_host}, but a host of {accelerator} {topology} has {fits}")
-    elif per_host * hosts != chips:
-        check.add(
-            f"{place}.numOfHosts", f"{hosts}, but a slice of {topology} has {chips // fits} hosts of {fits} chips"
-        )
+    elif hosts != wanted:
+        check.add(f"{place}.numOfHosts", f"{hosts}, but a slice of {topology} has {wanted} hosts of {fits} chips")
 
 
 def _prepare_manifest(metadata: dict[str, Any], spec: dict[str, Any], check: ClusterCheck) -> None:
-    """The config that Ray's autoscaler would derive from the manifest, by its own code."""
+    """Run Ray's own conversion of the manifest to an autoscaler config."""
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
     from ray.autoscaler._private.util import validate_config
 
@@ -587,7 +479,7 @@ def _prepare_manifest(metadata: dict[str, Any], spec: dict[str, Any], check: Clu
     try:
         config = _derive_autoscaling_config_from_ray_cr(resource)
         validate_config(config)
-    except Exception as error:  # Ray raises what it comes upon
+    except Exception as error:  # Ray raises errors of many types
         check.add("", f"{error} (Ray)")
         return
     for name, group in config["available_node_types"].items():
@@ -604,7 +496,7 @@ def _check_keys(content: dict[str, Any], known: set[str], place: str, check: Clu
 
 
 def report_lines(check: ClusterCheck) -> Iterator[str]:
-    """What `sigray cluster check` prints."""
+    """Yield the lines that `sigray cluster check` prints."""
     verdict = "cannot be used" if check.problems else "ok"
     yield f"{check.path} ({check.kind}): {verdict}"
     yield from (f"  {problem}" for problem in check.problems)

@@ -1,6 +1,6 @@
 """A real cluster on hosts of our own: `ray up`, `sigray submit`, metrics, a host cut off and brought back, `ray down`.
 
-    user   whoever starts it: has the key and the cluster file
+    user   the person who starts it, with the key and the cluster file
     head   Ray's head, the driver, the S3 server and the data-shard workers
     t1 t2  a training worker each
 
@@ -232,5 +232,5 @@ def test_the_file_of_these_hosts_is_a_good_one(hosts, tmp_path):
     path.write_text(yaml.safe_dump(content))
     said = " ".join(check_cluster_file(path).problems)
     # What the test leaves out on purpose, and nothing else.
-    assert "clusters/setup.sh is not run" in said
-    assert len(check_cluster_file(path).problems) == 3, said
+    assert "clusters/setup.sh does not run" in said
+    assert len(check_cluster_file(path).problems) == 4, said

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sigray.orchestrator.cluster.files import check_cluster_file, chips_per_host, tpu_chips
+from sigray.orchestrator.cluster.files import RAY_VERSION, check_cluster_file
 from sigray.orchestrator.config import ConfigError
 from sigray.tuning.cli import main
 from tests.helpers import hosts
@@ -57,12 +57,12 @@ MISTAKES = [
     (AWS, f"{GROUPS}/data/min_workers", 99, "smaller than the sum of `min_workers`"),
     (LOCAL, "max_workers", 9, "9, but there are 3 worker_ips"),
     (KUBE, "spec/workerGroupSpecs/0/rayStartParams/resources", "data=8", "data"),
-    # what nobody else finds
-    (GCP, f"{GROUPS}/gpu/node_config/machineType", "a2-highgpu-3g", "gpu.node_config.machineType: 'a2-highgpu-3g'"),
-    (GCP, f"{GROUPS}/data/node_config/machineType", "n2-standart-16", "data.node_config.machineType"),
+    # what Ray does not find
+    (GCP, f"{GROUPS}/data/node_config/machineType", "n2_standard_16", "data.node_config.machineType: 'n2_standard_16'"),
+    (GCP, f"{GROUPS}/data/resources/CPU", 17, "data.resources.CPU: 17, but one node of n2-standard-16 has 16"),
     (GCP, f"{GROUPS}/tpu_host/resources/TPU", 8, "tpu_host.resources.TPU: 8, but one node of v4-8 has 4"),
-    (TPU, f"{GROUPS}/tpu_v4_64/node_config/acceleratorType", "v4-63", "acceleratorType: 'v4-63': no slice"),
-    (TPU, f"{GROUPS}/tpu_v4_64/node_config/acceleratorType", "v9-64", "acceleratorType: 'v9-64'"),
+    (TPU, f"{GROUPS}/tpu_v4_64/node_config/acceleratorType", "v4-63", "acceleratorType: 'v4-63' is no TPU slice"),
+    (TPU, f"{GROUPS}/tpu_v4_64/node_config/acceleratorType", "v9-64", "acceleratorType: 'v9-64' is no TPU slice"),
     (TPU, f"{GROUPS}/tpu_v4_64/node_config/runtimeVersion", DELETE, "runtimeVersion"),
     (GCP, f"{GROUPS}/gpu/resources/GPU", 2, "gpu.resources.GPU: 2, but one node of a2-highgpu-1g has 1"),
     (GCP, f"{GROUPS}/gpu/node_config/scheduling/onHostMaintenance", "MIGRATE", "onHostMaintenance: TERMINATE"),
@@ -82,7 +82,7 @@ MISTAKES = [
     (GCP, "setup_commands", ["pip install sigray"], "clusters/setup.sh"),
     (GCP, f"{GROUPS}/data/resources/data", DELETE, "no node offers the resource 'data'"),
     (AWS, f"{GROUPS}/gpu/node_config/InstanceType", "g6.3xlarge", "InstanceType: 'g6.3xlarge' is no machine type"),
-    (AWS, f"{GROUPS}/gpu8/resources/GPU", 4, "gpu8.resources.GPU: 4, but one node of p4d.24xlarge has 8"),
+    (AWS, f"{GROUPS}/gpu8/resources/training", DELETE, "gpu8.resources.training: missing"),
     (AWS, f"{GROUPS}/data/resources/CPU", 17, "data.resources.CPU: 17, but one node of c7i.4xlarge has 16"),
     (AWS, f"{GROUPS}/data/node_config/InstanceTyp", "c7i.xlarge", "InstanceTyp"),
     (AWS, f"{GROUPS}/gpu/node_config/ImageId", "ami-12345", "ImageId: 'ami-12345'"),
@@ -98,6 +98,8 @@ MISTAKES = [
     (KUBE, "spec/headGroupSpec/serviceType", "LoadBalancer", "serviceType: LoadBalancer"),
     (KUBE, "spec/headGroupSpec/rayStartParams", {}, "num-cpus"),
     (KUBE, "spec/workerGroupSpecs/2/numOfHosts", 4, "tpu-v4-16.numOfHosts: 4, but a slice of 2x2x2 has 2 hosts"),
+    (KUBE, "spec/workerGroupSpecs/2/template/spec/nodeSelector/cloud.google.com\\gke-tpu-accelerator", "tpu-v9",
+     "nodeSelector: 'tpu-v9' '2x2x2' is no TPU slice"),
     (KUBE, "spec/workerGroupSpecs/1/maxReplica", 4, "maxReplica: unknown key; did you mean 'maxReplicas'?"),
     (KUBE, "spec/workerGroupSpecs/0/template/spec/containers/0/image", "a:latest", "its environment is not pinned"),
     (KUBE, "spec/workerGroupSpecs/0/template/spec/containers/0/image", "REGISTRY/sigray:0.2", "images differ"),
@@ -121,7 +123,7 @@ def test_a_mistake_is_caught_by_name(path, where, value, said, tmp_path):
     broken.write_text(yaml.safe_dump(content))
     problems = check_cluster_file(broken).problems
     assert any(said in problem for problem in problems), problems
-    # What is said is said of the mistake: the rest of the file is as good as before.
+    # The problems are about the mistake: the rest of the file is as good as before.
     assert len(problems) <= 6, problems
 
 
@@ -130,28 +132,24 @@ def test_every_file_has_a_mistake_that_is_caught():
 
 
 @pytest.mark.parametrize(
-    ("generation", "size", "chips", "per_host"),
-    # cloud.google.com/tpu/docs: v4-8 one host, v4-16 two of four, v5e: 1, 4 and 8 chips on one host, 16 on four
-    [("v4", 8, 4, 4), ("v4", 16, 8, 4), ("v5litepod", 8, 8, 8), ("v5litepod", 16, 16, 4), ("v6e", 1, 1, 1)],
+    ("name", "num_chips"),
+    # cloud.google.com/tpu/docs: v4-8 is one host, v4-16 two; v5e and v6e have slices of 1, 4 and 8 chips on one host
+    [("v2-8", 4), ("v4-8", 4), ("v4-16", 4), ("v5litepod-8", 8), ("v5litepod-16", 4), ("v6e-1", 1), ("v6e-8", 8)],
 )
-def test_chips_of_a_slice(generation, size, chips, per_host):
-    assert tpu_chips(generation, size) == chips
-    assert chips_per_host(generation, chips) == per_host
-
-
-def test_ray_agrees_about_the_hosts_of_a_slice():
-    from ray.util.tpu import get_tpu_worker_resources
-
-    for topology, kind, chips in (("2x2x2", "TPU-V4", 8), ("2x4x4", "TPU-V4", 32), ("4x4", "TPU-V6E", 16)):
-        hosts, resources = get_tpu_worker_resources(topology, kind)
-        generation = kind.removeprefix("TPU-").lower()
-        assert chips_per_host(generation, chips) == resources["TPU"]
-        assert hosts * resources["TPU"] == chips
+def test_chips_of_a_host_of_a_slice(name, num_chips, tmp_path):
+    content = yaml.safe_load(GCP.read_text())
+    content[GROUPS]["tpu_host"]["node_config"]["acceleratorType"] = name
+    path = tmp_path / "cluster.yaml"
+    for said, problems in (
+        (num_chips, []),
+        (16, [f"{GROUPS}.tpu_host.resources.TPU: 16, but one node of {name} has "]),
+    ):
+        content[GROUPS]["tpu_host"]["resources"]["TPU"] = said
+        path.write_text(yaml.safe_dump(content))
+        assert [problem.rpartition(str(num_chips))[0] for problem in check_cluster_file(path).problems] == problems
 
 
 def test_versions_agree_with_what_is_pinned():
-    from sigray.orchestrator.cluster.files import RAY_VERSION
-
     pinned = Path("requirements.txt").read_text()
     assert f"\nray=={RAY_VERSION}\n" in pinned
     assert f"rayproject/ray:{RAY_VERSION}-py311" in Path("clusters/Dockerfile").read_text()
@@ -164,9 +162,9 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
     assert main(["cluster", "check", *map(str, FILES)]) == 0
     assert "cluster.yaml (gcp): ok" in capsys.readouterr().out
     broken = tmp_path / "cluster.yaml"
-    broken.write_text(GCP.read_text().replace("a2-highgpu-1g", "a2-hugegpu-1g"))
+    broken.write_text(GCP.read_text().replace("a2-highgpu-1g", "a2_highgpu_1g"))
     assert main(["cluster", "check", str(broken)]) == 2
-    assert "'a2-hugegpu-1g' is no machine type" in capsys.readouterr().out
+    assert "'a2_highgpu_1g': expected FAMILY-CLASS-SIZE" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["[1]", "a: [", "provider: {type: azure}", "{apiVersion: v1, kind: Pod}"])

@@ -307,11 +307,18 @@ FAULTS = [
         (f"{_PROFILE}::test_ranks_are_told_apart",),
     ),
     Fault(
-        "a TPU's size counts chips, not cores",
-        "sigray.orchestrator.cluster.files:tpu_chips",
-        "else size / 2",
-        "else size / 1",
-        (f"{_CLUSTER_FILES}::test_chips_of_a_slice",),
+        "a host of a TPU slice has the chips of the slice",
+        "sigray.orchestrator.cluster.files:_check_tpu",
+        "tpu.get_num_tpu_visible_chips_per_host(name)",
+        "tpu.get_total_chips_from_accelerator_type(name)",
+        (f"{_CLUSTER_FILES}::test_chips_of_a_host_of_a_slice",),
+    ),
+    Fault(
+        "a node of a slice is one host",
+        "sigray.orchestrator.cluster.pending:autoscaler_of",
+        "chips // tpu",
+        "chips // chips // tpu",
+        (f"{_PENDING}::test_the_autoscaler_is_found_by_its_process",),
     ),
     Fault(
         "another version than the pinned one is not named",

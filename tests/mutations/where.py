@@ -1,6 +1,6 @@
-"""Which `sigray.workers` each kind of process imports: not a test of the suite, `python -m tests.mutations` runs it in a copy.
+"""Check which `sigray` each kind of process imports; `python -m tests.mutations` runs this file in a copy.
 
-Without that a fault could be in the copy and the process in the editable install: no test would see it.
+No test of the suite. If a fault were in the copy and the process imported the editable install, no test would fail.
 """
 
 from __future__ import annotations
