@@ -1,1 +1,1 @@
-"""Sweeps over `sigray train` runs. Imports everything below it; nothing imports it but the command line."""
+"""Sweeps over `sigray train` runs: the top package, which no other imports."""

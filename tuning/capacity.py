@@ -1,8 +1,8 @@
-"""How many trials a cluster has room for at once: arithmetic over what its nodes have free.
+"""The number of trials that fit on a cluster at once, from its free resources.
 
-Ray Tune counts the processes in which trials are driven and knows nothing of the training workers that they start, so
-it would begin as many as there are half CPUs, each holding a place that the others' training workers need. Here a trial
-counts with all that it will ask for, and node by node: six free GPUs on two machines are no room for a worker of four.
+Ray Tune counts only the driver process of a trial, half a CPU, and not the training workers that the trial starts. So it
+would start too many trials, each holding resources that the training workers of others need. Here a trial counts with
+all resources that it will request, node by node: a worker of four GPUs does not fit on two nodes with three free GPUs.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ SLICE_LABEL = "ray.io/tpu-slice-name"
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster.
+    """A node of the cluster.
 
     Attributes:
-        free: Ray resources that nobody outside the sweep holds.
+        free: Ray resources that no job outside the sweep holds.
         labels: of the node; hosts of one TPU slice have the same slice name.
     """
 
@@ -28,7 +28,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Demand:
-    """What is placed as a whole.
+    """Resources that are placed together or not at all.
 
     Attributes:
         workers: resources of each training worker.
@@ -40,11 +40,11 @@ class Demand:
 
 
 def count_trials(nodes: Sequence[Node], pools: Demand, trial: Demand, most: int) -> int:
-    """How many trials can run at once.
+    """Number of trials that can run at once.
 
     Args:
         pools: the data-shard workers that the trials share.
-        most: no more than that.
+        most: upper bound.
     """
     free = [dict(node.free) for node in nodes]
     if not _place(nodes, free, pools):
@@ -56,7 +56,7 @@ def count_trials(nodes: Sequence[Node], pools: Demand, trial: Demand, most: int)
 
 
 def _place(nodes: Sequence[Node], free: list[dict[str, float]], demand: Demand) -> bool:
-    """Take what is demanded from what is free; False, and nothing usable, where it does not fit."""
+    """Subtract a demand from `free`; returns False if it does not fit."""
     if any("TPU" in worker for worker in demand.workers):
         if not _place_on_slice(nodes, free, demand.workers):
             return False
@@ -66,7 +66,7 @@ def _place(nodes: Sequence[Node], free: list[dict[str, float]], demand: Demand) 
 
 
 def _place_on_slice(nodes: Sequence[Node], free: list[dict[str, float]], workers: Sequence[dict[str, float]]) -> bool:
-    """The workers of a trial on TPU compute together only within one slice."""
+    """Place the TPU workers of a trial within one slice, as they share a mesh."""
     slices: dict[str, list[int]] = {}
     for number, node in enumerate(nodes):
         if "TPU" in node.free:
@@ -81,7 +81,7 @@ def _place_on_slice(nodes: Sequence[Node], free: list[dict[str, float]], workers
 
 
 def _place_one(free: list[dict[str, float]], among: Sequence[int], demand: dict[str, float]) -> bool:
-    """On the node that is left with the least, so that large places stay large."""
+    """Place on the best-fitting node, so that larger free blocks stay whole."""
     fitting = [
         number
         for number in among

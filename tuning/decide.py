@@ -1,13 +1,13 @@
 """Which trials go on: pure functions of the results so far.
 
-A trial is evaluated at rungs, counts of samples that are the same for every trial, and asks at each whether to go on.
-It is compared with the trials before it that have come to the same rung; "before" is a matter of their numbers, not of
-the clock. So a decision does not depend on how many trials run at once, on which machine is faster, or on what died
-meanwhile, and a sweep that is resumed ends as one that was never interrupted. The price is that a trial may have to
-wait at a rung for one with a lower number. The trial with the lowest number never waits, so all go on in the end.
+A trial is evaluated at rungs, counts of samples that are the same for every trial, and asks at each rung whether to go
+on. It is compared with the trials of lower number that reached the same rung. So a decision does not depend on the
+number of concurrent trials, the speed of machines or failures: a resumed sweep ends as an uninterrupted one. The price
+is that a trial may wait at a rung for a trial of lower number. The trial with the lowest number never waits, so the
+sweep always makes progress.
 
-`in_order=False` compares with whatever has come to the rung already, as ASHA does. Then nobody waits, and another
-sweep of the same study may decide otherwise.
+`in_order=False` compares with all trials that have reached the rung, as ASHA does. Then no trial waits, but another
+sweep of the same study may decide differently.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Scheduler = Literal["none", "asha", "median", "hyperband"]
 
 @dataclass(frozen=True)
 class Rules:
-    """What a study says about stopping.
+    """The settings of a study's scheduler.
 
     Attributes:
-        eta: of ASHA and HyperBand: one in so many goes on.
-        min_trials: of median: trials at a rung before any is stopped there.
+        eta: of ASHA and HyperBand: one in eta trials goes on.
+        min_trials: of median: other trials at a rung before a trial can stop there.
     """
 
     scheduler: Scheduler = "none"
@@ -38,11 +38,11 @@ class Rules:
 
 @dataclass(frozen=True)
 class Progress:
-    """What is known of a trial.
+    """The results of a trial so far.
 
     Attributes:
-        values: its figure at each rung that it has come to, in order; higher is better.
-        is_over: it comes to no further rung: stopped, failed, infeasible or at its end.
+        values: the metric at each rung that the trial reached, in order; higher is better.
+        is_over: the trial reaches no further rung: stopped, failed, infeasible or at its end.
     """
 
     values: Sequence[float] = ()
@@ -51,18 +51,18 @@ class Progress:
 
 @dataclass(frozen=True)
 class Decision:
-    """`why` is for people."""
+    """An answer to a trial, and the reason for the user."""
 
     answer: Literal["go on", "stop", "wait"]
     why: str
 
 
 def decide(rules: Rules, num_rungs: int, trials: Mapping[int, Progress], number: int, rung: int) -> Decision:
-    """Whether a trial goes on behind a rung to which it has come.
+    """Whether a trial goes on after a rung that it has reached.
 
     Args:
         num_rungs: of the study; the last is the end of the run.
-        trials: of one seed, by number, the trial itself and the value at this rung included.
+        trials: of one seed, by number, with the trial itself and its value at this rung.
         number: of the trial.
         rung: 0 for the first.
     """
@@ -81,9 +81,9 @@ def decide(rules: Rules, num_rungs: int, trials: Mapping[int, Progress], number:
         and first_rung(rules, num_rungs, _place(trials, other)) == first
     }
     if rules.in_order:
-        late = [other for other, progress in rivals.items() if len(progress.values) <= rung and not progress.is_over]
-        if late:
-            return Decision("wait", f"for trial {min(late)}")
+        missing = [other for other, progress in rivals.items() if len(progress.values) <= rung and not progress.is_over]
+        if missing:
+            return Decision("wait", f"for trial {min(missing)}")
     there = {other: progress.values for other, progress in rivals.items() if len(progress.values) > rung}
     own = trials[number].values
     if rules.scheduler == "median":
@@ -92,7 +92,7 @@ def decide(rules: Rules, num_rungs: int, trials: Mapping[int, Progress], number:
 
 
 def _by_rank(rules: Rules, there: Mapping[int, float], number: int, own: float) -> Decision:
-    """ASHA (arXiv 1810.05934) as a stopping rule: the best of every eta at a rung go on, rounded up."""
+    """Decide by ASHA (arXiv 1810.05934): the best 1/eta of a rung, rounded up, go on."""
     rank = 1 + sum(value > own or (value == own and other < number) for other, value in there.items())
     count = len(there) + 1
     kept = math.ceil(count / rules.eta)
@@ -100,7 +100,10 @@ def _by_rank(rules: Rules, there: Mapping[int, float], number: int, own: float) 
 
 
 def _by_median(rules: Rules, there: Mapping[int, Sequence[float]], own: Sequence[float], rung: int) -> Decision:
-    """Median stopping (Golovin et al., Google Vizier, 2017): the best so far against the others' means so far."""
+    """Decide by median stopping (Golovin et al., Google Vizier, 2017).
+
+    The trial's best value so far must reach the median of the other trials' mean values so far.
+    """
     if len(there) < rules.min_trials:
         return Decision("go on", f"{len(there)} other trials at this rung, {rules.min_trials} are needed to compare")
     median = statistics.median(statistics.fmean(values[: rung + 1]) for values in there.values())
@@ -109,15 +112,15 @@ def _by_median(rules: Rules, there: Mapping[int, Sequence[float]], own: Sequence
 
 
 def _place(trials: Mapping[int, Progress], number: int) -> int:
-    """How many trials of the seed have a lower number."""
+    """Number of trials of the seed with a lower number."""
     return sum(other < number for other in trials)
 
 
 def first_rung(rules: Rules, num_rungs: int, place: int) -> int:
-    """The first rung at which a trial can be stopped: 0, but for HyperBand.
+    """The first rung at which a trial can be stopped: 0, except with HyperBand.
 
-    HyperBand (arXiv 1603.06560) hedges: bracket k does not stop before rung k, and the last stops nobody. The trials
-    are dealt over the brackets one after the other, in its proportions.
+    Bracket k of HyperBand (arXiv 1603.06560) does not stop before rung k, and the last bracket stops no trial. Trials
+    go to the brackets in order, in HyperBand's proportions.
     """
     if rules.scheduler != "hyperband":
         return 0
@@ -131,13 +134,13 @@ def first_rung(rules: Rules, num_rungs: int, place: int) -> int:
 
 
 def bracket_sizes(eta: int, num_rungs: int) -> list[int]:
-    """Trials in each of HyperBand's brackets, the one that stops earliest first."""
+    """Number of trials in each HyperBand bracket, the earliest stopping first."""
     most = num_rungs - 1
     return [math.ceil((most + 1) / (s + 1) * eta**s) for s in range(most, -1, -1)]
 
 
 def geometric_rungs(budget: int, eta: int, first: int) -> list[int]:
-    """Counts of samples that grow by eta and end with the budget: budget / eta^k, none below `first`."""
+    """Rungs at budget / eta^k samples, rising, none below `first`."""
     rungs = [budget]
     while rungs[0] // eta >= first:
         rungs.insert(0, rungs[0] // eta)

@@ -1,4 +1,4 @@
-"""Whether a trial can run at all, before anything of it starts."""
+"""Whether a trial can run, checked before it starts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Check = Callable[[RunConfig, Manifest, Sequence[int]], None]
 
 
 def check_rungs(config: RunConfig, manifest: Manifest, rungs: Sequence[int]) -> None:
-    """Refuse rungs that are closer together than a step.
+    """Refuse rungs that are closer than a step.
 
     Raises:
         ValueError: naming two of them.
@@ -41,12 +41,12 @@ CHECKS: list[Check] = [
 def feasible(
     content: dict[str, Any], rungs: Sequence[int], manifest_of: Callable[[RunConfig], Manifest]
 ) -> RunConfig | str:
-    """The config of a trial, or why it cannot run.
+    """The config of a trial, or the reason why it cannot run.
 
     Args:
         content: of the config, not yet checked.
-        rungs: samples seen.
-        manifest_of: reads, or remembers, the shards of a config.
+        rungs: in samples seen.
+        manifest_of: returns the manifest of a config's shards, cached.
     """
     try:
         config = parse_config(content, content["run"]["name"])

@@ -1,6 +1,6 @@
-"""The sweep's one mind: it holds the table, decides about trials, and hears how they do.
+"""The actor that holds a sweep's table and decides which trials go on.
 
-A small actor on the driver's machine. Trials ask it, the driver reads it; nobody else writes the table.
+A small actor on the driver's machine. Trials ask it, the driver reads it, and only this actor writes the table.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Judge:
-    """See above.
+    """Hold the table of a sweep and decide which trials continue.
 
     Args:
         name: of the sweep, for the metrics on Ray's dashboard.
@@ -30,7 +30,7 @@ class Judge:
         self._name, self._rules, self._num_rungs = name, rules, num_rungs
         self._writer = Writer(Storage(uri))
         self._lines: dict[int, dict[str, float]] = {}
-        self._seats: dict[int, tuple[dict[str, Any], list[Any]]] = {}
+        self._assignments: dict[int, tuple[dict[str, Any], list[Any]]] = {}
         self._is_stopping = False
         self._gauges: dict[str, Any] = {}
 
@@ -42,26 +42,26 @@ class Judge:
         """The table, and the newest line of metrics of each trial."""
         return self._writer.table, self._lines
 
-    def seat(self, number: int, stream: list[Any], content: dict[str, Any]) -> None:
-        """What a trial will run, and which stream it will read.
+    def assign(self, number: int, stream: list[Any], content: dict[str, Any]) -> None:
+        """Assign a config and a stream to a trial.
 
         Args:
             stream: handle of the pool's `WorkerList`, in a list.
             content: of its config.
         """
-        self._seats[number] = content, stream
+        self._assignments[number] = content, stream
 
-    def seat_of(self, number: int) -> tuple[dict[str, Any], list[Any], list[int]]:
-        """`seat`, and the rungs behind which the trial was told to go on."""
+    def assignment(self, number: int) -> tuple[dict[str, Any], list[Any], list[int]]:
+        """Config and stream of a trial, and the rungs after which it was to go on."""
         passed = [result.rung for result in self._row(number).results if result.answer == "go on"]
-        return *self._seats[number], passed
+        return *self._assignments[number], passed
 
     def stop(self) -> None:
-        """From now on every trial is told to write a checkpoint and end."""
+        """Ask every trial to write a checkpoint and end."""
         self._is_stopping = True
 
     def heard(self, number: int, line: dict[str, float]) -> bool:
-        """A trial's line of metrics; returns whether it shall write a checkpoint and end."""
+        """Take a trial's line of metrics; returns whether the trial shall stop."""
         self._lines[number] = line
         for name in ("train/loss", "samples_seen", "throughput/samples_per_s"):
             if name in line:
@@ -69,10 +69,10 @@ class Judge:
         return self._is_stopping
 
     def decide(self, number: int, rung: int, samples_seen: int, value: float, more: dict[str, Any]) -> Answer:
-        """Whether a trial goes on behind a rung; asked again after "wait".
+        """Whether a trial goes on after a rung; the trial asks again after "wait".
 
-        The result is written before anything is decided, and the decision before it is told: whoever dies in between
-        asks again and hears the same.
+        The result is written before the decision is made, and the decision before it is returned. A trial that dies in
+        between asks again and gets the same answer.
 
         Args:
             value: of the study's metric.
@@ -90,7 +90,7 @@ class Judge:
             group = {other.number: other.progress() for other in self._rows() if other.group == row.group}
             decision = decide(self._rules, self._num_rungs[row.budget], group, number, rung)
             if decision.answer == "wait":
-                # What is not decided is not written: the sweep that goes on asks again.
+                # An open decision is not written: a resumed sweep decides it.
                 return "stop" if self._is_stopping else "wait"
             self._writer.add(
                 {"event": "decision", "number": number, "rung": rung, "answer": decision.answer, "why": decision.why}
@@ -104,7 +104,7 @@ class Judge:
         return self._writer.table.rows[number]
 
     def _gauge(self, name: str, value: float, number: int) -> None:
-        """Live figures on Ray's dashboard: ray_sigray_sweep_NAME, by sweep and trial."""
+        """Export a figure to Ray's dashboard as ray_sigray_sweep_NAME, by sweep and trial."""
         from ray.util.metrics import Gauge
 
         if name not in self._gauges:

@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: a table that lives on a terminal, lines of what happened elsewhere."""
+"""A sweep's progress on the console: a live table on a terminal, lines otherwise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_ROWS = 40  # on a terminal
 
 
 def words(values: dict[str, Any]) -> str:
-    """{'optim.lr': 0.001, 'loss.name': 'softmax'} -> 'lr=0.001 name=softmax': the last part of each key."""
+    """Values by the last part of their keys: {'optim.lr': 0.001} -> 'lr=0.001'."""
     return " ".join(f"{name.rpartition('.')[2]}={value_text(value)}" for name, value in values.items())
 
 
@@ -26,20 +26,20 @@ def value_text(value: Any) -> str:
 
 
 class LiveTable:
-    """Shows the table of a sweep as it fills.
+    """Show the table of a sweep while it fills.
 
     Args:
         display: of the sweep.
-        study: whose trials they are.
+        study: of the sweep.
     """
 
     def __init__(self, display: Display, study: Study) -> None:
         self._display, self._study = display, study
         self._live: Live | None = None
-        self._told: dict[int, tuple[int, int, str]] = {}  # results, decisions and status that were printed
+        self._printed: dict[int, tuple[int, int, str]] = {}  # results, decisions and status of each trial
 
     def start(self, table: Table, at_once: int, num_streams: int) -> None:
-        """What is about to happen."""
+        """Print the plan of the sweep and start the live table."""
         config = self._study.config
         rungs = " and ".join(
             ", ".join(f"{rung:,}" for rung in config.rungs_of(budget)) + " samples" for budget in config.budgets
@@ -55,18 +55,18 @@ class LiveTable:
             f"output   {config.folder / 'trials'}/trial-*.log"
         )
         for row in table.rows.values():
-            self._told[row.number] = _state(row)
+            self._printed[row.number] = _state(row)
         if self._display.console.is_terminal:
             self._live = Live(console=self._display.console, refresh_per_second=2, transient=True)
             self._live.start()
 
     def show(self, table: Table, lines: dict[int, dict[str, float]], running: Iterable[int]) -> None:
-        """The table as it is now."""
+        """Print what is new in the table, and redraw the live table."""
         running = set(running)
         for number, row in sorted(table.rows.items()):
-            if self._told.get(number) != _state(row):
-                self._tell(row, self._told.get(number, (0, 0, "")))
-                self._told[number] = _state(row)
+            if self._printed.get(number) != _state(row):
+                self._print(row, self._printed.get(number, (0, 0, "")))
+                self._printed[number] = _state(row)
         if self._live is not None:
             self._live.update(results_table(table, self._study, lines, running))
 
@@ -75,7 +75,7 @@ class LiveTable:
             self._live.stop()
             self._live = None
 
-    def _tell(self, row: Row, before: tuple[int, int, str]) -> None:
+    def _print(self, row: Row, before: tuple[int, int, str]) -> None:
         name = f"trial {row.number} ({words(row.values)}, seed {row.seed})"
         decided = [result for result in row.results if result.answer is not None]
         for result in decided[before[1] :]:
@@ -93,7 +93,7 @@ def _state(row: Row) -> tuple[int, int, str]:
 def results_table(
     table: Table, study: Study, lines: dict[int, dict[str, float]] | None = None, running: Iterable[int] = ()
 ) -> RichTable:
-    """All trials with their figures at the rungs; those at work and the best first where there are too many to show."""
+    """A table of all trials; if there are too many, of the running and the best ones."""
     running, lines = set(running), lines or {}
     names = list(study.config.space)
     shown = RichTable(box=None, padding=(0, 2, 0, 0), header_style="bold")

@@ -1,4 +1,4 @@
-"""The live page of a sweep: its report, always drawn anew, its trials at work, and the way to the page of each."""
+"""The live page of a sweep: its report, with links to the pages of its trials."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sigray.workers.storage import Storage
 
 
 def look_at_sweep(storage: Storage, address: str) -> Look:
-    """A sweep, from its local folder or its storage."""
+    """Read a sweep from its local folder or its storage."""
     study = read_study(storage.uri)
     home = Storage(study.config.storage_uri)
     table = read_table(home)
@@ -75,7 +75,7 @@ def look_at_sweep(storage: Storage, address: str) -> Look:
 
 
 def _trials_at_work(storage: Storage, home: Storage, table: Table) -> dict[int, Look]:
-    """Those that have begun and are not over, where their folders can be found."""
+    """Trials that have begun and are not over, if their folders can be found."""
     looks = {}
     for row in table.rows.values():
         for place in (storage, home) if not row.is_over else ():
@@ -95,7 +95,7 @@ def _place(table: Table) -> str:
 
 
 def _percent(table: Table, spent: int) -> float | None:
-    """Of the pairs that all known trials would see to their ends; those of trials that ended early count as seen."""
+    """Progress in percent of all budgets; a trial that ended early counts whole."""
     whole = sum(row.budget for row in table.rows.values())
     saved = sum(max(row.budget - row.samples_seen, 0) for row in table.rows.values() if row.is_over)
     return round(min(100 * (spent + saved) / whole, 100), 1) if whole else None

@@ -1,11 +1,12 @@
-"""The page of a sweep: what was asked, what came out, and how sure that is.
+"""The report of a sweep: question, results and their uncertainty.
 
-    read      the study and its table; nothing else
-    say       sentences, tables and verdicts as plain values
-    draw      curves, in the page as SVG and beside it as PNG
+    read      the study and its table
+    text      sentences, tables and verdicts as plain values
+    draw      curves, as SVG in the page and as PNG beside it
     fill      report.html.j2, in the style of a run's page
 
-Beside it: trials.csv, figures/*.png, and best.yaml, the best configuration as a run of its own.
+Also written: trials.csv, figures/*.png, and best.yaml, the best configuration as a run. The file is long because text
+and figures share the helpers that name and round values.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _MAX_LEGEND = 6
 
 
 def write_report(study: Study, storage: Storage, table: Table) -> Path:
-    """Write report.html, figures/, trials.csv and best.yaml into the sweep's local folder, and to its storage.
+    """Write report.html, figures/, trials.csv and best.yaml; copy them to the storage.
 
     Returns:
         The path of the page.
@@ -78,8 +79,8 @@ def draw_sweep(
 
     Args:
         figures: folder to write the figures into as PNG too.
-        now, status: of a live page, what it says of the moment.
-        trials: of a live page, what is known of trials besides the table, by number.
+        now, status: of a live page, its current state.
+        trials: of a live page, the live state of trials by number.
     """
     return render(
         "sigray.tuning",
@@ -107,20 +108,20 @@ def draw_sweep(
 
 
 def sweep_css() -> str:
-    """The style of sweeps' pages, besides that of all."""
+    """The style of sweeps' pages, in addition to that of all pages."""
     return importlib.resources.files("sigray.tuning").joinpath("report.css").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a live page knows of a trial besides the table."""
+    """The live state of a trial."""
 
-    address: str  # of its own page; empty where it has none
+    address: str  # of its own page; empty if it has none
     status: str
     samples_seen: int
 
 
-# -------------------------------------------------------------------------------------------------- say
+# ------------------------------------------------------------------------------------------------- text
 
 
 def sweep_status(study: Study, table: Table) -> str:
@@ -136,30 +137,30 @@ def _best(table: Table) -> Ranked | None:
 def _headline(study: Study, table: Table) -> str:
     ranked = [one for one in ranking(table.rows.values()) if one.rung >= 0]
     if not ranked:
-        return "No trial has come to a result."
+        return "No trial has reached a result."
     best = ranked[0]
     samples = best.rows[0].results[best.rung].samples_seen
     text = (
-        f"Of {words.counted(len(ranked), 'configuration')}, {_words(best.values) or 'the base'} is best: "
+        f"Best of {words.counted(len(ranked), 'configuration')}: {_words(best.values) or 'the base'}, "
         f"{words.percent(best.mean)}{_plus_minus(best)} after {words.counted(samples, 'pair')}."
     )
     level = [one for one in ranked[1:] if one.rung == best.rung and _is_level(study, best, one)]
     if level:
         text += (
             f" {words.counted(len(level), 'other')} {'is' if len(level) == 1 else 'are'} within two standard errors of "
-            "it: this sweep does not tell them apart."
+            "the best: this sweep does not separate them."
         )
     return text
 
 
 def _is_level(study: Study, best: Ranked, other: Ranked) -> bool:
-    """Whether two configurations are closer than chance explains."""
+    """Whether chance explains the difference of two configurations."""
     variance = sum(_variance(study, one) for one in (best, other))
     return best.mean - other.mean < 2 * variance**0.5
 
 
 def _variance(study: Study, one: Ranked) -> float:
-    """Of the mean over seeds: that of the images, or of the seeds where there are enough to say."""
+    """Variance of the mean over seeds: of the images, or of three or more seeds."""
     from sigray.tuning.verdict import sample_variance
 
     count = len(one.rows)
@@ -173,9 +174,9 @@ def _remarks(study: Study, table: Table) -> list[str]:
     chance = _chance(study, rows)
     remarks = [
         f"The figure is {study.config.metric}"
-        + (f"; a blind guess gets {words.percent(chance)}." if chance else ".")
+        + (f"; chance is {words.percent(chance)}." if chance else ".")
         + (
-            " One seed: how much another one would change is not known."
+            " One seed: the variation between seeds is unknown."
             if len(study.config.seeds) == 1
             else f" Means over {len(study.config.seeds)} seeds, ± their standard deviation."
         ),
@@ -183,11 +184,7 @@ def _remarks(study: Study, table: Table) -> list[str]:
     whole = sum(row.budget for row in rows if row.status != "infeasible")
     spent = table.samples_spent
     if whole:
-        saved = (
-            f", {words.percent(spent / whole)} of what all of them to the end would have"
-            if spent < 0.98 * whole
-            else ""
-        )
+        saved = f", {words.percent(spent / whole)} of all budgets" if spent < 0.98 * whole else ""
         outcomes = ", ".join(f"{count} {status}" for status, count in counts.items())
         remarks.append(
             f"{words.counted(len(rows), 'trial')} ({outcomes}) saw {words.counted(spent, 'pair')} in all{saved}."
@@ -229,7 +226,7 @@ def _claim(study: Study, table: Table, number: int) -> dict[str, str]:
 
 def _detail(found: Verdict) -> str:
     if found.answer == "no data":
-        return "No pair of trials to compare: those that would tell were stopped, failed, or not run yet."
+        return "No pair of trials to compare: the trials were stopped, failed, or have not run yet."
     text = f"Difference {_points(found.mean)}{words.NBSP}± {100 * found.error:.2f} (standard error)"
     text += f", from {words.counted(found.num_pairs, 'pair of trials', 'pairs of trials')}"
     if len(found.by_seed) > 1:
@@ -298,7 +295,7 @@ def _trials(study: Study, table: Table, known: Mapping[int, Trial]) -> dict[str,
 
 
 def _best_yaml(study: Study, table: Table) -> str:
-    """The best configuration as a run that `sigray train` takes; empty where there is none."""
+    """The best configuration as YAML for `sigray train`; empty if there is none."""
     best = _best(table)
     if best is None:
         return ""
@@ -306,7 +303,7 @@ def _best_yaml(study: Study, table: Table) -> str:
     content = study.trial_content(row.number, row.seed, row.budget, row.overrides)
     content["run"] = {"name": f"{study.config.name}_best", "seed": row.seed}
     note = (
-        f"# The best of the sweep {study.config.name}: {_words(best.values)}".replace(words.NBSP, " ")
+        f"# The best configuration of the sweep {study.config.name}: {_words(best.values)}".replace(words.NBSP, " ")
         + f"\n# {study.config.metric} {100 * best.mean:.2f} % at {row.results[best.rung].samples_seen:,} samples"
         + (f", mean of {len(best.rows)} seeds" if len(best.rows) > 1 else "")
         + "\n#\n#   sigray train best.yaml\n"
@@ -328,7 +325,7 @@ class _Point:
 
 
 def _figures(study: Study) -> list[FigureConfig]:
-    """Those of the study; one that suits its space where it names none."""
+    """The figures of the study; if it names none, one that suits its space."""
     if study.config.figures:
         return list(study.config.figures)
     numbers = [name for name, dimension in study.config.space.items() if _is_numeric(dimension.values or [0.0])]
@@ -350,7 +347,7 @@ def _block(study: Study, table: Table, figure: FigureConfig, figures: Path | Non
     rows = [
         row
         for row in table.rows.values()
-        # A trial that does not have a dimension, as one without noise has no kind of noise, belongs to all its values.
+        # A trial without a dimension belongs to all its values: without noise there is no kind of noise.
         if all(row.values.get(name, value) == value for name, value in figure.where.items())
         and row.status not in ("infeasible", "failed")
     ]
@@ -454,9 +451,9 @@ def _lines_panel(
     ]
     caption = f"Highest: {words.percent(best_point.mean)} at {_short(x)} {value_text(best_place)}"
     caption += f", {best_label}." if figure.series else "."
-    caption += f" Of {_list(others)} the best value at each point." if others else ""
-    caption += " Bands: from the lowest seed to the highest." if len(study.config.seeds) > 1 else ""
-    caption += " Dashed: a blind guess." if chance else ""
+    caption += f" Each point has the best value of {_list(others)}." if others else ""
+    caption += " Bands: from the lowest to the highest seed." if len(study.config.seeds) > 1 else ""
+    caption += " Dashed: chance." if chance else ""
     title = f"After {_samples(samples)} pairs"
     if samples != budget:
         title += f" of {_samples(budget)}"
@@ -551,7 +548,7 @@ def _curves(study: Study, table: Table, figures: Path | None) -> list[dict[str, 
         caption = f"{words.counted(len(rows), 'trial')}"
         caption += f", coloured by {_short(name)}" if name else ""
         caption += f"; {stopped} stopped at a rung (crosses)" if stopped else ""
-        caption += ". Upright lines: rungs; a trial reaches one at the first step at or behind it."
+        caption += ". Vertical lines: rungs; a trial reaches a rung at the first step at or after it."
         panels.append(_drawn(f"Learning curves, {_samples(budget)} pairs", caption, draw, figures, f"curves {budget}"))
     return panels
 
@@ -566,9 +563,9 @@ def _colour_dimension(study: Study, rows: Sequence[Row]) -> str | None:
 
 
 def importances(study: Study, table: Table) -> dict[str, float]:
-    """Share of each dimension in what makes a good configuration good: PED-ANOVA (arXiv 2304.10255), as optuna has it.
+    """Importance of each dimension: PED-ANOVA (arXiv 2304.10255), by optuna.
 
-    Of the configurations that came to their end, by the mean over seeds; empty where these are too few to say.
+    Computed from the means over seeds of the configurations that reached their last rung; empty if these are too few.
     """
     space = study.config.space
     names = [name for name, dimension in space.items() if dimension.expr is None]
@@ -607,8 +604,8 @@ def _importance(study: Study, table: Table, figures: Path | None) -> list[dict[s
 
     first = next(iter(found))
     caption = (
-        f"{_short(first)} decides most about being among the better configurations. PED-ANOVA over those that came to "
-        "their end; shares add up to one."
+        f"{_short(first)} matters most for a good configuration. PED-ANOVA over the configurations that reached their "
+        "last rung; shares add up to one."
     )
     return [_drawn("What matters", caption, draw, figures, "importance")]
 
@@ -626,7 +623,7 @@ def _tick(place: Any) -> str:
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:
-    """In the order in which they come; of lists and mappings too."""
+    """Distinct values in order; also of lists and mappings, which have no hash."""
     found: list[Any] = []
     for value in values:
         if value not in found:

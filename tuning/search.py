@@ -1,9 +1,9 @@
-"""Which trials a sweep makes: trial number n as a function of (study, n, results of earlier trials).
+"""The trials of a sweep: trial n is a function of (study, n, earlier results).
 
     seed 0: budget 0: points 0 to N - 1, budget 1: points 0 to N - 1, ...
     seed 1: ...
 
-Trials of one seed and one budget are a group: they are compared with each other, and read the same samples.
+Trials of one seed and one budget are a group: the scheduler compares them, and they read the same samples.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sigray.tuning.study import Study
 
 @dataclass(frozen=True)
 class Proposal:
-    """One trial to be."""
+    """The next trial."""
 
     number: int
     seed: int
@@ -28,13 +28,13 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a searcher learns of an earlier trial.
+    """The result of an earlier trial, for the searcher.
 
     Attributes:
-        point: its values.
-        values: its figure at each rung that it came to; empty where it failed or was infeasible.
-        is_over: whether anything will be added.
-        is_complete: whether it came to its end.
+        point: its configuration.
+        values: the metric at each rung that the trial reached; empty if it failed or was infeasible.
+        is_over: whether the trial reaches no further rung.
+        is_complete: whether it reached its last rung.
     """
 
     point: Point
@@ -47,7 +47,7 @@ class Search:
     """The trials of a study, by number.
 
     Args:
-        study: whose space is searched.
+        study: with the space to search.
 
     Attributes:
         num_trials: in all.
@@ -55,7 +55,8 @@ class Search:
     """
 
     def __init__(self, study: Study) -> None:
-        self._study, config = study, study.config
+        self._study = study
+        config = study.config
         self.needs_results = config.search.name == "optuna"
         self._groups = [(seed, budget) for seed in config.seeds for budget in config.budgets]
         self._points: dict[int, list[Point]] = {}
@@ -66,7 +67,7 @@ class Search:
         self.num_trials = sum(self._size(budget) for _, budget in self._groups)
 
     def propose(self, number: int, outcomes: Sequence[Outcome]) -> Proposal | None:
-        """Trial `number`; None while it depends on results that are not there yet.
+        """Trial `number`; None while it depends on missing results.
 
         Args:
             outcomes: of the trials with lower numbers.
@@ -89,13 +90,14 @@ class Search:
         return self._num_draws if self.needs_results else len(self._points[budget])
 
     def _all_points(self, budget: int) -> list[Point]:
-        config, base = self._study.config, self._study.base_of(budget)
+        config = self._study.config
+        base = self._study.base_of(budget)
         if config.search.name == "grid":
             points = crossed_points(config.space, base)
             if config.scheduler.name == "none":
                 return points
-            # A grid rises and falls along its axes. Where trials are compared with those before them, each better than
-            # the last would stop none.
+            # Shuffled: the metric often rises along an axis of the grid, and if each trial is better than the ones
+            # before it, the scheduler stops none.
             places = {point.key: random_uniform(config.search.seed, "order", point.key) for point in points}
             return sorted(points, key=lambda point: places[point.key])
         points = []
@@ -108,17 +110,18 @@ class Search:
         return points
 
     def _ask_optuna(self, index: int, budget: int, outcomes: Sequence[Outcome]) -> Point | None:
-        """Replay what is known into a fresh study of optuna's, and ask it for one point."""
+        """Replay the outcomes into a new optuna study, and ask it for one point."""
         search = self._study.config.search
         known = outcomes[: max(0, index - search.lag + 1)]
         if not all(outcome.is_over for outcome in known):
             return None
         import optuna
 
-        space, base = self._study.config.space, self._study.base_of(budget)
+        space = self._study.config.space
+        base = self._study.base_of(budget)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = optuna.samplers.TPESampler(
-            # Each proposal has random numbers of its own: it does not matter how many were made in this process.
+            # A seed for each proposal: the number of proposals made in this process does not matter.
             seed=int(random_uniform(search.seed, index) * 2**32),
             n_startup_trials=search.num_startup_trials,
         )
@@ -132,14 +135,14 @@ class Search:
                 return trial.suggest_float(name, *dimension.uniform)
             if dimension.loguniform is not None:
                 return trial.suggest_float(name, *dimension.loguniform, log=True)
-            # By its place: optuna takes no lists and mappings as choices.
+            # By index: optuna takes no lists or mappings as choices.
             return dimension.values[trial.suggest_categorical(name, list(range(len(dimension.values))))]
 
         return make_point(space, base, pick)
 
 
 def frozen_trial(space: Any, outcome: Outcome) -> Any:
-    """An earlier trial as optuna knows them: what was stopped or could not run counts as pruned."""
+    """An earlier trial for optuna; stopped and infeasible trials count as pruned."""
     import optuna
 
     params: dict[str, Any] = {}

@@ -1,14 +1,14 @@
-"""The search space: which keys of a run's config a study varies, and how one point of the space is made.
+"""The search space: the config keys that a study varies, and how points are made.
 
-A dimension is a dotted key of the config, or a name of one's own where it sets several keys at once (`cases`). They are
-walked in the order of the file, and each may look at what the ones before it have set: `expr` computes a key from
-others, `when` leaves a dimension out where it means nothing.
+A dimension is a dotted key of the config, or a free name if it sets several keys at once (`cases`). Dimensions are set
+in the order of the file and may use the earlier ones: `expr` computes a key from others, `when` skips a dimension if its
+condition is false.
 
     train.global_batch_size: {grid: [128, 512, 2048]}
     loss.name:               {grid: [sigmoid, softmax]}
     model.init_logit_bias:   {expr: "log(1 / (train.global_batch_size - 1))", when: "loss.name == 'sigmoid'"}
 
-A point is a function of (space, base config, seed, number): nothing is remembered between two points.
+A point is a function of (space, base config, seed, number), without state between two points.
 """
 
 from __future__ import annotations
@@ -34,23 +34,25 @@ _KINDS = ("grid", "cases", "choice", "uniform", "loguniform", "expr")
 
 
 class Dimension(Section):
-    """Exactly one of grid, cases, choice, uniform, loguniform and expr; `when` beside any of them."""
+    """One of grid, cases, choice, uniform, loguniform or expr, and optionally `when`."""
 
     grid: Annotated[list[Any], Field(min_length=1)] | None = None
     """Every value, crossed with every other grid and cases."""
     cases: Annotated[dict[str, Annotated[dict[str, Any], Field(min_length=1)]], Field(min_length=1)] | None = None
-    """As grid, but each value has a name and sets several keys: {NAME: {KEY: VALUE, ...}, ...}."""
+    """A grid of named values that set several keys: {NAME: {KEY: VALUE, ...}, ...}."""
     choice: Annotated[list[Any], Field(min_length=1)] | None = None
     """One of these, drawn."""
     uniform: tuple[float, float] | None = None
-    """A number between two, drawn."""
+    """A number drawn uniformly between two bounds."""
     loguniform: tuple[float, float] | None = None
-    """A number between two, whose logarithm is drawn."""
+    """A number between two bounds whose logarithm is drawn uniformly."""
     expr: str | None = None
-    """Computed from the rest of the config: numbers, + - * / ** //, comparisons, `a if b else c`, and the functions
-    log, log2, log10, exp, sqrt, min, max, round, floor, ceil, abs. Keys stand as train.global_batch_size."""
+    """An expression over the config, with keys such as train.global_batch_size.
+
+    Allowed: numbers, + - * / ** //, comparisons, `a if b else c`, and the functions log, log2, log10, exp, sqrt, min,
+    max, round, floor, ceil, abs."""
     when: str | None = None
-    """The dimension exists only where this is true; otherwise the key stays as it is."""
+    """A condition; if it is false, the dimension is skipped and its key unchanged."""
 
     @property
     def kind(self) -> str:
@@ -103,16 +105,16 @@ class Point:
 
     @property
     def key(self) -> str:
-        """The same for the same configuration."""
+        """A key that equal configurations share."""
         return json.dumps(self.overrides, sort_keys=True)
 
 
 def make_point(space: Space, base: dict[str, Any], pick: Callable[[str, Dimension], Any]) -> Point:
-    """Walk the dimensions.
+    """Make a point: set the dimensions in order.
 
     Args:
         base: the config that the space varies, complete.
-        pick: called for each dimension that exists, but those with `expr`; returns a value, or the name of a case.
+        pick: returns the value, or the name of a case, of a dimension without `expr`.
 
     Raises:
         ConfigError: for an expression that cannot be computed.
@@ -151,7 +153,7 @@ def crossed_points(
             return pick_rest(name, dimension)
 
         point = make_point(space, base, pick)
-        points.setdefault(point.key, point)  # where `when` leaves a dimension out, several combinations are one
+        points.setdefault(point.key, point)  # if `when` skips a dimension, several combinations are equal
     return list(points.values())
 
 
@@ -167,7 +169,7 @@ def draw(dimension: Dimension, uniform: float) -> Any:
 
 
 def random_uniform(*place: object) -> float:
-    """A number in [0, 1) from a hash of its place: another dimension does not change those that are there."""
+    """A number in [0, 1) from a hash: adding a dimension does not change the others."""
     digest = hashlib.blake2b(repr(place).encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 

@@ -1,4 +1,4 @@
-"""STUDY.yaml: what a sweep varies, how long, by which figure it judges, and what it expects. Typed, checked at once.
+"""The study of a sweep (STUDY.yaml): search space, budget, metric and claims.
 
 name question base overrides metric budget rungs seeds space search scheduler expect figures
 dir storage parallel scale scales
@@ -39,17 +39,20 @@ _FIGURES["multilingual"] = _FIGURES["retrieval"]
 
 class SearchConfig(Section):
     name: Literal["grid", "random", "optuna"] = "grid"
-    """grid: every combination of grid and cases. random: num_trials draws of the other dimensions, each crossed with
-    the grids. optuna: num_trials proposals of its TPE sampler, each made from the results of earlier ones."""
+    """How trials are chosen.
+
+    grid: every combination of grid and cases. random: num_trials draws of the other dimensions, each crossed with the
+    grids. optuna: num_trials proposals of its TPE sampler, each from the results of earlier trials."""
     num_trials: PositiveInt | None = None
-    """Draws or proposals, for each seed."""
+    """Number of draws or proposals for each seed."""
     seed: NonNegativeInt = 0
-    """Of the draws; another thing than the seeds of the runs."""
+    """Seed of the draws, independent of the seeds of the runs."""
     num_startup_trials: PositiveInt = 8
-    """optuna: so many are drawn at random first."""
+    """optuna: number of random trials before the first proposal."""
     lag: PositiveInt = 4
-    """optuna: proposal n looks at the results of the trials 0 to n - lag and waits for these, so that it does not
-    depend on which trial ended first; up to so many trials run at once."""
+    """optuna: number of trials that may run at once.
+
+    Proposal n uses the results of trials 0 to n - lag and waits for them, so that it does not depend on timing."""
 
     @model_validator(mode="after")
     def _num_trials_where_needed(self) -> SearchConfig:
@@ -61,53 +64,55 @@ class SearchConfig(Section):
 
 class SchedulerConfig(Section):
     name: Scheduler = "none"
-    """none: every trial runs to the end. asha, median, hyperband: weak trials are stopped at rungs."""
+    """none: every trial runs to the end. asha, median, hyperband: stop weak trials."""
     eta: Annotated[int, Field(ge=2)] = 3
-    """asha, hyperband: one in eta goes on at a rung, and each rung has eta times the samples of the one before."""
+    """asha, hyperband: one in eta trials goes on, to a rung of eta times the samples."""
     first_rung: PositiveInt | None = None
-    """asha, hyperband, median: no rung has fewer samples seen; by default a ninth of the budget."""
+    """Samples seen at the first rung at least; by default a ninth of the budget."""
     min_trials: PositiveInt = 3
-    """median: other trials at a rung before any is stopped there."""
+    """median: number of other trials at a rung before a trial can stop there."""
     in_order: bool = True
-    """A trial is compared with those of lower number, and waits for them: the decisions do not depend on timing. false:
-    with whatever is there already; nobody waits, and another sweep may decide otherwise."""
+    """Whether a trial is compared only with trials of lower number.
+
+    true: it waits for them, so decisions do not depend on timing. false: it is compared with all trials that reached
+    the rung and never waits; another sweep of the study may decide differently."""
 
 
 class Claim(Section):
-    """One expectation: which of two sides is better, where."""
+    """A claim: which of two sides is better."""
 
     text: str
-    """In words."""
+    """The claim as a sentence."""
     better: Annotated[dict[str, Any], Field(min_length=1)]
-    """{DIMENSION: VALUE} of the side that should be ahead."""
+    """{DIMENSION: VALUE} of the side that should be better."""
     worse: Annotated[dict[str, Any], Field(min_length=1)]
-    """And of the other one. Both sides are compared at equal values of all other dimensions, and equal seed."""
+    """{DIMENSION: VALUE} of the other side, compared at equal other values and seed."""
     where: dict[str, Any] = {}
     """Only trials with these values."""
     than_where: dict[str, Any] | None = None
-    """Then the claim is that the lead is larger at `where` than here."""
+    """The claim becomes that the difference is larger at `where` than at these values."""
     at: PositiveInt | None = None
-    """Samples seen, one of the rungs; by default at the end of each budget."""
+    """Samples seen at one of the rungs; by default the end of each budget."""
 
 
 class FigureConfig(Section):
-    """A figure of the report in which the study's question is answered."""
+    """A figure of the report that answers the study's question."""
 
     title: str
     kind: Literal["lines", "table"] = "lines"
-    """lines: the figure over x, a line for each series. table: rows by columns."""
+    """lines: the metric over x, a line for each series. table: rows by columns."""
     x: str | None = None
-    """lines: the dimension along the axis."""
+    """lines: the dimension on the x axis."""
     series: str | None = None
-    """lines: the dimension of which each value is a line."""
+    """lines: the dimension with one line for each value."""
     rows: str | None = None
-    """table: a dimension."""
+    """table: the dimension of the rows."""
     columns: str | None = None
-    """table: another one; by default the metric alone."""
+    """table: the dimension of the columns; by default one column with the metric."""
     where: dict[str, Any] = {}
     """Only trials with these values."""
     every_rung: bool = False
-    """lines: a panel for each rung, not for the end alone."""
+    """lines: a panel for each rung instead of the last rung only."""
 
     @model_validator(mode="after")
     def _axes_of_its_kind(self) -> FigureConfig:
@@ -122,46 +127,55 @@ class FigureConfig(Section):
 
 
 class StudyConfig(Section):
-    """A whole study. See tuning/studies/ for complete files."""
+    """A study. tuning/studies/ has complete examples."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the sweep; its folder is {dir}/{name}."""
     question: str = ""
-    """What the study asks, in a sentence."""
+    """The question of the study, in a sentence."""
     base: str | dict[str, Any]
-    """The run that is varied: a run's YAML, relative to the study's file, or its content."""
+    """The run to vary: a run's YAML, relative to the study's file, or its content."""
     overrides: dict[str, Any] = {}
     """Dotted keys of the run and their values, for all trials."""
     metric: str
-    """The figure by which trials are judged, higher is better: zero_shot.SET.top1, retrieval.SET.image_to_text_r10, or
-    multilingual.SET.image_to_text_r1, the mean over the languages of the set."""
+    """The metric that ranks trials, higher is better.
+
+    zero_shot.SET.top1, retrieval.SET.image_to_text_r10, or multilingual.SET.image_to_text_r1, the mean over the
+    languages of the set."""
     budget: PositiveInt | Annotated[list[PositiveInt], Field(min_length=1)]
-    """Samples that a trial sees in its whole run: train.num_samples. Of several, each makes a search of its own, whose
-    learning rates end with it."""
+    """Samples seen by a trial in its whole run (train.num_samples).
+
+    With several budgets, each has its own search, and the learning rate schedule ends with the budget."""
     rungs: list[PositiveInt] = []
-    """Further counts of samples seen at which every trial is evaluated, and where a scheduler may stop it. By default
-    those of the scheduler."""
+    """Samples seen at which trials are evaluated and may be stopped.
+
+    By default the rungs of the scheduler."""
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] = [0]
-    """run.seed: the whole search is done once for each, and the report says how much they differ."""
+    """Values of run.seed: the search runs once for each, the report shows the spread."""
     space: Annotated[dict[str, Dimension], Field(min_length=1)]
-    """What is varied, see docs/sweeps.md."""
+    """The search space, see docs/sweeps.md."""
     search: SearchConfig = SearchConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     expect: list[Claim] = []
-    """Expected directions; the report says of each whether it was seen."""
+    """Claims; the report gives a verdict on each."""
     figures: list[FigureConfig] = []
-    """Figures of the report, besides those that every report has."""
+    """Figures of the report, in addition to the standard ones."""
     dir: LocalOrUri = "sweeps"
     """Local folder of all sweeps."""
     storage: LocalOrUri | None = None
-    """A folder that all hosts see, or s3://bucket/prefix: results and checkpoints go there. By default `dir`."""
+    """Folder that all hosts share, or s3://bucket/prefix, for results and checkpoints.
+
+    By default `dir`."""
     parallel: PositiveInt | None = None
-    """Trials at once at most; null: as many as the cluster has room for. Where a cluster grows on demand, the number up
-    to which it shall grow."""
+    """Maximum number of concurrent trials; null: as many as the free resources allow.
+
+    With an autoscaling cluster, the number of trials that it shall grow to."""
     scale: str = "demo"
-    """demo: as it stands here; or the name of one of `scales`."""
+    """demo: the study as it stands; or the name of one of `scales`."""
     scales: dict[str, dict[str, Any]] = {}
-    """Named changes of this file: {full: {base: ..., budget: ..., overrides: ...}}. overrides and space are merged."""
+    """Named variants of the study: {full: {base: ..., budget: ..., overrides: ...}}.
+
+    overrides and space are merged, other keys replaced."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> StudyConfig:
@@ -171,7 +185,7 @@ class StudyConfig(Section):
         if self.rungs != sorted(set(self.rungs)) or (self.rungs and self.rungs[-1] > self.budgets[-1]):
             problems.append(f"rungs={self.rungs}: rising counts of samples, none above budget={self.budget}, expected")
         if len(set(self.seeds)) < len(self.seeds):
-            problems.append(f"seeds={self.seeds}: one stands there twice")
+            problems.append(f"seeds={self.seeds}: one is given twice")
         drawn = [
             name for name, dimension in self.space.items() if dimension.kind in ("choice", "uniform", "loguniform")
         ]
@@ -186,7 +200,7 @@ class StudyConfig(Section):
             )
         if self.search.name == "optuna" and len(self.seeds) > 1:
             problems.append(
-                f"seeds={self.seeds}: search.name=optuna takes one; repeat what it finds with a grid over seeds"
+                f"seeds={self.seeds}: search.name=optuna takes one seed; repeat its best trial with a grid over seeds"
             )
         names = set(self.space)
         for number, claim in enumerate(self.expect):
@@ -249,18 +263,18 @@ class StudyConfig(Section):
 
 @dataclass(frozen=True)
 class Study:
-    """A study and the run that it varies.
+    """A study and its base run.
 
     Attributes:
-        config: its base is the content of a run, so that it needs no other file.
-        base: the resolved config of the run, overrides put in.
+        config: with the content of the base run, so that it needs no other file.
+        base: the resolved config of the base run, with overrides.
     """
 
     config: StudyConfig
     base: dict[str, Any]
 
     def base_of(self, budget: int) -> dict[str, Any]:
-        """The run with a budget; what expressions see."""
+        """The base run with a budget; expressions read this config."""
         content = copy.deepcopy(self.base)
         content["train"]["num_samples"] = budget
         return content
@@ -281,10 +295,10 @@ def trial_name(number: int) -> str:
 
 
 def load_study(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Study:
-    """Read a study's YAML and put dotted overrides over it.
+    """Read a study's YAML and apply dotted overrides.
 
-    `budget=1000`, `scale=full` and the like change the study; `optim.lr=1e-3` and other keys of a run go to its
-    overrides; `space.optim.lr={grid: [...]}` changes a dimension.
+    `budget=1000` or `scale=full` change the study; `optim.lr=1e-3` and other keys of a run go to its overrides;
+    `space.optim.lr={grid: [...]}` changes a dimension.
 
     Raises:
         ConfigError: for a missing or unreadable file, an unknown key, a wrong type, fields that contradict.
@@ -302,7 +316,7 @@ def load_study(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) ->
     _put_overrides(content, given)
     base = content.get("base")
     if isinstance(base, str):
-        # Of the command line it is relative to where that was written, of the study to the study.
+        # Relative to the working directory if given on the command line, else to the study's file.
         content["base"] = read_mapping(
             base if "base" in dict(given) else Path(path).parent / base, "a mapping expected"
         )
@@ -310,10 +324,13 @@ def load_study(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) ->
 
 
 def read_study(uri: str, overrides: list[str] | tuple[str, ...] = ()) -> Study:
-    """The study of a sweep that has begun, given its folder or storage; overrides as of `load_study`.
+    """The study of a sweep that began, from its folder or storage.
+
+    Args:
+        overrides: as of `load_study`.
 
     Raises:
-        ConfigError: where there is none.
+        ConfigError: if there is no sweep.
     """
     from sigray.workers.storage import Storage
 
@@ -326,13 +343,13 @@ def read_study(uri: str, overrides: list[str] | tuple[str, ...] = ()) -> Study:
     home = Storage(uri)
     parent, _, content["name"] = home.uri.rpartition("/")
     if not home.is_local or not content.get("storage"):
-        content["dir" if home.is_local else "storage"] = parent  # where it lies now
+        content["dir" if home.is_local else "storage"] = parent  # the folder may have moved
     _put_overrides(content, [override_of(text) for text in overrides])
     return parse_study(content, f"{uri}/{STUDY}")
 
 
 def _put_overrides(content: dict[str, Any], given: list[tuple[str, Any]]) -> None:
-    """Put keys of the study, and keys of its run, where they belong."""
+    """Apply overrides to the study, or to its run."""
     for key, value in given:
         first, _, rest = key.partition(".")
         if first in RunConfig.model_fields:
@@ -344,7 +361,10 @@ def _put_overrides(content: dict[str, Any], given: list[tuple[str, Any]]) -> Non
 
 
 def parse_study(content: dict[str, Any], source: str) -> Study:
-    """Check a study whose base is the content of a run; raises as `load_study`, naming `source`."""
+    """Check a study's content; raises as `load_study`, naming `source`.
+
+    Its base must be the content of a run.
+    """
     refuse_secrets(content, source)
     try:
         config = StudyConfig.model_validate(content)
@@ -399,7 +419,8 @@ def _explain(error: dict[str, Any]) -> list[str]:
             "figures": FigureConfig,
         }
         section = models.get(str(error["loc"][0]), StudyConfig) if len(error["loc"]) > 1 else StudyConfig
-        known, last = list(section.model_fields), str(error["loc"][-1])
+        known = list(section.model_fields)
+        last = str(error["loc"][-1])
         near = difflib.get_close_matches(last, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         return [f"{key}: unknown key (value {error['input']!r}); {hint}allowed here: {', '.join(known)}"]

@@ -1,17 +1,19 @@
-"""A sweep from its study to its report: the driver's whole life in order.
+"""The driver of a sweep, from study to report, in the order in which it happens.
 
-    check -> propose -> leave out what cannot run -> [ Ray Tune runs trials, which stop themselves ] -> report
+    check -> propose -> skip infeasible trials -> [ Ray Tune runs trials, which stop themselves ] -> report
 
     driver: sigray sweep           this file
       |-- Judge (actor)            the table of results; decides at rungs                  tuning/judge.py
       |-- data-shard workers       of each stream that trials share                        workers/data/pool.py
-      '-- Ray Tune: trials (actors), as many as there is room for
+      '-- Ray Tune: trials (actors), as many as the free resources allow
             '-- a whole `sigray train` each, with its own worker group, checkpoints and evaluations
 
-Ray Tune starts the trials and starts one again whose process died. It is told of results and decides nothing: it would
-stop a trial by killing it, which leaves the training workers' places taken (Ray #54305), and it forgets what it knew
-when it is restored (Ray #30838). Here a trial asks at its rungs and ends by itself, and all that a sweep knows is its
-table, which is on disk before anybody acts on it.
+Ray Tune starts the trials and restarts a trial whose process died. It receives results but decides nothing. It would
+stop a trial by killing it, which leaks the resources of the training workers (Ray #54305), and it loses its state when it
+is restored (Ray #30838). Here a trial asks the `Judge` at its rungs and ends by itself. The table holds the whole state
+of a sweep and is on disk before any process acts on it.
+
+The file is long because the driver's three tasks (checks, Ray Tune's callbacks, capacity) share one table.
 """
 
 from __future__ import annotations
@@ -58,32 +60,35 @@ if TYPE_CHECKING:
     from sigray.workers.data.pool import DataPool, SharedPool
     from sigray.workers.training.train import Answer
 
-_LOOK_S = 1.0  # between two looks at the table
-_CAPACITY_S = 5.0  # and at the cluster
+_TABLE_INTERVAL_S = 1.0  # between two updates of the table
+_CAPACITY_INTERVAL_S = 5.0  # between two looks at the cluster's free resources
 _RESTARTS = 2  # of a trial whose process died
-_HELD_S = 90.0  # for which a trial waits for a driver of the same run that may be dying
-_LONGEST_WHY = 400  # characters in the table
-_SLACK_BLOCKS = 3  # that readers of a stream may differ by besides what they ask for ahead
+_LEASE_WAIT_S = 90.0  # a trial waits so long for the lease of a driver of the same run that may be dying
+_MAX_WHY = 400  # characters of a reason in the table
+_SLACK_BLOCKS = 3  # by which subscribers of a stream may differ, besides what they prefetch
 
 
-def sweep(study: Study, console: Console, *, overwrite: bool = False, retry: bool = False) -> Table:
-    """Run a study to its end, or until it is interrupted. A sweep that has begun already goes on.
+def sweep(study: Study, console: Console | None = None, *, overwrite: bool = False, retry: bool = False) -> Table:
+    """Run a study to its end, or until it is interrupted; resume a sweep that began.
 
     Args:
+        study: as `load_study` returns it.
+        console: progress goes there; by default standard output.
         overwrite: delete an earlier sweep of the same name first.
-        retry: run trials that failed once more.
+        retry: run failed trials again.
 
     Returns:
-        The table; some trials are not over where the sweep was interrupted.
+        The table. If the sweep was interrupted, some trials are not over.
 
     Raises:
-        ConfigError, OSError: for what the user can mend, before anything is started.
-        RuntimeError: where not one trial came to a result.
+        ConfigError, OSError: for what the user can repair, before anything starts.
+        RuntimeError: if no trial reached a result.
     """
     from sigray.tuning.report import write_report
 
-    # Ray Tune prints what it likes: its words go to a file, and ours past it.
-    display, config = Display(Console(file=console.file)), study.config
+    # Ray Tune prints to standard output: while it runs that is redirected to a file, and our console is not.
+    display = Display(Console(file=(console or Console()).file))
+    config = study.config
     storage = Storage(config.storage_uri)
     storage.check_writable()
     with contextlib.ExitStack() as stack:
@@ -94,13 +99,13 @@ def sweep(study: Study, console: Console, *, overwrite: bool = False, retry: boo
         is_begun = storage.exists(STUDY)
         if is_begun:
             _check_same(study, storage)
-            display.say(f"{storage.uri} holds this sweep already: going on with it (--overwrite begins anew)")
+            display.say(f"{storage.uri} holds this sweep already: resuming it (--overwrite starts again)")
         if _address(study):
             stack.enter_context(ray_of_run(_base(study), display))
         driver = _Sweep(study, storage, display, lease)
         try:
             if not is_begun:
-                storage.delete(RESULTS)  # of a driver that died before it had begun
+                storage.delete(RESULTS)  # of a driver that died before it wrote the study
             driver.prepare()
         except ConfigError:
             if not is_begun:
@@ -120,12 +125,12 @@ def sweep(study: Study, console: Console, *, overwrite: bool = False, retry: boo
         write_report(study, storage, driver.table)
         failed = [row for row in driver.table.rows.values() if row.status == "failed"]
         if failed and not any(row.results for row in driver.table.rows.values()):
-            raise RuntimeError(f"no trial came to a result; trial {failed[0].number}: {failed[0].error}")
+            raise RuntimeError(f"no trial reached a result; trial {failed[0].number}: {failed[0].error}")
         return driver.table
 
 
 def plan(study: Study, console: Console) -> Any:
-    """The trials that are known beforehand and which of them cannot run, as a table for the terminal."""
+    """A table for the terminal of the trials known in advance, infeasible ones marked."""
     with tempfile.TemporaryDirectory(prefix="sigray-plan-") as folder:
         storage = Storage(folder)
         driver = _Sweep(study, storage, Display(console))
@@ -135,12 +140,12 @@ def plan(study: Study, console: Console) -> Any:
 
 @dataclass
 class _Sweep:
-    """The moving parts of a sweep."""
+    """The state of a sweep's driver."""
 
     study: Study
     storage: Storage
     display: Display
-    lease: RunLease | None = None  # None where nothing will be run
+    lease: RunLease | None = None  # None if no trial will run
     is_stopping: bool = False
     _manifests: dict[str, Manifest] = field(default_factory=dict)
     _configs: dict[int, RunConfig] = field(default_factory=dict)  # of the trials that can run
@@ -148,13 +153,13 @@ class _Sweep:
     _pools: dict[str, DataPool] = field(default_factory=dict)
     _table: Table = field(default_factory=Table)
 
-    # ------------------------------------------------------------------------------ before anything is started
+    # ---------------------------------------------------------------------------------- before anything starts
 
     def prepare(self) -> None:
-        """Propose all trials that are known beforehand, and find those that cannot run.
+        """Propose all trials that are known in advance, and find the infeasible ones.
 
         Raises:
-            ConfigError: where none can.
+            ConfigError: if no trial can run.
         """
         self._search = Search(self.study)
         self._writer: Any = Writer(self.storage)
@@ -162,7 +167,7 @@ class _Sweep:
         for row in self._in_order():
             why = "" if row.is_over else self._check(row)
             if why:
-                raise ConfigError(f"trial {row.number} cannot go on: {why}")
+                raise ConfigError(f"trial {row.number} cannot continue: {why}")
         if not self._search.needs_results:
             while len(self._table.rows) < self._search.num_trials:
                 self._propose_next()
@@ -171,18 +176,19 @@ class _Sweep:
             raise ConfigError(f"no trial of the study can run; trial {infeasible[0].number}: {infeasible[0].error}")
 
     def retry(self) -> None:
-        """Have trials that failed tried again.
+        """Mark failed trials to run again.
 
         Raises:
-            ConfigError: where one cannot run any more; none is tried then.
+            ConfigError: if one of them cannot run any more; then none is marked.
         """
         failed = [row for row in self._in_order() if row.status == "failed"]
         for row in failed:
-            if why := self._check(row):
-                raise ConfigError(f"trial {row.number} failed and cannot be tried again: {why}")
+            why = self._check(row)
+            if why:
+                raise ConfigError(f"trial {row.number} failed and cannot run again: {why}")
         self._add(*({"event": "retry", "number": row.number} for row in failed))
         self.display.say(
-            f"tried again: {', '.join(str(row.number) for row in failed) or 'nothing, no trial has failed'}"
+            f"trials to run again: {', '.join(str(row.number) for row in failed) or 'none, no trial has failed'}"
         )
 
     @property
@@ -196,16 +202,16 @@ class _Sweep:
 
     @property
     def num_local_trials(self) -> int:
-        """How many trials this machine's own Ray shall have room for: as many as keep its processors busy.
+        """Number of trials that keep the processors of this machine's own Ray busy.
 
-        Where they compute on something else, there may be room for fewer: see `_capacity_now`.
+        Trials on accelerators may be fewer: see `_capacity_now`.
         """
         base = _base(self.study).cluster
         places = len(os.sched_getaffinity(0)) // (base.worker_range[1] * base.cpus_per_worker)
         return max(1, min(self.study.config.parallel or places, self._search.num_trials))
 
     def _propose_next(self) -> bool:
-        """Write the next trial into the table; False where it has to wait for results."""
+        """Write the next trial into the table; False if it has to wait for results."""
         number = len(self._table.rows)
         outcomes = [self._table.rows[other].outcome() for other in range(number)]
         proposal = self._search.propose(number, outcomes)
@@ -225,11 +231,11 @@ class _Sweep:
         why = self._check(row)
         if why:
             self._add({"event": "infeasible", "number": number, "why": why})
-            self.display.say(f"trial {number} cannot run and is left out ({words(row.values)}): {why}")
+            self.display.say(f"trial {number} cannot run and is skipped ({words(row.values)}): {why}")
         return True
 
     def _check(self, row: Row) -> str:
-        """Keep the config of a trial that can run; why not, where it cannot."""
+        """Keep the config of a feasible trial; returns the reason if it cannot run."""
         content = self.study.trial_content(row.number, row.seed, row.budget, row.overrides)
         found = feasible(content, self.study.config.rungs_of(row.budget), self._manifest)
         if isinstance(found, str):
@@ -271,8 +277,8 @@ class _Sweep:
             pool.close()
 
     def run(self) -> None:
-        """Have Ray Tune run the trials until all are over, or until the sweep is interrupted."""
-        # Ours: a table instead of its own, no folders and loggers, no killing at the first Ctrl-C, no change of folder.
+        """Let Ray Tune run the trials until all are over or the sweep is interrupted."""
+        # We show our own table. Ray Tune shall write no log folders, handle no Ctrl-C and change no working directory.
         for name, value in {
             "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
             "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -286,14 +292,14 @@ class _Sweep:
         scratch = tempfile.mkdtemp(prefix="sigray-tune-")
         trainable: Any = tune.with_resources(
             tune.with_parameters(_run_trial, judge=self._judge, study=self.study),
-            # What a trial's process starts without saying where runs in its places: its evaluations.
+            # Evaluations run in the trial's placement group: a trial starts them without a placement of their own.
             tune.PlacementGroupFactory([{"CPU": TRIAL_CPUS}, *self._evaluation_demand()]),
         )
-        # It misses the files of the loggers that are switched off, and traces what we tell.
+        # Ray Tune would warn that the files of its disabled loggers are missing.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         tuner = tune.Tuner(
             trainable,
-            # Processes of trials are used again: each spends ten seconds on imports.
+            # Reuse the processes of trials: each spends ten seconds on imports.
             tune_config=tune.TuneConfig(search_alg=Trials(self), num_samples=-1, reuse_actors=True),
             run_config=tune.RunConfig(
                 name="tune",
@@ -312,7 +318,7 @@ class _Sweep:
         shutil.rmtree(scratch, ignore_errors=True)
 
     def next_trial(self, trial_id: str) -> int | str | None:
-        """For Ray Tune: the number of the next trial, None while there is none, "FINISHED" where none will come."""
+        """Number of the next trial; None to ask again later, "FINISHED" at the end."""
         if self.is_stopping:
             return "FINISHED"
         if len(self._running) >= self._capacity_now():
@@ -327,30 +333,30 @@ class _Sweep:
             if not self._propose_next():
                 return None
         self._running[trial_id] = row.number
-        self._seat(row.number)
+        self._assign_stream(row.number)
         return row.number
 
     def trial_ended(self, trial_id: str, error: str | None) -> None:
-        """For Ray Tune: a trial's process has nothing more to do; where it died too often, `error` says how."""
+        """Record the end of a trial's process; `error` says why if it died too often."""
         import ray
 
         number = self._running.pop(trial_id, None)
         self.look(at_once=True)
         if number is not None and not self._table.rows[number].is_over and not self.is_stopping:
-            why = error or "it ended without coming to its end"
+            why = error or "its process ended before its last rung"
             ray.get(self._judge.add.remote({"event": "failed", "number": number, "why": why}))
             self.look(at_once=True)
 
     def trial_restarts(self, trial_id: str) -> None:
-        """For Ray Tune: a trial's process died and is started again."""
+        """Report that Ray Tune restarts a trial whose process died."""
         number = self._running[trial_id]
-        self.display.say(f"trial {number}: its process died and is started again; it goes on from its checkpoint")
+        self.display.say(f"trial {number}: its process died and restarts from the newest checkpoint")
 
     def look(self, at_once: bool = False) -> None:
-        """Bring the table up to date and show it. Called several times a second."""
+        """Update and show the table. Ray Tune calls this several times a second."""
         import ray
 
-        if not at_once and time.monotonic() - self._looked_at < _LOOK_S:
+        if not at_once and time.monotonic() - self._looked_at < _TABLE_INTERVAL_S:
             return
         self._looked_at = time.monotonic()
         if self.lease is not None:
@@ -370,19 +376,21 @@ class _Sweep:
 
     def _ask_to_stop(self) -> None:
         self.is_stopping = True
-        self.display.say("stopping: each trial writes a checkpoint at its next log interval (again to stop at once)")
+        self.display.say(
+            "stopping: each trial writes a checkpoint at its next log interval (Ctrl-C again stops at once)"
+        )
         self._judge.stop.remote()
 
     def _capacity_now(self) -> int:
         """Trials that may run at once."""
-        if time.monotonic() - self._capacity_at > _CAPACITY_S:
+        if time.monotonic() - self._capacity_at > _CAPACITY_INTERVAL_S:
             self._capacity_at = time.monotonic()
             parallel = self.study.config.parallel
             most = min(self._search.num_trials, parallel or self._search.num_trials)
             if not _address(self.study):
                 most = min(most, self.num_local_trials)
             count = count_trials(_nodes(self._foreign), self._pools_demand(), self._trial_demand(), most)
-            # A cluster may grow, or start with nothing: then the trial itself says what it waits for.
+            # A cluster may grow, or start empty: then a waiting trial names its pending reason.
             self._capacity = parallel or max(1, count)
         return self._capacity
 
@@ -401,11 +409,11 @@ class _Sweep:
     def _pools_demand(self) -> Demand:
         data = _base(self.study).data
         pool = [{"CPU": data.cpus_per_worker}] * _num_data_workers(data.num_workers)
-        # Trials of two streams run side by side while one seed ends and the next begins.
+        # Two streams are open at once while one seed ends and the next begins.
         return Demand([], pool * min(2, max(1, self.num_streams)))
 
-    def _seat(self, number: int) -> None:
-        """Give a trial its stream; its data-shard workers start with the first that reads it."""
+    def _assign_stream(self, number: int) -> None:
+        """Assign a stream to a trial; start its data-shard workers with the first trial."""
         import ray
 
         from sigray.workers.data.pool import DataPool
@@ -418,15 +426,15 @@ class _Sweep:
             data = config.data.model_copy(
                 update={
                     "num_workers": _num_data_workers(config.data.num_workers),
-                    # Of two groups of readers at different places of the stream.
+                    # For two groups of subscribers at different positions of the stream.
                     "shared_blocks": max(config.data.shared_blocks, 2 * window),
                 }
             )
             self._pools[key] = DataPool(self._manifest(config), data, config.model, seed=config.run.seed, window=window)
-        ray.get(self._judge.seat.remote(number, [self._pools[key].worker_list], config.model_dump(mode="json")))
+        ray.get(self._judge.assign.remote(number, [self._pools[key].worker_list], config.model_dump(mode="json")))
 
     def _window(self, config: RunConfig, key: str) -> int:
-        """Blocks of a lane within which the readers of a stream keep pace: as many as one asks for ahead, and a few."""
+        """Blocks of a lane within which subscribers keep pace: prefetch and some slack."""
         data = config.data
         sharing = [other for other in self._configs.values() if self._stream_key(other) == key]
         round_size = data.num_lanes * len(self._manifest(config).datasets()) * data.block_size
@@ -434,7 +442,7 @@ class _Sweep:
         return -(-ahead // round_size) + _SLACK_BLOCKS
 
     def _stream_key(self, config: RunConfig) -> str:
-        """Runs with the same one read the same blocks: what decides about samples, images and tokens."""
+        """A key of all settings that decide samples, images and tokens of a stream."""
         from sigray.workers.model.inputs import shapes
 
         data = config.data.model_dump(mode="json")
@@ -443,7 +451,7 @@ class _Sweep:
         return json.dumps([data, config.run.seed, shapes(config.model), config.model.tokenizer], sort_keys=True)
 
     def _close_finished_pools(self) -> None:
-        """Those that no trial will read any more."""
+        """Close the pools of streams that no trial will read any more."""
         if self._search.needs_results:
             return
         wanted = {
@@ -460,7 +468,7 @@ class _Sweep:
             self._note_stream(pool)
 
     def _note_stream(self, pool: DataPool) -> None:
-        """Write down what a stream has cost."""
+        """Record the cost of a stream in the table."""
         import ray
 
         with contextlib.suppress(ray.exceptions.RayError):  # a data-shard worker that is just being replaced
@@ -468,7 +476,7 @@ class _Sweep:
 
 
 class _JudgeWriter:
-    """Adds events by the judge, once it runs, and keeps the driver's table."""
+    """Add events through the `Judge` actor and refresh the driver's table."""
 
     def __init__(self, driver: _Sweep) -> None:
         self._driver = driver
@@ -484,7 +492,7 @@ class _JudgeWriter:
 
 
 class _SweepTrial:
-    """A trial as `launch.train` sees it; see `sigray.orchestrator.run.driver.Trial`."""
+    """A trial as `train` sees it, see `sigray.orchestrator.run.driver.Trial`."""
 
     def __init__(
         self,
@@ -536,7 +544,7 @@ def _run_trial(config: dict[str, Any], *, judge: Any, study: Study) -> None:
     from sigray.workers.data.pool import SharedPool
 
     number = config["number"]
-    content, stream, passed = ray.get(judge.seat_of.remote(number))
+    content, stream, passed = ray.get(judge.assignment.remote(number))
     run = parse_config(content, trial_name(number))
     rungs = study.config.rungs_of(run.train.num_samples)
     pool = SharedPool(stream[0], trial_name(number))
@@ -547,7 +555,7 @@ def _run_trial(config: dict[str, Any], *, judge: Any, study: Study) -> None:
         try:
             _train(run, Console(file=file, width=160), trial)
         except ray.exceptions.RayActorError:
-            raise  # the judge or the driver is gone: this is nothing that the trial has done
+            raise  # the judge or the driver died: no fault of the trial
         except Exception as error:
             traceback.print_exc(file=file)
             why = str(error) if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: {error}"
@@ -555,14 +563,14 @@ def _run_trial(config: dict[str, Any], *, judge: Any, study: Study) -> None:
 
 
 def shortened(why: str, log: str) -> str:
-    """The first lines of a reason; Ray's can have hundreds. The rest is in the log."""
+    """The beginning of a reason, which from Ray can have hundreds of lines."""
     text = " ".join(line.strip() for line in why.splitlines() if line.strip())
-    return text if len(text) <= _LONGEST_WHY else f"{text[:_LONGEST_WHY]}... (all of it: trials/{log})"
+    return text if len(text) <= _MAX_WHY else f"{text[:_MAX_WHY]}... (all of it: trials/{log})"
 
 
 def _train(run: RunConfig, console: Console, trial: _SweepTrial) -> None:
-    """`train`; where a driver of the same run is just dying, after it is dead."""
-    deadline = time.monotonic() + _HELD_S
+    """Call `train`, after the lease of a dying driver of the same run has expired."""
+    deadline = time.monotonic() + _LEASE_WAIT_S
     while True:
         try:
             train(run, console, trial=trial)
@@ -575,7 +583,7 @@ def _train(run: RunConfig, console: Console, trial: _SweepTrial) -> None:
 
 
 def figure_of(evaluation: dict[str, Any], metric: str) -> float:
-    """The study's figure in an evaluation; metric as zero_shot.SET.top1, and a set's name may have dots."""
+    """The value of a metric in an evaluation; SET in zero_shot.SET.top1 may have dots."""
     task, _, rest = metric.partition(".")
     name, _, figure = rest.rpartition(".")
     return float(evaluation[task][name][figure])
@@ -593,12 +601,12 @@ def _address(study: Study) -> str | None:
 
 
 def _num_data_workers(num_workers: int | tuple[int, int]) -> int:
-    """A shared stream has the most: it is read by several trials."""
+    """Number of data-shard workers of a stream: the upper bound, as trials share it."""
     return num_workers if isinstance(num_workers, int) else num_workers[1]
 
 
 def _check_same(study: Study, storage: Storage) -> None:
-    """Refuse to go on with another study under the same name.
+    """Refuse to resume another study under the same name.
 
     Raises:
         ConfigError: naming what differs.
@@ -614,19 +622,19 @@ def _check_same(study: Study, storage: Storage) -> None:
     if old != new:
         lines.append("eval: the sweep was started with other held-out sets")
     try:
-        check_resume(_base(saved), _base(study))  # where and on what it runs may change
+        check_resume(_base(saved), _base(study))  # cluster and storage may change
     except ConfigError as error:
         lines += [line.strip() for line in str(error).splitlines() if line.startswith("  ")]
     if lines:
         shown = "\n".join(f"  {line}" for line in lines)
         raise ConfigError(
             f"{storage.uri} holds another study of this name:\n{shown}\n"
-            "Choose another name, or begin anew with --overwrite"
+            "Choose another name, or start again with --overwrite"
         )
 
 
 def _clear(study: Study, storage: Storage) -> None:
-    """Delete an earlier sweep, its runs and all; nothing else that may lie in the folder."""
+    """Delete an earlier sweep and its runs, but no other files in the folder."""
     for folder in {str(study.config.folder), storage.uri}:
         home = Storage(folder)
         for name in (STUDY, RESULTS):
@@ -636,7 +644,7 @@ def _clear(study: Study, storage: Storage) -> None:
 
 
 def _nodes(foreign: dict[str, dict[str, float]]) -> list[Node]:
-    """The machines of the cluster, less what others hold."""
+    """The nodes of the cluster with the resources that other jobs do not hold."""
     import ray
 
     nodes = []
@@ -649,9 +657,9 @@ def _nodes(foreign: dict[str, dict[str, float]]) -> list[Node]:
 
 
 def _used_by_others() -> dict[str, dict[str, float]]:
-    """What is taken on each node before the sweep has taken anything."""
+    """Resources in use on each node before the sweep starts."""
     import ray
-    from ray._private.state import available_resources_per_node  # Ray has no public way
+    from ray._private.state import available_resources_per_node  # Ray has no public function for this
 
     free = available_resources_per_node()
     return {

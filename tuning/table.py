@@ -1,17 +1,17 @@
-"""The results of a sweep, on disk at every moment, and the whole state of the sweep.
+"""The table of a sweep's results, which is its whole state and always on disk.
 
-results.jsonl has a line for each thing that happened:
+results.jsonl has a line for each event:
 
-    {"event": "trial", "number", "seed", "budget", "values", "overrides"}        it was proposed
-    {"event": "infeasible", "number", "why"}                                     it cannot run, and was not started
-    {"event": "result", "number", "rung", "samples_seen", "value", "loss", "figures"}     it came to a rung
+    {"event": "trial", "number", "seed", "budget", "values", "overrides"}        the trial was proposed
+    {"event": "infeasible", "number", "why"}                                     it cannot run and was not started
+    {"event": "result", "number", "rung", "samples_seen", "value", "loss", "figures"}     it reached a rung
     {"event": "decision", "number", "rung", "answer", "why"}                     go on or stop
-    {"event": "failed", "number", "why"}                                         it ended by an error
-    {"event": "retry", "number"}                                                 and shall be tried again
-    {"event": "stream", "decoded", "served", "cpu_s"}                what a shared stream has cost and given, in samples
+    {"event": "failed", "number", "why"}                                         it ended with an error
+    {"event": "retry", "number"}                                                 it shall run again
+    {"event": "stream", "decoded", "served", "cpu_s"}                samples and CPU seconds of a shared stream
 
-Everything else (which trials are over, what a searcher has learned, what a scheduler compares) is computed from these
-lines, so a sweep that goes on after its driver has died knows all that it knew.
+The rest (the status of trials, a searcher's knowledge, a scheduler's comparisons) is computed from these lines, so a
+resumed sweep continues with the full state.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Result:
 
 @dataclass
 class Row:
-    """All that is known of a trial."""
+    """A trial with its results."""
 
     number: int
     seed: int
@@ -75,7 +75,7 @@ class Row:
 
     @property
     def group(self) -> tuple[int, int]:
-        """Trials that are compared with each other."""
+        """Key of the trials that are compared with each other."""
         return self.seed, self.budget
 
     @property
@@ -90,7 +90,7 @@ class Row:
     def at(self, samples: int | None) -> Result | None:
         """The result at a rung given in samples; None: at the end of the budget."""
         wanted = self.budget if samples is None else samples
-        # A rung falls on the first step at or behind its count.
+        # A rung falls on the first step at or after its count.
         found = [result for result in self.results if result.samples_seen >= wanted]
         before = [result for result in self.results if result.samples_seen < wanted]
         return found[0] if found and found[0].rung == len(before) else None
@@ -99,23 +99,23 @@ class Row:
         return Progress([result.value for result in self.results], self.is_over)
 
     def outcome(self) -> Outcome:
-        """For the searcher: figures of a trial that failed count for nothing."""
+        """The outcome for the searcher, without the figures of a failed trial."""
         usable = [] if self.status in ("failed", "infeasible") else [result.value for result in self.results]
         return Outcome(Point(self.values, self.overrides), usable, self.is_over, self.status == "finished")
 
 
 @dataclass
 class Table:
-    """The rows by number, and what the streams have cost."""
+    """The rows by number, and the costs of the streams."""
 
     rows: dict[int, Row] = field(default_factory=dict)
     streams: list[dict[str, float]] = field(default_factory=list)
 
     def add(self, event: dict[str, Any]) -> None:
-        """Take in one line.
+        """Apply one event.
 
         Raises:
-            ValueError: for a line that is none of ours.
+            ValueError: for an unknown event.
         """
         kind = event.get("event")
         if kind == "trial":
@@ -125,7 +125,8 @@ class Table:
             self.streams.append({key: event[key] for key in ("decoded", "served", "cpu_s")})
         elif kind == "infeasible":
             row = self.rows[event["number"]]
-            row.is_infeasible, row.error = True, event["why"]
+            row.is_infeasible = True
+            row.error = event["why"]
         elif kind == "failed":
             self.rows[event["number"]].error = event["why"]
         elif kind == "retry":
@@ -145,16 +146,16 @@ class Table:
         return sum(row.samples_seen for row in self.rows.values())
 
     def counts(self) -> dict[str, int]:
-        """How many trials have each status."""
+        """Number of trials by status."""
         statuses = [row.status for row in self.rows.values()]
         return {status: statuses.count(status) for status in sorted(set(statuses))}
 
 
 def read_table(storage: Storage) -> Table:
-    """The table of a sweep; an empty one where none is there.
+    """The table of a sweep; an empty one if the file is missing.
 
     Raises:
-        ValueError: where the file is not ours.
+        ValueError: if the file has unknown events.
     """
     table = Table()
     for event in read_events(storage):
@@ -169,23 +170,26 @@ def read_events(storage: Storage) -> list[dict[str, Any]]:
 
 
 class Writer:
-    """Adds events to the table in memory and to the file, which is replaced at once: a reader never sees half a line.
+    """Add events to the table in memory and to the file.
+
+    The file is replaced atomically, so a reader never sees half a line.
 
     Args:
         storage: of the sweep.
 
     Attributes:
-        table: what the file says.
+        table: the content of the file.
     """
 
     def __init__(self, storage: Storage) -> None:
-        self._storage, self._events = storage, read_events(storage)
+        self._storage = storage
+        self._events = read_events(storage)
         self.table = Table()
         for event in self._events:
             self.table.add(event)
 
     def add(self, *events: dict[str, Any]) -> None:
-        """Durable when it returns."""
+        """Add events; they are durable on return."""
         for event in events:
             self.table.add(event)
         self._events += events
@@ -197,7 +201,7 @@ class Ranked:
     """A configuration over all of its seeds."""
 
     rows: Sequence[Row]
-    rung: int  # to which all of them came; -1: not all came to one
+    rung: int  # the last that all seeds reached; -1 if none
     mean: float  # of the figure there
     spread: float  # standard deviation over seeds; 0 for one
 
@@ -207,9 +211,9 @@ class Ranked:
 
 
 def ranking(rows: Iterable[Row]) -> list[Ranked]:
-    """The configurations, best first: those that came furthest, and among these by the mean of their figure.
+    """The configurations of the largest budget, best first.
 
-    Only among equal budgets, where there are several: of the largest.
+    Sorted by the last rung that all seeds reached, then by the mean of the metric there.
     """
     rows = list(rows)
     largest = max((row.budget for row in rows), default=0)
@@ -227,7 +231,7 @@ def ranking(rows: Iterable[Row]) -> list[Ranked]:
 
 
 def as_csv(table: Table, num_rungs: int) -> str:
-    """The final table: what was tried and what came of it. Nothing in it depends on when or where."""
+    """The final table as CSV; it does not depend on time or machine."""
     names = list(dict.fromkeys(name for row in table.rows.values() for name in row.values))
     head = ["trial", "seed", "budget", *names, "status", "samples_seen", *(f"rung_{n + 1}" for n in range(num_rungs))]
     lines = [head]

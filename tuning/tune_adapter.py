@@ -1,6 +1,6 @@
-"""The two places where Ray Tune calls us: it asks for the next trial, and it lets us look while it works.
+"""The two hooks into Ray Tune: a searcher that hands out trials, and a callback.
 
-Both are thin: what they answer is the driver's business, `tuning/sweep.py`.
+Both pass calls on to the sweep's driver (`tuning/sweep.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ray.tune.search import Searcher
 
 
 class Driver(Protocol):
-    """What Ray Tune needs of the sweep."""
+    """The part of the sweep's driver that Ray Tune calls."""
 
     def next_trial(self, trial_id: str) -> int | str | None: ...
 
@@ -35,22 +35,22 @@ class Trials(Searcher):
         return {"number": number} if isinstance(number, int) else number
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """Told once for each trial, after the last of its restarts."""
+        """Ray Tune calls this once for each trial, after its last restart."""
         if not error:
             self._driver.trial_ended(trial_id, None)
 
     def save(self, checkpoint_path: str) -> None:
-        """Ray Tune would keep a searcher's state beside its own. Ours is the table."""
+        """Save nothing: the state is the sweep's table."""
 
     def restore(self, checkpoint_path: str) -> None:
         """See `save`."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Ray Tune pickles it for a restore that we do not use
+        return {}  # Ray Tune pickles it for `Tuner.restore`, which we do not use
 
 
 class Watch(Callback):
-    """Ray Tune's callback: a look at the table several times a second, and trials whose process died for good."""
+    """Ray Tune's callback: refreshes the table, reports restarts and failed trials."""
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver

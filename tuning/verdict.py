@@ -1,10 +1,11 @@
-"""Was it seen? What a study expected against what its table says, with the noise that it has to be told from.
+"""Verdicts on a study's claims: did the table show the expected direction?
 
-A claim compares two sides at equal values of everything else: equal seed, budget, and all other dimensions. Each seed
-gives one mean difference. Two things blur it: a figure over n images is a sample (for two rates p and q the variance of
-their difference is p(1-p)/n + q(1-q)/n, or less, since the images are the same), and another seed gives another model.
-So a direction counts as seen where every seed shows it, and their mean is more than two standard errors from zero; the
-error is the larger of that of the images and, with three seeds or more, that of the seeds.
+A claim compares two sides at equal seed, budget and values of all other dimensions. Each seed gives one mean difference.
+The difference has two sources of noise. A rate over n images is a sample: the difference of two rates p and q has at
+most the variance p(1-p)/n + q(1-q)/n. And another seed gives another model.
+
+A direction counts as seen if every seed shows it and the mean is more than two standard errors from zero. The error is
+that of the images or, with three or more seeds, that of the seeds if it is larger.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from sigray.tuning.table import Result, Row
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a claim."""
+    """The verdict on a claim."""
 
     answer: Literal["seen", "the other way", "undecided", "no data"]
-    mean: float = 0.0  # difference, better - worse; or by how much it is larger at one place than at the other
+    mean: float = 0.0  # difference better - worse, or the difference of two such differences (than_where)
     error: float = 0.0  # standard error of the mean
     by_seed: tuple[float, ...] = ()
     num_pairs: int = 0
@@ -36,7 +37,7 @@ def verdict(claim: Claim, rows: Iterable[Row], metric: str, derived: Iterable[st
     Args:
         rows: of the sweep.
         metric: of the study.
-        derived: dimensions that follow from others (`expr`): they need not be equal.
+        derived: dimensions computed from others (`expr`), which may differ.
     """
     rows = [row for row in rows if row.status not in ("failed", "infeasible")]
     here = _pairs(claim, rows, claim.where, set(derived))
@@ -72,17 +73,17 @@ def _pairs(
     named = claim.better.keys() | claim.worse.keys()
     pairs = []
     for row in rows:
-        ahead = row.at(claim.at)
-        if ahead is None or not _matches(row, claim.better | where):
+        better = row.at(claim.at)
+        if better is None or not _matches(row, claim.better | where):
             continue
         for other in rows:
-            behind = other.at(claim.at)
-            if behind is None or other.group != row.group or not _matches(other, claim.worse | where):
+            worse = other.at(claim.at)
+            if worse is None or other.group != row.group or not _matches(other, claim.worse | where):
                 continue
-            # A dimension that only one of them has (`when`) is no difference.
+            # A dimension that only one of them has (`when`) does not count as different.
             names = (row.values.keys() & other.values.keys()) - named - derived
             if all(row.values[name] == other.values[name] for name in names):
-                pairs.append((row, ahead, behind))
+                pairs.append((row, better, worse))
     return pairs
 
 
@@ -94,15 +95,15 @@ def _by_seed(pairs: Sequence[tuple[Row, Result, Result]], metric: str) -> tuple[
     """Mean difference of each seed, and its variance as a sample of images."""
     differences: dict[int, list[float]] = {}
     variances: dict[int, list[float]] = {}
-    for row, ahead, behind in pairs:
-        differences.setdefault(row.seed, []).append(ahead.value - behind.value)
-        variances.setdefault(row.seed, []).append(sample_variance(ahead, metric) + sample_variance(behind, metric))
+    for row, better, worse in pairs:
+        differences.setdefault(row.seed, []).append(better.value - worse.value)
+        variances.setdefault(row.seed, []).append(sample_variance(better, metric) + sample_variance(worse, metric))
     means = {seed: statistics.fmean(values) for seed, values in differences.items()}
     return means, {seed: sum(values) / len(values) ** 2 for seed, values in variances.items()}
 
 
 def sample_variance(result: Result, metric: str) -> float:
-    """p(1-p)/n of a rate over n images, or captions."""
+    """The variance p(1-p)/n of a rate over n images or captions."""
     task, _, rest = metric.partition(".")
     name, _, figure = rest.rpartition(".")
     counted = "num_captions" if figure.startswith("text_to_image") else "num_images"

@@ -24,10 +24,10 @@ def test_the_page_answers_the_question(tmp_path):
     assert "Does &lt;b&gt;it&lt;/b&gt; matter?" in page
     assert '<p class="answer seen">seen</p><p>The sigmoid leads.</p>' in page
     assert '<p class="answer undecided">undecided</p><p>Larger is worse.</p>' in page
-    assert "Of 6\u00a0configurations" in page
+    assert "Best of 6\u00a0configurations: " in page
     assert "50.5\u00a0%\u00a0±\u00a00.71" in page
     assert "2\u00a0others are within two standard errors" in page
-    assert "a blind guess gets 25.0\u00a0%" in page
+    assert "chance is 25.0\u00a0%" in page
     assert page.count("<svg") == 4 - 1  # two rungs against the batch, the learning curves
     assert sorted(path.name for path in (study.config.folder / "figures").iterdir()) == [
         "against_the_batch_300.png",
@@ -52,7 +52,7 @@ def test_a_sweep_under_way_says_so(tmp_path):
     table = table_of(trial(0, **{"loss.name": "sigmoid", "train.global_batch_size": 2}))
     page = page_of(study, table)
     assert "unfinished" in page
-    assert "No trial has come to a result." in page
+    assert "No trial has reached a result." in page
     assert page.count("no data") >= 2
     assert not (study.config.folder / "best.yaml").exists()
 

@@ -128,7 +128,7 @@ def test_rungs_are_the_same_counts_for_all_and_end_with_the_budget():
         ({"budget": 0}, "budget"),
         ({"rungs": [500, 300]}, r"rungs=\[500, 300\]"),
         ({"rungs": [1000]}, "none above budget=900"),
-        ({"seeds": [1, 1]}, r"seeds=\[1, 1\]: one stands there twice"),
+        ({"seeds": [1, 1]}, r"seeds=\[1, 1\]: one is given twice"),
         ({"space": {"optim.lr": {"loguniform": [1e-4, 1e-2]}}}, r"space.optim.lr is drawn.*search: \{name: random"),
         ({"search": {"name": "random", "num_trials": 3}}, "has nothing to draw"),
         ({"search": {"name": "random"}}, r"name=random needs num_trials"),

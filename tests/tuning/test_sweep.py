@@ -223,11 +223,11 @@ def test_what_was_done_is_not_done_again(study, outputs):
 
 def test_what_cannot_run_is_told_before_anything_starts(study, outputs):
     first, second = outputs
-    told = re.search(r"trial \d cannot run and is left out \(trial=cannot run\): .* takes 400 samples", first)
+    told = re.search(r"trial \d cannot run and is skipped \(trial=cannot run\): .* takes 400 samples", first)
     assert told is not None, first
     assert told.start() < first.index("starting Ray")
     assert not list((study.config.folder / "trials").glob(f"trial-*{number_of(study, 'cannot run')}*"))
-    assert "cannot run and is left out" not in second
+    assert "cannot run and is skipped" not in second
 
 
 def test_a_trial_that_crashes_is_told_and_ends_nothing(study, outputs):
@@ -331,7 +331,7 @@ def test_a_trial_that_can_run_no_more_is_not_tried_again(tmp_path, capsys):
     shutil.rmtree(tmp_path / "train")
     write_dataset(tmp_path / "train", [20])
     assert main(["sweep", str(path), "--retry"]) == 2
-    assert re.search(r"trial \d failed and cannot be tried again: .*train\.global_batch_size", capsys.readouterr().err)
+    assert re.search(r"trial \d failed and cannot run again: .*train\.global_batch_size", capsys.readouterr().err)
     assert storage.read(RESULTS) == before
 
 

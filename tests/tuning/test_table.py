@@ -182,8 +182,8 @@ def test_a_trial_that_goes_on_after_a_restart_knows_its_rungs(tmp_path):
     sweep.judge.add(trial(0))
     assert sweep.ask(0, 0, 0.5) == "go on"
     sweep.die()
-    sweep.judge.seat(0, ["stream"], {"run": {}})
-    assert sweep.judge.seat_of(0) == ({"run": {}}, ["stream"], [0])
+    sweep.judge.assign(0, ["stream"], {"run": {}})
+    assert sweep.judge.assignment(0) == ({"run": {}}, ["stream"], [0])
 
 
 def test_an_interrupted_sweep_lets_a_waiting_trial_go_without_deciding(tmp_path):
