@@ -771,7 +771,7 @@ def _outcome(config: RunConfig) -> Outcome:
 
 
 def _audit(config: RunConfig) -> list[str]:
-    from sigray.orchestrator.data.inspect import audit_run
+    from sigray.orchestrator.data.audit import audit_run
 
     try:
         found = audit_run(config)

@@ -516,15 +516,8 @@ def _config(options: argparse.Namespace, console: Console) -> int:
 
 
 def _data_inspect(options: argparse.Namespace, console: Console) -> int:
-    from sigray.orchestrator.data.inspect import (
-        MAX_S,
-        NUM_PICTURES,
-        NUM_SAMPLES,
-        data_section,
-        inspect_data,
-        inspection_tables,
-        write_sheet,
-    )
+    from sigray.orchestrator.data.inspect import MAX_S, NUM_PICTURES, NUM_SAMPLES, data_section, inspect_data
+    from sigray.orchestrator.data.inspect_sheet import inspection_tables, write_sheet
 
     data = data_section(options.overrides)
     sheet = Path(options.sheet) if options.sheet else None
@@ -554,7 +547,7 @@ def _data_audit(options: argparse.Namespace, console: Console) -> int:
     from sigray.orchestrator.run.folder import read_run
 
     config = read_run(options.run_folder)
-    from sigray.orchestrator.data.inspect import audit_run, audit_table
+    from sigray.orchestrator.data.audit import audit_run, audit_table
 
     found = audit_run(config)
     console.print(audit_table(found))
@@ -565,7 +558,8 @@ def _data_audit(options: argparse.Namespace, console: Console) -> int:
 
 
 def _data_tokenizer(options: argparse.Namespace, console: Console) -> int:
-    from sigray.orchestrator.data.inspect import data_section, train_caption_tokenizer
+    from sigray.orchestrator.data.inspect import data_section
+    from sigray.orchestrator.data.train_tokenizer import train_caption_tokenizer
 
     data = data_section([options.pattern, *options.overrides])
     with ProgressBars(console) as progress:

@@ -2,9 +2,9 @@
 
 from tests.mutations.fault import Fault
 
+_AUDIT = "tests/orchestrator/data/test_audit.py"
 _CHAOS = "tests/orchestrator/chaos/test_chaos.py"
 _CLUSTER_FILES = "tests/cluster/test_files.py"
-_DATA = "tests/orchestrator/data/test_data_commands.py"
 _FOLDER = "tests/orchestrator/run/test_folder.py"
 _FORMATTING = "tests/orchestrator/test_formatting.py"
 _LEASE = "tests/orchestrator/run/test_lease.py"
@@ -287,10 +287,10 @@ FAULTS = [
     ),
     Fault(
         "the audit looks for an epoch one sample too early",
-        "sigray.orchestrator.data.inspect:RunAudit.steps_of",
+        "sigray.orchestrator.data.audit:RunAudit.steps_of",
         "epoch.epoch * epoch.num_samples + 1",
         "epoch.epoch * epoch.num_samples",
-        (f"{_DATA}::test_steps_of_an_epoch_are_those_of_its_rows",),
+        (f"{_AUDIT}::test_steps_of_an_epoch_are_those_of_its_rows",),
     ),
     Fault(
         "a rate within luck of chance counts as better",

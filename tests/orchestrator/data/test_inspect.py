@@ -20,7 +20,8 @@ from PIL import Image
 
 from sigray.orchestrator.cli.main import main
 from sigray.orchestrator.config import ConfigError
-from sigray.orchestrator.data.inspect import PICTURE_PX, data_section, inspect_data, write_sheet
+from sigray.orchestrator.data.inspect import PICTURE_PX, data_section, inspect_data
+from sigray.orchestrator.data.inspect_sheet import write_sheet
 from sigray.workers.config import DataConfig, S3Config
 from sigray.workers.data.decode import Decoder, decode_pixels, sample_random
 from sigray.workers.data.manifest import read_samples, scan_shards
@@ -94,7 +95,7 @@ def test_sound_shards(tar_folder, capsys, tmp_path, monkeypatch):
     assert lines_with(out, "PNG", ".png", "76")
     assert lines_with(out, "shorter side", *["20"] * 5)
     assert lines_with(out, "txt", "100.0 %", "76", "76")
-    assert not re.search("broken|problems|duplicate|most often", out)
+    assert not re.search("broken|problems|duplicate|most frequent", out)
     assert not list(tmp_path.glob("*.html"))  # without --sheet there is no file
 
 
@@ -219,19 +220,19 @@ def test_captions_of_several_sources(tmp_path, capsys):
 def test_an_even_selection_says_so(tmp_path, capsys):
     write_dataset(tmp_path, [40] * 5)
     found = inspect_data(DataConfig(shards=str(tmp_path)), num_samples=20)
-    assert [look.num_decoded for look in found.looks] == [4] * 5
+    assert [shard.num_decoded for shard in found.shards] == [4] * 5
     assert found.num_samples == 200  # the headers of all are read
     code, out, _ = run(capsys, tmp_path, "--samples", "20")
     assert code == 0
-    assert lines_with(out, "20 samples, spread evenly over what was read", "--all reads and decodes everything")
+    assert lines_with(out, "20 samples, spread evenly over the samples read", "--all reads and decodes everything")
 
 
 def test_more_shards_than_samples(tmp_path):
     write_dataset(tmp_path, [3] * 9)
     found = inspect_data(DataConfig(shards=str(tmp_path)), num_samples=3, num_pictures=3)
-    decoded = [look.number for look in found.looks if look.num_decoded]
+    decoded = [shard.number for shard in found.shards if shard.num_decoded]
     assert decoded == [0, 4, 8]  # spread over them, not the first three
-    assert sum(len(look.pictures) for look in found.looks) == 3
+    assert sum(len(shard.pictures) for shard in found.shards) == 3
 
 
 def test_time_limit_stops_and_says_what_was_not_read(tmp_path, capsys, monkeypatch):
@@ -246,7 +247,7 @@ def test_time_limit_stops_and_says_what_was_not_read(tmp_path, capsys, monkeypat
     code, out, _ = run(capsys, tmp_path)
     assert code == 0
     assert lines_with(out, "shards", "12: 0 read whole", "in part", "not opened")
-    assert lines_with(out, "then the time was up; --all reads and decodes everything")
+    assert lines_with(out, "until the time limit; --all reads and decodes everything")
 
 
 def test_the_sheet_shows_what_training_decodes(tmp_path):
@@ -352,3 +353,11 @@ def test_s3(tmp_path, capsys, monkeypatch):
         code, out, _ = run(capsys, f"s3://{BUCKET}/tars/", key)
         assert code == 0
         assert lines_with(out, "12 samples (100.0 %)")
+
+
+@pytest.mark.parametrize("command", ["inspect", "audit", "tokenizer"])
+def test_help_teaches_by_example(command, capsys):
+    with pytest.raises(SystemExit) as exit_code:
+        main(["data", command, "--help"])
+    assert exit_code.value.code == 0
+    assert f"examples:\n  sigray {'train' if command == 'audit' else 'data ' + command}" in capsys.readouterr().out
