@@ -44,7 +44,6 @@ from sigray.orchestrator.run.driver import (
     stop_on_signal,
     train,
 )
-from sigray.orchestrator.run.lease import RunHeld, RunLease
 from sigray.orchestrator.run.monitor import Display
 from sigray.tuning.capacity import Demand, Node, count_trials
 from sigray.tuning.feasible import feasible
@@ -53,6 +52,7 @@ from sigray.tuning.live import LiveTable, results_table, words
 from sigray.tuning.search import Search
 from sigray.tuning.study import STUDY, Study, parse_study, trial_name
 from sigray.tuning.table import RESULTS, Row, Table, Writer
+from sigray.workers.checkpoint.lease import RunHeld, RunLease
 from sigray.workers.data.manifest import Manifest
 from sigray.workers.storage import Storage
 

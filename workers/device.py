@@ -35,6 +35,7 @@ from sigray.losses import (
 from sigray.losses.spans import span
 from sigray.workers.config import Accelerator, LossConfig, Precision
 from sigray.workers.model.towers import tower_blocks
+from sigray.workers.sharding import gather
 
 _PORTABLE = 1  # cudaHostRegisterPortable
 _COPIES_AHEAD = 3  # the device must not run out of work while the host asks for the many small kernels of a text tower
@@ -237,7 +238,7 @@ class Device:
         for parameter in module.parameters():
             kinds.setdefault(isinstance(parameter, DTensor), []).append(parameter)
         norms = [nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds.values()]
-        norm = torch.stack([whole(norm) for norm in norms]).norm() if len(norms) > 1 else whole(norms[0])
+        norm = torch.stack([gather(norm) for norm in norms]).norm() if len(norms) > 1 else gather(norms[0])
         for kind in kinds.values():
             nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
         return norm
@@ -509,21 +510,6 @@ class XlaDevice(Device):
 
         kind = torch_xla.runtime.device_type()
         return f"torch-xla, {self.num_devices} {kind} device{'s' * (self.num_devices > 1)} each"
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor of which each rank may hold a part, gathered. Then all ranks must call this, in the same order."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def like(tensor: Tensor, other: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, where the other one is split; else the tensor itself."""
-    if not isinstance(other, DTensor):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    # All ranks hold the whole: nothing is sent.
-    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
 
 
 def open_device(

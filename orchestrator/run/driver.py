@@ -26,7 +26,6 @@ from sigray.orchestrator.config import ConfigError, RunConfig, check_resume
 from sigray.orchestrator.formatting import format_duration
 from sigray.orchestrator.planning.plan import check_memory
 from sigray.orchestrator.run.folder import CONFIG, RunFolder, read_run
-from sigray.orchestrator.run.lease import RunLease
 from sigray.orchestrator.run.monitor import Display, RayHooks, RunMonitor, TensorBoard
 from sigray.orchestrator.run.policy import (
     Attempt,
@@ -40,6 +39,7 @@ from sigray.orchestrator.run.policy import (
     wanted_data_workers,
 )
 from sigray.workers.checkpoint.index import CheckpointInfo, is_committed, list_checkpoints
+from sigray.workers.checkpoint.lease import RunLease
 from sigray.workers.checkpoint.writer import leave_out, mark_best, read_best, read_left_out
 from sigray.workers.data.manifest import Manifest, in_threads, list_shards, scan_shards
 from sigray.workers.data.tar import DataError

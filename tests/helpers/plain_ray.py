@@ -17,8 +17,8 @@ import ray._private.state
 import ray.train.v2.api.data_parallel_trainer as ray_train
 
 from sigray.orchestrator.run import driver as launch
-from sigray.orchestrator.run import lease
 from sigray.orchestrator.run.driver import LEAN_RAY
+from sigray.workers.checkpoint import lease
 
 
 class _Reference:

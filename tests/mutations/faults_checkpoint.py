@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.mutations.fault import Fault
 
 _CHECKPOINT, _LEDGER = "tests/workers/checkpoint/test_writer.py::test_", "tests/workers/training/test_ledger.py::test_"
-_LEASE, _LAUNCH = "tests/orchestrator/run/test_lease.py::test_", "tests/orchestrator/run/test_driver.py::test_"
+_LEASE, _LAUNCH = "tests/workers/checkpoint/test_lease.py::test_", "tests/orchestrator/run/test_driver.py::test_"
 _DURABLE = (f"{_CHECKPOINT}files_are_durable_before_the_commit_mark",)
 _BEST = (f"{_LAUNCH}the_best_checkpoint_is_kept",)
 
@@ -75,7 +75,7 @@ FAULTS = [
     ),
     Fault(
         "the fence lets every owner through",
-        "sigray.workers.checkpoint.fence:Fence.check",
+        "sigray.workers.checkpoint.lease:Fence.check",
         "if owner != self.owner:",
         "if False:",
         (f"{_LEASE}the_fence_lets_through_the_owner_alone",),
@@ -139,7 +139,7 @@ FAULTS = [
     Fault(
         "what was saved changes while it is written",
         "sigray.workers.checkpoint.writer:CheckpointWriter._copy",
-        "return host.copy_(whole(value.detach()))",
+        "return host.copy_(gather(value.detach()))",
         "return value.detach()",
         (f"{_CHECKPOINT}training_may_go_on_while_it_is_written",),
     ),
@@ -215,21 +215,21 @@ FAULTS = [
     ),
     Fault(
         "a lease is renewed more seldom than it lives",
-        "sigray.orchestrator.run.lease:RunLease._renew",
+        "sigray.workers.checkpoint.lease:RunLease._renew",
         "self._stop.wait(_RENEW_S)",
         "self._stop.wait(_LIFETIME_S + _RENEW_S)",
         (f"{_LEASE}two_renewals_may_fail_before_a_lease_ends",),
     ),
     Fault(
         "one failed renewal ends a lease",
-        "sigray.orchestrator.run.lease:RunLease._renew",
+        "sigray.workers.checkpoint.lease:RunLease._renew",
         "self._stop.wait(_RENEW_S)",
         "self._stop.wait(_LIFETIME_S / 2)",
         (f"{_LEASE}two_renewals_may_fail_before_a_lease_ends",),
     ),
     Fault(
         "a driver that ends leaves its lease",
-        "sigray.orchestrator.run.lease:RunLease.__exit__",
+        "sigray.workers.checkpoint.lease:RunLease.__exit__",
         "self._storage.delete(LEASE_FILE)",
         "pass",
         (f"{_LEASE}a_second_driver_is_refused_and_told_whom",),

@@ -7,7 +7,7 @@ _CHAOS = "tests/orchestrator/chaos/test_chaos.py"
 _CLUSTER_FILES = "tests/cluster/test_files.py"
 _FOLDER = "tests/orchestrator/run/test_folder.py"
 _FORMATTING = "tests/orchestrator/test_formatting.py"
-_LEASE = "tests/orchestrator/run/test_lease.py"
+_LEASE = "tests/workers/checkpoint/test_lease.py"
 _MONITORING = "tests/orchestrator/cluster/test_prometheus.py"
 _PAGES = "tests/orchestrator/reports/test_live_server.py"
 _PLAN = "tests/orchestrator/planning/test_plan.py"
@@ -63,35 +63,35 @@ FAULTS = [
     ),
     Fault(
         "a lease is held at the moment in which it expires",
-        "sigray.orchestrator.run.lease:is_free",
+        "sigray.workers.checkpoint.lease:is_free",
         "now >= lease.expires",
         "now > lease.expires",
         (f"{_LEASE}::test_when_a_run_may_be_taken",),
     ),
     Fault(
         "a process id of another machine counts",
-        "sigray.orchestrator.run.lease:is_free",
+        "sigray.workers.checkpoint.lease:is_free",
         "(lease.host, lease.boot) == (host, boot) and",
         "",
         (f"{_LEASE}::test_when_a_run_may_be_taken",),
     ),
     Fault(
         "of two drivers that start at once both go on",
-        "sigray.orchestrator.run.lease:RunLease.__enter__",
+        "sigray.workers.checkpoint.lease:RunLease.__enter__",
         "held.owner != self.owner",
         "not held.owner",
         (f"{_LEASE}::test_of_two_that_start_at_once_the_last_to_write_has_it",),
     ),
     Fault(
         "a driver that lost its run is not told",
-        "sigray.orchestrator.run.lease:RunLease.check",
-        "if self._lost",
+        "sigray.workers.checkpoint.lease:RunLease.check",
+        "if self._is_lost",
         "if not self.owner",
         (f"{_LEASE}::test_a_driver_whose_run_was_taken_over_is_told_and_leaves_the_lease",),
     ),
     Fault(
         "a driver deletes the lease of another one",
-        "sigray.orchestrator.run.lease:RunLease.__exit__",
+        "sigray.workers.checkpoint.lease:RunLease.__exit__",
         "held.owner == self.owner",
         "held.owner",
         (f"{_LEASE}::test_a_driver_whose_run_was_taken_over_is_told_and_leaves_the_lease",),

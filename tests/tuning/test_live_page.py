@@ -15,11 +15,11 @@ import pytest
 
 from sigray.orchestrator.reports.http_server import serve
 from sigray.orchestrator.reports.live_server import RUNS, Pages
-from sigray.orchestrator.run.lease import RunLease
 from sigray.tuning.live_page import SWEEPS
 from sigray.tuning.report import write_report
 from sigray.tuning.study import STUDY, Study
 from sigray.tuning.table import Writer
+from sigray.workers.checkpoint.lease import RunLease
 from sigray.workers.storage import Storage
 from tests.helpers.run_folders import CONFIG, add_line, made, write_run
 from tests.helpers.s3 import free_ports
@@ -39,7 +39,7 @@ def point(batch: int, loss: str) -> dict[str, object]:
 
 
 def test_a_sweep_at_work_and_at_its_end(study, tmp_path, monkeypatch):
-    monkeypatch.setattr("sigray.orchestrator.run.lease._SETTLE_S", 0.01)
+    monkeypatch.setattr("sigray.workers.checkpoint.lease._SETTLE_S", 0.01)
     monkeypatch.setattr("sigray.orchestrator.reports.live_server._KEEP_S", 0.0)
     monkeypatch.setattr("sigray.orchestrator.reports.live_server._REST", 0)
     storage = Storage(study.config.storage_uri)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from sigray.workers.checkpoint.fence import Fence
+from sigray.workers.checkpoint.lease import Fence
 
 _PAUSES_S = 1.0, 30.0  # after the first refusal, and at most; doubled in between
 _WARN_AGAIN_S = 300.0

@@ -25,7 +25,6 @@ import torch
 from torch import nn
 
 from sigray.workers.checkpoint.async_writer import BackgroundWriter
-from sigray.workers.checkpoint.fence import Fence
 from sigray.workers.checkpoint.index import (
     COMMIT,
     FOLDER,
@@ -37,8 +36,9 @@ from sigray.workers.checkpoint.index import (
     list_checkpoints,
     read_info,
 )
+from sigray.workers.checkpoint.lease import Fence
 from sigray.workers.config import CheckpointConfig
-from sigray.workers.device import like, whole
+from sigray.workers.sharding import gather, shard_like
 from sigray.workers.storage import Storage, fingerprint
 
 _WEIGHTS, _OPTIMIZER, _BEST = "model.safetensors", "optimizer.pt", "best_checkpoint.json"
@@ -134,7 +134,7 @@ class CheckpointWriter:
         config: checkpoint section of the run.
         model: model section of the run, for commit.json.
         first_step: steps done when this attempt began.
-        owner: of the run's lease, see `workers/checkpoint/fence.py`.
+        owner: of the run's lease, see `workers/checkpoint/lease.py`.
         warn: told, from the thread, when the storage refuses.
 
     Attributes:
@@ -238,7 +238,7 @@ class CheckpointWriter:
             # Not empty_like: of an XLA tensor it makes one that has no memory of the host's.
             host = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.device.type == "cuda")
             self._host[path] = host
-        return host.copy_(whole(value.detach()))
+        return host.copy_(gather(value.detach()))
 
     def _write(
         self, weights: dict[str, torch.Tensor], optimizer: Any, step: int, samples_seen: int, after: list[str]
@@ -275,7 +275,7 @@ def help_to_save(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             for item in value.values() if isinstance(value, dict) else value:
                 give(item)
         elif isinstance(value, torch.Tensor):
-            whole(value.detach())
+            gather(value.detach())
 
     give(dict(module.state_dict()))
     give(optimizer.state_dict())
@@ -304,7 +304,7 @@ def load_weights(
         if of_store and name.startswith("visual."):
             tensors[name] = own
         elif name in tensors and tensors[name].shape == own.shape:
-            tensors[name] = like(tensors[name], own)
+            tensors[name] = shard_like(tensors[name], own)
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
@@ -322,7 +322,9 @@ def load_checkpoint(
         saved |= {key: group[key] for key in _OF_THE_DEVICE if key in group}
         for number, parameter in zip(saved["params"], group["params"], strict=True):
             known = state["state"].get(number, {})
-            known |= {key: like(value, parameter) for key, value in known.items() if value.shape == parameter.shape}
+            known |= {
+                key: shard_like(value, parameter) for key, value in known.items() if value.shape == parameter.shape
+            }
     optimizer.load_state_dict(state)
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from sigray.workers.checkpoint.index import CheckpointInfo
 from sigray.workers.checkpoint.writer import load_weights
 from sigray.workers.config import ModelConfig
-from sigray.workers.device import like
 from sigray.workers.model.towers import TOWERS, build_bare_model, build_meta_model, build_model
+from sigray.workers.sharding import shard_like
 from sigray.workers.storage import Storage
 
 _POSITIONS = ("visual.positional_embedding", "text.positional_embedding")
@@ -81,7 +81,7 @@ def load_initial_weights(module: nn.Module, model: ModelConfig) -> InitialWeight
     """
     found, tensors = _match(module, model)
     own = module.state_dict()
-    module.load_state_dict({name: like(tensor, own[name]) for name, tensor in tensors.items()}, strict=False)
+    module.load_state_dict({name: shard_like(tensor, own[name]) for name, tensor in tensors.items()}, strict=False)
     return found
 
 

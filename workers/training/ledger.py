@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sigray.workers.checkpoint.async_writer import BackgroundWriter
-from sigray.workers.checkpoint.fence import Fence
+from sigray.workers.checkpoint.lease import Fence
 from sigray.workers.checkpoint.writer import read_left_out
 from sigray.workers.data.loader import Batch
 from sigray.workers.data.manifest import Manifest
@@ -57,7 +57,7 @@ class Ledger:
         rank: of this training worker.
         first_step: the attempt's; rank 0 deletes what was written from there on.
         warn: told, from another thread, when the storage refuses.
-        owner: of the run's lease, see `workers/checkpoint/fence.py`.
+        owner: of the run's lease, see `workers/checkpoint/lease.py`.
     """
 
     def __init__(

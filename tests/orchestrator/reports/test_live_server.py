@@ -19,7 +19,7 @@ from sigray.orchestrator.config import load_config
 from sigray.orchestrator.reports.http_server import serve
 from sigray.orchestrator.reports.live_server import RUNS, Pages
 from sigray.orchestrator.run.folder import RunFolder
-from sigray.orchestrator.run.lease import RunLease
+from sigray.workers.checkpoint.lease import RunLease
 from sigray.workers.storage import Storage
 from tests.helpers.run_folders import CONFIG, HOSTILE, SET, SUMMARY, add_line, evaluation, made, metrics_line, write_run
 from tests.helpers.s3 import BUCKET, s3_server
@@ -27,7 +27,7 @@ from tests.helpers.s3 import BUCKET, s3_server
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("sigray.orchestrator.run.lease._SETTLE_S", 0.01)
+    monkeypatch.setattr("sigray.workers.checkpoint.lease._SETTLE_S", 0.01)
     monkeypatch.setattr("sigray.orchestrator.reports.live_server._KEEP_S", 0.0)
     monkeypatch.setattr("sigray.orchestrator.reports.live_server._REST", 0)
 

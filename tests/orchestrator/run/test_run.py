@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from sigray.orchestrator.config import load_config
-from sigray.orchestrator.run.lease import RunLease
+from sigray.workers.checkpoint.lease import RunLease
 from sigray.workers.storage import Storage
 from tests.helpers.bare import train_bare
 from tests.helpers.processes import descendants_named

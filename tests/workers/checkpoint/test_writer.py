@@ -18,7 +18,6 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sigray.workers.checkpoint.fence import RunTakenOver
 from sigray.workers.checkpoint.index import (
     CheckpointError,
     CheckpointInfo,
@@ -27,6 +26,7 @@ from sigray.workers.checkpoint.index import (
     read_info,
     read_metrics,
 )
+from sigray.workers.checkpoint.lease import RunTakenOver
 from sigray.workers.checkpoint.writer import (
     CheckpointWriter,
     is_due,

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sigray.workers.checkpoint.fence import RunTakenOver
 from sigray.workers.checkpoint.index import list_checkpoints, read_metrics
+from sigray.workers.checkpoint.lease import RunTakenOver
 from sigray.workers.config import CheckpointConfig
 from sigray.workers.data.loader import Batch
 from sigray.workers.storage import Storage

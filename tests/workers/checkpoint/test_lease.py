@@ -7,10 +7,8 @@ import time
 
 import pytest
 
-from sigray.orchestrator.config import ConfigError
-from sigray.orchestrator.run import lease as lease_module
-from sigray.orchestrator.run.lease import Lease, RunLease, is_free
-from sigray.workers.checkpoint.fence import Fence, RunTakenOver
+from sigray.workers.checkpoint import lease as lease_module
+from sigray.workers.checkpoint.lease import Fence, Lease, RunHeld, RunLease, RunTakenOver, is_free
 from sigray.workers.storage import Storage
 
 LIFETIME_S, RENEW_S = lease_module._LIFETIME_S, lease_module._RENEW_S  # before `quick` changes one
@@ -18,8 +16,8 @@ LIFETIME_S, RENEW_S = lease_module._LIFETIME_S, lease_module._RENEW_S  # before 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("sigray.orchestrator.run.lease._SETTLE_S", 0.01)
-    monkeypatch.setattr("sigray.orchestrator.run.lease._RENEW_S", 0.05)
+    monkeypatch.setattr("sigray.workers.checkpoint.lease._SETTLE_S", 0.01)
+    monkeypatch.setattr("sigray.workers.checkpoint.lease._RENEW_S", 0.05)
 
 
 def lease(**fields) -> Lease:
@@ -49,7 +47,7 @@ def test_when_a_run_may_be_taken(held, now, alive, free):
 
 def test_a_second_driver_is_refused_and_told_whom(tmp_path):
     storage = Storage(tmp_path)
-    with RunLease(storage), pytest.raises(ConfigError, match=rf"process {os.getpid()} on {socket.gethostname()}"):
+    with RunLease(storage), pytest.raises(RunHeld, match=rf"process {os.getpid()} on {socket.gethostname()}"):
         RunLease(storage).__enter__()
     assert not (tmp_path / "lease.json").exists()
     with RunLease(storage):
@@ -65,7 +63,7 @@ class Raced(Storage):
 
 
 def test_of_two_that_start_at_once_the_last_to_write_has_it(tmp_path):
-    with pytest.raises(ConfigError, match="is being run by process 7 on far"):
+    with pytest.raises(RunHeld, match="is being run by process 7 on far"):
         RunLease(Raced(tmp_path)).__enter__()
     assert json.loads((tmp_path / "lease.json").read_text())["owner"] == "other"
 
@@ -114,7 +112,7 @@ def test_a_driver_whose_run_was_taken_over_is_told_and_leaves_the_lease(tmp_path
         held.check()
         (tmp_path / "lease.json").write_text(taken)
         deadline = time.monotonic() + 30
-        while not held._lost and time.monotonic() < deadline:
+        while not held._is_lost and time.monotonic() < deadline:
             time.sleep(0.01)
         with pytest.raises(RunTakenOver, match="another driver has taken over"):
             held.check()
@@ -141,6 +139,6 @@ def test_the_fence_lets_through_the_owner_alone(tmp_path):
     with RunLease(storage) as held:
         Fence(storage, held.owner).check()
         Fence(storage, None).check()
-        with pytest.raises(RunTakenOver, match="has another driver by now"):
+        with pytest.raises(RunTakenOver, match="writes nothing more"):
             Fence(storage, "before").check()
-    Fence(storage, "before").check()  # nobody has it: its own driver has just ended
+    Fence(storage, "before").check()  # no lease: its own driver has just ended

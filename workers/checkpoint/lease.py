@@ -1,0 +1,195 @@
+"""The lease of a run: one driver holds it, and every writer checks it before a write.
+
+    RUN/lease.json    owner, host, process and expiry; the driver renews it every 10 s
+
+If a driver or its machine dies, its training workers may keep running. The next driver's lease names another owner, and
+the `Fence` of the old workers refuses their writes (checkpoints, ledger).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from sigray.workers.storage import Storage
+
+LEASE_FILE = "lease.json"
+_LIFETIME_S = 60.0
+_RENEW_S = 10.0
+_SETTLE_S = 0.5  # if two drivers start at once, both write; the driver whose lease is there after this time holds it
+
+
+class RunHeld(ValueError):
+    """Another driver holds the lease, so this driver cannot start."""
+
+
+class RunTakenOver(RuntimeError):
+    """Another driver took the lease after this driver started."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Content of lease.json."""
+
+    owner: str  # a random name
+    host: str
+    boot: str  # id of the machine's boot: a pid means something within one boot only
+    pid: int
+    expires: float  # Unix time
+
+
+def is_free(lease: Lease | None, now: float, host: str, boot: str, is_alive: Callable[[int], bool]) -> bool:
+    """Whether a driver may take a run.
+
+    True if the run has no lease, if the lease expired, or if its process ran on this machine and is gone.
+
+    Args:
+        now: Unix time.
+        host, boot: of this machine.
+        is_alive: whether a process of this machine has this id.
+    """
+    if lease is None or now >= lease.expires:
+        return True
+    return (lease.host, lease.boot) == (host, boot) and not is_alive(lease.pid)
+
+
+def read_lease(storage: Storage) -> Lease | None:
+    """The lease of a run or sweep; None if lease.json is missing or incomplete."""
+    try:
+        return Lease(**json.loads(storage.read(LEASE_FILE)))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def is_driven(storage: Storage) -> bool:
+    """Whether a driver holds the run or sweep now."""
+    return _is_held(read_lease(storage))
+
+
+def _is_held(lease: Lease | None) -> bool:
+    return not is_free(lease, time.time(), socket.gethostname(), _boot(), _is_alive)
+
+
+@dataclass(frozen=True)
+class Fence:
+    """Refuses writes to a run after another driver took the lease.
+
+    Args:
+        storage: of the run.
+        owner: of the lease under which these training workers started; None: the run has no lease.
+    """
+
+    storage: Storage
+    owner: str | None
+
+    def check(self) -> None:
+        """Compare the owners; call this before each write.
+
+        Raises:
+            RunTakenOver: if the lease names another owner.
+            OSError: if the storage cannot be read.
+        """
+        if self.owner is None:
+            return
+        try:
+            owner = json.loads(self.storage.read(LEASE_FILE))["owner"]
+        except (FileNotFoundError, ValueError):
+            return  # the driver has ended, or is just writing its lease
+        if owner != self.owner:
+            raise RunTakenOver(f"another driver has taken over {self.storage.uri}: this worker writes nothing more")
+
+
+class RunLease:
+    """Context manager that holds the lease of a run and renews it in the background.
+
+    Args:
+        storage: of the run.
+
+    Attributes:
+        owner: a random name, in the lease while this driver holds it.
+
+    Raises:
+        RunHeld: on entering, if another driver holds the lease.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self.owner = uuid.uuid4().hex
+        self._is_lost = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+
+    def __enter__(self) -> RunLease:
+        held = read_lease(self._storage)
+        if _is_held(held):
+            raise self._refusal(held)
+        self.renew()
+        time.sleep(_SETTLE_S)
+        held = read_lease(self._storage)
+        if held is None or held.owner != self.owner:
+            raise self._refusal(held)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        held = read_lease(self._storage)
+        if held is not None and held.owner == self.owner:
+            self._storage.delete(LEASE_FILE)
+
+    def check(self) -> None:
+        """Raise RunTakenOver if another driver has taken the run."""
+        if self._is_lost:
+            raise RunTakenOver(
+                f"another driver has taken over {self._storage.uri} ({LEASE_FILE} there names it): this driver could "
+                f"not renew its lease within {_LIFETIME_S:.0f} s. Nothing is lost; the other driver continues the run"
+            )
+
+    def _renew(self) -> None:
+        while not self._stop.wait(_RENEW_S):
+            try:
+                held = read_lease(self._storage)
+                if held is not None and held.owner != self.owner:
+                    self._is_lost = True
+                    return
+                self.renew()
+            except OSError:
+                continue  # while the storage is unreachable, other drivers cannot reach it either
+
+    def renew(self) -> None:
+        """Hold the lease for another minute. The background thread does this too."""
+        lease = Lease(self.owner, socket.gethostname(), _boot(), os.getpid(), time.time() + _LIFETIME_S)
+        self._storage.write(LEASE_FILE, json.dumps(asdict(lease)).encode())
+
+    def _refusal(self, held: Lease | None) -> RunHeld:
+        holder = f"process {held.pid} on {held.host}" if held else "another driver"
+        left_s = max(held.expires - time.time(), 0) if held else _LIFETIME_S
+        return RunHeld(
+            f"{self._storage.uri} is being run by {holder}: stop that driver first (Ctrl-C there leaves a checkpoint), "
+            f"or choose another run.name. If the driver is dead, its lease ends in {left_s:.0f} s"
+        )
+
+
+def _boot() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
