@@ -1,6 +1,6 @@
 """What does a training step cost on one GPU, beside open_clip's own, and how near does `sigray plan` come?
 
-ViT-B-16-SigLIP in bf16 with AdamW, on batches of noise that lie in page-locked memory, as the feed hands them over:
+ViT-B-16-SigLIP in bf16 with AdamW, on batches of noise that lie in page-locked memory, as the loader hands them over:
 
     one_piece       256 pairs, one forward and backward pass
     micro_batches   4,096 pairs in micro-batches of 256: every pair is seen by the loss, the towers run forward twice

@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from benchmarks.common import ROOT, ensure_emoji, report
 from sigray.orchestrator.config import RunConfig, load_config
-from sigray.workers.data.loader import Feed
+from sigray.workers.data.loader import Loader
 from sigray.workers.data.manifest import scan_shards
 from sigray.workers.data.worker import DataWorker, build_order, image_kind
 from sigray.workers.device import open_device
@@ -45,7 +45,7 @@ def bare_rank(rank: int, world_size: int, config: RunConfig, num_steps: int) -> 
     torch.set_num_threads(config.cluster.cpus_per_worker)
     data, batch_size = config.data, config.train.global_batch_size
     manifest = scan_shards(data.shards, data)
-    feed = Feed(
+    loader = Loader(
         build_order(manifest, data, config.run.seed),
         OneWorker(DataWorker(manifest, data, config.model, seed=config.run.seed)),
         image_kind=image_kind(manifest, config.model),
@@ -58,7 +58,7 @@ def bare_rank(rank: int, world_size: int, config: RunConfig, num_steps: int) -> 
         prefetch_batches=1,
         max_bad_fraction=data.max_bad_fraction,
     )
-    batches = list(feed)
+    batches = list(loader)
     trainer = Trainer(
         config.model,
         config.optim,

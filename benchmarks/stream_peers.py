@@ -4,7 +4,7 @@ A contestant is an endless iterator over batches of B = 256 pairs, (images, toke
 owns. All of them read the same tars, crop at random as open_clip does by default (0.9 to 1 of the area), resize to
 224 pixels with an antialiased bicubic filter and tokenize with open_clip's vocabulary at context length 77:
 
-    sigray            two data-shard workers, Ray actors, and a Feed: shuffled, ledger and cursor kept
+    sigray            two data-shard workers, Ray actors, and a Loader: shuffled, ledger and cursor kept
     floor             two bare processes: tar parser, decoder and tokenizer of sigray, straight into one batch that is
                       overwritten by the next; not shuffled, nothing handed over but the news of a batch
     open_clip         open_clip_train's own data pipeline as shipped (PIL, float32, normalised), two loader workers
@@ -99,7 +99,7 @@ def sigray(paths: list[Path]) -> Iterator[Batch]:
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Storage(folder), rank=0, first_step=0, warn=print)
         try:
-            for batch in stream.feed():
+            for batch in stream.loader():
                 yield batch.images, batch.tokens
                 ledger.add(batch)
                 if (batch.step + 1) % CHECKPOINT_STEPS == 0:  # the cursor is this number
@@ -123,17 +123,17 @@ class SigrayStream:
         manifest = scan_shards(self._data.shards, self._data)
         self._order, self._image_kind = build_order(manifest, self._data, SEED), image_kind(manifest, MODEL)
         self._pool = DataPool(manifest, self._data, MODEL, seed=SEED)
-        actors = listed(self._pool.worker_list.get.remote())
+        actors = listed(self._pool.registry.actors.remote())
         self.worker_pids = ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in actors])
 
-    def feed(self, num_batches: int = 2**40) -> Any:
+    def loader(self, num_batches: int = 2**40) -> Any:
         """One reader from the stream's beginning."""
-        from sigray.workers.data.loader import Feed
+        from sigray.workers.data.loader import Loader
         from sigray.workers.data.pool import PoolBlocks
 
-        return Feed(
+        return Loader(
             self._order,
-            PoolBlocks(self._pool.worker_list, self._data.worker_timeout_s),
+            PoolBlocks(self._pool.registry, self._data.worker_timeout_s),
             image_kind=self._image_kind,
             global_batch_size=BATCH,
             block_size=self._data.block_size,
@@ -160,7 +160,7 @@ def shared(paths: list[Path], num_readers: int, num_batches: int) -> dict[str, f
     counts = [0] * num_readers
 
     def read(number: int) -> None:
-        for batch in stream.feed(num_batches):
+        for batch in stream.loader(num_batches):
             check(batch.images, batch.tokens)
             counts[number] += 1
 

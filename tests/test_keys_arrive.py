@@ -170,9 +170,9 @@ def test_ray_is_asked_for_the_workers_that_the_config_wants(configure, plain, mo
     timeouts = []
 
     class Watched(PoolBlocks):
-        def __init__(self, worker_list: Any, timeout_s: float, reader: str | None = None) -> None:
+        def __init__(self, registry: Any, timeout_s: float, subscriber: str | None = None) -> None:
             timeouts.append(timeout_s)
-            super().__init__(worker_list, timeout_s, reader)
+            super().__init__(registry, timeout_s, subscriber)
 
     monkeypatch.setattr("sigray.workers.data.pool.PoolBlocks", Watched)
     plain.train = end_at_once

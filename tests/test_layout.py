@@ -59,7 +59,7 @@ SLOW_IMPORTS = ["torch", "open_clip", "transformers", "timm", "torchvision", "to
     ("process", "absent"),
     [
         (DATA_WORKER, SLOW_IMPORTS),
-        ("from sigray.workers.data.stream_registry import WorkerList", ["torch", "ray", "PIL"]),
+        ("from sigray.workers.data.stream_registry import StreamRegistry", ["torch", "ray", "PIL"]),
         (
             "from sigray.orchestrator.run.backends import GlooConfig; from ray.train.v2._internal.execution.controller import *",
             ["torch"],

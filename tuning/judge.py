@@ -46,7 +46,7 @@ class Judge:
         """Assign a config and a stream to a trial.
 
         Args:
-            stream: handle of the pool's `WorkerList`, in a list.
+            stream: handle of the pool's `StreamRegistry`, in a list.
             content: of its config.
         """
         self._assignments[number] = content, stream

@@ -364,7 +364,7 @@ class _Sweep:
         self._table, lines = ray.get(self._judge.table.remote())
         self._live.show(self._table, lines, set(self._running.values()))
         for pool in self._pools.values():
-            pool.tend()
+            pool.poll()
 
     @property
     def num_streams(self) -> int:
@@ -431,13 +431,13 @@ class _Sweep:
                 }
             )
             self._pools[key] = DataPool(self._manifest(config), data, config.model, seed=config.run.seed, window=window)
-        ray.get(self._judge.assign.remote(number, [self._pools[key].worker_list], config.model_dump(mode="json")))
+        ray.get(self._judge.assign.remote(number, [self._pools[key].registry], config.model_dump(mode="json")))
 
     def _window(self, config: RunConfig, key: str) -> int:
         """Blocks of a lane within which subscribers keep pace: prefetch and some slack."""
         data = config.data
         sharing = [other for other in self._configs.values() if self._stream_key(other) == key]
-        round_size = data.num_lanes * len(self._manifest(config).datasets()) * data.block_size
+        round_size = data.total_lanes * data.block_size
         ahead = max(other.train.global_batch_size * (other.data.prefetch_batches + 1) for other in sharing)
         return -(-ahead // round_size) + _SLACK_BLOCKS
 

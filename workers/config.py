@@ -136,6 +136,19 @@ class DataConfig(Section):
     shard_cache_gib: Annotated[float, Field(gt=0)] = 50
     """Size of that folder at most; the shards used longest ago are deleted first."""
 
+    @property
+    def total_lanes(self) -> int:
+        """Lanes of all datasets together."""
+        return self.num_lanes * (len(self.shards) if isinstance(self.shards, dict) else 1)
+
+    def num_requested_batches(self, global_batch_size: int) -> int:
+        """Global batches whose blocks are requested at any time, the one in use included.
+
+        All lanes reach the end of a block at about the same step. Requests must reach into the next block, or the
+        data-shard workers have nothing to do between one round of blocks and the next.
+        """
+        return self.prefetch_batches + -(-self.block_size * self.total_lanes // global_batch_size)
+
     @model_validator(mode="before")
     @classmethod
     def _languages_fill_their_places(cls, content: Any) -> Any:

@@ -133,7 +133,7 @@ class Device:
         current.wait_stream(stream)
         for copy in copies:
             copy.record_stream(current)  # its memory is the copy stream's, and must not be used again too early
-        # The feed writes into a batch's memory again once nobody holds it.
+        # The loader writes into a batch's memory again once nobody holds it.
         self._copied[:] = [pair for pair in self._copied if not pair[0].query()]
         self._copied.append((done, tensors))
         return copies

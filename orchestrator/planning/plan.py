@@ -243,8 +243,6 @@ def plan(
         wire["gradients of weights"] = num_micro * (num_devices - 1) * towers.gradients
     wire_s = sum(wire.values()) / kind.link(num_devices)
     rate = batch / (compute_s + wire_s)
-    num_lanes = config.data.num_lanes * (len(config.data.shards) if isinstance(config.data.shards, dict) else 1)
-    ahead = config.data.prefetch_batches + -(-config.data.block_size * num_lanes // batch)
     return Plan(
         device=kind,
         num_devices=num_devices,
@@ -262,7 +260,7 @@ def plan(
         wire=wire,
         num_steps=-(-config.train.num_samples // batch),
         data_workers=None if stored_embeddings else math.ceil(rate * DECODE_S / MAX_DATA_WORKER_UTILISATION),
-        object_store=ahead * batch * sample_bytes,
+        object_store=config.data.num_requested_batches(batch) * batch * sample_bytes,
         price_per_hour=price_per_hour,
         assumptions=_assumptions(config, kind),
     )

@@ -373,8 +373,7 @@ class _Run:
         """Tell the other trials from which block of its lanes this one reads on."""
         if self.trial:
             data, seen = self.config.data, self._saved_step * self.config.train.global_batch_size
-            num_lanes = data.num_lanes * len(self.manifest.datasets())
-            self.trial.pool.expect(seen // (num_lanes * data.block_size))
+            self.trial.pool.subscribe(seen // (data.total_lanes * data.block_size))
 
     def _find_open_rung(self) -> None:
         """A driver before this one may have died between a rung's checkpoint and the decision."""
@@ -397,7 +396,7 @@ class _Run:
         self._rung, self._rung_since, self._rung_evaluation = step, time.monotonic(), None
         self._num_evaluation_failures = 0
         if self.trial:
-            self.trial.pool.leave()
+            self.trial.pool.unsubscribe()
 
     def _decide_rung(self) -> None:
         """Ask the sweep about the rung, once its figures are there, and tell the training workers."""
@@ -591,7 +590,7 @@ class _Run:
             elif event["kind"] == "failed":
                 self._errors += content
         self._metrics.repeat()
-        self._pool.tend()
+        self._pool.poll()
         self._evaluate_next()
         self._decide_rung()
 

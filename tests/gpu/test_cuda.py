@@ -18,7 +18,7 @@ from sigray.losses.softmax import softmax_loss_plain
 from sigray.orchestrator.config import load_config
 from sigray.workers.checkpoint.writer import CheckpointWriter, load_newest
 from sigray.workers.config import CheckpointConfig
-from sigray.workers.data.loader import Feed
+from sigray.workers.data.loader import Loader
 from sigray.workers.data.manifest import scan_shards
 from sigray.workers.data.worker import DataWorker, build_order, image_kind
 from sigray.workers.device import open_device
@@ -272,15 +272,15 @@ def test_the_same_steps_give_the_same_bits(settings):
 
 
 def test_batches_arrive_whole_while_the_device_is_behind(tmp_path):
-    """The feed uses page-locked memory again, and it is written to from elsewhere; no copy may read it after that."""
+    """The loader uses page-locked memory again, and it is written to from elsewhere; no copy may read it after that."""
     config = load_config(write_small_run(tmp_path, train={"num_samples": 960, "global_batch_size": 16}), [])
     manifest = scan_shards(config.data.shards, config.data)
     order = build_order(manifest, config.data, 0)
 
-    def feed(page_lock):
+    def loader(page_lock):
         worker = DataWorker(manifest, config.data, config.model, seed=0)
         source = OneWorker(worker, shares_memory=page_lock is not None)
-        return Feed(
+        return Loader(
             order, source, image_kind=image_kind(manifest, config.model), global_batch_size=16,
             block_size=config.data.block_size, rank=0, world_size=1, first_step=0, last_step=60, prefetch_batches=4,
             max_bad_fraction=1.0, page_lock=page_lock,
@@ -288,7 +288,7 @@ def test_batches_arrive_whole_while_the_device_is_behind(tmp_path):
 
     device = open_device(CUDA, 0, "fp32")
     busy, sums, pinned = torch.randn(4096, 4096, device=CUDA), [], []
-    for batch in feed(device.page_lock):
+    for batch in loader(device.page_lock):
         busy = busy @ busy / 64  # the device falls behind the host
         pinned.append(batch.images.is_pinned() and batch.tokens.is_pinned())
         images, tokens = device.to_device(batch.images, batch.tokens)
@@ -297,7 +297,7 @@ def test_batches_arrive_whole_while_the_device_is_behind(tmp_path):
         del batch, images, tokens
     assert all(pinned)
     weights = weights.cpu()
-    for batch, (image_sums, token_sums) in zip(feed(None), sums, strict=True):
+    for batch, (image_sums, token_sums) in zip(loader(None), sums, strict=True):
         assert torch.equal(batch.images.flatten(1).double() @ weights, image_sums.cpu())
         assert torch.equal(batch.tokens.double().sum(dim=1), token_sums.cpu())
 

@@ -1,6 +1,6 @@
 """The batches of each rank, fed by data workers in this process."""
 
-from sigray.workers.data.loader import Feed
+from sigray.workers.data.loader import Loader
 from sigray.workers.data.manifest import scan_shards
 from sigray.workers.data.worker import DataWorker, build_order, image_kind
 from tests.helpers.bare import OneWorker
@@ -12,7 +12,7 @@ def manifest_of(data):
 
 def batches(data, model, *, batch, rank=0, world_size=1, first=0, last=12, worker=None, source=OneWorker):
     manifest = manifest_of(data)
-    feed = Feed(
+    loader = Loader(
         build_order(manifest, data, 5),
         source(worker or DataWorker(manifest, data, model, seed=5), shares_memory=True),
         image_kind=image_kind(manifest, model),
@@ -25,4 +25,4 @@ def batches(data, model, *, batch, rank=0, world_size=1, first=0, last=12, worke
         prefetch_batches=2,
         max_bad_fraction=data.max_bad_fraction,
     )
-    return list(feed)
+    return list(loader)

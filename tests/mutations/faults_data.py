@@ -1,4 +1,4 @@
-"""Faults of the data plane: tars, shards, S3, decoding, data workers, feed, stores, tokenizers, towers, evaluation."""
+"""Faults of the data plane: tars, S3, decoding, data workers, loader, stores, tokenizers, towers, evaluation."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ _MEMORY, _DECODE, _STORE = f"{_W}buffers.py::test_", f"{_W}decode.py::test_", f"
 _PADS = "tests/orchestrator/run/test_export.py::test_a_tokenizer_pads_with_its_own_token"
 
 FAULTS = [
-    # The feed: what it holds, what it counts, what it hands out.
+    # The loader: what it holds, what it counts, what it hands out.
     Fault(
         "bad samples are measured against 1,024 for ever",
-        "sigray.workers.data.loader:Feed._count",
+        "sigray.workers.data.loader:Loader._count",
         "max(self._num_read, 1024)",
         "1024",
         (f"{_BOUNDS}a_rate_of_bad_samples_is_one_of_all_samples_read[200-False]",),
     ),
     Fault(
         "bad samples are never measured",
-        "sigray.workers.data.loader:Feed._count",
+        "sigray.workers.data.loader:Loader._count",
         "if num_refused > self._max_bad_fraction * ",
         "if self._max_bad_fraction < 0 < ",
         (f"{_BOUNDS}a_rate_of_bad_samples_is_one_of_all_samples_read[67-True]",),
     ),
     Fault(
         "blocks are never released",
-        "sigray.workers.data.loader:Feed._batches",
+        "sigray.workers.data.loader:Loader._batches",
         "del blocks[place]",
         "pass",
         (f"{_BOUNDS}blocks_are_released_when_no_later_batch_needs_them",),
@@ -49,21 +49,21 @@ FAULTS = [
     ),
     Fault(
         "a batch is handed out while somebody late may write into it",
-        "sigray.workers.data.loader:Feed._assemble",
+        "sigray.workers.data.loader:Loader._assemble",
         "if buffer.num_writers:",
         "if False:",
         (f"{_MEMORY}batches_that_are_handed_out_stay_as_they_are[12-1]",),
     ),
     Fault(
         "a rank takes the rows of a block from its beginning",
-        "sigray.workers.data.loader:Feed._assemble",
+        "sigray.workers.data.loader:Loader._assemble",
         "blocks[piece.block].images[piece.first : piece.last]",
         "blocks[piece.block].images[: piece.last - piece.first]",
         (f"{_MEMORY}batches_that_are_handed_out_stay_as_they_are[10-2]",),
     ),
     Fault(
         "blocks are prefetched as if there were one dataset",
-        "sigray.workers.data.loader:Feed.__init__",
+        "sigray.workers.data.loader:Loader.__init__",
         " * len(order.datasets)",
         "",
         (f"{_BOUNDS}blocks_ahead_are_counted_over_the_lanes_of_all_datasets",),
@@ -251,22 +251,22 @@ FAULTS = [
     # Pools and readers that keep pace.
     Fault(
         "a reader leaves others behind by a block",
-        "sigray.workers.data.stream_registry:leaves_behind",
+        "sigray.workers.data.stream_registry:evicts_needed_block",
         "number <= other + window + 1",
         "number < other + window + 1",
-        (f"{_LISTS}leaves_behind",),
+        (f"{_LISTS}evicts_needed_block",),
     ),
     Fault(
         "a reader that is lost holds the others up",
-        "sigray.workers.data.stream_registry:WorkerList.may_ask",
-        "and now - since < _LOST_S",
+        "sigray.workers.data.stream_registry:StreamRegistry.may_request",
+        "and now - heartbeat < _HEARTBEAT_TIMEOUT_S",
         "",
         (f"{_LISTS}a_reader_that_is_lost_or_leaves_holds_nobody_up",),
     ),
     Fault(
         "a reader that waits is taken for lost",
-        "sigray.workers.data.stream_registry:WorkerList.may_ask",
-        "self._readers[reader] = number - 1, now",
+        "sigray.workers.data.stream_registry:StreamRegistry.may_request",
+        "self._subscribers[subscriber] = number - 1, now",
         "pass",
         (f"{_LISTS}a_reader_that_waits_is_not_taken_for_lost",),
     ),

@@ -420,7 +420,7 @@ def test_a_trial_that_waits_long_gives_its_places_to_others_and_repeats_no_step(
     ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False)
     try:
         pool = DataPool(scan_shards(config.data.shards, config.data), config.data, config.model, seed=0, window=20)
-        trial = Undecided(SharedPool(pool.worker_list, "trial"), seconds=12)
+        trial = Undecided(SharedPool(pool.registry, "trial"), seconds=12)
         summary = launch.train(config, Console(file=(tmp_path / "log").open("w")), trial=trial)
     finally:
         ray.shutdown()

@@ -97,7 +97,7 @@ class _Piece(NamedTuple):
     row: int
 
 
-class Feed:
+class Loader:
     """An iterator over this rank's batches from `first_step` to `last_step`.
 
     Args:
@@ -155,7 +155,7 @@ class Feed:
         self._num_read = 0
         self._stop = threading.Event()
         self._ready: queue.Queue[Batch | Exception | None] = queue.Queue(maxsize=2)
-        self._thread = threading.Thread(target=self._produce, name="feed", daemon=True)
+        self._thread = threading.Thread(target=self._produce, name="loader", daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -234,7 +234,7 @@ class Feed:
                 if piece.block not in blocks:
                     handle, buffers = asked.pop(piece.block)
                     block = blocks[piece.block] = self._source.wait(*piece.block, handle)
-                    if not block.has_late_writer:
+                    if not block.has_straggler:
                         for buffer in buffers:
                             buffer.num_writers -= 1
                     self._count(block)

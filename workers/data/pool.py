@@ -1,15 +1,15 @@
-"""Data-shard workers as Ray actors: a pool that grows and shrinks, and the way from a training worker to it.
+"""Data-shard workers as Ray actors, and how training workers request blocks.
 
-    driver                      DataPool       starts and stops actors, writes the list of those that are up
-    one small actor             WorkerList     the list; whoever has its handle can read the stream
-    each training worker        PoolBlocks     asks; replaces what is dead, hung or slow
-    driver of another run       SharedPool     reads along in the stream of a pool that somebody else owns
+    driver                          DataPool         starts and stops data-shard workers, publishes those that are up
+    one small actor                 StreamRegistry   the published workers and each subscriber's position
+    each training worker            PoolBlocks       requests blocks; replaces hung workers, bypasses stragglers
+    driver of a subscribed run      SharedPool       reads the stream of a pool that another driver owns
 
-Runs that read along keep pace: a block is decoded once for all of them if they ask for it while its data-shard worker
-still has it. So a reader waits where it would leave another one behind that is with it, see `workers/data/stream_registry.py`.
+Subscribers of a stream stay together: a block is decoded once for all of them if each requests it while its data-shard
+worker still keeps it. So a fast subscriber waits for slower ones, see `workers/data/stream_registry.py`.
 
-Any worker can answer any question, so nothing is handed over when the list changes: a lane's next block is asked of
-another worker, which reads that lane's window and goes on.
+Any worker can decode any block, so a change of the list needs no handover. A lane's next block is requested from
+another worker, which reads that lane's window and continues.
 """
 
 from __future__ import annotations
@@ -26,24 +26,23 @@ from sigray.workers.config import DataConfig, ModelConfig
 from sigray.workers.data import s3
 from sigray.workers.data.buffers import Place
 from sigray.workers.data.manifest import Manifest
-from sigray.workers.data.stream_registry import WorkerList
+from sigray.workers.data.stream_registry import StreamRegistry
 from sigray.workers.data.worker import Block, DataWorker
 from sigray.workers.metrics import WorkerMetrics
 
 logger = logging.getLogger(__name__)
 
-# How often a training worker looks whether the list of workers has changed.
-_LOOK_S = 5.0
-# A block is asked of a second worker once its reader has waited this many times as long as a block usually takes.
-_SLOW = 8.0
-_TELL_S = 2.0  # between two words to Prometheus
-_PACE_S = 0.05  # between two looks whether the others have come
+_REFRESH_S = 5.0  # between two requests of a training worker for the list of data-shard workers
+# A worker is a straggler, and another gets a backup request, after this many times the usual decode time of a block.
+_STRAGGLER_FACTOR = 8.0
+_METRICS_S = 2.0  # between two updates of the Prometheus metrics
+_SUBSCRIBERS_S = 0.05  # between two checks whether slower subscribers have caught up
 _ACCELERATOR_LABEL, _NODE_ID_LABEL = "ray.io/accelerator-type", "ray.io/node-id"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def in_tasks(function: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
-    """A `sigray.workers.data.manifest.ParallelMap` over the cluster that this process has joined."""
+    """A `manifest.ParallelMap` over the cluster that this process has joined."""
     import ray
 
     task: Any = ray.remote(num_cpus=1, max_retries=3)(lambda item: function(item))
@@ -52,12 +51,15 @@ def in_tasks(function: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
 
 
 def as_raised(error: Any) -> BaseException:
-    """A RayTaskError as the error that it was, where that is for the user: so that it is told and not traced."""
+    """The cause of a RayTaskError if the user can fix it, else the error.
+
+    The message of such a cause is shown without a traceback.
+    """
     return error.cause if isinstance(error.cause, ValueError | OSError) else error
 
 
 def start_here(actor_class: Any, *arguments: Any) -> Any:
-    """A small actor with no CPU of its own on the driver's machine: it shall not die before the driver does."""
+    """Start a small actor without a CPU on the driver's machine: it lasts as long."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -66,9 +68,9 @@ def start_here(actor_class: Any, *arguments: Any) -> Any:
 
 
 def placement(nodes: list[dict[str, Any]]) -> Any:
-    """Where Ray should put data-shard workers: on hosts without accelerators while those have room, else on any.
+    """Ray's scheduling strategy that prefers hosts without accelerators.
 
-    Ray's SPREAD, right where all hosts are alike, goes round all of them, those that train included.
+    Ray's SPREAD suits clusters whose hosts are alike. In a mixed cluster it uses hosts that train as well.
 
     Args:
         nodes: as `ray.nodes()` gives them.
@@ -79,8 +81,8 @@ def placement(nodes: list[dict[str, Any]]) -> Any:
     training = [node["NodeID"] for node in alive if _has_accelerator(node)]
     if len(training) in (0, len(alive)):
         return "SPREAD"
-    # The first label is Ray's own and holds for hosts that come later too; it is missing where resources were declared
-    # by hand.
+    # The first label is Ray's own and holds for hosts that join later too. It is missing if resources were declared by
+    # hand.
     wanted: Any = {_ACCELERATOR_LABEL: DoesNotExist(), _NODE_ID_LABEL: NotIn(*training)}
     return NodeLabelSchedulingStrategy(hard={}, soft=wanted)
 
@@ -89,23 +91,23 @@ def _has_accelerator(node: dict[str, Any]) -> bool:
     return _ACCELERATOR_LABEL in node["Labels"] or any(node["Resources"].get(name) for name in ("GPU", "TPU"))
 
 
-def listed(answer: Any) -> list[Any]:
-    """The actors in a `WorkerList`'s answer."""
+def listed(reference: Any) -> list[Any]:
+    """The actors in the result of `StreamRegistry.actors`."""
     import ray
 
-    (actors,) = ray.get(ray.get(answer))
+    (actors,) = ray.get(ray.get(reference))
     return actors
 
 
 def keep_freed_memory() -> None:
-    """Let this process reuse the memory of large arrays instead of giving it back each time.
+    """Keep freed memory of large arrays in this process, for the next arrays.
 
-    glibc maps every large array anew, and the first touch of each page costs. 32 MiB is the most that it lets one keep;
-    a block of 128 samples at 224 px has 18.
+    glibc maps every large array again, and the first touch of each page costs. Its largest threshold is 32 MiB; a block
+    of 128 samples at 224 px has 18.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
-    except OSError:  # no glibc: as it is
+    except OSError:  # no glibc
         return
     libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
     libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
@@ -115,18 +117,19 @@ class DataWorkerActor(DataWorker):
     """A `DataWorker` in a process of its own."""
 
     def __init__(self, manifest: Manifest, data: DataConfig, model: ModelConfig, *, seed: int, run: str = "") -> None:
-        # One core is what Ray reserves for this process; torch, where it comes to be needed, reads it then.
+        # Ray reserves one core for this process. torch, if it is imported later, reads the first variable then.
         os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         keep_freed_memory()
         super().__init__(manifest, data, model, seed=seed)
-        self._start_cpu_s = time.process_time()  # for imports and the like
-        self._metrics, self._told_at = WorkerMetrics(run), 0.0
+        self._start_cpu_s = time.process_time()  # used by imports
+        self._metrics = WorkerMetrics(run)
+        self._updated_at = 0.0
 
     def block(self, lane: int, number: int, places: Sequence[Place] = ()) -> Block:
-        """As `DataWorker.block`; tells Prometheus now and then."""
+        """As `DataWorker.block`; updates the Prometheus metrics every `_METRICS_S`."""
         block = super().block(lane, number, places)
-        if time.monotonic() - self._told_at > _TELL_S:
-            self._told_at = time.monotonic()
+        if time.monotonic() - self._updated_at > _METRICS_S:
+            self._updated_at = time.monotonic()
             self._metrics.tell(self.num_decoded, self.refused, Counter(s3.TRAFFIC))
         return block
 
@@ -134,21 +137,21 @@ class DataWorkerActor(DataWorker):
         return True
 
     def usage(self) -> dict[str, float]:
-        """Samples decoded and handed out so far, and CPU seconds of this process since it was up."""
+        """Samples decoded and served, and CPU seconds since this process was up."""
         cpu_s = time.process_time() - self._start_cpu_s
         return {"decoded": self.num_decoded, "served": self.num_served, "cpu_s": cpu_s}
 
 
 class DataPool:
-    """The driver's side: as many data-shard workers as it is told to have.
+    """The driver's side: starts, publishes and retires data-shard workers.
 
     Args:
         manifest, data, model, seed: as `DataWorker`.
-        window: as `WorkerList`.
-        run: name under which their metrics stand.
+        window: as `StreamRegistry`.
+        run: name of the run in the metrics.
 
     Attributes:
-        worker_list: handle of the `WorkerList`, for `SharedPool`.
+        registry: handle of the pool's `StreamRegistry`, for `SharedPool`.
     """
 
     def __init__(
@@ -161,33 +164,33 @@ class DataPool:
         window: int | None = None,
         run: str = "",
     ) -> None:
-        self._arguments: Any = (manifest, data, model)
+        self._arguments = (manifest, data, model)
         self._seed, self._run = seed, run
-        self._cpus, self._resources, least = data.cpus_per_worker, data.resources_per_worker, data.num_workers
         self._actors: list[Any] = []
         self._starting: list[tuple[Any, Any]] = []  # actors, and references that resolve when they are up
-        self._leaving: list[tuple[float, Any]] = []  # since when
-        self.worker_list: Any = start_here(WorkerList, window)
-        # The first ones are listed at once: whoever asks waits for them.
-        self._actors = [self._start() for _ in range(least if isinstance(least, int) else least[0])]
+        self._retired: list[tuple[float, Any]] = []  # since when, and the actor
+        self.registry: Any = start_here(StreamRegistry, window)
+        # The first workers are published at once: Ray keeps requests until they are up.
+        num_workers = data.num_workers if isinstance(data.num_workers, int) else data.num_workers[0]
+        self._actors = [self._start() for _ in range(num_workers)]
         self._publish()
 
     @property
     def size(self) -> int:
-        """Workers that are up or on their way."""
+        """Workers that are up or starting."""
         return len(self._actors) + len(self._starting)
 
     def resize(self, size: int) -> None:
-        """Start or retire workers. Those that leave are stopped once what they were asked is answered."""
+        """Start or retire workers; retired ones finish their outstanding requests."""
         while self.size < size:
             actor = self._start()
             self._starting.append((actor, actor.is_up.remote()))
         while self.size > size and len(self._actors) > 1:
-            self._leaving.append((time.monotonic(), self._actors.pop()))
+            self._retired.append((time.monotonic(), self._actors.pop()))
             self._publish()
 
-    def tend(self) -> None:
-        """List the workers that have come up, stop those that have left. Called a few times a second."""
+    def poll(self) -> None:
+        """Publish workers that are up, stop retired ones; called several times a second."""
         import ray
 
         for actor, reference in list(self._starting):
@@ -195,17 +198,17 @@ class DataPool:
                 self._starting.remove((actor, reference))
                 self._actors.append(actor)
                 self._publish()
-        for since, actor in list(self._leaving):
-            if time.monotonic() - since > 4 * _LOOK_S:
-                self._leaving.remove((since, actor))
+        for since, actor in list(self._retired):
+            if time.monotonic() - since > 4 * _REFRESH_S:
+                self._retired.remove((since, actor))
                 ray.kill(actor)
 
     def blocks(self, timeout_s: float) -> PoolBlocks:
-        """For the training workers of the run that owns the pool."""
-        return PoolBlocks(self.worker_list, timeout_s)
+        """The block source of the training workers of the run that owns the pool."""
+        return PoolBlocks(self.registry, timeout_s)
 
     def usage(self) -> dict[str, float]:
-        """The sum of what the workers have used; one that was replaced counts from its start."""
+        """The sum of the workers' usage; a replaced worker counts from its restart."""
         import ray
 
         used = ray.get([actor.usage.remote() for actor in self._actors])
@@ -215,189 +218,196 @@ class DataPool:
         """Stop all workers."""
         import ray
 
-        leaving = [actor for _, actor in self._leaving]
-        for actor in [*self._actors, *(actor for actor, _ in self._starting), *leaving, self.worker_list]:
+        starting = [actor for actor, _ in self._starting]
+        retired = [actor for _, actor in self._retired]
+        for actor in [*self._actors, *starting, *retired, self.registry]:
             ray.kill(actor)
 
     def _publish(self) -> None:
         import ray
 
-        ray.get(self.worker_list.put.remote([ray.put(self._actors)]))
+        ray.get(self.registry.publish.remote([ray.put(self._actors)]))
 
     def _start(self) -> Any:
         import ray
 
-        # Ray restarts one that dies, and asks the new one what the old one was asked.
+        manifest, data, model = self._arguments
+        # Ray restarts a dead worker and repeats its outstanding requests.
         actor = ray.remote(
-            num_cpus=self._cpus,
-            resources=self._resources,
+            num_cpus=data.cpus_per_worker,
+            resources=data.resources_per_worker,
             max_restarts=-1,
             max_task_retries=-1,
             scheduling_strategy=placement(ray.nodes()),
         )(DataWorkerActor)
-        return actor.remote(*self._arguments, seed=self._seed, run=self._run)
+        return actor.remote(manifest, data, model, seed=self._seed, run=self._run)
 
 
 class SharedPool:
-    """The stream of a pool that another driver owns, as a run that reads along sees it.
+    """The stream of a pool that another driver owns, for a run that subscribes to it.
 
     Args:
-        worker_list: handle of the pool's `WorkerList`.
-        reader: name of the run, its own in the pool.
+        registry: handle of the pool's `StreamRegistry`.
+        subscriber: name of the run, unique in the pool.
     """
 
-    def __init__(self, worker_list: Any, reader: str) -> None:
-        self._list, self._reader = worker_list, reader
+    def __init__(self, registry: Any, subscriber: str) -> None:
+        self._registry, self._subscriber = registry, subscriber
 
     def blocks(self, timeout_s: float) -> PoolBlocks:
-        """For the training workers of this run."""
-        return PoolBlocks(self._list, timeout_s, self._reader)
+        """The block source of this run's training workers."""
+        return PoolBlocks(self._registry, timeout_s, self._subscriber)
 
-    def expect(self, number: int) -> None:
-        """The training workers are about to start, with block `number` of each lane: the others wait for them."""
+    def subscribe(self, number: int) -> None:
+        """Make the other subscribers wait: training starts with this block of each lane."""
         import ray
 
-        ray.get(self._list.expect.remote(self._reader, number))
+        ray.get(self._registry.subscribe.remote(self._subscriber, number))
 
-    def leave(self) -> None:
-        """The training workers ask for nothing for a while: the others go on."""
-        self._list.leave.remote(self._reader)
+    def unsubscribe(self) -> None:
+        """Let the other subscribers continue: this run requests nothing for a while."""
+        self._registry.unsubscribe.remote(self._subscriber)
 
-    def tend(self) -> None:
-        """The owner's business."""
+    def poll(self) -> None:
+        """Do nothing: the owner of the pool polls it."""
 
     def close(self) -> None:
-        """The owner's business, but for the others that need not wait."""
-        self.leave()
+        """Unsubscribe; the owner of the pool closes it."""
+        self.unsubscribe()
 
 
-class _Asked(NamedTuple):
-    """A question that a worker has to answer."""
+class _Request(NamedTuple):
+    """An outstanding request to a data-shard worker."""
 
     actor: Any
     reference: Any
-    is_told_places: bool = False
+    has_places: bool = False
 
 
 class PoolBlocks:
-    """A training worker's `BlockSource`: lanes dealt over the listed workers.
+    """A training worker's `BlockSource`: lanes dealt over the published workers.
 
-    A dead worker is restarted by Ray, which repeats the question. One that takes several times as long as usual has
-    its lane asked of another worker as well; whoever answers first gets the lane. One that gives no answer for
-    `timeout_s` is killed, and thereby restarted.
+    Ray restarts a dead worker and repeats its requests. If a worker takes several times as long as usual, it is a
+    straggler: another worker gets a backup request, and the lane goes to the one that answers first. If a worker gives
+    no answer for `timeout_s`, it is killed, and Ray restarts it.
 
-    For one thread, that of its feed.
+    Used by one thread, that of the loader.
 
     Args:
-        worker_list: handle of the pool's `WorkerList`.
+        registry: handle of the pool's `StreamRegistry`.
         timeout_s: data.worker_timeout_s.
-        reader: name of the run, where it keeps pace with others that read the same stream.
+        subscriber: name of the run if it shares the stream with other runs.
     """
 
-    def __init__(self, worker_list: Any, timeout_s: float, reader: str | None = None) -> None:
-        self._list, self._timeout_s, self._reader = worker_list, timeout_s, reader
-        self._newest = -1  # block that was asked for
+    def __init__(self, registry: Any, timeout_s: float, subscriber: str | None = None) -> None:
+        self._registry, self._timeout_s, self._subscriber = registry, timeout_s, subscriber
+        self._newest = -1  # block that was requested
         self._actors: list[Any] = []
-        self._taken_over: dict[int, Any] = {}  # lanes, and the worker that answers for a slow one
-        self._suspects: dict[Any, tuple[float, Any]] = {}  # slow workers: since when, and what they owe
-        self._elsewhere: set[Any] = set()  # workers that cannot write into this process's memory
-        self._usual_s = 0.0  # running mean of how long a worker is busy with a block
-        self._num_blocks = self._num_asked_twice = 0
-        self._looked_at = 0.0
-        self._look: Any = None  # reference of the list that is on its way
+        self._taken_over: dict[int, Any] = {}  # lanes of stragglers, and the worker that serves each instead
+        self._stragglers: dict[Any, tuple[float, Any]] = {}  # since when, and the outstanding reference
+        self._remote: set[Any] = set()  # workers that cannot write to this process's memory
+        self._usual_s = 0.0  # running mean of the time in which a worker decodes a block
+        self._num_blocks = self._num_backups = 0
+        self._refreshed_at = 0.0
+        self._refresh: Any = None  # reference of the list of workers while it is outstanding
 
     @property
     def shares_memory(self) -> bool:
         """Whether any worker may be on this machine, as far as is known."""
-        return not self._actors or any(actor not in self._elsewhere for actor in self._actors)
+        return not self._actors or any(actor not in self._remote for actor in self._actors)
 
     def request(self, lane: int, number: int, places: Sequence[Place] = ()) -> Any:
-        """As `feed.BlockSource`."""
-        self._follow_list()
-        self._judge_suspects()
-        self._keep_pace(number)
+        """As `loader.BlockSource`."""
+        self._refresh_actors()
+        self._check_stragglers()
+        self._await_subscribers(number)
         actor = self._taken_over.get(lane) or self._home(lane)
-        if actor in self._elsewhere:
+        if actor in self._remote:
             places = ()
-        return _Asked(actor, actor.block.remote(lane, number, places), bool(places))
+        return _Request(actor, actor.block.remote(lane, number, places), bool(places))
 
     def wait(self, lane: int, number: int, handle: Any) -> Block:
-        """The block; raises DataError as the worker did, RuntimeError where nobody answers."""
+        """As `loader.BlockSource`.
+
+        Raises:
+            DataError: as the data-shard worker raised it.
+            RuntimeError: if no worker answers, replaced ones included.
+        """
         import ray
 
-        asked: list[_Asked] = [handle]
+        outstanding: list[_Request] = [handle]
         begin = time.monotonic()
-        num_killed = 0
+        num_timeouts = 0
         while True:
-            patience_s = self._timeout_s / 4 if len(asked) > 1 else max(1.0, _SLOW * self._usual_s)
-            ready, _ = ray.wait([one.reference for one in asked], timeout=min(patience_s, self._timeout_s / 4))
+            patience_s = self._timeout_s / 4 if len(outstanding) > 1 else max(1.0, _STRAGGLER_FACTOR * self._usual_s)
+            references = [request.reference for request in outstanding]
+            ready, _ = ray.wait(references, timeout=min(patience_s, self._timeout_s / 4))
             if ready:
-                answered = next(one for one in asked if one.reference == ready[0])
-                asked.remove(answered)
+                answered = outstanding.pop(references.index(ready[0]))
                 try:
                     block = ray.get(ready[0])
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause from error
                 except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError):
-                    # Retired, or its machine is gone and took the answer along.
-                    asked = asked or [self.request(lane, number)]
+                    # The worker was retired, or its machine is gone, and the block with it.
+                    outstanding = outstanding or [self.request(lane, number)]
                     continue
-                self._note(lane, block, answered, asked)
-                block.has_late_writer = handle.is_told_places and answered is not handle
+                self._note(lane, block, answered, outstanding)
+                block.has_straggler = handle.has_places and answered is not handle
                 return block
             waited_s = time.monotonic() - begin
-            if waited_s > self._timeout_s * (num_killed + 1):
-                num_killed += 1
-                if num_killed == 3:
+            if waited_s > self._timeout_s * (num_timeouts + 1):
+                num_timeouts += 1
+                if num_timeouts == 3:
                     raise RuntimeError(
                         f"lane {lane} block {number}: data-shard workers gave no answer in {waited_s:.0f} s, though "
                         "they were replaced; raise data.worker_timeout_s if decoding is slow, or check that the "
                         "shards can be read"
                     )
-                for one in asked:
-                    self._replace(one.actor)
-                asked = [self.request(lane, number)]
-            elif len(asked) == 1 and self._may_ask_twice():
-                other = self._next_to(asked[0].actor)
-                asked.append(_Asked(other, other.block.remote(lane, number)))
-                self._num_asked_twice += 1
+                for request in outstanding:
+                    self._replace(request.actor)
+                outstanding = [self.request(lane, number)]
+            elif len(outstanding) == 1 and self._may_send_backup():
+                other = self._next_to(outstanding[0].actor)
+                outstanding.append(_Request(other, other.block.remote(lane, number)))
+                self._num_backups += 1
 
-    def _keep_pace(self, number: int) -> None:
-        """Wait for the other readers of the stream that this block would leave behind."""
+    def _await_subscribers(self, number: int) -> None:
+        """Wait for slower subscribers that still need what this block would evict."""
         import ray
 
-        if self._reader is None or number <= self._newest:
+        if self._subscriber is None or number <= self._newest:
             return
-        while not ray.get(self._list.may_ask.remote(self._reader, number)):
-            time.sleep(_PACE_S)
+        while not ray.get(self._registry.may_request.remote(self._subscriber, number)):
+            time.sleep(_SUBSCRIBERS_S)
         self._newest = number
 
-    def _note(self, lane: int, block: Block, answered: _Asked, others: list[_Asked]) -> None:
-        """Remember how long a block takes, who was slower than the one who answered, and who is on another machine."""
+    def _note(self, lane: int, block: Block, answered: _Request, outstanding: list[_Request]) -> None:
+        """Note the decode time, stragglers, and workers on other machines."""
         self._num_blocks += 1
         self._usual_s += 0.1 * (block.decode_s - self._usual_s) if self._usual_s else block.decode_s
-        if answered.is_told_places and len(block.images):
-            self._elsewhere.add(answered.actor)
-        if others and answered.actor != self._home(lane):
+        if answered.has_places and len(block.images):
+            self._remote.add(answered.actor)
+        if outstanding and answered.actor != self._home(lane):
             self._taken_over[lane] = answered.actor
-            for one in others:
-                self._suspects.setdefault(one.actor, (time.monotonic(), one.reference))
+            for request in outstanding:
+                self._stragglers.setdefault(request.actor, (time.monotonic(), request.reference))
 
-    def _may_ask_twice(self) -> bool:
-        # At most one block in twenty: where all are slow, asking twice would make them slower.
-        return len(self._actors) > 1 and self._usual_s > 0 and self._num_asked_twice <= self._num_blocks / 20
+    def _may_send_backup(self) -> bool:
+        # For at most one block in twenty: if all workers are slow, backup requests would make them slower.
+        return len(self._actors) > 1 and self._usual_s > 0 and self._num_backups <= self._num_blocks / 20
 
-    def _judge_suspects(self) -> None:
-        """A slow worker that has answered meanwhile gets its lanes back; one that has not in time is replaced."""
+    def _check_stragglers(self) -> None:
+        """Give stragglers that have answered their lanes back; replace hung ones."""
         import ray
 
-        for actor, (since, reference) in list(self._suspects.items()):
+        for actor, (since, reference) in list(self._stragglers.items()):
             has_answered = bool(ray.wait([reference], timeout=0, fetch_local=False)[0])
             is_hung = not has_answered and time.monotonic() - since > self._timeout_s
             if is_hung:
                 self._replace(actor)
             if has_answered or is_hung:
-                del self._suspects[actor]
+                del self._stragglers[actor]
                 self._taken_over = {lane: by for lane, by in self._taken_over.items() if self._home(lane) != actor}
 
     def _replace(self, actor: Any) -> None:
@@ -414,17 +424,20 @@ class PoolBlocks:
         place = self._actors.index(actor) if actor in self._actors else 0
         return self._actors[(place + 1) % len(self._actors)]
 
-    def _follow_list(self) -> None:
+    def _refresh_actors(self) -> None:
         import ray
 
         if not self._actors:
-            self._take(listed(self._list.get.remote()))
-        if self._look is not None and ray.wait([self._look], timeout=0)[0]:
-            self._take(listed(self._look))
-            self._look = None
-        if self._look is None and time.monotonic() - self._looked_at > _LOOK_S:
-            self._looked_at, self._look = time.monotonic(), self._list.get.remote()
+            self._use(listed(self._registry.actors.remote()))
+        if self._refresh is not None and ray.wait([self._refresh], timeout=0)[0]:
+            self._use(listed(self._refresh))
+            self._refresh = None
+        if self._refresh is None and time.monotonic() - self._refreshed_at > _REFRESH_S:
+            self._refreshed_at = time.monotonic()
+            self._refresh = self._registry.actors.remote()
 
-    def _take(self, actors: list[Any]) -> None:
+    def _use(self, actors: list[Any]) -> None:
         if actors != self._actors:
-            self._actors, self._taken_over, self._suspects, self._elsewhere = actors, {}, {}, set()
+            self._actors = actors
+            self._remote = set()
+            self._taken_over, self._stragglers = {}, {}

@@ -1,6 +1,6 @@
-"""Which data-shard workers are up, and how far each reader of their stream has come, so that readers keep pace.
+"""The registry of a stream: its data-shard workers, its subscribers' positions.
 
-A file of its own, without torch: the small actor that runs it is up at once and takes 0.06 GB, with torch 0.35.
+A file of its own, without torch: the actor starts at once and takes 0.06 GB, with torch 0.35.
 """
 
 from __future__ import annotations
@@ -9,57 +9,61 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-# A reader that asks for nothing for so long has died or hangs, and the others go on without it. As long as the training
-# workers of a run may take to start on a busy machine.
-_LOST_S = 120.0
+# A subscriber that requests nothing for this long is dead or hangs, and the others continue without it. On a busy
+# machine the training workers of a run may take this long to start.
+_HEARTBEAT_TIMEOUT_S = 120.0
 
 
-def leaves_behind(number: int, others: Iterable[int], window: int) -> bool:
-    """Whether a reader that asks for a block has it decoded at the cost of one that another reader still needs.
+def evicts_needed_block(number: int, others: Iterable[int], window: int) -> bool:
+    """Would serving this block evict one that a slower subscriber still needs?
 
     Args:
-        number: of the block in its lane; the reader has asked for those before it, or begins with it.
-        others: the newest block that each other reader has asked for; -1 before its first.
-        window: newest blocks of a lane that are kept. A reader that is further behind is on its own already.
+        number: of the block in its lane. The subscriber has requested the blocks before it, or begins with it.
+        others: the newest block that each other subscriber has requested; -1 before its first.
+        window: newest blocks of a lane that are kept. A subscriber further back has its blocks decoded again anyway.
     """
     return any(other + window < number <= other + window + 1 for other in others)
 
 
-class WorkerList:
-    """The actors that are up, and how far each reader has come. Runs as a Ray actor with no CPU of its own.
+class StreamRegistry:
+    """The data-shard workers that are up, and each subscriber's position: a Ray actor.
 
-    It has the actors as a reference to their list (itself in a list, which Ray leaves alone): with their handles would
-    come their class, and torch with it.
+    It holds the workers as a reference to their list, itself in a list, which Ray does not resolve. Their handles would
+    bring their class, and torch with it.
 
     Args:
-        window: blocks of a lane within which readers keep pace; None: each goes as fast as it can.
+        window: blocks of a lane within which subscribers stay together; None: each reads as fast as it can.
     """
 
     def __init__(self, window: int | None = None) -> None:
         self._window = window
-        self._readers: dict[str, tuple[int, float]] = {}  # newest block that was asked for, and when
+        self._subscribers: dict[str, tuple[int, float]] = {}  # newest block requested, and the time of its heartbeat
 
-    def put(self, reference: list[Any]) -> None:
+    def publish(self, reference: list[Any]) -> None:
         self._reference = reference
 
-    def get(self) -> list[Any]:
+    def actors(self) -> list[Any]:
         return self._reference
 
-    def expect(self, reader: str, number: int) -> None:
-        """A reader will begin with this block; the others wait for it."""
-        self._readers[reader] = number - 1, time.monotonic()
+    def subscribe(self, subscriber: str, number: int) -> None:
+        """Register a subscriber that begins with this block; the others wait for it."""
+        self._subscribers[subscriber] = number - 1, time.monotonic()
 
-    def leave(self, reader: str) -> None:
-        """Nobody waits for this reader any more, until it asks again."""
-        self._readers.pop(reader, None)
+    def unsubscribe(self, subscriber: str) -> None:
+        """Let no other subscriber wait for this one until it requests a block again."""
+        self._subscribers.pop(subscriber, None)
 
-    def may_ask(self, reader: str, number: int) -> bool:
-        """Whether a reader may ask for a block now; noted if so."""
+    def may_request(self, subscriber: str, number: int) -> bool:
+        """Whether a subscriber may request a block now. If so, note its position."""
         now = time.monotonic()
-        others = [at for name, (at, since) in self._readers.items() if name != reader and now - since < _LOST_S]
-        if self._window is not None and leaves_behind(number, others, self._window):
-            # It waits for others and does not hang itself.
-            self._readers[reader] = number - 1, now
+        others = [
+            newest
+            for name, (newest, heartbeat) in self._subscribers.items()
+            if name != subscriber and now - heartbeat < _HEARTBEAT_TIMEOUT_S
+        ]
+        if self._window is not None and evicts_needed_block(number, others, self._window):
+            # This is a heartbeat too: the subscriber waits for others and does not hang itself.
+            self._subscribers[subscriber] = number - 1, now
             return False
-        self._readers[reader] = number, now
+        self._subscribers[subscriber] = number, now
         return True

@@ -48,7 +48,7 @@ class Block:
     refused: Counter[str] = field(default_factory=Counter)  # samples replaced in this block, by reason
     refused_keys: dict[str, str] = field(default_factory=dict)  # the first of each reason: shard url and key
     decode_s: float = 0.0  # how long the worker was busy with it
-    has_late_writer: bool = False  # who was told where the images belong has not answered yet, another one has
+    has_straggler: bool = False  # who was told where the images belong has not answered yet, another one has
 
 
 def build_order(manifest: Manifest, data: DataConfig, seed: int) -> StreamOrder:

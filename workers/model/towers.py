@@ -145,7 +145,7 @@ def check_model(model: ModelConfig) -> nn.Module:
 
 
 def normalize_pixels(images: Tensor, model: ModelConfig) -> Tensor:
-    """(b, S, S, 3) uint8 as it comes from the feed -> (b, 3, S, S) float32 as the image tower takes it.
+    """(b, S, S, 3) uint8 as it comes from the loader -> (b, 3, S, S) float32 as the image tower takes it.
 
     Runs on the device: a quarter of the bytes cross to it.
     """

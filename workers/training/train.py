@@ -35,7 +35,7 @@ from sigray.workers.config import (
     TrainConfig,
 )
 from sigray.workers.data.label_noise import Noise
-from sigray.workers.data.loader import Batch, BlockSource, Feed
+from sigray.workers.data.loader import Batch, BlockSource, Loader
 from sigray.workers.data.manifest import Manifest
 from sigray.workers.data.worker import build_order, image_kind
 from sigray.workers.device import Device, check_collectives, open_device
@@ -146,7 +146,7 @@ def train_loop_per_worker(job: TrainJob) -> None:
     check_collectives(device, global_batch_size // world_size)
     if job.profile is not None:  # the schedule of the learning rate is that of the whole run
         num_steps = min(num_steps, job.profile.total)
-    feed = Feed(
+    loader = Loader(
         build_order(job.manifest, job.data, job.seed),
         job.blocks,
         image_kind=image_kind(job.manifest, job.model),
@@ -165,12 +165,12 @@ def train_loop_per_worker(job: TrainJob) -> None:
     if rank == 0:
         job.hooks.started(_facts(job, trainer, device, world_size, first_step, num_steps))
 
-    window = _LogWindow(feed, device, job)
+    window = _LogWindow(loader, device, job)
     left_out = set(read_left_out(storage))
     profiler = StepProfiler(job.profile, device, storage, rank)
     try:
         with profiler:
-            for batch in feed:
+            for batch in loader:
                 steps_done, is_last = batch.step + 1, batch.step + 1 == num_steps
                 if steps_done not in left_out:
                     window.add(steps_done, trainer.step(batch))
@@ -204,7 +204,7 @@ def train_loop_per_worker(job: TrainJob) -> None:
         saver.abandon()
         raise
     finally:
-        feed.close()
+        loader.close()
 
 
 def _restore(job: TrainJob, storage: Storage, trainer: Trainer, rank: int) -> int:
@@ -308,8 +308,8 @@ class _Saver:
 class _LogWindow:
     """The steps between two lines of metrics. The host reads the device in `close` only."""
 
-    def __init__(self, feed: Feed, device: Device, job: TrainJob) -> None:
-        self._feed, self._device, self._global_batch_size = feed, device, job.train.global_batch_size
+    def __init__(self, loader: Loader, device: Device, job: TrainJob) -> None:
+        self._loader, self._device, self._global_batch_size = loader, device, job.train.global_batch_size
         self._max_loss_ratio, self._has_bias = job.train.max_loss_ratio, job.loss.name == "sigmoid"
         self._results: list[StepResult] = []
         self._steps: list[int] = []  # of the results, counted from 1
@@ -319,7 +319,7 @@ class _LogWindow:
     def restart_clock(self) -> None:
         """Leave out what has passed: the copy for a checkpoint is not training time."""
         self._begin, self._num_timed = time.perf_counter(), 0
-        self._wait_s, self._decode_s = self._feed.wait_s, self._feed.decode_s
+        self._wait_s, self._decode_s = self._loader.wait_s, self._loader.decode_s
 
     def add(self, step: int, result: StepResult) -> None:
         self._steps.append(step)
@@ -342,10 +342,10 @@ class _LogWindow:
         scale, bias = self._device.read([newest.logit_scale, newest.logit_bias])
         features = newest.feature_means.tolist()
         host = [
-            self._feed.num_ready,
-            self._feed.wait_s - self._wait_s,
-            self._feed.decode_s - self._decode_s,
-            self._feed.refused.total(),
+            self._loader.num_ready,
+            self._loader.wait_s - self._wait_s,
+            self._loader.decode_s - self._decode_s,
+            self._loader.refused.total(),
         ]
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         sums = self._device.sum_over_ranks([*features, *losses, *host])

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from sigray.workers.config import LabelNoise
 from sigray.workers.data import buffers as shared_memory
-from sigray.workers.data import loader as feed
+from sigray.workers.data import loader as loader_module
 from sigray.workers.data.buffers import Address, Mappings, Place, SharedBuffer
 from sigray.workers.data.label_noise import Noise
-from sigray.workers.data.loader import Feed
+from sigray.workers.data.loader import Loader
 from sigray.workers.data.worker import DataWorker, build_order, image_kind
 from sigray.workers.device import Device
 from tests.helpers.bare import OneWorker
@@ -116,7 +116,7 @@ def test_a_block_comes_by_value_where_one_of_its_batches_cannot_be_reached(data_
             made.append(self.address)
             self.address = self.address if len(made) % 3 else None
 
-    monkeypatch.setattr(feed, "SharedBuffer", OftenOutOfReach)
+    monkeypatch.setattr(loader_module, "SharedBuffer", OftenOutOfReach)
     same(expected, batches(data_config, model_config, batch=12))
     assert len(made) > 3
 
@@ -158,7 +158,7 @@ class WithLateWriters(OneWorker):
         self._late.append(self._mappings.rows(handle, kind.shape, kind.dtype))
         self.num_late += 1
         # A block that the worker keeps must not be told about this.
-        return dataclasses.replace(super().wait(lane, number, ()), has_late_writer=True)
+        return dataclasses.replace(super().wait(lane, number, ()), has_straggler=True)
 
 
 def same(expected, found):
@@ -170,16 +170,16 @@ def same(expected, found):
 
 
 def one_by_one(data, model, make_source, *, shares_memory, world_size=1, rank=0, first=0, batch=12, noise=None):
-    """Copies of a feed's batches, each let go before the next, so that memory is used again."""
+    """Copies of a loader's batches, each let go before the next, so that memory is used again."""
     manifest = manifest_of(data)
     source = make_source(DataWorker(manifest, data, model, seed=5), shares_memory)
-    reader = Feed(
+    loader = Loader(
         build_order(manifest, data, 5), source, image_kind=image_kind(manifest, model), global_batch_size=batch,
         block_size=data.block_size, rank=rank, world_size=world_size, first_step=first, last_step=first + 25,
         prefetch_batches=2, max_bad_fraction=1.0, noise=noise,
     )  # fmt: skip
     found = []
-    for got in reader:
+    for got in loader:
         found.append(dataclasses.replace(got, images=got.images.clone()))
         del got
     return found, source
@@ -241,7 +241,7 @@ def test_memory_is_used_again_and_not_where_somebody_is_late(data_config, model_
             made.append(1)
             super().__init__(*arguments)
 
-    monkeypatch.setattr(feed, "SharedBuffer", Counted)
+    monkeypatch.setattr(loader_module, "SharedBuffer", Counted)
     _, source = one_by_one(data_config, model_config, Recorded, shares_memory=True)
     usual = len(made)
     # Prefetched: 2 batches, and those that a round of blocks holds, twice; ready or in use: 4.

@@ -27,7 +27,7 @@ from sigray.workers.data.embedding_store import (
     store_key,
     stored_name,
 )
-from sigray.workers.data.loader import Feed
+from sigray.workers.data.loader import Loader
 from sigray.workers.data.manifest import Manifest, scan_shards
 from sigray.workers.data.worker import DataWorker, build_order, image_kind
 from sigray.workers.evaluation.evaluate import evaluate_checkpoint
@@ -72,7 +72,7 @@ def model() -> ModelConfig:
 
 def batches(manifest: Manifest, data: DataConfig, model: ModelConfig, first: int = 0, last: int = 14) -> list:
     return list(
-        Feed(
+        Loader(
             build_order(manifest, data, 5),
             OneWorker(DataWorker(manifest, data, model, seed=5)),
             image_kind=image_kind(manifest, model),

@@ -8,7 +8,7 @@ import torch
 
 from sigray.workers.config import LabelNoise
 from sigray.workers.data.label_noise import Noise, place_hash
-from sigray.workers.data.loader import Batch, Feed
+from sigray.workers.data.loader import Batch, Loader
 from sigray.workers.data.manifest import scan_shards
 from sigray.workers.data.worker import DataWorker, build_order, image_kind
 from tests.helpers.bare import OneWorker
@@ -94,7 +94,7 @@ def test_hashes_of_neighbours_and_purposes_have_nothing_in_common():
 
 def batches(data, model, noise: Noise | None, batch: int, rank: int, world_size: int, steps: int) -> list[Batch]:
     manifest = scan_shards(data.shards, data)
-    feed = Feed(
+    loader = Loader(
         build_order(manifest, data, 5),
         OneWorker(DataWorker(manifest, data, model, seed=5), shares_memory=True),
         image_kind=image_kind(manifest, model),
@@ -108,7 +108,7 @@ def batches(data, model, noise: Noise | None, batch: int, rank: int, world_size:
         max_bad_fraction=0.0,
         noise=noise,
     )
-    return list(feed)
+    return list(loader)
 
 
 @pytest.mark.parametrize("kind", ["alignment", "all"])

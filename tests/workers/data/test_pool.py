@@ -23,7 +23,7 @@ import pytest
 from sigray.orchestrator.cluster.pending import Autoscaler, Demand, cluster_hosts, find_autoscaler, pending_reason
 from sigray.workers.config import DataConfig, ModelConfig
 from sigray.workers.data.buffers import Place, SharedBuffer
-from sigray.workers.data.loader import BlockSource, Feed
+from sigray.workers.data.loader import BlockSource, Loader
 from sigray.workers.data.manifest import Manifest, scan_shards
 from sigray.workers.data.pool import DataPool, PoolBlocks, in_tasks, placement
 from sigray.workers.data.tar import DataError
@@ -87,7 +87,7 @@ class Group:
         """
         order, storage = build_order(manifest, data, SEED), Storage(folder)
         feeds = [
-            Feed(
+            Loader(
                 order,
                 source,
                 image_kind=image_kind(manifest, model),
@@ -182,7 +182,7 @@ def test_ledger_of_a_stream_in_which_everything_dies(ray_driver, minutes, pools,
         attempts.append((first_step, world_size))
         group = group_actor.remote()
         running = group.read.remote(
-            [PoolBlocks(pool.worker_list, data.worker_timeout_s) for _ in range(world_size)],
+            [PoolBlocks(pool.registry, data.worker_timeout_s) for _ in range(world_size)],
             manifest,
             data,
             model,
@@ -193,7 +193,7 @@ def test_ledger_of_a_stream_in_which_everything_dies(ray_driver, minutes, pools,
         )
         num_pauses_to_live = rng.randint(2, 5)
         while not ray.wait([running], timeout=0.02)[0]:
-            pool.tend()
+            pool.poll()
             if not waiting.exists():
                 continue
             time.sleep(rng.uniform(0, 0.3))  # what has been asked for ahead is in any state of being answered
@@ -252,7 +252,7 @@ def test_a_worker_that_hangs_is_bypassed_and_replaced(pools, model, tmp_path):
     )
     manifest = scan_shards(data.shards, data)
     pool = pools(manifest, data, model)
-    source = PoolBlocks(pool.worker_list, data.worker_timeout_s)
+    source = PoolBlocks(pool.registry, data.worker_timeout_s)
     alone = DataWorker(manifest, data, model, seed=SEED)
     want = alone.block(0, 0).images
     memory = [SharedBuffer(want.shape, want.dtype) for _ in range(40)]
@@ -264,10 +264,10 @@ def test_a_worker_that_hangs_is_bypassed_and_replaced(pools, model, tmp_path):
             places = [Place(buffer.address, 0, 0, data.block_size)] if number < 20 and buffer.address else []
             block = source.wait(lane, number, source.request(lane, number, places))
             expected = alone.block(lane, number)
-            if block.has_late_writer:
+            if block.has_straggler:
                 late[2 * number + lane] = buffer.array.copy()
             if len(block.images):
-                assert block.has_late_writer or not places
+                assert block.has_straggler or not places
                 assert (block.images == expected.images).all()
             else:
                 assert (buffer.array == expected.images).all()
@@ -306,12 +306,11 @@ def test_a_worker_that_hangs_is_bypassed_and_replaced(pools, model, tmp_path):
 def test_workers_that_cannot_reach_the_memory_send_images_and_are_not_told_again(
     pools, model, data_config, monkeypatch
 ):
-    monkeypatch.setattr(
-        "sigray.workers.data.pool._SLOW", 1e9
-    )  # on a busy machine none is taken for slow, so nobody is asked twice
+    # On a busy machine no worker counts as a straggler, so there are no backup requests.
+    monkeypatch.setattr("sigray.workers.data.pool._STRAGGLER_FACTOR", 1e9)
     manifest = scan_shards(data_config.shards, data_config)
     pool = pools(manifest, data_config.model_copy(update={"num_workers": 2, "cpus_per_worker": 0}), model)
-    source, told = PoolBlocks(pool.worker_list, 240), []
+    source, told = PoolBlocks(pool.registry, 240), []
     expected = DataWorker(manifest, data_config, model, seed=SEED).block(0, 0)
     buffer = SharedBuffer(expected.images.shape, expected.images.dtype)
     assert buffer.address is not None
@@ -319,10 +318,10 @@ def test_workers_that_cannot_reach_the_memory_send_images_and_are_not_told_again
     assert source.shares_memory
     for lane in (0, 0, 1, 1):
         handle = source.request(lane, 0, [elsewhere])
-        told.append(handle.is_told_places)
+        told.append(handle.has_places)
         block = source.wait(lane, 0, handle)
         assert len(block.images)
-        assert not block.has_late_writer
+        assert not block.has_straggler
         assert source.shares_memory == (len(told) < 3)
     assert told == [True, False, True, False]
 
@@ -341,7 +340,7 @@ def test_two_readers_of_one_stream_share_the_decoding(pools, model, tmp_path):
     )
     manifest = scan_shards(data.shards, data)
     pool = pools(manifest, data, model)
-    readers = [PoolBlocks(pool.worker_list, data.worker_timeout_s) for _ in range(2)]
+    readers = [PoolBlocks(pool.registry, data.worker_timeout_s) for _ in range(2)]
     alone = DataWorker(manifest, data, model, seed=SEED)
 
     def read(reader: int, number: int) -> float:

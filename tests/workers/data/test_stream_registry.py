@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sigray.workers.data.stream_registry import WorkerList, leaves_behind
+from sigray.workers.data.stream_registry import StreamRegistry, evicts_needed_block
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ from sigray.workers.data.stream_registry import WorkerList, leaves_behind
     ],
 )
 def test_leaves_behind(number, others, window, answer):
-    assert leaves_behind(number, others, window) is answer
+    assert evicts_needed_block(number, others, window) is answer
 
 
 class Lane:
@@ -48,17 +48,17 @@ class Lane:
 @given(st.integers(2, 5), st.integers(1, 6), st.integers(1, 40), st.integers(0, 10_000))
 def test_each_block_is_decoded_once_whoever_is_faster(num_readers, window, num_blocks, seed):
     generator = random.Random(seed)
-    listed, lane = WorkerList(window), Lane(window)
+    listed, lane = StreamRegistry(window), Lane(window)
     speeds = [generator.random() + 0.01 for _ in range(num_readers)]
     for reader in range(num_readers):
-        listed.expect(str(reader), 0)
+        listed.subscribe(str(reader), 0)
     position = [0] * num_readers
     questions = 0
     while min(position) < num_blocks:
         reader = generator.choices(range(num_readers), speeds)[0]
         if position[reader] == num_blocks:
-            listed.leave(str(reader))
-        elif listed.may_ask(str(reader), position[reader]):
+            listed.unsubscribe(str(reader))
+        elif listed.may_request(str(reader), position[reader]):
             lane.block(position[reader])
             position[reader] += 1
         questions += 1
@@ -68,11 +68,11 @@ def test_each_block_is_decoded_once_whoever_is_faster(num_readers, window, num_b
 
 def test_without_pace_the_slower_reader_has_blocks_decoded_again():
     """That the test above tests something."""
-    listed, lane = WorkerList(), Lane(2)
+    listed, lane = StreamRegistry(), Lane(2)
     for reader in "ab":
-        listed.expect(reader, 0)
+        listed.subscribe(reader, 0)
         for number in range(10):
-            assert listed.may_ask(reader, number)
+            assert listed.may_request(reader, number)
             lane.block(number)
     assert lane.num_decoded == 20
 
@@ -80,32 +80,32 @@ def test_without_pace_the_slower_reader_has_blocks_decoded_again():
 def test_a_reader_that_is_lost_or_leaves_holds_nobody_up(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("sigray.workers.data.stream_registry.time.monotonic", lambda: now[0])
-    listed = WorkerList(2)
-    listed.expect("slow", 0)
-    listed.expect("fast", 0)
-    assert [listed.may_ask("fast", number) for number in range(3)] == [True, True, False]
+    listed = StreamRegistry(2)
+    listed.subscribe("slow", 0)
+    listed.subscribe("fast", 0)
+    assert [listed.may_request("fast", number) for number in range(3)] == [True, True, False]
     now[0] = 100
-    assert not listed.may_ask("fast", 2)
+    assert not listed.may_request("fast", 2)
     now[0] = 121
-    assert listed.may_ask("fast", 2)
-    listed.expect("slow", 1)
-    assert not listed.may_ask("fast", 3)  # it has come back
-    listed.leave("slow")
-    assert listed.may_ask("fast", 3)
+    assert listed.may_request("fast", 2)
+    listed.subscribe("slow", 1)
+    assert not listed.may_request("fast", 3)  # it has come back
+    listed.unsubscribe("slow")
+    assert listed.may_request("fast", 3)
 
 
 def test_a_reader_that_waits_is_not_taken_for_lost(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("sigray.workers.data.stream_registry.time.monotonic", lambda: now[0])
-    listed = WorkerList(1)
+    listed = StreamRegistry(1)
     for reader in ("first", "second", "third"):
-        listed.expect(reader, 0)
-    assert listed.may_ask("first", 0)
+        listed.subscribe(reader, 0)
+    assert listed.may_request("first", 0)
     for second in range(0, 100, 10):
         now[0] = second
-        assert not listed.may_ask("first", 1)
-    assert listed.may_ask("second", 0)
+        assert not listed.may_request("first", 1)
+    assert listed.may_request("second", 0)
     now[0] = 125  # third is lost; first is not, though it was last let through at 0
-    assert listed.may_ask("second", 1)
-    assert not listed.may_ask("second", 2)
-    assert listed.may_ask("first", 1)
+    assert listed.may_request("second", 1)
+    assert not listed.may_request("second", 2)
+    assert listed.may_request("first", 1)

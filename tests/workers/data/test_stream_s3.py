@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from sigray.workers.config import DataConfig, ModelConfig, S3Config
-from sigray.workers.data.loader import Batch, Feed
+from sigray.workers.data.loader import Batch, Loader
 from sigray.workers.data.manifest import Manifest, scan_shards
 from sigray.workers.data.s3 import S3Stream, client
 from sigray.workers.data.tar import DataError
@@ -64,7 +64,7 @@ def data_of(shards: str, s3: S3Config) -> DataConfig:
 
 def read(manifest: Manifest, data: DataConfig, model: ModelConfig, folder: Path, first_step: int = 0) -> list[Batch]:
     """All batches from a step on; what was read stands in the ledger in `folder`."""
-    feed = Feed(
+    loader = Loader(
         build_order(manifest, data, SEED),
         OneWorker(DataWorker(manifest, data, model, seed=SEED)),
         image_kind=image_kind(manifest, model),
@@ -78,7 +78,7 @@ def read(manifest: Manifest, data: DataConfig, model: ModelConfig, folder: Path,
         max_bad_fraction=0,
     )
     ledger, batches = Ledger(Storage(folder), rank=0, first_step=first_step, warn=print), []
-    for batch in feed:
+    for batch in loader:
         ledger.add(batch)
         batches.append(batch)
     ledger.write(NUM_STEPS)

@@ -1,4 +1,4 @@
-"""What must not grow with the length of a run: blocks and buffers that the feed holds, and the base of a rate."""
+"""What must not grow with the length of a run: blocks and buffers that the loader holds, and the base of a rate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sigray.workers.config import WeightedShards
-from sigray.workers.data.loader import Feed
+from sigray.workers.data.loader import Loader
 from sigray.workers.data.manifest import Manifest, scan_shards
 from sigray.workers.data.tar import DataError, TarSample
 from sigray.workers.data.worker import Block, DataWorker, ImageKind, build_order, image_kind
@@ -60,8 +60,10 @@ class Stored:
         return sum(images() is not None for images in self._images)
 
 
-def feed_of(manifest: Manifest, data, source, kind: ImageKind, num_steps: int, max_bad_fraction: float = 1.0) -> Feed:
-    return Feed(
+def loader_of(
+    manifest: Manifest, data, source, kind: ImageKind, num_steps: int, max_bad_fraction: float = 1.0
+) -> Loader:
+    return Loader(
         build_order(manifest, data, 5),
         source,
         image_kind=kind,
@@ -81,9 +83,9 @@ SMALL = ImageKind((2, 2, 3), np.dtype(np.uint8))
 
 def test_blocks_are_released_when_no_later_batch_needs_them(data_config):
     manifest, source = scan_shards(data_config.shards, data_config), Stored(data_config.block_size)
-    alive = [source.num_alive() for _ in feed_of(manifest, data_config, source, SMALL, NUM_STEPS)]
+    alive = [source.num_alive() for _ in loader_of(manifest, data_config, source, SMALL, NUM_STEPS)]
     assert len(alive) == NUM_STEPS
-    # 4 samples of each of the 3 lanes a step, blocks of 4: a batch touches at most 2 blocks of a lane. The feed may
+    # 4 samples of each of the 3 lanes a step, blocks of 4: a batch touches at most 2 blocks of a lane. The loader may
     # have taken the blocks of the next step and not yet dropped those of the last one.
     assert 0 < max(alive) <= 2 * 2 * 3
 
@@ -93,8 +95,8 @@ def test_blocks_ahead_are_counted_over_the_lanes_of_all_datasets(data_config, ta
     shards = {name: WeightedShards(shards=str(tar_folder / name), weight=1) for name in names}
     data = data_config.model_copy(update={"shards": shards, "block_size": 8})
     source = Stored(data.block_size)
-    with contextlib.closing(feed_of(scan_shards(shards, data), data, source, SMALL, NUM_STEPS)) as feed:
-        next(iter(feed))
+    with contextlib.closing(loader_of(scan_shards(shards, data), data, source, SMALL, NUM_STEPS)) as loader:
+        next(iter(loader))
     # Blocks of 2 x 3 lanes fill 4 batches, and 2 more are prefetched: 12 samples of each lane.
     assert sorted(source.asked_before) == [(lane, number) for lane in range(6) for number in range(2)]
 
@@ -114,7 +116,7 @@ def test_buffers_of_batches_are_used_again(data_config, model_config):
     gc.collect()
     before, held = memory_of_batches(), []
     source = OneWorker(worker, shares_memory=True)
-    for _ in feed_of(manifest, data_config, source, image_kind(manifest, model_config), NUM_STEPS // 3):
+    for _ in loader_of(manifest, data_config, source, image_kind(manifest, model_config), NUM_STEPS // 3):
         held.append(memory_of_batches() - before)
     assert len(held) == NUM_STEPS // 3
     # Prefetched: 2 batches and as many as a round of blocks fills, 1. A block reaches into one batch more. Two are
@@ -147,9 +149,9 @@ def test_a_rate_of_bad_samples_is_one_of_all_samples_read(data_config, every, is
     """1 % may be bad. 0.5 % of 5,000 samples are more than 1 % of the 1,024 that a rate is first measured against."""
     manifest = scan_shards(data_config.shards, data_config)
     source = Stored(data_config.block_size, lambda number: number % every == every - 1)
-    feed, error, num_samples = feed_of(manifest, data_config, source, SMALL, 5000 // BATCH, 0.01), "", 0
+    loader, error, num_samples = loader_of(manifest, data_config, source, SMALL, 5000 // BATCH, 0.01), "", 0
     try:
-        for _ in feed:
+        for _ in loader:
             num_samples += BATCH
     except DataError as raised:
         error = str(raised)
@@ -159,4 +161,4 @@ def test_a_rate_of_bad_samples_is_one_of_all_samples_read(data_config, every, is
         assert 600 < num_samples < 740
     else:
         assert (error, num_samples) == ("", 5000 // BATCH * BATCH)
-        assert feed.refused["unreadable image"] >= 24
+        assert loader.refused["unreadable image"] >= 24
