@@ -14,9 +14,9 @@ from rich.text import Text
 from sigray.orchestrator.config import RunConfig
 from sigray.orchestrator.run.folder import RunFolder
 from sigray.orchestrator.tables import Column, add, table
-from sigray.workers.training.ledger import Audit, EpochAudit, audit
 from sigray.workers.data.order import StreamOrder
 from sigray.workers.data.worker import build_order
+from sigray.workers.training.ledger import Audit, EpochAudit, audit
 
 
 @dataclass

@@ -14,10 +14,10 @@ from sigray.orchestrator.cli.main import main
 from sigray.orchestrator.config import RunConfig, parse_config
 from sigray.orchestrator.data.audit import audit_run
 from sigray.orchestrator.run.folder import RunFolder
-from sigray.workers.training.ledger import Ledger
 from sigray.workers.data.loader import Batch
 from sigray.workers.data.manifest import scan_shards
 from sigray.workers.data.worker import build_order
+from sigray.workers.training.ledger import Ledger
 from tests.helpers.data import TOWERS, write_dataset
 from tests.helpers.reference import samples_of
 

@@ -7,7 +7,6 @@ import json
 import pytest
 
 from sigray.orchestrator.config import parse_config
-from sigray.orchestrator.formatting import format_duration
 from sigray.orchestrator.run.folder import METRICS, RunFolder
 from tests.helpers.data import TOWERS
 
