@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dev.prose import check, check_python, check_text, files, markdown
+from dev.prose import check_python, check_references, check_text, files, markdown
 
 LONG = "word " * 26
 
@@ -61,4 +61,8 @@ def test_the_repository_is_checked():
     names = files()
     assert {"README.md", "workers/config.py", "cluster.yaml", "losses/fused.c"} <= set(names)
     assert not [name for name in names if name.startswith(("dev/log", "benchmarks/results", "src/sigray/losses"))]
-    assert check("losses/__init__.py") == []
+
+
+def test_a_file_that_is_named_exists():
+    text = "see docs/data.md, workers/*.py,\nand docs/no_such_page.md of runs/NAME/docs/other.md\n"
+    assert [(problem.rule, problem.line) for problem in check_references("a.md", text)] == [("reference", 2)]
