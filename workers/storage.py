@@ -1,7 +1,7 @@
-"""A run's durable folder: on a local disk or in S3, through one small interface over pyarrow's file systems.
+"""A run's durable folder, on a local disk or in S3, over pyarrow's file systems.
 
-pyarrow because Ray Train names its storage by the same objects; it finds S3 credentials, region and endpoint in the
-usual AWS variables (AWS_ENDPOINT_URL included).
+pyarrow because Ray Train takes its storage as the same objects. pyarrow finds S3 credentials, region and endpoint in
+the usual AWS variables (AWS_ENDPOINT_URL included).
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from typing import Any
 import xxhash
 from pyarrow import fs
 
-_PIECE = 2**20  # bytes that are hashed, then written, while they are in the processor's cache
+_PIECE = 2**20  # bytes that are hashed and then written, while they are in the processor's cache
 
 
 class StorageError(OSError):
-    """A storage path that cannot be read or written; the message names it and the store's reason."""
+    """A storage that cannot be used; the message names its path and the store's reason."""
 
 
 def fingerprint(content: bytes | memoryview) -> dict[str, Any]:
-    """{"bytes", "xxh3_128"} of a file's content."""
+    """Return {"bytes", "xxh3_128"} of a file's content."""
     return {"bytes": len(content), "xxh3_128": xxhash.xxh3_128(content).hexdigest()}
 
 
 class _HashedFile:
-    """A writable file that counts and hashes its content. Hashing and writing release Python's lock."""
+    """A writable file that counts and hashes its content; both release the GIL."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -62,12 +62,12 @@ def _sync_folder(folder: Path) -> None:
     """Make the names in a local folder durable."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # what a storage lies in need not be readable
+    except PermissionError:  # the parent of a storage need not be readable
         return
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync folders
             raise
     finally:
         os.close(descriptor)
@@ -84,18 +84,19 @@ class Storage:
         filesystem, root: the same for pyarrow and Ray.
 
     Raises:
-        StorageError: where the URI cannot be understood.
+        StorageError: the URI cannot be parsed.
     """
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
         text = os.fspath(uri)
-        if "@" in text.partition("://")[2].partition("/")[0]:  # pyarrow would take them, and every message repeat them
+        if "@" in text.partition("://")[2].partition("/")[0]:  # pyarrow would accept them, and every message show them
             raise StorageError("the URL of a storage holds credentials: give them by the environment, or by a role")
         self.is_local = "://" not in text
         self.uri = os.path.abspath(text) if self.is_local else text.rstrip("/")
         try:
             if self.is_local:
-                self.filesystem, self.root = fs.LocalFileSystem(), self.uri
+                self.filesystem = fs.LocalFileSystem()
+                self.root = self.uri
             else:
                 self.filesystem, self.root = fs.FileSystem.from_uri(self.uri)
         except (OSError, ValueError) as error:
@@ -115,13 +116,13 @@ class Storage:
             raise StorageError(f"{self.uri} is not writable: {error}") from error
 
     def write(self, path: str, content: bytes) -> None:
-        """Replace one file at once: a reader sees the old content or the new, never a part.
+        """Replace one file atomically: a reader sees the old content or the new.
 
-        The content is durable when this returns: a host that loses power finds no commit mark without its files.
+        The content is durable when this returns, so no commit mark survives a power loss without its files.
         """
         final = self._at(path)
         self._make_folder(Path(final).parent)
-        if not self.is_local:  # an object of S3 appears whole when its upload ends, and is durable then
+        if not self.is_local:  # an S3 object appears whole when its upload ends, and is then durable
             with self.filesystem.open_output_stream(final, compression=None) as stream:
                 stream.write(content)
             return
@@ -134,13 +135,12 @@ class Storage:
         _sync_folder(Path(final).parent)
 
     def write_hashed(self, path: str, write: Callable[[Any], Any]) -> dict[str, Any]:
-        """Write one file piece by piece, not all at once: a reader may see a part of it. Durable at the end.
+        """Write one file in pieces, durable at the end; returns its `fingerprint`.
+
+        A reader may see a part of the file before the end.
 
         Args:
             write: called with a file object to write to.
-
-        Returns:
-            The content's `fingerprint`.
         """
         final = self._at(path)
         self._make_folder(Path(final).parent)
@@ -151,7 +151,7 @@ class Storage:
             file = _HashedFile(opened)
             try:
                 write(file)
-            except RuntimeError as error:  # torch's writer raises one about its own positions instead
+            except RuntimeError as error:  # torch's writer hides the OSError: it complains about its own positions
                 raise file.refusal or error from None
             if self.is_local:
                 opened.flush()
@@ -161,10 +161,10 @@ class Storage:
         return file.fingerprint()
 
     def read(self, path: str) -> bytes:
-        """One file.
+        """Return the content of one file.
 
         Raises:
-            FileNotFoundError: where there is none.
+            FileNotFoundError: the file does not exist.
         """
         with self.filesystem.open_input_stream(self._at(path), compression=None) as stream:
             return stream.read()
@@ -173,17 +173,17 @@ class Storage:
         return self.filesystem.get_file_info(self._at(path)).type != fs.FileType.NotFound
 
     def modified(self, path: str) -> float | None:
-        """When a file was last written, in seconds of Unix time; None where there is none."""
+        """Return when a file was last written (Unix time, s); None if there is none."""
         info = self.filesystem.get_file_info(self._at(path))
         return info.mtime_ns / 1e9 if info.mtime_ns is not None else None
 
     def list(self, path: str) -> list[str]:
-        """Names of the files and folders in a folder, sorted; empty where the folder does not exist."""
+        """Return the sorted names in a folder; empty if the folder does not exist."""
         selector = fs.FileSelector(self._at(path), allow_not_found=True)
         return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
 
     def delete(self, path: str) -> None:
-        """Delete a file, if it is there."""
+        """Delete a file, if it exists."""
         if self.exists(path):
             self.filesystem.delete_file(self._at(path))
 
@@ -191,17 +191,17 @@ class Storage:
         self.filesystem.delete_dir(self._at(path))
 
     def upload(self, local_file: Path, path: str) -> None:
-        """Copy a local file in."""
+        """Copy a local file into the folder."""
         final = self._at(path)
         self.filesystem.create_dir(str(Path(final).parent), recursive=True)
         fs.copy_files(str(local_file), final, destination_filesystem=self.filesystem)
 
     def download(self, path: str, local_file: Path) -> None:
-        """Copy a file out."""
+        """Copy a file to a local one."""
         fs.copy_files(self._at(path), str(local_file), source_filesystem=self.filesystem)
 
     def _make_folder(self, folder: Path) -> None:
-        """Make a folder, if it is not there; on a disk its name is durable then, and those above it."""
+        """Make a folder; on a disk, make its name and those of its parents durable."""
         if self.is_local and folder.is_dir():
             return
         self.filesystem.create_dir(str(folder), recursive=True)

@@ -68,9 +68,6 @@ class Embedder:
         module = build_initial_model(model).requires_grad_(False).eval()
         self._module: Any = self._device.place(module)
 
-    def is_up(self) -> bool:
-        return True
-
     def embed(self, shard: Shard, part: Part) -> StoredShard:
         """Write the embeddings of one shard.
 

@@ -188,7 +188,7 @@ def test_a_wrong_sidecar_is_told_when_the_shard_is_read(tmp_path, own_cache):
     write_tar(tmp_path / "a.tar", [drawn_sample(n) for n in range(5)])
     (tmp_path / "sizes.json").write_text('{"a.tar": 6}')
     manifest = scan(str(tmp_path))
-    with pytest.raises(DataError, match="5 samples read, 6 in the manifest: the sidecar that told the count"):
+    with pytest.raises(DataError, match="5 samples read, 6 in the manifest: the sidecar with the count"):
         list(read_samples(manifest.shards[0], DATA))
 
 
