@@ -20,7 +20,8 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.common import ROOT, ensure_emoji, report
-from sigray.orchestrator.chaos.chaos import DISTURBED, KINDS, chaos, result_table
+from sigray.orchestrator.chaos.chaos import DISTURBED, chaos, result_table
+from sigray.orchestrator.chaos.faults import KINDS
 
 EMOJI = ROOT / "examples" / "emoji_cpu.yaml"
 OVERRIDES = [

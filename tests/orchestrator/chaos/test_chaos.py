@@ -15,26 +15,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sigray.orchestrator.chaos.chaos import (
-    KINDS,
-    Family,
-    LogReader,
-    Outcome,
-    Process,
-    Supervised,
-    choose_kinds,
-    common_overrides,
-    descendants,
-    differences,
-    disturbed_overrides,
-    draw,
-    is_alive,
-    read_process,
-    refused_steps,
-    rounding,
-    send,
-    verdict,
-)
+from sigray.orchestrator.chaos.chaos import common_overrides, disturbed_overrides
+from sigray.orchestrator.chaos.comparison import Outcome, differences, rounding, verdict
+from sigray.orchestrator.chaos.faults import KINDS, choose_kinds, draw, refused_steps
+from sigray.orchestrator.chaos.processes import Family, Process, descendants, is_alive, read_process, send
+from sigray.orchestrator.chaos.supervised import LogReader, Supervised
 from sigray.orchestrator.cli.main import main
 from sigray.orchestrator.config import ConfigError, RunConfig, load_config, override
 from tests.helpers.runs import SmallRun
@@ -153,7 +138,7 @@ LOSSES = [(1, 0.5), (2, 0.25), (3, 0.125)]
         (Outcome(3, {"model.safetensors": FILES["model.safetensors"]}, LOSSES), "optimizer.pt of step 3 has"),
         (Outcome(3, FILES, [*LOSSES, (2, 0.25)]), "step 2 is logged 2 times"),
         (Outcome(3, FILES, LOSSES[:2]), "step 3 is not logged"),
-        (Outcome(3, FILES, [*LOSSES, (4, 0.1)]), "step 4 is logged, which it is not undisturbed"),
+        (Outcome(3, FILES, [*LOSSES, (4, 0.1)]), "step 4 is logged, but not undisturbed"),
         (
             Outcome(3, FILES, [(1, 0.5), (2, 0.25000000000000006), (3, 0.125)]),
             "the loss of step 2 is 0.25000000000000006",
@@ -294,7 +279,7 @@ def test_a_kind_hits_its_process_and_no_other(kind, command, config, tmp_path, m
     run.family = Family(-1)
     sent = []
     monkeypatch.setattr(
-        "sigray.orchestrator.chaos.chaos.send", lambda process, number: sent.append(process.command) or True
+        "sigray.orchestrator.chaos.faults.send", lambda process, number: sent.append(process.command) or True
     )
     monkeypatch.setattr(run.family, "look", lambda: table)
     hit = KINDS[kind].inject(run, 0.99)
@@ -351,7 +336,7 @@ def test_a_driver_that_ends_is_started_again(config, tmp_path):
     [
         ("Bc", {}, ConfigError, "refuses .*\n(.*\n)*the last words"),
         ("Bbbb", {}, RuntimeError, "ended with exit code 1:\n(.*\n)*the last words"),
-        ("B", {"max_idle_lives": 0}, RuntimeError, "ended with exit code 1"),
+        ("B", {"max_idle_drivers": 0}, RuntimeError, "ended with exit code 1"),
         ("H", {}, RuntimeError, "no step for 2 s"),
     ],
 )
@@ -370,7 +355,7 @@ def test_a_storage_that_refuses_is_mended_again(config, tmp_path, monkeypatch):
     hit = KINDS["storage"].inject(run, 0)
     assert not hit.is_over()
     assert sorted(path.name[-3:] for path in checkpoints.iterdir() if path.is_file()) == ["080", "100", "119"]
-    monkeypatch.setattr("sigray.orchestrator.chaos.chaos._REFUSE_S", 0.0)
+    monkeypatch.setattr("sigray.orchestrator.chaos.faults._REFUSE_S", 0.0)
     run.reader.feed("step     79  samples  1,200  loss\n")
     assert not hit.is_over()
     run.reader.feed("step     80  samples  1,200  loss\n")
