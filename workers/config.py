@@ -31,11 +31,16 @@ LocalPath = Annotated[str, AfterValidator(os.path.abspath)]
 Patterns = LocalOrUri | list[LocalOrUri]
 
 
-def _absolute_file(name: str) -> str:
-    return os.path.abspath(name) if name.endswith((".onnx", ".pt", ".ts")) else name
+def _image_tower(name: str) -> str:
+    """The absolute path of a file, or a factory by its present name."""
+    if name.endswith((".onnx", ".pt", ".ts")):
+        return os.path.abspath(name)
+    # The config.yaml of a run from before the package `sigray` has the former name. Such a run must resume.
+    former, now = "workers.image_towers:", "sigray.workers.model.image_towers:"
+    return now + name.removeprefix(former) if name.startswith(former) else name
 
 
-ImageTowerName = Annotated[str, AfterValidator(_absolute_file)]
+ImageTowerName = Annotated[str, AfterValidator(_image_tower)]
 TokenizerName = Annotated[str, AfterValidator(lambda name: name if name == "open_clip" else _absolute(name))]
 
 

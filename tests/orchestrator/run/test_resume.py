@@ -99,3 +99,13 @@ def test_the_docs_name_keys_that_exist():
 
 def test_an_unchanged_config_goes_on():
     check_resume(RunConfig.model_validate(CONTENT), RunConfig.model_validate(CONTENT))
+
+
+def test_a_tower_keeps_its_value_by_its_former_name():
+    """Runs that began before the package was called sigray have the name in their config.yaml."""
+    former, now = (
+        RunConfig.model_validate(CONTENT | {"model": CONTENT["model"] | {"image_tower": f"{name}:efficientnet_lite0"}})
+        for name in ("workers.image_towers", "sigray.workers.model.image_towers")
+    )
+    check_resume(former, now)
+    assert former.model.image_tower == "sigray.workers.model.image_towers:efficientnet_lite0"
