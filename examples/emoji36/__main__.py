@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from examples.emoji36.build import IntegrityError, MissingToolError, build_emoji
-from sigray.orchestrator.cli.main import ProgressBars
+from sigray.orchestrator.cli.command import ProgressBars
 
 
 def main() -> int:

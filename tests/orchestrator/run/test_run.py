@@ -135,7 +135,7 @@ def test_a_killed_drivers_run_goes_on_with_the_same_command(second_life):
 
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(second_life):
     assert re.search(r"stopped at [\d,]+ samples after", second_life)
-    assert f"go on with: sigray resume {STORAGE}" in second_life
+    assert f"continue with: sigray resume {STORAGE}" in second_life
     assert "Traceback" not in second_life
 
 

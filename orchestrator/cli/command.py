@@ -1,0 +1,108 @@
+"""What the commands of `sigray` share: arguments, help, output."""
+
+import inspect
+import math
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+Run = Callable[[Namespace, Console], int]
+Argument = Callable[[Any], object]
+"""Adds an argument to a parser."""
+Command = Callable[[Any], None]
+"""Adds a parser to argparse's subparsers."""
+
+
+def command(*arguments: Argument, name: str | None = None, usage: str | None = None) -> Callable[[Run], Command]:
+    """Make a command of a function that returns the exit code.
+
+    The function's docstring is the help: one sentence; then examples, what the command does, exit codes.
+    """
+
+    def decorate(run: Run) -> Command:
+        def add_to(parsers: Any) -> None:
+            summary, _, examples = inspect.cleandoc(run.__doc__ or "").partition("\n\n")
+            parser: ArgumentParser = parsers.add_parser(
+                name or run.__name__,
+                help=summary[0].lower() + summary[1:].rstrip("."),
+                description=summary,
+                epilog=examples,
+                usage=usage,
+                formatter_class=RawDescriptionHelpFormatter,
+            )
+            for add in arguments:
+                add(parser)
+            parser.set_defaults(run=run)
+
+        return add_to
+
+    return decorate
+
+
+def argument(*names: str, **settings: Any) -> Argument:
+    """Return an argument; the settings are those of argparse's `add_argument`."""
+    return lambda parser: parser.add_argument(*names, **settings)
+
+
+def either(*arguments: Argument) -> Argument:
+    """Return arguments that exclude each other."""
+
+    def add(parser: ArgumentParser) -> None:
+        group = parser.add_mutually_exclusive_group()
+        for add_one in arguments:
+            add_one(group)
+
+    return add
+
+
+def positive(text: str, kind: type = float) -> Any:
+    """Return a positive, finite number; argparse prints the error."""
+    try:
+        number = kind(text)
+    except ValueError:
+        number = 0
+    if not 0 < number < math.inf:
+        raise ArgumentTypeError(f"{text} is not a positive {'integer' if kind is int else 'number'}")
+    return number
+
+
+positive_int = partial(positive, kind=int)
+CONFIG = argument("config", metavar="CONFIG.yaml")
+OVERRIDES = argument("overrides", nargs="*", metavar="KEY=VALUE", help="override keys: train.global_batch_size=512")
+RUN = argument("run_folder", metavar="RUN", help="folder of a run, or its storage as s3://bucket/prefix/name")
+
+
+def say(console: Console, *lines: object) -> None:
+    """Print lines as they are: no markup, no coloured numbers, no line breaks in paths."""
+    console.print("\n".join(map(str, lines)), highlight=False, markup=False, soft_wrap=True)
+
+
+class ProgressBars:
+    """Show `progress(stage, done, total)` as bars; without a terminal, as a line per stage."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bars = Progress(*columns, console=console) if console.is_terminal else None
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> "ProgressBars":
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total) if self._bars is not None else None
+            if self._bars is None:
+                self._console.print(f"{stage}: {total:,} to do", highlight=False)
+        if self._bars is not None:
+            self._bars.update(self._tasks[stage], completed=done, total=total)

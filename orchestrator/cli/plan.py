@@ -1,0 +1,73 @@
+"""`sigray config` and `sigray plan`."""
+
+import json
+from argparse import Namespace
+
+from rich.console import Console
+
+from sigray.orchestrator.cli.command import CONFIG, OVERRIDES, argument, command, positive, positive_int
+from sigray.orchestrator.config import ConfigError, json_schema, load_config
+from sigray.orchestrator.planning.devices import CPU, DEVICES
+
+
+@command(
+    argument("config", nargs="?", metavar="CONFIG.yaml"),
+    OVERRIDES,
+    argument("--schema", action="store_true", help="print the JSON schema, for completion in an editor"),
+)
+def config(options: Namespace, console: Console) -> int:
+    """Print a config with every default written out, or the JSON schema.
+
+    examples:
+      sigray config examples/emoji_cpu.yaml optim.lr=5e-4
+      sigray config --schema > sigray.schema.json
+
+    docs/config.md explains each key.
+    """
+    if options.schema:
+        print(json_schema())
+    elif options.config:
+        print(load_config(options.config, options.overrides).to_yaml(), end="")
+    else:
+        raise ConfigError("give a YAML file, or --schema")
+    return 0
+
+
+@command(
+    CONFIG,
+    OVERRIDES,
+    argument("--device", choices=[CPU, *DEVICES], help="cpu is this machine (default cluster.device)"),
+    argument("--devices", type=positive_int, metavar="N", help="number of devices (default that of the config)"),
+    argument("--price-per-hour", type=positive, metavar="X", help="price of one device"),
+    argument("--json", action="store_true", help="print the plan as JSON"),
+)
+def plan(options: Namespace, console: Console) -> int:
+    """Predict memory, time, bytes on the wire and cost of a run.
+
+    examples:
+      sigray plan examples/emoji_cpu.yaml                           on this machine
+      sigray plan examples/siglip_b16_5days_32xtpu_v4.yaml          on the devices that the config names
+      sigray plan my_run.yaml --device h100 --devices 8 --price-per-hour 3
+      sigray plan my_run.yaml --device l4 train.micro_batch_size=256
+      sigray plan examples/siglit_g14_4xtpu_v4.yaml embeddings.store=null     the locked tower in every step
+      sigray plan my_run.yaml --json                                for programs
+
+    Needs no cluster, no accelerator and no data. docs/plan.md says what the plan counts, what it assumes, and how far
+    it was off.
+
+    Exit codes: 0 the run fits; 2 it does not fit, and the message names the train.micro_batch_size that would.
+    """
+    config = load_config(options.config, options.overrides)
+    from sigray.orchestrator.planning.plan import check_fits, default_num_devices, plan, run_device, tables
+
+    kind = run_device(config, options.device, options.devices)
+    if kind is None:
+        raise ConfigError("which device? Give --device or cluster.device: " + ", ".join([CPU, *DEVICES]))
+    num_devices = options.devices or default_num_devices(config, kind)
+    predicted = plan(config, kind, num_devices, price_per_hour=options.price_per_hour)
+    if options.json:
+        print(json.dumps(predicted.as_dict(), indent=1))
+    else:
+        console.print(tables(predicted))
+    check_fits(predicted, config)
+    return 0

@@ -1,0 +1,87 @@
+"""`sigray train`, `sigray resume` and `sigray embed`."""
+
+from argparse import Namespace
+from typing import Any
+
+from rich.console import Console
+
+from sigray.orchestrator.cli.command import CONFIG, OVERRIDES, RUN, argument, command, say
+from sigray.orchestrator.config import RunConfig, load_config, override
+from sigray.orchestrator.formatting import format_duration
+
+
+@command(
+    CONFIG,
+    OVERRIDES,
+    argument("--overwrite", action="store_true", help="delete an earlier run of the same name first"),
+)
+def train(options: Namespace, console: Console) -> int:
+    """Start a run from a YAML file, or continue it.
+
+    examples:
+      sigray train examples/emoji_cpu.yaml
+      sigray train my_run.yaml optim.lr=5e-4 run.name=b             override any key of the YAML
+      sigray train my_run.yaml cluster.address=auto                 on a running Ray cluster
+
+    If the run exists, the command continues it from its newest checkpoint. Ctrl-C writes a checkpoint and ends the run.
+    docs/config.md explains each key.
+    """
+    config = load_config(options.config, options.overrides)
+    from sigray.orchestrator.run.driver import train
+
+    return _finish(train(config, console, overwrite=options.overwrite), config, console)
+
+
+@command(RUN, OVERRIDES)
+def resume(options: Namespace, console: Console) -> int:
+    """Continue a run from its newest checkpoint.
+
+    examples:
+      sigray resume runs/emoji_cpu
+      sigray resume s3://bucket/runs/a cluster.num_workers=4        docs/operations.md lists what may change
+    """
+    from sigray.orchestrator.run.folder import read_run
+
+    saved = read_run(options.run_folder)
+    config = override(saved, options.overrides, options.run_folder)
+    from sigray.orchestrator.run.driver import train
+
+    return _finish(train(config, console, resume_from=saved), config, console)
+
+
+@command(CONFIG, OVERRIDES)
+def embed(options: Namespace, console: Console) -> int:
+    """Compute a locked image tower's embeddings once, into a store.
+
+    examples:
+      sigray embed examples/emoji_siglit.yaml                       once
+      sigray train examples/emoji_siglit.yaml                       any number of times
+      sigray embed run.yaml embeddings.store=s3://bucket/embeddings cluster.num_workers=8
+
+    Runs the locked image tower once over the shards of data.shards and eval.sets, with cluster.num_workers workers of
+    cluster.accelerator. Writes one tar of embeddings, captions and classes for each tar of images (docs/data.md). After
+    an interruption, or with more data, the same command embeds what is missing. It refuses a store that another tower
+    or another preprocessing has made.
+    """
+    config = load_config(options.config, options.overrides)
+    from sigray.orchestrator.run.embed import embed
+
+    say(console, embed(config, console))
+    return 0
+
+
+def _finish(summary: dict[str, Any], config: RunConfig, console: Console) -> int:
+    from sigray.orchestrator.run.monitor import figures_table
+
+    if summary["zero_shot"] or summary["retrieval"]:
+        console.print(figures_table(summary))
+    say(
+        console,
+        f"{summary['status']} at {summary['samples_seen']:,.0f} samples after {format_duration(summary['total_s'])}, "
+        f"{format_duration(summary['train_s'])} of it training",
+        f"report: {config.folder / 'report.html'}",
+    )
+    if summary["status"] == "stopped":
+        say(console, f"continue with: sigray resume {config.storage_uri}")
+        return 130
+    return 0
