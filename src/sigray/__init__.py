@@ -5,21 +5,11 @@ The names below are loaded on first use, so `import sigray` itself imports neith
 (docs/architecture.md).
 
     loss = sigray.sigmoid_loss(image_features, text_features, logit_scale, logit_bias)
-    summary = sigray.train(sigray.load_config("run.yaml", ["optim.lr=1e-4"]))
+    summary = sigray.train(sigray.load_config("run.yaml", ["optim.lr=1e-4"]), rich.console.Console())
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from sigray.losses.gradcache import cached_backward
-    from sigray.losses.ring import ring_sigmoid_loss
-    from sigray.losses.sigmoid import sigmoid_loss
-    from sigray.orchestrator.config import RunConfig, load_config
-    from sigray.orchestrator.planning.plan import plan
-    from sigray.orchestrator.run.driver import train
-    from sigray.tuning.study import load_study
-    from sigray.tuning.sweep import sweep
 
 __all__ = [
     "RunConfig",
@@ -45,12 +35,21 @@ _MODULES = {
     "train": "sigray.orchestrator.run.driver",
 }
 
+if TYPE_CHECKING:
+    from sigray.losses.gradcache import cached_backward
+    from sigray.losses.ring import ring_sigmoid_loss
+    from sigray.losses.sigmoid import sigmoid_loss
+    from sigray.orchestrator.config import RunConfig, load_config
+    from sigray.orchestrator.planning.plan import plan
+    from sigray.orchestrator.run.driver import train
+    from sigray.tuning.study import load_study
+    from sigray.tuning.sweep import sweep
+else:
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'sigray' has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module 'sigray' has no attribute {name!r}")
+        return getattr(import_module(_MODULES[name]), name)
 
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
