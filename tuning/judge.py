@@ -13,7 +13,7 @@ from sigray.tuning.table import Row, Table, Writer
 from sigray.workers.storage import Storage
 
 if TYPE_CHECKING:
-    from sigray.workers.training.train import Answer
+    from sigray.workers.training.job import Answer
 
 
 class Judge:

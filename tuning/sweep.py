@@ -58,7 +58,7 @@ from sigray.workers.storage import Storage
 
 if TYPE_CHECKING:
     from sigray.workers.data.pool import DataPool, SharedPool
-    from sigray.workers.training.train import Answer
+    from sigray.workers.training.job import Answer
 
 _TABLE_INTERVAL_S = 1.0  # between two updates of the table
 _CAPACITY_INTERVAL_S = 5.0  # between two looks at the cluster's free resources

@@ -49,9 +49,9 @@ if TYPE_CHECKING:
     from sigray.workers.config import EvalConfig
     from sigray.workers.data.loader import BlockSource
     from sigray.workers.data.pool import DataPool, SharedPool
+    from sigray.workers.training.job import Answer, Hooks, TrainJob
     from sigray.workers.training.profile import Profile
     from sigray.workers.training.step import BadStep
-    from sigray.workers.training.train import Answer, Hooks, TrainJob
 
 _POLL_S = 0.5
 _ROOM_S = 1.0  # how long a placement group may take to be ready where there is room
@@ -696,7 +696,7 @@ def train_job(
     profile: Profile | None = None,
 ) -> TrainJob:
     """What the training workers of a run need to know of its config."""
-    from sigray.workers.training.train import TrainJob
+    from sigray.workers.training.job import TrainJob
 
     return TrainJob(
         data=config.data,

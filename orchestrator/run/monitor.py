@@ -24,7 +24,7 @@ from sigray.orchestrator.formatting import format_duration
 if TYPE_CHECKING:
     from sigray.orchestrator.run.folder import RunFolder
     from sigray.workers.checkpoint.index import CheckpointInfo
-    from sigray.workers.training.train import Answer, Request
+    from sigray.workers.training.job import Answer, Request
 
 
 class RunMonitor:

@@ -15,8 +15,9 @@ from sigray.workers.checkpoint.index import CheckpointInfo
 from sigray.workers.data.buffers import Place
 from sigray.workers.data.manifest import scan_shards
 from sigray.workers.data.worker import Block, DataWorker
+from sigray.workers.training.job import Answer, Request
 from sigray.workers.training.profile import Profile
-from sigray.workers.training.train import Answer, Request, train_loop_per_worker
+from sigray.workers.training.train import train_loop_per_worker
 
 
 class OneWorker:

@@ -5,11 +5,8 @@ from __future__ import annotations
 from tests.mutations.fault import Fault
 from tests.mutations.keys import KEYS
 
-_LAUNCH, _TRAIN, _RUN = (
-    "sigray.orchestrator.run.driver:",
-    "sigray.workers.training.train:",
-    "sigray.orchestrator.run.driver:_Run.",
-)
+_LAUNCH = "sigray.orchestrator.run.driver:"
+_RUN = "sigray.orchestrator.run.driver:_Run."
 _HERE = "tests/test_keys_arrive.py::test_"
 _DRIVER = "tests/orchestrator/run/test_driver.py::test_a_run_"
 _RESUME = "tests/orchestrator/run/test_resume.py::test_a_changed_key_is_refused_or_free"
@@ -45,28 +42,28 @@ FAULTS = [
     # job -> training worker
     Fault(
         "save_every_steps is lost",
-        _TRAIN + "_Saver.may_be_due",
+        "sigray.workers.training.saver:Saver.may_save",
         "self._job.checkpoint.save_every_steps",
         "500",
         _of("checkpoint.save_every_steps"),
     ),
     Fault(
         "storage_timeout_s is lost for the ledger",
-        _TRAIN + "_Saver.close",
+        "sigray.workers.training.saver:Saver.close",
         "self._job.checkpoint.storage_timeout_s",
         "900",
         _of("checkpoint.storage_timeout_s"),
     ),
     Fault(
         "max_loss_ratio is lost",
-        _TRAIN + "_LogWindow.__init__",
+        "sigray.workers.training.log_window:LogWindow.__init__",
         "job.train.max_loss_ratio",
         "None",
         _of("train.max_loss_ratio"),
     ),
     Fault(
         "keep_newest and the like are lost",
-        _TRAIN + "_Saver.__init__",
+        "sigray.workers.training.saver:Saver.__init__",
         "                job.checkpoint,",
         "                type(job.checkpoint)(),",
         _of("checkpoint.keep_newest"),

@@ -25,7 +25,7 @@ from sigray.orchestrator.cluster.prometheus import (
 )
 from sigray.tuning.cli import main
 from sigray.workers.metrics import BY_NAME, METRICS, REPEAT_S, RunMetrics, WorkerMetrics
-from sigray.workers.training.train import _LogWindow
+from sigray.workers.training.log_window import LogWindow
 from tests.helpers.s3 import free_ports
 
 needs_promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="promtool of Debian's prometheus is missing")
@@ -41,11 +41,11 @@ def test_metrics_are_named_once_and_drawn_once():
 
 
 def test_every_key_of_a_line_of_metrics_is_exported():
-    """The keys stand in `_LogWindow.close` as literals."""
+    """The keys stand in `LogWindow.close` as literals."""
     import inspect
     import re
 
-    written = set(re.findall(r'"(\w+/\w+)":', inspect.getsource(_LogWindow.close)))
+    written = set(re.findall(r'"(\w+/\w+)":', inspect.getsource(LogWindow.close)))
     assert "train/loss" in written
     assert written == {metric.key for metric in METRICS if "/" in metric.key}
 

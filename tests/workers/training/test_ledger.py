@@ -19,7 +19,7 @@ from sigray.workers.config import CheckpointConfig
 from sigray.workers.data.loader import Batch
 from sigray.workers.storage import Storage
 from sigray.workers.training.ledger import Ledger, ledger_files
-from sigray.workers.training.train import _Saver
+from sigray.workers.training.saver import Saver
 from tests.helpers.bare import Recorder
 
 
@@ -75,7 +75,7 @@ def test_ranks_that_a_dead_driver_left_write_no_rows(tmp_path):
 
 def saver_of(
     storage: Storage, world_size: int = 1, first_step: int = 0, owner: str | None = None, has_ledger: bool = True
-) -> tuple[_Saver, Recorder]:
+) -> tuple[Saver, Recorder]:
     """The training loop's own saver, as rank 0 has it; and what it tells."""
     module = torch.nn.Linear(2, 2)
     trainer: Any = SimpleNamespace(module=module, optimizer=torch.optim.SGD(module.parameters()))
@@ -87,7 +87,9 @@ def saver_of(
         hooks=hooks,
         owner=owner,
     )
-    return _Saver(job, storage, trainer, 0, world_size, first_step), hooks
+    device: Any = None  # `save` sums nothing over ranks
+    saver = Saver(job, storage, trainer, device, rank=0, world_size=world_size, first_step=first_step, num_steps=100)
+    return saver, hooks
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -116,7 +118,7 @@ def test_a_resumed_attempt_saves_from_its_first_step_on(tmp_path):
     saver, hooks = saver_of(storage, first_step=20)
     for step in (20, 21):
         saver.add(batch_of(step))
-        saver.add_metrics({"step": step + 1})
+        saver.record({"step": step + 1})
         saver.save(step + 1)
         wait_until(lambda step=step: [info.step for info in list_checkpoints(storage)][-1:] == [step + 1])
     saver.close()

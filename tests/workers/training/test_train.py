@@ -14,8 +14,8 @@ from sigray.workers.data.manifest import scan_shards
 from sigray.workers.model.towers import build_model
 from sigray.workers.storage import Storage
 from sigray.workers.training.ledger import audit
+from sigray.workers.training.log_window import why_bad
 from sigray.workers.training.step import BadStep, Trainer
-from sigray.workers.training.train import why_bad
 from tests.helpers.bare import train_bare
 from tests.helpers.data import write_small_run
 from tests.helpers.ranks import run_on_ranks

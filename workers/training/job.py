@@ -1,0 +1,72 @@
+"""What a training worker is given: its job, and the hooks through which it reports to the driver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from sigray.workers.checkpoint.index import CheckpointInfo
+from sigray.workers.config import (
+    Accelerator,
+    CheckpointConfig,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    ShardingConfig,
+    TrainConfig,
+)
+from sigray.workers.data.loader import BlockSource
+from sigray.workers.data.manifest import Manifest
+from sigray.workers.training.profile import Profile
+
+Request = Literal["go on", "save", "stop"]
+"""What the driver requests: nothing, a checkpoint now, or a checkpoint and the end of the run."""
+
+Answer = Literal["go on", "stop", "wait"]
+"""The driver's decision at a rung; after "wait" the worker asks again."""
+
+
+class Hooks(Protocol):
+    """Reports of the loop to the driver, and its questions. Only rank 0 calls them, except `warn`."""
+
+    def started(self, facts: dict[str, Any]) -> None:
+        """Training starts; `facts` is the start-up block."""
+
+    def record(self, metrics: dict[str, float]) -> Request:
+        """Record one line of metrics; returns what the driver requests."""
+
+    def checkpointed(self, info: CheckpointInfo) -> None:
+        """A checkpoint is durable."""
+
+    def ask(self, step: int) -> Answer:
+        """Whether to continue after a rung whose checkpoint is durable."""
+
+    def warn(self, message: str) -> None:
+        """Show a warning that does not end the run. On any rank, from any thread."""
+
+
+@dataclass
+class TrainJob:
+    """Everything that a training worker needs to know."""
+
+    data: DataConfig
+    model: ModelConfig
+    train: TrainConfig
+    loss: LossConfig
+    optim: OptimConfig
+    sharding: ShardingConfig
+    checkpoint: CheckpointConfig
+    seed: int
+    accelerator: Accelerator
+    devices_per_worker: int | None  # XLA only; None: all devices of the host
+    cpus_per_worker: int
+    manifest: Manifest
+    storage_uri: str
+    owner: str | None  # of the run's lease
+    blocks: BlockSource
+    hooks: Hooks
+    rungs: frozenset[int] = frozenset()
+    """Steps after which the worker writes a checkpoint and asks the driver whether to continue."""
+    profile: Profile | None = None
+    """Which steps to profile; the run ends after them."""

@@ -1,0 +1,120 @@
+"""Metrics of the steps since the last line: loss, norms, throughput; and the check that each step was good."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+from sigray.losses import mean_logits
+from sigray.workers.data.loader import Loader
+from sigray.workers.device import Device
+from sigray.workers.training.job import TrainJob
+from sigray.workers.training.step import BadStep, StepResult
+
+_NUM_RECENT = 100  # good losses whose median a new loss is compared with
+
+
+class LogWindow:
+    """The steps between two lines of metrics. The host reads the device in `close` only."""
+
+    def __init__(self, loader: Loader, device: Device, job: TrainJob) -> None:
+        self._loader = loader
+        self._device = device
+        self._global_batch_size = job.train.global_batch_size
+        self._max_loss_ratio = job.train.max_loss_ratio
+        self._has_bias = job.loss.name == "sigmoid"
+        self._results: list[StepResult] = []
+        self._steps: list[int] = []  # of the results, counted from 1
+        self._good_losses: deque[float] = deque(maxlen=_NUM_RECENT)
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out the time so far: copying the state for a checkpoint is not training time."""
+        self._begin = time.perf_counter()
+        self._num_timed = 0
+        self._wait_s = self._loader.wait_s
+        self._decode_s = self._loader.decode_s
+
+    def add(self, step: int, result: StepResult) -> None:
+        self._steps.append(step)
+        self._results.append(result)
+        self._num_timed += 1
+
+    def close(self, steps_done: int) -> dict[str, float]:
+        """Metrics of the window, averaged over ranks where ranks differ; the loss is that of the last step.
+
+        Empty if all of its steps were left out.
+
+        Raises:
+            BadStep: for the window's first bad step, on every rank.
+        """
+        if not self._results:
+            return {}
+        newest = self._results[-1]
+        losses = self._device.read([result.loss for result in self._results])
+        norms = self._device.read([result.grad_norm for result in self._results])
+        scale, bias = self._device.read([newest.logit_scale, newest.logit_bias])
+        features = newest.feature_means.tolist()
+        host = [
+            self._loader.num_ready,
+            self._loader.wait_s - self._wait_s,
+            self._loader.decode_s - self._decode_s,
+            self._loader.refused.total(),
+        ]
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        sums = self._device.sum_over_ranks([*features, *losses, *host])
+        features = [total / world_size for total in sums[: len(features)]]
+        *losses, num_ready, wait_s, decode_s, num_refused = sums[len(features) :]
+        means = [total / world_size for total in losses]
+        for step, loss, norm in zip(self._steps, means, norms, strict=True):
+            reason = why_bad(loss, norm, self._good_losses, self._max_loss_ratio)
+            if reason:
+                raise BadStep(step, f"step {step}: {reason}. Lower optim.lr, or train in fp32")
+            self._good_losses.append(loss)
+        positive, negative = mean_logits(features, self._global_batch_size, scale, bias if self._has_bias else 0.0)
+        elapsed_s = time.perf_counter() - self._begin
+        metrics = {
+            "step": steps_done,
+            "samples_seen": steps_done * self._global_batch_size,
+            "train/loss": means[-1],
+            "train/logit_scale": scale,
+            "train/logit_bias": bias,
+            "train/positive_logit_mean": positive,
+            **({} if negative is None else {"train/negative_logit_mean": negative}),
+            "train/grad_norm": norms[-1],
+            "train/learning_rate": newest.learning_rate,
+            "throughput/samples_per_s": self._num_timed * self._global_batch_size / elapsed_s,
+            "data/wait_pct": 100 * wait_s / world_size / elapsed_s,
+            "data/queue_batches": num_ready / world_size,
+            "data/busy_workers": decode_s / elapsed_s,
+            "data/refused_samples": num_refused,
+            "memory/peak_gib": self._device.peak_memory_gib(),
+            "compile/num_programs": self._device.num_programs(),
+        }
+        self._results = []
+        self._steps = []
+        self.restart_clock()
+        return metrics
+
+
+def why_bad(loss: float, grad_norm: float, before: Sequence[float], max_ratio: float | None) -> str:
+    """What is wrong with a step; empty for a good one.
+
+    Args:
+        before: losses of the good steps before it, the newest last.
+        max_ratio: train.max_loss_ratio.
+    """
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if not math.isfinite(grad_norm):
+        return f"the norm of the gradients is {grad_norm}"
+    if max_ratio is not None and len(before) >= _NUM_RECENT // 5:
+        median = statistics.median(before)
+        if loss > max_ratio * median:
+            return f"the loss is {loss:.4g}, the median of the {len(before)} steps before it {median:.4g}"
+    return ""

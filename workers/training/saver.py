@@ -1,0 +1,170 @@
+"""When a training worker saves and when it stops, and what it saves: its ledger, and on rank 0 the checkpoints."""
+
+from __future__ import annotations
+
+import time
+
+import torch.distributed as dist
+
+from sigray.losses.spans import span
+from sigray.workers.checkpoint.index import read_info
+from sigray.workers.checkpoint.writer import CheckpointWriter, help_to_save, load_checkpoint, load_newest
+from sigray.workers.data.loader import Batch
+from sigray.workers.device import Device
+from sigray.workers.storage import Storage
+from sigray.workers.training.job import Request, TrainJob
+from sigray.workers.training.ledger import Ledger, ledger_files
+from sigray.workers.training.step import Trainer
+
+_ASK_S = 0.3  # between two questions at a rung
+
+
+def restore(job: TrainJob, storage: Storage, trainer: Trainer, rank: int) -> int:
+    """Load the newest undamaged checkpoint, the same on every rank; returns the number of steps done."""
+    info = load_newest(storage, trainer.module, trainer.optimizer, job.hooks.warn) if rank == 0 else None
+    if dist.is_initialized():
+        names = [info.name if info else None]
+        dist.broadcast_object_list(names)
+        if rank and names[0]:
+            info = read_info(storage, names[0])
+            load_checkpoint(storage, info, trainer.module, trainer.optimizer)
+    return info.step if info else 0
+
+
+class Saver:
+    """Decides together with the other ranks when to save and when to stop.
+
+    Reasons to save: the end of the run, a rung, `checkpoint.save_every_steps` and `save_every_s`, and the driver's
+    request. All ranks take the same decision after the same step.
+
+    Args:
+        first_step: steps done when this attempt began.
+        num_steps: steps of the run.
+
+    Attributes:
+        must_stop: whether the run ends here: the driver requested it, or decided so at a rung.
+    """
+
+    def __init__(
+        self,
+        job: TrainJob,
+        storage: Storage,
+        trainer: Trainer,
+        device: Device,
+        *,
+        rank: int,
+        world_size: int,
+        first_step: int,
+        num_steps: int,
+    ) -> None:
+        self.must_stop = False
+        self._job = job
+        self._trainer = trainer
+        self._device = device
+        self._world_size = world_size
+        self._num_steps = num_steps
+        self._saved_step = first_step
+        self._ledger = Ledger(storage, rank, first_step, job.hooks.warn, job.owner) if job.train.ledger else None
+        self._metrics: list[dict[str, float]] = []
+        self._writer: CheckpointWriter | None = None
+        if rank == 0:
+            self._writer = CheckpointWriter(
+                storage,
+                trainer.module,
+                trainer.optimizer,
+                job.checkpoint,
+                job.model.model_dump(mode="json"),
+                first_step=first_step,
+                owner=job.owner,
+                warn=job.hooks.warn,
+            )
+
+    def add(self, batch: Batch) -> None:
+        """Note in the ledger that this batch entered a loss."""
+        if self._ledger is not None:
+            self._ledger.add(batch)
+
+    def record(self, metrics: dict[str, float]) -> Request:
+        """Report a line of metrics and keep it for the next checkpoint; on rank 0."""
+        self._metrics.append(metrics)
+        return self._job.hooks.record(metrics)
+
+    def may_save(self, steps_done: int) -> bool:
+        """Whether the ranks may save after this step without a request; the same on all ranks."""
+        steps = self._job.checkpoint.save_every_steps
+        is_multiple = steps is not None and steps_done % steps == 0
+        return is_multiple or steps_done == self._num_steps or self._is_rung(steps_done)
+
+    def save_if_due(self, steps_done: int, request: Request) -> bool:
+        """Save if any rank has a reason to; returns whether the ranks saved. Sets `must_stop`."""
+        is_due = self._writer is not None and self._writer.is_due(steps_done)
+        save, self.must_stop = self._any_rank(request == "save" or is_due, request == "stop")
+        is_rung = self._is_rung(steps_done)
+        if not (save or self.must_stop or is_rung or steps_done == self._num_steps):
+            return False
+        with span("checkpoint"):
+            self.save(steps_done)
+        if is_rung and not self.must_stop:
+            self._wait()
+            self.must_stop = self._stops_at_rung(steps_done)
+        return True
+
+    def save(self, steps_done: int) -> None:
+        """Begin a checkpoint. All ranks call this after the same step."""
+        if self._ledger is not None:
+            self._ledger.write(steps_done)
+        if self._writer is not None:
+            ledger = ledger_files(self._saved_step, steps_done, self._world_size) if self._ledger is not None else []
+            samples_seen = steps_done * self._job.train.global_batch_size
+            self._writer.save(steps_done, samples_seen, metrics=self._metrics, after=ledger)
+            self._metrics = []
+        elif self._job.sharding.weights == "split":
+            help_to_save(self._trainer.module, self._trainer.optimizer)
+        self._saved_step = steps_done
+
+    def report_committed(self) -> None:
+        """Report the checkpoints that became durable since the last call."""
+        for info in self._writer.take_committed() if self._writer is not None else ():
+            self._job.hooks.checkpointed(info)
+
+    def close(self) -> None:
+        """Wait until everything is durable.
+
+        Raises:
+            OSError: if the storage refuses writes for longer than checkpoint.storage_timeout_s.
+        """
+        if self._ledger is not None:
+            self._ledger.close(self._job.checkpoint.storage_timeout_s)
+        if self._writer is not None:
+            self._writer.close()
+        self.report_committed()
+
+    def abandon(self) -> None:
+        """Training failed: drop what is not committed."""
+        if self._ledger is not None:
+            self._ledger.abandon()
+        if self._writer is not None:
+            self._writer.abandon()
+
+    def _wait(self) -> None:
+        """Wait until the newest checkpoint is durable, and report it; raises as `close`."""
+        if self._writer is not None:
+            self._writer.wait()
+        self.report_committed()
+
+    def _is_rung(self, steps_done: int) -> bool:
+        return steps_done in self._job.rungs and steps_done != self._num_steps
+
+    def _stops_at_rung(self, steps_done: int) -> bool:
+        """Ask the driver until it decides; returns whether to stop, the same on all ranks."""
+        while True:
+            answer = self._job.hooks.ask(steps_done) if self._writer is not None else "wait"
+            # The ranks exchange the answer every _ASK_S: a single collective would time out before a late decision.
+            stop, go_on = self._any_rank(answer == "stop", answer == "go on")
+            if stop or go_on:
+                return stop
+            time.sleep(_ASK_S)
+
+    def _any_rank(self, *values: bool) -> list[bool]:
+        """Each value: whether it is True on any rank."""
+        return [total > 0 for total in self._device.sum_over_ranks(values)]
