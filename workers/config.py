@@ -1,8 +1,8 @@
-"""The settings of the workers, one model per section of the YAML.
+"""The settings of the workers, one model for each section of the YAML.
 
-They stand here and not in the files that they configure because the driver checks a config before it imports torch
-(5 s cold, FACTS of Ray 2.60): an unknown key must not cost a user twenty seconds. `orchestrator/config.py` puts the
-sections together.
+They stand here and not in the files that they configure, because the driver checks a config before it imports torch.
+That import takes 5 s cold, and an unknown key must fail at once. `orchestrator/config.py` puts the sections
+together.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _absolute(path: str) -> str:
     return path if "://" in path else os.path.abspath(path)
 
 
-# Made absolute when the config is read: Ray moves its workers to another folder, and a run may be resumed from one.
+# Made absolute when the config is read: Ray starts its workers in another folder, and so may a resume.
 LocalOrUri = Annotated[str, AfterValidator(_absolute)]
 LocalPath = Annotated[str, AfterValidator(os.path.abspath)]
 Patterns = LocalOrUri | list[LocalOrUri]
@@ -35,9 +35,8 @@ def _image_tower(name: str) -> str:
     """The absolute path of a file, or a factory by its present name."""
     if name.endswith((".onnx", ".pt", ".ts")):
         return os.path.abspath(name)
-    # The config.yaml of a run from before the package `sigray` has the former name. Such a run must resume.
-    former, now = "workers.image_towers:", "sigray.workers.model.image_towers:"
-    return now + name.removeprefix(former) if name.startswith(former) else name
+    # Runs from before the package was called `sigray` have the former name in their config.yaml, and must resume.
+    return re.sub(r"^workers\.image_towers:", "sigray.workers.model.image_towers:", name)
 
 
 ImageTowerName = Annotated[str, AfterValidator(_image_tower)]
@@ -68,78 +67,95 @@ class Section(BaseModel):
 
 class S3Config(Section):
     endpoint: str | None = None
-    """Endpoint URL of an S3-compatible store; by default AWS_ENDPOINT_URL, else Amazon's own."""
+    """Endpoint URL of an S3-compatible store.
+    Default: AWS_ENDPOINT_URL, else Amazon's own."""
     region: str | None = None
-    """By default AWS_DEFAULT_REGION or the profile's."""
+    """Region of the bucket. Default: AWS_DEFAULT_REGION, or the region of the profile."""
     profile: str | None = None
-    """Profile of the AWS credentials file; by default AWS_PROFILE, or the keys in the environment."""
+    """Profile of the AWS credentials file.
+    Default: AWS_PROFILE, or the keys in the environment."""
     anonymous: bool = False
     """Send unsigned requests, for public buckets."""
     num_connections: PositiveInt = 4
-    """Parts of one shard that are fetched at the same time where the store is slower than its reader; 8 MiB each."""
+    """Parts of one shard to fetch at the same time, 8 MiB each.
+    Several are in use only if the store is slower than the reader."""
     read_timeout_s: Annotated[float, Field(gt=0)] = 10
-    """A connection that brings no byte for this long is given up and resumed by another."""
+    """Seconds without a byte after which a connection is given up.
+    Another connection resumes at the same byte."""
     deadline_s: Annotated[float, Field(gt=0)] = 300
-    """An object that brings no byte for this long, however often it was tried, ends the run."""
+    """Seconds without a byte of an object, over all retries, that end the run."""
 
 
 class WeightedShards(Section):
     shards: Patterns
-    """As data.shards."""
+    """Patterns of WebDataset tars, as data.shards."""
     weight: Annotated[float, Field(gt=0)]
-    """Share of the samples seen that come from this dataset, relative to the other weights."""
+    """Share of the samples seen that come from this dataset.
+    Relative to the weights of the other datasets."""
 
 
 class DataConfig(Section):
     shards: Patterns | dict[str, WeightedShards]
-    """WebDataset tars: a path, a glob, a brace pattern, a folder, an s3://bucket/prefix, or a list of these; or several
-    named datasets that are mixed: {photos: {shards: PATTERN, weight: 3}, drawings: {shards: PATTERN, weight: 1}}."""
+    """WebDataset tars: patterns, or several named datasets to mix.
+    A pattern is a path, a glob, a brace pattern, a folder or an s3://bucket/prefix; a list of patterns is allowed. A
+    mix: {photos: {shards: PATTERN, weight: 3}, drawings: {shards: PATTERN, weight: 1}}."""
     image_keys: list[str] = ["jpg", "jpeg", "png", "webp"]
-    """Endings of a sample's image member; the first one present is used."""
+    """Endings of a sample's image member; the first ending present is used."""
     captions: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] = {"txt": 1.0}
-    """Where a sample's caption stands, with weights: a member's ending (txt), or a field of a JSON member
-    (json:captions.en). Of those that a sample has, one is drawn for each epoch."""
+    """Sources of a sample's caption, with weights.
+    A source is a member's ending (txt) or a field of a JSON member (json:captions.en). Each epoch draws one of the
+    sources that a sample has."""
     languages: dict[str, Annotated[float, Field(gt=0)]] = {}
-    """Languages with weights, for sources that have {language} in them: {json:captions.{language}.name: 1} with
-    {en: 2, sw: 1} stands for json:captions.en.name twice as often as json:captions.sw.name."""
+    """Languages with weights, for caption sources that contain {language}.
+    {json:captions.{language}.name: 1} with {en: 2, sw: 1} draws json:captions.en.name twice as often as
+    json:captions.sw.name."""
     num_lanes: PositiveInt = 8
-    """Parallel streams that an epoch is cut into. A property of the run's order, not of the machines: keep it."""
+    """Number of parallel streams into which an epoch is cut.
+    The order of samples depends on it, so keep the value when the machines change."""
     shuffle_window: PositiveInt = 1024
-    """Samples that are shuffled together inside a lane (shards are permuted as well)."""
+    """Number of samples shuffled together inside a lane; shards are permuted as well."""
     crop: Literal["random", "center"] = "random"
-    """random: a random part of the image, another one in each epoch, as open_clip trains; center: the middle square."""
+    """Which part of an image is used.
+    random: a random crop, another one in each epoch, as open_clip trains; center: the middle square."""
     crop_scale: tuple[Fraction, Fraction] = (0.9, 1.0)
-    """Smallest and largest part of the image's area that a random crop takes."""
+    """Smallest and largest fraction of the image's area in a random crop."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest width / height of a random crop."""
     max_image_pixels: PositiveInt = 89_478_485
-    """Images with more pixels are refused before they are decoded (Pillow's limit against decompression bombs)."""
+    """Largest number of pixels of an image.
+    Larger images are refused before they are decoded (Pillow's limit against decompression bombs)."""
     block_size: PositiveInt = 128
-    """Samples of a lane that a data-shard worker is asked for together; 19 MB at 224 px."""
+    """Samples of a lane per request to a data-shard worker.
+    128 samples are 19 MB at 224 px."""
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
-    """Data-shard workers: Ray actors that read, decode and tokenize. [least, most]: as many as the trainers need."""
+    """Number of data-shard workers: Ray actors that read, decode and tokenize.
+    [least, most]: as many as the training workers need."""
     cpus_per_worker: Annotated[float, Field(ge=0)] = 1
     """CPUs that Ray reserves for each data-shard worker."""
     resources_per_worker: dict[str, Annotated[float, Field(gt=0)]] = {}
-    """Further Ray resources of each data-shard worker, for example {data: 1} where the cluster file declares it: they
-    then stay off the hosts that train."""
+    """Further Ray resources of each data-shard worker.
+    If the cluster file declares a resource `data`, {data: 1} keeps the data-shard workers off the hosts that train."""
     prefetch_batches: PositiveInt = 4
-    """Global batches that are asked for ahead of use, besides those that the blocks in use still hold."""
+    """Number of global batches to prefetch.
+    The batches in the blocks already in use come on top."""
     shared_blocks: PositiveInt = 1
-    """Newest blocks of each lane that a data-shard worker keeps for other readers of the same stream."""
+    """Newest blocks of each lane that a data-shard worker keeps.
+    Other subscribers of the same stream get them without another decode."""
     cache_mib: NonNegativeInt = 256
-    """Memory of each data-shard worker for decoded images, filled once, for later epochs of small data where crop is
-    center; 0: none."""
+    """Memory of each data-shard worker for decoded images, in MiB; 0: none.
+    It is filled once. Later epochs of small data with crop: center read from it."""
     worker_timeout_s: Annotated[float, Field(gt=0)] = 120
-    """A block that takes longer than this has its data-shard worker replaced."""
+    """Seconds for one block, after which its data-shard worker is replaced."""
     max_bad_fraction: Fraction = 0.01
-    """Refused samples (unreadable image, no caption) per sample read, above which the run stops with the reasons."""
+    """Largest fraction of refused samples (unreadable image, no caption).
+    Above it the run stops and names the reasons."""
     s3: S3Config = S3Config()
     """How s3:// shards are reached."""
     shard_cache: LocalPath | None = None
-    """Folder on each data host that keeps s3:// shards for later epochs; null: they are streamed every time."""
+    """Folder on each data host that keeps s3:// shards for later epochs.
+    Null: shards are streamed every time."""
     shard_cache_gib: Annotated[float, Field(gt=0)] = 50
-    """Size of that folder at most; the shards used longest ago are deleted first."""
+    """Largest size of that folder; the least recently used shards are deleted first."""
 
     @property
     def total_lanes(self) -> int:
@@ -156,8 +172,11 @@ class DataConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _languages_fill_their_places(cls, content: Any) -> Any:
-        """Here, once: what reads captions sees sources without places, and so does one who reads a saved config."""
+    def _fill_languages_in(cls, content: Any) -> Any:
+        """Fill {language} in, once.
+
+        So the code that reads captions, and a reader of a saved config, see sources without {language}.
+        """
         if not isinstance(content, dict) or not isinstance(content.get("captions"), dict):
             return content
         filled: dict[str, float] = {}
@@ -166,7 +185,7 @@ class DataConfig(Section):
                 filled[source] = weight
                 continue
             if not content.get("languages"):
-                raise ValueError(f"captions.{source}: data.languages is empty, so {{language}} stands for nothing")
+                raise ValueError(f"captions.{source}: data.languages is empty, so there is no value for {{language}}")
             total = sum(content["languages"].values())
             filled |= {
                 source.replace("{language}", language): weight * share / total
@@ -191,34 +210,37 @@ class ModelConfig(Section):
     towers: dict[str, Any] | None = None
     """An open_clip model config written out: embed_dim, vision_cfg, text_cfg."""
     image_tower: ImageTowerName | None = None
-    """A tower that is not open_clip's, in the place of vision_cfg's: `package.module:function`, called without
-    arguments for a torch.nn.Module, or a TorchScript (.pt, .ts) or ONNX (.onnx) file. Takes (b, 3, S, S), gives
-    (b, embed_dim)."""
+    """An image tower in place of the one that vision_cfg describes.
+    `package.module:function`, called without arguments, returns a torch.nn.Module; or a TorchScript (.pt, .ts) or
+    ONNX (.onnx) file. The tower maps (b, 3, S, S) to (b, embed_dim)."""
     tokenizer: TokenizerName = "open_clip"
-    """`open_clip` for the tokenizer of the model (its BPE), or the path of a Hugging Face tokenizer.json."""
+    """`open_clip` for the model's own tokenizer (its BPE), or a file.
+    The file is a Hugging Face tokenizer.json."""
     token_bottleneck: PositiveInt | None = None
-    """K of a token embedding in two parts, vocabulary x K and K x width, for large vocabularies of many languages
-    (paper, section 4.3; K = 96 there); null: one table."""
+    """K of a token embedding in two parts, vocabulary x K and K x width.
+    For large vocabularies of many languages (paper, section 4.3; K = 96 there). Null: one table."""
     init_from: LocalPath | None = None
-    """Weights to begin with: a local file, seen by all training workers, of a sigray or open_clip checkpoint
-    (.safetensors, or what torch.load reads with weights_only). Positional embeddings are resized; null: fresh ones."""
+    """Local file with initial weights, visible to all training workers.
+    A sigray or open_clip checkpoint: .safetensors, or a file that torch.load reads with weights_only. Positional
+    embeddings are resized. Null: fresh weights."""
     init_fresh: list[Pattern] = []
-    """Regular expressions for whole parameter names that stay fresh although init_from has them, as text\\..*"""
+    """Regular expressions for parameters that stay fresh despite init_from.
+    They match whole parameter names, such as text\\..*"""
     init_logit_scale: float = math.log(10)
-    """t' at the start, a log: the paper begins at log 10."""
+    """Initial value of t', a log: the paper starts at log 10."""
     init_logit_bias: float | None = -10.0
-    """b at the start: the paper begins at -10, so that the many negatives do not dominate the first steps. Null: there
-    is no bias (first row of the paper's table 4)."""
+    """Initial value of b; null: no bias (first row of the paper's table 4).
+    The paper starts at -10, so that the many negatives do not dominate the first steps."""
     locked: list[Tower] = []
-    """Towers that keep their weights: `visual` (LiT, arXiv 2111.07991) or `text`. No gradients, no optimizer state, no
-    dropout."""
+    """Towers that keep their weights: `visual` (LiT, arXiv 2111.07991) or `text`.
+    A locked tower has no gradients, no optimizer state and no dropout."""
     trained_blocks: dict[Tower, PositiveInt] = {}
-    """Of a tower, train only the last so many blocks and what follows them: {visual: 2}. What comes before keeps its
-    weights, as if locked."""
+    """Per tower, number of last blocks to train: {visual: 2}.
+    The layers after these blocks train too. The layers before them keep their weights, as if locked."""
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Per channel, of pixels in 0..1; SigLIP's models use 0.5."""
+    """Mean per channel, of pixels in 0..1; SigLIP's models use 0.5."""
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Per channel, of pixels in 0..1."""
+    """Standard deviation per channel, of pixels in 0..1."""
 
     @model_validator(mode="after")
     def _one_of_name_and_towers(self) -> ModelConfig:
@@ -226,8 +248,9 @@ class ModelConfig(Section):
             given = "both are given" if self.name else "neither is given"
             raise ValueError(f"give exactly one of name and towers: {given}")
         if self.towers is not None:
-            required, allowed = {"embed_dim", "vision_cfg", "text_cfg"}, {"quick_gelu"}
-            missing, unknown = required - self.towers.keys(), self.towers.keys() - required - allowed
+            required = {"embed_dim", "vision_cfg", "text_cfg"}
+            missing = required - self.towers.keys()
+            unknown = self.towers.keys() - required - {"quick_gelu"}
             if missing or unknown:
                 raise ValueError(
                     f"towers needs the keys {sorted(required)}: missing {sorted(missing)}, unknown {sorted(unknown)}"
@@ -246,72 +269,82 @@ class ModelConfig(Section):
 
 class EmbeddingsConfig(Section):
     store: LocalOrUri | None = None
-    """Folder, or s3:// prefix, of the embeddings that `sigray embed` makes with a locked image tower. Training then
-    reads them in the place of images, and never runs the tower; null: the tower runs in every step."""
+    """Folder or s3:// prefix of the embeddings that `sigray embed` writes.
+    A locked image tower makes them. Training reads them in place of images and never runs the tower. Null: the tower
+    runs in every step."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """In which they are stored."""
+    """Data type of the stored embeddings."""
     num_views: PositiveInt = 1
-    """Random crops of each training image (data.crop=random); each epoch draws one of them."""
+    """Random crops of each training image (data.crop: random).
+    Each epoch draws one of them."""
     batch_size: PositiveInt = 128
-    """Crops that go through the tower at once."""
+    """Crops per forward pass of the tower."""
 
 
 class LabelNoise(Section):
     kind: Literal["image", "text", "alignment", "image_text", "all"]
-    """What is corrupted (paper, section 4.8): images become noise, captions random tokens, captions go to other pairs
-    of the batch; or several of these, each by itself."""
+    """What is corrupted (paper, section 4.8).
+    image: images become noise; text: captions become random tokens; alignment: captions move to other pairs of the
+    batch; image_text and all: several of these, independently."""
     fraction: Annotated[float, Field(gt=0, le=1)]
-    """Of the pairs, for each kind of corruption."""
+    """Fraction of the pairs, for each kind of corruption."""
 
 
 class TrainConfig(Section):
     num_samples: PositiveInt
     """Length of the run in samples (pairs) seen; rounded up to whole steps."""
     global_batch_size: PositiveInt
-    """Pairs in one step over all training workers. The loss sees every pair of them."""
+    """Pairs in one step over all training workers. The loss uses all of them."""
     micro_batch_size: PositiveInt | None = None
-    """Pairs that a training worker takes through the towers at once; must divide its part of the global batch. Null:
-    all of them. Smaller ones need less memory and compute each tower's forward pass twice (GradCache); the loss still
-    sees every pair of the global batch, and the gradients are the same."""
+    """Pairs per forward pass of a training worker; null: all of its pairs.
+    Must divide the worker's part of the global batch. A smaller value needs less memory and computes each tower's
+    forward pass twice (GradCache). The loss still uses every pair of the global batch, and the gradients are the
+    same."""
     activation_checkpointing: bool = False
-    """Keep of each block of a tower its input only, and compute the block again in the backward pass: a third more
-    arithmetic for a fraction of the memory. It may be combined with micro_batch_size, which costs as much."""
+    """Keep only the input of each block and recompute it in the backward pass.
+    A third more arithmetic for a fraction of the memory. It combines with micro_batch_size, which costs as much."""
     compile_blocks: bool = False
-    """Compile the blocks of the towers with torch.compile: on an H100 a step took four fifths of the time, after half a
-    minute at the start. Under XLA everything is compiled anyway."""
+    """Compile the blocks of the towers with torch.compile.
+    On an H100 a step took four fifths of the time, after half a minute at the start. Under XLA everything is
+    compiled anyway."""
     precision: Precision = "fp32"
-    """fp32; tf32: GPUs and TPUs may round the inputs of products; or bf16: autocast of the towers and products of the
-    loss (weights, sums and optimizer stay fp32)."""
+    """fp32, tf32 or bf16.
+    tf32: GPUs and TPUs may round the inputs of products. bf16: autocast of the towers and of the products of the
+    loss; weights, sums and optimizer stay fp32."""
     log_every_steps: PositiveInt = 10
     """Steps between two lines of metrics; the host reads the device only then."""
     on_bad_loss: Literal["stop", "rewind"] = "stop"
-    """What happens when a loss or a gradient is NaN or infinite, or the loss leaps: stop the run with its last good
-    checkpoint, or go back to that one and leave the bad step's batch out."""
+    """What to do if a loss or gradient is NaN or infinite, or the loss leaps.
+    stop: end the run; its last good checkpoint stays. rewind: go back to that checkpoint and leave out the bad
+    step's batch."""
     max_loss_ratio: Annotated[float, Field(gt=1)] | None = None
-    """A loss of more than so many times the median of the 100 steps before it is bad too; null: only NaN and infinity
-    are."""
+    """A loss above this multiple of the recent median is bad too.
+    The median is that of the 100 steps before. Null: only NaN and infinity are bad."""
     ledger: bool = False
     """Write every pair that entered a loss to RUN/ledger/, for `sigray data audit`."""
     label_noise: LabelNoise | None = None
-    """Corrupt a part of the training pairs on purpose, to see what a loss bears; null: none."""
+    """Corrupt some training pairs on purpose; null: none.
+    For experiments on how much noise a loss tolerates."""
 
 
 class ShardingConfig(Section):
     weights: Literal["whole", "split"] = "whole"
-    """whole: each device holds all weights, gradients and optimizer state. split: each holds a part of them, and a
-    block's weights are gathered when it computes: FSDP2 over the training workers; under XLA over a worker's devices.
-    For towers that do not fit."""
+    """whole: each device holds all weights, gradients and optimizer state.
+    split: each device holds a part of them, and a block's weights are gathered while it computes. FSDP2 splits over
+    the training workers, XLA over the devices of a worker. For towers that do not fit into one device."""
 
 
 class LossConfig(Section):
     name: Literal["sigmoid", "softmax"] = "sigmoid"
-    """sigmoid, or the softmax of CLIP as a baseline."""
+    """sigmoid, or CLIP's softmax as a baseline."""
     negatives: Literal["all", "random", "hardest", "easiest"] = "all"
-    """Which negatives of the global batch count (paper, section 4.7); other than all: sigmoid only."""
+    """Which negatives of the global batch count (paper, section 4.7).
+    Values other than all need the sigmoid loss."""
     negatives_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Of all negatives of the global batch, how many count where `negatives` is not all."""
+    """Fraction of the negatives that count, if `negatives` is not all."""
     tile_size: PositiveInt | None = None
-    """Edge of a tile of logits; null for what was measured as fastest on the device. Does not change the result."""
+    """Edge of a tile of logits; null: the fastest measured on the device.
+    It does not change the result."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> LossConfig:
@@ -327,32 +360,36 @@ class LossConfig(Section):
 
 class ParameterGroup(Section):
     match: Pattern
-    """Regular expression for whole parameter names, such as visual\\..* for the image tower."""
+    """Regular expression for whole parameter names.
+    visual\\..* matches the image tower."""
     lr_scale: Annotated[float, Field(gt=0)] = 1.0
-    """Times the learning rate of the schedule."""
+    """Factor on the learning rate of the schedule."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
-    """In the place of optim.weight_decay; null: the same."""
+    """Weight decay in place of optim.weight_decay; null: the same."""
 
 
 class OptimConfig(Section):
     name: Literal["adamw", "lion", "adafactor"] = "adamw"
-    """adamw; lion (arXiv 2302.06675; half of AdamW's state; wants lower rates, and beta2 0.99); or adafactor as
-    big_vision has it (arXiv 2106.04560; a quarter of AdamW's state: momentum in bf16, a factored second moment, whose
-    decay rises to beta2 at most)."""
+    """adamw, lion or adafactor.
+    lion (arXiv 2302.06675) needs half of AdamW's state, lower rates, and beta2 0.99. adafactor is big_vision's
+    (arXiv 2106.04560) and needs a quarter of AdamW's state: momentum in bf16 and a factored second moment, whose
+    decay rises to beta2 at most."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    """Learning rate at the top of the schedule."""
+    """Largest learning rate of the schedule."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """0.95 instead of 0.999 keeps training with large batches stable (paper, section 4.6)."""
+    """Decay of the second moment.
+    0.95 instead of 0.999 keeps training with large batches stable (paper, section 4.6)."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """AdamW's; the others have none."""
+    """AdamW's epsilon; the other optimizers have none."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """Decoupled: times the learning rate, weights shrink by it; never applied to biases, norms, logit_scale and
-    logit_bias."""
+    """Decoupled weight decay, times the learning rate.
+    Never applied to biases, norms, logit_scale and logit_bias."""
     groups: list[ParameterGroup] = []
-    """Parameters with a rate or decay of their own; the first entry that matches a name counts."""
+    """Parameters with their own learning rate or weight decay.
+    The first entry that matches a name counts."""
     grad_clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Largest norm of all gradients together; null to leave them as they are."""
+    """Largest norm of all gradients together; null: no clipping."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """After warm-up: cosine to zero at the end of the run, or constant."""
     num_warmup_samples: NonNegativeInt = 0
@@ -361,28 +398,33 @@ class OptimConfig(Section):
 
 class EvalSet(Section):
     shards: Patterns
-    """WebDataset tars, as data.shards; or a folder with a subfolder of images for each class."""
+    """WebDataset tars, as data.shards, or a folder of images.
+    The folder has a subfolder of images for each class."""
     classes: ClassesName | None = None
-    """Zero-shot classification over these names: a JSON list of {id, name}; a .txt with a name in each line, whose ids
-    are 0, 1, 2...; or `subfolders`, for a folder of images whose subfolders are called as their classes (underscores
-    stand for spaces). Without it only retrieval is measured."""
+    """Classes of zero-shot classification; null: only retrieval is measured.
+    A JSON list of {id, name}; a .txt with a name in each line, whose ids are 0, 1, 2...; or `subfolders`. With
+    `subfolders`, the folders of `shards` name the classes (underscores stand for spaces)."""
     class_field: str = "class"
-    """Key of a sample's .json member that holds its class id; where there is none, its .cls member holds it. Of a
-    folder of images, the subfolder's name is the id."""
+    """Key of a sample's .json member that holds the class id.
+    Without that key the .cls member holds the id; in a folder of images, the subfolder's name is the id."""
     templates: list[str] = ["{}"]
-    """Prompts; `{}` stands for the class name. The features of several are averaged."""
+    """Prompts; `{}` stands for the class name.
+    The features of several prompts are averaged."""
     retrieval: bool = True
-    """Image-to-text and text-to-image recall over the whole set. False where it has no captions."""
+    """Measure image-to-text and text-to-image recall over the whole set.
+    Set it to false if the set has no captions."""
     linear_probe: Patterns | None = None
-    """Images with classes, as `shards`, to fit a linear classifier of image features on; it is measured on `shards`.
-    All features are held in memory."""
+    """Images with classes, as `shards`, to fit a linear classifier on.
+    The classifier of image features is measured on `shards`. All features are held in memory."""
     languages: list[str] = []
-    """Languages to measure apart, each with the captions that language_captions has for it."""
+    """Languages to measure one by one.
+    language_captions names the captions of each."""
     language_captions: str = "json:captions.{language}.name"
-    """Source, as in data.captions, of a sample's caption in a language; with classes, of its class's name."""
+    """Source, as in data.captions, of a sample's caption in a language.
+    If the set has classes, the caption is the name of the class in that language."""
 
     @model_validator(mode="after")
-    def _templates_have_a_place(self) -> EvalSet:
+    def _check_fields(self) -> EvalSet:
         for template in self.templates:
             if "{}" not in template:
                 raise ValueError(f"template {template!r} has no {{}} for the class name")
@@ -397,36 +439,41 @@ class EvalSet(Section):
 
 class EvalConfig(Section):
     sets: dict[str, EvalSet] = {}
-    """Named held-out sets, each evaluated on every checkpoint."""
+    """Named held-out sets; every checkpoint is evaluated on each."""
     batch_size: PositiveInt = 256
     """Images, or prompts, per forward pass."""
     num_workers: PositiveInt = 1
-    """Ray workers that share one evaluation, beside training; the figures are the same with any number. Raise it where
-    an evaluation takes longer than the way to the next checkpoint."""
+    """Ray workers that share one evaluation, beside training.
+    The figures are the same with any number. Raise it if an evaluation takes longer than the time between
+    checkpoints."""
     cpus_per_worker: PositiveInt = 1
-    """CPUs that Ray reserves for each of them while it works, and its threads. Another number may change last bits."""
+    """CPUs that Ray reserves for each evaluation worker, and its threads.
+    Another number may change the last bits of figures."""
     accelerator: Literal["cpu", "cuda"] = "cpu"
-    """Where they run the towers, in float32; cuda: each has a GPU of its own, which must be one that training leaves
-    free."""
+    """Where the evaluation workers run the towers, in float32.
+    cuda: each worker has a GPU of its own, which training must leave free."""
     pixel_baseline: bool = False
-    """Also classify by the nearest training image in raw 16 x 16 pixels. Reads all training data: for small sets."""
+    """Also classify by the nearest training image in raw 16 x 16 pixels.
+    Reads all training data: for small sets."""
     num_sheet_images: NonNegativeInt = 24
     """Images per set that the report shows with their five best captions."""
 
 
 class CheckpointConfig(Section):
     save_every_steps: PositiveInt | None = 500
-    """Steps between checkpoints; null: by time alone. There is always one at the end, and one when the run is
-    interrupted."""
+    """Steps between checkpoints; null: by time alone.
+    The end of the run and an interrupt always write a checkpoint."""
     save_every_s: Annotated[float, Field(gt=0)] | None = 600
-    """Seconds after which a checkpoint is due too, at the next line of metrics; null: by steps alone. It bounds what a
-    dead machine costs."""
+    """Seconds after which a checkpoint is due too; null: by steps alone.
+    It is written at the next line of metrics. This bounds how much work a dead machine costs."""
     keep_newest: PositiveInt = 3
-    """Older ones are deleted, but for those that the two keys below keep."""
+    """Number of newest checkpoints to keep; the two keys below keep others too."""
     keep_every_samples: PositiveInt | None = None
-    """Keep the first checkpoint at or behind each multiple of so many samples seen."""
+    """Keep the first checkpoint at or after each multiple of so many samples seen."""
     keep_best: str | None = None
-    """Keep the best checkpoint by this figure of its evaluation, such as zero_shot.emoji.top1; higher is better."""
+    """Keep the best checkpoint by this figure of its evaluation.
+    Such as zero_shot.emoji.top1; higher is better."""
     storage_timeout_s: Annotated[float, Field(gt=0)] = 900
-    """A storage that refuses writes does not stop training; the run ends with an error when its last checkpoint, or one
-    that is due while the one before still waits, cannot be written for so long."""
+    """Seconds that the storage may refuse a checkpoint before the run fails.
+    Until then training continues and the write is retried. The run fails only when it needs the write: at its end,
+    or when the next checkpoint is due."""

@@ -152,7 +152,7 @@ FAULTS = [
     # the config itself
     Fault(
         "languages are lost",
-        "sigray.workers.config:DataConfig._languages_fill_their_places",
+        "sigray.workers.config:DataConfig._fill_languages_in",
         'for language, share in content["languages"].items()',
         'for language, share in {next(iter(content["languages"])): total}.items()',
         _of("data.languages"),
