@@ -803,7 +803,7 @@ def test_how_a_bucket_is_reached(configure, monkeypatch, tmp_path):
     assert (client.meta.config.connect_timeout, client.meta.config.read_timeout) == (7.5, 7.5)
     assert stream._fetcher.store.connections._timeout_s == 7.5
     assert getattr(client._request_signer._credentials, "access_key", "none") == "KEY"
-    assert stream._most_parts == 3
+    assert stream._max_parts == 3
     with pytest.raises(DataError):  # nobody listens there
         stream.read(10)
     assert silent[0] == 11

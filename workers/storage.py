@@ -21,7 +21,7 @@ _PIECE = 2**20  # bytes that are hashed and then written, while they are in the 
 
 
 class StorageError(OSError):
-    """A storage that cannot be used; the message names its path and the store's reason."""
+    """A storage that cannot be used; the message names its path and the reason."""
 
 
 def fingerprint(content: bytes | memoryview) -> dict[str, Any]:

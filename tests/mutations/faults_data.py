@@ -164,14 +164,14 @@ FAULTS = [
     # S3.
     Fault(
         "If-Match is not sent",
-        "sigray.workers.data.s3:_Fetcher._attempt",
+        "sigray.workers.data.s3:_Fetcher._get",
         ', "If-Match": f\'"{self.info.etag}"\'}',
         "}",
         (f"{_W}s3.py::test_every_get_asks_for_the_version_of_the_manifest",),
     ),
     Fault(
         "an answer of another version is taken",
-        "sigray.workers.data.s3:_Fetcher._judge",
+        "sigray.workers.data.s3:_Fetcher._check_head",
         "if etag and etag != self.info.etag:",
         "if False:",
         (f"{_W}s3.py::test_a_store_without_if_match_gives_no_mixture_either",),

@@ -1,25 +1,26 @@
-"""Objects in S3 as streams that do not break, and a local cache of them.
+"""Stream objects from S3 over failures, and cache them on a local disk.
 
-`S3Stream` reads an object by ranged GETs, in one of two ways, and learns from how long its reader has to wait which one
-the store needs:
+The module is long because it holds a client of its own for GETs, beside the streams and the cache.
 
-    directly        The reader takes blocks of 2 MiB from the connection itself, in ranges of 64 MiB. Nothing is
-                    cheaper: no thread, few requests, and the bytes are still in the core's cache when they are looked
-                    at. So it begins, and goes on while 8 MiB cost the reader less than 84 ms (100 MB/s).
-    over threads    Each part of 8 MiB is fetched by a thread ahead of the reader: two at first, and one more each time
-                    that the reader waits 21 ms for one, up to `s3.num_connections`. A store that gives each connection
-                    30 ms and 60 MB/s, as Amazon's does, is soon read over all of them.
+`S3Stream` reads an object by ranged GETs, in one of two ways. How long the reader waits decides which:
 
-What goes wrong inside a part is mended inside it: another GET begins at the byte that was reached. boto3 retries a 503,
+    directly        The reader receives blocks of 2 MiB from the connection itself, in ranges of 64 MiB. Nothing costs
+                    less: no thread, few requests, and the bytes are still in the core's cache when they are parsed.
+                    A stream begins so, and continues so while the reader waits less than 84 ms for 8 MiB (100 MB/s).
+    over threads    Threads prefetch parts of 8 MiB: two at first, and one more each time that the reader waits 21 ms
+                    for a part, up to `s3.num_connections`. A store that gives each connection 30 ms and 60 MB/s, as
+                    Amazon's does, is soon read over all connections.
+
+A failure inside a part is retried inside the part: another GET begins at the first missing byte. boto3 retries a 503,
 but never a body that breaks off, and waits 60 s for one that stalls. Every GET carries If-Match with the ETag of the
-run's manifest, so an object that is replaced in mid-run is an error and never a mixture. What to do after a failure is
-`after_failure`, a pure function; the thread acts on what it says.
+run's manifest: an object that is replaced during a run is an error and never a mixture. `after_failure`, a pure
+function, decides what to do after a failure; the thread acts.
 
-boto3 lists the objects and signs each once (a presigned URL, which covers neither Range nor If-Match, for ten minutes);
-the GETs are written here, and bodies go from the socket into buffers that are used again. Client CPU per GB over
+boto3 lists the objects and signs each once (a presigned URL, which covers neither Range nor If-Match, for ten minutes).
+The GETs are written here, and bodies go from the socket into buffers that are used again. Client CPU per GB over
 loopback, medians of benchmarks/s3.py on two busy cores: boto3 `Body.read(1 MiB)` 0.32 s, directly 0.33 s, over threads
-0.40 s; over threads through botocore's session and urllib3 it was 0.7 s. What makes the difference are 8 MiB buffers,
-which do not fit into a core's cache (0.05 s), and requests.
+0.40 s; over threads through botocore's session and urllib3 it was 0.7 s. The difference comes from buffers of 8 MiB,
+which do not fit into a core's cache (0.05 s), and from requests.
 """
 
 from __future__ import annotations
@@ -52,17 +53,18 @@ from sigray.workers.config import S3Config
 from sigray.workers.data.tar import DataError, cut_short
 
 PART_BYTES = 8 << 20
-"""Of one ranged GET: 140 ms at 60 MB/s, so that a latency of 30 ms costs a connection a sixth of its time."""
+"""Bytes of a ranged GET: 140 ms at 60 MB/s, so 30 ms of latency are a sixth of it."""
 FIRST_PARTS = 2
 _BLOCK_BYTES = 2 << 20  # one large page
-_DIRECT_PARTS = 8  # of a range that is read directly, once the store is known to be fast
-_MOST_IDLE = 64
-# A connection is fast that brings a waiting reader so much: three times what a core decodes (35 kB a sample), and more
-# than one connection to Amazon's brings. Threads aim at four times as much.
+_DIRECT_PARTS = 8  # in a range that is read directly, after the first range was fast
+_MAX_IDLE = 64
+# The rate of a fast connection to a waiting reader: three times what a core decodes (35 kB a sample), and more than one
+# connection to Amazon's store delivers. Threads aim at four times this rate.
 _FAST_BYTES_PER_S = 100e6
-_SIGNED_FOR_S, _SIGN_AGAIN_S = 3600, 600
-_LONGEST_WAIT_S = 10.0
-# Kind of a failure that is worth another try -> seconds of the first wait; it doubles with each further failure.
+_SIGNED_FOR_S = 3600
+_SIGN_AGAIN_S = 600
+_MAX_WAIT_S = 10.0
+# Kind of a failure that is retried -> seconds of the first wait; the wait doubles with each further failure.
 _FIRST_WAIT_S = {
     "reset": 0.1,
     "stall": 0.1,
@@ -76,7 +78,7 @@ _EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRef
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """One object as it was when it was listed. `etag` is without its quotation marks."""
+    """One object as listed. `etag` is without its quotation marks."""
 
     url: str
     num_bytes: int
@@ -85,9 +87,9 @@ class ObjectInfo:
 
 @dataclass(frozen=True)
 class Failure:
-    """What came instead of a part's bytes. `kind` is a key of `_FIRST_WAIT_S`, or denied, gone, replaced, no ranges."""
+    """Why a GET failed."""
 
-    kind: str
+    kind: str  # a key of `_FIRST_WAIT_S`, denied, gone, replaced or no ranges
     message: str
     status: int = 0
     code: str = ""
@@ -95,7 +97,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Retry:
-    """Ask again for the bytes that are missing, after so many seconds, and with a new signature where needed."""
+    """Request the missing bytes again after a wait, if needed with a new signature."""
 
     after_s: float
     sign_again: bool = False
@@ -103,34 +105,34 @@ class Retry:
 
 @dataclass(frozen=True)
 class GiveUp:
-    """No other try would help, or the deadline has passed."""
+    """A retry cannot help, or the deadline has passed."""
 
 
 def after_failure(
     kind: str, failures: Counter[str], silent_s: float, deadline_s: float, jitter: float
 ) -> Retry | GiveUp:
-    """What to do about a failed GET.
+    """Decide what to do after a failed GET.
 
     Args:
         kind: of the failure.
-        failures: by kind, since the part's last byte, this one included.
+        failures: number by kind since the part's last byte, this failure included.
         silent_s: seconds since the part's last byte.
-        deadline_s: when to give up.
-        jitter: 0 to 1, drawn evenly, so that many clients of a busy store do not come back all at once.
+        deadline_s: give up after so many.
+        jitter: uniform in 0 to 1, so that many clients of a busy store do not retry at the same time.
     """
     if kind == "denied" and failures[kind] == 1:
-        return Retry(0.0, sign_again=True)  # credentials may have been renewed, the bucket's region become known
+        return Retry(0.0, sign_again=True)  # credentials may be new, or the bucket's region now known
     if kind not in _FIRST_WAIT_S or silent_s >= deadline_s:
         return GiveUp()
-    wait_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S[kind] * 2 ** min(failures.total() - 1, 16))
+    wait_s = min(_MAX_WAIT_S, _FIRST_WAIT_S[kind] * 2 ** min(failures.total() - 1, 16))
     return Retry(min(jitter * wait_s, deadline_s - silent_s))
 
 
 def split_s3_url(url: str) -> tuple[str, str]:
-    """Bucket and key (or prefix) of an s3:// URL.
+    """Return the bucket and the key (or prefix) of an s3:// URL.
 
     Raises:
-        DataError: where it names no bucket.
+        DataError: the URL names no bucket.
     """
     bucket, _, key = url.removeprefix("s3://").partition("/")
     if not bucket:
@@ -140,20 +142,20 @@ def split_s3_url(url: str) -> tuple[str, str]:
 
 @dataclass
 class _Answer:
-    """Head of an answer, and what came of its body together with it."""
+    """The head of an answer, and the body's bytes that were received with it."""
 
     connection: socket.socket
     status: int
     headers: dict[str, str]  # names in lower case
-    begun: bytes
+    begun: bytes  # of the body
 
 
 class _Connections:
-    """Connections to one store, which are kept for the next request.
+    """A pool of connections to one store.
 
-    http.client connects, through the proxy and with the certificates that boto3 would use. Requests and heads of
-    answers are written and read here: a GET costs 0.2 ms of CPU, against 0.5 in http.client and 1.0 in botocore's own
-    session, and body bytes go from the socket to where they belong without a buffer in between.
+    http.client connects, through the proxy and with the certificates that boto3 would use. Requests are written and
+    heads of answers are read here: a GET costs 0.2 ms of CPU, against 0.5 in http.client and 1.0 in botocore's session.
+    Body bytes go from the socket to their place without a buffer in between.
     """
 
     def __init__(self, endpoint: str, ca_bundle: str | None, timeout_s: float) -> None:
@@ -169,15 +171,16 @@ class _Connections:
         """Send a GET and read the head of its answer.
 
         Raises:
-            _NotConnected: where the store could not be reached.
-            OSError: where it was, and no answer came.
+            _NotConnected: the store cannot be reached.
+            OSError: the store was reached and sent no answer.
         """
         parts = urlsplit(url)
         proxy = self._proxies.get(parts.scheme)
         target = f"{parts.path}?{parts.query}" if parts.query else parts.path
         headers = {"Host": parts.netloc, "Accept-Encoding": "identity"} | headers
         if proxy and parts.scheme == "http":
-            target, headers = url, headers | _authorization(proxy)
+            target = url
+            headers |= _authorization(proxy)
         lines = [f"GET {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
         request = "\r\n".join(lines).encode("latin-1")
         while True:
@@ -191,13 +194,13 @@ class _Connections:
                 connection.close()
                 if is_fresh or isinstance(error, TimeoutError):
                     raise
-                # The store has closed it while it was idle: no failure.
+                # The store closed the connection while it was idle: not a failure.
 
     def keep(self, url: str, answer: _Answer) -> None:
-        """Take back the connection of an answer that has been read to its end."""
+        """Return the connection of a fully read answer to the pool."""
         idle = self._idle.setdefault(_origin(url), [])
         is_over = bool(answer.begun) or answer.headers.get("connection", "").lower() == "close"
-        if is_over or len(idle) >= _MOST_IDLE:
+        if is_over or len(idle) >= _MAX_IDLE:
             answer.connection.close()
         else:
             idle.append(answer.connection)
@@ -211,17 +214,18 @@ class _Connections:
                 poll.register(connection, select.POLLIN)
                 if not poll.poll(0):
                     return connection
-                connection.close()  # what is there to read without a request is its end
+                connection.close()  # readable without a request: its end
         return None
 
     def _connect(self, parts: SplitResult, proxy: SplitResult | None) -> socket.socket:
-        host, port = ((proxy or parts).hostname or "", (proxy or parts).port)
+        to = proxy or parts
+        host = to.hostname or ""
         if parts.scheme == "https":
-            connection = http.client.HTTPSConnection(host, port, timeout=self._timeout_s, context=self._tls)
+            connection = http.client.HTTPSConnection(host, to.port, timeout=self._timeout_s, context=self._tls)
             if proxy:
                 connection.set_tunnel(parts.hostname or "", parts.port, _authorization(proxy))
         else:
-            connection = http.client.HTTPConnection(host, port, timeout=self._timeout_s)  # type: ignore[assignment]
+            connection = http.client.HTTPConnection(host, to.port, timeout=self._timeout_s)  # type: ignore[assignment]
         try:
             connection.connect()
         except OSError as error:
@@ -260,7 +264,7 @@ def _read_head(connection: socket.socket) -> _Answer:
 def _fill(
     view: memoryview, num_filled: int, answer: _Answer, dropped: threading.Event | None = None
 ) -> tuple[int, Failure | None]:
-    """Read an answer's body until the view is full; how much of it is, and what went wrong."""
+    """Read a body until the view is full; returns the filled bytes and the failure."""
     if answer.begun:
         begun = answer.begun[: len(view) - num_filled]
         answer.begun = answer.begun[len(begun) :]
@@ -281,12 +285,11 @@ def _fill(
 
 
 def _read_error(answer: _Answer) -> bytes:
-    """The beginning of an answer that is an error, up to its end where that can be told."""
-    body, length = answer.begun, int(answer.headers.get("content-length", 1 << 14))
+    """Read at most 16 KiB of an error's body."""
+    body = answer.begun
+    length = min(int(answer.headers.get("content-length", 1 << 14)), 1 << 14)
     with contextlib.suppress(OSError):
-        while (
-            len(body) < min(length, 1 << 14) and b"</Error>" not in body and (piece := answer.connection.recv(1 << 14))
-        ):
+        while len(body) < length and b"</Error>" not in body and (piece := answer.connection.recv(1 << 14)):
             body += piece
     return body
 
@@ -296,7 +299,7 @@ class _NotConnected(Exception):
 
 
 class _Store:
-    """What all streams of one process share for one config: boto3's client, connections, what was learnt of it."""
+    """What streams of one process share for one config: boto3's client, connections."""
 
     def __init__(self, s3: S3Config) -> None:
         import boto3
@@ -305,7 +308,7 @@ class _Store:
         from botocore.config import Config
 
         core = botocore.session.Session(profile=s3.profile)
-        # Stand-alone stores know no other addresses than path-style ones.
+        # Stand-alone stores support path-style addresses only.
         style = "path" if s3.endpoint or os.environ.get("AWS_ENDPOINT_URL") else "auto"
         self.client = boto3.session.Session(botocore_session=core).client(
             "s3",
@@ -318,110 +321,96 @@ class _Store:
                 connect_timeout=s3.read_timeout_s,
                 read_timeout=s3.read_timeout_s,
                 max_pool_connections=32,
-                # A presigned URL would carry a signed header that asks for checksums of whole objects.
+                # Else a presigned URL carries a signed header that requests checksums of whole objects.
                 response_checksum_validation="when_required",
                 request_checksum_calculation="when_required",
             ),
         )
         self.endpoint: str = self.client.meta.endpoint_url
         self.connections = _Connections(self.endpoint, core.get_config_variable("ca_bundle"), s3.read_timeout_s)
-        self.num_parts = 0  # what the stream that ended last leaves to the next one
+        self.num_parts = 0  # the next stream starts with so many threads
 
 
 _stores: dict[tuple[object, ...], _Store] = {}
 _stores_lock = threading.Lock()
 
 
-def _store(s3: S3Config) -> _Store:
+def _store(url: str, s3: S3Config) -> _Store:
+    from botocore.exceptions import BotoCoreError
+
     # Connections do not survive a fork, and boto3 reads the variables only once.
     variables = sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))
     key = (os.getpid(), s3, *variables)
     with _stores_lock:
-        if key not in _stores:
-            _stores[key] = _Store(s3)
-        return _stores[key]
+        try:
+            if key not in _stores:
+                _stores[key] = _Store(s3)
+            return _stores[key]
+        except (BotoCoreError, ValueError) as error:  # boto3 raises ValueError for an endpoint that is no URL
+            raise DataError(
+                f"{url}: no S3 client can be made: {error}; check data.s3.endpoint, data.s3.region, data.s3.profile "
+                "and the AWS_ variables"
+            ) from error
 
 
-def client(s3: S3Config) -> Any:
-    """A boto3 client, the same one for all callers in this process; may be used from several threads.
+@contextlib.contextmanager
+def _client(url: str, s3: S3Config) -> Iterator[Any]:
+    """Yield boto3's client; raise its errors as DataErrors with reason and remedy."""
+    from botocore.exceptions import BotoCoreError, ClientError
 
-    Raises:
-        DataError: where the profile, the endpoint or the region cannot be understood.
-    """
-    return _opened("S3", s3).client
+    client = _store(url, s3).client
+    try:
+        yield client
+    except (BotoCoreError, ClientError) as error:
+        raise _explained(error, url, s3) from error
 
 
 def list_objects(url_prefix: str, s3: S3Config) -> list[ObjectInfo]:
-    """All objects whose URL begins with a prefix, in the order of their keys.
+    """Return all objects whose URL begins with a prefix, in the order of their keys.
 
     Raises:
-        DataError: where the store cannot be reached or refuses, with the reason and the remedy.
+        DataError: the store cannot be reached or refuses.
     """
-    from botocore.exceptions import BotoCoreError, ClientError
-
     bucket, prefix = split_s3_url(url_prefix)
-    paginator = _opened(url_prefix, s3).client.get_paginator("list_objects_v2")
-    try:
-        pages = paginator.paginate(Bucket=bucket, Prefix=prefix)
+    with _client(url_prefix, s3) as client:
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         found = [item for page in pages for item in page.get("Contents", [])]
-    except (BotoCoreError, ClientError) as error:
-        raise _explained(error, url_prefix, s3) from error
     infos = [ObjectInfo(f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"].strip('"')) for item in found]
     return sorted(infos, key=lambda info: info.url)
 
 
 def stat(url: str, s3: S3Config) -> ObjectInfo:
-    """Size and ETag of one object.
+    """Return size and ETag of one object.
 
     Raises:
-        DataError: where it is missing, or the store cannot be reached or refuses, with the reason and the remedy.
+        DataError: the object is missing, or the store cannot be reached or refuses.
     """
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.exceptions import ClientError
 
     bucket, key = split_s3_url(url)
-    client = _opened(url, s3).client
-    try:
+    with _client(url, s3) as client:
         try:
             answer = client.head_object(Bucket=bucket, Key=key)
         except ClientError:
-            # The answer to a HEAD has no body that could tell a missing bucket from a missing object.
+            # The answer to a HEAD has no body, which would tell a missing bucket from a missing object.
             client.get_object(Bucket=bucket, Key=key, Range="bytes=0-0")["Body"].close()
             raise
-    except (BotoCoreError, ClientError) as error:
-        raise _explained(error, url, s3) from error
     return ObjectInfo(url, answer["ContentLength"], answer["ETag"].strip('"'))
 
 
 def read_object(url: str, s3: S3Config) -> bytes:
-    """A small object as a whole.
+    """Return the content of a small object.
 
     Raises:
         DataError: as `stat`.
     """
-    from botocore.exceptions import BotoCoreError, ClientError
-
     bucket, key = split_s3_url(url)
-    client = _opened(url, s3).client
-    try:
+    with _client(url, s3) as client:
         return client.get_object(Bucket=bucket, Key=key)["Body"].read()
-    except (BotoCoreError, ClientError) as error:
-        raise _explained(error, url, s3) from error
-
-
-def _opened(url: str, s3: S3Config) -> _Store:
-    from botocore.exceptions import BotoCoreError
-
-    try:
-        return _store(s3)
-    except (BotoCoreError, ValueError) as error:  # boto3 raises ValueError for an endpoint that is no URL
-        raise DataError(
-            f"{url}: no S3 client can be made: {error}; check data.s3.endpoint, data.s3.region, data.s3.profile and "
-            "the AWS_ variables"
-        ) from error
 
 
 def _explained(error: Exception, url: str, s3: S3Config) -> DataError:
-    """A failure of boto3 as an error for the user."""
+    """Return the user's error for a failure of boto3."""
     from botocore import exceptions
 
     if isinstance(error, exceptions.ClientError):
@@ -429,22 +418,17 @@ def _explained(error: Exception, url: str, s3: S3Config) -> DataError:
         return _refused(url, s3, status, str(error.response.get("Error", {}).get("Code", "")))
     if isinstance(error, (exceptions.ConnectionError, exceptions.HTTPClientError)):
         return _unreachable(url, s3, str(error))
-    credentials = (
-        exceptions.NoCredentialsError,
-        exceptions.PartialCredentialsError,
-        exceptions.CredentialRetrievalError,
-        exceptions.TokenRetrievalError,
-        exceptions.SSOError,
-    )
-    if isinstance(error, credentials):
+    credentials = exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.CredentialRetrievalError
+    if isinstance(error, (*credentials, exceptions.TokenRetrievalError, exceptions.SSOError)):
         return DataError(f"{url}: no S3 credentials: {error}; {_credentials(s3)}")
     return DataError(f"{url}: {error}")
 
 
 def _refused(url: str, s3: S3Config, status: int, code: str) -> DataError:
-    """An answer of the store other than success as an error for the user."""
-    endpoint, bucket = _shown_endpoint(url, s3), split_s3_url(url)[0]
+    """Return the user's error for an answer of the store other than success."""
+    endpoint = _shown_endpoint(url, s3)
     if code == "NoSuchBucket":
+        bucket, _ = split_s3_url(url)
         return DataError(f"{url}: there is no bucket {bucket!r} at {endpoint}; check the URL and data.s3.endpoint")
     if code in _EXPIRED:
         return DataError(f"{url}: the S3 credentials have expired ({code}): renew them; {_credentials(s3)}")
@@ -456,8 +440,8 @@ def _refused(url: str, s3: S3Config, status: int, code: str) -> DataError:
 
 
 def _shown_endpoint(url: str, s3: S3Config) -> str:
-    """Without name and password, which AWS_ENDPOINT_URL may hold."""
-    return re.sub(r"//[^/]*@", "//", _opened(url, s3).endpoint)
+    """Return the endpoint without name and password, which AWS_ENDPOINT_URL may hold."""
+    return re.sub(r"//[^/]*@", "//", _store(url, s3).endpoint)
 
 
 def _unreachable(url: str, s3: S3Config, reason: str) -> DataError:
@@ -480,12 +464,12 @@ def _credentials(s3: S3Config) -> str:
 
 
 class _Part:
-    """Bytes of the object and the buffer that is filled with them.
+    """A byte range of the object and the buffer to fill with it.
 
     Args:
         begin, end: of the bytes.
         buffer: is at least as long.
-        end_asked: of the range that is asked for; what is left of it is in `answer` afterwards.
+        end_asked: end of the range to request; the unread rest is in `answer` afterwards.
     """
 
     def __init__(self, begin: int, end: int, buffer: mmap.mmap, end_asked: int = 0) -> None:
@@ -500,28 +484,31 @@ class _Part:
         self._socket: socket.socket | None = None
 
     def watch(self, connection: socket.socket | None) -> None:
-        """Whose body `drop` has to interrupt; None once the connection may carry another part."""
+        """Set the connection that `drop` shuts down; None if it may carry another part."""
         with self._lock:
             self._socket = connection
 
     def drop(self) -> None:
-        """Nobody wants it any more. A thread that waits for its bytes wakes up and closes the connection."""
+        """Cancel the download: a thread that waits for its bytes closes the connection."""
         self.dropped.set()
         with self._lock:
             if self._socket is not None:
-                with contextlib.suppress(OSError):  # it is closed already
+                with contextlib.suppress(OSError):  # it is already closed
                     self._socket.shutdown(socket.SHUT_RDWR)
 
 
 def _end(parts: deque[_Part], work: queue.SimpleQueue[_Part | None]) -> None:
-    """Drop the parts and let the threads go."""
+    """Drop the parts and end the threads."""
     while parts:
         parts.popleft().drop()
     work.put(None)
 
 
 def _new_buffer(num_bytes: int) -> mmap.mmap:
-    """Memory for a part. Large pages make the kernel's copy into it cheaper: 0.27 s of CPU per GB instead of 0.32."""
+    """Return memory for a part.
+
+    In large pages the kernel's copy costs less: 0.27 s of CPU per GB instead of 0.32.
+    """
     buffer = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
@@ -530,11 +517,11 @@ def _new_buffer(num_bytes: int) -> mmap.mmap:
 
 
 TRAFFIC: Counter[str] = Counter()
-"""What this process has read from S3: "bytes", and how often it asked again, by kind of failure."""
+"""Of this process: "bytes" read from S3, and retries by kind of failure."""
 
 
 class _Fetcher:
-    """What the threads of a stream need: they know the object and nothing of its reader."""
+    """Downloads parts of one object, in the threads of a stream."""
 
     def __init__(
         self,
@@ -544,25 +531,30 @@ class _Fetcher:
         clock: Callable[[], float],
         sleep: Callable[[threading.Event, float], object],
     ) -> None:
-        self.info, self.s3, self.store = info, s3, _opened(info.url, s3)
+        self.info = info
+        self.s3 = s3
+        self.store = _store(info.url, s3)
         self.retries: Counter[str] = Counter()
-        self._draw, self._clock, self._sleep = draw, clock, sleep
+        self._draw = draw
+        self._clock = clock
+        self._sleep = sleep
         self._lock = threading.Lock()
-        self._signed, self._signed_at = "", -float("inf")
+        self._signed = ""
+        self._signed_at = -float("inf")
 
     def run(self, work: queue.SimpleQueue[_Part | None]) -> None:
-        """What each thread does: parts, until there is a None, which is left for the others."""
+        """Fetch parts until the queue gives None, which stays for the other threads."""
         while (part := work.get()) is not None:
             self.fetch(part)
-            del part  # its buffer may be used again, or freed, while this thread waits
+            del part  # so that its buffer can be reused or freed while this thread waits
         work.put(None)
 
     def fetch(self, part: _Part, failure: Failure | None = None) -> None:
-        """Fill a part, whatever it takes; what cannot be mended is left in `part.error`.
+        """Fill a part, with retries; a final error is in `part.error`.
 
         Args:
-            part: to be filled.
-            failure: what became of a try before.
+            part: to fill.
+            failure: of an earlier try.
         """
         try:
             failures: Counter[str] = Counter()
@@ -570,7 +562,7 @@ class _Fetcher:
             while not part.dropped.is_set():
                 signed = self._url()
                 reached = part.num_filled
-                failure = failure or self._attempt(part, signed)
+                failure = failure or self._get(part, signed)
                 if failure is None:
                     return
                 now = self._clock()
@@ -595,9 +587,10 @@ class _Fetcher:
         finally:
             part.done.set()
 
-    def _attempt(self, part: _Part, signed: str) -> Failure | None:
-        """One GET for the bytes that are missing; None where all have come, or nobody wants them any more."""
-        first, last = part.begin + part.num_filled, part.end_asked - 1
+    def _get(self, part: _Part, signed: str) -> Failure | None:
+        """Send one GET for the missing bytes; None if the part is complete or dropped."""
+        first = part.begin + part.num_filled
+        last = part.end_asked - 1
         headers = {"Range": f"bytes={first}-{last}", "If-Match": f'"{self.info.etag}"'}
         try:
             answer = self.store.connections.get(signed, headers)
@@ -608,7 +601,7 @@ class _Fetcher:
         except OSError as error:
             return Failure("reset", str(error) or type(error).__name__)
         part.watch(answer.connection)
-        failure = self._judge(answer, first, last)
+        failure = self._check_head(answer, first, last)
         if failure is None:
             with memoryview(part.buffer) as buffer, buffer[: part.end - part.begin] as view:
                 before = part.num_filled
@@ -624,14 +617,16 @@ class _Fetcher:
             self.store.connections.keep(signed, answer)
         return failure
 
-    def _judge(self, answer: _Answer, first: int, last: int) -> Failure | None:
-        """None where the body is the one that was asked for."""
-        status, headers = answer.status, answer.headers
+    def _check_head(self, answer: _Answer, first: int, last: int) -> Failure | None:
+        """Return None if the answer's body is the requested one."""
+        status = answer.status
+        headers = answer.headers
         if status == 206:
             etag = headers.get("etag", "").strip('"')
-            if etag and etag != self.info.etag:  # some stores do not know If-Match
+            if etag and etag != self.info.etag:  # some stores ignore If-Match
                 return Failure("replaced", f"ETag {etag}", status)
-            wanted, sent = f"bytes {first}-{last}/{self.info.num_bytes}", headers.get("content-range")
+            wanted = f"bytes {first}-{last}/{self.info.num_bytes}"
+            sent = headers.get("content-range")
             if sent != wanted:
                 return Failure("wrong answer", f"Content-Range {sent!r} instead of {wanted!r}", status)
             length = headers.get("content-length")
@@ -645,11 +640,11 @@ class _Fetcher:
         return Failure(_kind_of(status, code), f"{status} {code}".strip(), status, code)
 
     def keep(self, answer: _Answer) -> None:
-        """Take back the connection of an answer that has been read to its end."""
+        """Return the connection of a fully read answer to the pool."""
         self.store.connections.keep(self._signed, answer)
 
     def _url(self) -> str:
-        """The object's presigned URL."""
+        """Return the object's presigned URL."""
         with self._lock:
             if self._clock() - self._signed_at > _SIGN_AGAIN_S:
                 self._sign()
@@ -660,10 +655,10 @@ class _Fetcher:
 
         with self._lock:
             if refused != self._signed:
-                return  # another part has done so already
+                return  # another part has already signed again
             bucket, key = split_s3_url(self.info.url)
             with contextlib.suppress(BotoCoreError, ClientError):
-                self.store.client.head_object(Bucket=bucket, Key=key)  # from its answer boto3 learns the region
+                self.store.client.head_object(Bucket=bucket, Key=key)  # its answer tells boto3 the region
             self._sign()
 
     def _sign(self) -> None:
@@ -679,7 +674,8 @@ class _Fetcher:
         self._signed_at = self._clock()
 
     def _error(self, part: _Part, failure: Failure, failures: Counter[str], silent_s: float) -> DataError:
-        url, endpoint = self.info.url, self.store.endpoint
+        url = self.info.url
+        endpoint = self.store.endpoint
         remedy = "put the object of the manifest back, or start a new run on the new data"
         if failure.kind == "replaced":
             return DataError(f"{url} was replaced since the run's manifest was made: {remedy}")
@@ -688,7 +684,7 @@ class _Fetcher:
         if failure.kind == "no ranges":
             return DataError(
                 f"{url}: the store {endpoint} ignores ranges (it answers a Range request with the whole object), which "
-                "sigray needs to go on after a broken connection: use a store that knows them, or copy the shards"
+                "sigray needs to resume after a broken connection: use a store with ranges, or copy the shards"
             )
         if failure.kind == "denied":
             return _refused(url, self.s3, failure.status, failure.code)
@@ -703,7 +699,7 @@ class _Fetcher:
 
 
 def _kind_of(status: int, code: str) -> str:
-    """Kind of the failure that an answer without the bytes is."""
+    """Return the kind of failure of an answer without the bytes."""
     if status in (429, 503) or code in ("SlowDown", "ServiceUnavailable", "TooManyRequests"):
         return "slow down"
     if status >= 500 or status == 408 or code == "RequestTimeout":
@@ -718,14 +714,14 @@ def _kind_of(status: int, code: str) -> str:
 
 
 class S3Stream:
-    """One object as a `sigray.workers.data.tar.ByteSource`, for one reading thread. Where threads are needed they begin at once.
+    """One object as a `ByteSource`, for one reading thread.
 
-    What `read` returns are views where it can: they stay valid as long as anyone holds them, since a buffer is used
-    again only when nobody does. Memory: the part that is read and at most `s3.num_connections` ahead of it.
+    `read` returns views if the bytes lie in one buffer. The views stay valid, since a buffer with views is not reused.
+    Memory: the part that is being read and at most `s3.num_connections` prefetched ones.
 
     Args:
         info: the object, as listed: an object of another ETag is an error.
-        s3: how it is reached.
+        s3: settings of the store.
         start: first byte.
         part_bytes: of one ranged GET.
         draw: random numbers from 0 to 1, for the waits between tries.
@@ -735,8 +731,8 @@ class S3Stream:
     Attributes:
         position: of the next byte.
         num_bytes: of the object.
-        retries: how often a part had to be asked for again, by kind of failure.
-        num_parts: how many parts may be on their way in threads now; 0: the reader reads directly.
+        retries: number of repeated requests, by kind of failure.
+        num_parts: parts to prefetch in threads now; 0: the reader reads directly.
     """
 
     def __init__(
@@ -750,34 +746,40 @@ class S3Stream:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[threading.Event, float], object] = threading.Event.wait,
     ) -> None:
-        self.position, self.num_bytes = start, info.num_bytes
+        self.position = start
+        self.num_bytes = info.num_bytes
         self._fetcher = _Fetcher(info, s3, draw, clock, sleep)
         self.retries = self._fetcher.retries
-        # What was learnt of a store holds for its next object.
+        # The number of threads that the store's last object needed.
         self.num_parts = min(s3.num_connections, self._fetcher.store.num_parts)
-        self._most_parts, self._part_bytes, self._clock = s3.num_connections, part_bytes, clock
+        self._max_parts = s3.num_connections
+        self._part_bytes = part_bytes
+        self._clock = clock
         self._answer: _Answer | None = None  # without threads: of the range that is being read
-        self._range_end, self._num_ranges = start, 0
-        self._judged_at, self._waited_s = start + part_bytes, 0.0  # by then so many seconds
-        self._view, self._view_begin, self._view_end = memoryview(b""), start, start
-        self._buffer: mmap.mmap | None = None  # under the view
+        self._range_end = start
+        self._num_ranges = 0
+        self._waited_s = 0.0  # for the bytes up to `_decide_at`
+        self._decide_at = start + part_bytes  # byte at which to decide about threads
+        self._view = memoryview(b"")
+        self._view_begin = self._view_end = start
+        self._buffer: mmap.mmap | None = None  # of the view
         self._free: list[mmap.mmap] = []
-        self._ahead: deque[_Part] = deque()
-        self._next = start  # first byte of the next part to ask for
-        self._just_placed = True  # the first part is always waited for: that says nothing about the store
+        self._prefetched: deque[_Part] = deque()
+        self._next = start  # first byte of the next part to request
+        self._is_first_part = True  # the reader always waits for the first part, which says nothing about the store
         self._has_waited = False
         self._work: queue.SimpleQueue[_Part | None] = queue.SimpleQueue()
         self._num_threads = 0
-        # A stream that nobody closed must not go on downloading.
-        self._end = weakref.finalize(self, _end, self._ahead, self._work)
-        self._ask()
+        # A stream that is dropped without `close` stops its downloads.
+        self._end = weakref.finalize(self, _end, self._prefetched, self._work)
+        self._start_parts()
 
     def read(self, count: int) -> bytes | memoryview:
-        """The next `count` bytes.
+        """Return the next `count` bytes.
 
         Raises:
-            DataError: "cut short: ..." where the object ends earlier; where it was replaced, is gone, cannot be reached
-                or is refused; and where no byte comes for `s3.deadline_s`.
+            DataError: "cut short: ..." if the object ends earlier; the object was replaced, is gone, cannot be reached
+                or is refused; no byte comes for `s3.deadline_s`.
         """
         begin = self.position
         end = begin + count
@@ -787,22 +789,22 @@ class S3Stream:
         return self._view[begin - self._view_begin : end - self._view_begin]
 
     def skip(self, count: int) -> None:
-        """Pass over bytes; parts that lie wholly before the new position are dropped, or never asked for."""
+        """Pass over bytes; parts before the new position are dropped or not requested."""
         self.position += count
 
     def close(self) -> None:
         """Stop the downloads; views that were read stay valid."""
-        # Where the reader never waited for a thread, the store is fast or the reader slow: the next one reads directly.
-        needs_none = not self._has_waited and not self._just_placed
+        # If the reader never waited for a thread, the store is fast or the reader slow: the next one reads directly.
+        needs_none = not self._has_waited and not self._is_first_part
         self._fetcher.store.num_parts = 0 if needs_none else self.num_parts
         self._end()
-        self._hang_up()
-        self._let_go()
+        self._disconnect()
+        self._release_view()
         self._free.clear()
         self._next = self._range_end = self.num_bytes
 
     def _read_across(self, count: int) -> bytes | memoryview:
-        """Bytes that do not all lie in the current part."""
+        """Return bytes that do not all lie in the current part."""
         if self.position + count > self.num_bytes:
             raise cut_short(self.num_bytes)
         if not count:
@@ -811,7 +813,8 @@ class S3Stream:
             self._advance()
             if self.position + count <= self._view_end:
                 return self.read(count)
-        whole, num_copied = bytearray(count), 0
+        whole = bytearray(count)
+        num_copied = 0
         while num_copied < count:
             if self.position >= self._view_end:
                 self._advance()
@@ -822,45 +825,48 @@ class S3Stream:
         return memoryview(whole).toreadonly()
 
     def _advance(self) -> None:
-        """Make the part, or block, that holds the position the current one."""
+        """Make the part or block at the position the current one."""
         assert self._end.alive, "read after close"
-        self._let_go()
-        if not self.num_parts and self._next >= self._judged_at:
+        self._release_view()
+        if not self.num_parts and self._next >= self._decide_at:
             if self._waited_s > self._part_bytes / _FAST_BYTES_PER_S:
-                self._hang_up()
-                self._free.clear()  # they have the size of blocks
-                self._next, self.num_parts = max(self._next, self.position), min(FIRST_PARTS, self._most_parts)
-            self._waited_s, self._judged_at = 0.0, self._next + self._part_bytes
+                self._disconnect()
+                self._free.clear()  # these have the size of blocks
+                self._next = max(self._next, self.position)
+                self.num_parts = min(FIRST_PARTS, self._max_parts)
+            self._waited_s = 0.0
+            self._decide_at = self._next + self._part_bytes
         if self.num_parts:
-            part = self._waited_for()
+            part = self._next_part()
             begin, end, self._buffer = part.begin, part.end, part.buffer
         else:
-            begin, end, self._buffer = self._received()
+            begin, end, self._buffer = self._next_block()
         self._view = memoryview(self._buffer).toreadonly()[: end - begin]
         self._view_begin, self._view_end = begin, end
-        self._ask()
+        self._start_parts()
 
-    def _received(self) -> tuple[int, int, mmap.mmap]:
-        """Without threads: the block of the current range that holds the position, as (begin, end, buffer)."""
+    def _next_block(self) -> tuple[int, int, mmap.mmap]:
+        """Read the block at the position, without threads, as (begin, end, buffer)."""
         began = self._clock()
         num_bytes = min(_BLOCK_BYTES, self._part_bytes)
         buffer = self._free.pop() if self._free else _new_buffer(num_bytes)
         if self.position >= self._range_end:
-            self._hang_up()
-            # The first range tells whether the store is fast; the next ones may then be long.
-            num_parts, self._num_ranges = 1 if not self._num_ranges else _DIRECT_PARTS, self._num_ranges + 1
-            self._next, self._range_end = (
-                self.position,
-                min(self.position + num_parts * self._part_bytes, self.num_bytes),
-            )
+            self._disconnect()
+            # The first range shows whether the store is fast; the next ones may then be long.
+            num_parts = _DIRECT_PARTS if self._num_ranges else 1
+            self._num_ranges += 1
+            self._next = self.position
+            self._range_end = min(self.position + num_parts * self._part_bytes, self.num_bytes)
         while True:
-            begin, num_filled, failure = self._next, 0, None
+            begin = self._next
+            num_filled = 0
+            failure = None
             end = min(begin + num_bytes, self._range_end)
             if self._answer is not None:
                 with memoryview(buffer) as whole, whole[: end - begin] as view:
                     num_filled, failure = _fill(view, 0, self._answer)
             if num_filled < end - begin:
-                self._hang_up()
+                self._disconnect()
                 block = _Part(begin, end, buffer, self._range_end)
                 block.num_filled = num_filled
                 self._fetcher.fetch(block, failure)
@@ -875,54 +881,54 @@ class S3Stream:
                 self._waited_s += self._clock() - began
                 return begin, end, buffer
 
-    def _waited_for(self) -> _Part:
-        """The part that holds the position, once it is complete."""
-        while self._ahead and self._ahead[0].end <= self.position:
-            passed = self._ahead.popleft()
+    def _next_part(self) -> _Part:
+        """Wait for the part at the position."""
+        while self._prefetched and self._prefetched[0].end <= self.position:
+            passed = self._prefetched.popleft()
             if passed.done.is_set():
                 self._free.append(passed.buffer)
             passed.drop()
-        if not self._ahead and self._next < self.position:
-            self._next, self._just_placed = self.position, True
-        self._ask()
-        part = self._ahead[0]
-        if self._just_placed:
+        if not self._prefetched and self._next < self.position:
+            self._next = self.position
+            self._is_first_part = True
+        self._start_parts()
+        part = self._prefetched[0]
+        if self._is_first_part:
             part.done.wait()
         elif not part.done.wait(self._part_bytes / _FAST_BYTES_PER_S / 4):
             self._has_waited = True
-            if self.num_parts < self._most_parts:
+            if self.num_parts < self._max_parts:
                 self.num_parts += 1
-                self._ask()
+                self._start_parts()
             part.done.wait()
-        self._just_placed = False
+        self._is_first_part = False
         if part.error is not None:
             raise part.error
-        return self._ahead.popleft()
+        return self._prefetched.popleft()
 
-    def _hang_up(self) -> None:
+    def _disconnect(self) -> None:
         if self._answer is not None:
             self._answer.connection.close()
         self._answer = None
 
-    def _let_go(self) -> None:
-        """Give the current part's buffer back, unless somebody still holds a view of it."""
+    def _release_view(self) -> None:
+        """Release the current part's buffer for reuse, unless views of it exist."""
         self._view.release()
-        self._view, self._view_begin, self._view_end = memoryview(b""), self.position, self.position
+        self._view = memoryview(b"")
+        self._view_begin = self._view_end = self.position
         if self._buffer is not None:
-            try:
+            with contextlib.suppress(BufferError):  # a mapping with views refuses a resize, even to its own length
                 self._buffer.resize(len(self._buffer))
                 self._free.append(self._buffer)
-            except BufferError:  # a mapping that is looked at refuses even the length that it has
-                pass
         self._buffer = None
 
-    def _ask(self) -> None:
-        """Start the threads of as many parts as may be on their way."""
-        while len(self._ahead) < self.num_parts and self._next < self.num_bytes:
+    def _start_parts(self) -> None:
+        """Request parts until `num_parts` are prefetched."""
+        while len(self._prefetched) < self.num_parts and self._next < self.num_bytes:
             end = min(self._next + self._part_bytes, self.num_bytes)
             part = _Part(self._next, end, self._free.pop() if self._free else _new_buffer(self._part_bytes))
             self._next = end
-            self._ahead.append(part)
+            self._prefetched.append(part)
             self._work.put(part)
             if self._num_threads < self.num_parts:
                 self._num_threads += 1
@@ -930,28 +936,29 @@ class S3Stream:
 
 
 class ShardCache:
-    """A folder of local copies of objects, shared by any number of processes of this host.
+    """A folder of local copies of objects, shared by the processes of a host.
 
     Every change is made under a lock on the folder. Space is reserved before a download begins, so the folder never
-    grows above `max_bytes`; the copies used longest ago make room. A download holds a lock on its file: one that nobody
-    holds was left by a process that died, and goes.
+    grows above `max_bytes`; the least recently used copies are evicted. A download holds a lock on its file: a file
+    without a lock belongs to a dead process and is deleted.
 
     Args:
-        folder: is made where it does not exist. Other files in it are left alone.
+        folder: is made if it does not exist. Other files in it stay as they are.
         max_bytes: of all copies together.
     """
 
     def __init__(self, folder: str | os.PathLike[str], max_bytes: int) -> None:
-        self.folder, self.max_bytes = Path(folder), max_bytes
+        self.folder = Path(folder)
+        self.max_bytes = max_bytes
 
     def path_of(self, info: ObjectInfo, s3: S3Config) -> Path:
-        """The local copy of an object, downloaded unless it is there.
+        """Return the local copy of an object, and download it first if needed.
 
-        Open it at once: another process may need the room. An open file stays readable when its copy goes; where it
-        went before it was opened, ask again.
+        Open the copy at once: another process may evict it. An open file stays readable after that; if the copy was
+        evicted before it was opened, call this again.
 
         Raises:
-            DataError: as `S3Stream.read`; where the object is larger than the cache; where the disk is full.
+            DataError: as `S3Stream.read`; the object is larger than the cache; the disk is full.
         """
         if info.num_bytes > self.max_bytes:
             raise DataError(
@@ -967,11 +974,11 @@ class ShardCache:
                 with self._locked():
                     file = self._reserve(path, info.num_bytes)
                 if file is None:
-                    time.sleep(0.1)  # another process downloads it, or needs all the room that there is
+                    time.sleep(0.1)  # another process downloads it, or has reserved all the space
                     continue
                 with file:
                     self._download(file, info, s3)
-                    with self._locked():  # or its bytes might be missing from somebody's sum
+                    with self._locked():  # else another process might not count its bytes
                         os.replace(file.name, path)
                 return path
         except OSError as error:
@@ -983,19 +990,19 @@ class ShardCache:
             raise DataError(f"{info.url}: the shard cache {self.folder} cannot be used: {error}") from error
 
     def _download(self, file: IO[bytes], info: ObjectInfo, s3: S3Config) -> None:
-        """Fill the reserved file; on any error it goes."""
+        """Fill the reserved file; delete it on any error."""
         try:
             with contextlib.closing(S3Stream(info, s3)) as stream:
                 for position in range(0, info.num_bytes, 1 << 20):
                     file.write(stream.read(min(1 << 20, info.num_bytes - position)))
             file.flush()
-            os.fsync(file.fileno())  # a host that loses power must not find a copy of the right size and zeros in it
+            os.fsync(file.fileno())  # else a copy may have the right size and zeros in it after a power loss
         except BaseException:
             os.unlink(file.name)
             raise
 
     def _touched(self, path: Path, num_bytes: int) -> bool:
-        """Whether the copy is there; it counts as used now."""
+        """Return whether the copy exists, and mark it as just used."""
         try:
             os.utime(path)
             return path.stat().st_size == num_bytes
@@ -1009,11 +1016,11 @@ class ShardCache:
             yield
 
     def _reserve(self, path: Path, num_bytes: int) -> IO[bytes] | None:
-        """An open, locked file of the wanted size beside the path, and room for it; None: try again later."""
+        """Evict copies and return an open, locked file of that size; None: try later."""
         if self._touched(path, num_bytes):
             return None
         wanted = path.with_suffix(".part")
-        copies: list[tuple[int, int, Path]] = []  # time of last use in ns, bytes
+        copies: list[tuple[int, int, Path]] = []  # time of last use (ns), bytes, path
         num_used = 0
         for other in self.folder.iterdir():
             if not re.fullmatch(r"[0-9a-f]{32}\.(tar|part)", other.name):
@@ -1042,7 +1049,7 @@ class ShardCache:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether no living process holds a lock on a file."""
+    """Return whether no process holds a lock on a file."""
     with open(path, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

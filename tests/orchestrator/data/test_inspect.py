@@ -14,6 +14,7 @@ import tarfile
 import time
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pytest
 from PIL import Image
@@ -22,10 +23,9 @@ from sigray.orchestrator.cli.main import main
 from sigray.orchestrator.config import ConfigError
 from sigray.orchestrator.data.inspect import PICTURE_PX, data_section, inspect_data
 from sigray.orchestrator.data.inspect_sheet import write_sheet
-from sigray.workers.config import DataConfig, S3Config
+from sigray.workers.config import DataConfig
 from sigray.workers.data.decode import Decoder, decode_pixels, sample_random
 from sigray.workers.data.manifest import read_samples, scan_shards
-from sigray.workers.data.s3 import client
 from tests.helpers.data import drawn_sample, encode_image, write_dataset, write_tar
 from tests.helpers.s3 import BUCKET, s3_server
 
@@ -340,7 +340,7 @@ def test_s3(tmp_path, capsys, monkeypatch):
         endpoint = variables.pop("AWS_ENDPOINT_URL")
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        store = client(S3Config(endpoint=endpoint))
+        store = boto3.client("s3", endpoint_url=endpoint)
         store.upload_file(str(path), BUCKET, "tars/a.tar")
         store.put_object(Bucket=BUCKET, Key="tars/b.tar", Body=Path(path).read_bytes()[:3000])
         key = f"data.s3.endpoint={endpoint}"

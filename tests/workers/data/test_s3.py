@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import boto3
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,7 +29,6 @@ from sigray.workers.data.s3 import (
     S3Stream,
     ShardCache,
     after_failure,
-    client,
     list_objects,
     read_object,
     stat,
@@ -61,7 +61,7 @@ def proxy(store: str) -> Iterator[FaultProxy]:
 
 
 def put(key: str, content: bytes) -> ObjectInfo:
-    client(S3Config()).put_object(Bucket=BUCKET, Key=key, Body=content)
+    boto3.client("s3").put_object(Bucket=BUCKET, Key=key, Body=content)
     return stat(f"s3://{BUCKET}/{key}", S3Config())
 
 
@@ -84,7 +84,7 @@ def stream_through(
 ) -> contextlib.closing[S3Stream]:
     """A stream of small parts that hardly waits between two tries and begins with so many threads."""
     s3 = config(proxy, **({"read_timeout_s": 5} | changes))
-    s3_module._store(s3).num_parts = num_parts
+    s3_module._store("s3://", s3).num_parts = num_parts
     return contextlib.closing(S3Stream(info, s3, start, part_bytes=part_bytes, draw=lambda: 0.02))
 
 
@@ -138,7 +138,7 @@ def test_any_pattern_of_reads_and_skips_gives_the_objects_bytes(
     start: int, part_bytes: int, num_connections: int, fast: float, num_parts: int, steps: list[tuple[str, int]]
 ) -> None:
     s3 = S3Config(num_connections=num_connections)
-    s3_module._store(s3).num_parts = num_parts
+    s3_module._store("s3://", s3).num_parts = num_parts
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.closing(S3Stream(info_of("small"), s3, start, part_bytes=part_bytes)) as stream,
@@ -251,7 +251,7 @@ def test_what_no_retry_can_mend_has_its_own_message(proxy: FaultProxy, fault: st
 def test_a_replaced_object_is_an_error_and_no_mixture(proxy: FaultProxy) -> None:
     info = put("replaced", LARGE)
     with stream_through(proxy, info) as stream:
-        wait_until(lambda: all(part.done.is_set() for part in stream._ahead))
+        wait_until(lambda: all(part.done.is_set() for part in stream._prefetched))
         put("replaced", LARGE[::-1])
         assert stream.read(2 * PART) == LARGE[: 2 * PART]
         with pytest.raises(DataError, match="was replaced since the run's manifest was made: put .* back"):
@@ -271,7 +271,7 @@ def test_a_store_without_if_match_gives_no_mixture_either(proxy: FaultProxy) -> 
     info = put("replaced", LARGE)
     proxy.schedule = lambda: Fault("no if-match")
     with stream_through(proxy, info) as stream:
-        wait_until(lambda: all(part.done.is_set() for part in stream._ahead))
+        wait_until(lambda: all(part.done.is_set() for part in stream._prefetched))
         put("replaced", LARGE[::-1])
         assert stream.read(2 * PART) == LARGE[: 2 * PART]
         with pytest.raises(DataError, match="was replaced"):
@@ -359,9 +359,9 @@ def test_memory_is_bounded_and_views_stay_valid(proxy: FaultProxy) -> None:
                 held.append((position, stream.read(10_000)))
             else:
                 assert stream.read(10_000) == LARGE[position : position + 10_000]
-            assert len(stream._ahead) <= 3
+            assert len(stream._prefetched) <= 3
             assert max(last for _, last in proxy.ranges) < stream.position + (3 + 1) * PART
-            assert len(stream._free) + len(stream._ahead) <= 5
+            assert len(stream._free) + len(stream._prefetched) <= 5
     for position, view in held:
         assert view == LARGE[position : position + 10_000]
 
@@ -380,12 +380,12 @@ def test_a_fast_store_is_read_directly_in_long_ranges(proxy: FaultProxy) -> None
 def test_a_reader_that_never_waits_needs_two_connections_and_then_none(proxy: FaultProxy) -> None:
     with stream_through(proxy, info_of("large")) as stream:
         while stream.position + 1000 < len(LARGE):
-            wait_until(lambda: all(part.done.is_set() for part in stream._ahead))
+            wait_until(lambda: all(part.done.is_set() for part in stream._prefetched))
             stream.read(1000)
             stream.skip(min(PART // 2, len(LARGE) - stream.position))
         assert stream.num_parts == 2
     assert proxy.most_at_once <= 2  # 1 where the first part is done before the second is asked for
-    assert s3_module._store(config(proxy, read_timeout_s=5)).num_parts == 0
+    assert s3_module._store("s3://", config(proxy, read_timeout_s=5)).num_parts == 0
 
 
 def test_a_slow_store_is_read_over_all_connections_and_remembered(store: str) -> None:
@@ -403,7 +403,7 @@ def test_a_long_skip_does_not_download_what_it_passes(proxy: FaultProxy, num_par
         assert stream.read(512) == LARGE[:512]
         stream.skip(30 * PART)
         assert stream.read(512) == LARGE[30 * PART + 512 : 30 * PART + 1024]
-        wait_until(lambda: all(part.done.is_set() for part in stream._ahead))
+        wait_until(lambda: all(part.done.is_set() for part in stream._prefetched))
     assert len(proxy.ranges) <= 3 + 3
     assert proxy.num_sent <= (6 if num_parts else 9) * PART
     assert all(last < 4 * PART or first >= 30 * PART for first, last in proxy.ranges)
@@ -413,7 +413,7 @@ def test_a_long_skip_does_not_download_what_it_passes(proxy: FaultProxy, num_par
 def test_nothing_goes_on_behind_a_stream_that_ended(proxy: FaultProxy, how: str) -> None:
     wait_until(lambda: num_part_threads() == 0)
     proxy.schedule = lambda: Fault("stall", 1000)
-    s3_module._store(config(proxy, read_timeout_s=60)).num_parts = 2
+    s3_module._store("s3://", config(proxy, read_timeout_s=60)).num_parts = 2
     stream = S3Stream(info_of("large"), config(proxy, read_timeout_s=60), part_bytes=PART)
     wait_until(lambda: proxy.faults["stall"] == 2)
     assert num_part_threads() == 2

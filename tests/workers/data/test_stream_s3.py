@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,7 +14,7 @@ from PIL import Image
 from sigray.workers.config import DataConfig, ModelConfig, S3Config
 from sigray.workers.data.loader import Batch, Loader
 from sigray.workers.data.manifest import Manifest, scan_shards
-from sigray.workers.data.s3 import S3Stream, client
+from sigray.workers.data.s3 import S3Stream
 from sigray.workers.data.tar import DataError
 from sigray.workers.data.worker import DataWorker, build_order, image_kind
 from sigray.workers.storage import Storage
@@ -48,7 +49,7 @@ def endpoint(tars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
         for name, value in variables.items():
             patch.setenv(name, value)
         for path in tars.iterdir():
-            client(S3Config()).upload_file(str(path), BUCKET, f"tars/{path.name}")
+            boto3.client("s3").upload_file(str(path), BUCKET, f"tars/{path.name}")
         yield variables["AWS_ENDPOINT_URL"]
 
 
@@ -136,9 +137,9 @@ def test_a_resume_reads_no_more_than_a_window_per_lane(
 def test_an_object_replaced_under_the_run_is_an_error(tars, endpoint, model_config, tmp_path):
     data = data_of(f"s3://{BUCKET}/replaced/", S3Config())
     content = (tars / "shard-0.tar").read_bytes()
-    client(S3Config()).put_object(Bucket=BUCKET, Key="replaced/a.tar", Body=content)
+    boto3.client("s3").put_object(Bucket=BUCKET, Key="replaced/a.tar", Body=content)
     manifest = scan_shards(data.shards, data)
-    client(S3Config()).put_object(Bucket=BUCKET, Key="replaced/a.tar", Body=content[:-1] + b"\1")
+    boto3.client("s3").put_object(Bucket=BUCKET, Key="replaced/a.tar", Body=content[:-1] + b"\1")
     with pytest.raises(DataError, match=r"a.tar was replaced since the run's manifest was made"):
         read(manifest, data, model_config, tmp_path)
 
