@@ -48,15 +48,13 @@ def bare_rank(rank: int, world_size: int, config: RunConfig, num_steps: int) -> 
     loader = Loader(
         build_order(manifest, data, config.run.seed),
         OneWorker(DataWorker(manifest, data, config.model, seed=config.run.seed)),
+        data,
         image_kind=image_kind(manifest, config.model),
         global_batch_size=batch_size,
-        block_size=data.block_size,
         rank=rank,
         world_size=world_size,
         first_step=0,
         last_step=num_steps,
-        prefetch_batches=1,
-        max_bad_fraction=data.max_bad_fraction,
     )
     batches = list(loader)
     trainer = Trainer(

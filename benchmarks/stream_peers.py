@@ -102,6 +102,7 @@ def sigray(paths: list[Path]) -> Iterator[Batch]:
             for batch in stream.loader():
                 yield batch.images, batch.tokens
                 ledger.add(batch)
+                batch.release()
                 if (batch.step + 1) % CHECKPOINT_STEPS == 0:  # the cursor is this number
                     ledger.write(batch.step + 1)
         finally:
@@ -134,15 +135,13 @@ class SigrayStream:
         return Loader(
             self._order,
             PoolBlocks(self._pool.registry, self._data.worker_timeout_s),
+            self._data,
             image_kind=self._image_kind,
             global_batch_size=BATCH,
-            block_size=self._data.block_size,
             rank=0,
             world_size=1,
             first_step=0,
             last_step=num_batches,
-            prefetch_batches=self._data.prefetch_batches,
-            max_bad_fraction=self._data.max_bad_fraction,
         )
 
     def close(self) -> None:
@@ -162,6 +161,7 @@ def shared(paths: list[Path], num_readers: int, num_batches: int) -> dict[str, f
     def read(number: int) -> None:
         for batch in stream.loader(num_batches):
             check(batch.images, batch.tokens)
+            batch.release()
             counts[number] += 1
 
     before, begin = sum(map(cpu_s, stream.worker_pids)), time.perf_counter()

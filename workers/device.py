@@ -133,7 +133,7 @@ class Device:
         current.wait_stream(stream)
         for copy in copies:
             copy.record_stream(current)  # its memory is the copy stream's, and must not be used again too early
-        # The loader writes into a batch's memory again once nobody holds it.
+        # The loader writes to the memory of a released batch again as soon as no tensor views it.
         self._copied[:] = [pair for pair in self._copied if not pair[0].query()]
         self._copied.append((done, tensors))
         return copies

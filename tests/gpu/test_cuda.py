@@ -281,9 +281,8 @@ def test_batches_arrive_whole_while_the_device_is_behind(tmp_path):
         worker = DataWorker(manifest, config.data, config.model, seed=0)
         source = OneWorker(worker, shares_memory=page_lock is not None)
         return Loader(
-            order, source, image_kind=image_kind(manifest, config.model), global_batch_size=16,
-            block_size=config.data.block_size, rank=0, world_size=1, first_step=0, last_step=60, prefetch_batches=4,
-            max_bad_fraction=1.0, page_lock=page_lock,
+            order, source, config.data, image_kind=image_kind(manifest, config.model), global_batch_size=16,
+            rank=0, world_size=1, first_step=0, last_step=60, page_lock=page_lock,
         )  # fmt: skip
 
     device = open_device(CUDA, 0, "fp32")
@@ -294,7 +293,8 @@ def test_batches_arrive_whole_while_the_device_is_behind(tmp_path):
         images, tokens = device.to_device(batch.images, batch.tokens)
         weights = torch.arange(1, images[0].numel() + 1, device=CUDA, dtype=torch.float64)
         sums.append((images.flatten(1).double() @ weights, tokens.double().sum(dim=1)))
-        del batch, images, tokens
+        batch.release()
+        del images, tokens
     assert all(pinned)
     weights = weights.cpu()
     for batch, (image_sums, token_sums) in zip(loader(None), sums, strict=True):

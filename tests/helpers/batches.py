@@ -15,14 +15,12 @@ def batches(data, model, *, batch, rank=0, world_size=1, first=0, last=12, worke
     loader = Loader(
         build_order(manifest, data, 5),
         source(worker or DataWorker(manifest, data, model, seed=5), shares_memory=True),
+        data.model_copy(update={"prefetch_batches": 2}),
         image_kind=image_kind(manifest, model),
         global_batch_size=batch,
-        block_size=data.block_size,
         rank=rank,
         world_size=world_size,
         first_step=first,
         last_step=last,
-        prefetch_batches=2,
-        max_bad_fraction=data.max_bad_fraction,
     )
     return list(loader)

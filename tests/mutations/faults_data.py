@@ -8,6 +8,7 @@ _W = "tests/workers/data/test_"
 _BOUNDS = "tests/workers/training/test_bounds.py::test_"
 _PLANE, _LISTS = f"{_W}data_plane.py::test_", f"{_W}stream_registry.py::test_"
 _MEMORY, _DECODE, _STORE = f"{_W}buffers.py::test_", f"{_W}decode.py::test_", f"{_W}embedding_store.py::test_"
+_INTERLEAVINGS = f"{_W}buffers.py::TestInterleavings::runTest"
 _PADS = "tests/orchestrator/run/test_export.py::test_a_tokenizer_pads_with_its_own_token"
 
 FAULTS = [
@@ -22,8 +23,8 @@ FAULTS = [
     Fault(
         "bad samples are never measured",
         "sigray.workers.data.loader:Loader._count",
-        "if num_refused > self._max_bad_fraction * ",
-        "if self._max_bad_fraction < 0 < ",
+        "if num_refused > max_bad_fraction * ",
+        "if max_bad_fraction < 0 < ",
         (f"{_BOUNDS}a_rate_of_bad_samples_is_one_of_all_samples_read[67-True]",),
     ),
     Fault(
@@ -35,24 +36,70 @@ FAULTS = [
     ),
     Fault(
         "a buffer is never used again",
-        "sigray.workers.data.loader:_Buffers.take",
-        "sys.getrefcount(buffer.array) == 2",
-        "sys.getrefcount(buffer.array) == 1",
-        (f"{_BOUNDS}buffers_of_batches_are_used_again",),
+        "sigray.workers.data.buffers:BufferPool.take",
+        "if not buffer.is_viewed",
+        "if False",
+        (
+            f"{_BOUNDS}buffers_of_batches_are_used_again",
+            f"{_MEMORY}memory_is_used_again_and_not_where_somebody_is_late",
+        ),
     ),
     Fault(
-        "a buffer is used again while somebody holds the batch",
-        "sigray.workers.data.loader:_Buffers.take",
-        "sys.getrefcount(buffer.array) == 2",
-        "True",
-        (f"{_PLANE}each_row_of_batches_that_are_held_is_its_samples",),
+        "a buffer is used again while a tensor views the released batch",
+        "sigray.workers.data.buffers:BufferPool.take",
+        "if not buffer.is_viewed",
+        "if True",
+        (f"{_MEMORY}a_released_batch_cannot_be_read_and_its_slices_stay", _INTERLEAVINGS),
     ),
     Fault(
-        "a batch is handed out while somebody late may write into it",
-        "sigray.workers.data.loader:Loader._assemble",
+        "a batch is handed out while a straggler may write to it",
+        "sigray.workers.data.buffers:BufferPool.complete",
         "if buffer.num_writers:",
-        "if False:",
-        (f"{_MEMORY}batches_that_are_handed_out_stay_as_they_are[12-1]",),
+        "buffer.num_writers = 0\n        if False:",
+        (f"{_MEMORY}batches_that_are_handed_out_stay_as_they_are[12-1]", _INTERLEAVINGS),
+    ),
+    Fault(
+        "a buffer that a straggler may write to is used again",
+        "sigray.workers.data.buffers:BufferPool.complete",
+        'buffer.become("abandoned")',
+        "buffer.num_writers = 0\n            buffer.become('complete')\n            buffer.hand_out()\n"
+        "            self.release(buffer)",
+        (_INTERLEAVINGS,),
+    ),
+    Fault(
+        "a copy lacks what was written before the straggler",
+        "sigray.workers.data.buffers:BufferPool.complete",
+        "copy.array[...] = buffer.array",
+        "pass",
+        (f"{_MEMORY}batches_that_are_handed_out_stay_as_they_are[12-1]", _INTERLEAVINGS),
+    ),
+    Fault(
+        "any state may follow any other",
+        "sigray.workers.data.buffers:SharedBuffer.become",
+        "assert state in _NEXT[self.state]",
+        "assert True",
+        (f"{_MEMORY}states_follow_each_other_as_the_table_says",),
+    ),
+    Fault(
+        "a buffer is complete before its writers have answered",
+        "sigray.workers.data.buffers:SharedBuffer.become",
+        '(state == "complete") == (self.num_writers == 0)',
+        "True",
+        (f"{_MEMORY}states_follow_each_other_as_the_table_says",),
+    ),
+    Fault(
+        "a released batch does not return its memory",
+        "sigray.workers.data.loader:Batch.release",
+        "self.give_back()",
+        "pass",
+        (f"{_MEMORY}memory_is_used_again_and_not_where_somebody_is_late",),
+    ),
+    Fault(
+        "a released batch can be read",
+        "sigray.workers.data.loader:Batch.release",
+        "del self.images",
+        "pass",
+        (f"{_MEMORY}a_released_batch_cannot_be_read_and_its_slices_stay",),
     ),
     Fault(
         "a rank takes the rows of a block from its beginning",
@@ -63,8 +110,8 @@ FAULTS = [
     ),
     Fault(
         "blocks are prefetched as if there were one dataset",
-        "sigray.workers.data.loader:Loader.__init__",
-        " * len(order.datasets)",
+        "sigray.workers.config:DataConfig.total_lanes",
+        " * (len(self.shards) if isinstance(self.shards, dict) else 1)",
         "",
         (f"{_BOUNDS}blocks_ahead_are_counted_over_the_lanes_of_all_datasets",),
     ),

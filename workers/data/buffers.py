@@ -1,10 +1,25 @@
-"""A batch's memory, into which data-shard workers on the same machine write what they decode.
+"""The memory of batches, shared with the data-shard workers on the same machine.
 
-    training worker     SharedBuffer    memory without a name in any file system, gone with its last process
-    the question        Place           which rows of a block belong where in which buffer
-    data-shard worker   Mappings        finds that memory by its address, or does not: another machine or container
+    training worker     BufferPool     the buffers of a loader: memory without a name in any file system
+    request             Place          which rows of a block belong where in which buffer
+    data-shard worker   Mappings       finds a buffer by its address, or does not: another machine or container
 
-What is found is certain to be the buffer meant: its name is drawn at random.
+The name of a buffer is drawn at random, so the memory found at an address is always the buffer meant. The states of a
+buffer, each with its only writers:
+
+    state      begins with                            who may write                          may become
+    free       new memory, or the last view gone      no process                             filling
+    filling    a step that takes the buffer           `num_writers` data-shard workers       complete, abandoned
+    complete   the last writer's answer               the loader: rows by value, noise       held
+    held       the delivery of the batch              the consumer                           released
+    released   `Batch.release`                        no process; tensors may view it        free
+    abandoned  a copy, because a backup request won   the straggler, at any time             nothing
+
+Memory is written again after two events: the consumer has released the batch, and the last view of it is gone. Release
+alone is not enough. A copy from page-locked memory to CUDA and a transfer of torch-xla end after the step that began
+them, and both keep a tensor. A slice that a caller keeps is a view too, so its contents stay. The last view alone would
+need one buffer more: the consumer's loop holds a batch until the next one arrives. A batch that is never released keeps
+its memory to itself, and both are freed together.
 """
 
 from __future__ import annotations
@@ -16,15 +31,25 @@ import uuid
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 PageLock = Callable[[mmap.mmap], bool]
+State = Literal["free", "filling", "complete", "held", "released", "abandoned"]
+_NEXT: dict[State, tuple[State, ...]] = {
+    "free": ("filling",),
+    "filling": ("complete", "abandoned"),
+    "complete": ("held",),
+    "held": ("released",),
+    "released": ("free",),
+    "abandoned": (),
+}
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a process finds a buffer: file descriptor `descriptor` of process `pid`, which shows `name`."""
+    """Where a process finds a buffer: this file descriptor of process `pid`."""
 
     pid: int
     descriptor: int
@@ -32,11 +57,11 @@ class Address:
     num_bytes: int
 
     def is_there(self) -> bool:
-        """Whether the buffer can be found there, as this process sees the machine."""
+        """Whether this process can find the buffer there."""
         return _shows(self.pid, self.descriptor, self.name)
 
     def open(self) -> int | None:
-        """A descriptor of this process; None where the buffer is not there."""
+        """Return a descriptor of this process; None if the buffer is not there."""
         try:
             descriptor = os.open(f"/proc/{self.pid}/fd/{self.descriptor}", os.O_RDWR)
         except OSError:
@@ -65,53 +90,128 @@ class Place:
 
 
 class SharedBuffer:
-    """Memory for a batch.
+    """Memory for a batch, and its state.
 
     Args:
-        shape, dtype: of its rows together.
-        page_lock: locks memory for a device as long as it lives, and says whether it could; None: not wanted.
+        shape, dtype: of the batch.
+        page_lock: locks memory for a device until it is freed, and returns whether it could; None: not wanted.
 
     Attributes:
-        array: the batch; contents undefined at first.
-        address: None where the memory is this process's own: the system has no other, or it could not be locked.
-        num_writers: answers that are due from whoever was told to write here. While there are any, the contents may
-            change.
+        state: see the table above.
+        array: the batch, for the loader; contents undefined at first.
+        address: None if no other process can write: the system has no such memory, or it could not be locked.
+        num_writers: data-shard workers that received places here and have not answered.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, page_lock: PageLock | None = None) -> None:
+        self.state: State = "free"
         self.num_writers = 0
         self.address: Address | None = None
+        self._shape, self._dtype = shape, dtype
         num_bytes = int(np.prod(shape)) * dtype.itemsize
-        whole, descriptor, name = None, None, f"sigray-{uuid.uuid4().hex}"
+        memory: mmap.mmap | np.ndarray | None = None
+        descriptor = None
+        name = f"sigray-{uuid.uuid4().hex}"
         with contextlib.suppress(AttributeError, OSError):  # no Linux; a sandbox that forbids it
             descriptor = os.memfd_create(name)
         if descriptor is not None:
             weakref.finalize(self, os.close, descriptor)
             os.ftruncate(descriptor, num_bytes)
-            memory = mmap.mmap(descriptor, num_bytes)
-            if page_lock is None or page_lock(memory):
-                whole = np.frombuffer(memory, np.uint8)
+            shared = mmap.mmap(descriptor, num_bytes)
+            if page_lock is None or page_lock(shared):
+                memory = shared
                 self.address = Address(os.getpid(), descriptor, name, num_bytes)
-        if whole is None:
-            whole = np.empty(num_bytes, np.uint8) if page_lock is None else _pinned(num_bytes)
-        self.array = whole.view(dtype).reshape(shape)
+        if memory is None:
+            memory = np.empty(num_bytes, np.uint8) if page_lock is None else _pinned(num_bytes)
+        self._memory = memoryview(memory)
+        self.array = self._view()
+
+    def become(self, state: State) -> None:
+        assert state in _NEXT[self.state], f"{state} after {self.state}"
+        assert state not in ("complete", "abandoned") or (state == "complete") == (self.num_writers == 0), state
+        self.state = state
+
+    def add_writers(self, change: int) -> None:
+        """Count a data-shard worker that received places here (1), or its answer (-1)."""
+        assert self.state == "filling", self.state
+        self.num_writers += change
+
+    def hand_out(self) -> np.ndarray:
+        """The batch, in a new array. `is_viewed` covers all that is made of it."""
+        self.become("held")
+        array = self._view()
+        # What is made of an array refers to its base: this one's own, as `_memory` is no array and ends the search.
+        self._base = weakref.ref(array.base)
+        return array
+
+    @property
+    def is_viewed(self) -> bool:
+        """Whether an array or a tensor of the batch handed out last is still there."""
+        return self._base() is not None
+
+    def _view(self) -> np.ndarray:
+        return np.frombuffer(self._memory, np.uint8).view(self._dtype).reshape(self._shape)
+
+
+class BufferPool:
+    """The buffers of a loader.
+
+    Memory is used again: the first touch of a page costs as much as copying it, and page-locked memory a system call.
+    `release` is called by the consumer's thread, the rest by the loader's.
+
+    Args:
+        shape, dtype, page_lock: as `SharedBuffer`.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, page_lock: PageLock | None = None) -> None:
+        self._shape, self._dtype, self._page_lock = shape, dtype, page_lock
+        self._released: list[SharedBuffer] = []
+
+    def take(self) -> SharedBuffer:
+        """A buffer for a step, contents undefined."""
+        buffer = next((buffer for buffer in self._released if not buffer.is_viewed), None)
+        if buffer is None:
+            buffer = SharedBuffer(self._shape, self._dtype, self._page_lock)
+        else:
+            self._released.remove(buffer)
+            buffer.become("free")
+        buffer.become("filling")
+        return buffer
+
+    def complete(self, buffer: SharedBuffer) -> SharedBuffer:
+        """A buffer with these contents that no data-shard worker can change.
+
+        If a backup request won, it is a copy: the straggler may still write to the old buffer.
+        """
+        if buffer.num_writers:
+            copy = self.take()
+            copy.array[...] = buffer.array
+            buffer.become("abandoned")
+            buffer = copy
+        buffer.become("complete")
+        return buffer
+
+    def release(self, buffer: SharedBuffer) -> None:
+        """Take a delivered buffer back. Once per batch."""
+        buffer.become("released")
+        self._released.append(buffer)
 
 
 def _pinned(num_bytes: int) -> np.ndarray:
-    """Page-locked memory of torch's own."""
+    """Page-locked memory that torch allocates."""
     import torch
 
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
 
 
 class Mappings:
-    """The buffers of training workers that this process has found so far."""
+    """The buffers of training workers that this process has mapped."""
 
     def __init__(self) -> None:
         self._found: dict[Address, np.ndarray] = {}
 
     def rows(self, places: Sequence[Place], shape: tuple[int, ...], dtype: np.dtype) -> dict[int, np.ndarray] | None:
-        """Where each row of a block belongs, by its number in the block; None where a buffer is not to be found.
+        """The memory of each row of a block, by number; None if a buffer is missing.
 
         Args:
             shape, dtype: of a row.
@@ -128,7 +228,7 @@ class Mappings:
 
     def _open(self, address: Address) -> np.ndarray | None:
         if address not in self._found:
-            # Memory of training workers that are gone would stay for as long as somebody has it mapped.
+            # A mapping keeps the memory of a dead training worker.
             self._found = {known: whole for known, whole in self._found.items() if known.is_there()}
             descriptor = address.open()
             if descriptor is None:

@@ -78,15 +78,13 @@ def train_loop_per_worker(job: TrainJob) -> None:
     loader = Loader(
         build_order(job.manifest, job.data, job.seed),
         job.blocks,
+        job.data,
         image_kind=image_kind(job.manifest, job.model),
         global_batch_size=global_batch_size,
-        block_size=job.data.block_size,
         rank=rank,
         world_size=world_size,
         first_step=first_step,
         last_step=num_steps,
-        prefetch_batches=job.data.prefetch_batches,
-        max_bad_fraction=job.data.max_bad_fraction,
         page_lock=device.page_lock if device.pins_memory else None,
         noise=Noise(job.train.label_noise, job.seed, shapes(job.model)[2]) if job.train.label_noise else None,
     )
@@ -112,6 +110,7 @@ def train_loop_per_worker(job: TrainJob) -> None:
                 if steps_done not in left_out:
                     window.add(steps_done, trainer.step(batch))
                 saver.add(batch)
+                batch.release()
                 # The losses are checked before each checkpoint: none is written after a bad step.
                 if steps_done % job.train.log_every_steps == 0 or saver.may_save(steps_done):
                     with span("metrics"):

@@ -1,7 +1,8 @@
-"""Batches whose images are written where they belong, by whom they were asked of: the same batches as by value."""
+"""Batches that data-shard workers write in place are those by value; they stay until no tensor views them."""
 
 import contextlib
 import dataclasses
+import functools
 import os
 import random
 import signal
@@ -14,13 +15,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from sigray.workers.config import LabelNoise
-from sigray.workers.data import buffers as shared_memory
-from sigray.workers.data import loader as loader_module
-from sigray.workers.data.buffers import Address, Mappings, Place, SharedBuffer
+from sigray.workers.data import buffers
+from sigray.workers.data.buffers import Address, BufferPool, Mappings, Place, SharedBuffer
 from sigray.workers.data.label_noise import Noise
-from sigray.workers.data.loader import Loader
+from sigray.workers.data.loader import Batch, Loader
 from sigray.workers.data.worker import DataWorker, build_order, image_kind
 from sigray.workers.device import Device
 from tests.helpers.bare import OneWorker
@@ -89,14 +90,14 @@ def test_what_stands_at_an_address_is_the_buffer_or_nothing():
 def test_memory_of_buffers_that_are_gone_is_let_go(monkeypatch):
     opened = []
     monkeypatch.setattr(Address, "open", lambda self, open=Address.open: opened.append(self) or open(self))
-    mappings, buffers = Mappings(), [buffer_of_rows(1) for _ in range(3)]
+    mappings, made = Mappings(), [buffer_of_rows(1) for _ in range(3)]
     for _ in range(2):  # each is looked for once
-        assert all(rows_of(mappings, place_in(buffer)) for buffer in buffers)
-    assert opened == [buffer.address for buffer in buffers]
-    del buffers[:2]
+        assert all(rows_of(mappings, place_in(buffer)) for buffer in made)
+    assert opened == [buffer.address for buffer in made]
+    del made[:2]
     new = buffer_of_rows(1)
     assert rows_of(mappings, place_in(new)) is not None
-    assert set(mappings._found) == {buffers[0].address, new.address}
+    assert set(mappings._found) == {made[0].address, new.address}
 
 
 def test_a_system_without_such_memory_has_batches_of_its_own(monkeypatch, data_config, model_config):
@@ -116,7 +117,7 @@ def test_a_block_comes_by_value_where_one_of_its_batches_cannot_be_reached(data_
             made.append(self.address)
             self.address = self.address if len(made) % 3 else None
 
-    monkeypatch.setattr(loader_module, "SharedBuffer", OftenOutOfReach)
+    monkeypatch.setattr(buffers, "SharedBuffer", OftenOutOfReach)
     same(expected, batches(data_config, model_config, batch=12))
     assert len(made) > 3
 
@@ -170,18 +171,18 @@ def same(expected, found):
 
 
 def one_by_one(data, model, make_source, *, shares_memory, world_size=1, rank=0, first=0, batch=12, noise=None):
-    """Copies of a loader's batches, each let go before the next, so that memory is used again."""
+    """Copies of a loader's batches, each released before the next, so that memory is used again."""
     manifest = manifest_of(data)
     source = make_source(DataWorker(manifest, data, model, seed=5), shares_memory)
+    data = data.model_copy(update={"prefetch_batches": 2, "max_bad_fraction": 1.0})
     loader = Loader(
-        build_order(manifest, data, 5), source, image_kind=image_kind(manifest, model), global_batch_size=batch,
-        block_size=data.block_size, rank=rank, world_size=world_size, first_step=first, last_step=first + 25,
-        prefetch_batches=2, max_bad_fraction=1.0, noise=noise,
+        build_order(manifest, data, 5), source, data, image_kind=image_kind(manifest, model), global_batch_size=batch,
+        rank=rank, world_size=world_size, first_step=first, last_step=first + 25, noise=noise,
     )  # fmt: skip
     found = []
     for got in loader:
         found.append(dataclasses.replace(got, images=got.images.clone()))
-        del got
+        got.release()
     return found, source
 
 
@@ -241,7 +242,7 @@ def test_memory_is_used_again_and_not_where_somebody_is_late(data_config, model_
             made.append(1)
             super().__init__(*arguments)
 
-    monkeypatch.setattr(loader_module, "SharedBuffer", Counted)
+    monkeypatch.setattr(buffers, "SharedBuffer", Counted)
     _, source = one_by_one(data_config, model_config, Recorded, shares_memory=True)
     usual = len(made)
     # Prefetched: 2 batches, and those that a round of blocks holds, twice; ready or in use: 4.
@@ -255,7 +256,7 @@ def test_memory_is_used_again_and_not_where_somebody_is_late(data_config, model_
 
 def test_where_memory_cannot_be_locked_it_is_torchs_own(monkeypatch):
     """On hardware: tests/gpu/test_cuda.py."""
-    monkeypatch.setattr(shared_memory, "_pinned", lambda num_bytes: np.zeros(num_bytes, np.uint8))
+    monkeypatch.setattr(buffers, "_pinned", lambda num_bytes: np.zeros(num_bytes, np.uint8))
     asked = []
 
     def page_lock(memory):
@@ -277,7 +278,7 @@ def test_memory_is_locked_as_long_as_a_batch_is_held(monkeypatch):
     )
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(shared_memory, "_pinned", lambda num_bytes: np.zeros(num_bytes, np.uint8))
+    monkeypatch.setattr(buffers, "_pinned", lambda num_bytes: np.zeros(num_bytes, np.uint8))
     device = Device(torch.device("cuda", 1), "fp32")
     buffer = SharedBuffer((3, 4), np.dtype(np.uint8), device.page_lock)
     pointer, batch = buffer.array.ctypes.data, torch.from_numpy(buffer.array)[1:]
@@ -291,6 +292,170 @@ def test_memory_is_locked_as_long_as_a_batch_is_held(monkeypatch):
     assert refused.address is None
     del refused
     assert len(asked) == 3  # nothing is unlocked that was not locked
+
+
+NUM_ROWS, ROW = 3, (2,)
+NUMBER = st.integers(0, 2**16)
+
+
+@dataclasses.dataclass
+class Step:
+    """A step under way: its buffer, its twin's batch, and how far each row has come."""
+
+    buffer: SharedBuffer
+    expected: np.ndarray  # memory that belongs to this step alone
+    primaries: dict[int, np.ndarray]  # rows of which the primary has not answered, and the memory that it writes to
+    by_value: set[int]  # rows that came from a backup
+
+
+class Interleavings(RuleBasedStateMachine):
+    """Requests, writes, backups, deliveries and releases in any order. The twin takes new memory for each batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = BufferPool((NUM_ROWS, *ROW), np.dtype(np.uint8))
+        self.steps: list[Step] = []
+        self.held: list[tuple[Batch, SharedBuffer, np.ndarray]] = []
+        self.views: list[tuple[torch.Tensor, SharedBuffer, torch.Tensor]] = []  # slices that outlive a release
+        self.stragglers: list[np.ndarray] = []  # memory that they may write to at any time
+        self.made: list[SharedBuffer] = []
+        self.peak = self.num_abandoned = self.num_dropped = self.value = 0
+
+    def owned(self):
+        return [step.buffer for step in self.steps] + [buffer for _, buffer, _ in self.held]
+
+    def note(self, buffer):
+        """A buffer was taken: it has one owner, and there are no more buffers than were in use at some time."""
+        viewed = [buffer for _, buffer, _ in self.views]
+        assert all(buffer is not other for other in self.owned() + viewed)
+        if all(buffer is not other for other in self.made):
+            self.made.append(buffer)
+        in_use = {id(other) for other in [*self.owned(), *viewed, buffer]}
+        self.peak = max(self.peak, len(in_use))
+        assert len(self.made) <= self.peak + self.num_abandoned + self.num_dropped
+
+    @precondition(lambda self: len(self.steps) < 3)
+    @rule()
+    def request(self):
+        buffer = self.pool.take()
+        self.note(buffer)
+        self.value += 1
+        expected = np.array([[self.value % 200 + row, self.value // 200] for row in range(NUM_ROWS)], np.uint8)
+        primaries = {}
+        for row in range(NUM_ROWS):
+            buffer.add_writers(1)
+            place = Place(buffer.address, row=row, first=0, count=1)
+            primaries[row] = Mappings().rows([place], ROW, np.dtype(np.uint8))[0]
+        self.steps.append(Step(buffer, expected, primaries, set()))
+
+    @precondition(lambda self: any(step.primaries for step in self.steps))
+    @rule(number=NUMBER, is_backup=st.booleans(), is_partial=st.booleans())
+    def answer(self, number, is_backup, is_partial):
+        """A primary writes and answers; or it writes a part, if anything, and its backup answers first."""
+        open_rows = [(step, row) for step in self.steps for row in step.primaries]
+        step, row = open_rows[number % len(open_rows)]
+        memory = step.primaries.pop(row)
+        if not is_backup:
+            memory[...] = step.expected[row]
+            step.buffer.add_writers(-1)
+            return
+        if is_partial:
+            memory[0] = step.expected[row, 0]
+        step.by_value.add(row)
+        self.stragglers.append(memory)
+
+    @precondition(lambda self: self.stragglers)
+    @rule(number=NUMBER)
+    def straggler_writes(self, number):
+        self.stragglers[number % len(self.stragglers)][...] = 255
+
+    @precondition(lambda self: any(not step.primaries for step in self.steps))
+    @rule()
+    def deliver(self):
+        step = next(step for step in self.steps if not step.primaries)
+        buffer = self.pool.complete(step.buffer)
+        if buffer is not step.buffer:
+            self.num_abandoned += 1
+            self.note(buffer)
+        self.steps.remove(step)
+        for row in step.by_value:
+            buffer.array[row] = step.expected[row]
+        images = torch.from_numpy(buffer.hand_out())
+        give_back = functools.partial(self.pool.release, buffer)
+        nothing = np.zeros(0)
+        self.held.append((Batch(0, images, images, nothing, [], nothing, give_back), buffer, step.expected))
+
+    @precondition(lambda self: self.held)
+    @rule(number=NUMBER, keeps_slice=st.booleans())
+    def release(self, number, keeps_slice):
+        batch, buffer, expected = self.held.pop(number % len(self.held))
+        batch.tokens = None  # the test's own second reference
+        if keeps_slice:
+            self.views.append((batch.images[1:], buffer, torch.from_numpy(expected[1:])))
+        batch.release()
+
+    @precondition(lambda self: self.views)
+    @rule(number=NUMBER)
+    def drop_slice(self, number):
+        del self.views[number % len(self.views)]
+
+    @precondition(lambda self: self.held)
+    @rule(number=NUMBER)
+    def drop_without_release(self, number):
+        self.num_dropped += 1
+        del self.held[number % len(self.held)]
+
+    @invariant()
+    def every_view_is_as_it_was_delivered(self):
+        for batch, _, expected in self.held:
+            np.testing.assert_array_equal(batch.images.numpy(), expected)
+        for rows, _, expected in self.views:
+            assert torch.equal(rows, expected)
+
+
+TestInterleavings = Interleavings.TestCase
+TestInterleavings.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+
+
+def test_states_follow_each_other_as_the_table_says():
+    pool = BufferPool((2, 2), np.dtype(np.uint8))
+    buffer = pool.take()
+    buffer.add_writers(1)
+    for state in ("free", "complete", "held", "released"):  # complete: a writer has not answered
+        with pytest.raises(AssertionError):
+            buffer.become(state)
+    buffer.add_writers(-1)
+    with pytest.raises(AssertionError):
+        buffer.become("abandoned")  # there is no straggler
+    assert pool.complete(buffer) is buffer
+    with pytest.raises(AssertionError):
+        buffer.add_writers(1)
+    buffer.hand_out()
+    pool.release(buffer)
+    with pytest.raises(AssertionError):
+        pool.release(buffer)
+    assert pool.take() is buffer
+
+
+def test_a_released_batch_cannot_be_read_and_its_slices_stay(data_config, model_config):
+    manifest = manifest_of(data_config)
+    expected = batches(data_config, model_config, batch=12, source=by_value)
+    loader = Loader(
+        build_order(manifest, data_config, 5), OneWorker(DataWorker(manifest, data_config, model_config, seed=5), True),
+        data_config, image_kind=image_kind(manifest, model_config), global_batch_size=12, rank=0, world_size=1,
+        first_step=0, last_step=12,
+    )  # fmt: skip
+    slices = []
+    for batch in loader:
+        slices.append(batch.images[4:8])
+        batch.release()
+        with pytest.raises(AttributeError):
+            len(batch.images)
+        with pytest.raises(AttributeError):  # once is enough
+            batch.release()
+        assert len(batch.tokens) == len(batch.keys) == 12
+    for rows, want in zip(slices, expected, strict=True):
+        assert torch.equal(rows, want.images[4:8])
 
 
 def test_a_block_wanted_whole_is_decoded_where_it_belongs_and_a_part_of_one_for_others_too(data_config, model_config):

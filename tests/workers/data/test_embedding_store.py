@@ -75,15 +75,13 @@ def batches(manifest: Manifest, data: DataConfig, model: ModelConfig, first: int
         Loader(
             build_order(manifest, data, 5),
             OneWorker(DataWorker(manifest, data, model, seed=5)),
+            data.model_copy(update={"prefetch_batches": 2}),
             image_kind=image_kind(manifest, model),
             global_batch_size=12,
-            block_size=4,
             rank=0,
             world_size=1,
             first_step=first,
             last_step=last,
-            prefetch_batches=2,
-            max_bad_fraction=1,
         )
     )
 

@@ -97,15 +97,13 @@ def batches(data, model, noise: Noise | None, batch: int, rank: int, world_size:
     loader = Loader(
         build_order(manifest, data, 5),
         OneWorker(DataWorker(manifest, data, model, seed=5), shares_memory=True),
+        data.model_copy(update={"prefetch_batches": 1, "max_bad_fraction": 0.0}),
         image_kind=image_kind(manifest, model),
         global_batch_size=batch,
-        block_size=data.block_size,
         rank=rank,
         world_size=world_size,
         first_step=0,
         last_step=steps,
-        prefetch_batches=1,
-        max_bad_fraction=0.0,
         noise=noise,
     )
     return list(loader)

@@ -66,7 +66,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
 
 
 class Group:
-    """All training workers of one attempt, up to the loss: feeds in step, ledgers, and a commit every few steps."""
+    """All training workers of one attempt, up to the loss: loaders in step, ledgers, and a commit every few steps."""
 
     def read(
         self,
@@ -86,25 +86,23 @@ class Group:
         With `wait_at_every`, says in `waiting` when that many steps have passed, and goes on when the file is gone.
         """
         order, storage = build_order(manifest, data, SEED), Storage(folder)
-        feeds = [
+        loaders = [
             Loader(
                 order,
                 source,
+                data.model_copy(update={"prefetch_batches": 2}),
                 image_kind=image_kind(manifest, model),
                 global_batch_size=BATCH,
-                block_size=data.block_size,
                 rank=rank,
                 world_size=len(sources),
                 first_step=first_step,
                 last_step=last_step,
-                prefetch_batches=2,
-                max_bad_fraction=data.max_bad_fraction,
             )
             for rank, source in enumerate(sources)
         ]
         ledgers = [Ledger(storage, rank, first_step, print) for rank in range(len(sources))]
         digests = committed(Path(folder))["digests"][:first_step]
-        for parts in zip(*feeds, strict=True):
+        for parts in zip(*loaders, strict=True):
             if wait_at_every and parts[0].step % wait_at_every == 0:
                 Path(folder, "waiting").touch()
                 while Path(folder, "waiting").exists():
@@ -116,6 +114,7 @@ class Group:
             digests.append(digest.hexdigest())
             for ledger, part in zip(ledgers, parts, strict=True):
                 ledger.add(part)
+                part.release()
             steps_done = parts[0].step + 1
             if steps_done % commit_every == 0 or steps_done == last_step:
                 for ledger in ledgers:

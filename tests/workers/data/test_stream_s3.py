@@ -68,15 +68,13 @@ def read(manifest: Manifest, data: DataConfig, model: ModelConfig, folder: Path,
     loader = Loader(
         build_order(manifest, data, SEED),
         OneWorker(DataWorker(manifest, data, model, seed=SEED)),
+        data.model_copy(update={"prefetch_batches": 2, "max_bad_fraction": 0}),
         image_kind=image_kind(manifest, model),
         global_batch_size=BATCH,
-        block_size=data.block_size,
         rank=0,
         world_size=1,
         first_step=first_step,
         last_step=NUM_STEPS,
-        prefetch_batches=2,
-        max_bad_fraction=0,
     )
     ledger, batches = Ledger(Storage(folder), rank=0, first_step=first_step, warn=print), []
     for batch in loader:
