@@ -1,8 +1,9 @@
-"""Runs as Ray Jobs on a cluster that is up: submit, follow, look, stop.
+"""Run training as Ray Jobs on a cluster that is up: submit, follow, list, stop.
 
-A job carries the code of this checkout, the resolved config and the small files that it names; the node's environment
-must be the pinned one, and the job says so where it is not. The driver runs on the head. It needs no terminal: `sigray
-logs` picks up where a lost one left off.
+A job carries this package, the resolved config and the small files that the config names. The job's working directory
+is first on the path of its processes, so the carried package wins over an installed one. The cluster's environment must
+be the pinned one; the job ends with a list of the differences otherwise. The driver runs on the head and needs no
+terminal: `sigray logs` follows a job from any terminal.
 """
 
 from __future__ import annotations
@@ -33,45 +34,43 @@ from sigray.orchestrator.formatting import format_duration
 from sigray.workers.config import SUBFOLDERS
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-DEFAULT_PAGES = "http://127.0.0.1:3001"  # where `sigray monitor` serves the pages of runs, and where they are forwarded
+DEFAULT_PAGES = "http://127.0.0.1:3001"  # port of `sigray monitor`'s run pages, and the forwarded one
 _PACKAGE = Path(sigray.__file__).parent
-_REQUIREMENTS = _PACKAGE.parents[1] / "requirements.txt"  # of a checkout; an installed sigray has none
+_REQUIREMENTS = _PACKAGE.parents[1] / "requirements.txt"  # in a checkout; an installed wheel has none
 _CONFIG = "sigray-config.yaml"
-_MAX_FILE_MIB = 16  # of a file that travels with a job
-_STOP_S = 120  # for a last checkpoint, before Ray kills a job that was told to stop
-_AWAY_S = 300.0  # without an answer of the cluster, after which following a job gives up
-_TUNNEL_S = 60.0  # for ssh to come up
-# What decides numbers; other packages of another version are the node's business.
+_MAX_FILE_MIB = 16  # of a file that a job carries
+_STOP_S = 120  # for the last checkpoint, before Ray kills a stopped job
+_AWAY_S = 300.0  # without an answer from the cluster, before following a job fails
+_TUNNEL_S = 60.0  # for ssh to connect
+# Packages whose versions change a run's numbers; other packages may differ.
 _PINNED = ("ray", "torch", "torchvision", "open-clip-torch", "timm", "numpy", "tokenizers", "simplejpeg", "pillow")
 
 
-class ClusterAway(RuntimeError):
-    """Nothing answers at the address of a cluster."""
-
-
 def check_job(path: str, overrides: list[str]) -> RunConfig:
-    """The config of a run that is to be submitted.
+    """Load the config of a run before its submission.
 
     Raises:
-        ConfigError: for what `sigray train` would refuse, and for what only this machine could find.
+        ConfigError: `sigray train` would refuse the config, or a file that it names cannot be carried.
     """
     config = load_config(path, overrides)
     if config.run.storage is None and config.run.dir == str(Path("runs").absolute()):
         raise ConfigError(
-            f"{path}: run.storage is not set: the hosts of a cluster need one place for checkpoints, as "
-            "run.storage=s3://bucket/runs or a folder that all of them see"
+            f"{path}: run.storage is not set: the hosts of a cluster need one place for checkpoints; set "
+            "run.storage=s3://bucket/runs or a folder that all hosts see"
         )
     for name in _local_files(config):
         file = Path(name)
         if not file.is_file():
-            raise ConfigError(f"{path}: {name} is named and does not exist")
+            raise ConfigError(f"{path}: {name} does not exist")
         if file.stat().st_size > _MAX_FILE_MIB << 20:
-            raise ConfigError(f"{path}: {name} is larger than {_MAX_FILE_MIB} MiB: put it where all hosts see it")
+            raise ConfigError(
+                f"{path}: {name} is larger than {_MAX_FILE_MIB} MiB: put the file on storage that all hosts see"
+            )
     return config
 
 
 def _local_files(config: RunConfig) -> list[str]:
-    """Small files that the config names and the job takes along: tokenizer and class lists."""
+    """Return the small files that a job carries: tokenizer and class lists."""
     names = [spec.classes for spec in config.eval.sets.values() if spec.classes and spec.classes != SUBFOLDERS]
     if config.model.tokenizer != "open_clip":
         names.append(config.model.tokenizer)
@@ -79,7 +78,11 @@ def _local_files(config: RunConfig) -> list[str]:
 
 
 def stage(config: RunConfig, folder: Path) -> None:
-    """Fill a job's working directory: code, config, and the files that it names, each below its content's hash."""
+    """Fill a job's working directory: package, config, and the files it names.
+
+    Each file is below the hash of its content, so another content has another path.
+    """
+    # copytree follows links, so a checkout and an installed wheel give the same folder.
     shutil.copytree(_PACKAGE, folder / "sigray", ignore=shutil.ignore_patterns("__pycache__", "*.so", ".*"))
     content = config.to_yaml()
     for name in _local_files(config):
@@ -88,7 +91,7 @@ def stage(config: RunConfig, folder: Path) -> None:
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         (folder / place).write_bytes(data)
         content = re.sub(rf"(:\s+){re.escape(name)}$", rf"\g<1>{place}", content, flags=re.MULTILINE)
-    assert not any(name in content for name in _local_files(config)), "a local path would travel"
+    assert not any(name in content for name in _local_files(config)), "a local path is left"
     (folder / _CONFIG).write_text(content)
     if _REQUIREMENTS.exists():
         shutil.copy(_REQUIREMENTS, folder)
@@ -103,35 +106,28 @@ def submit(
     job: str | None = None,
     pages: str = DEFAULT_PAGES,
 ) -> str:
-    """Upload and start a run; returns the job's id.
+    """Upload and start a run; return the job's id.
 
     Args:
         client: Ray's JobSubmissionClient.
-        config: as `check_job` gave it.
-        options: of `sigray train`, such as --overwrite.
-        env: variables that the run's processes get; Ray's dashboard shows names only to browsers.
+        config: the result of `check_job`.
+        options: options of `sigray train`, such as --overwrite.
+        env: variables of the run's processes; Ray's dashboard shows a browser only their names.
         job: the job's id; by default the run's name and the time.
-        pages: where the browser that shows the dashboard finds the pages of runs.
+        pages: address of the run pages, as the browser that shows the dashboard reaches them.
     """
-    entrypoint = ["python", "-m", "sigray.tuning.cli", "train", _CONFIG, *options]
-    words = shlex.join(entrypoint)
+    words = shlex.join(["python", "-m", "sigray.tuning.cli", "train", _CONFIG, *options])
     if config.run.dir == str(Path("runs").absolute()):
-        words += ' run.dir="$HOME/sigray-runs"'  # of the head; the working directory goes with the job
+        words += ' run.dir="$HOME/sigray-runs"'  # on the head: Ray deletes the job's working directory
+    variables = {"PYTHONUNBUFFERED": "1", "RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}
+    variables["RAY_JOB_STOP_WAIT_TIME_S"] = str(_STOP_S)
     with tempfile.TemporaryDirectory(prefix="sigray-job-") as folder:
         stage(config, Path(folder))
         return client.submit_job(
             entrypoint=f"python -m sigray.orchestrator.cluster.jobs && exec {words}",
             submission_id=job or f"{config.run.name}-{time.strftime('%m%d-%H%M%S')}",
-            runtime_env={
-                "working_dir": folder,
-                "env_vars": {
-                    "PYTHONUNBUFFERED": "1",
-                    "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_S),
-                    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
-                    **(env or {}),
-                },
-            },
-            # Ray's dashboard lists a job by its job_name; on the job's own page it shows the beginning of all this.
+            runtime_env={"working_dir": folder, "env_vars": variables | (env or {})},
+            # Ray's dashboard lists a job by its job_name, and shows the first lines of all metadata on the job's page.
             metadata={
                 "page": f"{pages.rstrip('/')}/runs/{config.run.name}",
                 "job_name": config.run.name,
@@ -141,20 +137,21 @@ def submit(
 
 
 def follow(client: Any, job: str, show: Callable[[str], None]) -> int:
-    """Show a job's log from its beginning to its end; returns the exit code of its driver.
+    """Show a job's log until the job ends; return the exit code of its driver.
 
-    A connection that breaks is made anew, and nothing is shown twice.
+    Reconnect if the connection breaks, and show nothing twice.
 
     Raises:
-        ClusterAway: where the cluster does not answer for 5 minutes.
+        RuntimeError: the cluster has not answered for 5 minutes.
     """
-    shown, heard_at = 0, time.monotonic()
+    shown = 0
+    answered_at = time.monotonic()
 
     async def read() -> None:
-        nonlocal shown, heard_at
+        nonlocal shown, answered_at
         seen = 0
         async for text in client.tail_job_logs(job):
-            heard_at = time.monotonic()
+            answered_at = time.monotonic()
             begin, seen = seen, seen + len(text)
             if seen > shown:
                 show(text[max(0, shown - begin) :])
@@ -162,22 +159,21 @@ def follow(client: Any, job: str, show: Callable[[str], None]) -> int:
 
     while True:
         try:
-            client.get_job_info(job)  # an unknown job has a log that never begins
+            client.get_job_info(job)  # raises if there is no such job; its log would never begin
             asyncio.run(read())
             info = client.get_job_info(job)
-            heard_at = time.monotonic()
+            answered_at = time.monotonic()
             if info.status.is_terminal():
-                # What the driver said last may not have come by then.
+                # The stream may end before the driver's last lines.
                 rest = client.get_job_logs(job)[shown:]
                 break
         except Exception as error:
             if "does not exist" in str(error):
-                raise ConfigError(f"there is no job {job!r}; `sigray status` lists them") from error
-            if time.monotonic() - heard_at > _AWAY_S:
-                raise ClusterAway(f"the cluster did not answer for {format_duration(_AWAY_S)}: {error}") from error
+                raise _no_such_job(job) from error
+            if time.monotonic() - answered_at > _AWAY_S:
+                raise RuntimeError(f"the cluster did not answer for {format_duration(_AWAY_S)}: {error}") from error
         time.sleep(1)
-    if rest:
-        show(rest)
+    show(rest)
     if info.driver_exit_code is not None:
         return int(info.driver_exit_code) % 256
     if info.message and info.status != "SUCCEEDED":
@@ -185,50 +181,56 @@ def follow(client: Any, job: str, show: Callable[[str], None]) -> int:
     return 0 if info.status == "SUCCEEDED" else 1
 
 
+def _no_such_job(job: str) -> ConfigError:
+    return ConfigError(f"there is no job {job!r}; `sigray status` lists the jobs")
+
+
 def jobs_table(jobs: list[Any]) -> Table:
-    """The jobs of a cluster, newest first."""
+    """Return a table of a cluster's jobs, newest first."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("job", "status", "started", "took", "run"):
         table.add_column(column, overflow="fold")
-    for job in sorted(jobs, key=lambda one: one.start_time or 0, reverse=True):
-        if not job.submission_id:
-            continue
-        begin, end = (job.start_time or 0) / 1000, (job.end_time or time.time() * 1000) / 1000
-        metadata = job.metadata or {}
+    for job in _newest_first(jobs):
+        begin = (job.start_time or 0) / 1000
+        end = job.end_time / 1000 if job.end_time else time.time()
         table.add_row(
             job.submission_id,
             job.status.value.lower(),
             time.strftime("%Y-%m-%d %H:%M", time.localtime(begin)),
             format_duration(end - begin),
-            metadata.get("storage", ""),
+            (job.metadata or {}).get("storage", ""),
         )
     return table
 
 
 def newest_job(jobs: list[Any]) -> str:
-    """The job that was submitted last.
+    """Return the id of the newest job.
 
     Raises:
-        ConfigError: where there is none.
+        ConfigError: the cluster has no job.
     """
+    for job in _newest_first(jobs):
+        return str(job.submission_id)
+    raise ConfigError("the cluster has no job")
+
+
+def _newest_first(jobs: list[Any]) -> list[Any]:
     submitted = [job for job in jobs if job.submission_id]
-    if not submitted:
-        raise ConfigError("the cluster has no job")
-    return str(max(submitted, key=lambda one: one.start_time or 0).submission_id)
+    return sorted(submitted, key=lambda job: job.start_time or 0, reverse=True)
 
 
 def stop(client: Any, job: str, console: Console) -> None:
-    """Ask a run to write a checkpoint and end; returns when it has ended.
+    """Stop a run after a last checkpoint; return when the job has ended.
 
     Raises:
-        ConfigError: where there is no such job.
+        ConfigError: there is no such job.
     """
     try:
         info = client.get_job_info(job)
     except RuntimeError as error:
-        raise ConfigError(f"there is no job {job!r}; `sigray status` lists them") from error
+        raise _no_such_job(job) from error
     if info.status.is_terminal():
-        console.print(f"{job} has ended before: {info.status.value.lower()}", highlight=False)
+        console.print(f"{job} has already ended: {info.status.value.lower()}", highlight=False)
         return
     client.stop_job(job)
     console.print(f"{job} is writing a last checkpoint (up to {_STOP_S} s)", highlight=False)
@@ -239,10 +241,14 @@ def stop(client: Any, job: str, console: Console) -> None:
 
 @contextlib.contextmanager
 def job_client(cluster: str | None, address: str | None) -> Iterator[Any]:
-    """Ray's client of a cluster's Jobs: by the address of its dashboard, or by its `ray up` file and a tunnel.
+    """Connect to a cluster's Ray Jobs, by a `ray up` file or by an address.
+
+    Args:
+        cluster: path of the `ray up` file; a tunnel reaches its head.
+        address: URL of the dashboard, if there is no `ray up` file.
 
     Raises:
-        ClusterAway: where nothing answers.
+        RuntimeError: the cluster does not answer.
     """
     import logging
 
@@ -254,17 +260,18 @@ def job_client(cluster: str | None, address: str | None) -> Iterator[Any]:
         url = stack.enter_context(_tunnel(cluster)) if cluster else address
         url = url or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
         for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
-            os.environ.pop(name, None)  # Ray would take them for the address that it is given
+            os.environ.pop(name, None)  # Ray would use it instead of `url`
         try:
             client = JobSubmissionClient(url)
         except (ConnectionError, RuntimeError) as error:
-            raise ClusterAway(f"no Ray dashboard answers at {url}: {_first_line(error)}") from error
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise RuntimeError(f"no Ray dashboard answers at {url}: {why}") from error
         yield client
 
 
 @contextlib.contextmanager
 def _tunnel(cluster: str) -> Iterator[str]:
-    """The head's dashboard on a free port of this machine's loopback, by Ray's own ssh."""
+    """Forward the head's dashboard to a free loopback port, by `ray dashboard`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -277,7 +284,7 @@ def _tunnel(cluster: str) -> Iterator[str]:
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
                     said = log.read().decode(errors="replace").strip()
-                    raise ClusterAway(f"no way to the head of {cluster} (`ray dashboard`):\n{said[-1000:]}")
+                    raise RuntimeError(f"`ray dashboard` does not reach the head of {cluster}:\n{said[-1000:]}")
                 time.sleep(0.2)
             yield f"http://127.0.0.1:{port}"
         finally:
@@ -292,19 +299,13 @@ def _answers(port: int) -> bool:
 
     try:
         urllib.request.urlopen(f"http://127.0.0.1:{port}/api/version", timeout=2)
-    except urllib.error.HTTPError:
-        return True  # it asks for a token
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, urllib.error.HTTPError)  # the head wants a token
     return True
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def environment_differences(requirements: str) -> list[str]:
-    """Packages that decide numbers and are not of the pinned version in this environment, one line each."""
+    """Return a line for each package whose version here is not the pinned one."""
     from importlib.metadata import PackageNotFoundError, version
 
     from packaging.requirements import Requirement
@@ -326,11 +327,11 @@ def environment_differences(requirements: str) -> list[str]:
 
 
 def _main() -> int:
-    """The first thing a job does on the cluster: is this the environment that was pinned?"""
+    """Check that a job's environment is the pinned one, before its run starts."""
     path = Path("requirements.txt")
     differences = environment_differences(path.read_text()) if path.exists() else []
     if differences:
-        print("sigray: the cluster's environment is not that of requirements.txt (run clusters/setup.sh on each node):")
+        print("sigray: the cluster's environment differs from requirements.txt; run clusters/setup.sh on each node:")
         print("\n".join(f"  {line}" for line in differences), flush=True)
         return 2
     config = yaml.safe_load(Path(_CONFIG).read_text())

@@ -237,7 +237,7 @@ def find_autoscaler(gcs_address: str, processes: Path = Path("/proc")) -> Autosc
         processes: folder in which the kernel lists processes.
 
     Returns:
-        None if this host runs no autoscaler of the cluster, not even one without node types.
+        None if the cluster's autoscaler does not run on this host.
     """
     for file in processes.glob("[0-9]*/cmdline"):
         # The process may just have ended, or the file may not be Ray's. A pending reason must not fail a run.

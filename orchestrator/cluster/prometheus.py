@@ -1,14 +1,15 @@
-"""Prometheus and pictures for a cluster: alert rules and a Grafana dashboard made from `workers/metrics.py`, and
-`sigray monitor`, which starts Prometheus on the head with them.
+"""Prometheus for a cluster: alert rules, a dashboard, and `sigray monitor`.
 
-Ray's dashboard shows metrics only where a Grafana answers. Where one is installed, it finds our dashboard beside Ray's.
-Where none is, `Pictures` answers the few URLs of a Grafana that Ray's dashboard embeds, /api/health, /d/UID and
-/d-solo/UID?panelId=N, and draws Ray's panels and ours as SVG from Prometheus. It is no Grafana: nothing can be edited.
+Rules and dashboard are made from `workers/metrics.py`; `sigray monitor` starts Prometheus with them on the head. Ray's
+dashboard shows metrics only if a Grafana answers. An installed Grafana gets our dashboard beside Ray's. Without one,
+`Pictures` answers the URLs that Ray's dashboard embeds: /api/health, /d/UID and /d-solo/UID?panelId=N. It draws Ray's
+panels and ours as SVG from Prometheus. It is no Grafana: panels cannot be edited.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import html
 import json
 import math
@@ -33,60 +34,38 @@ from sigray.workers.metrics import BY_NAME, METRICS
 UID = "sigrayTraining"
 RULES, DASHBOARD = "sigray_alerts.yml", "sigray_grafana_dashboard.json"
 SESSION = "/tmp/ray/session_latest"
-_STALLED_S, _STARVED_PCT, _LATE = 600, 20, 3
+_STALLED_S, _DATA_WAIT_PCT, _MISSED_SAVES = 600, 20, 3
 _COLOURS = ("#3274d9", "#e0752d", "#56a64b", "#a352cc", "#e02f44", "#8f8f8f", "#00a3a3", "#b877d9")
 _WIDTH, _HEIGHT, _NUM_POINTS = 640, 300, 240
+Series = list[tuple[str, list[tuple[float, float]]]]  # legend, (Unix time, value)
 
 
 def alert_rules() -> dict[str, Any]:
-    """Prometheus alert rules over the metrics of the table."""
+    """Return Prometheus alert rules over the metrics of the table."""
     name = {key: metric.exported for key, metric in BY_NAME.items()}
     loss, wait = name["sigray_train_loss"], name["sigray_data_wait_pct"]
     saved, every = name["sigray_checkpoint_time_s"], name["sigray_checkpoint_every_s"]
-    return {
-        "groups": [
-            {
-                "name": "sigray",
-                "rules": [
-                    _rule(
-                        "SigrayStalled",
-                        f"time() - {name['sigray_heard_time_s']} > {_STALLED_S}",
-                        "critical",
-                        f"run {{{{ $labels.run }}}}: nothing was heard of its training workers for {_STALLED_S} s",
-                    ),
-                    _rule(
-                        "SigrayDataStarved",
-                        f"avg_over_time({wait}[5m]) > {_STARVED_PCT}",
-                        "warning",
-                        'run {{ $labels.run }}: training workers wait for samples {{ $value | printf "%.0f" }} % of '
-                        "their time: more data-shard workers (data.num_workers)",
-                        hold="5m",
-                    ),
-                    _rule(
-                        "SigrayNotANumber",
-                        f"{loss} != {loss} or increase({name['sigray_bad_steps']}[15m]) > 0",
-                        "critical",
-                        "run {{ $labels.run }}: a loss or a gradient was not finite, or leapt",
-                    ),
-                    _rule(
-                        "SigrayCheckpointTooOld",
-                        f"time() - {saved} > {_LATE} * {every} + 60",
-                        "critical",
-                        "run {{ $labels.run }}: the newest checkpoint is {{ $value | humanizeDuration }} old",
-                    ),
-                ],
-            }
-        ]
-    }
-
-
-def _rule(name: str, expr: str, severity: str, summary: str, hold: str = "0s") -> dict[str, Any]:
-    labels, annotations = {"severity": severity}, {"summary": summary}
-    return {"alert": name, "expr": expr, "for": hold, "labels": labels, "annotations": annotations}
+    wait_text = 'training workers wait for samples {{ $value | printf "%.0f" }} % of their time'
+    # name, condition, severity, how long the condition must hold, text
+    table = [
+        ("SigrayStalled", f"time() - {name['sigray_heard_time_s']} > {_STALLED_S}", "critical", "0s",
+         f"no heartbeat from its training workers for {_STALLED_S} s"),
+        ("SigrayDataStarved", f"avg_over_time({wait}[5m]) > {_DATA_WAIT_PCT}", "warning", "5m",
+         f"{wait_text}: add data-shard workers (data.num_workers)"),
+        ("SigrayNotANumber", f"{loss} != {loss} or increase({name['sigray_bad_steps']}[15m]) > 0", "critical", "0s",
+         "a loss or a gradient was not finite, or jumped"),
+        ("SigrayCheckpointTooOld", f"time() - {saved} > {_MISSED_SAVES} * {every} + 60", "critical", "0s",
+         "the newest checkpoint is {{ $value | humanizeDuration }} old"),
+    ]  # fmt: skip
+    rules = []
+    for alert, expr, severity, hold, text in table:
+        rule = {"alert": alert, "expr": expr, "for": hold, "labels": {"severity": severity}}
+        rules.append(rule | {"annotations": {"summary": f"run {{{{ $labels.run }}}}: {text}"}})
+    return {"groups": [{"name": "sigray", "rules": rules}]}
 
 
 def grafana_dashboard() -> dict[str, Any]:
-    """The dashboard of the table's metrics, a row for each group, as Grafana's JSON."""
+    """Return Grafana's JSON of a dashboard: the table's metrics, a row for each group."""
     panels: list[dict[str, Any]] = []
     y = number = 0
     for group in dict.fromkeys(metric.group for metric in METRICS):
@@ -122,45 +101,40 @@ def grafana_dashboard() -> dict[str, Any]:
 
 
 def generate(out: Path) -> list[Path]:
-    """Write alert rules and dashboard into a folder."""
+    """Write alert rules and dashboard into a folder; return their paths."""
     out.mkdir(parents=True, exist_ok=True)
     (out / RULES).write_text(yaml.safe_dump(alert_rules(), sort_keys=False, width=200))
     (out / DASHBOARD).write_text(json.dumps(grafana_dashboard(), indent=1))
     return [out / RULES, out / DASHBOARD]
 
 
-class MonitorError(RuntimeError):
-    """What `sigray monitor` needs and does not find."""
-
-
 @contextlib.contextmanager
 def monitor(
     console: Console, *, session: str = SESSION, out: Path, port: int = 9090, grafana_port: int = 3000
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run Prometheus, and Grafana or its stand-in, beside the Ray whose session is given; all on loopback.
+    """Run Prometheus, and Grafana or `Pictures`, on the head's loopback.
 
     Args:
-        console: where it is said what runs where.
+        console: prints the addresses.
         session: Ray's session folder on the head.
         out: folder of Prometheus's database and of the generated files.
-        port: of Prometheus; RAY_PROMETHEUS_HOST of `ray start --head` must name another one than 9090.
-        grafana_port: of Grafana; the same with RAY_GRAFANA_HOST and 3000.
+        port: port of Prometheus; RAY_PROMETHEUS_HOST of `ray start --head` must name any other than 9090.
+        grafana_port: port of Grafana; RAY_GRAFANA_HOST must name any other than 3000.
 
     Yields:
         The process of Prometheus.
 
     Raises:
-        MonitorError: where there is no Prometheus, or no Ray.
+        RuntimeError: Prometheus is not installed, does not start, or the head runs no Ray.
     """
+    say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
     metrics = Path(session, "metrics")
     config = metrics / "prometheus" / "prometheus.yml"
     if not config.exists():
-        raise MonitorError(
-            f"{config} is not there: start this on the head of a Ray with a dashboard, or give --session"
-        )
+        raise RuntimeError(f"{config} does not exist: run this on the head of a Ray with a dashboard, or set --session")
     prometheus = shutil.which("prometheus")
     if prometheus is None:
-        raise MonitorError("no prometheus on PATH: `apt-get install prometheus` brings it")
+        raise RuntimeError("no prometheus on PATH: run `apt-get install prometheus`")
     generate(out)
     content = yaml.safe_load(config.read_text())
     content["rule_files"] = [str((out / RULES).absolute())]
@@ -174,37 +148,29 @@ def monitor(
         database = stack.enter_context(_child(command, log))
         address = f"http://127.0.0.1:{port}"
         _wait_until_ready(f"{address}/-/ready", database, out / "prometheus.log")
-        _say(console, f"Prometheus: {address} (alerts: {address}/alerts)")
+        say(f"Prometheus: {address} (alerts: {address}/alerts)")
         grafana = shutil.which("grafana-server")
         if grafana is not None:
             ini = metrics / "grafana" / "grafana.ini"
             home = Path(os.environ.get("GF_PATHS_HOME", "/usr/share/grafana"))
-            environment = os.environ | {
-                "GF_SERVER_HTTP_ADDR": "127.0.0.1",
-                "GF_SERVER_HTTP_PORT": str(grafana_port),
-                "GF_PATHS_DATA": str(out / "grafana"),
-            }
+            environment = {"GF_SERVER_HTTP_ADDR": "127.0.0.1", "GF_SERVER_HTTP_PORT": str(grafana_port)}
+            environment["GF_PATHS_DATA"] = str(out / "grafana")
             log = stack.enter_context((out / "grafana.log").open("w"))
             command = [grafana, f"--homepath={home}", f"--config={ini}", "web"]
-            process = stack.enter_context(_child(command, log, environment))
+            process = stack.enter_context(_child(command, log, **environment))
             _wait_until_ready(f"http://127.0.0.1:{grafana_port}/api/health", process, out / "grafana.log")
-            _say(console, f"Grafana: http://127.0.0.1:{grafana_port}/d/{UID}")
+            say(f"Grafana: http://127.0.0.1:{grafana_port}/d/{UID}")
         else:
-            stack.enter_context(serve_pictures(dashboards, address, grafana_port))
-            _say(console, f"no Grafana is installed; pictures: http://127.0.0.1:{grafana_port}/d/{UID}")
-        _say(console, "the Metrics page of Ray's dashboard shows both")
+            stack.enter_context(serve(Pictures(dashboards, address).answer, grafana_port))
+            say(f"no Grafana is installed; pictures: http://127.0.0.1:{grafana_port}/d/{UID}")
+        say("the Metrics page of Ray's dashboard shows the panels")
         yield database
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
 @contextlib.contextmanager
-def _child(
-    command: list[str], log: Any, environment: dict[str, str] | None = None
-) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
+def _child(command: list[str], log: Any, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    variables = os.environ | environment
+    process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=variables)
     try:
         yield process
     finally:
@@ -215,46 +181,32 @@ def _child(
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 30) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
-        try:
+        with contextlib.suppress(OSError):
             urllib.request.urlopen(url, timeout=2).close()
-            # A stranger on that port would answer too, while ours has died of it.
+            # Another process on that port would answer too, after ours has failed to bind it.
             if process.poll() is None:
                 return
-        except OSError:
-            pass
         if process.poll() is not None or time.monotonic() > deadline:
-            raise MonitorError(f"{log.stem} did not come up:\n{log.read_text()[-1500:]}")
+            raise RuntimeError(f"{log.stem} did not start:\n{log.read_text()[-1500:]}")
         time.sleep(0.2)
 
 
 # -------------------------------------------------------------------------------------------------- pictures
 
 
-@contextlib.contextmanager
-def serve_pictures(dashboards: Path, prometheus: str, port: int) -> Iterator[int]:
-    """Answer a Grafana's URLs on 127.0.0.1; yields the port (0 takes a free one).
-
-    Args:
-        dashboards: folder of Grafana's dashboard files, Ray's and ours; read anew for every page.
-        prometheus: its address.
-    """
-    with serve(Pictures(dashboards, prometheus).answer, port) as served:
-        yield served
-
-
 class Pictures:
-    """Pages of dashboards as SVG.
+    """Answers a Grafana's URLs with pages of SVG.
 
     Args:
-        dashboards: folder of dashboard files.
-        prometheus: its address.
+        dashboards: folder of Grafana's dashboard files, Ray's and ours; each page reads it again.
+        prometheus: address of Prometheus.
     """
 
     def __init__(self, dashboards: Path, prometheus: str) -> None:
         self._folder, self._prometheus = dashboards, prometheus
 
     def answer(self, path: str) -> Answer:
-        """To a GET."""
+        """Answer a GET."""
         url = urllib.parse.urlsplit(path)
         parts = [part for part in url.path.split("/") if part]
         variables = dict(urllib.parse.parse_qsl(url.query))
@@ -266,7 +218,7 @@ class Pictures:
                 panels = list(_panels(dashboard))
                 if parts[0] == "d-solo":
                     panels = [panel for panel in panels if str(panel.get("id")) == variables.get("panelId")]
-                elif dashboard["uid"] == "rayDefaultDashboard":  # what Ray's Metrics page embeds: the training first
+                elif dashboard["uid"] == "rayDefaultDashboard":  # Ray's Metrics page embeds it: training first
                     panels = [*_panels(grafana_dashboard()), *panels]
                 if panels:
                     return Answer(self._page(dashboard, panels, variables))
@@ -282,36 +234,31 @@ class Pictures:
         return None
 
     def _page(self, dashboard: dict[str, Any], panels: list[dict[str, Any]], variables: dict[str, str]) -> str:
-        dark = variables.get("theme") == "dark"
-        begin, end = _moment(variables.get("from", "now-1h")), _moment(variables.get("to", "now"))
+        begin = _unix_time(variables.get("from", "now-1h"))
+        end = _unix_time(variables.get("to", "now"))
         is_solo = len(panels) == 1
-        body, shown = [], 0
+        body = []
         for panel in panels:
             if panel["type"] == "row":
                 body.append(f"<h2>{html.escape(panel['title'])}</h2>")
                 continue
             series, problem = self._series(panel, variables, begin, end)
             if not series and not problem and not is_solo:
-                continue  # Ray has many panels for what a cluster may not have
-            shown += 1
+                continue  # Ray has many panels of things that a cluster may lack
             body.append(_figure(panel, series, problem, begin, end))
-        if not shown:
+        if not any(part.startswith("<figure") for part in body):
             body.append("<p>No panel of this dashboard has data yet.</p>")
-        colours = ("#181b1f", "#d8d9da", "#2c3235") if dark else ("#ffffff", "#24292e", "#e4e7e7")
-        return _PAGE.format(
-            title=html.escape(dashboard.get("title", "")),
-            background=colours[0],
-            ink=colours[1],
-            rule=colours[2],
-            columns="1fr" if is_solo else "repeat(auto-fill, minmax(20rem, 1fr))",
-            body="\n".join(body),
-        )
+        is_dark = variables.get("theme") == "dark"
+        background, ink, rule = ("#181b1f", "#d8d9da", "#2c3235") if is_dark else ("#ffffff", "#24292e", "#e4e7e7")
+        title = html.escape(dashboard.get("title", ""))
+        columns = "1fr" if is_solo else "repeat(auto-fill, minmax(20rem, 1fr))"
+        text = "\n".join(body)
+        return _PAGE.format(title=title, background=background, ink=ink, rule=rule, columns=columns, body=text)
 
-    def _series(
-        self, panel: dict[str, Any], variables: dict[str, str], begin: float, end: float
-    ) -> tuple[list[tuple[str, list[tuple[float, float]]]], str]:
+    def _series(self, panel: dict[str, Any], variables: dict[str, str], begin: float, end: float) -> tuple[Series, str]:
         step = max(5, round((end - begin) / _NUM_POINTS))
-        series, problem = [], ""
+        series: Series = []
+        problem = ""
         for target in panel.get("targets") or []:
             query = fill_in(target.get("expr", ""), variables, step)
             form = urllib.parse.urlencode({"query": query, "start": begin, "end": end, "step": step})
@@ -333,14 +280,14 @@ class Pictures:
 
 
 def _panels(dashboard: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Rows and panels in order; Grafana keeps the panels of a closed row inside it."""
+    """Yield rows and panels in order; a closed row holds its panels."""
     for panel in dashboard["panels"]:
         yield panel
         yield from panel.get("panels") or []
 
 
 def fill_in(query: str, variables: dict[str, str], step: int) -> str:
-    """A query with Grafana's variables in it: those that the URL gives, and `.*` for all others."""
+    """Return a query with Grafana's variables from the URL; others become `.*`."""
 
     def value(match: re.Match[str]) -> str:
         name = match[1] or match[2]
@@ -359,8 +306,8 @@ def _legend(pattern: str, labels: dict[str, str]) -> str:
     return text or ", ".join(f"{key}={value}" for key, value in labels.items() if key != "__name__") or "value"
 
 
-def _moment(text: str) -> float:
-    """Grafana's times in seconds of Unix time: `now-30m`, or milliseconds."""
+def _unix_time(text: str) -> float:
+    """Return the Unix time, in s, of Grafana's `now-30m` or milliseconds."""
     match = re.fullmatch(r"now(?:-(\d+)([smhdw]))?", text)
     if match:
         size = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match[2]] if match[2] else 0
@@ -370,13 +317,7 @@ def _moment(text: str) -> float:
     return time.time() - 3600
 
 
-def _figure(
-    panel: dict[str, Any],
-    series: list[tuple[str, list[tuple[float, float]]]],
-    problem: str,
-    begin: float,
-    end: float,
-) -> str:
+def _figure(panel: dict[str, Any], series: Series, problem: str, begin: float, end: float) -> str:
     title, meaning = html.escape(panel.get("title", "")), html.escape(panel.get("description", ""))
     if not series:
         why = html.escape(problem) or "no data in this time"
@@ -411,8 +352,10 @@ def _figure(
     for number, (name, points) in enumerate(series[:24]):
         colour = _COLOURS[number % len(_COLOURS)]
         line = " ".join(f"{x(at):.1f},{y(value):.1f}" for at, value in points)
-        shape = f'<polyline points="{line}"' if len(points) > 1 else f'<circle r="2.5" {_centre(x, y, points[0])}'
-        parts.append(f'{shape} style="stroke:{colour};fill:none"/>')
+        begin_x, begin_y = line.partition(" ")[0].split(",")
+        is_line = len(points) > 1
+        shape = f'polyline points="{line}"' if is_line else f'circle r="2.5" cx="{begin_x}" cy="{begin_y}"'
+        parts.append(f'<{shape} style="stroke:{colour};fill:none"/>')
         newest = _number(points[-1][1], unit)
         keys.append(f'<li><i style="background:{colour}"></i>{html.escape(name)} <b>{newest}</b></li>')
     more = f"<li>and {len(series) - 24} more</li>" if len(series) > 24 else ""
@@ -423,21 +366,15 @@ def _figure(
     )
 
 
-def _centre(x: Any, y: Any, point: tuple[float, float]) -> str:
-    return f'cx="{x(point[0]):.1f}" cy="{y(point[1]):.1f}"'
-
-
 def _number(value: float, unit: str | None) -> str:
-    """A value with its unit, short: (2.5e9, "bytes") -> "2.5 GB"."""
-    if unit in ("percentunit",):
-        return f"{100 * value:.3g} %"
-    if unit in ("percent", "%"):
-        return f"{value:.3g} %"
+    """Format a value with its unit: (2.5e9, "bytes") -> "2.5 GB"."""
+    if unit in ("percentunit", "percent", "%"):
+        return f"{value * (100 if unit == 'percentunit' else 1):.3g} %"
     if unit == "s":
         return f"{value:.3g} s" if abs(value) < 120 else f"{value / 60:.3g} min"
-    suffix = {"bytes": "B", "Bps": "B/s", "binBps": "B/s", "gbytes": " GiB"}.get(unit or "", "")
-    if suffix == " GiB":
-        return f"{value:.3g}{suffix}"
+    if unit == "gbytes":
+        return f"{value:.3g} GiB"
+    suffix = {"bytes": "B", "Bps": "B/s", "binBps": "B/s"}.get(unit or "", "")
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g} {letter}{suffix}"

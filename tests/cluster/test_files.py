@@ -100,7 +100,6 @@ MISTAKES = [
     (KUBE, "spec/workerGroupSpecs/2/numOfHosts", 4, "tpu-v4-16.numOfHosts: 4, but a slice of 2x2x2 has 2 hosts"),
     (KUBE, "spec/workerGroupSpecs/2/template/spec/nodeSelector/cloud.google.com\\gke-tpu-accelerator", "tpu-v9",
      "nodeSelector: 'tpu-v9' '2x2x2' is no TPU slice"),
-    (KUBE, "spec/workerGroupSpecs/1/maxReplica", 4, "maxReplica: unknown key; did you mean 'maxReplicas'?"),
     (KUBE, "spec/workerGroupSpecs/0/template/spec/containers/0/image", "a:latest", "its environment is not pinned"),
     (KUBE, "spec/workerGroupSpecs/0/template/spec/containers/0/image", "REGISTRY/sigray:0.2", "images differ"),
     (JOB, "spec/shutdownAfterJobFinishes", False, "shutdownAfterJobFinishes"),

@@ -48,7 +48,8 @@ def test_what_a_job_carries(run_config, tmp_path):
     config = check_job(str(run_config), [])
     stage(config, tmp_path)
     staged = load_config(tmp_path / "sigray-config.yaml")
-    assert (tmp_path / "tuning" / "cli.py").exists()
+    assert (tmp_path / "sigray" / "tuning" / "cli.py").exists()
+    assert not [path for path in tmp_path.rglob("*") if path.is_symlink()]
     assert not list(tmp_path.rglob("__pycache__"))
     carried = list((tmp_path / FILES).rglob("classes.json"))
     assert carried[0].read_bytes() == run_config.with_name("classes.json").read_bytes()
@@ -75,7 +76,7 @@ def test_a_carried_file_is_what_it_holds(run_config):
     [
         ("run.storage=null", "run.storage is not set"),
         ("train.global_batch_sise=8", "did you mean 'global_batch_size'"),
-        ("model.tokenizer=nowhere.json", "nowhere.json is named and does not exist"),
+        ("model.tokenizer=nowhere.json", "nowhere.json does not exist"),
     ],
 )
 def test_a_bad_config_is_found_before_the_cluster_is_asked(run_config, change, said, capsys):

@@ -17,12 +17,13 @@ import yaml
 
 from sigray.orchestrator.cluster.prometheus import (
     UID,
+    Pictures,
     alert_rules,
     fill_in,
     generate,
     grafana_dashboard,
-    serve_pictures,
 )
+from sigray.orchestrator.reports.http_server import serve
 from sigray.tuning.cli import main
 from sigray.workers.metrics import BY_NAME, METRICS, REPEAT_S, RunMetrics, WorkerMetrics
 from sigray.workers.training.log_window import LogWindow
@@ -256,14 +257,14 @@ def test_monitor_scrapes_alerts_and_draws(prometheus, tmp_path):
 
 def test_pictures_say_that_prometheus_is_away(tmp_path):
     (port,) = free_ports(1)
-    with serve_pictures(tmp_path, f"http://127.0.0.1:{port}", 0) as served:
+    with serve(Pictures(tmp_path, f"http://127.0.0.1:{port}").answer, 0) as served:
         page = fetch(f"http://127.0.0.1:{served}/d-solo/{UID}?panelId=2")
     assert f"Prometheus at http://127.0.0.1:{port} does not answer" in page
 
 
 def test_monitor_says_what_is_missing(tmp_path, capsys, monkeypatch):
     assert main(["monitor", "--session", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
-    assert "prometheus.yml is not there" in capsys.readouterr().err
+    assert "prometheus.yml does not exist" in capsys.readouterr().err
     (tmp_path / "metrics" / "prometheus").mkdir(parents=True)
     (tmp_path / "metrics" / "prometheus" / "prometheus.yml").write_text("{}")
     monkeypatch.setenv("PATH", str(tmp_path))
