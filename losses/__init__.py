@@ -1,4 +1,7 @@
-"""Contrastive losses as functions of tensors. Knows no config, no logger, no Ray; imports nothing of sigray."""
+"""Contrastive losses as functions of tensors.
+
+They know no config, logger or Ray; `sigray.native` is all of sigray that they import.
+"""
 
 from sigray.losses.gradcache import cached_backward
 from sigray.losses.logit_means import feature_means, mean_logits

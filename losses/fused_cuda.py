@@ -1,8 +1,8 @@
-"""`fused.c` for CUDA, as a Triton kernel: one row of a tile per program, so a row's sums are one thread block's.
+"""The Triton form of `fused.c`: one program computes one row of a tile and its sums.
 
-Arithmetic decides its time and not memory (docs/numerics.md), so there is one special function per element, exp: the
-logarithm is the polynomial of `fused.c`. Triton's interpreter runs the kernel on a CPU, and its compiler makes code for
-GPUs that are not there: tests/losses/test_fused.py does both. tests/gpu runs it on one.
+Arithmetic decides its time and not memory (docs/numerics.md), so there is one special function per element, exp. The
+logarithm is the polynomial of `fused.c`. tests/losses/test_fused.py runs the kernel on a CPU, by Triton's interpreter,
+and compiles it for GPUs that are not there; tests/gpu runs it on a GPU.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ NUM_WARPS = 4
 
 @triton.jit
 def tile_kernel(x, scale, bias, sums, columns, stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Cosines in, dL/dlogits out, sums of a row on the way; as `sigray.losses.fused.negative_terms_`.
+    """`sigray.losses.fused.negative_terms_` for one row.
 
     Args:
         x: (R, C), contiguous, float32 or bfloat16.
-        scale, bias: float32 scalars on the device: the host does not wait for them.
+        scale, bias: float32 scalars on the device, so that the host does not wait for them.
         sums: (3, R) float32 with `stride` between its rows.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -46,14 +46,14 @@ def tile_kernel(x, scale, bias, sums, columns, stride, BLOCK: tl.constexpr):  # 
         p = p * e + 0.3327617645263672
         p = p * e - 0.49997448921203613
         p = p * e + 0.9999998211860657
-        # Both comparisons are false for NaN, which must stay one.
+        # Both comparisons are false for NaN, so NaN stays NaN.
         sigmoid = tl.where(z < 0.0, e, 1.0) / (1.0 + e)
         loss += tl.where(z < 0.0, 0.0, z) + p * e
         grad_bias += sigmoid
         grad_scale += cosine * sigmoid
         tl.store(x + row * columns + place, sigmoid.to(x.dtype.element_ty), mask=inside)
         start += BLOCK
-    # Reads behind writes of nobody else: the row is this program's.
+    # No other program writes to this row.
     tl.store(sums + row, tl.load(sums + row) + tl.sum(loss))
     tl.store(sums + stride + row, tl.load(sums + stride + row) + tl.sum(grad_bias))
     tl.store(sums + 2 * stride + row, tl.load(sums + 2 * stride + row) + tl.sum(grad_scale))

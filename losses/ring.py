@@ -1,15 +1,15 @@
-"""Losses over a process group: text chunks travel round a ring, and what belongs to them travels home behind them.
+"""Losses over a process group: a ring exchanges chunks of texts and their gradients.
 
     R  ranks in the group             b  pairs on this rank (B / R)             D  embedding dimension
 
 Each rank keeps its images and sees every rank's texts once (SigLIP, arXiv 2303.15343, section 3.3 and figure 1). A
-rank's chunk is cut in two halves, one travels up the ranks and one down, so both directions of every link work. At
-step s a rank computes on the halves that started s ranks away while they are already on their way to the next rank;
-their gradients are gathered on the same road, one hop behind, and are home after R hops. The rank's own halves come
-first and last: the first hides the first hop, the last the way home. Memory per rank is O(b D); on the wire each rank
-sends (R - 1) b D features and (R - 1) b D gradients, which is the least there is when every rank needs all texts.
+rank's chunk is cut in two halves. One travels up the ranks and one down, so both directions of every link work. At step
+s a rank computes on the halves that started s ranks away, while they are being sent to the next rank. Their gradients
+follow one hop later and are home after R hops. The rank computes on its own halves first and last: the first hides the
+first hop, the last hides the gradients' last hop. Memory per rank is O(b D). Each rank sends (R - 1) b D features and
+(R - 1) b D gradients, which is the minimum if every rank needs all texts.
 
-gloo and nccl take the same road. torch-xla has no point-to-point calls: its twin is a sharded form of the loss.
+gloo and nccl run the same code. torch-xla has no point-to-point calls: `losses/sharded.py` is the ring for XLA.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sigray.losses.negatives import ALL_NEGATIVES, NUM_BINS, Negatives, make_mask
-from sigray.losses.sigmoid import LossBlock, SigmoidPass, count_tiles_, one_pass
+from sigray.losses.sigmoid import LossResult, SigmoidPass, count_tiles_, one_pass
 from sigray.losses.softmax import SoftmaxPass
 from sigray.losses.spans import span
 from sigray.losses.tiles import check_features, default_tile_size
 
 
 class NonFiniteFeatures(FloatingPointError):
-    """NaN or infinity in what one rank brings to the loss. Raised on every rank.
+    """NaN or infinity in the inputs of one rank. Raised on every rank.
 
     Attributes:
         rank: in the group; the first one that is affected.
@@ -56,29 +56,29 @@ def ring_sigmoid_loss(
     tile_size: int | None = None,
     late_checks: list[Callable[[], None]] | None = None,
 ) -> Tensor:
-    """This rank's part of the sigmoid loss over the global batch: its images against the texts of all ranks.
+    """This rank's part of the sigmoid loss: its images against the texts of all ranks.
 
-    The mean over ranks of the value is the loss of the global batch, and so is the mean of every parameter gradient
-    (what DistributedDataParallel computes): text gradients from all ranks have come home before this returns.
+    The mean of the value over ranks is the loss of the global batch, and so is the mean of every parameter gradient
+    (what DistributedDataParallel computes): text gradients from all ranks are home before this returns.
 
     Args:
         image_features: (b, D) of this rank, unit norm; b must be the same on every rank.
         text_features: (b, D) of this rank, unit norm; row i belongs to image i.
         logit_scale: scalar, already exponentiated.
         logit_bias: scalar.
-        negatives: which negatives of the global batch count; hardest and easiest send the features round twice more.
-        group: the process group; None is the default group, or a single process where there is none.
+        negatives: which negatives of the global batch count; hardest and easiest take two more rounds of the features.
+        group: the process group; None is the default group, or a single process without torch.distributed.
         tile_size: as in `sigmoid_loss`.
-        late_checks: receives a function that raises what is wrong with the ranks' features, as below, to be called once
-            the backward pass has been asked for: a device that runs behind its host has to stand still where the host
-            waits to know it first. Without the list, and on a CPU, it is known before anything is computed.
+        late_checks: receives a function that raises the errors below. Call it once the backward pass is launched: an
+            asynchronous device would idle if the host waited for the check first. Without the list, and on a CPU, the
+            check runs before anything is computed.
 
     Returns:
         Scalar: the sum over b * R b pairs, divided by b.
 
     Raises:
-        ValueError: where ranks hold different numbers of pairs, or one rank images without texts; on every rank.
-        NonFiniteFeatures: where any rank holds NaN or infinity; on every rank.
+        ValueError: ranks hold different numbers of pairs, or one rank images without texts; on every rank.
+        NonFiniteFeatures: a rank holds NaN or infinity; on every rank.
         RuntimeError: in a backward pass with create_graph=True, and in a second one.
     """
     ranks = Ranks.of(group)
@@ -86,24 +86,26 @@ def ring_sigmoid_loss(
     num_pairs = len(image_features)
     size = tile_size or default_tile_size(image_features.device)
 
-    def block(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> LossBlock:
-        text, first_image = text.contiguous(), ranks.rank * num_pairs
+    def compute(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> LossResult:
+        text = text.contiguous()
+        first_image = ranks.rank * num_pairs
 
         def count(high: int | None) -> Tensor:
             histogram = torch.zeros(NUM_BINS, dtype=torch.int64, device=image.device)
 
-            def visit(part: Tensor, first_text: int) -> None:
+            def visit(part: Tensor, first_text: int) -> Tensor:
                 count_tiles_(histogram, image, part, high, offset=first_image - first_text, tile_size=size)
+                return part
 
-            ranks.show_round(text, visit)
+            ranks.rotate(text, visit, None)
             return ranks.sum(histogram)
 
         num_negatives = num_pairs * ranks.size * (num_pairs * ranks.size - 1)
         mask = make_mask(negatives, num_negatives, count)
         loss = SigmoidPass(image, scale, bias, first_image=first_image, tile_size=size, mask=mask)
-        return loss.finish(ranks.pass_round(text, loss.visit))
+        return loss.finish(ranks.rotate(text, loss.visit, torch.add))
 
-    return one_pass(block, image_features, text_features, logit_scale, logit_bias)
+    return one_pass(compute, image_features, text_features, logit_scale, logit_bias)
 
 
 def ring_softmax_loss(
@@ -116,37 +118,37 @@ def ring_softmax_loss(
     tile_size: int | None = None,
     late_checks: list[Callable[[], None]] | None = None,
 ) -> Tensor:
-    """This rank's part of the softmax loss over the global batch; all else as `ring_sigmoid_loss`.
+    """This rank's part of the softmax loss over the global batch.
 
-    The chunks go round twice: the first time the normalisers of rows and columns are gathered, the second time the
-    gradients. `logit_bias` has no effect and receives a gradient of zero.
+    The chunks take two rounds: one for the normalisers of rows and columns, one for the gradients. `logit_bias` has no
+    effect and receives a gradient of zero. All else is as for `ring_sigmoid_loss`.
     """
     ranks = Ranks.of(group)
     ranks.check(image_features, text_features, logit_scale, logit_bias, late_checks)
     num_pairs = len(image_features)
     size = tile_size or default_tile_size(image_features.device)
 
-    def block(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> LossBlock:
+    def compute(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> LossResult:
         text = text.contiguous()
         loss = SoftmaxPass(image, scale, bias, first_image=ranks.rank * num_pairs, tile_size=size)
-        normalisers = ranks.gather(ranks.pass_round(text, loss.normalise, torch.logaddexp))
+        normalisers = ranks.gather(ranks.rotate(text, loss.normalise, torch.logaddexp))
 
         def visit(part: Tensor, first_text: int) -> Tensor:
             return loss.visit(part, first_text, normalisers[first_text : first_text + len(part)])
 
-        return loss.finish(ranks.pass_round(text, visit))
+        return loss.finish(ranks.rotate(text, visit, torch.add))
 
-    return one_pass(block, image_features, text_features, logit_scale, logit_bias)
+    return one_pass(compute, image_features, text_features, logit_scale, logit_bias)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks that share a loss, and the ways in which they exchange chunks of it.
+    """The ranks that share a loss, and their collectives.
 
     Attributes:
         group: their process group; None is the default one.
-        rank: this one's place in the group.
-        size: R; 1 where there is no process group.
+        rank: of this process in the group.
+        size: R; 1 without a process group.
     """
 
     group: dist.ProcessGroup | None
@@ -155,7 +157,7 @@ class Ranks:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None) -> Ranks:
-        """The ranks of a group; a single one where torch.distributed is not in use."""
+        """The ranks of a group; a single one if torch.distributed is not in use."""
         if not dist.is_initialized():
             return cls(None, 0, 1)
         return cls(group, dist.get_rank(group), dist.get_world_size(group))
@@ -168,17 +170,19 @@ class Ranks:
         logit_bias: Tensor,
         late_checks: list[Callable[[], None]] | None = None,
     ) -> None:
-        """Compare what all ranks hold, in one small collective: unequal chunks would hang a ring.
+        """Compare the inputs of all ranks in one small collective.
+
+        Unequal chunks would hang a ring.
 
         Args:
             late_checks: as in `ring_sigmoid_loss`.
 
         Raises:
-            ValueError: where a rank holds images without texts or the ranks do not fit each other.
-            NonFiniteFeatures: where a rank holds NaN or infinity.
+            ValueError: a rank holds images without texts, or the ranks do not fit each other.
+            NonFiniteFeatures: a rank holds NaN or infinity.
         """
         image, text = image_features.detach(), text_features.detach()
-        # A row's sum is finite where its elements are: unit norm is far from overflow.
+        # A row's sum is finite if its elements are: unit norm is far from overflow.
         sums = [
             image.sum(dim=1, dtype=torch.float32),
             text.sum(dim=1, dtype=torch.float32),
@@ -188,23 +192,22 @@ class Ranks:
         bad = [(~torch.isfinite(values)).flatten() for values in sums]
         shape = [len(image), len(text), image.shape[1], text.shape[1]]
         sent = torch.tensor([*shape, -1]).to(image.device, non_blocking=True)
-        sizes, none = sent[:-1], sent[-1]
+        none = sent[-1]
         first_bad = [torch.where(flags.any(), flags.int().argmax(), none) if len(flags) else none for flags in bad]
-        mine = torch.cat([sizes, torch.stack(first_bad)])
-        held = self.gather(mine[None])
+        held = self.gather(torch.cat([sent[:-1], torch.stack(first_bad)])[None])
         if late_checks is None or held.device.type == "cpu":
             with span("loss: ring"):
-                _raise_what_is_wrong(held.tolist())
+                _check_held(held.tolist())
         else:
-            on_host = held.to("cpu", non_blocking=True)  # into page-locked memory, behind what the device has to do yet
+            on_host = held.to("cpu", non_blocking=True)  # into page-locked memory, after the device's queued work
             is_there = torch.Event(held.device)
             is_there.record()
 
-            def look() -> None:
+            def check_later() -> None:
                 is_there.synchronize()
-                _raise_what_is_wrong(on_host.tolist())
+                _check_held(on_host.tolist())
 
-            late_checks.append(look)
+            late_checks.append(check_later)
         check_features(image, text)
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -223,71 +226,59 @@ class Ranks:
             dist.all_gather_into_tensor(everyone, tensor.contiguous(), group=self.group)
         return everyone
 
-    def show_round(self, chunk: Tensor, visit: Callable[[Tensor, int], None]) -> None:
-        """Call `visit(part, first)` with every part of every rank's chunk, once; `first` numbers its rows globally."""
-
-        def visit_only(part: Tensor, first: int) -> Tensor:
-            visit(part, first)
-            return part
-
-        self._travel(chunk, visit_only, None)
-
-    def pass_round(
-        self,
-        chunk: Tensor,
-        visit: Callable[[Tensor, int], Tensor],
-        combine: Callable[[Tensor, Tensor], Tensor] = torch.add,
-    ) -> Tensor:
-        """As `show_round`, and bring home what every rank's `visit` returns for this rank's chunk, combined.
-
-        Args:
-            chunk: (b, ...) of this rank, contiguous.
-            visit: returns a tensor with as many rows as the part that it is given.
-            combine: associative and commutative.
-
-        Returns:
-            (b, ...): `combine` over what all ranks returned for this chunk.
-        """
-        home = self._travel(chunk, visit, combine)
-        return home[0] if len(home) == 1 else torch.cat(home)
-
-    def _travel(
+    def rotate(
         self,
         chunk: Tensor,
         visit: Callable[[Tensor, int], Tensor],
         combine: Callable[[Tensor, Tensor], Tensor] | None,
-    ) -> list[Tensor]:
-        """What came home for each part of the chunk; without `combine` nothing is sent home."""
-        if self.size == 1:
-            return [visit(chunk, 0)]
-        half = (len(chunk) + 1) // 2
-        roads = [(+1, slice(0, half)), (-1, slice(half, len(chunk)))] if len(chunk) > 1 else [(+1, slice(0, 1))]
-        directions = [direction for direction, _ in roads]
+    ) -> Tensor:
+        """Call `visit(part, first)` with every part of every rank's chunk, once.
 
-        def visit_part(number: int, part: Tensor, step: int) -> Tensor:
-            direction, rows = roads[number]
+        What the visits of all ranks return for this rank's chunk comes home, combined.
+
+        Args:
+            chunk: (b, ...) of this rank, contiguous.
+            visit: returns a tensor with as many rows as the part; `first` is the global index of the part's first row.
+            combine: associative and commutative; None: nothing is sent home.
+
+        Returns:
+            (b, ...): `combine` over what all ranks returned for this chunk; without `combine` the chunk.
+        """
+        if self.size == 1:
+            return visit(chunk, 0)
+        middle = (len(chunk) + 1) // 2
+        halves = [(+1, slice(0, middle)), (-1, slice(middle, len(chunk)))][: len(chunk)]
+        directions = [direction for direction, _ in halves]
+
+        def visit_half(number: int, part: Tensor, step: int) -> Tensor:
+            direction, rows = halves[number]
             source = (self.rank - direction * step) % self.size
             return visit(part, source * len(chunk) + rows.start)
 
-        own = [chunk[rows] for _, rows in roads]
-        flight = _Flight(self, directions, own)
-        at_home = [visit_part(0, own[0], step=0)]
-        gathered: list[Tensor] = []
+        own = [chunk[rows] for _, rows in halves]
+        transfer = _Transfer(self, directions, own)
+        results = [visit_half(0, own[0], step=0)]
+        combined: list[Tensor] = []  # the results so far for the parts that are here
         for step in range(1, self.size):
-            parts = flight.wait()
+            parts = transfer.wait()
             if step + 1 < self.size:
-                flight = _Flight(self, directions, parts)
-            behind = _Flight(self, directions, gathered) if combine and step > 1 else None
-            gathered = [visit_part(number, part, step) for number, part in enumerate(parts)]
-            if combine and behind:
-                gathered = list(map(combine, gathered, behind.wait()))
-        homeward = _Flight(self, directions, gathered) if combine else None
-        at_home += [visit_part(number, own[number], step=0) for number in range(1, len(own))]
-        return list(map(combine, at_home, homeward.wait())) if combine and homeward else []
+                transfer = _Transfer(self, directions, parts)
+            following = _Transfer(self, directions, combined) if combine and step > 1 else None
+            combined = [visit_half(number, part, step) for number, part in enumerate(parts)]
+            if combine and following:
+                combined = list(map(combine, combined, following.wait()))
+        last_hop = _Transfer(self, directions, combined) if combine else None
+        results += [visit_half(number, own[number], step=0) for number in range(1, len(own))]
+        return torch.cat(list(map(combine, results, last_hop.wait()))) if combine and last_hop else chunk
 
 
-def _raise_what_is_wrong(held: list[list[int]]) -> None:
-    """`Ranks.check`; of each rank: images, texts, their widths, the first row of each input that is not finite (-1)."""
+def _check_held(held: list[list[int]]) -> None:
+    """Raise the errors of `Ranks.check`.
+
+    Args:
+        held: of each rank the numbers of images and texts, the widths of both, and of each input the first row that is
+            not finite (-1: none).
+    """
     for rank, (num_images, num_texts, image_dim, text_dim, *_) in enumerate(held):
         if num_images != num_texts:
             raise ValueError(f"rank {rank} holds {num_images} images and {num_texts} texts: pairs expected")
@@ -295,8 +286,8 @@ def _raise_what_is_wrong(held: list[list[int]]) -> None:
             counts = ", ".join(str(count) for count, *_ in held)
             raise ValueError(
                 f"the ranks hold unequal batches ({counts} pairs; rank {rank} has features of width {image_dim} "
-                f"and {text_dim}, rank 0 of {held[0][2]}): give each rank as many pairs, for example by dropping "
-                "the last, incomplete batch"
+                f"and {text_dim}, rank 0 of {held[0][2]}): give each rank the same number of pairs, for example by "
+                "dropping the last, incomplete batch"
             )
     for rank, (_, _, _, _, *rows) in enumerate(held):
         for name, row in zip(("image_features", "text_features", "logit_scale", "logit_bias"), rows, strict=True):
@@ -304,13 +295,14 @@ def _raise_what_is_wrong(held: list[list[int]]) -> None:
                 raise NonFiniteFeatures(rank, name, row)
 
 
-class _Flight:
-    """Tensors on their way to the next rank, one for each direction, while those of the rank before arrive."""
+class _Transfer:
+    """One hop in flight: tensors sent to the next rank, received from the one before."""
 
     def __init__(self, ranks: Ranks, directions: list[int], tensors: list[Tensor]) -> None:
-        self._sent, self._received = tensors, [torch.empty_like(tensor) for tensor in tensors]
-        # group_peer: point-to-point calls count ranks of the whole world unless told the group's own. With two ranks
-        # both directions lead to the same peer; messages between two ranks arrive in the order in which they left.
+        self._sent = tensors  # kept until they are sent
+        self._received = [torch.empty_like(tensor) for tensor in tensors]
+        # group_peer: point-to-point calls count ranks of the whole world unless they get the group's own. With two
+        # ranks both directions lead to the same peer; messages between two ranks arrive in the order of sending.
         messages = [
             dist.P2POp(call, tensor, group=ranks.group, group_peer=(ranks.rank + sign * direction) % ranks.size)
             for call, sign, side in ((dist.isend, +1, self._sent), (dist.irecv, -1, self._received))

@@ -25,7 +25,7 @@ from torch import Tensor
 from sigray.losses.fused import negative_terms
 from sigray.losses.negatives import ALL_NEGATIVES, Negatives, random_drop
 from sigray.losses.ring import Ranks
-from sigray.losses.sigmoid import LossBlock, one_pass
+from sigray.losses.sigmoid import LossResult, one_pass
 from sigray.losses.tiles import default_tile_size, product_dtype, sum_dtype
 
 
@@ -91,7 +91,7 @@ def sharded_sigmoid_loss(
             raise ValueError("random negatives need the numbers of the pairs")
         drop = negatives, numbers
 
-    def block(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> LossBlock:
+    def block(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> LossResult:
         size = tile_size or default_tile_size(image.device)
         loss = _SigmoidShards(image, scale, bias, shards, size, drop)
         grad_text = loss.pairs(text) + _round_the_hosts(text, shards, loss.visit, torch.add)
@@ -111,7 +111,7 @@ def sharded_softmax_loss(
 ) -> Tensor:
     """The softmax loss; all else as `sharded_sigmoid_loss`. `logit_bias` receives a gradient of zero."""
 
-    def block(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> LossBlock:
+    def block(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> LossResult:
         loss = _SoftmaxShards(image, scale, bias, shards, tile_size or default_tile_size(image.device))
         normalisers = _round_the_hosts(text, shards, loss.normalise, _log_add)
         # The normalisers travel with their texts: one more column, in the precision of the sums.
@@ -144,7 +144,7 @@ def _round_the_hosts(
         return gathered.cpu().transpose(0, 1).contiguous()
 
     # Rows are places, so that the two halves that travel either way hold as many texts of every device.
-    home = ranks.pass_round(chunk.cpu().transpose(0, 1).contiguous(), on_device, combine)
+    home = ranks.rotate(chunk.cpu().transpose(0, 1).contiguous(), on_device, combine)
     return shards.mark(home.transpose(0, 1).contiguous().to(device))
 
 
@@ -323,13 +323,13 @@ class _SigmoidShards(_Shards):
             grad_text.append(total)
         return torch.cat(grad_text, dim=1)
 
-    def finish(self, grad_text: Tensor) -> LossBlock:
+    def finish(self, grad_text: Tensor) -> LossResult:
         """Everything that was visited, divided by the number of images."""
         loss, grad_bias, grad_scale = (
             sums.total() / self._num_images for sums in (self._loss, self._grad_bias, self._grad_scale)
         )
         factor = self._scale / self._num_images
-        return LossBlock(loss, self._image_part(), grad_text, factor, grad_scale, grad_bias)
+        return LossResult(loss, self._image_part(), grad_text, factor, grad_scale, grad_bias)
 
 
 class _SoftmaxShards(_Shards):
@@ -394,8 +394,8 @@ class _SoftmaxShards(_Shards):
             self._grad_scale.add(number, -cosines[:, rows, None])
         return -image
 
-    def finish(self, grad_text: Tensor) -> LossBlock:
+    def finish(self, grad_text: Tensor) -> LossResult:
         """As `_SigmoidShards.finish`."""
         loss, grad_scale = (sums.total() / self._num_images for sums in (self._loss, self._grad_scale))
         zero = torch.zeros_like(self._bias)
-        return LossBlock(loss, self._image_part(), grad_text, self._scale / self._num_images, grad_scale, zero)
+        return LossResult(loss, self._image_part(), grad_text, self._scale / self._num_images, grad_scale, zero)

@@ -1,10 +1,13 @@
-"""The softmax loss of CLIP (arXiv 2103.00020, section 2.3), the baseline of every comparison: plainly and over tiles.
+"""The softmax loss of CLIP, the baseline: the plain equation, and two passes over tiles.
+
+arXiv 2103.00020, section 2.3.
 
     B  pairs                          z_ij  logit_scale * <image_i, text_j>
     D  embedding dimension            L     sum_i (log sum_j exp z_ij + log sum_j exp z_ji - 2 z_ii) / 2B
 
-A softmax needs its normalisers before any gradient is known: two passes over the tiles, four matrix products per tile
-where the sigmoid needs three. The first pass gathers the log-sum-exp of rows and columns, the second the gradients.
+A softmax needs its normalisers before any gradient is known. It takes two passes over the tiles and four matrix
+products per tile; the sigmoid takes three. The first pass computes the log-sum-exp of rows and columns, the second one
+the gradients.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sigray.losses.sigmoid import LossBlock
+from sigray.losses.sigmoid import LossResult
 from sigray.losses.tiles import Tile, accumulate, sum_dtype, tiles
 
 
@@ -34,13 +37,13 @@ def softmax_loss_plain(image_features: Tensor, text_features: Tensor, logit_scal
 
 
 class SoftmaxPass:
-    """One block of images that meets every text block twice: first `normalise`, then `visit`.
+    """The loss and gradients of some images: `normalise` with all texts, then `visit`.
 
     Args:
         image_features: (B, D).
         logit_scale: scalar, already exponentiated.
-        logit_bias: scalar without effect (a softmax does not see it); it keeps the interface of the sigmoid.
-        first_image: number of the first image.
+        logit_bias: scalar without effect (a softmax is invariant to it); it keeps the interface of the sigmoid.
+        first_image: index of the first image in the global batch.
         tile_size: edge of a tile of logits.
     """
 
@@ -55,7 +58,10 @@ class SoftmaxPass:
         self._grad_image = torch.zeros_like(image_features, dtype=self._sums)
 
     def normalise(self, text_features: Tensor, first_text: int) -> Tensor:
-        """(M, 1): log sum_i exp z_ij over this block's images; the texts' part of the images' sums is kept here."""
+        """(M, 1): log sum_i exp z_ij over these images.
+
+        The part of these texts in the images' normalisers is added to the pass.
+        """
         columns = text_features.new_full((len(text_features), 1), -torch.inf, dtype=self._sums)
         for tile in tiles(self._image, text_features, self._tile_size):
             z = self._scale * tile.x.to(self._sums)
@@ -66,15 +72,15 @@ class SoftmaxPass:
         return columns
 
     def visit(self, text_features: Tensor, first_text: int, normalisers: Tensor) -> Tensor:
-        """The gradients, once all normalisers are known.
+        """Add the gradients of all images against these texts; `normalise` must be done.
 
         Args:
             text_features: (M, D).
-            first_text: number of the first one.
+            first_text: index of the first one in the global batch.
             normalisers: (M, 1), log sum_i exp z_ij over the images of all ranks.
 
         Returns:
-            (M, D): sum_i dL/dz_ij image_i, which times logit_scale is the texts' part of the gradient.
+            (M, D): sum_i dL/dz_ij image_i; times logit_scale it is the texts' part of the gradient.
         """
         grad_text = torch.zeros_like(text_features, dtype=self._sums)
         offset = self._first_image - first_text
@@ -95,12 +101,16 @@ class SoftmaxPass:
         rows, columns = tile.pair_slices(offset)
         shift = columns.start - rows.start
         z = self._scale * cosine.diagonal(shift)
-        row_normalisers, column_normalisers = self._row_normalisers[tile.rows][rows], normalisers[tile.columns][columns]
-        self._row_loss[tile.rows][rows] += (row_normalisers + column_normalisers[:, 0]) / 2 - z
+        both_normalisers = self._row_normalisers[tile.rows][rows] + normalisers[tile.columns][columns][:, 0]
+        self._row_loss[tile.rows][rows] += both_normalisers / 2 - z
         dz.diagonal(shift).sub_(1)
 
-    def finish(self, grad_text: Tensor) -> LossBlock:
-        """Everything that was visited, divided by the number of images; as `SigmoidPass.finish`."""
+    def finish(self, grad_text: Tensor) -> LossResult:
+        """The sums over all visits, divided by the number of images.
+
+        Args:
+            grad_text: (M, D), the sum of what the visits returned for these texts.
+        """
         loss, grad_scale = self._row_loss.sum() / len(self._image), self._row_grad_scale.sum() / len(self._image)
         factor = self._scale / len(self._image)
-        return LossBlock(loss, self._grad_image, grad_text, factor, grad_scale, torch.zeros_like(self._bias))
+        return LossResult(loss, self._grad_image, grad_text, factor, grad_scale, torch.zeros_like(self._bias))

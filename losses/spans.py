@@ -1,6 +1,6 @@
-"""Names for the parts of a step in a trace of torch.profiler; nothing at all while nobody profiles.
+"""Names for the parts of a step in a trace of torch.profiler; no cost without a profile.
 
-Spans may lie in each other: time counts for the innermost. What reads them is `workers/training/profile.py`.
+Spans may be nested: time counts for the innermost one. `workers/training/profile.py` reads them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch.profiler import record_function
 
 PREFIX = "sigray/"
 _NOTHING = contextlib.nullcontext(False)
-_state: dict[str, Any] = {"on": False, "settle": None}
+_state: dict[str, Any] = {"on": False, "sync": None}
 
 
 def span(name: str) -> contextlib.AbstractContextManager[bool]:
-    """Everything inside belongs to a part of the step; tells whether anybody profiles."""
+    """A context whose time counts for a part of the step; its value: is there a profile?"""
     return _span(name) if _state["on"] else _NOTHING
 
 
@@ -25,19 +25,20 @@ def span(name: str) -> contextlib.AbstractContextManager[bool]:
 def _span(name: str) -> Iterator[bool]:
     with record_function(PREFIX + name):
         yield True
-        if _state["settle"] is not None:
-            _state["settle"]()
+        if _state["sync"] is not None:
+            _state["sync"]()
 
 
 @contextlib.contextmanager
-def recording(settle: Callable[[], None] | None) -> Iterator[None]:
-    """Have `span` name its part, in all threads of this process.
+def recording(sync: Callable[[], None] | None) -> Iterator[None]:
+    """Record spans, in all threads of this process.
 
     Args:
-        settle: waits for the device at the end of each span, so that what it computes counts where it was asked for.
+        sync: waits for the device at the end of each span, so that the device's time counts for the span that caused
+            it.
     """
-    _state.update(on=True, settle=settle)
+    _state.update(on=True, sync=sync)
     try:
         yield
     finally:
-        _state.update(on=False, settle=None)
+        _state.update(on=False, sync=None)

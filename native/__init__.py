@@ -1,6 +1,6 @@
-"""C of our own, compiled where it runs: at the first use, for that processor, into the user's cache.
+"""Compile C of ours at its first use, for this processor, into the user's cache.
 
-Knows neither torch nor anything of sigray: processes that must start quickly use it too.
+Imports neither torch nor anything of sigray: processes that must start quickly use it too.
 """
 
 from __future__ import annotations
@@ -20,16 +20,13 @@ from pathlib import Path
 _FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
 
 
-def compiled(
-    sources: Sequence[Path], *, headers: Sequence[Path] = (), flags: Sequence[str] = (), without: str
-) -> ctypes.CDLL | None:
-    """A library of C sources; None, with a warning, where this machine has no C compiler that can make it.
+def compiled(source: Path, *, flags: Sequence[str] = (), without: str) -> ctypes.CDLL | None:
+    """The library of a C file; None, with a warning, if this machine cannot compile it.
 
     Args:
-        sources: the first one names the library.
-        headers: that they include, besides the system's.
-        flags: of the compiler, besides those that all have.
-        without: what it means to be without it, for the warning.
+        source: includes headers of the system only.
+        flags: compiler flags besides `_FLAGS`.
+        without: what the lack of the library means, for the warning.
     """
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("gcc", "cc", "clang"))), None)
     if compiler is None:
@@ -37,40 +34,38 @@ def compiled(
         return None
     try:
         # RTLD_NOW: a runtime that lacks a symbol fails here and not in the first step.
-        return ctypes.CDLL(str(build(compiler, sources, headers, flags)), mode=os.RTLD_NOW)
+        return ctypes.CDLL(str(build(compiler, source, flags)), mode=os.RTLD_NOW)
     except (OSError, subprocess.SubprocessError) as error:
         detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
         warnings.warn(f"{without}: {compiler} failed: {detail}", stacklevel=3)
         return None
 
 
-def build(compiler: str, sources: Sequence[Path], headers: Sequence[Path], flags: Sequence[str]) -> Path:
-    """The library's file, made unless it is there.
+def build(compiler: str, source: Path, flags: Sequence[str]) -> Path:
+    """The library's file, compiled if the cache does not have it.
 
     Raises:
-        OSError, subprocess.SubprocessError: where it cannot be made.
+        OSError, subprocess.SubprocessError: the library cannot be built.
     """
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     # -march=native: a home folder may be shared by unlike machines.
     machine = f"{platform.machine()} {sorted(cpu_flags())} {[*_FLAGS, *flags]}".encode()
-    content = b"".join(path.read_bytes() for path in (*sources, *headers))
-    name = f"{sources[0].stem}-{hashlib.sha256(content + version + machine).hexdigest()[:16]}.so"
+    name = f"{source.stem}-{hashlib.sha256(source.read_bytes() + version + machine).hexdigest()[:16]}.so"
     folder = _folder()
     library = folder / name
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            built, objects = Path(temporary, name), [Path(temporary, f"{source.stem}.o") for source in sources]
-            # -shared alone, without the runtime of -fopenmp: the library finds torch's own, with its one pool of
-            # threads, and torch.set_num_threads counts for both.
-            for source, made in zip(sources, objects, strict=True):
-                _run([compiler, *_FLAGS, *flags, "-c", source, "-o", made])
-            _run([compiler, "-shared", *objects, "-o", built])
-            built.replace(library)  # at once: other processes may be compiling too
+            compiled_object = Path(temporary, f"{source.stem}.o")
+            built = Path(temporary, name)
+            # -shared without -fopenmp, so without its runtime: the library finds torch's own with its one thread pool,
+            # and torch.set_num_threads counts for both.
+            for command in (
+                [compiler, *_FLAGS, *flags, "-c", source, "-o", compiled_object],
+                [compiler, "-shared", compiled_object, "-o", built],
+            ):
+                subprocess.run(list(map(str, command)), capture_output=True, check=True, text=True)
+            built.replace(library)  # atomic: other processes may be compiling too
     return library
-
-
-def _run(command: Sequence[str | Path]) -> None:
-    subprocess.run(list(map(str, command)), capture_output=True, check=True, text=True)
 
 
 def _folder() -> Path:
@@ -90,7 +85,10 @@ def _folder() -> Path:
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """Instruction sets as Linux names them (`flags` on x86, `Features` on ARM); empty where it does not say."""
+    """Instruction sets as Linux names them; empty if it does not say.
+
+    Linux lists them as `flags` on x86 and as `Features` on ARM.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -25,9 +25,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from sigray.losses.fused import has_bfloat16_products
 from sigray.losses.negatives import NUM_BINS
-from sigray.losses.tiles import default_tile_size
+from sigray.losses.tiles import default_tile_size, has_bfloat16_products
 from sigray.orchestrator.batch import MAX_DATA_WORKER_UTILISATION, micro_batch
 from sigray.orchestrator.config import ConfigError, RunConfig
 from sigray.orchestrator.planning.count import TowerCosts, gathered_bytes, measure_towers
@@ -450,8 +449,6 @@ def loss_bytes(
     loss: LossConfig, num_pairs: int, dim: int, num_devices: int, feature_bytes: int, product_bytes: int, tile_size: int
 ) -> int:
     """The most that the loss holds at once beyond the features: sums, a tile, what is on the ring.
-
-    On a processor with AMX panels of features, some MiB as well, stand for the tile.
 
     Args:
         num_pairs: b.

@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sigray.losses import fused
-from sigray.losses.fused import add_, block_, eager_terms_, has_amx, negative_terms_, pair_terms_, row_dots, scaled
+from sigray.losses.fused import add_, eager_terms_, negative_terms_, pair_terms_, row_dots, scaled
 from sigray.native import compiled, cpu_flags
 from tests.helpers.losses import tile_of
-from tests.helpers.reference import random_features
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -76,8 +75,7 @@ def library_of_a_width(request):
     flag, options = WIDTHS[request.param]
     if flag not in cpu_flags():
         pytest.skip(f"this processor has no {request.param}")
-    headers = [fused._SOURCES[0].with_name("terms.h")]
-    library = compiled(fused._SOURCES[:1], headers=headers, flags=["-fopenmp", *options], without="no test")
+    library = compiled(fused._SOURCE, flags=["-fopenmp", *options], without="no test")
     assert library is not None
     pointer, size, scalar = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     for function in (library.tile_float32, library.tile_bfloat16):
@@ -175,149 +173,6 @@ def test_scales_that_are_no_exponentials(scale):
     torch.testing.assert_close(tile, want_tile, rtol=1e-5, atol=1e-30)
 
 
-needs_amx = pytest.mark.skipif(not has_amx(), reason="block_ needs a processor with AMX")
-
-
-def block_twin(image, text, scale, bias, offset, dtype=torch.float64):
-    """The sums that `block_` adds, and dz."""
-    x = image.to(dtype) @ text.to(dtype).T
-    z = scale * x + bias
-    pair = torch.arange(len(image))[:, None] + offset == torch.arange(len(text))
-    dz = torch.sigmoid(z) - pair.to(dtype)
-    return torch.stack([torch.nn.functional.softplus(z.where(~pair, -z)), dz, dz * x]).sum(dim=2), dz
-
-
-def assert_gradients(grad_image, grad_text, dz, image, text, relative):
-    images, texts = image.double(), text.double()
-    for got, left, right in ((grad_image, dz, texts), (grad_text, dz.T, images)):
-        # Each dz is wrong by so much of itself at the most; the rest is float32.
-        bound = relative * (left.abs() @ right.abs()) + 1e-6 + 1e-7 * len(right)
-        error = (got.double() - left @ right).abs()
-        assert (error <= bound).all(), (error / bound).max()
-
-
-def error_of_dz(dtype, scale):
-    # Rounded to bfloat16; or as wrong as z is, which is rounded to float32 after a multiplication by the scale.
-    return 2**-8 if dtype == torch.bfloat16 else 2e-6 + 2e-7 * (scale + 10)
-
-
-both_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-
-
-@needs_amx
-@both_dtypes
-@settings(max_examples=80, deadline=None)
-@given(
-    num_images=st.integers(1, 150),
-    num_texts=st.integers(1, 150),
-    dim=st.integers(1, 100),
-    offset=st.integers(-151, 151),
-    tile_size=st.sampled_from([1, 32, 50, 64, 4096]),
-    scale=st.sampled_from([1e-3, 1.0, 10.0, 117.3]),
-    overwrite_image=st.booleans(),
-    seed=st.integers(0, 10**6),
-)
-def test_a_block_equals_its_float64_twin(
-    dtype, num_images, num_texts, dim, offset, tile_size, scale, overwrite_image, seed
-):
-    image = random_features(num_images, dim, seed=seed, dtype=dtype)
-    text = random_features(num_texts, dim, seed=seed + 1, dtype=dtype)
-    sums, grad_image = torch.ones(3, num_images + 2)[:, 1:-1], torch.ones(num_images, dim)
-    grad_text = torch.full((num_texts, dim), torch.nan)
-    options = {"offset": offset, "tile_size": tile_size, "overwrite_image": overwrite_image}
-    values = torch.tensor(scale), torch.tensor(-10.0)
-    assert block_(image, text, *values, sums, grad_image, grad_text, **options)
-    want_sums, dz = block_twin(image, text, scale, -10.0, offset)
-    # As test_equals_the_float64_twin; and what is added to 1, tile by tile, is rounded to 2**-24 of the sum each time.
-    additions = -(-num_texts // tile_size) + 1  # tiles, and a pair
-    rtol, atol = 2e-6 + 2e-7 * (scale + 10) + 2**-24 * additions, 1e-6 + 1e-7 * num_texts
-    torch.testing.assert_close(sums.double() - 1, want_sums, rtol=rtol, atol=atol)
-    relative = error_of_dz(dtype, scale)
-    assert_gradients(grad_image if overwrite_image else grad_image - 1, grad_text, dz, image, text, relative)
-
-
-@needs_amx
-@both_dtypes
-def test_a_block_of_several_panels(dtype):
-    """More than 1024 of both, where panels are what they are by default."""
-    image = random_features(1100, 40, seed=0, dtype=dtype)
-    text = random_features(2100, 40, seed=1, dtype=dtype)
-    sums, grads = torch.zeros(3, 1100), [torch.zeros(1100, 40), torch.zeros(2100, 40)]
-    values = torch.tensor(20.0), torch.tensor(-8.0)
-    assert block_(image, text, *values, sums, *grads, offset=900, tile_size=2048, overwrite_image=True)
-    want, dz = block_twin(image, text, 20.0, -8.0, 900)
-    torch.testing.assert_close(sums.double(), want, rtol=1e-5, atol=1e-5)
-    assert_gradients(*grads, dz, image, text, error_of_dz(dtype, 20.0))
-
-
-@needs_amx
-@both_dtypes
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
-def test_a_block_does_not_swallow_nan_and_infinity(dtype, poison):
-    image, text = (random_features(70, 40, seed=seed, dtype=dtype) for seed in (0, 1))
-    image[33, 5] = poison
-    sums, grads = torch.zeros(3, 70), [torch.empty(70, 40), torch.empty(70, 40)]
-    values = torch.tensor(10.0), torch.tensor(-10.0)
-    assert block_(image, text, *values, sums, *grads, offset=0, tile_size=64, overwrite_image=True)
-    assert not torch.isfinite(sums[:, 33]).all()
-    sums[:, 33] = 0
-    assert torch.isfinite(sums).all()
-
-
-@needs_amx
-def test_a_block_of_other_features_is_not_touched():
-    for dtype, dim, scale in (
-        (torch.float64, 4, 10.0),
-        (torch.float16, 4, 10.0),
-        (torch.float32, 2**15 + 1, 10.0),  # sums of so many digits leave 32 bits behind
-        (torch.bfloat16, 4, 0.0),
-        (torch.float32, 4, -1.0),
-    ):
-        image = random_features(3, dim, seed=0, dtype=dtype)
-        sums, grads = torch.zeros(3, 3), [torch.zeros(3, dim), torch.zeros(3, dim)]
-        values = torch.tensor(scale), torch.tensor(-10.0)
-        assert not block_(image, image, *values, sums, *grads, offset=0, tile_size=64, overwrite_image=True)
-        assert not any(tensor.any() for tensor in (sums, *grads))
-
-
-@needs_amx
-@pytest.mark.parametrize("scale", [10.0, 100.0])
-@pytest.mark.parametrize("kind", ["random", "trained", "falling dimensions"])
-def test_a_block_of_float32_is_as_precise_as_products_of_float32(kind, scale):
-    """Products made of integers, against torch's own of float32 with the same terms: mean squares of errors."""
-    image, text = (random_features(800, 512, seed=seed, dtype=torch.float32) for seed in (0, 1))
-    if kind == "trained":
-        text = torch.nn.functional.normalize(image + text, dim=1)
-    elif kind == "falling dimensions":
-        weights = torch.logspace(0, -6, 512)
-        image, text = (torch.nn.functional.normalize(features * weights, dim=1) for features in (image, text))
-    values = torch.tensor(scale), torch.tensor(-12.0)
-    sums, grads = torch.zeros(3, 800), [torch.empty(800, 512), torch.empty(800, 512)]
-    assert block_(image, text, *values, sums, *grads, offset=0, tile_size=2048, overwrite_image=True)
-    want_sums, dz = block_twin(image, text, scale, -12.0, 0)
-    want = want_sums, dz @ text.double(), dz.T @ image.double()
-    plain_sums, plain_dz = block_twin(image, text, scale, -12.0, 0, torch.float32)
-    for got, plain, exact in zip((sums, *grads), (plain_sums, plain_dz @ text, plain_dz.T @ image), want, strict=True):
-        ours, theirs = ((tensor.double() - exact).square().mean().sqrt() for tensor in (got, plain))
-        # Half a bit, and twice 2**-24 of what is summed up: the rounding of the terms themselves.
-        assert ours <= 1.5 * theirs + 2**-23 * exact.square().mean().sqrt(), (ours / theirs, kind)
-
-
-@needs_amx
-def test_a_block_of_float32_at_the_ends_of_its_range():
-    """Rows of zeros and of next to nothing, and numbers beside which the others keep no digit."""
-    image, text = (random_features(40, 70, seed=seed, dtype=torch.float32) for seed in (0, 1))
-    image[3], image[4], text[5] = 0, 1e-42, 1e-30
-    image[7] = torch.tensor([1.0] + [1e-9] * 69)
-    text[6] = torch.tensor([0.0] * 69 + [-1.0])
-    values = torch.tensor(10.0), torch.tensor(-10.0)
-    sums, grads = torch.zeros(3, 40), [torch.empty(40, 70), torch.empty(40, 70)]
-    assert block_(image, text, *values, sums, *grads, offset=0, tile_size=64, overwrite_image=True)
-    want, dz = block_twin(image, text, 10.0, -10.0, 0)
-    torch.testing.assert_close(sums.double(), want, rtol=1e-5, atol=1e-6)
-    assert_gradients(*grads, dz, image, text, error_of_dz(torch.float32, 10.0))
-
-
 INTERPRETED = """
 import torch
 
@@ -396,21 +251,12 @@ x = torch.linspace(-1, 1, 300 * 211).view(300, 211).contiguous()
 results = x, torch.zeros(3, 300)
 negative_terms_(x, torch.tensor(10.0), torch.tensor(-3.0), results[1])
 """
-PROGRAM_OF_A_BLOCK = """
-from sigray.losses import fused
-values, results = (torch.tensor(10.0), torch.tensor(-3.0)), []
-for dtype in (torch.bfloat16, torch.float32):
-    features = [torch.randn(1300, 50, generator=torch.manual_seed(seed)).to(dtype) for seed in (0, 1)]
-    results += torch.zeros(3, 1300), torch.zeros(1300, 50), torch.zeros(1300, 50)
-    assert fused.block_(*features, *values, *results[-3:], offset=0, tile_size=512, overwrite_image=False)
-"""
 
 
-@pytest.mark.parametrize("program", [PROGRAM_OF_A_TILE, pytest.param(PROGRAM_OF_A_BLOCK, marks=needs_amx)])
-def test_the_number_of_threads_does_not_change_a_bit(program):
+def test_the_number_of_threads_does_not_change_a_bit():
     begin = "import torch, hashlib\nfor number in (1, 2, 3):\n    torch.set_num_threads(number)\n"
     end = "print(hashlib.sha256(b''.join(tensor.numpy().tobytes() for tensor in results)).hexdigest())"
-    script = begin + textwrap.indent(program + end, "    ")
+    script = begin + textwrap.indent(PROGRAM_OF_A_TILE + end, "    ")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     sums = done.stdout.split()
     assert [len(each) for each in sums] == [64] * 3, done.stderr

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sigray.losses.fused
 from sigray.losses import sigmoid_loss, sigmoid_loss_plain
 from tests.helpers.losses import scalars, value_and_gradients
 from tests.helpers.reference import pair_loss, random_features
@@ -64,28 +63,23 @@ def test_plain_equation_is_the_same_loss():
     positive_offset=st.one_of(st.none(), st.integers(-41, 41)),
     tile_size=st.one_of(st.none(), st.integers(1, 50)),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    has_amx=st.booleans(),
     bfloat16_products=st.booleans(),
     scale=st.sampled_from([1.0, 10.0, 100.0]),
     seed=st.integers(0, 1000),
 )
-def test_any_block_in_any_dtype(
-    num_images, num_texts, positive_offset, tile_size, dtype, has_amx, bfloat16_products, scale, seed
+def test_any_shape_in_any_dtype(
+    num_images, num_texts, positive_offset, tile_size, dtype, bfloat16_products, scale, seed
 ):
     image, text = random_features(num_images, 8, seed=seed, dtype=dtype), random_features(num_texts, 8, seed=seed + 1)
     inputs = image, text.to(dtype), *scalars(scale, -10.0, torch.float32)
     expected = value_and_gradients(lambda *x: matrix_loss(*x, positive_offset), *(tensor.double() for tensor in inputs))
-    has_amx = has_amx and sigray.losses.fused.has_amx()
-    with (
-        mock.patch("sigray.losses.fused.has_amx", return_value=has_amx),
-        mock.patch("sigray.losses.tiles.has_bfloat16_products", return_value=bfloat16_products),
-    ):
+    with mock.patch("sigray.losses.tiles.has_bfloat16_products", return_value=bfloat16_products):
         actual = value_and_gradients(
             lambda *x: sigmoid_loss(*x, positive_offset=positive_offset, tile_size=tile_size), *inputs
         )
     # Products in bfloat16 round every x and dL/dz by 2**-8: z is wrong by scale * 2**-8 at most (|x| <= 1), and a
     # term of the loss, and dL/dz, by as much relative to itself.
-    rough = dtype == torch.bfloat16 and (has_amx or bfloat16_products)
+    rough = dtype == torch.bfloat16 and bfloat16_products
     relative = scale * 2**-8 + 2**-7 if rough else 2e-5
     for want, got in zip(expected, actual, strict=True):
         relative_here = relative + 2 * torch.finfo(got.dtype).eps
@@ -99,11 +93,8 @@ def test_low_precision_features_are_accumulated_in_float32(dtype):
     image, text = random_features(64, 32, seed=0, dtype=dtype), random_features(64, 32, seed=1, dtype=dtype)
     scale, bias = scalars(10.0, -10.0, torch.float32)
     expected = value_and_gradients(sigmoid_loss_plain, image.double(), text.double(), scale.double(), bias.double())
-    # Products in bfloat16, where a processor has them, round x and dL/dz too; test_any_block_in_any_dtype bounds that.
-    with (
-        mock.patch("sigray.losses.fused.has_amx", return_value=False),
-        mock.patch("sigray.losses.tiles.has_bfloat16_products", return_value=False),
-    ):
+    # Products in bfloat16, if a processor has them, round x and dL/dz too; test_any_shape_in_any_dtype bounds that.
+    with mock.patch("sigray.losses.tiles.has_bfloat16_products", return_value=False):
         actual = value_and_gradients(lambda *x: sigmoid_loss(*x, tile_size=20), image, text, scale, bias)
     assert actual[0].dtype == torch.float32
     assert [tensor.dtype for tensor in actual[1:]] == [dtype, dtype, torch.float32, torch.float32]

@@ -2,7 +2,7 @@
 
 from tests.mutations.fault import Fault
 
-_EXCHANGE = "tests/losses/test_ring.py"
+_RING = "tests/losses/test_ring.py"
 _FUSED = "tests/losses/test_fused.py"
 _GRADCACHE = "tests/losses/test_gradcache.py"
 _MEANS = "tests/losses/test_logit_means.py"
@@ -14,7 +14,7 @@ _SIGMOID = "tests/losses/test_sigmoid.py"
 FAULTS = [
     Fault(
         "the product of (1 + e) is folded too late",
-        "losses/terms.h:MAX_TERMS",
+        "losses/fused.c:MAX_TERMS",
         "TERMS 120",
         "TERMS 240",
         (f"{_FUSED}::test_long_rows_of_logits_around_zero",),
@@ -35,21 +35,21 @@ FAULTS = [
     ),
     Fault(
         "an element that does not count adds to the gradient by scale",
-        "losses/terms.h:terms",
+        "losses/fused.c:terms",
         "max_of(all(-2.0f), x) * sigmoid",
         "x * sigmoid",
         (f"{_FUSED}::test_equals_the_float64_twin",),
     ),
     Fault(
         "bfloat16 is cut off and not rounded",
-        "losses/terms.h:narrow",
+        "losses/fused.c:narrow",
         "(u + 0x7fff + ((u >> 16) & 1)) >> 16",
         "u >> 16",
         (f"{_FUSED}::test_scaled_into_another_dtype",),
     ),
     Fault(
         "a pair's loss lacks its linear part",
-        "losses/terms.h:pair_terms",
+        "losses/fused.c:pair_terms",
         "(z > 0 ? 0.0f : -z) + log1pf(e)",
         "log1pf(e)",
         (f"{_FUSED}::test_pairs_equal_the_float64_twin",),
@@ -95,8 +95,8 @@ FAULTS = [
     Fault(
         "text gradients of one row of tiles replace those of another",
         "sigray.losses.sigmoid:SigmoidPass.visit",
-        "tile.rows.start == 0\n",
-        "True\n",
+        "overwrite=is_first_row",
+        "overwrite=True",
         (f"{_SIGMOID}::test_equals_the_sum_over_pairs",),
     ),
     Fault(
@@ -118,14 +118,14 @@ FAULTS = [
         "sigray.losses.softmax:SoftmaxPass.visit",
         "dz = (dz + (z - normalisers[tile.columns].T).exp_()) / 2",
         "pass",
-        (f"{_EXCHANGE}::test_mean_over_ranks_is_the_loss_of_the_global_batch[softmax-1]",),
+        (f"{_RING}::test_mean_over_ranks_is_the_loss_of_the_global_batch[softmax-1]",),
     ),
     Fault(
         "the softmax's pairs are half ones",
         "sigray.losses.softmax:SoftmaxPass._subtract_pairs",
         ".sub_(1)",
         ".sub_(0.5)",
-        (f"{_EXCHANGE}::test_mean_over_ranks_is_the_loss_of_the_global_batch[softmax-1]",),
+        (f"{_RING}::test_mean_over_ranks_is_the_loss_of_the_global_batch[softmax-1]",),
     ),
     Fault(
         "a tile with a single pair has none",
@@ -177,22 +177,22 @@ FAULTS = [
         "sigray.losses.ring:ring_sigmoid_loss",
         "return ranks.sum(histogram)",
         "return histogram",
-        (f"{_EXCHANGE}::test_threshold_is_that_of_the_global_batch",),
+        (f"{_RING}::test_threshold_is_that_of_the_global_batch",),
     ),
     Fault(
         "text gradients of other ranks do not come home",
-        "sigray.losses.ring:Ranks._travel",
-        "list(map(combine, at_home, homeward.wait()))",
-        "[homeward.wait(), at_home][1]",
-        (f"{_EXCHANGE}::test_mean_over_ranks_is_the_loss_of_the_global_batch[sigmoid-2]",),
+        "sigray.losses.ring:Ranks.rotate",
+        "list(map(combine, results, last_hop.wait()))",
+        "[last_hop.wait(), results][1]",
+        (f"{_RING}::test_mean_over_ranks_is_the_loss_of_the_global_batch[sigmoid-2]",),
     ),
     Fault(
         "NaN in the first row is let through",
-        "sigray.losses.ring:_raise_what_is_wrong",
+        "sigray.losses.ring:_check_held",
         "if row >= 0",
         "if row > 0",
         (
-            f"{_EXCHANGE}::test_every_rank_refuses_with_the_same_words"
+            f"{_RING}::test_every_rank_refuses_with_the_same_words"
             "[poisoned_scale-NonFiniteFeatures: NaN or infinity in logit_scale of rank 2, row 0]",
         ),
     ),
@@ -201,7 +201,7 @@ FAULTS = [
         "sigray.losses.ring:ring_softmax_loss",
         "torch.logaddexp",
         "torch.maximum",
-        (f"{_EXCHANGE}::test_mean_over_ranks_is_the_loss_of_the_global_batch[softmax-2]",),
+        (f"{_RING}::test_mean_over_ranks_is_the_loss_of_the_global_batch[softmax-2]",),
     ),
     Fault(
         "the sharded loss forgets the pairs' gradient of texts",
@@ -253,17 +253,17 @@ FAULTS = [
         (f"{_GRADCACHE}::test_a_span_waits_for_the_device_at_its_end_and_for_nothing_while_nobody_profiles",),
     ),
     Fault(
-        "a changed header is not compiled",
+        "a changed source is not compiled",
         "native:build",
-        "for path in (*sources, *headers))",
-        "for path in sources)",
-        (f"{_NATIVE}::test_a_change_of_source_header_or_flags_is_another_library",),
+        "source.read_bytes() + version",
+        "version",
+        (f"{_NATIVE}::test_a_change_of_source_or_flags_is_another_library",),
     ),
     Fault(
         "other flags are not compiled",
         "native:build",
         "{[*_FLAGS, *flags]}",
         "{_FLAGS}",
-        (f"{_NATIVE}::test_a_change_of_source_header_or_flags_is_another_library",),
+        (f"{_NATIVE}::test_a_change_of_source_or_flags_is_another_library",),
     ),
 ]

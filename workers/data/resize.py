@@ -75,7 +75,7 @@ def _library(*flags: str) -> ctypes.CDLL | None:
     if "avx2" not in cpu_flags():
         return None
     without = "images are resized by torch, which takes twice as long"
-    library = compiled([_SOURCE], flags=[*_FLAGS, *flags], without=without)
+    library = compiled(_SOURCE, flags=[*_FLAGS, *flags], without=without)
     if library is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         library.resize_rgb.argtypes = [pointer, *[number] * 7, pointer, number, number]
