@@ -7,14 +7,14 @@ from sigray.losses.gradcache import cached_backward
 from sigray.losses.logit_means import feature_means, mean_logits
 from sigray.losses.negatives import Negatives
 from sigray.losses.ring import NonFiniteFeatures, ring_sigmoid_loss, ring_softmax_loss
-from sigray.losses.sharded import Shards, sharded_sigmoid_loss, sharded_softmax_loss
+from sigray.losses.sharded import Slices, sharded_sigmoid_loss, sharded_softmax_loss
 from sigray.losses.sigmoid import sigmoid_loss, sigmoid_loss_plain
 from sigray.losses.softmax import softmax_loss_plain
 
 __all__ = [
     "Negatives",
     "NonFiniteFeatures",
-    "Shards",
+    "Slices",
     "cached_backward",
     "feature_means",
     "mean_logits",

@@ -1,9 +1,9 @@
-"""A loss over all micro-batches of a step at once, in the memory of one (GradCache, arXiv 2101.06983).
+"""A loss over all micro-batches of a step at once (GradCache, arXiv 2101.06983).
 
-Features are small and activations large. So every micro-batch is first embedded without a graph, the loss is taken on
-all features together, and then each micro-batch is embedded again, with a graph, to push its features' gradients
-through the towers. Unlike accumulating the losses of micro-batches, this sees every pair of the batch, and parameters
-that only the loss reads (`logit_scale`, `logit_bias`) receive their gradient once.
+It takes the memory of one micro-batch: features are small and activations large. First every micro-batch is encoded
+without a graph. Then the loss is computed on all features together. Then each micro-batch is encoded again with a
+graph, which carries its features' gradients back through the towers. The loss sees every pair of the batch, which a sum
+of the losses of micro-batches does not. Parameters of the loss (`logit_scale`, `logit_bias`) get their gradient once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sigray.losses.spans import span
+from sigray.losses.tiles import ranges
 
 
 def cached_backward(
@@ -23,23 +24,23 @@ def cached_backward(
     num_rows: int,
     micro_batch_size: int,
     encode_again: Callable[[slice], tuple[Tensor | None, ...]] | None = None,
-    settle: Callable[[], None] | None = None,
+    sync: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Add the gradients of a loss over all rows of a batch to the parameters that `encode` and `loss` use.
+    """Add the gradients of a loss over all rows of a batch to the parameters.
 
     With one micro-batch nothing is computed twice.
 
     Args:
-        encode: features of some rows, each kind (..., rows, D). Must return the same when called again, so it sets the
-            random state (dropout, patch dropout) and enters autocast itself. Layers that count their calls, such as
+        encode: features of some rows, each kind (..., rows, D). It must return the same when called again, so it sets
+            the random state (dropout, patch dropout) and enters autocast itself. Layers that count their calls, such as
             batch norm's running statistics, see every row twice.
-        loss: scalar of the features of all rows, each kind (..., num_rows, D), micro-batches one after another.
+        loss: scalar of the features of all rows, each kind (..., num_rows, D), one micro-batch after another.
         num_rows: of the batch on this rank.
-        micro_batch_size: rows that are encoded at once; the last ones may be fewer.
-        encode_again: as `encode`, for the second time: None in the place of features that no parameter waits for, such
-            as those of a locked tower. By default `encode`.
-        settle: for devices that record operations and run them later: called behind each micro-batch and behind the
-            loss, so that every micro-batch is the same program.
+        micro_batch_size: rows that are encoded at once; the last micro-batch may have fewer.
+        encode_again: as `encode`, for the second time: None instead of features that no parameter needs, such as those
+            of a locked tower. By default `encode`.
+        sync: for devices that record operations and run them later: called after each micro-batch and after the loss,
+            so that every micro-batch is the same program.
 
     Returns:
         The loss, without a graph.
@@ -49,11 +50,9 @@ def cached_backward(
         with span("backward"):
             value.backward()
         return value.detach()
-    micro_batches = [
-        slice(start, min(start + micro_batch_size, num_rows)) for start in range(0, num_rows, micro_batch_size)
-    ]
+    micro_batches = list(ranges(num_rows, micro_batch_size))
     with torch.no_grad():
-        features, sizes = _all_features(encode, micro_batches, num_rows, settle)
+        features, sizes = _all_features(encode, micro_batches, num_rows, sync)
     value = loss(*(whole.requires_grad_() for whole in features))
     with span("backward"):
         value.backward()
@@ -62,16 +61,16 @@ def cached_backward(
     assert all(gradient is not None for gradient in gradients), "the loss does not depend on all features"
     kinds = [gradient.split(sizes, dim=-2) for gradient in gradients if gradient is not None]
     del features
-    if settle is not None:
-        settle()
+    if sync is not None:
+        sync()
     for rows, parts in zip(micro_batches, zip(*kinds, strict=True), strict=True):
         again: tuple[Tensor | None, ...] = (encode_again or encode)(rows)
-        taught = [(kind, part) for kind, part in zip(again, parts, strict=True) if kind is not None]
+        trained = [(kind, part) for kind, part in zip(again, parts, strict=True) if kind is not None]
         with span("backward"):
-            torch.autograd.backward([kind for kind, _ in taught], [part for _, part in taught])
-        del again, taught
-        if settle is not None:
-            settle()
+            torch.autograd.backward([kind for kind, _ in trained], [part for _, part in trained])
+        del again, trained
+        if sync is not None:
+            sync()
     return value
 
 
@@ -79,21 +78,21 @@ def _all_features(
     encode: Callable[[slice], tuple[Tensor, ...]],
     micro_batches: list[slice],
     num_rows: int,
-    settle: Callable[[], None] | None,
+    sync: Callable[[], None] | None,
 ) -> tuple[list[Tensor], list[int]]:
-    """Each kind's features, and how many rows of them each micro-batch has."""
-    if settle is not None:
-        embedded = []
+    """The features of each kind, and the number of their rows in each micro-batch."""
+    if sync is not None:
+        encoded = []
         for rows in micro_batches:
-            embedded.append(encode(rows))
-            settle()
-        # Together here: a write into its own place would make every micro-batch another program.
-        together = [torch.cat(kind, dim=-2) for kind in zip(*embedded, strict=True)]
-        return together, [parts[0].shape[-2] for parts in embedded]
+            encoded.append(encode(rows))
+            sync()
+        # Concatenated here: writes at different offsets would make every micro-batch another program.
+        together = [torch.cat(kind, dim=-2) for kind in zip(*encoded, strict=True)]
+        return together, [parts[0].shape[-2] for parts in encoded]
     features: list[Tensor] = []
     for rows in micro_batches:
         parts = encode(rows)
-        # Straight into their place: small blocks kept between large freed ones would make the heap grow.
+        # Written in place: small tensors kept between large freed ones would make the heap grow.
         features = features or [part.new_empty(num_rows, *part.shape[1:]) for part in parts]
         for whole, part in zip(features, parts, strict=True):
             whole[rows] = part

@@ -2,9 +2,9 @@
 
     B  pairs in the global batch              D  embedding dimension              z_ij  logit_scale * x_ij + logit_bias
 
-The mean of all B * B cosines x_ij is <sum_i image_i, sum_j text_j> / B^2. The pairs' cosines are row-wise products. Both
-take O(B D), from means that each rank computes over its own rows. That is negligible beside the loss, so it is part of
-every step's program. The 2 D + 1 numbers are summed over the ranks only when metrics are logged.
+The mean of all B * B cosines x_ij is <sum_i image_i, sum_j text_j> / B^2. The pairs' cosines are row-wise products.
+Both take O(B D), from means that each rank computes over its own rows. That is negligible beside the loss, so it is
+part of every step's program. The 2 D + 1 numbers are summed over the ranks only when metrics are logged.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Which negatives count: all, or a fraction of them as in the paper's section 4.7 (SigLIP, arXiv 2303.15343).
+"""Which negatives count: all, or a fraction (SigLIP, arXiv 2303.15343, section 4.7).
 
-The choice is over the whole global batch and does not depend on how it is cut: `random` draws each pair from a hash
-of (seed, image, text), `hardest` and `easiest` keep the pairs beyond a threshold that is found by counting, in two
-visits to the tiles and without sorting or keeping them.
+The choice is over the whole global batch and does not depend on how the batch is cut. `random` draws each pair from a
+hash of (seed, image, text). `hardest` and `easiest` keep the pairs beyond a threshold. Two visits to the tiles find the
+threshold by counting, without sorting or keeping the cosines.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ NUM_BINS = 1 << 16
 
 @dataclass(frozen=True)
 class Negatives:
-    """What the user asks for.
+    """The user's choice of negatives.
 
     Attributes:
-        keep: all, or which ones of them.
+        keep: all, or which of them.
         fraction: of all negatives of the global batch, in (0, 1]; ignored for `all`.
-        seed: of `random`; another one each step.
+        seed: for `random`; another one each step.
 
     Raises:
-        ValueError: where the fraction is outside (0, 1].
+        ValueError: the fraction is outside (0, 1].
     """
 
     keep: Literal["all", "random", "hardest", "easiest"] = "all"
@@ -41,19 +41,19 @@ class Negatives:
 
 ALL_NEGATIVES = Negatives()
 
-# Marks what does not count in a tile of cosines; arguments: the tile, the indices of its first image and first text.
+# Marks the elements of a tile of cosines that do not count: (tile, index of its first image, index of its first text).
 Mask = Callable[[Tensor, int, int], None]
-# Histogram over all tiles of the global batch, positives left out; argument: as `count_cosines_`'s `high`.
+# Histogram over all tiles of the global batch without the pairs; argument: `high` of `count_cosines_`.
 Count = Callable[[int | None], Tensor]
 
 
 def make_mask(negatives: Negatives, num_negatives: int, count: Count) -> Mask | None:
-    """The mask of one global batch; None where all negatives count.
+    """The mask of one global batch; None if all negatives count.
 
     Args:
         negatives: what to keep.
         num_negatives: in the global batch.
-        count: called twice where a threshold is needed; its histograms must cover the global batch.
+        count: called twice for a threshold; its histograms must cover the global batch.
     """
     if negatives.keep == "all" or negatives.fraction == 1 or num_negatives == 0:
         return None
@@ -61,21 +61,22 @@ def make_mask(negatives: Negatives, num_negatives: int, count: Count) -> Mask | 
         return _random_mask(negatives.seed, negatives.fraction)
     num_kept = max(1, round(negatives.fraction * num_negatives))
     rank = num_negatives - num_kept if negatives.keep == "hardest" else num_kept - 1  # in ascending order
-    high, before = _find(count(None), rank)
-    low, _ = _find(count(high), rank - before)
+    high, before = _find_bin(count(None), rank)
+    low, _ = _find_bin(count(high), rank - before)
     threshold = _cosine_of_key((high << 16 | low) - (1 << 31))
     if negatives.keep == "hardest":
-        return lambda x, first_image, first_text: _fill_(x, x.float() < threshold)
-    return lambda x, first_image, first_text: _fill_(x, x.float() > threshold)
+        return lambda x, first_image, first_text: _drop_(x, x.float() < threshold)
+    return lambda x, first_image, first_text: _drop_(x, x.float() > threshold)
 
 
 def count_cosines_(histogram: Tensor, x: Tensor, high: int | None) -> None:
-    """Add a tile's cosines to a histogram of their float32 bits, in an order that is the order of the numbers.
+    """Add cosines to a histogram of their float32 bits, in ascending order of the cosines.
 
     Args:
         histogram: (65,536,) int64.
         x: any number of cosines.
-        high: None to count by the upper 16 bits of the key, else count the lower 16 of those whose upper are `high`.
+        high: None: count by the upper 16 bits of the key. Else count by the lower 16 bits the keys whose upper bits are
+            `high`.
     """
     keys = _key(x.float().flatten())
     if high is not None:
@@ -86,9 +87,9 @@ def count_cosines_(histogram: Tensor, x: Tensor, high: int | None) -> None:
 
 
 def _key(x: Tensor) -> Tensor:
-    """int32 that compare as the float32 do (the sign bit turns the order of the rest round)."""
+    """int32 keys that are ordered as the float32 numbers are."""
     bits = x.view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)  # the sign bit reverses the order of the other bits
 
 
 def _cosine_of_key(key: int) -> float:
@@ -96,8 +97,8 @@ def _cosine_of_key(key: int) -> float:
     return float((bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32))
 
 
-def _find(histogram: Tensor, rank: int) -> tuple[int, int]:
-    """The bin that holds the element of this rank, and how many lie in the bins before it."""
+def _find_bin(histogram: Tensor, rank: int) -> tuple[int, int]:
+    """The bin of the element of this rank, and the number of elements in the bins before."""
     cumulated = histogram.cumsum(0)
     found = int(torch.searchsorted(cumulated, rank, right=True))
     return found, int(cumulated[found - 1]) if found else 0
@@ -108,25 +109,25 @@ def _random_mask(seed: int, fraction: float) -> Mask:
         num_images, num_texts = x.shape
         images = torch.arange(first_image, first_image + num_images, device=x.device)
         texts = torch.arange(first_text, first_text + num_texts, device=x.device)
-        _fill_(x, random_drop(images, texts, seed, fraction))
+        _drop_(x, random_drop(images, texts, seed, fraction))
 
     return mask
 
 
 def random_drop(images: Tensor, texts: Tensor, seed: int, fraction: float) -> Tensor:
-    """Which pairs a random choice leaves out, by their numbers in the global batch alone.
+    """Which pairs random negatives leave out, a function of global indices and seed alone.
 
     Args:
-        images: (..., R) numbers.
-        texts: (..., C) numbers.
-        seed: another one draws others.
+        images: (..., R) indices.
+        texts: (..., C) indices.
+        seed: another one draws other pairs.
         fraction: of the pairs that stay.
 
     Returns:
         (..., R, C) bool.
     """
     limit = min(round(fraction * 2**31), 2**31 - 1)
-    # Two rounds of multiply and shift on wrapping int32; a row or a column alone decides nothing.
+    # Two rounds of multiply and shift on wrapping int32: a row or a column alone decides nothing.
     h = _mix(images, 2 * seed).to(torch.int32)[..., :, None] ^ _mix(texts, 2 * seed + 1).to(torch.int32)[..., None, :]
     for factor in (0x2C1B3C6D, 0x297A2D39):
         h = h * factor
@@ -135,12 +136,12 @@ def random_drop(images: Tensor, texts: Tensor, seed: int, fraction: float) -> Te
 
 
 def _mix(index: Tensor, seed: int) -> Tensor:
-    """int64 in 31 bits, well mixed: splitmix-like rounds that fit into int64 without overflow."""
+    """A well mixed hash of 31 bits, int64: splitmix-like rounds that do not overflow int64."""
     h = (index.to(torch.int64) + (seed % 2**20) * 0x9E3779B1) & 0xFFFFFFFF
     for factor in (0x5BD1E995, 0x2C9277B5):
         h = ((h ^ (h >> 15)) * (factor & 0x7FFFFFFF)) & 0x7FFFFFFF
     return h ^ (h >> 13)
 
 
-def _fill_(x: Tensor, dropped: Tensor) -> None:
+def _drop_(x: Tensor, dropped: Tensor) -> None:
     x.masked_fill_(dropped, -torch.inf)

@@ -1,21 +1,22 @@
-"""The losses in one program over many devices (GSPMD): the ring of `exchange.py` for torch-xla.
+"""The losses in one program over many devices (GSPMD): the ring for torch-xla.
 
     n  devices of the program        b  pairs on each        c  texts of a part on each        D  embedding dimension
 
 torch-xla has no point-to-point calls. Instead features have a leading dimension of n that is split over the devices,
-one slice each. A product batched over it is local, and a rotation of it is what XLA's partitioner compiles to one
-collective-permute: each device hands its texts to the next (tests/losses/test_sharded.py reads that off the compiled
-program). So the road is that of the ring: half of the texts travels up and half down, their gradients one hop behind,
-memory per device is O(b D) and a tile, and nothing of size B x B exists. Shapes are static, so a program is compiled
-once. The functions are plain torch: on one ordinary device they compute the same, which the tests use.
+one slice each. A batched product over n is local. XLA's partitioner compiles a rotation of n to one collective-permute,
+which sends each device's texts to the next device; tests/losses/test_sharded.py checks the compiled program. The rest
+is as in `ring.py`: one half of the texts travels up and one down, and their gradients follow one hop later. Memory per
+device is O(b D) and a tile; nothing of size B x B exists. Shapes are static, so a program is compiled once. The
+functions are plain torch: on one ordinary device they compute the same, which the tests use.
 
-Several programs (XLA hosts that share no mesh: slices, or PJRT's CPU client) form the ring of `exchange.py` on top:
-chunks travel between hosts, and each is taken round the devices of a host.
+Several programs (XLA hosts that share no mesh: TPU slices, or PJRT's CPU client) form the ring of `ring.py` on top:
+chunks travel between hosts, and each host rotates a chunk over its devices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,23 +27,25 @@ from sigray.losses.fused import negative_terms
 from sigray.losses.negatives import ALL_NEGATIVES, Negatives, random_drop
 from sigray.losses.ring import Ranks
 from sigray.losses.sigmoid import LossResult, one_pass
-from sigray.losses.tiles import default_tile_size, product_dtype, sum_dtype
+from sigray.losses.tiles import default_tile_size, product_dtype, ranges, sum_dtype
+
+Combine = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Shards:
-    """The devices of a program, and the hosts around it.
+class Slices:
+    """The devices of a program, each with one slice of the features, and the other hosts.
 
     Attributes:
         count: n.
-        mark: tells the compiler that a tensor's first dimension, of n, lies one slice on each device; returns it.
-        settle: has everything that was recorded so far computed; before the host reads features.
-        hosts: the process group of the hosts whose programs are apart, on host memory; None: this program is all.
+        mark: tells the compiler that a tensor's first dimension, n, is split over the devices; returns the tensor.
+        sync: compiles and runs all recorded operations; called before the host reads features.
+        hosts: gloo process group of the hosts if their programs are separate; None: there is one program.
     """
 
     count: int
     mark: Callable[[Tensor], Tensor]
-    settle: Callable[[], None]
+    sync: Callable[[], None]
     hosts: dist.ProcessGroup | None = None
 
     @property
@@ -57,47 +60,48 @@ def sharded_sigmoid_loss(
     logit_scale: Tensor,
     logit_bias: Tensor,
     *,
-    shards: Shards,
+    slices: Slices,
     negatives: Negatives = ALL_NEGATIVES,
-    numbers: Tensor | None = None,
+    indices: Tensor | None = None,
     tile_size: int | None = None,
 ) -> Tensor:
     """The sigmoid loss of this program's images against the texts of all programs.
 
-    With one program it is the loss of the global batch and its gradients are complete; with several, the mean over
-    hosts is, as for `ring_sigmoid_loss`. Nothing is read by the host, so NaN is not looked for: it is in the value.
+    With one program it is the loss of the global batch and its gradients are complete. With several programs the mean
+    over hosts is, as for `ring_sigmoid_loss`. The host reads nothing, so there is no check for NaN: it shows in the
+    value.
 
     Args:
         image_features: (n, b, D), unit norm.
-        text_features: (n, b, D), unit norm; the same places are pairs.
+        text_features: (n, b, D), unit norm; equal positions are pairs.
         logit_scale: scalar, already exponentiated.
         logit_bias: scalar.
-        shards: where the features lie.
-        negatives: all, or random ones; hardest and easiest need counts of a size that a static program does not have.
-        numbers: (n, b) int32, of each pair in the global batch; needed for random negatives.
+        slices: the devices.
+        negatives: all or random; hardest and easiest need counts whose size a static program does not have.
+        indices: (n, b) int32, of each pair in the global batch; needed for random negatives.
         tile_size: edge of a tile of logits on one device; changes memory and speed, not the result.
 
     Returns:
         Scalar: the sum over pairs, divided by the number of images of this program.
 
     Raises:
-        ValueError: for hardest or easiest negatives, and for random ones without numbers.
+        ValueError: for hardest or easiest negatives, and for random ones without indices.
     """
     if negatives.keep not in ("all", "random"):
         raise ValueError(f"negatives={negatives.keep} is not available on XLA devices: all or random")
     drop: tuple[Negatives, Tensor] | None = None
     if negatives.keep == "random" and negatives.fraction < 1:
-        if numbers is None:
-            raise ValueError("random negatives need the numbers of the pairs")
-        drop = negatives, numbers
+        if indices is None:
+            raise ValueError("random negatives need the indices of the pairs")
+        drop = negatives, indices
 
-    def block(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> LossResult:
+    def compute(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> LossResult:
         size = tile_size or default_tile_size(image.device)
-        loss = _SigmoidShards(image, scale, bias, shards, size, drop)
-        grad_text = loss.pairs(text) + _round_the_hosts(text, shards, loss.visit, torch.add)
+        loss = _SlicedSigmoid(image, scale, bias, slices, size, drop)
+        grad_text = loss.pairs(text) + _rotate_hosts(text, slices, loss.visit, torch.add)
         return loss.finish(grad_text)
 
-    return one_pass(block, image_features, text_features, logit_scale, logit_bias)
+    return one_pass(compute, image_features, text_features, logit_scale, logit_bias)
 
 
 def sharded_softmax_loss(
@@ -106,178 +110,197 @@ def sharded_softmax_loss(
     logit_scale: Tensor,
     logit_bias: Tensor,
     *,
-    shards: Shards,
+    slices: Slices,
     tile_size: int | None = None,
 ) -> Tensor:
-    """The softmax loss; all else as `sharded_sigmoid_loss`. `logit_bias` receives a gradient of zero."""
+    """The softmax loss; all else as `sharded_sigmoid_loss`.
 
-    def block(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> LossResult:
-        loss = _SoftmaxShards(image, scale, bias, shards, tile_size or default_tile_size(image.device))
-        normalisers = _round_the_hosts(text, shards, loss.normalise, _log_add)
+    `logit_bias` receives a gradient of zero.
+    """
+
+    def compute(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> LossResult:
+        loss = _SlicedSoftmax(image, scale, bias, slices, tile_size or default_tile_size(image.device))
+        normalisers = _rotate_hosts(text, slices, loss.normalise, _log_add)
         # The normalisers travel with their texts: one more column, in the precision of the sums.
         both = torch.cat([text.to(normalisers.dtype), normalisers], dim=2)
-        grad_text = _round_the_hosts(both, shards, loss.visit, torch.add)
+        grad_text = _rotate_hosts(both, slices, loss.visit, torch.add)
         return loss.finish(grad_text + loss.pairs(text, normalisers))
 
-    return one_pass(block, image_features, text_features, logit_scale, logit_bias)
+    return one_pass(compute, image_features, text_features, logit_scale, logit_bias)
 
 
-def _round_the_hosts(
-    chunk: Tensor,
-    shards: Shards,
-    visit: Callable[[Tensor, int, int], Tensor],
-    combine: Callable[[Tensor, Tensor], Tensor],
+def _rotate_hosts(
+    chunk: Tensor, slices: Slices, visit: Callable[[Tensor, int, int], Tensor], combine: Combine
 ) -> Tensor:
-    """`visit(part, host, first)` for the texts of every host; what it returns for this host's, combined: (n, b, ...).
+    """Call `visit(part, host, first)` with the texts of every host.
 
-    `first` is the place of the part's first text within its device's b.
+    Args:
+        chunk: (n, b, ...) of this host.
+        visit: `first` is the position of the part's first text among the b of its device.
+        combine: associative and commutative.
+
+    Returns:
+        (n, b, ...): `combine` over what all hosts returned for this host's texts.
     """
-    ranks = shards.ranks
+    ranks = slices.ranks
     if ranks.size == 1:
         return visit(chunk, 0, 0)
-    shards.settle()
-    num_pairs, device = chunk.shape[1], chunk.device
+    slices.sync()
+    num_pairs = chunk.shape[1]
 
     def on_device(part: Tensor, first: int) -> Tensor:
-        host, place = divmod(first, num_pairs)
-        gathered = visit(shards.mark(part.transpose(0, 1).contiguous().to(device)), host, place)
-        return gathered.cpu().transpose(0, 1).contiguous()
+        host, position = divmod(first, num_pairs)
+        result = visit(slices.mark(part.transpose(0, 1).contiguous().to(chunk.device)), host, position)
+        return result.cpu().transpose(0, 1).contiguous()
 
-    # Rows are places, so that the two halves that travel either way hold as many texts of every device.
+    # Rows are positions, so that either half that travels holds the same number of texts of every device.
     home = ranks.rotate(chunk.cpu().transpose(0, 1).contiguous(), on_device, combine)
-    return shards.mark(home.transpose(0, 1).contiguous().to(device))
+    return slices.mark(home.transpose(0, 1).contiguous().to(chunk.device))
 
 
-def _round_the_devices(
-    chunk: Tensor,
-    shards: Shards,
-    visit: Callable[[Tensor, int], Tensor],
-    combine: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:
-    """`visit(part, hops)` for the texts of every device; what it returns for each, combined, is back with its texts.
+def _rotate_devices(chunk: Tensor, slices: Slices, visit: Callable[[Tensor, int], Tensor], combine: Combine) -> Tensor:
+    """Call `visit(part, hops)` with the texts of every device.
 
     Args:
         chunk: (n, c, ...).
         visit: each device on the part that started `hops` devices away; negative: from the other side.
+        combine: associative and commutative.
+
+    Returns:
+        (n, c, ...): on each device `combine` over what all devices returned for its texts.
     """
-    at_home = visit(chunk, 0)
-    if shards.count == 1:
-        return at_home
-    half = (chunk.shape[1] + 1) // 2
-    roads = [(+1, slice(0, half)), (-1, slice(half, chunk.shape[1]))][: min(2, chunk.shape[1])]
-    homeward = []
-    for direction, columns in roads:
-        part = chunk[:, columns]
-        gathered: Tensor | None = None
-        for hop in range(1, shards.count):
-            part = _next_device(part, direction, shards)
-            found = visit(part, direction * hop)
-            # What was gathered on the hops before travels while this one is computed.
-            gathered = found if gathered is None else combine(_next_device(gathered, direction, shards), found)
-        assert gathered is not None
-        homeward.append(_next_device(gathered, direction, shards))
-    return combine(at_home, torch.cat(homeward, dim=1))
+    own = visit(chunk, 0)
+    if slices.count == 1:
+        return own
+    middle = (chunk.shape[1] + 1) // 2
+    halves = [(+1, slice(0, middle)), (-1, slice(middle, chunk.shape[1]))][: chunk.shape[1]]
+    home = []
+    for direction, columns in halves:
+        part = _next_device(chunk[:, columns], direction, slices)
+        combined = visit(part, direction)
+        for hop in range(2, slices.count):
+            part = _next_device(part, direction, slices)
+            result = visit(part, direction * hop)
+            # The results of the hops before travel while this one is computed.
+            combined = combine(_next_device(combined, direction, slices), result)
+        home.append(_next_device(combined, direction, slices))
+    return combine(own, torch.cat(home, dim=1))
 
 
-def _next_device(tensor: Tensor, direction: int, shards: Shards) -> Tensor:
-    """Every device's slice to the next one: slices of a split dimension, put together again one place further."""
-    head, tail = tensor[:-direction], tensor[-direction:]
-    return shards.mark(torch.cat([tail, head]))
+def _next_device(tensor: Tensor, direction: int, slices: Slices) -> Tensor:
+    """Every device's slice on the next device: a rotation of the split dimension."""
+    return slices.mark(torch.cat([tensor[-direction:], tensor[:-direction]]))
 
 
 def _log_add(a: Tensor, b: Tensor) -> Tensor:
-    """log(exp a + exp b) of finite numbers; torch.logaddexp would run on the host under XLA."""
+    """log(exp a + exp b) of finite numbers.
+
+    Under XLA torch.logaddexp would run on the host.
+    """
     return torch.maximum(a, b) + torch.log1p(torch.exp(-(a - b).abs()))
 
 
-def _spans(length: int, size: int) -> Iterator[slice]:
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
+class _RowTotals(dict[int, Tensor]):
+    """A running total for each range of rows, (n, R, ...), by the number of the range.
 
-
-class _RowSums:
-    """Sums of tiles over their columns, (n, R) for each span of rows.
-
-    Not over all of a tile at once: XLA's CPU compiler then puts the sums of all tiles into one unrolled kernel and
-    needs minutes for it.
+    Sums stay apart by ranges and rows until the end: if a tile is summed at once, XLA's CPU compiler puts the sums of
+    all tiles into one unrolled kernel and needs minutes for it.
     """
 
-    def __init__(self, num_spans: int) -> None:
-        self._sums: list[Tensor | None] = [None] * num_spans
+    def __init__(self, combine: Combine = torch.add) -> None:
+        super().__init__()
+        self._combine = combine
 
     def add(self, number: int, terms: Tensor) -> None:
-        """(n, R, C) of a tile in a span of rows."""
-        found, known = terms.sum(dim=2), self._sums[number]
-        self._sums[number] = found if known is None else known + found
+        self[number] = self._combine(self[number], terms) if number in self else terms
 
-    def total(self) -> Tensor:
-        return torch.cat([part for part in self._sums if part is not None], dim=1).sum()
+    def whole(self) -> Tensor:
+        """(n, b, ...)"""
+        return torch.cat([self[number] for number in sorted(self)], dim=1)
 
 
-class _Shards:
-    """What both losses keep: the images on their devices, and the sums that stay with them."""
+class _SlicedLoss:
+    """What both losses share: the images on their devices, and the sums that stay with them."""
 
-    def __init__(self, image: Tensor, scale: Tensor, bias: Tensor, shards: Shards, tile_size: int) -> None:
-        self._shards, self._tile_size = shards, tile_size
+    def __init__(self, image: Tensor, scale: Tensor, bias: Tensor, slices: Slices, tile_size: int) -> None:
+        self._slices, self._tile_size = slices, tile_size
         self._sums, self._products = sum_dtype(image), product_dtype(image)
-        self._image = shards.mark(image.to(self._products))
+        self._image = slices.mark(image.to(self._products))
         self._scale, self._bias = scale.to(self._sums), bias.to(self._sums)
-        self._dtype, self._rank = image.dtype, shards.ranks.rank
-        self._rows = list(_spans(image.shape[1], tile_size))
-        self._grad_image: list[Tensor | None] = [None] * len(self._rows)
-        # (n, R) for each span of rows: summed over rows and devices once, at the end.
-        self._loss, self._grad_scale = _RowSums(len(self._rows)), _RowSums(len(self._rows))
+        self._num_images = image.shape[0] * image.shape[1]
+        self._rows = list(ranges(image.shape[1], tile_size))
+        self._loss, self._grad_scale, self._grad_bias = _RowTotals(), _RowTotals(), _RowTotals()
+        self._grad_image = _RowTotals()
 
-    @property
-    def _num_images(self) -> int:
-        return self._image.shape[0] * self._image.shape[1]
+    def _over_tiles(
+        self, text: Tensor, terms: Callable[[int, slice, slice, Tensor], Tensor], combine: Combine = torch.add
+    ) -> Tensor:
+        """Call `terms(number, rows, columns, text)` with each tile of all images against these texts.
 
-    def _places(self, rows: slice) -> Tensor:
-        return torch.arange(rows.start, rows.stop, device=self._image.device)
+        Args:
+            text: (n, c, D) in the dtype of products.
+            terms: returns (n, C, ...); `number` is that of the range of rows.
+            combine: of the results of one range of columns.
+
+        Returns:
+            (n, c, ...)
+        """
+        results = []
+        for columns in ranges(text.shape[1], self._tile_size):
+            of_rows = (terms(number, rows, columns, text[:, columns]) for number, rows in enumerate(self._rows))
+            results.append(functools.reduce(combine, of_rows))
+        return torch.cat(results, dim=1)
 
     def _cosines(self, rows: slice, text: Tensor) -> Tensor:
-        """(n, R, C) in the dtype of the sums; the product itself is in that of the products."""
+        """(n, R, C) in the dtype of the sums, multiplied in the dtype of products."""
         return torch.bmm(self._image[:, rows], text.transpose(1, 2)).to(self._sums)
 
     def _push(self, number: int, rows: slice, dz: Tensor, text: Tensor) -> Tensor:
-        """Add dz's part of the image gradients; returns that of the texts, (n, C, D)."""
+        """Add dz's part of the image gradients; return its part of the text gradients, (n, C, D)."""
         dz = dz.to(self._products)
-        part = torch.bmm(dz, text).to(self._sums)
-        known = self._grad_image[number]
-        self._grad_image[number] = part if known is None else known + part
+        self._grad_image.add(number, torch.bmm(dz, text).to(self._sums))
         return torch.bmm(dz.transpose(1, 2), self._image[:, rows]).to(self._sums)
 
-    def _image_part(self) -> Tensor:
-        return torch.cat([part for part in self._grad_image if part is not None], dim=1)
+    def finish(self, grad_text: Tensor) -> LossResult:
+        """The sums over all visits, divided by the number of images of this program.
+
+        Args:
+            grad_text: (n, b, D), the sum of what the visits returned for these texts.
+        """
+        loss, grad_scale = (totals.whole().sum() / self._num_images for totals in (self._loss, self._grad_scale))
+        has_bias = len(self._grad_bias) > 0
+        grad_bias = self._grad_bias.whole().sum() / self._num_images if has_bias else torch.zeros_like(self._bias)
+        factor = self._scale / self._num_images
+        return LossResult(loss, self._grad_image.whole(), grad_text, factor, grad_scale, grad_bias)
 
 
-class _SigmoidShards(_Shards):
-    """The sigmoid's terms. Pairs are taken apart from the negatives: they never leave their device."""
+class _SlicedSigmoid(_SlicedLoss):
+    """The sigmoid's terms: `pairs`, then `visit` with all texts.
+
+    Pairs are computed apart from the negatives: they never leave their device.
+    """
 
     def __init__(
         self,
         image: Tensor,
         scale: Tensor,
         bias: Tensor,
-        shards: Shards,
+        slices: Slices,
         tile_size: int,
         drop: tuple[Negatives, Tensor] | None,
     ) -> None:
-        super().__init__(image, scale, bias, shards, tile_size)
-        self._drop = drop
-        self._grad_bias = _RowSums(len(self._rows))
+        super().__init__(image, scale, bias, slices, tile_size)
+        self._drop, self._rank = drop, slices.ranks.rank
 
     def pairs(self, text: Tensor) -> Tensor:
-        """The terms of the pairs; returns their part of the text gradients, (n, b, D)."""
-        image, text = self._image.to(self._sums), self._shards.mark(text).to(self._sums)
+        """Add the terms of the pairs; return their part of the text gradients, (n, b, D)."""
+        image, text = self._image.to(self._sums), self._slices.mark(text).to(self._sums)
         cosines = (image * text).sum(dim=2)
         z = self._scale * cosines + self._bias
         dz = torch.sigmoid(-z).neg()
         for number, rows in enumerate(self._rows):
-            part = dz[:, rows, None]
-            loss = torch.nn.functional.softplus(-z[:, rows, None])
-            self._add(number, loss, part, part * cosines[:, rows, None])
-            self._grad_image[number] = part * text[:, rows]
+            self._add(number, torch.nn.functional.softplus(-z[:, rows]), dz[:, rows], dz[:, rows] * cosines[:, rows])
+            self._grad_image.add(number, dz[:, rows, None] * text[:, rows])
         return dz[:, :, None] * image
 
     def _add(self, number: int, loss: Tensor, grad_bias: Tensor, grad_scale: Tensor) -> None:
@@ -286,116 +309,101 @@ class _SigmoidShards(_Shards):
         self._grad_scale.add(number, grad_scale)
 
     def visit(self, text: Tensor, host: int, first: int) -> Tensor:
-        """All images of this program against the texts of a part, (n, c, D); returns (n, c, D)."""
-        numbers = None
+        """Add the negatives among all images of this program and a part, (n, c, D).
+
+        Returns:
+            (n, c, D): sum_i dL/dz_ij image_i.
+        """
+        indices = None
         if self._drop is not None:
             own = self._drop[1][:, first : first + text.shape[1]]
-            numbers = own + (host - self._rank) * self._num_images
+            indices = own + (host - self._rank) * self._num_images
 
         def on_devices(part: Tensor, hops: int) -> Tensor:
-            # A road of its own direction starts at the first text or, downwards, in the middle.
-            start = first + (text.shape[1] - part.shape[1] if hops < 0 else 0)
-            mine = None
-            if numbers is not None:
-                mine = numbers[:, start - first : start - first + part.shape[1]].roll(hops, 0)
-            return self._negatives(part, start, mine, holds_pairs=hops == 0 and host == self._rank)
+            # The half that travels up begins at the first text, the half that travels down in the middle.
+            start = text.shape[1] - part.shape[1] if hops < 0 else 0
+            of_part = None
+            if indices is not None:
+                of_part = indices[:, start : start + part.shape[1]].roll(hops, 0)
+            return self._negatives(part, first + start, of_part, holds_pairs=hops == 0 and host == self._rank)
 
-        return _round_the_devices(self._shards.mark(text), self._shards, on_devices, torch.add)
+        return _rotate_devices(self._slices.mark(text), self._slices, on_devices, torch.add)
 
-    def _negatives(self, text: Tensor, first: int, numbers: Tensor | None, holds_pairs: bool) -> Tensor:
-        text, grad_text = text.to(self._products), []
-        for columns in _spans(text.shape[1], self._tile_size):
-            part, total = text[:, columns], None
-            for number, rows in enumerate(self._rows):
-                x = self._cosines(rows, part)
-                if holds_pairs:
-                    x = x.masked_fill(self._places(rows)[:, None] == first + self._places(columns), -torch.inf)
-                if numbers is not None:
-                    assert self._drop is not None
-                    negatives, own = self._drop
-                    drop = random_drop(own[:, rows], numbers[:, columns], negatives.seed, negatives.fraction)
-                    x = x.masked_fill(drop, -torch.inf)
-                dz, *sums = negative_terms(x, self._scale, self._bias)
-                self._add(number, *sums)
-                q = self._push(number, rows, dz, part)
-                total = q if total is None else total + q
-            assert total is not None
-            grad_text.append(total)
-        return torch.cat(grad_text, dim=1)
+    def _negatives(self, text: Tensor, first: int, indices: Tensor | None, holds_pairs: bool) -> Tensor:
+        def positions(rows: slice) -> Tensor:
+            return torch.arange(rows.start, rows.stop, device=text.device)
 
-    def finish(self, grad_text: Tensor) -> LossResult:
-        """Everything that was visited, divided by the number of images."""
-        loss, grad_bias, grad_scale = (
-            sums.total() / self._num_images for sums in (self._loss, self._grad_bias, self._grad_scale)
-        )
-        factor = self._scale / self._num_images
-        return LossResult(loss, self._image_part(), grad_text, factor, grad_scale, grad_bias)
+        def terms(number: int, rows: slice, columns: slice, part: Tensor) -> Tensor:
+            x = self._cosines(rows, part)
+            if holds_pairs:
+                x = x.masked_fill(positions(rows)[:, None] == first + positions(columns), -torch.inf)
+            if indices is not None:
+                assert self._drop is not None
+                negatives, own = self._drop
+                drop = random_drop(own[:, rows], indices[:, columns], negatives.seed, negatives.fraction)
+                x = x.masked_fill(drop, -torch.inf)
+            dz, *sums = negative_terms(x, self._scale, self._bias)
+            self._add(number, *(each.sum(dim=2) for each in sums))
+            return self._push(number, rows, dz, part)
+
+        return self._over_tiles(text.to(self._products), terms)
 
 
-class _SoftmaxShards(_Shards):
-    """The softmax's terms: `normalise` with every text, then `visit` with every text and its normaliser."""
+class _SlicedSoftmax(_SlicedLoss):
+    """The softmax's terms: `normalise`, then `visit`, with all texts, then `pairs`."""
 
-    def __init__(self, image: Tensor, scale: Tensor, bias: Tensor, shards: Shards, tile_size: int) -> None:
-        super().__init__(image, scale, bias, shards, tile_size)
-        self._normalisers: list[Tensor | None] = [None] * len(self._rows)
+    def __init__(self, image: Tensor, scale: Tensor, bias: Tensor, slices: Slices, tile_size: int) -> None:
+        super().__init__(image, scale, bias, slices, tile_size)
+        self._normalisers = _RowTotals(_log_add)
 
     def normalise(self, text: Tensor, host: int, first: int) -> Tensor:
-        """(n, c, 1): log sum exp z over the images of this program; the images' own sums are kept."""
+        """(n, c, 1): log sum exp z over the images of this program.
+
+        The part of these texts in the images' normalisers is added to them.
+        """
+
+        def terms(number: int, rows: slice, columns: slice, part: Tensor) -> Tensor:
+            z = self._scale * self._cosines(rows, part)
+            self._normalisers.add(number, z.logsumexp(dim=2))
+            return z.logsumexp(dim=1)[:, :, None]
 
         def on_devices(part: Tensor, hops: int) -> Tensor:
-            part, found = part.to(self._products), []
-            for columns in _spans(part.shape[1], self._tile_size):
-                total = None
-                for number, rows in enumerate(self._rows):
-                    z = self._scale * self._cosines(rows, part[:, columns])
-                    of_rows, of_columns = z.logsumexp(dim=2), z.logsumexp(dim=1)
-                    known = self._normalisers[number]
-                    self._normalisers[number] = of_rows if known is None else _log_add(known, of_rows)
-                    total = of_columns if total is None else _log_add(total, of_columns)
-                assert total is not None
-                found.append(total[:, :, None])
-            return torch.cat(found, dim=1)
+            return self._over_tiles(part.to(self._products), terms, _log_add)
 
-        return _round_the_devices(self._shards.mark(text), self._shards, on_devices, _log_add)
+        return _rotate_devices(self._slices.mark(text), self._slices, on_devices, _log_add)
 
     def visit(self, both: Tensor, host: int, first: int) -> Tensor:
-        """(n, c, D) of texts with their normalisers, (n, c, D + 1): the gradients of all but the pairs' own term."""
+        """Add the gradients of all terms except the pairs' own.
+
+        Args:
+            both: (n, c, D + 1), texts and their normalisers.
+
+        Returns:
+            (n, c, D): sum_i dL/dz_ij image_i.
+        """
 
         def on_devices(part: Tensor, hops: int) -> Tensor:
-            text, normalisers, grad_text = part[:, :, :-1].to(self._products), part[:, :, -1:], []
-            for columns in _spans(text.shape[1], self._tile_size):
-                total = None
-                for number, rows in enumerate(self._rows):
-                    x, of_rows = self._cosines(rows, text[:, columns]), self._normalisers[number]
-                    assert of_rows is not None
-                    z = self._scale * x
-                    dz = (z - of_rows[:, :, None]).exp() + (z - normalisers[:, columns].transpose(1, 2)).exp()
-                    dz = dz / 2
-                    self._grad_scale.add(number, x * dz)
-                    q = self._push(number, rows, dz, text[:, columns])
-                    total = q if total is None else total + q
-                assert total is not None
-                grad_text.append(total)
-            return torch.cat(grad_text, dim=1)
+            normalisers = part[:, :, -1:]
 
-        return _round_the_devices(self._shards.mark(both), self._shards, on_devices, torch.add)
+            def terms(number: int, rows: slice, columns: slice, text: Tensor) -> Tensor:
+                x = self._cosines(rows, text)
+                z = self._scale * x
+                of_rows = (z - self._normalisers[number][:, :, None]).exp()
+                dz = (of_rows + (z - normalisers[:, columns].transpose(1, 2)).exp()) / 2
+                self._grad_scale.add(number, (x * dz).sum(dim=2))
+                return self._push(number, rows, dz, text)
+
+            return self._over_tiles(part[:, :, :-1].to(self._products), terms)
+
+        return _rotate_devices(self._slices.mark(both), self._slices, on_devices, torch.add)
 
     def pairs(self, text: Tensor, normalisers: Tensor) -> Tensor:
-        """The loss itself and the pairs' own term of the gradients; returns that of the texts, (n, b, D)."""
+        """Add the loss and the pairs' own gradients; return their part for the texts, (n, b, D)."""
         image, text = self._image.to(self._sums), text.to(self._products).to(self._sums)
         cosines = (image * text).sum(dim=2)
         for number, rows in enumerate(self._rows):
-            known, of_rows = self._grad_image[number], self._normalisers[number]
-            assert known is not None
-            assert of_rows is not None
-            self._grad_image[number] = known - text[:, rows]
-            loss = (of_rows + normalisers[:, rows, 0]) / 2 - self._scale * cosines[:, rows]
-            self._loss.add(number, loss[:, :, None])
-            self._grad_scale.add(number, -cosines[:, rows, None])
+            self._grad_image.add(number, -text[:, rows])
+            both_normalisers = self._normalisers[number] + normalisers[:, rows, 0]
+            self._loss.add(number, both_normalisers / 2 - self._scale * cosines[:, rows])
+            self._grad_scale.add(number, -cosines[:, rows])
         return -image
-
-    def finish(self, grad_text: Tensor) -> LossResult:
-        """As `_SigmoidShards.finish`."""
-        loss, grad_scale = (sums.total() / self._num_images for sums in (self._loss, self._grad_scale))
-        zero = torch.zeros_like(self._bias)
-        return LossResult(loss, self._image_part(), grad_text, self._scale / self._num_images, grad_scale, zero)

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from sigray.losses import (
     Negatives,
-    Shards,
+    Slices,
     ring_sigmoid_loss,
     ring_softmax_loss,
     sharded_sigmoid_loss,
@@ -338,9 +338,9 @@ class XlaDevice(Device):
         return False
 
     @property
-    def _shards(self) -> Shards:
+    def _slices(self) -> Slices:
         is_alone = self._num_hosts > 1 or not dist.is_initialized() or dist.get_world_size() == 1
-        return Shards(self._program_devices, self._mark, self._settle, None if is_alone else dist.group.WORLD)
+        return Slices(self._program_devices, self._mark, self._settle, None if is_alone else dist.group.WORLD)
 
     def _mark(self, tensor: Tensor) -> Tensor:
         import torch_xla.distributed.spmd as spmd
@@ -425,22 +425,24 @@ class XlaDevice(Device):
         micro_batch_size: int,
         late_checks: list[Callable[[], None]],
     ) -> Tensor:
-        features, shards = (image_features, text_features, logit_scale, logit_bias), self._shards
+        features = image_features, text_features, logit_scale, logit_bias
+        slices = self._slices
         if config.name == "softmax":
-            return sharded_softmax_loss(*features, shards=shards, tile_size=config.tile_size)
-        negatives, numbers = Negatives(config.negatives, config.negatives_fraction, seed), None
+            return sharded_softmax_loss(*features, slices=slices, tile_size=config.tile_size)
+        negatives = Negatives(config.negatives, config.negatives_fraction, seed)
+        indices = None
         if negatives.keep == "random":
-            numbers = self._numbers(image_features, micro_batch_size * self._num_hosts, shards.ranks.rank)
+            indices = self._indices(image_features, micro_batch_size * self._num_hosts, slices.ranks.rank)
         return sharded_sigmoid_loss(
-            *features, shards=shards, negatives=negatives, numbers=numbers, tile_size=config.tile_size
+            *features, slices=slices, negatives=negatives, indices=indices, tile_size=config.tile_size
         )
 
-    def _numbers(self, features: Tensor, micro_batch_size: int, rank: int) -> Tensor:
+    def _indices(self, features: Tensor, micro_batch_size: int, rank: int) -> Tensor:
         """(n, b) int32: the row of the global batch that stands at each place; every micro-batch is split anew."""
         count, num_pairs, _ = features.shape
         rows = torch.arange(count * num_pairs, dtype=torch.int32).view(-1, count, micro_batch_size // count)
-        numbers = rows.transpose(0, 1).reshape(count, num_pairs) + rank * count * num_pairs
-        return self._mark(numbers.to(self.torch_device))
+        indices = rows.transpose(0, 1).reshape(count, num_pairs) + rank * count * num_pairs
+        return self._mark(indices.to(self.torch_device))
 
     @property
     def settle(self) -> Callable[[], None] | None:

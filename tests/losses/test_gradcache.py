@@ -43,15 +43,15 @@ def whole() -> tuple[torch.Tensor, list[torch.Tensor | None]]:
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 5, 9])
-@pytest.mark.parametrize("settles", [False, True])
-def test_micro_batches_give_the_gradients_of_the_whole_batch(micro_batch_size, settles):
-    towers, settled = Towers(), []
+@pytest.mark.parametrize("syncs", [False, True])
+def test_micro_batches_give_the_gradients_of_the_whole_batch(micro_batch_size, syncs):
+    towers, synced = Towers(), []
     value = cached_backward(
         towers.encode,
         towers.loss,
         num_rows=NUM_ROWS,
         micro_batch_size=micro_batch_size,
-        settle=(lambda: settled.append(len(towers.calls))) if settles else None,
+        sync=(lambda: synced.append(len(towers.calls))) if syncs else None,
     )
     expected, gradients = whole()
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)  # float64, other order of additions
@@ -60,7 +60,7 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(micro_batch_size, s
     parts = [(start, min(start + micro_batch_size, NUM_ROWS)) for start in range(0, NUM_ROWS, micro_batch_size)]
     assert towers.calls == [(*part, with_graph) for with_graph in (False, True) for part in parts]
     count = len(parts)
-    assert settled == ([*range(1, count + 1), count, *range(count + 1, 2 * count + 1)] if settles else [])
+    assert synced == ([*range(1, count + 1), count, *range(count + 1, 2 * count + 1)] if syncs else [])
 
 
 def test_one_micro_batch_is_encoded_once():
@@ -85,13 +85,13 @@ def test_a_locked_tower_is_not_encoded_again():
     assert towers.image.grad is None
 
 
-def test_a_span_waits_for_the_device_at_its_end_and_for_nothing_while_nobody_profiles():
-    settled = []
-    with recording(lambda: settled.append(len(settled))):
+def test_a_span_waits_for_the_device_at_its_end_and_for_nothing_without_a_profile():
+    synced = []
+    with recording(lambda: synced.append(len(synced))):
         with span("a"), span("b") as profiled:
             assert profiled
-            assert settled == []
-        assert settled == [0, 1]
+            assert synced == []
+        assert synced == [0, 1]
     with span("a") as profiled:
         assert not profiled
-    assert settled == [0, 1]
+    assert synced == [0, 1]

@@ -17,13 +17,13 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sigray.losses import Negatives, Shards, sharded_sigmoid_loss, sigmoid_loss
+from sigray.losses import Negatives, Slices, sharded_sigmoid_loss, sigmoid_loss
 from tests.helpers.sharded import PLAIN, SHARDED, inputs
 
 
 def unsplit(count, hosts=None):
     """n slices on one ordinary device: nothing to mark."""
-    return Shards(count, mark=lambda tensor: tensor, settle=lambda: None, hosts=hosts)
+    return Slices(count, mark=lambda tensor: tensor, sync=lambda: None, hosts=hosts)
 
 
 def value_and_gradients(loss, leaves, count=None, **settings):
@@ -46,7 +46,7 @@ def value_and_gradients(loss, leaves, count=None, **settings):
 def test_any_number_of_slices_is_the_loss_of_the_batch(name, count, pairs_per_device, tile_size, dtype):
     leaves = inputs(count * pairs_per_device, dtype)
     expected = value_and_gradients(PLAIN[name], [leaf.double() for leaf in leaves])
-    actual = value_and_gradients(SHARDED[name], leaves, count, shards=unsplit(count), tile_size=tile_size)
+    actual = value_and_gradients(SHARDED[name], leaves, count, slices=unsplit(count), tile_size=tile_size)
     # As for the ring: float64 differs by the order of additions; bfloat16 products round z by 10 * 2**-9 at most.
     tolerance = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 0.05}[dtype]
     for want, got in zip(expected, actual, strict=True):
@@ -56,34 +56,34 @@ def test_any_number_of_slices_is_the_loss_of_the_batch(name, count, pairs_per_de
 
 @pytest.mark.parametrize("count", [1, 3, 4])
 def test_random_negatives_are_those_of_the_global_batch(count):
-    """Numbered differently, as micro-batches lay them out, they are others: the numbers decide."""
+    """The global indices decide: micro-batches lay pairs out in another order."""
     leaves, negatives = inputs(12), Negatives("random", 0.4, seed=7)
-    numbers = torch.arange(12, dtype=torch.int32).view(count, -1)
+    indices = torch.arange(12, dtype=torch.int32).view(count, -1)
     expected = value_and_gradients(sigmoid_loss, leaves, negatives=negatives)
-    settings = {"shards": unsplit(count), "negatives": negatives, "tile_size": 2}
-    actual = value_and_gradients(sharded_sigmoid_loss, leaves, count, numbers=numbers, **settings)
+    settings = {"slices": unsplit(count), "negatives": negatives, "tile_size": 2}
+    actual = value_and_gradients(sharded_sigmoid_loss, leaves, count, indices=indices, **settings)
     for want, got in zip(expected, actual, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
-    other = value_and_gradients(sharded_sigmoid_loss, leaves, count, numbers=11 - numbers, **settings)
+    other = value_and_gradients(sharded_sigmoid_loss, leaves, count, indices=11 - indices, **settings)
     assert not torch.allclose(other[0], expected[0])
 
 
 def test_what_a_static_program_cannot_do_is_refused():
     image, text, *scalars = (leaf.view(1, *leaf.shape) if leaf.ndim else leaf for leaf in inputs(4))
     with pytest.raises(ValueError, match="negatives=hardest is not available on XLA devices"):
-        sharded_sigmoid_loss(image, text, *scalars, shards=unsplit(1), negatives=Negatives("hardest", 0.5))
-    with pytest.raises(ValueError, match="need the numbers of the pairs"):
-        sharded_sigmoid_loss(image, text, *scalars, shards=unsplit(1), negatives=Negatives("random", 0.5))
+        sharded_sigmoid_loss(image, text, *scalars, slices=unsplit(1), negatives=Negatives("hardest", 0.5))
+    with pytest.raises(ValueError, match="need the indices of the pairs"):
+        sharded_sigmoid_loss(image, text, *scalars, slices=unsplit(1), negatives=Negatives("random", 0.5))
 
 
 def on_host(rank, world_size, name, count, pairs_per_device, negatives):
     num_pairs = count * pairs_per_device
     image, text, *scalars = inputs(num_pairs * world_size)
     part = slice(rank * num_pairs, (rank + 1) * num_pairs)
-    settings = {"shards": unsplit(count, dist.group.WORLD), "tile_size": 2}
+    settings = {"slices": unsplit(count, dist.group.WORLD), "tile_size": 2}
     if negatives is not None:
-        numbers = torch.arange(part.start, part.stop, dtype=torch.int32).view(count, -1)
-        settings |= {"negatives": negatives, "numbers": numbers}
+        indices = torch.arange(part.start, part.stop, dtype=torch.int32).view(count, -1)
+        settings |= {"negatives": negatives, "indices": indices}
     return value_and_gradients(SHARDED[name], [image[part], text[part], *scalars], count, **settings)
 
 
@@ -121,7 +121,7 @@ import torch_xla.distributed.spmd as spmd
 import torch_xla.runtime
 from torch_xla.debug import metrics
 
-from sigray.losses import Negatives, Shards
+from sigray.losses import Negatives, Slices
 from tests.helpers.sharded import PLAIN, SHARDED, inputs
 from tests.helpers.reference import random_features
 
@@ -136,7 +136,7 @@ def mark(tensor):
     return tensor
 
 
-shards = Shards(count, mark, torch_xla.sync)
+slices = Slices(count, mark, torch_xla.sync)
 for name in ("sigmoid", "softmax"):
     leaves = inputs(pairs, torch.float32, dim)
     twins = [leaf.double().requires_grad_() for leaf in leaves]
@@ -147,7 +147,7 @@ for name in ("sigmoid", "softmax"):
             mark(leaf.view(count, -1, dim).to(torch_xla.device())).requires_grad_() for leaf in leaves[:2]
         )
         scalars = [leaf.to(torch_xla.device()).requires_grad_() for leaf in leaves[2:]]
-        got = SHARDED[name](image, text, *scalars, shards=shards, tile_size=pairs // count // 2 or 1)
+        got = SHARDED[name](image, text, *scalars, slices=slices, tile_size=pairs // count // 2 or 1)
         got.backward()
         torch_xla.sync()
     print("compilations", metrics.metric_data("CompileTime")[0])

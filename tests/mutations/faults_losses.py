@@ -206,13 +206,13 @@ FAULTS = [
     Fault(
         "the sharded loss forgets the pairs' gradient of texts",
         "sigray.losses.sharded:sharded_sigmoid_loss",
-        "loss.pairs(text) + _round",
-        "0 * loss.pairs(text) + _round",
+        "loss.pairs(text) + _rotate",
+        "0 * loss.pairs(text) + _rotate",
         (f"{_SHARDED}::test_any_number_of_slices_is_the_loss_of_the_batch",),
     ),
     Fault(
         "the sharded loss drops other random negatives on the way",
-        "sigray.losses.sharded:_SigmoidShards.visit",
+        "sigray.losses.sharded:_SlicedSigmoid.visit",
         ".roll(hops, 0)",
         "",
         (f"{_SHARDED}::test_random_negatives_are_those_of_the_global_batch",),
@@ -241,16 +241,16 @@ FAULTS = [
     Fault(
         "a device that runs behind is not waited for after the loss",
         "sigray.losses.gradcache:cached_backward",
-        "    del features\n    if settle is not None:\n        settle()\n",
+        "    del features\n    if sync is not None:\n        sync()\n",
         "    del features\n",
         (f"{_GRADCACHE}::test_micro_batches_give_the_gradients_of_the_whole_batch",),
     ),
     Fault(
         "a profile does not wait for the device",
         "sigray.losses.spans:recording",
-        "settle=settle",
-        "settle=None",
-        (f"{_GRADCACHE}::test_a_span_waits_for_the_device_at_its_end_and_for_nothing_while_nobody_profiles",),
+        "sync=sync",
+        "sync=None",
+        (f"{_GRADCACHE}::test_a_span_waits_for_the_device_at_its_end_and_for_nothing_without_a_profile",),
     ),
     Fault(
         "a changed source is not compiled",

@@ -134,7 +134,7 @@ class Trainer:
                 num_rows=len(batch.images),
                 micro_batch_size=size,
                 encode_again=lambda rows: self._encode_again(batch, rows, rows.start // size),
-                settle=self._device.settle,
+                sync=self._device.settle,
             )
             for check in late_checks:
                 check()
