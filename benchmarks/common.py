@@ -14,7 +14,7 @@ import torch
 
 from examples.emoji36.build import build_emoji
 from sigray.orchestrator.config import RunConfig
-from sigray.orchestrator.run.driver import environment
+from sigray.orchestrator.run.summary import environment
 from sigray.workers.config import ModelConfig
 from sigray.workers.data.loader import Batch
 from sigray.workers.device import Device

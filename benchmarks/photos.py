@@ -24,7 +24,7 @@ from PIL import Image
 
 from benchmarks.common import EMOJI, report
 from benchmarks.photo_tars import photo_folder
-from sigray.orchestrator.run.folder import read_run
+from sigray.orchestrator.run_folder import read_run
 from sigray.workers.checkpoint.index import list_checkpoints
 from sigray.workers.config import DataConfig, EvalSet
 from sigray.workers.evaluation.datasets import load_set, read_classes

@@ -30,7 +30,7 @@ from typing import Any
 import yaml
 
 from benchmarks.common import ROOT, report
-from sigray.orchestrator.run.driver import LEAN_RAY
+from sigray.orchestrator.run.ray_session import LEAN_RAY
 from tests.helpers.data import TOWERS, write_dataset
 from tests.helpers.processes import descendants_named
 

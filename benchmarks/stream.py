@@ -32,7 +32,7 @@ import numpy as np
 from benchmarks.common import ROOT, report
 from benchmarks.photo_tars import PHOTOS, ensure_photos
 from benchmarks.stream_peers import BATCH, CONTESTANTS, NUM_WORKERS
-from sigray.orchestrator.run.driver import LEAN_RAY
+from sigray.orchestrator.run.ray_session import LEAN_RAY
 
 TURN_S = 6.0
 TIMEOUT_S = 1800  # of a contestant; for --memory on a busy machine

@@ -36,10 +36,13 @@ import sigray.workers.evaluation.evaluate
 import sigray.workers.evaluation.features
 import sigray.workers.training.train
 from sigray.orchestrator.config import RunConfig
-from sigray.orchestrator.run import driver as launch
-from sigray.orchestrator.run import monitor, policy
+from sigray.orchestrator.run import driver, monitor, policy, supervisor, trackers
 from sigray.orchestrator.run.embed import embed
-from sigray.orchestrator.run.folder import RunFolder
+from sigray.orchestrator.run.ray_session import ray_session
+from sigray.orchestrator.run.supervisor import PoolAutoscaler
+from sigray.orchestrator.run.trial import Rungs
+from sigray.orchestrator.run.worker_group import train_job
+from sigray.orchestrator.run_folder import RunFolder
 from sigray.workers.checkpoint.async_writer import BackgroundWriter
 from sigray.workers.checkpoint.index import list_checkpoints
 from sigray.workers.checkpoint.writer import read_best, read_left_out
@@ -106,7 +109,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> PlainRay:
 
 def drive(config: RunConfig) -> dict[str, Any]:
     """The whole run."""
-    return launch.train(config, Console(file=io.StringIO()))
+    return driver.train(config, Console(file=io.StringIO()))
 
 
 def end_at_once(_: Callable[[dict[str, Any]], None]) -> None:
@@ -159,7 +162,7 @@ def train_here(
     """One training worker without a process group; `source` in the place of a data-shard worker in this process."""
     manifest, recorder = scan_shards(config.data.shards, config.data), Recorder(last_step)
     source = source or OneWorker(DataWorker(manifest, config.data, config.model, seed=config.run.seed))
-    train_loop_per_worker(launch.train_job(config, 1, manifest, source, recorder, rungs=rungs))
+    train_loop_per_worker(train_job(config, 1, manifest, source, recorder, rungs=rungs))
     return recorder
 
 
@@ -208,7 +211,7 @@ def test_a_sweep_has_room_for_all_its_trials(configure, plain):
         cluster={"num_workers": 2, "cpus_per_worker": 30, "resources_per_worker": {"trains": 2}},
         eval={"num_workers": 20, "cpus_per_worker": 5},
     )
-    with launch.ray_of_run(config, types.SimpleNamespace(say=lambda *_: None), num_trials=3):
+    with ray_session(config, types.SimpleNamespace(say=lambda *_: None), num_trials=3):
         pass
     (started,) = plain.started
     # Two streams of 3 x 2.5; of each trial 2 x 30 to train, 20 x 5 to evaluate and half a CPU for its driver.
@@ -222,22 +225,18 @@ def test_a_trial_reads_on_from_its_block(configure, plain):
     trial = types.SimpleNamespace(pool=pool, rungs=(), passed=frozenset())
     config = configure(data={"num_lanes": 2, "block_size": 4})
     manifest = scan_shards(config.data.shards, config.data)
-    display, lease = types.SimpleNamespace(close=lambda: None), types.SimpleNamespace(owner="me")
-    with launch._Run(config, RunFolder(config), manifest, display, lease, trial) as run:
-        run.facts = {"first_step": 10}
-        run._expect_reader()
+    Rungs(config, RunFolder(config), None, trial).subscribe(10)
     assert expected == [10]  # 80 samples, 40 of each lane
 
 
 def test_the_data_shard_workers_stay_within_their_range(configure, plain):
-    plain.train = end_at_once
     config = configure(data={"num_workers": [2, 3]})
-    display, folder = types.SimpleNamespace(say=lambda *_: None, close=lambda: None), RunFolder(config)
     manifest = scan_shards(config.data.shards, config.data)
-    with launch._Run(config, folder, manifest, display, types.SimpleNamespace(owner="me")) as run:
-        for _ in range(30):  # the trainers wait all the time
-            run._resize_pool({"data/wait_pct": 90.0, "data/busy_workers": 2.0, "data/queue_batches": 0.0, "step": 1.0})
-        assert run._pool.size == 3
+    pool = DataPool(manifest, config.data, config.model, seed=0)
+    autoscaler = PoolAutoscaler(pool, config.data.num_workers, types.SimpleNamespace(say=lambda *_: None))
+    for _ in range(30):  # the training workers wait all the time
+        autoscaler.metrics({"data/wait_pct": 90.0, "data/busy_workers": 2.0})
+    assert pool.size == 3
 
 
 def test_a_cluster_that_is_there_is_joined(configure, plain):
@@ -300,7 +299,7 @@ def test_failures_within_an_hour_are_counted(configure, plain, monkeypatch):
         raise ConnectionError(f"number {len(attempts)}")
 
     plain.train = fail
-    with pytest.raises(launch.RunFailed):
+    with pytest.raises(policy.RunFailed):
         drive(configure(cluster={"max_failures_per_hour": 2}))
     assert len(attempts) == 3
 
@@ -338,7 +337,7 @@ class Clock:
 @pytest.mark.parametrize("patience_s", [40, 3])
 def test_a_run_shrinks_after_some_patience(configure, plain, monkeypatch, patience_s):
     clock = Clock()
-    monkeypatch.setattr(launch, "time", clock)
+    monkeypatch.setattr(supervisor, "time", clock)
     plain.train, plain.num_free = end_at_once, 1
     with contextlib.suppress(Enough):
         drive(configure(cluster={"num_workers": [1, 2], "shrink_after_s": patience_s, "grow_after_s": 70}))
@@ -350,7 +349,7 @@ def test_a_run_shrinks_after_some_patience(configure, plain, monkeypatch, patien
 @pytest.mark.parametrize("after_s", [35, 95])
 def test_a_run_grows_after_some_training(configure, plain, monkeypatch, after_s):
     clock, begun_at, asked_at = Clock(), [], []
-    monkeypatch.setattr(launch, "time", clock)
+    monkeypatch.setattr(supervisor, "time", clock)
 
     class Watched(monitor.RunMonitor):
         def begin(self, request: Any) -> None:
@@ -362,7 +361,7 @@ def test_a_run_grows_after_some_training(configure, plain, monkeypatch, after_s)
             asked_at.append(clock.now)
             super().request(request)
 
-    monkeypatch.setattr(launch, "RunMonitor", Watched)
+    monkeypatch.setattr(driver, "RunMonitor", Watched)
 
     def train(_: Callable[[dict[str, Any]], None]) -> None:
         while not asked_at and clock.now - begun_at[0] < 200:
@@ -392,7 +391,7 @@ def test_a_loss_that_leaps_is_left_out(configure, plain, spy):
         },
         optim={"lr": 1e-9},
     )
-    with contextlib.suppress(FloatingPointError, ValueError, launch.RunFailed):
+    with contextlib.suppress(FloatingPointError, ValueError, policy.RunFailed):
         drive(config)
     assert read_left_out(Storage(config.storage_uri)) == [22]
 
@@ -418,7 +417,7 @@ def test_steps_lines_and_checkpoints(configure, monkeypatch, tmp_path):
 
 def test_a_run_lies_where_the_config_says(configure, plain, monkeypatch, tmp_path):
     told: list[tuple[Any, ...]] = []
-    for module, name in ((launch, "RunMetrics"), (sigray.workers.data.pool, "WorkerMetrics")):
+    for module, name in ((trackers, "RunMetrics"), (sigray.workers.data.pool, "WorkerMetrics")):
         own = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *some, own=own: (told.append(some), own(*some))[1])
     plain.train = end_at_once

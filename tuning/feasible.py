@@ -8,7 +8,8 @@ from typing import Any
 
 from sigray.orchestrator.config import RunConfig, parse_config
 from sigray.orchestrator.planning.plan import check_memory
-from sigray.orchestrator.run.driver import check_batch, check_model_and_sets, rung_step
+from sigray.orchestrator.run.preflight import check_batch, check_model_and_sets
+from sigray.orchestrator.run.trial import rung_step
 from sigray.workers.data.manifest import Manifest
 
 Check = Callable[[RunConfig, Manifest, Sequence[int]], None]

@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from sigray.orchestrator.run.monitor import Display
+from sigray.orchestrator.run.progress import Display
 from sigray.tuning.study import Study
 from sigray.tuning.table import Row, Table
 

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from sigray.orchestrator import formatting as words
 from sigray.orchestrator.config import ConfigError
 from sigray.orchestrator.reports.live_server import RUNS, Kind, Look, draw_moment, look_at_run
-from sigray.orchestrator.run.folder import CONFIG, REPORT
+from sigray.orchestrator.run_folder import CONFIG, REPORT
 from sigray.tuning.report import BEST, TRIALS, Trial, draw_sweep, sweep_css, sweep_status
 from sigray.tuning.study import STUDY, read_study, trial_name
 from sigray.tuning.table import RESULTS, Table, read_table

@@ -24,7 +24,7 @@ import yaml
 from sigray.orchestrator import formatting as words
 from sigray.orchestrator.reports import drawing
 from sigray.orchestrator.reports.template import page, render
-from sigray.orchestrator.run.folder import REPORT
+from sigray.orchestrator.run_folder import REPORT
 from sigray.tuning.live import value_text
 from sigray.tuning.search import Search
 from sigray.tuning.study import FigureConfig, Study

@@ -34,17 +34,12 @@ import yaml
 from rich.console import Console
 
 from sigray.orchestrator.config import ConfigError, RunConfig, check_resume, parse_config
-from sigray.orchestrator.run.backends import worker_resources
-from sigray.orchestrator.run.driver import (
-    TRIAL_CPUS,
-    evaluation_resources,
-    ray_of_run,
-    rung_step,
-    scan,
-    stop_on_signal,
-    train,
-)
-from sigray.orchestrator.run.monitor import Display
+from sigray.orchestrator.resources import evaluation_resources, worker_resources
+from sigray.orchestrator.run.driver import train
+from sigray.orchestrator.run.preflight import scan
+from sigray.orchestrator.run.progress import Display
+from sigray.orchestrator.run.ray_session import ray_session, stop_on_signal
+from sigray.orchestrator.run.trial import TRIAL_CPUS, rung_step
 from sigray.tuning.capacity import Demand, Node, count_trials
 from sigray.tuning.feasible import feasible
 from sigray.tuning.judge import Judge
@@ -101,7 +96,7 @@ def sweep(study: Study, console: Console | None = None, *, overwrite: bool = Fal
             _check_same(study, storage)
             display.say(f"{storage.uri} holds this sweep already: resuming it (--overwrite starts again)")
         if _address(study):
-            stack.enter_context(ray_of_run(_base(study), display))
+            stack.enter_context(ray_session(_base(study), display))
         driver = _Sweep(study, storage, display, lease)
         try:
             if not is_begun:
@@ -119,7 +114,7 @@ def sweep(study: Study, console: Console | None = None, *, overwrite: bool = Fal
         (config.folder / STUDY).write_text(config.to_yaml())
         if not driver.is_done:
             if not _address(study):
-                stack.enter_context(ray_of_run(_base(study), display, driver.num_local_trials))
+                stack.enter_context(ray_session(_base(study), display, driver.num_local_trials))
             stack.enter_context(driver)
             driver.run()
         write_report(study, storage, driver.table)
@@ -492,7 +487,7 @@ class _JudgeWriter:
 
 
 class _SweepTrial:
-    """A trial as `train` sees it, see `sigray.orchestrator.run.driver.Trial`."""
+    """A trial as `train` sees it, see `sigray.orchestrator.run.trial.Trial`."""
 
     def __init__(
         self,
@@ -510,7 +505,7 @@ class _SweepTrial:
         self.rungs = tuple(rungs)
         self.passed = frozenset(step for step, rung in self._rung_of_step.items() if rung in passed)
 
-    def heard(self, line: dict[str, float]) -> bool:
+    def record(self, line: dict[str, float]) -> bool:
         import ray
 
         return ray.get(self._judge.heard.remote(self._number, line))

@@ -29,7 +29,7 @@ from sigray.orchestrator.chaos.faults import KINDS, Hit, ScheduledFault, choose_
 from sigray.orchestrator.chaos.supervised import Supervised
 from sigray.orchestrator.config import ConfigError, RunConfig, load_config
 from sigray.orchestrator.formatting import format_duration
-from sigray.orchestrator.run.folder import SUMMARY, read_run
+from sigray.orchestrator.run_folder import SUMMARY, read_run
 from sigray.orchestrator.tables import rows_table
 
 UNDISTURBED, DISTURBED = "undisturbed", "disturbed"

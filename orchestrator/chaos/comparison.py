@@ -9,7 +9,7 @@ from typing import Any
 
 from sigray.orchestrator.config import RunConfig
 from sigray.orchestrator.data.audit import audit_run
-from sigray.orchestrator.run.folder import RunFolder
+from sigray.orchestrator.run_folder import RunFolder
 from sigray.workers.checkpoint.index import list_checkpoints
 from sigray.workers.data.tar import DataError
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from sigray.orchestrator.chaos.processes import Process, is_alive, send
 from sigray.orchestrator.chaos.supervised import Supervised
 from sigray.orchestrator.config import ConfigError, RunConfig
-from sigray.orchestrator.run.folder import RunFolder
+from sigray.orchestrator.run_folder import RunFolder
 from sigray.workers.checkpoint.index import FOLDER as CHECKPOINTS
 from sigray.workers.checkpoint.index import list_checkpoints
 

@@ -28,7 +28,7 @@ def evaluate(options: Namespace, console: Console) -> int:
     if not config.eval.sets:
         raise ConfigError(f"{run} has no eval.sets: add one by eval.sets.NAME.shards=PATTERN")
     from sigray.orchestrator.run.driver import evaluate
-    from sigray.orchestrator.run.monitor import figures_table
+    from sigray.orchestrator.run.progress import figures_table
 
     say(console, f"checkpoint {checkpoint.name} of {run}")
     console.print(figures_table(evaluate(config, checkpoint, console)))
@@ -63,7 +63,7 @@ def export(options: Namespace, console: Console) -> int:
 
 def _find_checkpoint(place: str) -> tuple[str, RunConfig, Any]:
     """Return the run, its config, and the checkpoint that RUN_OR_CHECKPOINT names."""
-    from sigray.orchestrator.run.folder import read_run
+    from sigray.orchestrator.run_folder import read_run
     from sigray.workers.checkpoint.index import CheckpointError, list_checkpoints, read_info
     from sigray.workers.storage import Storage
 

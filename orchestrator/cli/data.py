@@ -71,7 +71,7 @@ def audit(options: Namespace, console: Console) -> int:
     Exit codes: 0 every sample of each complete epoch was used exactly once, and every step had its pairs; 1 samples are
     missing or doubled, and the first of them are named; 2 the run has no ledger.
     """
-    from sigray.orchestrator.run.folder import read_run
+    from sigray.orchestrator.run_folder import read_run
 
     config = read_run(options.run_folder)
     from sigray.orchestrator.data.audit import audit_run, audit_table

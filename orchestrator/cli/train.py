@@ -40,7 +40,7 @@ def resume(options: Namespace, console: Console) -> int:
       sigray resume runs/emoji_cpu
       sigray resume s3://bucket/runs/a cluster.num_workers=4        docs/operations.md lists what may change
     """
-    from sigray.orchestrator.run.folder import read_run
+    from sigray.orchestrator.run_folder import read_run
 
     saved = read_run(options.run_folder)
     config = override(saved, options.overrides, options.run_folder)
@@ -71,7 +71,7 @@ def embed(options: Namespace, console: Console) -> int:
 
 
 def _finish(summary: dict[str, Any], config: RunConfig, console: Console) -> int:
-    from sigray.orchestrator.run.monitor import figures_table
+    from sigray.orchestrator.run.progress import figures_table
 
     if summary["zero_shot"] or summary["retrieval"]:
         console.print(figures_table(summary))

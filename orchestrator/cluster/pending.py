@@ -205,7 +205,7 @@ def _why_not(demand: Demand, hosts: Sequence[Host], autoscaler: Autoscaler) -> s
 
 def demand_of(cluster: ClusterConfig, num_workers: int) -> Demand:
     """Return the demand of this many training workers of a config."""
-    from sigray.orchestrator.run.backends import pod_type, worker_resources
+    from sigray.orchestrator.resources import pod_type, worker_resources
 
     return Demand(num_workers, worker_resources(cluster), pod_type(cluster))
 

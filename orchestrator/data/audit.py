@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.text import Text
 
 from sigray.orchestrator.config import RunConfig
-from sigray.orchestrator.run.folder import RunFolder
+from sigray.orchestrator.run_folder import RunFolder
 from sigray.orchestrator.tables import Column, add, table
 from sigray.workers.data.order import StreamOrder
 from sigray.workers.data.worker import build_order

@@ -32,7 +32,7 @@ from sigray.orchestrator import formatting as words
 from sigray.orchestrator.reports.http_server import HTML, JSON, TEXT, Answer
 from sigray.orchestrator.reports.run_page import RunFiles, draw_run, read_run_files
 from sigray.orchestrator.reports.template import content_policy, page, render
-from sigray.orchestrator.run.folder import CONFIG, EVENTS, METRICS, REPORT
+from sigray.orchestrator.run_folder import CONFIG, EVENTS, METRICS, REPORT
 from sigray.workers.checkpoint.index import newest_checkpoint
 from sigray.workers.checkpoint.lease import is_driven
 from sigray.workers.storage import Storage

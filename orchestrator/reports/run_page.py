@@ -33,7 +33,7 @@ from sigray.orchestrator import formatting as words
 from sigray.orchestrator.config import ConfigError
 from sigray.orchestrator.reports import drawing
 from sigray.orchestrator.reports.template import page, render
-from sigray.orchestrator.run.folder import CONFIG, EVALUATIONS, METRICS, REPORT, SUMMARY
+from sigray.orchestrator.run_folder import CONFIG, EVALUATIONS, METRICS, REPORT, SUMMARY
 from sigray.workers.checkpoint.index import read_metrics
 from sigray.workers.storage import Storage
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ray.train.backend import Backend, BackendConfig
 
 from sigray.orchestrator.config import ClusterConfig
+from sigray.orchestrator.resources import worker_resources
 
 if TYPE_CHECKING:
     from ray.train import ScalingConfig
@@ -34,18 +35,6 @@ def backend_config(cluster: ClusterConfig) -> BackendConfig:
     return TorchConfig(backend="nccl")
 
 
-def worker_resources(cluster: ClusterConfig) -> dict[str, float]:
-    """What Ray reserves for one training worker."""
-    resources = {"CPU": float(cluster.cpus_per_worker)}
-    if cluster.accelerator == "cuda":
-        resources["GPU"] = 1.0
-    if cluster.tpu_type is not None:
-        resources["TPU"] = float(_slice_shape(cluster)[1])
-    elif cluster.accelerator == "tpu":
-        resources["TPU"] = float(cluster.devices_per_worker or 0)
-    return {**resources, **cluster.resources_per_worker}
-
-
 def scaling_config(cluster: ClusterConfig, num_workers: int) -> ScalingConfig:
     """How Ray Train places a worker group; hosts of a TPU slice are reserved together."""
     import ray.train
@@ -60,47 +49,6 @@ def scaling_config(cluster: ClusterConfig, num_workers: int) -> ScalingConfig:
         resources_per_worker=worker_resources(cluster),
         **slices,
     )
-
-
-def pod_type(cluster: ClusterConfig) -> str | None:
-    """Of the TPU slice that the workers fill, as Ray and Google name it: v4-32; None where none is reserved."""
-    if cluster.tpu_type is None:
-        return None
-    from ray._private.accelerators.tpu import infer_tpu_pod_type_from_topology  # as Ray's own reservation
-
-    assert cluster.tpu_topology is not None
-    return infer_tpu_pod_type_from_topology(cluster.tpu_topology, cluster.tpu_type)
-
-
-def check_slices(cluster: ClusterConfig) -> None:
-    """Whether the workers fill whole slices, by Ray's own table of topologies.
-
-    Raises:
-        ValueError: for a type or topology that Ray does not know, and for hosts that are no whole slice.
-    """
-    if cluster.tpu_type is None:
-        return
-    try:
-        hosts, _ = _slice_shape(cluster)
-    except (ValueError, KeyError) as error:
-        raise ValueError(
-            f"cluster.tpu_type={cluster.tpu_type} with cluster.tpu_topology={cluster.tpu_topology}: {error}"
-        ) from error
-    if cluster.worker_range != (hosts, hosts):
-        raise ValueError(
-            f"cluster.num_workers={cluster.num_workers}: a {cluster.tpu_type} slice of {cluster.tpu_topology} has "
-            f"{hosts} host(s), and each is one training worker: set cluster.num_workers to {hosts}"
-        )
-
-
-def _slice_shape(cluster: ClusterConfig) -> tuple[int, int]:
-    """Hosts of one slice, and chips of each."""
-    from ray.util.tpu import get_tpu_worker_resources
-
-    assert cluster.tpu_topology is not None
-    assert cluster.tpu_type is not None
-    hosts, resources = get_tpu_worker_resources(cluster.tpu_topology, cluster.tpu_type)
-    return hosts, int(resources["TPU"])
 
 
 @dataclass

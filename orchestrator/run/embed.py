@@ -12,29 +12,20 @@ from typing import Any
 
 from rich.console import Console
 
-from sigray.orchestrator.config import ConfigError, RunConfig
+from sigray.orchestrator.config import RunConfig
 from sigray.orchestrator.formatting import format_duration
-from sigray.orchestrator.run.monitor import Display
-from sigray.workers.data.embedding_store import EmbeddingStore, Part, StoredShard, StoreFormat, store_key, stored_name
+from sigray.orchestrator.resources import worker_resources
+from sigray.orchestrator.run.preflight import open_store, scan
+from sigray.orchestrator.run.progress import Display
+from sigray.orchestrator.run.ray_session import ray_session
+from sigray.orchestrator.run.summary import environment
+from sigray.workers.data.embedding_store import Part, StoredShard, stored_name
 from sigray.workers.data.manifest import Manifest, Shard
 from sigray.workers.data.tar import DataError
 from sigray.workers.evaluation.datasets import check_set, probe_set, scan_set
 
 _LINE_S = 10.0  # between two lines of progress
 _MIN_READ = 1024  # samples below which a rate of refused ones says nothing
-
-
-def check_store(config: RunConfig) -> EmbeddingStore:
-    """The store of a config, once it is sure that this config's tower and preprocessing made it.
-
-    Builds the image tower to take its fingerprint.
-
-    Raises:
-        StoreError: where there is none, or it was made by something else.
-    """
-    store, key, _ = _open(config)
-    store.check(key)
-    return store
 
 
 def embed(config: RunConfig, console: Console) -> str:
@@ -47,8 +38,6 @@ def embed(config: RunConfig, console: Console) -> str:
         StorageError: where the store cannot be written.
     """
     begin = time.monotonic()
-    from sigray.orchestrator.run.driver import environment, ray_of_run, scan
-
     display = Display(console)
     source = scan(
         config.model_copy(update={"embeddings": config.embeddings.model_copy(update={"store": None})}), display
@@ -58,7 +47,7 @@ def embed(config: RunConfig, console: Console) -> str:
     for name, spec in sets:
         check_set(name, spec, config.data, is_stored=True)
     held_out = [scan_set(spec, config.data) for _, spec in sets]
-    store, key, store_format = _open(config)
+    store, key, store_format = open_store(config)
     store.begin(key, store_format)
     wanted = _wanted(source, held_out)
     done = {part: store.complete(part) for part in ("train", "eval")}
@@ -70,7 +59,7 @@ def embed(config: RunConfig, console: Console) -> str:
             f"store    {store.uri}: {len(wanted) - len(missing):,} of {len(wanted):,} shards are there, "
             f"{to_do:,} images to do, {store_format.num_views} view(s) of {store_format.dim} x {store_format.dtype}"
         )
-        with ray_of_run(config, display):
+        with ray_session(config, display):
             began = time.monotonic()
             num_workers = _embed_all(config, missing, display)
             seconds = time.monotonic() - began
@@ -80,38 +69,6 @@ def embed(config: RunConfig, console: Console) -> str:
     return (
         f"embeddings of {num_images:,} images in {len(wanted):,} shards: {store.uri} "
         f"({format_duration(time.monotonic() - begin)}, {len(missing):,} shards of it new)"
-    )
-
-
-def _open(config: RunConfig) -> tuple[EmbeddingStore, dict[str, Any], StoreFormat]:
-    """The store of a config, not looked at yet, its key and its format."""
-    import torch
-
-    from sigray.workers.model.image_towers import tower_sha256
-    from sigray.workers.model.init_weights import build_initial_model
-    from sigray.workers.model.inputs import shapes, tower_config
-
-    if config.embeddings.store is None:
-        raise ConfigError(
-            "embeddings.store is not set: give the folder or s3:// prefix that holds, or shall hold, the store"
-        )
-    torch.manual_seed(config.run.seed)
-    tower = build_initial_model(config.model).eval().get_submodule("visual")
-    key = store_key(
-        config.model, config.data, config.embeddings, sha256=tower_sha256(tower), precision=config.train.precision
-    )
-    size, dim = shapes(config.model)[0], tower_config(config.model)["embed_dim"]
-    with torch.inference_mode():
-        shape = tuple(tower(torch.zeros(1, 3, size, size)).shape)
-    if len(shape) != 2 or shape[1] != dim:
-        raise ConfigError(
-            f"model: the image tower gives {shape} for one image, the text tower {dim} numbers: set "
-            f"model.towers.embed_dim={shape[-1]}"
-        )
-    return (
-        EmbeddingStore(config.embeddings.store),
-        key,
-        StoreFormat(config.embeddings.dtype, dim, config.embeddings.num_views),
     )
 
 
@@ -128,7 +85,6 @@ def _embed_all(config: RunConfig, missing: list[tuple[Part, Shard]], display: Di
     """Have all shards embedded by actors of the cluster, and show progress; returns how many actors."""
     import ray
 
-    from sigray.orchestrator.run.backends import worker_resources
     from sigray.workers.data.embed import Embedder
     from sigray.workers.data.pool import as_raised
 

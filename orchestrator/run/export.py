@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sigray.orchestrator.config import ConfigError, RunConfig
-from sigray.orchestrator.run.folder import SUMMARY, RunFolder
+from sigray.orchestrator.run_folder import SUMMARY, RunFolder
 from sigray.workers.checkpoint.index import CheckpointInfo
 from sigray.workers.data.manifest import Manifest
 from sigray.workers.data.tar import DataError

@@ -1,7 +1,7 @@
-"""From the training workers to a person: a small actor that collects, sinks that keep, a display that shows.
+"""Carry events from the training workers to the driver, and requests back: a small Ray actor.
 
-The training workers post events to the `RunMonitor` actor; the driver takes them a few times a second. The way back is
-one word: the answer to a line of metrics says whether to save, or to stop, at this step.
+The training workers post events to the `RunMonitor` actor, and the driver takes them twice a second. The answer to a
+line of metrics is the driver's request: go on, save, or stop at this step.
 
 Imports no torch: the actor's process would spend six seconds of a busy start on it.
 """
@@ -9,26 +9,16 @@ Imports no torch: the actor's process would spend six seconds of a busy start on
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.table import Table
-from rich.text import Text
-
-from sigray.orchestrator.formatting import format_duration
-
 if TYPE_CHECKING:
-    from sigray.orchestrator.run.folder import RunFolder
     from sigray.workers.checkpoint.index import CheckpointInfo
     from sigray.workers.training.job import Answer, Request
 
 
 class RunMonitor:
-    """A mailbox between training workers and driver. Runs as a Ray actor with no CPU of its own."""
+    """The mailbox between training workers and driver: a Ray actor that reserves no CPU."""
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
@@ -36,11 +26,11 @@ class RunMonitor:
         self._answers: dict[int, Answer] = {}
 
     def post(self, kind: str, content: Any) -> None:
-        """Leave an event for the driver."""
+        """Add an event for the driver."""
         self._events.append({"kind": kind, "content": content})
 
     def record(self, metrics: dict[str, float]) -> Request:
-        """Leave a line of metrics; returns what the driver wants of the training workers."""
+        """Add a line of metrics; return the driver's request to the training workers."""
         self.post("metrics", metrics)
         request = self._request
         if request == "save":
@@ -48,32 +38,34 @@ class RunMonitor:
         return request
 
     def ask(self, step: int) -> Answer:
-        """What the driver has decided about a rung; it hears of every question."""
+        """Return the decision about a rung; each question is an event, so a heartbeat."""
         self.post("asked", step)
         return self._answers.get(step, "wait")
 
     def answer(self, step: int, answer: Answer) -> None:
-        """Decide about a rung."""
+        """Set the decision about a rung."""
         self._answers[step] = answer
 
     def take(self) -> list[dict[str, Any]]:
-        """The events since the last call, in order."""
+        """Return the events since the last call, in order."""
         events, self._events = self._events, []
         return events
 
     def request(self, request: Request) -> None:
+        """Set the request that the next line of metrics is answered with."""
         self._request = request
 
     def begin(self, request: Request) -> None:
-        """Forget what an attempt before was told."""
-        self._request, self._answers = request, {}
+        """Begin an attempt: forget requests and answers of the attempt before."""
+        self._request = request
+        self._answers = {}
 
 
 class RayHooks:
-    """The training loop's hooks under Ray Train: all goes to the monitor.
+    """The hooks of the training loop under Ray Train: each call is an event of the monitor.
 
-    Ray Train is told of no checkpoint: `ray.train.report` holds all ranks until its controller has polled them, and
-    what it knows of checkpoints can differ from what is durable.
+    Ray Train learns of no checkpoint. `ray.train.report` holds all ranks until its controller has polled them, and its
+    list of checkpoints can differ from the durable ones.
 
     Args:
         monitor: handle of the `RunMonitor`.
@@ -83,7 +75,7 @@ class RayHooks:
         self._monitor = monitor
 
     def joined(self) -> None:
-        """This training worker is up; the driver learns how to kill it."""
+        """Post the handle of this training worker, by which the driver can kill it."""
         import ray
 
         self._post("joined", ray.get_runtime_context().current_actor)
@@ -108,178 +100,12 @@ class RayHooks:
         self._post("warning", message)
 
     def failed(self, error: BaseException) -> None:
-        """What ended this training worker. Ray Train passes on what ended the first."""
-        # In a list: Ray takes an error of its own that is an argument for one that the argument's making raised.
-        with contextlib.suppress(Exception):  # what cannot be sent is told by Ray Train
+        """Post the error that ended this training worker; Ray Train only passes on that of the first worker."""
+        # In a list: Ray takes an argument that is an error of its own for a failure to compute the argument.
+        with contextlib.suppress(Exception):  # Ray Train reports an error that cannot be sent
             self._post("failed", [error])
 
     def _post(self, kind: str, content: Any) -> None:
         import ray
 
         ray.get(self._monitor.post.remote(kind, content))
-
-
-class TensorBoard:
-    """Writes metrics and evaluations as TensorBoard events, x axis in samples seen.
-
-    Args:
-        folder: the run's.
-        purge_from: events at this count of samples and later are superseded.
-    """
-
-    def __init__(self, folder: RunFolder, purge_from: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=purge_from)
-
-    def metrics(self, line: dict[str, float]) -> None:
-        for key, value in line.items():
-            if "/" in key:
-                self._writer.add_scalar(key, value, int(line["samples_seen"]))
-
-    def evaluation(self, result: dict[str, Any]) -> None:
-        for task in ("zero_shot", "retrieval"):
-            for name, figures in result[task].items():
-                for key, value in figures.items():
-                    if not key.startswith("num_"):
-                        self._writer.add_scalar(f"{task}_{name}/{key}", value, result["samples_seen"])
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class Display:
-    """What a person sees: a start-up block, a live line on a terminal or plain lines elsewhere, a closing table.
-
-    Attributes:
-        keep: also told what is said, and its kind: "note", "restart" or "failure".
-    """
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.keep: Callable[[str, str], None] = lambda text, kind: None
-        self._progress: Progress | None = None
-        self._bar: Any = None
-        self._first: tuple[float, float] | None = None
-        self._num_samples = 0
-        self._next_waiting_s: float | None = 0.0  # None once the training workers are up
-
-    def say(self, message: str, kind: str = "note") -> None:
-        self._print(message)
-        self.keep(message, kind)
-
-    def _print(self, message: str) -> None:
-        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
-
-    def start(self, title: str, facts: dict[str, Any], data: dict[str, Any]) -> None:
-        """The start-up block, and from here on the progress."""
-        self._next_waiting_s = None
-        parameters = facts["parameters_m"]
-        batch = "{global_batch_size} pairs = {batch_per_worker} x {world_size} workers".format(**facts)
-        if facts["micro_batch_size"] < facts["batch_per_worker"]:
-            batch += f", in micro-batches of {facts['micro_batch_size']}"
-        rows = {
-            "run": title,
-            "devices": f"{facts['world_size']} training worker(s) on {facts['device']}",
-            "batch": batch,
-            "model": f"{parameters['all']:.1f} M parameters ("
-            + (f"image {parameters['visual']:.1f} M" if parameters["visual"] else "image embeddings from a store")
-            + f", text {parameters['text']:.1f} M)",
-            "data": f"{data['samples']:,} pairs in {data['shards']} shards, {data['bytes'] / 1e6:,.1f} MB; "
-            f"{facts['epochs']:.1f} epochs",
-            "steps": f"{facts['first_step']:,} to {facts['num_steps']:,}",
-        }
-        grid = Table.grid(padding=(0, 2))
-        for key, value in rows.items():
-            grid.add_row(Text(key, style="bold"), Text(value))
-        self.console.print(grid)
-        self._num_samples = facts["num_steps"] * facts["global_batch_size"]
-        self._first = None
-        if self.console.is_terminal:
-            self._stop_progress()
-            self._progress = Progress(TextColumn("{task.description}"), BarColumn(), _TimeLeft(), console=self.console)
-            self._bar = self._progress.add_task("starting", total=self._num_samples, left_s=None)
-            self._progress.update(self._bar, completed=facts["first_step"] * facts["global_batch_size"])
-            self._progress.start()
-
-    def waiting(self, elapsed_s: float) -> None:
-        """Say now and then that the training workers are still starting: on a small machine that takes a minute."""
-        if self._next_waiting_s is not None and elapsed_s >= self._next_waiting_s:
-            self._print(f"starting the training workers ({format_duration(elapsed_s)})")
-            self._next_waiting_s += 20
-
-    def metrics(self, line: dict[str, float]) -> None:
-        samples, now = line["samples_seen"], time.monotonic()
-        if self._first is None:
-            self._first = (now, samples)
-        rate = (samples - self._first[1]) / (now - self._first[0]) if samples > self._first[1] else None
-        left_s = (self._num_samples - samples) / rate if rate else None
-        text = (
-            f"step {line['step']:>6,.0f}  samples {samples:>9,.0f}  loss {line['train/loss']:7.4f}  "
-            f"scale {line['train/logit_scale']:6.2f}  bias {line['train/logit_bias']:7.2f}  "
-            f"{line['throughput/samples_per_s']:6,.0f} samples/s  data wait {line['data/wait_pct']:4.1f} %"
-        )
-        if self._progress is not None:
-            self._progress.update(self._bar, description=text, completed=samples, left_s=left_s)
-        else:
-            self._print(text + (f"  {format_duration(left_s)} left" if left_s is not None else ""))
-
-    def evaluation(self, result: dict[str, Any]) -> None:
-        """One line per zero-shot set of an evaluated checkpoint."""
-        for name, figures in result["zero_shot"].items():
-            self._print(
-                f"  zero-shot at {result['samples_seen']:,} samples, {name}: "
-                f"top-1 {figures['top1']:.1%} (chance {figures['chance1']:.2%}), "
-                f"top-5 {figures['top5']:.1%} (chance {figures['chance5']:.2%})"
-            )
-
-    def close(self) -> None:
-        self._stop_progress()
-
-    def _stop_progress(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-
-
-class _TimeLeft(ProgressColumn):
-    """Time left by the rate since the start; rich's own estimate jumps with every pause for a checkpoint."""
-
-    def render(self, task: Task) -> Text:
-        left_s = task.fields.get("left_s")
-        return Text(f"{format_duration(left_s)} left" if left_s is not None else "")
-
-
-def figures_table(result: dict[str, Any]) -> Group:
-    """The figures of a summary or an evaluation, each beside its chance level; fits 80 columns."""
-    parts: list[Text | Table] = []
-    for name, figures in result["zero_shot"].items():
-        rows = [_figure(f"top-{k}", figures[f"top{k}"], figures[f"chance{k}"]) for k in (1, 5)]
-        if "pixel_baseline_top1" in figures:
-            rows[0][-1] = f"{figures['pixel_baseline_top1']:.2%}"
-        parts += [Text(f"{name}: zero-shot, {figures['num_classes']:,} classes", style="bold"), _table(rows)]
-    for name, figures in result["retrieval"].items():
-        rows = [
-            _figure(f"{way.replace('_', ' ')} R@{k}", figures[f"{way}_r{k}"], figures[f"{way}_chance{k}"])
-            for way in ("image_to_text", "text_to_image")
-            for k in (1, 5, 10)
-        ]
-        parts += [Text(f"{name}: retrieval, {figures['num_images']:,} images", style="bold"), _table(rows)]
-    for name, figures in result.get("linear_probe", {}).items():
-        row = _figure("top-1", figures["top1"], figures["chance1"])
-        parts += [Text(f"{name}: linear probe, fitted on {figures['num_fit']:,} images", style="bold"), _table([row])]
-    return Group(*parts)
-
-
-def _table(rows: list[list[str]]) -> Table:
-    table = Table(box=None, padding=(0, 0, 0, 2))
-    for column in ("", "result", "chance", "x chance", "pixel neighbour"):
-        width = 20 if not column else len(column)
-        table.add_column(column, justify="right" if column else "left", min_width=width, no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _figure(title: str, value: float, chance: float) -> list[str]:
-    return [title, f"{value:.2%}", f"{chance:.2%}", f"{value / chance:.1f}", ""]

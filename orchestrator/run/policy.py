@@ -140,6 +140,10 @@ class GiveUp:
     reason: str = ""
 
 
+class RunFailed(RuntimeError):
+    """A run that ended by an error in the training workers; the message is for the user."""
+
+
 def after_failure(attempts: Sequence[Attempt], max_failures_per_hour: int) -> Retry | GiveUp:
     """Whether to try again.
 

@@ -84,8 +84,9 @@ def profile_run(config: RunConfig, profile: Profile, console: Console) -> tuple[
         RunFailed: where it failed, or was stopped before it was profiled.
     """
     wanted = profile_config(config, profile)
-    from sigray.orchestrator.run.driver import RunFailed, train
-    from sigray.orchestrator.run.folder import RunFolder
+    from sigray.orchestrator.run.driver import train
+    from sigray.orchestrator.run.policy import RunFailed
+    from sigray.orchestrator.run_folder import RunFolder
 
     train(wanted, console, overwrite=True, profile=profile)
     folder = RunFolder(wanted)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from sigray.orchestrator.config import RunConfig
-from sigray.orchestrator.run.driver import train_job
-from sigray.orchestrator.run.embed import check_store
+from sigray.orchestrator.run.preflight import check_store
+from sigray.orchestrator.run.worker_group import train_job
 from sigray.workers.checkpoint.index import CheckpointInfo
 from sigray.workers.data.buffers import Place
 from sigray.workers.data.manifest import scan_shards

@@ -16,8 +16,8 @@ import ray
 import ray._private.state
 import ray.train.v2.api.data_parallel_trainer as ray_train
 
-from sigray.orchestrator.run import driver as launch
-from sigray.orchestrator.run.driver import LEAN_RAY
+from sigray.orchestrator.run import supervisor
+from sigray.orchestrator.run.ray_session import LEAN_RAY
 from sigray.workers.checkpoint import lease
 
 
@@ -113,8 +113,8 @@ class PlainRay:
         monkeypatch.setattr(ray._private.state.state, "get_draining_nodes", dict)
         monkeypatch.setattr(ray_train, "DataParallelTrainer", self._trainer)
         # It reads the state of a real cluster, for a sentence.
-        monkeypatch.setattr(launch._Run, "_room", lambda run, count: f"no room for {count}")
-        monkeypatch.setattr(launch, "_POLL_S", 0.01)
+        monkeypatch.setattr(supervisor, "_pending_reason", lambda config, count: f"no capacity for {count}")
+        monkeypatch.setattr(supervisor, "_POLL_S", 0.01)
         monkeypatch.setattr(lease, "_SETTLE_S", 0.0)
         # Set first, so that what the driver sets is taken back at the end of the test.
         for name in ("RAY_ADDRESS", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_TRAIN_ENABLE_STATE_TRACKING", *LEAN_RAY):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from tests.mutations.fault import Fault
 from tests.mutations.keys import KEYS
 
-_LAUNCH = "sigray.orchestrator.run.driver:"
-_RUN = "sigray.orchestrator.run.driver:_Run."
+_RUN = "sigray.orchestrator.run."
+_SUPERVISOR = "sigray.orchestrator.run.supervisor:"
 _HERE = "tests/test_keys_arrive.py::test_"
 _DRIVER = "tests/orchestrator/run/test_driver.py::test_a_run_"
 _RESUME = "tests/orchestrator/run/test_resume.py::test_a_changed_key_is_refused_or_free"
@@ -20,21 +20,21 @@ FAULTS = [
     # driver -> job of the training workers
     Fault(
         "devices_per_worker is lost",
-        _LAUNCH + "train_job",
+        _RUN + "worker_group:train_job",
         "config.cluster.num_devices",
         "4",
         _of("cluster.devices_per_worker"),
     ),
     Fault(
         "cpus_per_worker is lost",
-        _LAUNCH + "train_job",
+        _RUN + "worker_group:train_job",
         "config.cluster.cpus_per_worker",
         "1",
         (f"{_HERE}threads_of_a_training_worker",),
     ),
     Fault(
         "micro_batch_size is lost",
-        _LAUNCH + "train_job",
+        _RUN + "worker_group:train_job",
         "config.micro_batch_size(num_workers)",
         "None",
         _of("train.micro_batch_size"),
@@ -71,59 +71,63 @@ FAULTS = [
     # driver -> Ray
     Fault(
         "seed of the data-shard workers is lost",
-        _RUN + "__enter__",
-        "seed=self.config.run.seed",
+        _RUN + "driver:train",
+        "seed=config.run.seed",
         "seed=0",
         _of("run.seed"),
     ),
     Fault(
         "shrink_after_s is lost",
-        _RUN + "_wait_for_room",
-        "self.config.cluster.shrink_after_s",
+        _SUPERVISOR + "Supervisor._wait_for_capacity",
+        "cluster.shrink_after_s",
         "10",
         _of("cluster.shrink_after_s"),
     ),
     Fault(
-        "grow_after_s is lost", _RUN + "_grow", "self.config.cluster.grow_after_s", "60", _of("cluster.grow_after_s")
+        "grow_after_s is lost",
+        _SUPERVISOR + "Supervisor._grow",
+        "self.config.cluster.grow_after_s",
+        "60",
+        _of("cluster.grow_after_s"),
     ),
     Fault(
         "hang_timeout_s is lost",
-        _RUN + "_kill_if_hung",
+        _SUPERVISOR + "Supervisor.__post_init__",
         "self.config.cluster.hang_timeout_s",
         "1800",
         _of("cluster.hang_timeout_s"),
     ),
     Fault(
         "max_failures_per_hour is lost",
-        _RUN + "_judge",
+        _SUPERVISOR + "Supervisor._decide",
         "self.config.cluster.max_failures_per_hour",
         "10",
         _of("cluster.max_failures_per_hour"),
     ),
     Fault(
         "worker_timeout_s is lost",
-        _LAUNCH + "_trainer",
+        _RUN + "worker_group:WorkerGroup.trainer",
         "config.data.worker_timeout_s",
         "120",
         _of("data.worker_timeout_s"),
     ),
     Fault(
         "CPUs of data-shard workers are not counted",
-        _LAUNCH + "ray_of_run",
-        "config.data.cpus_per_worker",
+        _RUN + "ray_session:_own_resources",
+        "data.cpus_per_worker",
         "1",
         _of("data.cpus_per_worker"),
     ),
     Fault(
         "a Ray has room for one trial only",
-        _LAUNCH + "ray_of_run",
+        _RUN + "ray_session:_own_resources",
         "max(1, num_trials)",
         "1",
         (f"{_HERE}a_sweep_has_room_for_all_its_trials",),
     ),
     Fault(
         "resources of training workers are lost",
-        "sigray.orchestrator.run.backends:worker_resources",
+        "sigray.orchestrator.resources:worker_resources",
         "{**resources, **cluster.resources_per_worker}",
         "resources",
         _of("cluster.resources_per_worker"),
@@ -137,8 +141,8 @@ FAULTS = [
     ),
     Fault(
         "block_size is lost where a trial is expected",
-        _RUN + "_expect_reader",
-        "data.block_size",
+        _RUN + "trial:Rungs.__init__",
+        "config.data.block_size",
         "128",
         (f"{_HERE}a_trial_reads_on_from_its_block",),
     ),
@@ -195,21 +199,21 @@ FAULTS = [
     # values that are computed, where the driver hands them on
     Fault(
         "the steps that are left out do not reach the decision about the next bad one",
-        _RUN + "_judge_bad_step",
-        "read_left_out(storage)",
+        _SUPERVISOR + "Supervisor._decide_bad_step",
+        "read_left_out(self._storage)",
         "[]",
         (f"{_DRIVER}goes_back_until_ten_steps_are_left_out[10]",),
     ),
     Fault(
-        "a run grows only where there is room for all of its workers once more",
-        _RUN + "_grow",
+        "a run grows only if all of its workers fit once more",
+        _SUPERVISOR + "Supervisor._grow",
         "other - size",
         "other",
         (f"{_DRIVER}grows_where_there_is_room_for_the_difference[2-asked1]",),
     ),
     Fault(
         "a run that fails has trained for no time",
-        _RUN + "watch",
+        _SUPERVISOR + "Supervisor.run",
         "time.monotonic() - self._training_since",
         "0.0",
         (f"{_DRIVER}that_fails_says_how_long_it_trained",),

@@ -329,7 +329,7 @@ FAULTS = [
     ),
     Fault(
         "the step of a checkpoint is done again in the log",
-        "sigray.orchestrator.run.folder:RunFolder.restore_metrics",
+        "sigray.orchestrator.run_folder:RunFolder.restore_metrics",
         'if line["step"] <= last_step]',
         'if line["step"] < last_step]',
         (f"{_FOLDER}::test_steps_behind_a_checkpoint_are_forgotten",),
@@ -350,7 +350,7 @@ FAULTS = [
     ),
     Fault(
         "a rung falls on the last step before it",
-        "sigray.orchestrator.run.driver:rung_step",
+        "sigray.orchestrator.run.trial:rung_step",
         "-(-samples // global_batch_size)",
         "samples // global_batch_size",
         (f"{_POLICY}::test_a_rung_is_the_first_step_at_or_behind_it",),
@@ -371,7 +371,7 @@ FAULTS = [
     ),
     Fault(
         "workers may be fewer or more than the hosts of a slice",
-        "sigray.orchestrator.run.backends:check_slices",
+        "sigray.orchestrator.resources:check_slices",
         "cluster.worker_range != (hosts, hosts)",
         "hosts not in cluster.worker_range",
         (f"{_PENDING}::test_workers_fill_whole_slices",),

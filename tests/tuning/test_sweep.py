@@ -390,7 +390,7 @@ class Undecided:
         self.asked: list[tuple[int, float]] = []  # samples seen, and CPUs that were free
         self._seconds, self._until = seconds, 0.0
 
-    def heard(self, line: dict[str, float]) -> bool:
+    def record(self, line: dict[str, float]) -> bool:
         return False
 
     def decide(self, evaluation: dict[str, Any], line: dict[str, float]) -> str:
@@ -409,19 +409,20 @@ def test_a_trial_that_waits_long_gives_its_places_to_others_and_repeats_no_step(
     import ray
     from rich.console import Console
 
-    from sigray.orchestrator.run import driver as launch
+    from sigray.orchestrator.run import trial as trial_module
+    from sigray.orchestrator.run.driver import train
     from sigray.workers.data.manifest import scan_shards
     from sigray.workers.data.pool import DataPool, SharedPool
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(launch, "_HOLD_S", 2.0)
+    monkeypatch.setattr(trial_module, "_HOLD_S", 2.0)
     write_study(tmp_path)
     config = load_config(tmp_path / "base.yaml", [f"run.dir={tmp_path}/runs", "checkpoint.save_every_steps=100"])
     ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False)
     try:
         pool = DataPool(scan_shards(config.data.shards, config.data), config.data, config.model, seed=0, window=20)
         trial = Undecided(SharedPool(pool.registry, "trial"), seconds=12)
-        summary = launch.train(config, Console(file=(tmp_path / "log").open("w")), trial=trial)
+        summary = train(config, Console(file=(tmp_path / "log").open("w")), trial=trial)
     finally:
         ray.shutdown()
     assert summary["status"] == "finished"

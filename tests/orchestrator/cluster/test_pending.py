@@ -23,7 +23,7 @@ from sigray.orchestrator.cluster.pending import (
     pending_reason,
 )
 from sigray.orchestrator.config import ClusterConfig
-from sigray.orchestrator.run.backends import check_slices
+from sigray.orchestrator.resources import check_slices
 
 amounts = st.fixed_dictionaries(
     {}, optional={"CPU": st.integers(1, 8), "GPU": st.integers(1, 4), "training": st.integers(1, 2)}

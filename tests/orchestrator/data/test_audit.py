@@ -13,7 +13,7 @@ import torch
 from sigray.orchestrator.cli.main import main
 from sigray.orchestrator.config import RunConfig, parse_config
 from sigray.orchestrator.data.audit import audit_run
-from sigray.orchestrator.run.folder import RunFolder
+from sigray.orchestrator.run_folder import RunFolder
 from sigray.workers.data.loader import Batch
 from sigray.workers.data.manifest import scan_shards
 from sigray.workers.data.worker import build_order

@@ -446,7 +446,7 @@ def test_nothing_is_refused_where_the_memory_is_not_known(monkeypatch):
 
 
 def test_a_groups_pattern_is_checked_before_anything_starts():
-    from sigray.orchestrator.run.driver import check_model_and_sets
+    from sigray.orchestrator.run.preflight import check_model_and_sets
 
     with pytest.raises(ValueError, match="is the first match of no parameter that trains"):
         check_model_and_sets(small("optim.groups=[{match: nothing}]"))

@@ -18,7 +18,7 @@ import yaml
 from sigray.orchestrator.config import load_config
 from sigray.orchestrator.reports.http_server import serve
 from sigray.orchestrator.reports.live_server import RUNS, Pages
-from sigray.orchestrator.run.folder import RunFolder
+from sigray.orchestrator.run_folder import RunFolder
 from sigray.workers.checkpoint.lease import RunLease
 from sigray.workers.storage import Storage
 from tests.helpers.run_folders import CONFIG, HOSTILE, SET, SUMMARY, add_line, evaluation, made, metrics_line, write_run

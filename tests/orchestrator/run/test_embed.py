@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from sigray.orchestrator.config import load_config
-from sigray.orchestrator.run.embed import check_store
+from sigray.orchestrator.run.preflight import check_store
 from sigray.workers.data.manifest import read_samples, scan_shards
 from tests.helpers.data import TOWERS, write_dataset
 from tests.helpers.processes import descendants_named

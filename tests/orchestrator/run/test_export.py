@@ -17,7 +17,7 @@ from PIL import Image
 from sigray.orchestrator.cli.main import main
 from sigray.orchestrator.config import RunConfig, parse_config
 from sigray.orchestrator.run.export import model_card
-from sigray.orchestrator.run.folder import RunFolder
+from sigray.orchestrator.run_folder import RunFolder
 from sigray.workers.checkpoint.index import list_checkpoints
 from sigray.workers.checkpoint.writer import load_weights
 from sigray.workers.data.manifest import scan_shards

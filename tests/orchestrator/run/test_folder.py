@@ -7,7 +7,7 @@ import json
 import pytest
 
 from sigray.orchestrator.config import parse_config
-from sigray.orchestrator.run.folder import METRICS, RunFolder
+from sigray.orchestrator.run_folder import METRICS, RunFolder
 from tests.helpers.data import TOWERS
 
 

@@ -1,4 +1,4 @@
-"""What a Ray of our own leaves behind when it was shut down is ended; nothing else is."""
+"""A run's own Ray leaves no processes after its shutdown, and no other process is killed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from sigray.orchestrator.run import driver as launch
+from sigray.orchestrator.run import ray_session
 
 
 def sleeper(name: str) -> subprocess.Popen[bytes]:
@@ -19,8 +19,8 @@ def sleeper(name: str) -> subprocess.Popen[bytes]:
 def processes():
     started = [sleeper("ray::TrainController"), sleeper("somebody else")]
     deadline = time.monotonic() + 5
-    while len(launch._ray_processes()) < 1 and time.monotonic() < deadline:
-        time.sleep(0.01)  # until bash has become what it is called
+    while len(ray_session._ray_processes()) < 1 and time.monotonic() < deadline:
+        time.sleep(0.01)  # until bash has taken its new name
     yield started
     for process in started:
         process.kill()
@@ -28,23 +28,23 @@ def processes():
 
 
 def test_only_rays_own_workers_are_ended(processes, monkeypatch):
-    monkeypatch.setattr(launch, "_LEFT_S", 0.2)
+    monkeypatch.setattr(ray_session, "_EXIT_TIMEOUT_S", 0.2)
     hung, other = processes
-    found = launch._ray_processes()
+    found = ray_session._ray_processes()
     assert list(found) == [hung.pid]
-    launch._end(found)
+    ray_session._end(found)
     assert hung.wait(timeout=5) == -9
     assert other.poll() is None
 
 
 def test_what_ends_by_itself_is_waited_for_and_a_reused_id_is_left_alone(processes, monkeypatch):
-    monkeypatch.setattr(launch, "_LEFT_S", 60.0)
+    monkeypatch.setattr(ray_session, "_EXIT_TIMEOUT_S", 60.0)
     hung, other = processes
-    launch._end({other.pid: "started at another time", hung.pid: "so too"})  # returns at once
+    ray_session._end({other.pid: "started at another time", hung.pid: "so too"})  # returns at once
     assert (hung.poll(), other.poll()) == (None, None)
-    found = launch._ray_processes()
+    found = ray_session._ray_processes()
     hung.kill()
     hung.wait()
-    launch._end(found)
+    ray_session._end(found)
     with pytest.raises(ProcessLookupError):
         os.kill(hung.pid, 0)

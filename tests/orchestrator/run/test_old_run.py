@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from sigray.orchestrator.config import check_resume
-from sigray.orchestrator.run.folder import RunFolder, read_run
+from sigray.orchestrator.run_folder import RunFolder, read_run
 from sigray.workers.data.manifest import scan_shards
 from tests.helpers.bare import train_bare
 

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sigray.orchestrator.batch import micro_batch, usable_sizes
-from sigray.orchestrator.run.driver import rung_step
 from sigray.orchestrator.run.policy import (
     Attempt,
     Failure,
@@ -19,6 +18,7 @@ from sigray.orchestrator.run.policy import (
     classify_failure,
     wanted_data_workers,
 )
+from sigray.orchestrator.run.trial import rung_step
 from sigray.workers.checkpoint.index import DamagedCheckpoint
 from sigray.workers.data.tar import DataError
 from sigray.workers.storage import StorageError

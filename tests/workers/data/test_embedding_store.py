@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sigray.orchestrator.config import ConfigError, load_config
-from sigray.orchestrator.run.embed import check_store
+from sigray.orchestrator.run.preflight import check_store
 from sigray.workers.config import DataConfig, EmbeddingsConfig, EvalConfig, EvalSet, ModelConfig
 from sigray.workers.data.decode import Decoder, Refused
 from sigray.workers.data.embed import _view_random

@@ -1,0 +1,149 @@
+"""Evaluate the checkpoints of a run beside training, and mark the best one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sigray.orchestrator.config import RunConfig
+from sigray.orchestrator.resources import evaluation_resources
+from sigray.orchestrator.run.policy import RunFailed
+from sigray.orchestrator.run.progress import Display
+from sigray.orchestrator.run.trackers import RunRecords
+from sigray.orchestrator.run.trial import Rungs
+from sigray.orchestrator.run_folder import RunFolder
+from sigray.workers.checkpoint.index import CheckpointInfo, is_committed, list_checkpoints
+from sigray.workers.checkpoint.writer import mark_best, read_best
+
+_MAX_TRIES = 3  # of the evaluation of a rung, which a trial cannot do without
+_WAIT_S = 0.5
+
+
+class Evaluations:
+    """The queue of checkpoints to evaluate.
+
+    One evaluation runs at a time: worker processes of its own would cost each evaluation 15 s of imports.
+
+    Attributes:
+        newest: result of the newest evaluated checkpoint; None before the first.
+    """
+
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, records: RunRecords, rungs: Rungs, display: Display
+    ) -> None:
+        self._config, self._folder, self._display = config, folder, display
+        self._records, self._rungs = records, rungs
+        self._queue: list[CheckpointInfo] = []
+        self._running: tuple[CheckpointInfo, Any] | None = None  # and the reference of its task
+        self._num_failures = 0  # in a row
+        self._saw_checkpoint = False
+        self.newest: dict[str, Any] | None = None
+
+    def add(self, info: CheckpointInfo) -> None:
+        """Queue a checkpoint, if the run has held-out sets."""
+        self._saw_checkpoint = True
+        if self._config.eval.sets:
+            self._queue.append(info)
+
+    def poll(self) -> None:
+        """Take the result of the running evaluation, if it is there, and start the next.
+
+        Raises:
+            RunFailed: if the evaluation of a rung failed each time.
+        """
+        import ray
+
+        if self._running is not None:
+            info, reference = self._running
+            if not ray.wait([reference], timeout=0)[0]:
+                return
+            self._running = None
+            try:
+                self._keep(ray.get(reference))
+                self._num_failures = 0
+            except ray.exceptions.RayError as error:
+                self._failed(info, error)
+        while self._queue and self._running is None:
+            info = self._queue.pop(0)
+            if is_committed(self._folder.storage, info):
+                self._running = info, submit_evaluation(self._config, self._folder, info)
+            else:
+                self._display.say(
+                    f"{info.name} was deleted before its evaluation: raise checkpoint.keep_newest or "
+                    "checkpoint.save_every_steps to evaluate each checkpoint"
+                )
+
+    def finish(self) -> None:
+        """Wait for the queue; a run that had ended before its resume evaluates its newest checkpoint."""
+        import ray
+
+        if not self._saw_checkpoint:
+            for info in list_checkpoints(self._folder.storage)[-1:]:
+                self.add(info)
+            self.poll()
+        while self._running is not None:
+            ray.wait([self._running[1]], timeout=_WAIT_S)
+            self.poll()
+
+    def add_baselines(self) -> None:
+        """Add the configured baselines to the newest result."""
+        if self.newest is not None:
+            add_baselines(self._config, self.newest)
+            self._folder.save_evaluation(self.newest)
+
+    def _failed(self, info: CheckpointInfo, error: Exception) -> None:
+        """Try the evaluation of a rung again; a run without it goes on."""
+        reason = getattr(error, "cause", error)
+        if not self._rungs.needs_evaluation(info.step):
+            self._display.say(f"the evaluation of {info.name} failed, `sigray eval` repeats it: {reason}")
+            return
+        self._num_failures += 1
+        if self._num_failures == _MAX_TRIES:
+            raise RunFailed(f"the evaluation of {info.name} failed each time: {reason}") from error
+        self._queue.insert(0, info)
+
+    def _keep(self, result: dict[str, Any]) -> None:
+        self._records.evaluation(result)
+        self._mark_best(result)
+        if self.newest is None or result["step"] >= self.newest["step"]:
+            self.newest = result
+        self._rungs.evaluated(result)
+
+    def _mark_best(self, result: dict[str, Any]) -> None:
+        """Mark the checkpoint as best if its configured figure is higher than that of the best so far."""
+        path = self._config.checkpoint.keep_best
+        if path is None:
+            return
+        figure: Any = result
+        for name in path.split("."):
+            figure = figure.get(name) if isinstance(figure, dict) else None
+        if not isinstance(figure, float | int):
+            self._display.say(f"checkpoint.keep_best={path} is no figure of the evaluation: nothing is marked as best")
+            return
+        best = read_best(self._folder.storage)
+        if best is None or figure > best[1]:
+            mark_best(self._folder.storage, f"step-{result['step']:010d}", figure)
+
+
+def submit_evaluation(config: RunConfig, folder: RunFolder, info: CheckpointInfo) -> Any:
+    """Start the evaluation of a checkpoint as a Ray task; return the task's reference."""
+    import ray
+
+    from sigray.workers.evaluation.evaluate import evaluate_checkpoint
+    from sigray.workers.evaluation.features import EvaluationJob
+
+    job = EvaluationJob(folder.storage.uri, info, config.model, config.data, config.eval, config.embeddings)
+    resources = evaluation_resources(config.eval)
+    task: Any = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))(evaluate_checkpoint)
+    return task.remote(job)
+
+
+def add_baselines(config: RunConfig, result: dict[str, Any]) -> None:
+    """Add the rate of the pixel neighbour to the zero-shot figures, if the config asks for it."""
+    import ray
+
+    from sigray.workers.evaluation.evaluate import pixel_baseline
+
+    if config.eval.pixel_baseline:
+        baselines = ray.get(ray.remote(num_cpus=1)(pixel_baseline).remote(config.data, config.eval))
+        for name, baseline in baselines.items():
+            result["zero_shot"][name]["pixel_baseline_top1"] = baseline

@@ -1,0 +1,162 @@
+"""Check a run before anything starts: shards, batch, model, held-out sets, memory, embedding store."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from sigray.orchestrator.config import ConfigError, RunConfig
+from sigray.orchestrator.planning.plan import check_memory
+from sigray.orchestrator.resources import check_slices
+from sigray.orchestrator.run.progress import Display
+from sigray.orchestrator.run.ray_session import cluster_address
+from sigray.workers.data.manifest import Manifest, in_threads, list_shards, scan_shards
+from sigray.workers.data.tar import DataError
+
+if TYPE_CHECKING:
+    from sigray.workers.data.embedding_store import EmbeddingStore, StoreFormat
+
+_LINE_S = 10.0  # seconds between two lines of progress
+
+
+def check_run(config: RunConfig, display: Display, *, saved: Manifest | None, is_trial: bool) -> Manifest:
+    """Check a run's config against its shards; return the manifest of the shards.
+
+    Args:
+        saved: the manifest that the run began with; None: the run begins now.
+        is_trial: the sweep has checked model, sets and memory.
+
+    Raises:
+        ConfigError, DataError, OSError: for what the user can fix.
+    """
+    manifest = scan(config, display)
+    check_batch(config, manifest)
+    if saved is not None:
+        changed = saved.differences(manifest)
+        if changed:
+            shown = "\n  ".join(changed[:20])
+            raise DataError(f"the shards changed since the run began, so its order cannot be continued:\n  {shown}")
+    if not is_trial:
+        check_model_and_sets(config)
+        check_memory(config)
+    if config.model.init_from is not None and saved is None:
+        from sigray.workers.model.init_weights import check_initial_weights
+
+        display.say(check_initial_weights(config.model).text())
+    return manifest
+
+
+def scan(config: RunConfig, display: Display) -> Manifest:
+    """Return the manifest of a run's shards, or of their embeddings if the run has a store.
+
+    Headers of unknown shards are read: in tasks of the cluster that the run joins, else in threads of this process.
+    """
+    from sigray.workers.data.pool import in_tasks
+
+    parallel_map = in_tasks if cluster_address(config) else in_threads
+    manifest = scan_shards(config.data.shards, config.data, _ScanProgress(display), parallel_map)
+    if config.embeddings.store is None:
+        return manifest
+    return check_store(config).manifest(manifest, config.data, parallel_map)
+
+
+class _ScanProgress:
+    """Say that headers of shards are read, and how many have been read."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+        self._said_at = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if not done:
+            self._display.say(f"reading the headers of {total:,} shards")
+        elif time.monotonic() - self._said_at > _LINE_S:
+            self._display.say(f"read the headers of {done:,} of {total:,} shards")
+        else:
+            return
+        self._said_at = time.monotonic()
+
+
+def check_batch(config: RunConfig, manifest: Manifest) -> None:
+    """Check that no batch would hold a pair twice.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    from sigray.workers.data.worker import build_order
+
+    batch = config.train.global_batch_size
+    order = build_order(manifest, config.data, config.run.seed)
+    for number, (name, dataset) in enumerate(zip(manifest.datasets(), order.datasets, strict=True)):
+        share = order.num_of_dataset(number, batch)
+        if dataset.num_samples < share:
+            raise ConfigError(
+                f"train.global_batch_size={batch} takes {share} samples of data.shards{'.' + name if name else ''}, "
+                f"which has {dataset.num_samples}: one batch would hold a pair twice and count it as its own negative"
+            )
+
+
+def check_model_and_sets(config: RunConfig) -> None:
+    """Check what needs no cluster: shapes, tokenizer, sets, towers, optimizer, TPU slice."""
+    from sigray.workers.evaluation.datasets import check_set, classes_of, probe_set
+    from sigray.workers.model.inputs import shapes
+    from sigray.workers.model.tokenizer import build_tokenizer
+    from sigray.workers.model.towers import check_model
+    from sigray.workers.training.optim import parameter_groups
+
+    _, context_length, vocab_size = shapes(config.model)
+    build_tokenizer(config.model, context_length, vocab_size)
+    is_stored = config.embeddings.store is not None
+    for name, spec in config.eval.sets.items():
+        for each in [spec, *([probe_set(spec)] if spec.linear_probe is not None else [])]:
+            if check_set(name, each, config.data, is_stored=is_stored) is None:
+                list_shards(each.shards, config.data.s3)
+        if spec.classes:
+            classes_of(spec)
+    parameter_groups(check_model(config.model), config.optim)
+    check_slices(config.cluster)
+
+
+def check_store(config: RunConfig) -> EmbeddingStore:
+    """Return a run's embedding store if the run's tower and preprocessing made it.
+
+    Builds the image tower to take its fingerprint.
+
+    Raises:
+        StoreError: if there is no store, or another tower or preprocessing made it.
+    """
+    store, key, _ = open_store(config)
+    store.check(key)
+    return store
+
+
+def open_store(config: RunConfig) -> tuple[EmbeddingStore, dict[str, Any], StoreFormat]:
+    """Return a run's embedding store without reading it, the store's key and its format."""
+    import torch
+
+    from sigray.workers.data.embedding_store import EmbeddingStore, StoreFormat, store_key
+    from sigray.workers.model.image_towers import tower_sha256
+    from sigray.workers.model.init_weights import build_initial_model
+    from sigray.workers.model.inputs import shapes, tower_config
+
+    if config.embeddings.store is None:
+        raise ConfigError("embeddings.store is not set: give the folder or s3:// prefix of the store")
+    torch.manual_seed(config.run.seed)
+    tower = build_initial_model(config.model).eval().get_submodule("visual")
+    key = store_key(
+        config.model, config.data, config.embeddings, sha256=tower_sha256(tower), precision=config.train.precision
+    )
+    size = shapes(config.model)[0]
+    dim = tower_config(config.model)["embed_dim"]
+    with torch.inference_mode():
+        shape = tuple(tower(torch.zeros(1, 3, size, size)).shape)
+    if len(shape) != 2 or shape[1] != dim:
+        raise ConfigError(
+            f"model: the image tower gives {shape} for one image, the text tower {dim} numbers: set "
+            f"model.towers.embed_dim={shape[-1]}"
+        )
+    return (
+        EmbeddingStore(config.embeddings.store),
+        key,
+        StoreFormat(config.embeddings.dtype, dim, config.embeddings.num_views),
+    )

@@ -1,0 +1,111 @@
+"""Sum up a run: summary.json, the facts of its data, and the environment that it ran in."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from sigray.orchestrator.config import RunConfig
+from sigray.orchestrator.run_folder import RunFolder
+from sigray.workers.data.manifest import Manifest
+
+
+def summarize(
+    config: RunConfig,
+    folder: RunFolder,
+    manifest: Manifest,
+    *,
+    status: str,
+    facts: dict[str, Any],
+    evaluation: dict[str, Any] | None,
+    train_s: float,
+    total_s: float,
+) -> dict[str, Any]:
+    """Return the content of summary.json.
+
+    Args:
+        status: finished, stopped or failed.
+        facts: start-up facts of the newest attempt.
+        evaluation: result of the newest evaluated checkpoint.
+        train_s, total_s: seconds since the training workers were up, and since the driver began.
+    """
+    lines = folder.metrics()
+    newest = lines[-1] if lines else {}
+    evaluation = evaluation or {}
+    return {
+        "name": config.run.name,
+        "status": status,
+        "steps": newest.get("step", 0),
+        "samples_seen": newest.get("samples_seen", 0),
+        "train_s": round(train_s, 1),
+        "total_s": round(total_s, 1),
+        "loss": newest.get("train/loss"),
+        "facts": facts,
+        "data": data_facts(manifest),
+        "embeddings": _embedding_facts(config),
+        "zero_shot": evaluation.get("zero_shot", {}),
+        "retrieval": evaluation.get("retrieval", {}),
+        "linear_probe": evaluation.get("linear_probe", {}),
+        "environment": environment(),
+    }
+
+
+def data_facts(manifest: Manifest) -> dict[str, int]:
+    """Return the number of shards, samples and bytes of a manifest."""
+    return {"shards": len(manifest.shards), "samples": manifest.num_samples, "bytes": manifest.num_bytes}
+
+
+def _embedding_facts(config: RunConfig) -> dict[str, float]:
+    """Return images and seconds that the run's embedding store took; empty without a store."""
+    if config.embeddings.store is None:
+        return {}
+    from sigray.workers.data.embedding_store import EmbeddingStore
+
+    history = EmbeddingStore(config.embeddings.store).history()
+    return {name: sum(entry[name] for entry in history) for name in ("num_images", "seconds")}
+
+
+def environment() -> dict[str, str]:
+    """Return date, commit, versions and hardware, which every quoted result carries."""
+    from importlib.metadata import version
+
+    return {
+        "date": date.today().isoformat(),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("sigray", "torch", "ray", "open-clip-torch", "webdataset")},
+        "hardware": f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
+    }
+
+
+def _commit() -> str:
+    """Return the commit of sigray's source, or "unknown".
+
+    SIGRAY_COMMIT in the environment names the commit of files without their history, as in an image. An installed
+    sigray may be inside a repository of the user, whose commit says nothing about sigray. So git has to track this file.
+    """
+    if os.environ.get("SIGRAY_COMMIT"):
+        return os.environ["SIGRAY_COMMIT"]
+    file = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(file.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", file.name)
+        return git("describe", "--always", "--dirty")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _processor() -> str:
+    """Return the model name of the processor."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

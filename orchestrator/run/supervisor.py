@@ -1,0 +1,426 @@
+"""Supervise the attempts of a run's training workers.
+
+An attempt is one group of training workers, from its start to its end. While it runs, the supervisor takes the events
+of the workers, kills them after a heartbeat timeout, saves a checkpoint before a preemption, and ends the attempt to
+grow. After a failure it does what `policy.py` decides: retry, or give up.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sigray.orchestrator.batch import micro_batch, usable_sizes
+from sigray.orchestrator.config import RunConfig
+from sigray.orchestrator.formatting import format_duration
+from sigray.orchestrator.resources import worker_resources
+from sigray.orchestrator.run.evaluations import Evaluations
+from sigray.orchestrator.run.policy import (
+    Attempt,
+    Failure,
+    GiveUp,
+    Retry,
+    RunFailed,
+    after_bad_step,
+    after_failure,
+    choose_size,
+    classify_failure,
+    wanted_data_workers,
+)
+from sigray.orchestrator.run.progress import Display
+from sigray.orchestrator.run.ray_session import stop_on_signal
+from sigray.orchestrator.run.trackers import RunRecords
+from sigray.orchestrator.run.trial import Rungs
+from sigray.orchestrator.run.worker_group import WorkerGroup
+from sigray.workers.checkpoint.index import CheckpointInfo, list_checkpoints
+from sigray.workers.checkpoint.lease import RunLease
+from sigray.workers.checkpoint.writer import leave_out, read_left_out
+
+if TYPE_CHECKING:
+    from sigray.workers.data.pool import DataPool, SharedPool
+    from sigray.workers.training.step import BadStep
+
+_POLL_S = 0.5
+_PLACEMENT_TIMEOUT_S = 1.0  # of a placement group whose resources are free
+_GROW_POLL_S = 10.0  # between two checks whether more training workers fit
+_PENDING_LINE_S = 30.0  # between two lines that give the pending reason
+
+
+@dataclass
+class Supervisor:
+    """Run attempts until the run is done, asked to stop, or fails for good.
+
+    Attributes:
+        newest_checkpoint: the newest one known; None before the first of this driver.
+        train_s: seconds since the first attempt had its workers up.
+    """
+
+    config: RunConfig
+    group: WorkerGroup
+    lease: RunLease
+    records: RunRecords
+    evaluations: Evaluations
+    rungs: Rungs
+    display: Display
+    newest_checkpoint: CheckpointInfo | None = None
+    train_s: float = 0.0
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _training_since: float | None = None
+    _failed: list[Attempt] = field(default_factory=list)
+    _errors: list[BaseException] = field(default_factory=list)  # of this attempt, from each worker that sent one
+    _first_step: int = 0  # of this attempt
+    _last_step: int = 0  # of the newest line of metrics
+    _draining: set[str] = field(default_factory=set)  # nodes that were already announced
+
+    def __post_init__(self) -> None:
+        self._monitor, self._pool = self.group.monitor, self.group.pool
+        self._storage = self.group.folder.storage
+        self._heartbeat = Heartbeat(self.config.cluster.hang_timeout_s, self.display)
+        self._autoscaler = PoolAutoscaler(self._pool, self.config.data.num_workers, self.display)
+        least, most = self.config.cluster.worker_range
+        self._sizes = usable_sizes(least, most, self.config.train.global_batch_size)
+
+    def run(self) -> str:
+        """Run all attempts; return "finished" or "stopped".
+
+        Raises:
+            RunFailed, DataError: what ended the run.
+        """
+        try:
+            with stop_on_signal(self.ask_to_stop):
+                self._run_attempts()
+        finally:
+            if self._training_since is not None:
+                self.train_s = time.monotonic() - self._training_since
+        return "finished" if self._is_done() else "stopped"
+
+    def ask_to_stop(self) -> None:
+        """Have the training workers write a last checkpoint and end."""
+        self._stop.set()
+        self.display.say("stopping: a last checkpoint is written at the next log interval (again to stop at once)")
+        self._monitor.request.remote("stop")
+
+    def _run_attempts(self) -> None:
+        self._find_open_rung()
+        self._report_unusable_sizes()
+        while not self._stop.is_set():
+            # A trial that released its workers at a rung waits here for the decision.
+            while self.rungs.pending is not None and not self._stop.is_set():
+                self._wait()
+            size = self._wait_for_capacity()
+            if size is None:
+                return
+            self._errors = self._attempt(size)
+            if not self._errors:
+                if self._is_done():
+                    return
+                continue  # the attempt ended to grow, or to release its workers at a rung
+            decision = self._decide()
+            if isinstance(decision, GiveUp):
+                raise _explain_failure(classify_failure(self._errors)[1], decision.reason, self._advice())
+            end = time.monotonic() + decision.pause_s
+            while time.monotonic() < end and not self._stop.is_set():
+                self._wait()
+
+    @property
+    def _saved_step(self) -> int:
+        """Steps done at the newest known checkpoint."""
+        return self.newest_checkpoint.step if self.newest_checkpoint else self.records.facts.get("first_step", 0)
+
+    def _is_done(self) -> bool:
+        return bool(self.records.facts) and self._saved_step >= self.records.facts["num_steps"]
+
+    def _find_open_rung(self) -> None:
+        """Take up the rung at which an earlier driver died after the checkpoint and before the decision."""
+        for info in list_checkpoints(self._storage)[-1:] if self.rungs.steps else []:
+            if self.rungs.was_left_open(info.step):
+                self._take_checkpoint(info)
+
+    # ------------------------------------------------------------------------------------------ one attempt
+
+    def _attempt(self, size: int) -> list[BaseException]:
+        """Run one attempt; return the errors that ended it, none if the workers ended by themselves."""
+        import ray
+
+        self._errors = []
+        self._heartbeat.begin()
+        self._first_step = self._last_step = self._saved_step
+        ray.get(self._monitor.begin.remote("stop" if self._stop.is_set() else "go on"))
+        self.rungs.subscribe(self._saved_step)
+        ended: list[BaseException] = []
+
+        def fit() -> None:
+            try:
+                self.group.trainer(size).fit()
+            except BaseException as error:
+                ended.append(error)
+
+        thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+        thread.start()
+        begin = time.monotonic()
+        grow_checked_at = 0.0
+        while thread.is_alive():
+            self._wait()
+            self.display.waiting(time.monotonic() - begin)
+            self._heartbeat.check()
+            self._save_if_draining()
+            if time.monotonic() - grow_checked_at > _GROW_POLL_S and not self._stop.is_set():
+                grow_checked_at = time.monotonic()
+                self._grow(size, time.monotonic() - begin)
+        self._poll()
+        if not ended:
+            return []
+        failures = getattr(ended[0], "worker_failures", {})
+        cause = getattr(ended[0], "controller_failure", None)
+        return [*self._errors, *failures.values(), *([cause] if cause is not None else []), ended[0]]
+
+    def _wait(self) -> None:
+        time.sleep(_POLL_S)
+        self.lease.check()
+        self._poll()
+
+    def _poll(self) -> None:
+        """Take the events of the training workers, then look after pool, evaluations and rungs."""
+        import ray
+
+        for event in ray.get(self._monitor.take.remote()):
+            self._take(event["kind"], event["content"])
+        self.records.repeat()
+        self._pool.poll()
+        self.evaluations.poll()
+        if self.rungs.decide() == "stop":
+            self._stop.set()
+
+    def _take(self, kind: str, content: Any) -> None:
+        """Take one event of `RayHooks`."""
+        if kind == "joined":
+            self._heartbeat.joined(content)
+            return
+        self._heartbeat.beat()
+        if kind == "started":
+            if self._training_since is None:
+                self._training_since = time.monotonic()
+            self._first_step = self._last_step = content["first_step"]
+            self.records.started(content)
+        elif kind == "metrics":
+            self._last_step = int(content["step"])
+            self.records.metrics(content, getattr(self._pool, "size", None))
+            self._autoscaler.metrics(content)
+            if self.rungs.record(content) and not self._stop.is_set():
+                self.ask_to_stop()
+        elif kind == "checkpoint":
+            self.records.checkpoint()
+            self._take_checkpoint(CheckpointInfo(**content))
+        elif kind == "warning":
+            self.display.say(content)
+        elif kind == "failed":
+            self._errors += content
+
+    def _take_checkpoint(self, info: CheckpointInfo) -> None:
+        self.newest_checkpoint = info
+        self.evaluations.add(info)
+        self.rungs.saved(info.step)
+
+    def _save_if_draining(self) -> None:
+        """Request a checkpoint if Ray knows that a node will be preempted."""
+        for node, deadline_ms in _draining_nodes().items():
+            if node not in self._draining:
+                self._draining.add(node)
+                left = f" in {format_duration(deadline_ms / 1000 - time.time())}" if deadline_ms else ""
+                self.display.say(f"a node will be preempted{left}: saving a checkpoint")
+                self._monitor.request.remote("save")
+
+    # ------------------------------------------------------------------------------------- size of the group
+
+    def _report_unusable_sizes(self) -> None:
+        least, most = self.config.cluster.worker_range
+        unusable = sorted(set(range(least, most + 1)) - set(self._sizes))
+        if unusable:
+            self.display.say(
+                f"not with {', '.join(map(str, unusable))} training workers: "
+                f"train.global_batch_size={self.config.train.global_batch_size} does not divide by that"
+            )
+
+    def _wait_for_capacity(self) -> int | None:
+        """Return how many training workers to start; None if the run is asked to stop meanwhile."""
+        cluster, before = self.config.cluster, self.records.facts.get("world_size")
+        resources = worker_resources(cluster)
+        begin, next_line_s = time.monotonic(), 5.0
+        while not self._stop.is_set():
+            fitting = next((size for size in self._sizes if _fits(resources, size)), 0)
+            waited_s = time.monotonic() - begin
+            size = choose_size(self._sizes, fitting, waited_s, cluster.shrink_after_s)
+            if size is not None:
+                if before not in (None, size):
+                    self.display.say(f"training workers: {before} -> {size}")
+                return size
+            if waited_s > next_line_s:
+                next_line_s += _PENDING_LINE_S
+                self.display.say(f"{_pending_reason(self.config, self._sizes[-1])} ({format_duration(waited_s)})")
+            self._wait()
+        return None
+
+    def _grow(self, size: int, running_s: float) -> None:
+        """If more training workers fit, have this attempt write a checkpoint and end."""
+        larger = [other for other in self._sizes if other > size]
+        if not larger or running_s < self.config.cluster.grow_after_s:
+            return
+        resources = worker_resources(self.config.cluster)
+        wanted = next((other for other in larger if _fits(resources, other - size)), None)
+        if wanted is not None:
+            self.display.say(f"capacity for {wanted} training workers: saving a checkpoint, then starting them")
+            self._monitor.request.remote("stop")
+
+    # ------------------------------------------------------------------------------------------ after a failure
+
+    def _decide(self) -> Retry | GiveUp:
+        """Decide what to do after the errors of an attempt."""
+        from sigray.workers.training.step import BadStep
+
+        failure, error = classify_failure(self._errors)
+        self.records.ended(is_bad_step=isinstance(error, BadStep))
+        if isinstance(error, BadStep):
+            return self._decide_bad_step(error)
+        self._failed.append(Attempt(time.monotonic(), self._first_step, self._last_step, failure, str(error)))
+        decision = after_failure(self._failed, self.config.cluster.max_failures_per_hour)
+        if isinstance(decision, Retry):
+            pause = f" in {format_duration(decision.pause_s)}" if decision.pause_s else ""
+            self.display.say(f"{failure.value}: {_first_line(error)}. Starting the workers again{pause}")
+        return decision
+
+    def _decide_bad_step(self, error: BadStep) -> Retry | GiveUp:
+        decision = after_bad_step(error.step, read_left_out(self._storage), self.config.train.on_bad_loss)
+        if isinstance(decision, Retry):
+            leave_out(self._storage, error.step)
+            self.display.say(f"{error}: going back to the last checkpoint, the batch of step {error.step} is left out")
+        return decision
+
+    def _advice(self) -> str:
+        """Say how to go on after the run has failed."""
+        if not self._saved_step:
+            return "no checkpoint yet"
+        advice = f"go on from step {self._saved_step:,} with `sigray resume {self._storage.uri}`"
+        if self._failed and self._failed[-1].failure is Failure.MEMORY:
+            facts = self.records.facts
+            limit = max(1, facts["micro_batch_size"] // 2)
+            smaller = micro_batch(facts["batch_per_worker"], limit, self.config.cluster.num_devices or 1)
+            advice += f" and train.micro_batch_size={smaller}"
+            if not self.config.train.activation_checkpointing:
+                advice += ", or train.activation_checkpointing=true"
+        return advice
+
+
+class Heartbeat:
+    """Kill the training workers of an attempt after a heartbeat timeout; Ray Train then ends the attempt.
+
+    The first event of the training loop starts the clock. Before it, imports, compilation and the first read of the
+    weights may take longer than any step.
+
+    Args:
+        timeout_s: cluster.hang_timeout_s.
+    """
+
+    def __init__(self, timeout_s: float, display: Display) -> None:
+        self._timeout_s, self._display = timeout_s, display
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin an attempt, with workers that have not joined yet."""
+        self._workers: list[Any] = []  # handles
+        self._last_at: float | None = None
+
+    def joined(self, worker: Any) -> None:
+        """Take the handle of a training worker."""
+        self._workers.append(worker)
+
+    def beat(self) -> None:
+        """Take note of an event of the training loop."""
+        self._last_at = time.monotonic()
+
+    def check(self) -> None:
+        """Kill the workers if their last event is too long ago."""
+        import ray
+
+        if self._last_at is None or time.monotonic() - self._last_at < self._timeout_s:
+            return
+        self._display.say(
+            f"no heartbeat from the training workers for {format_duration(self._timeout_s)}: killing them (if a step "
+            "takes so long, raise cluster.hang_timeout_s)"
+        )
+        self._last_at = time.monotonic()  # the killed workers get the same time to end
+        for worker in self._workers:
+            ray.kill(worker)
+
+
+class PoolAutoscaler:
+    """Resize a run's pool of data-shard workers within data.num_workers; a trial's pool keeps its size."""
+
+    def __init__(self, pool: DataPool | SharedPool, num_workers: int | tuple[int, int], display: Display) -> None:
+        self._pool, self._limits, self._display = pool, num_workers, display
+        self._lines: list[dict[str, float]] = []  # of metrics, since the size last changed
+
+    def metrics(self, line: dict[str, float]) -> None:
+        """Take a line of metrics and resize the pool if the policy says so."""
+        from sigray.workers.data.pool import SharedPool
+
+        if isinstance(self._limits, int) or isinstance(self._pool, SharedPool):
+            return
+        self._lines.append(line)
+        wanted = wanted_data_workers(self._lines, self._pool.size, *self._limits)
+        if wanted != self._pool.size:
+            self._display.say(
+                f"data-shard workers: {self._pool.size} -> {wanted} (data wait {line['data/wait_pct']:.0f} %)"
+            )
+            self._pool.resize(wanted)
+            self._lines = []
+
+
+def _fits(resources: dict[str, float], num_workers: int) -> bool:
+    """Return whether the cluster could start this many more training workers now."""
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    # The sum of free resources does not answer this: they may be spread over several nodes.
+    group = placement_group([resources] * num_workers, strategy="PACK")
+    fits = group.wait(timeout_seconds=_PLACEMENT_TIMEOUT_S)
+    remove_placement_group(group)
+    while ray.util.placement_group_table(group).get("state") not in (None, "REMOVED"):
+        time.sleep(0.02)
+    return fits
+
+
+def _pending_reason(config: RunConfig, num_workers: int) -> str:
+    """Say why this many training workers are pending.
+
+    The run waits even for what the cluster cannot start by itself: hosts are also started by hand, and a changed
+    cluster file comes with another `ray up`.
+    """
+    import ray
+
+    from sigray.orchestrator.cluster.pending import cluster_hosts, demand_of, find_autoscaler, pending_reason
+
+    autoscaler = find_autoscaler(ray.get_runtime_context().gcs_address)
+    return pending_reason(demand_of(config.cluster, num_workers), cluster_hosts(), autoscaler).sentence
+
+
+def _draining_nodes() -> dict[str, int]:
+    """Return the deadlines of draining nodes in milliseconds of Unix time, by node id; 0: unknown."""
+    from ray._private.state import state  # as Ray Train's own watcher; Ray has no public way
+
+    return state.get_draining_nodes()
+
+
+def _explain_failure(error: BaseException, reason: str, advice: str) -> Exception:
+    """Return the cause of a failed run in the user's terms."""
+    if isinstance(error, ValueError):
+        return error
+    why = f": {reason}" if reason else ""
+    return RunFailed(f"training failed{why} ({advice}):\n{error}")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = re.sub(r"^\[[^]]*\] ", "", str(error).strip()).splitlines()  # gloo starts with the place in its source
+    return lines[0].rstrip(".") if lines else type(error).__name__

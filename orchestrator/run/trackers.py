@@ -1,0 +1,107 @@
+"""Record what a run reports: in its folder, TensorBoard, Prometheus, and on the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sigray.orchestrator.config import RunConfig
+from sigray.orchestrator.run.progress import Display
+from sigray.orchestrator.run.summary import data_facts
+from sigray.orchestrator.run_folder import RunFolder
+from sigray.workers.data.manifest import Manifest
+from sigray.workers.metrics import RunMetrics
+
+
+class RunRecords:
+    """Pass each report of a run to all its records.
+
+    Attributes:
+        facts: start-up facts of the newest attempt; empty before the first one.
+    """
+
+    def __init__(self, config: RunConfig, folder: RunFolder, manifest: Manifest, display: Display) -> None:
+        self._folder, self._manifest, self._display = folder, manifest, display
+        self._prometheus = RunMetrics(config.run.name, config.checkpoint.save_every_s)
+        self._tensorboard: TensorBoard | None = None
+        self.facts: dict[str, Any] = {}
+
+    def started(self, facts: dict[str, Any]) -> None:
+        """Begin an attempt: forget the metrics of steps that it repeats."""
+        first_step = facts["first_step"]
+        if self.facts:
+            self._display.say(f"the training workers were restarted and go on from step {first_step:,}", "restart")
+        else:
+            self._display.keep(f"training begins at step {first_step:,}", "note")
+        self.facts = facts
+        self._prometheus.started(facts)
+        self._folder.restore_metrics(first_step)
+        self.close_trackers()
+        self._tensorboard = TensorBoard(self._folder, first_step * facts["global_batch_size"] + 1)
+        self._display.start(str(self._folder.path), facts, data_facts(self._manifest))
+
+    def metrics(self, line: dict[str, float], num_data_workers: int | None) -> None:
+        """Record a line of metrics.
+
+        Args:
+            num_data_workers: data-shard workers of this run; None: the run shares those of a sweep.
+        """
+        self._folder.append_metrics(line)
+        self._display.metrics(line)
+        self._prometheus.line(line, num_data_workers)
+        if self._tensorboard is not None:
+            self._tensorboard.metrics(line)
+
+    def checkpoint(self) -> None:
+        self._prometheus.checkpoint()
+
+    def evaluation(self, result: dict[str, Any]) -> None:
+        self._folder.save_evaluation(result)
+        self._prometheus.evaluation(result)
+        self._display.evaluation(result)
+        if self._tensorboard is not None:
+            self._tensorboard.evaluation(result)
+
+    def ended(self, *, is_bad_step: bool) -> None:
+        """Record the failure of an attempt."""
+        self._prometheus.ended(is_bad_step)
+
+    def repeat(self) -> None:
+        """Send Prometheus its values again: Ray forgets those that are not repeated."""
+        self._prometheus.repeat()
+
+    def close(self) -> None:
+        self._display.close()
+        self.close_trackers()
+
+    def close_trackers(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+class TensorBoard:
+    """Write metrics and evaluations as TensorBoard events, x axis in samples seen.
+
+    Args:
+        folder: of the run.
+        purge_from: samples seen from which on this writer supersedes earlier events.
+    """
+
+    def __init__(self, folder: RunFolder, purge_from: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=purge_from)
+
+    def metrics(self, line: dict[str, float]) -> None:
+        for key, value in line.items():
+            if "/" in key:
+                self._writer.add_scalar(key, value, int(line["samples_seen"]))
+
+    def evaluation(self, result: dict[str, Any]) -> None:
+        for task in ("zero_shot", "retrieval"):
+            for name, figures in result[task].items():
+                for key, value in figures.items():
+                    if not key.startswith("num_"):
+                        self._writer.add_scalar(f"{task}_{name}/{key}", value, result["samples_seen"])
+
+    def close(self) -> None:
+        self._writer.close()

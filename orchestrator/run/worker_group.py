@@ -1,0 +1,116 @@
+"""Build the group of training workers of an attempt: their job, and Ray Train's trainer around it.
+
+Ray Train's trainer is constructed here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sigray.orchestrator.config import RunConfig
+from sigray.orchestrator.run.monitor import RayHooks
+from sigray.orchestrator.run_folder import RunFolder
+from sigray.workers.data.manifest import Manifest
+
+if TYPE_CHECKING:
+    from sigray.workers.data.loader import BlockSource
+    from sigray.workers.data.pool import DataPool, SharedPool
+    from sigray.workers.training.profile import Profile
+    from sigray.workers.training.job import Hooks, TrainJob
+
+
+@dataclass(frozen=True)
+class WorkerGroup:
+    """What all attempts of a run have in common.
+
+    Attributes:
+        monitor: handle of the `RunMonitor`.
+        owner: owner of the run's lease.
+        rungs: steps of a trial's rungs.
+        profile: the steps to profile.
+    """
+
+    config: RunConfig
+    folder: RunFolder
+    manifest: Manifest
+    pool: DataPool | SharedPool
+    monitor: Any
+    owner: str
+    rungs: frozenset[int]
+    profile: Profile | None = None
+
+    def trainer(self, num_workers: int) -> Any:
+        """Return Ray Train's trainer of one attempt; `policy.py` decides about retries."""
+        import ray.train
+
+        # TorchTrainer asks for torch_tpu if there are TPUs, before any code of ours runs.
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+        from sigray.orchestrator.run.backends import backend_config, raise_start_error, scaling_config
+        from sigray.workers.training.train import train_loop_per_worker
+
+        config = self.config
+        hooks = RayHooks(self.monitor)
+        blocks = self.pool.blocks(config.data.worker_timeout_s)
+        job = train_job(config, num_workers, self.manifest, blocks, hooks, self.owner, self.rungs, self.profile)
+
+        def train_worker(_: dict[str, Any]) -> None:
+            hooks.joined()
+            try:
+                raise_start_error()
+                train_loop_per_worker(job)
+            except Exception as error:
+                hooks.failed(error)
+                raise
+
+        self.folder.forget_ray_checkpoints()
+        failure_config: Any = ray.train.FailureConfig  # mypy sees the class of Ray Train v1
+        root, _, name = self.folder.storage.root.rpartition("/")
+        return DataParallelTrainer(
+            train_worker,
+            train_loop_config={},
+            backend_config=backend_config(config.cluster),
+            scaling_config=scaling_config(config.cluster, num_workers),
+            run_config=ray.train.RunConfig(
+                name=name,
+                storage_path=root,
+                storage_filesystem=self.folder.storage.filesystem,
+                failure_config=failure_config(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
+            ),
+        )
+
+
+def train_job(
+    config: RunConfig,
+    num_workers: int,
+    manifest: Manifest,
+    blocks: BlockSource,
+    hooks: Hooks,
+    owner: str | None = None,
+    rungs: frozenset[int] = frozenset(),
+    profile: Profile | None = None,
+) -> TrainJob:
+    """Return what the training workers of a run need to know of its config."""
+    from sigray.workers.training.job import TrainJob
+
+    return TrainJob(
+        data=config.data,
+        model=config.model,
+        train=config.train.model_copy(update={"micro_batch_size": config.micro_batch_size(num_workers)}),
+        loss=config.loss,
+        optim=config.optim,
+        sharding=config.sharding,
+        checkpoint=config.checkpoint,
+        seed=config.run.seed,
+        accelerator=config.cluster.accelerator,
+        devices_per_worker=config.cluster.num_devices,
+        cpus_per_worker=config.cluster.cpus_per_worker,
+        manifest=manifest,
+        storage_uri=config.storage_uri,
+        owner=owner,
+        blocks=blocks,
+        hooks=hooks,
+        rungs=rungs,
+        profile=profile,
+    )
