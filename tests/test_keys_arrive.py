@@ -51,7 +51,7 @@ from sigray.workers.data.label_noise import Noise
 from sigray.workers.data.loader import Batch
 from sigray.workers.data.manifest import Shard, open_shard, scan_shards
 from sigray.workers.data.order import StreamOrder
-from sigray.workers.data.pool import PoolBlocks
+from sigray.workers.data.pool import DataPool, PoolBlocks
 from sigray.workers.data.s3 import GiveUp, S3Stream
 from sigray.workers.data.tar import DataError
 from sigray.workers.data.worker import Block, DataWorker
@@ -221,10 +221,9 @@ def test_a_sweep_has_room_for_all_its_trials(configure, plain):
 
 def test_a_trial_reads_on_from_its_block(configure, plain):
     expected: list[int] = []
-    pool = types.SimpleNamespace(expect=expected.append, close=lambda: None)
+    pool = types.SimpleNamespace(subscribe=expected.append)
     trial = types.SimpleNamespace(pool=pool, rungs=(), passed=frozenset())
     config = configure(data={"num_lanes": 2, "block_size": 4})
-    manifest = scan_shards(config.data.shards, config.data)
     Rungs(config, RunFolder(config), None, trial).subscribe(10)
     assert expected == [10]  # 80 samples, 40 of each lane
 
