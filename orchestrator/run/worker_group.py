@@ -16,8 +16,8 @@ from sigray.workers.data.manifest import Manifest
 if TYPE_CHECKING:
     from sigray.workers.data.loader import BlockSource
     from sigray.workers.data.pool import DataPool, SharedPool
-    from sigray.workers.training.profile import Profile
     from sigray.workers.training.job import Hooks, TrainJob
+    from sigray.workers.training.profile import Profile
 
 
 @dataclass(frozen=True)
