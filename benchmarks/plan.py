@@ -1,18 +1,18 @@
-"""How far is `sigray plan` from the truth?
+"""Compare the predictions of `sigray plan` with measurements and with the paper.
 
-`memory_error_max`: predicted against measured memory of a training step on this CPU, for four configurations, each in
-a fresh process that runs the real `sigray.workers.training.step.Trainer`. Measured is by how much the resident set grows at most during
-a step that begins without gradients, and how large it is then; the larger error of the two counts. As in
-benchmarks/step.py the allocator gives freed blocks back: what counts is what is held. The growth with glibc's own
-settings is printed beside it.
+`memory_error_max`: predicted and measured memory of a training step on this CPU, for four configurations. Each runs the
+real `sigray.workers.training.step.Trainer` in a fresh process. Measured are the largest growth of the resident set
+during a step that begins without gradients, and its size then; the larger error of the two counts. As in
+benchmarks/step.py the allocator returns freed blocks, so only live memory counts. The growth with glibc's own settings
+is printed beside it.
 
 `paper_days_error_max`: predicted days of the five runs of the paper's table 1 (arXiv 2303.15343 v4), from the configs
-in examples/, against the paper's. Where the paper says less than so many days, a prediction below that has no error.
-All rows rest on one assumption about the TPU v4, `sigray.orchestrator.planning.devices.UTILISATION`; which utilisation would make each
+in examples/, and the paper's. If the paper gives only a bound, a prediction below the bound has no error. All rows rest
+on one assumption about the TPU v4, `UTILISATION` in orchestrator/planning/devices.py. The utilisation that would make a
 row exact is printed beside it.
 
-`paper_batch_ratio`: the largest global batch that the plan fits on four TPU v4 in one piece, without micro-batches and
-with activation checkpointing as in the example, over the paper's 4,096 (section 4.2).
+`paper_batch_ratio`: the largest global batch that the plan fits on four TPU v4 in one piece, over the paper's 4,096
+(section 4.2). It uses no micro-batches, and activation checkpointing as the example does.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ import torch
 from benchmarks.common import ROOT, peak_growth_mib, random_batch, report, status_mib, trainer_of
 from sigray.orchestrator.config import RunConfig, load_config
 from sigray.orchestrator.planning.devices import DEVICES, GIB
-from sigray.orchestrator.planning.plan import default_num_devices, largest_batch, plan, run_device, this_cpu
+from sigray.orchestrator.planning.plan import default_num_devices, largest_batch, plan, run_device
+from sigray.orchestrator.planning.this_machine import this_cpu
 
 MIB = 2**20
 PAPER_BATCH = 4096
@@ -103,7 +104,7 @@ def measure_apart(name: str, **environment: str) -> dict[str, float]:
 def compare_memory(name: str) -> dict[str, float]:
     """Predicted and measured, MiB, and both errors."""
     config = cpu_config(name)
-    found = plan(config, this_cpu(1, torch.get_num_threads()), 1)
+    found = plan(config, this_cpu(1, torch.get_num_threads()))
     standing = ("weights", "optimizer state", "framework")
     rest = ("input batches", "checkpoint copy")  # there is one batch here, and no checkpoint
     growth = max(
@@ -127,9 +128,9 @@ def compare_memory(name: str) -> dict[str, float]:
 def compare_days(example: str, days: float, is_bound: bool) -> dict[str, float]:
     """Predicted days, their error, and the utilisation that would make them the paper's."""
     config = load_config(ROOT / "examples" / f"{example}.yaml")
-    kind = run_device(config)
-    assert kind is not None
-    found = plan(config, kind, default_num_devices(config, kind))
+    device = run_device(config)
+    assert device is not None
+    found = plan(config, device, default_num_devices(config, device))
     assert found.fits, example
     error = found.days / days - 1
     return {
@@ -137,7 +138,7 @@ def compare_days(example: str, days: float, is_bound: bool) -> dict[str, float]:
         "paper_days": days,
         "is_bound": is_bound,
         "error": max(0.0, error) if is_bound else abs(error),
-        "utilisation_of_the_paper": kind.utilisation
+        "utilisation_of_the_paper": found.device.utilisation
         * found.compute_s
         / (days * 86_400 / found.num_steps - found.wire_s),
         "peak_gib": found.peak.total / GIB,

@@ -60,11 +60,11 @@ def plan(options: Namespace, console: Console) -> int:
     config = load_config(options.config, options.overrides)
     from sigray.orchestrator.planning.plan import check_fits, default_num_devices, plan, run_device, tables
 
-    kind = run_device(config, options.device, options.devices)
-    if kind is None:
+    device = options.device or run_device(config)
+    if device is None:
         raise ConfigError("which device? Give --device or cluster.device: " + ", ".join([CPU, *DEVICES]))
-    num_devices = options.devices or default_num_devices(config, kind)
-    predicted = plan(config, kind, num_devices, price_per_hour=options.price_per_hour)
+    num_devices = options.devices or default_num_devices(config, device)
+    predicted = plan(config, device, num_devices, price_per_hour=options.price_per_hour)
     if options.json:
         print(json.dumps(predicted.as_dict(), indent=1))
     else:

@@ -1,7 +1,7 @@
-"""What the towers cost, counted on tensors without memory: bytes held, floating-point operations.
+"""Count the bytes and floating-point operations of the towers, without memory.
 
-The towers, their backward pass and the optimizer are run as `sigray.workers.training.step.Trainer` runs them, on torch's fake tensors,
-so anything that open_clip and timm can build is counted, with autocast, locked towers and dropout as they are.
+Towers, backward pass and optimizer run as `workers/training/step.py` runs them, on torch's fake tensors. So the counts
+cover everything that open_clip and timm can build, with autocast, locked towers and dropout as they are.
 """
 
 from __future__ import annotations
@@ -37,19 +37,20 @@ from sigray.workers.training.optim import build_optimizer
 
 @dataclass(frozen=True)
 class TowerCosts:
-    """What one micro-batch through the towers, and one update, take on a device. Bytes beyond the weights, if not said.
+    """Costs of one micro-batch through the towers and of one update on a device.
 
     Attributes:
         embed_dim: D.
-        parameters: numbers of them: visual, text, trained.
-        weights: bytes of all parameters and buffers that the device holds.
+        parameters: numbers of parameters: visual, text, trained.
+        weights: bytes of all parameters and buffers that the device holds. Peaks do not include them.
         optimizer_state: bytes.
-        gradients: bytes of all.
-        embed_peak: most at once in a forward pass without a graph.
-        graph: what a forward pass leaves for its backward pass, features included.
-        peak: most at once in forward and backward pass, gradients of weights included.
-        gradients_at_peak: of these, gradients of weights: behind the first micro-batch all, else those made by then.
-        update_peak: most at once in clipping and optimizer, beyond gradients and state.
+        gradients: bytes of the gradients of all weights.
+        embed_peak: peak bytes of a forward pass without a graph.
+        graph: bytes that a forward pass keeps for its backward pass, features included.
+        peak: peak bytes of forward and backward pass, gradients of weights included.
+        gradients_at_peak: bytes of gradients of weights in `peak`: all after the first micro-batch, before that those
+            made so far.
+        update_peak: peak bytes of clipping and optimizer, beyond gradients and state.
         flops: of a micro-batch: forward of each tower, forward again, backward.
     """
 
@@ -67,10 +68,11 @@ class TowerCosts:
 
 
 def gathered_bytes(model: ModelConfig) -> int:
-    """What a device holds whole at once where weights are split (`sharding.weights`), with its gradients: bytes.
+    """Return the bytes that a device gathers at once if weights are split.
 
-    Of each tower what belongs to no block, from its forward pass until its backward pass; and two blocks, the one that
-    computes and the next, which is on its way (FSDP2 as `sigray.workers.device` sets it up).
+    With `sharding.weights: split` these are the weights of each tower outside its blocks, from forward to backward
+    pass, and two blocks: the block that computes and the next, which is prefetched (FSDP2 as `workers/device.py` sets
+    it up). Their gradients count too.
     """
     module = build_meta_model(model)
     rest, largest = 0, 0
@@ -94,13 +96,13 @@ def measure_towers(
     activation_checkpointing: bool = False,
     stored_embeddings: bool = False,
 ) -> TowerCosts:
-    """Run towers and optimizer as `sigray.workers.training.step.Trainer` does, without memory or arithmetic, and count.
+    """Run towers and optimizer as `Trainer` does, without memory, and count.
 
     Args:
         num_pairs: of the micro-batch.
         cached: whether a step has several micro-batches: then each is embedded twice.
-        plain_attention: attention as torch spells it out, which keeps the attention weights for the backward pass
-            (XLA), and not in one kernel that computes them again (CPU, CUDA).
+        plain_attention: use torch's plain attention, which keeps the attention weights for the backward pass (XLA),
+            not the one kernel that computes them again (CPU, CUDA).
         activation_checkpointing: as in the config.
         stored_embeddings: never run the locked tower.
     """
@@ -127,7 +129,8 @@ def _measure_towers(
     activation_checkpointing: bool,
     stored_embeddings: bool,
 ) -> TowerCosts:
-    model, optim = ModelConfig.model_validate_json(model_json), OptimConfig(name=optimizer_name)
+    model = ModelConfig.model_validate_json(model_json)
+    optim = OptimConfig(name=optimizer_name)
     size, context_length, _ = shapes(model)
     running = [tower for tower in TOWERS if not (stored_embeddings and tower in model.locked)]
     training = [tower for tower in TOWERS if tower not in model.locked]
@@ -138,7 +141,7 @@ def _measure_towers(
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if plain_attention:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        module = module.to_empty(device="cpu")  # no memory either, but torch's autocast takes it for a CPU's
+        module = module.to_empty(device="cpu")  # no memory, but for torch's autocast the device is a CPU
         images = torch.empty(num_pairs, size, size, 3, dtype=torch.uint8)
         tokens = torch.empty(num_pairs, context_length, dtype=torch.int32)
         counter = stack.enter_context(Counter([*module.parameters(), *module.buffers(), images, tokens]))
@@ -166,10 +169,11 @@ def _measure_towers(
         if cached:
             with torch.no_grad():
                 embed(running)
-            flops, embed_peak = forward_flops(), counter.peak
+            flops = forward_flops()
+            embed_peak = counter.peak
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         gradients = sum(map(_num_bytes, parameters))
-        if cached:  # as from the second micro-batch on
+        if cached:  # as in the second micro-batch and later
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
         counter.watch(parameters)
@@ -178,7 +182,9 @@ def _measure_towers(
             flops["forward again"] = counter.flops
         else:
             flops = forward_flops()
-        dim, graph, forward = features[0].shape[1], counter.now, counter.flops
+        dim = features[0].shape[1]
+        graph = counter.now
+        forward = counter.flops
         features = [part for part in features if part.requires_grad]
         torch.autograd.backward(features, [torch.empty_like(part) for part in features])
         del features
@@ -186,7 +192,7 @@ def _measure_towers(
         if cached:
             peak, gradients_at_peak = gradients + peak, gradients
         flops["backward"] = counter.flops - forward
-        for parameter in parameters:  # those that only the loss reads have none yet
+        for parameter in parameters:  # parameters that only the loss reads have no gradient yet
             parameter.grad = torch.empty_like(parameter)
         optimizer = build_optimizer(module, optim, {"fused": True})
         counter.start()
@@ -216,18 +222,18 @@ def _measure_towers(
 
 
 class Counter(TorchDispatchMode):
-    """Counts, while it is entered, the bytes that tensors hold and the floating-point operations.
+    """Counts bytes of tensors and floating-point operations in a `with` block.
 
-    What is held is known to the byte: each new storage adds its size, and takes it away when it is freed, whoever held
-    it (a variable, the autograd graph, a gradient). Memory that operations take and free inside themselves is not seen.
+    The count is exact to the byte: each new storage adds its size, and subtracts it when it is freed, if its owner was
+    a variable, the autograd graph or a gradient. Memory that an operation allocates and frees itself is not counted.
 
     Args:
-        known: tensors that are there already and do not count, nor do views of them.
+        known: tensors that exist already; they and views of them do not count.
 
     Attributes:
         now: bytes held, since `start`.
         peak: most of them at once.
-        gradients_at_peak: of the peak, gradients of the parameters that are watched.
+        gradients_at_peak: bytes of gradients of the watched parameters in the peak.
         flops: since `start`, of matrix products, convolutions and attention; multiplication and addition are two.
     """
 
@@ -239,13 +245,13 @@ class Counter(TorchDispatchMode):
             self._see(tensor, counts=False)
 
     def start(self) -> None:
-        """Count from here on; what is held now belongs to what was before."""
+        """Start to count; bytes held now do not count."""
         self.now = self.peak = self.gradients_at_peak = self._gradients = 0
         self.flops = 0.0
         self._alive = dict.fromkeys(self._alive, 0)
 
     def watch(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Tell gradients from the rest of a peak."""
+        """Count the gradients of these parameters in each peak."""
 
         def count(parameter: torch.Tensor) -> None:
             self._gradients += _num_bytes(parameter)
@@ -279,7 +285,7 @@ class Counter(TorchDispatchMode):
 
 
 def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> int:
-    """Two products: (heads, L, d) with (heads, d, M), and back."""
+    """Count two products: (heads, L, d) with (heads, d, M), and back."""
     batch, heads, length, dim = query.shape
     return 2 * batch * heads * length * key.shape[2] * (dim + value.shape[3])
 
@@ -287,18 +293,21 @@ def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 def _attention_layer_flops(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, width: int, num_heads: int, *_: Any, **__: Any
 ) -> int:
-    """Projections of query, key and value, attention, projection of the output (torch's layer in evaluation mode)."""
+    """Count torch's attention layer in evaluation mode.
+
+    Projections of query, key and value, attention, projection of the output.
+    """
     batch, length = query.shape[:2]
     return 2 * batch * length * width * (4 * width + 2 * length)
 
 
 def _attention_backward_flops(grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *_: Any, **__: Any) -> int:
-    """Five products: the weights once more, then their gradient and those of query, key and value."""
+    """Count five products: weights again, gradients of weights, query, key, value."""
     batch, heads, length, dim = query.shape
     return 2 * batch * heads * length * key.shape[2] * (3 * dim + 2 * grad.shape[3])
 
 
-# Of attention in one kernel, torch counts only CUDA's.
+# Of the attention kernels, torch counts only CUDA's.
 _FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,

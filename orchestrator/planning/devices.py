@@ -1,4 +1,4 @@
-"""What a plan knows of the devices: memory, speed and links, each with its source. Imports no torch.
+"""Known devices: memory, speed and links, with sources. Imports no torch.
 
 Vendors print peaks, and no training reaches them. `UTILISATION` is the one assumption that turns a peak into a speed;
 docs/plan.md compares it with the paper's runs.
@@ -14,19 +14,21 @@ from pydantic import AfterValidator
 GB, GIB = 10**9, 2**30
 
 UTILISATION = 0.35
-"""Part of a TPU's peak that the operations of a step reach, second forward passes counted. Known from outside: so
-counted, PaLM reached 0.58 on TPU v4, with matrices 24 times as wide as a Base tower's (arXiv 2204.02311, section 4.1).
-The paper's runs on TPU v4 check it (benchmarks/plan.py)."""
+"""Fraction of a TPU's peak that a step reaches, second forward passes included.
+
+PaLM, counted in the same way, reached 0.58 on TPU v4, with matrices 24 times as wide as a Base tower's (arXiv
+2204.02311, section 4.1). The paper's runs on TPU v4 check it (benchmarks/plan.py)."""
 GPU_UTILISATION = 0.25
-"""The same for a GPU: Base towers on an H100 reached 0.22 to 0.28 (benchmarks/results/2026-11-26-gpu.json). No other
-kind was measured."""
+"""Fraction of a GPU's peak that a step reaches.
+
+Base towers on an H100 reached 0.22 to 0.28 (benchmarks/results/2026-11-26-gpu.json). No other kind was measured."""
 COMPILED = 1.2
-"""How much faster train.compile_blocks makes a step on a GPU: 1.21 and 1.27 there."""
+"""Speedup of a step on a GPU by train.compile_blocks: 1.21 and 1.27 in that file."""
 
 
 @dataclass(frozen=True)
 class DeviceKind:
-    """One sort of device.
+    """A kind of device.
 
     Attributes:
         name: as cluster.device names it.
@@ -35,13 +37,13 @@ class DeviceKind:
         peak_bf16: dense matrix products, FLOP/s.
         peak_fp32: the same for train.precision=fp32.
         peak_tf32: the same for tf32.
-        utilisation: part of the peak that a step reaches.
+        utilisation: fraction of the peak that a step reaches.
         framework: bytes that a process holds on the device before the first tensor.
-        ring_bytes_per_s: what one device can send on a ring, both directions together, inside an island.
-        island: devices that are linked so.
-        network_bytes_per_s: what one device can send to another island.
-        per_host: devices of one training worker where the config does not say.
-        source: where the figures stand.
+        ring_bytes_per_s: bandwidth of one device on a ring inside an island, both directions together.
+        island: number of devices with such links.
+        network_bytes_per_s: bandwidth of one device to another island.
+        per_host: devices of one training worker if the config names no number.
+        source: of the figures.
     """
 
     name: str
@@ -59,18 +61,18 @@ class DeviceKind:
     source: str
 
     def peak(self, precision: str) -> float:
-        """FLOP/s of matrix products with train.precision."""
+        """Return the FLOP/s of matrix products with train.precision."""
         return {"bf16": self.peak_bf16, "tf32": self.peak_tf32, "fp32": self.peak_fp32}[precision]
 
     def link(self, num_devices: int) -> float:
-        """Bytes per second that each of so many devices can send on a ring through all of them."""
+        """Return the bytes per second that a device can send on a ring of all."""
         return self.ring_bytes_per_s if num_devices <= self.island else self.network_bytes_per_s
 
 
 def _tpu(
     name: str, memory: float, tflops: float, axis_gb_s: float, pod: int, per_host: int, network_gb_s: float, page: str
 ) -> DeviceKind:
-    # XLA takes float32 products in passes of bfloat16, one at its default precision (tf32 here), six at the highest.
+    # XLA computes float32 products in bfloat16 passes: one at its default precision (tf32 here), six at the highest.
     peak = tflops * 1e12
     return DeviceKind(
         name,
@@ -116,8 +118,8 @@ def _gpu(
     )
 
 
-# Memory is decimal where the vendor says GB and binary where it says GiB. GPUs are the SXM variants, in hosts of eight
-# with one 200 (A100) or 400 Gbit/s (H100, H200) network card each, as in the vendor's own DGX; L4s talk over PCIe.
+# Memory is decimal if the vendor says GB and binary if it says GiB. GPUs are the SXM variants, in hosts of eight. Each
+# has a network card of 200 (A100) or 400 Gbit/s (H100, H200), as in the vendor's own DGX. L4s are linked by PCIe.
 DEVICES = {
     kind.name: kind
     for kind in (
@@ -133,7 +135,7 @@ DEVICES = {
     )
 }
 CPU = "cpu"
-"""The name of this machine, which `sigray.orchestrator.planning.plan.this_cpu` looks at."""
+"""The name of this machine, which `this_machine.py` measures."""
 
 
 def _known(name: str) -> str:

@@ -18,11 +18,11 @@ from rich.console import Console
 from sigray.losses import Negatives, ring_sigmoid_loss, ring_softmax_loss
 from sigray.orchestrator.cli.main import main
 from sigray.orchestrator.config import ConfigError, load_config, override, parse_config
-from sigray.orchestrator.planning import plan as plan_module
 from sigray.orchestrator.planning.count import Counter, measure_towers
 from sigray.orchestrator.planning.devices import DEVICES, GIB
 from sigray.orchestrator.planning.plan import (
     DECODE_S,
+    FITS,
     DoesNotFit,
     check_fits,
     check_memory,
@@ -31,10 +31,11 @@ from sigray.orchestrator.planning.plan import (
     largest_micro_batch,
     loss_bytes,
     plan,
+    product_bytes,
     run_device,
-    this_cpu,
     wire_bytes,
 )
+from sigray.orchestrator.planning.this_machine import machine_memory, this_cpu
 from sigray.workers.config import LossConfig, ModelConfig, OptimConfig
 from sigray.workers.data.loader import Batch
 from sigray.workers.device import open_device
@@ -182,7 +183,7 @@ def ring_peak(rank, world_size, num_pairs, dim, dtype, loss, tile_size):
 def test_a_ring_holds_and_sends_what_was_predicted(rank_groups, world_size, dtype, loss):
     num_pairs, dim, tile_size = 512, 64, 128
     f = torch.empty((), dtype=dtype).element_size()
-    products = plan_module._product_bytes("bf16" if f == 2 else "fp32", "cpu")
+    products = product_bytes("bf16" if f == 2 else "fp32", "cpu")
     predicted = loss_bytes(loss, num_pairs, dim, world_size, f, products, tile_size)
     # On a busy machine a message that is late holds its buffer for longer: the best of three.
     for _ in range(3):
@@ -259,7 +260,7 @@ def test_what_does_not_fit_is_told_that_checkpointing_would():
         small(f"model.towers={json.dumps(deep)}", f"train.activation_checkpointing={on}") for on in ("false", "true")
     )
     between = (plan(whole, CPU, 1).peak.total + plan(less, CPU, 1).peak.total) / 2
-    kind = dataclasses.replace(CPU, memory=between / plan_module.FITS)
+    kind = dataclasses.replace(CPU, memory=between / FITS)
     check_fits(plan(less, kind, 1), less)
     with pytest.raises(DoesNotFit, match=r"fits.*, and so does train\.activation_checkpointing=true alone"):
         check_fits(plan(whole, kind, 1), whole)
@@ -358,9 +359,9 @@ def test_a_twentieth_of_the_memory_stays_free():
 def test_the_demos_are_planned_on_this_machine(path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = load_config(path)
-    kind = run_device(config)
-    found = plan(config, kind, default_num_devices(config, kind))
-    assert kind.name == "cpu"
+    device = run_device(config)
+    found = plan(config, device, default_num_devices(config, device))
+    assert found.device.name == device == "cpu"
     assert found.num_devices == config.cluster.worker_range[1] * config.cluster.num_devices
     assert found.num_steps == -(-config.train.num_samples // config.train.global_batch_size)
 
@@ -380,7 +381,7 @@ def test_the_speed_of_data_workers_is_the_measured():
 
 def test_speed_of_this_machine_is_measured():
     kind = this_cpu(2, 1)
-    assert kind.memory == plan_module.machine_memory() / 2
+    assert kind.memory == machine_memory() / 2
     assert 1e9 < kind.peak_fp32 < 1e14  # between a phone's core and a large server
 
 
@@ -427,7 +428,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_starts(monkeypatch, ta
     from sigray.orchestrator.run.driver import train
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(plan_module, "machine_memory", lambda: 16 * 2**20)
+    monkeypatch.setattr("sigray.orchestrator.planning.this_machine.machine_memory", lambda: 16 * 2**20)
     monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray was started"))
     batch = ["train.global_batch_size=64", "cluster.num_workers=2"]
     config = small(f"run.dir={tmp_path}", f"data.shards={tar_folder}", *batch)
@@ -437,7 +438,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_starts(monkeypatch, ta
 
 
 def test_nothing_is_refused_where_the_memory_is_not_known(monkeypatch):
-    monkeypatch.setattr(plan_module, "machine_memory", lambda: 16 * 2**20)
+    monkeypatch.setattr("sigray.orchestrator.planning.this_machine.machine_memory", lambda: 16 * 2**20)
     check_memory(small("cluster.address=auto"))
     check_memory(small("cluster.accelerator=cuda"))
     batch = ["train.global_batch_size=1048576", "train.num_samples=1048576"]
@@ -499,6 +500,14 @@ def test_without_a_device_the_command_takes_this_machine_or_asks(small_yaml, cap
     assert "which device? Give --device or cluster.device: cpu, tpu-v4" in capsys.readouterr().err
 
 
+def test_a_device_may_be_given_by_name():
+    assert plan(small(), "l4").as_dict() == plan(small(), DEVICES["l4"], 1).as_dict()
+    on_cpu = plan(small(), "cpu", 2)
+    assert on_cpu.device.memory == machine_memory() / 2
+    with pytest.raises(ConfigError, match="no device 'h900' is known: cpu, tpu-v4"):
+        plan(small(), "h900")
+
+
 def test_help_has_examples(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["plan", "--help"])
@@ -512,13 +521,13 @@ def test_help_has_examples(capsys):
 
 def predicted_days(path: Path) -> dict[str, float]:
     config = load_config(path)
-    kind = run_device(config)
-    num_devices = default_num_devices(config, kind)
-    found = plan(config, kind, num_devices)
+    device = run_device(config)
+    num_devices = default_num_devices(config, device)
+    found = plan(config, device, num_devices)
     assert found.fits, path
     if config.embeddings.store is None:
         return {"live": found.days}
-    return {"stored": found.days, "live": plan(load_config(path, ["embeddings.store=null"]), kind, num_devices).days}
+    return {"stored": found.days, "live": plan(load_config(path, ["embeddings.store=null"]), device, num_devices).days}
 
 
 @pytest.mark.parametrize("path", sorted(Path("examples").glob("sigl*.yaml")), ids=lambda path: path.stem)

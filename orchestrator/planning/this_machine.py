@@ -1,0 +1,70 @@
+"""This machine as a device: its memory, and its speed from a few matrix products."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from sigray.orchestrator.planning.devices import CPU, GB, GIB, DeviceKind
+
+_FRAMEWORK = 0.95 * GIB  # resident set of a training worker after its imports, measured (torch's CUDA build)
+_UTILISATION = 0.5  # of the speed of a large product, see docs/plan.md
+_RING_BYTES_PER_S = 1.0 * GB  # gloo over loopback; between hosts: 10 Gbit/s Ethernet
+
+
+def this_cpu(num_workers: int, threads: int) -> DeviceKind:
+    """Return this machine as the device of each of `num_workers` training workers.
+
+    Times matrix products for a fifth of a second.
+
+    Args:
+        threads: of each training worker.
+    """
+    speed = {dtype: _product_speed(dtype, threads) for dtype in ("float32", "bfloat16")}
+    return DeviceKind(
+        name=CPU,
+        accelerators=("cpu", "xla_cpu"),
+        memory=machine_memory() / num_workers,
+        peak_bf16=speed["bfloat16"],
+        peak_fp32=speed["float32"],
+        peak_tf32=speed["float32"],
+        utilisation=_UTILISATION,
+        framework=_FRAMEWORK,
+        ring_bytes_per_s=_RING_BYTES_PER_S,
+        island=num_workers,
+        network_bytes_per_s=_RING_BYTES_PER_S,
+        per_host=1,
+        source=f"products timed on this machine, {threads} thread{'s' * (threads > 1)} a worker",
+    )
+
+
+def machine_memory() -> int:
+    """Return the bytes of this machine, or of the container around this process."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def _product_speed(dtype: str, threads: int) -> float:
+    """Return the FLOP/s of products as a Base tower has them, the best of several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        kind = getattr(torch, dtype)
+        a, b = torch.ones(1024, 768, dtype=kind), torch.ones(768, 768, dtype=kind)
+        best = math.inf
+        until = time.perf_counter() + 0.1
+        while time.perf_counter() < until:
+            begin = time.perf_counter()
+            torch.mm(a, b)
+            best = min(best, time.perf_counter() - begin)
+    finally:
+        torch.set_num_threads(before)
+    return 2 * 1024 * 768 * 768 / best
