@@ -87,7 +87,7 @@ def check_parts(order: StreamOrder) -> None:
     """The parts of 1,000 workers are the batch; nobody computes this in a run, so its time is not counted."""
     parts = [order.rank_part(7, BATCH, rank, NUM_WORKERS) for rank in range(0, NUM_WORKERS, 50)]
     assert all(sum(piece.stop - piece.start for piece in part) == BATCH // NUM_WORKERS for part in parts)
-    assert sum(piece.stop - piece.start for piece in order.batch(7, BATCH)) == BATCH
+    assert sum(piece.stop - piece.start for piece in order.rank_part(7, BATCH, 0, 1)) == BATCH
 
 
 def locate(order: StreamOrder) -> None:

@@ -1,19 +1,19 @@
-"""Members of a sample to an image of fixed size and one caption, or the reason why not.
+"""Decode a sample's members to an image of fixed size and a caption, or refuse it.
 
     H, W  height and width of the encoded image, upright        S  image size in pixels
 
-A sample comes as its members: ending -> content, endings in lower case, contents bytes or views of a mapped file. An
-image goes straight into its row of the batch, (S, S, 3) uint8. What is random about a sample (the box that is cropped,
-the caption that is drawn) is a function of the run's seed and the sample's place, `sample_random`; nothing else is
-carried from one sample to the next, so any worker gives the same answer at any time.
+A sample is its members: ending -> content. Endings are in lower case; contents are bytes or views of a mapped file. An
+image goes straight into its row of the batch, (S, S, 3) uint8. The random choices of a sample (the crop box, the
+caption) are a function of the run's seed and the sample's position, `sample_random`. No state passes from one sample
+to the next, so any worker gives the same result at any time.
 
-A refused sample is a `Refused` with a short reason, never an exception that ends a run: `data_worker.py` counts the
-reasons and replaces the sample.
+A refused sample raises `Refused` with a short reason. `workers/data/worker.py` counts the reasons and replaces the
+sample; the run continues.
 
 The fast path is a JPEG: libjpeg-turbo by simplejpeg, whose pixels equal Pillow's, then `resize.py`. For a photo of 380
-to 512 px to 224, decoding takes 930 to 1,010 us, resizing 190 to 240 (`python -m benchmarks.resize`), all else some 80
-(one core of a busy Xeon). Buffers that are used again in place of the allocator's changed nothing: 1 page fault per
-image and not 13, both within 1 % of the time.
+to 512 px to 224, decoding takes 930 to 1,010 us, resizing 190 to 240 (`python -m benchmarks.resize`), and the rest
+about 80 (one core of a busy Xeon). Reused buffers in place of the allocator's gained nothing: 1 page fault per image
+instead of 13, times within 1 %.
 """
 
 from __future__ import annotations
@@ -40,33 +40,37 @@ Members = Mapping[str, bytes | memoryview]
 # Pillow's own limit warns at one size and raises at twice that. Ours is data.max_image_pixels, checked before loading.
 Image.MAX_IMAGE_PIXELS = None
 
-# What Pillow may open. It knows forty formats more, among them EPS, for which it starts Ghostscript.
+# What Pillow may open. Pillow knows forty formats more, among them EPS, for which it starts Ghostscript.
 _FORMATS = ("PNG", "WEBP", "JPEG", "GIF", "BMP", "TIFF")
 _JPEG_START = b"\xff\xd8\xff"
 
-# Of several unusable captions, the reason that tells most comes first.
+# From the most to the least specific reason.
 _CAPTION_REASONS = ("caption is not UTF-8", "unreadable json caption", "empty caption", "no caption")
 
+# `crop: center` cuts a longer image to this aspect before resizing: 1 x 89,000,000 pixels would become
+# 224 x 20,000,000,000.
 _MAX_ASPECT = 8
-"""An image longer than this times its width is cut to it before `crop: center` resizes all of it: 1 x 89,000,000
-pixels would become 224 x 20,000,000,000."""
 
 
 class Refused(Exception):
-    """A sample that cannot be used; the message is its reason, the same words for every sample with that fault."""
+    """A sample that cannot be used; the message is one of a few fixed reasons."""
 
 
 @dataclass(frozen=True)
 class SampleRandom:
     """Random numbers of one sample in one epoch: a separate stream for each purpose.
 
-    By a hash (1.5 us for eight) and not by numpy's generators, whose floats may change with its version.
+    From a hash (1.5 us for eight numbers), because the floats of numpy's generators may change with its version.
     """
 
     place: bytes
 
     def uniforms(self, purpose: str) -> Iterator[float]:
-        """Endless numbers in [0, 1); the same for the same place and purpose (16 ASCII characters at most)."""
+        """Yield endless numbers in [0, 1), a function of place and purpose.
+
+        Args:
+            purpose: at most 16 ASCII characters.
+        """
         for counter in itertools.count():
             content = self.place + struct.pack("<Q", counter)
             digest = hashlib.blake2b(content, digest_size=64, person=purpose.encode()).digest()
@@ -75,29 +79,30 @@ class SampleRandom:
 
 
 def sample_random(seed: int, epoch: int, shard: int, index: int) -> SampleRandom:
-    """The random numbers of the sample at `index` in shard number `shard` of the manifest."""
+    """Return the random numbers of a sample: number `index` in shard number `shard`."""
     return SampleRandom(struct.pack("<4q", seed, epoch, shard, index))
 
 
 class Decoder:
-    """Decodes samples as a config asks.
+    """Decodes samples as a config says.
 
     Args:
-        data: its image_keys, captions, crop settings and max_image_pixels.
+        data: section of the config with image_keys, captions, crop settings and max_image_pixels.
         image_size: S.
     """
 
     def __init__(self, data: DataConfig, image_size: int) -> None:
-        self._data, self._image_size = data, image_size
+        self._data = data
+        self._image_size = image_size
         self._captions = sorted(data.captions.items(), key=lambda source: -source[1])
 
     def decode_image(self, members: Members, out: np.ndarray, random: SampleRandom | None) -> None:
-        """The sample's image into `out`, (S, S, 3) uint8, C-contiguous.
+        """Decode the sample's image into `out`, (S, S, 3) uint8, C-contiguous.
 
-        Transparent parts come out white, and a picture stands as its EXIF orientation says.
+        Transparent parts become white, and the EXIF orientation is applied.
 
         Args:
-            random: where the config says `crop: random`, the box is its; None for evaluation, which takes the centre.
+            random: draws the box of `crop: random`; None for evaluation, which takes the centre.
 
         Raises:
             Refused: "no image", "unreadable image", "image too large".
@@ -113,20 +118,20 @@ class Decoder:
         resize(_cut(pixels, *box), out, size=out.shape[:2])
 
     def choose_caption(self, members: Members, random: SampleRandom | None) -> str:
-        """One of the sample's captions, drawn by weight among those that are usable.
+        """Return one of the sample's usable captions, drawn by weight.
 
         Args:
-            random: None for evaluation, which takes the one with the most weight, the first of equals.
+            random: None for evaluation, which takes the caption with the most weight, the first of equals.
 
         Raises:
-            Refused: where none is usable, with the reason that tells most: "caption is not UTF-8", "unreadable json
-                caption", "empty caption", "no caption".
+            Refused: no caption is usable. The most specific reason: "caption is not UTF-8", "unreadable json caption",
+                "empty caption", "no caption".
         """
         sources = self._captions
         uniforms: Iterator[float] = itertools.repeat(0.0)
         if random is not None:
-            # A race of exponential clocks: the first is i with probability w_i / sum w, and among any subset alike.
-            # So sources are looked at in the order of arrival until one is usable, and JSON is read only if it is due.
+            # Exponential arrival times: source i is first with probability w_i / sum w, and so among any subset. So
+            # sources are tried in the order of arrival until one is usable, and JSON is parsed only if it is needed.
             uniforms = random.uniforms("caption")
             sources = sorted(sources, key=lambda source: -math.log1p(-next(uniforms)) / source[1])
         reasons = []
@@ -149,28 +154,30 @@ class Decoder:
 def random_box(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], uniforms: Iterator[float]
 ) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random box in an image, as torchvision's RandomResizedCrop draws it.
+    """Draw a box (top, left, height, width) as torchvision's RandomResizedCrop does.
 
     Args:
-        scale: smallest and largest part of the image's area.
-        ratio: smallest and largest width / height; its logarithm is uniform.
+        scale: range of the box's part of the image's area.
+        ratio: range of width / height, whose logarithm is uniform.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
         area = height * width * (scale[0] + (scale[1] - scale[0]) * next(uniforms))
         aspect = math.exp(low + (high - low) * next(uniforms))
-        box_height, box_width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        box_height = round(math.sqrt(area / aspect))
+        box_width = round(math.sqrt(area * aspect))
         if 0 < box_height <= height and 0 < box_width <= width:
-            top, left = int(next(uniforms) * (height - box_height + 1)), int(next(uniforms) * (width - box_width + 1))
+            top = int(next(uniforms) * (height - box_height + 1))
+            left = int(next(uniforms) * (width - box_width + 1))
             return top, left, box_height, box_width
-    # As much of the centre as the ratio allows: with a scale of 0.9 to 1 a third of all photos come here.
+    # As much of the centre as the ratio allows: the case of a third of all photos with a scale of 0.9 to 1.
     box_height = min(height, max(1, round(width / ratio[0])))
     box_width = min(width, max(1, round(height * ratio[1])))
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
 def decode_pixels(content: bytes | memoryview, max_pixels: int) -> np.ndarray:
-    """An encoded image, whole and upright, as (H, W, 3) uint8; maybe a read-only or strided view.
+    """Decode an image upright to (H, W, 3) uint8, perhaps a read-only or strided view.
 
     Raises:
         Refused: "unreadable image", "image too large".
@@ -181,7 +188,7 @@ def decode_pixels(content: bytes | memoryview, max_pixels: int) -> np.ndarray:
             if height * width > max_pixels:
                 raise Refused("image too large")
             if colours not in ("CMYK", "YCCK"):  # libjpeg does not convert those to RGB
-                # strict: damaged entropy bytes, over which libjpeg only warns and fills with grey, raise.
+                # Strict by default: damaged entropy bytes raise. libjpeg alone warns, and fills with grey.
                 return _upright(simplejpeg.decode_jpeg(content, "RGB"), _jpeg_orientation(content))
         return _decode_with_pillow(content, max_pixels)
     except Refused:
@@ -196,9 +203,9 @@ def _decode_with_pillow(content: bytes | memoryview, max_pixels: int) -> np.ndar
             raise Refused("image too large")
         file.load()
         image: Image.Image = file
-        with contextlib.suppress(Exception):  # EXIF that cannot be read does not turn the picture
+        with contextlib.suppress(Exception):  # unreadable EXIF does not turn the picture
             image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):  # Pillow clips 16 bit grey to white where it converts it
+        if image.mode.startswith("I"):  # Pillow's conversion clips 16-bit grey to white
             deep = np.asarray(image).clip(0, 65535).astype(np.uint32)
             grey = ((deep * 255 + 32767) // 65535).astype(np.uint8)
             grey[deep == image.info.get("transparency", -1)] = 255
@@ -210,7 +217,7 @@ def _decode_with_pillow(content: bytes | memoryview, max_pixels: int) -> np.ndar
 
 
 def _jpeg_orientation(content: bytes | memoryview) -> int:
-    """EXIF orientation, 1 to 8; 1 where there is none. Looks at the segments before the tables only."""
+    """Return the EXIF orientation, 1 to 8, of the first segments; 1 if there is none."""
     place = 2
     while content[place] == 0xFF and (0xE0 <= content[place + 1] <= 0xEF or content[place + 1] == 0xFE):
         end = place + 2 + int.from_bytes(content[place + 2 : place + 4], "big")
@@ -235,9 +242,10 @@ def _exif_orientation(tiff: bytes | memoryview) -> int:
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """A view of (H, W, 3) pixels turned and mirrored as an EXIF orientation says."""
+    """Return a view of (H, W, 3) pixels, turned and mirrored by an EXIF orientation."""
     if orientation > 4:
-        pixels, orientation = pixels.swapaxes(0, 1), orientation - 4
+        pixels = pixels.swapaxes(0, 1)
+        orientation -= 4
     down, right = {1: (1, 1), 2: (1, -1), 3: (-1, -1), 4: (-1, 1)}[orientation]
     return pixels[::down, ::right]
 
@@ -247,21 +255,23 @@ def _cut(pixels: np.ndarray, top: int, left: int, height: int, width: int) -> np
 
 
 def _resize_and_cut_centre(pixels: np.ndarray, out: np.ndarray) -> None:
-    """The shorter side resized to S, the centre cut out."""
-    size, (height, width) = len(out), pixels.shape[:2]
-    longest = _MAX_ASPECT * min(height, width)
-    if max(height, width) > longest:
-        kept_height, kept_width = min(height, longest), min(width, longest)
-        pixels = _cut(pixels, (height - kept_height) // 2, (width - kept_width) // 2, kept_height, kept_width)
-        height, width = kept_height, kept_width
+    """Resize the shorter side to S and cut the centre out."""
+    size = len(out)
+    longest = _MAX_ASPECT * min(pixels.shape[:2])
+    height, width = (min(length, longest) for length in pixels.shape[:2])
+    pixels = _cut(pixels, (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2, height, width)
     scale = size / min(height, width)
-    resized_height, resized_width = max(size, round(height * scale)), max(size, round(width * scale))
+    resized_height, resized_width = (max(size, round(length * scale)) for length in (height, width))
     corner = (resized_height - size) // 2, (resized_width - size) // 2
     resize(pixels, out, size=(resized_height, resized_width), corner=corner)
 
 
 def captions_at(source: str, members: Members) -> list[str]:
-    """The captions that a source of data.captions has for a sample, one or more, none empty."""
+    """Return the non-empty captions that a source of data.captions has for a sample.
+
+    Raises:
+        Refused: the source has no usable caption.
+    """
     path = source.removeprefix("json:")
     content = members.get(source if path == source else "json")
     if content is None:
@@ -278,7 +288,7 @@ def captions_at(source: str, members: Members) -> list[str]:
 
 
 def _strings_in_json(text: str, path: str) -> list[str]:
-    """The string, or the list of strings, at a dotted path."""
+    """Return the string or the strings at a dotted path."""
     try:
         value = json.loads(text)
         for name in path.split("."):
@@ -288,7 +298,7 @@ def _strings_in_json(text: str, path: str) -> list[str]:
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list):
             raise TypeError(f"neither a string nor a list: {type(texts)}")
-        "".join(texts).encode()  # json accepts half of a surrogate pair ("\ud83d"), a tokenizer does not
+        "".join(texts).encode()  # json accepts half of a surrogate pair ("\ud83d"), tokenizers do not
     except (ValueError, TypeError, RecursionError) as error:  # RecursionError: a hundred thousand opening brackets
         raise Refused("unreadable json caption") from error
     return texts

@@ -1,24 +1,26 @@
-"""Which sample stands where: pure arithmetic from (shard sizes, seed, position). No files, no state.
+"""Compute which sample stands where from shard sizes, seed and position.
 
     N  samples in an epoch     L  lanes     B  global batch size     R  training workers
 
-Epochs follow each other without a gap, so a run is one endless sequence of positions p = 0, 1, 2, ... Step k takes
-the positions [k B, (k + 1) B). Position p belongs to lane p mod L, as its (p div L)-th sample.
+Pure arithmetic: no files, no state. Epochs follow each other without a gap, so a run is one endless sequence of
+positions p = 0, 1, 2, ... Step k takes the positions [k B, (k + 1) B). Position p belongs to lane p mod L, as its
+(p div L)-th sample.
 
-In each epoch the shards are permuted and laid end to end; that line of N samples is cut into L segments whose lengths
-differ by one at most (as mosaicml-streaming's `partition/` cuts an epoch), each segment into windows, and the samples
-of a window are permuted. Lane l of epoch e reads segment (l - e N) mod L, which makes the count come out: in every
-epoch each lane holds exactly the positions of its segment, whatever N and L are, and every sample appears once.
+In each epoch the shards are permuted and laid end to end. The line of N samples is cut into L segments whose lengths
+differ by at most one, as mosaicml-streaming's `partition/` cuts an epoch. Each segment is cut into windows, and the
+samples of a window are permuted. Lane l of epoch e reads segment (l - e N) mod L. So in every epoch each lane holds
+exactly the positions of its segment, whatever N and L are, and every sample appears once.
 
-Several datasets are mixed by weight: a fixed cycle of positions says whose turn it is, so that every stretch of the
-run has each dataset's share to within one sample. Each dataset is a stream as above with L lanes of its own, and has
-its own epochs.
+Several datasets are mixed by weight. A fixed cycle assigns each position to a dataset, so every stretch of the run has
+each dataset's share to within one sample. Each dataset is a stream as above with L lanes and epochs of its own.
 
-Nothing here depends on how many workers train or decode. The tests check the same statements sample by sample.
+Nothing here depends on the number of training workers or data-shard workers. The tests check each statement above
+sample by sample.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,7 +29,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class SampleRef:
-    """One sample of one epoch of its dataset: `index` counts inside shard number `shard` of the manifest."""
+    """One sample of one epoch: number `index` in shard number `shard` of the manifest."""
 
     epoch: int
     shard: int
@@ -35,13 +37,13 @@ class SampleRef:
 
     @property
     def in_manifest(self) -> tuple[int, int]:
-        """The same in every epoch."""
+        """Return what is the same in every epoch: (shard, index)."""
         return self.shard, self.index
 
 
 @dataclass(frozen=True)
 class Window:
-    """Samples that are shuffled together: neighbours on the epoch's line from `start` on."""
+    """Samples that are shuffled together: neighbours on the epoch's line from `start`."""
 
     epoch: int
     start: int
@@ -62,9 +64,9 @@ class DatasetOrder:
 
     Args:
         shard_sizes: samples in each shard, in the manifest's order.
-        seed: the run's seed, and the number of the dataset where there are several.
+        seed: the run's seed, and the number of the dataset unless it is 0.
         num_lanes: L.
-        shuffle_window: upper bound of a window's length; the windows of a segment are of equal length, within one.
+        shuffle_window: upper bound of a window's length; the lengths of a segment's windows differ by at most one.
         first_shard: number of the first shard in the manifest.
 
     Attributes:
@@ -82,21 +84,23 @@ class DatasetOrder:
     ) -> None:
         self.shard_sizes = np.array(shard_sizes, dtype=np.int64)
         self.num_samples = int(self.shard_sizes.sum())
-        self.seed, self.num_lanes, self.shuffle_window = seed, num_lanes, shuffle_window
+        self.seed = seed
+        self.num_lanes = num_lanes
+        self.shuffle_window = shuffle_window
         self.first_shard = first_shard
-        # Each lane is inside one window.
-        self._lines: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._windows: dict[int, Window] = {}
+        self._lines: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by epoch
+        self._windows: dict[int, Window] = {}  # by lane: the newest
 
     def window(self, lane: int, index: int) -> tuple[Window, int]:
-        """The window that holds the lane's sample number `index`, and that sample's slot in it."""
+        """Return the window of the lane's sample number `index`, and its slot there."""
         epoch, position = divmod(index * self.num_lanes + lane, self.num_samples)
         offset, segment = divmod(position, self.num_lanes)
         small, num_larger = divmod(self.num_samples, self.num_lanes)
         length = small + (segment < num_larger)
         num_windows = -(-length // self.shuffle_window)
         number = ((offset + 1) * num_windows - 1) // length
-        first, last = number * length // num_windows, (number + 1) * length // num_windows
+        first = number * length // num_windows
+        last = (number + 1) * length // num_windows
         start = segment * small + min(segment, num_larger) + first
         known = self._windows.get(lane)
         if known is None or (known.epoch, known.start) != (epoch, start):
@@ -105,14 +109,14 @@ class DatasetOrder:
         return known, offset - first
 
     def locate(self, epoch: int, line_position: int) -> SampleRef:
-        """The sample at a place of the epoch's line of permuted shards."""
+        """Return the sample at a position of the epoch's line of permuted shards."""
         shards, ends = self._line(epoch)
         number = int(np.searchsorted(ends, line_position, side="right"))
         before = int(ends[number - 1]) if number else 0
         return SampleRef(epoch, self.first_shard + int(shards[number]), line_position - before)
 
     def locate_all(self, epoch: int, line_positions: np.ndarray) -> np.ndarray:
-        """As `locate`, for (n,) positions: (n, 3) int64 of epoch, shard, index."""
+        """Return (n, 3) int64 of epoch, shard, index for (n,) positions, as `locate`."""
         shards, ends = self._line(epoch)
         numbers = np.searchsorted(ends, line_positions, side="right")
         before = ends[numbers] - self.shard_sizes[shards[numbers]]
@@ -120,12 +124,12 @@ class DatasetOrder:
         return np.stack(columns, axis=1).astype(np.int64, copy=False)
 
     def _line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shards in the order of this epoch, and where each ends on the line."""
+        """Return the shards in the order of this epoch, and the end of each on the line."""
         line = self._lines.get(epoch)
         if line is None:
             shards = _permutation(len(self.shard_sizes), (*self.seed, 0, epoch))
             line = shards, np.cumsum(self.shard_sizes[shards])
-            # Replaced as a whole: other threads read it. Lanes are in two epochs at most, their read-ahead in a third.
+            # Replaced as a whole: other threads read it. Lanes are in at most two epochs, their prefetch in a third.
             self._lines = {known: self._lines[known] for known in sorted(self._lines)[-2:]} | {epoch: line}
         return line
 
@@ -133,7 +137,7 @@ class DatasetOrder:
 class StreamOrder:
     """The order of one run: one dataset, or several mixed by weight.
 
-    Lanes are numbered through: lane l of dataset d is lane d L + l of the run.
+    Lane l of dataset d is lane d L + l of the run.
 
     Args:
         datasets: for each dataset, the samples in each of its shards, in the manifest's order.
@@ -156,64 +160,50 @@ class StreamOrder:
         shuffle_window: int,
     ) -> None:
         self.num_lanes = num_lanes
-        self.datasets, first_shard = [], 0
+        self.datasets = []
+        of_dataset = functools.partial(DatasetOrder, num_lanes=num_lanes, shuffle_window=shuffle_window)
+        first_shard = 0
         for number, shard_sizes in enumerate(datasets):
-            # A run with one dataset has the order that it had before there were several.
-            seeds = (seed, number) if number else (seed,)
-            self.datasets.append(
-                DatasetOrder(
-                    shard_sizes,
-                    seed=seeds,
-                    num_lanes=num_lanes,
-                    shuffle_window=shuffle_window,
-                    first_shard=first_shard,
-                )
-            )
+            seeds = (seed, number) if number else (seed,)  # a run with one dataset keeps the order of older releases
+            self.datasets.append(of_dataset(shard_sizes, seed=seeds, first_shard=first_shard))
             first_shard += len(shard_sizes)
         self.num_samples = sum(dataset.num_samples for dataset in self.datasets)
         self._turns = _turns(weights)
 
-    def batch(self, step: int, global_batch_size: int) -> list[LaneSlice]:
-        """The global batch of a step, lane by lane: the canonical order of its pairs on any number of ranks."""
-        slices = []
-        for number in range(len(self.datasets)):
-            first = self.num_of_dataset(number, step * global_batch_size)
-            last = self.num_of_dataset(number, (step + 1) * global_batch_size)
-            for lane in range(self.num_lanes):
-                start, stop = (-(-(position - lane) // self.num_lanes) for position in (first, last))
-                if start < stop:
-                    slices.append(LaneSlice(number * self.num_lanes + lane, start, stop))
-        return slices
-
     def next_index(self, lane: int, step: int, global_batch_size: int) -> int:
-        """The first sample of a lane that no step before `step` takes."""
+        """Return the first sample of a lane that no step before `step` takes."""
         dataset, lane = divmod(lane, self.num_lanes)
         return -(-(self.num_of_dataset(dataset, step * global_batch_size) - lane) // self.num_lanes)
 
     def rank_part(self, step: int, global_batch_size: int, rank: int, world_size: int) -> list[LaneSlice]:
-        """Rank's equal, contiguous part of `batch`.
+        """Return the rank's equal, contiguous part of a step's global batch.
+
+        The global batch is sorted by lane on any number of ranks; rank 0 of 1 has all of it.
 
         Raises:
-            ValueError: where world_size does not divide global_batch_size.
+            ValueError: world_size does not divide global_batch_size.
         """
         if global_batch_size % world_size:
             raise ValueError(f"global_batch_size {global_batch_size} does not divide by {world_size} training workers")
         size = global_batch_size // world_size
         starts, stops = self._bounds(step, global_batch_size)
         ends = np.cumsum(stops - starts)  # of each lane's piece, counted in the batch
-        begin, end, part = rank * size, (rank + 1) * size, []
+        begin = rank * size
+        end = begin + size
+        part = []
         for lane in range(int(np.searchsorted(ends, begin, side="right")), len(ends)):
             slot = int(ends[lane]) - int(stops[lane] - starts[lane])
             if slot >= end:
                 break
             start = int(starts[lane])
-            low, high = start + max(begin - slot, 0), start + min(end, int(ends[lane])) - slot
+            low = start + max(begin - slot, 0)
+            high = start + min(end, int(ends[lane])) - slot
             if low < high:
                 part.append(LaneSlice(lane, low, high))
         return part
 
     def _bounds(self, step: int, global_batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where each lane's piece of a step begins and ends; as `batch`, for thousands of lanes at once."""
+        """Return the first sample and the end of each lane's piece of a step."""
         lanes = np.arange(self.num_lanes)
         edges = [
             -(-(self.num_of_dataset(number, steps * global_batch_size) - lanes) // self.num_lanes)
@@ -224,16 +214,18 @@ class StreamOrder:
         return np.concatenate(edges[:half]), np.concatenate(edges[half:])
 
     def dataset_of(self, lane: int) -> DatasetOrder:
-        """The dataset that a lane reads."""
+        """Return the dataset that a lane reads."""
         return self.datasets[lane // self.num_lanes]
 
     def window(self, lane: int, index: int) -> tuple[Window, int]:
-        """The window that holds the lane's sample number `index`, and that sample's slot in it."""
+        """Return the window of the lane's sample number `index`, and its slot there."""
         return self.dataset_of(lane).window(lane % self.num_lanes, index)
 
     def places(self, piece: LaneSlice) -> np.ndarray:
-        """The samples of a lane slice: (stop - start, 3) int64 of epoch, shard, index."""
-        dataset, parts, index = self.dataset_of(piece.lane), [], piece.start
+        """Return a lane slice's samples: (stop - start, 3) int64 of epoch, shard, index."""
+        dataset = self.dataset_of(piece.lane)
+        parts = []
+        index = piece.start
         while index < piece.stop:
             window, slot = self.window(piece.lane, index)
             positions = window.start + window.permutation[slot : slot + piece.stop - index]
@@ -242,7 +234,7 @@ class StreamOrder:
         return np.concatenate(parts) if parts else np.empty((0, 3), np.int64)
 
     def num_of_dataset(self, dataset: int, num_samples: int) -> int:
-        """How many of the run's first `num_samples` samples come from a dataset."""
+        """Return how many of the run's first `num_samples` samples are of a dataset."""
         cycles, rest = divmod(num_samples, self._turns.shape[1] - 1)
         return int(cycles * self._turns[dataset, -1] + self._turns[dataset, rest])
 
@@ -251,10 +243,10 @@ _CYCLE = 4096
 
 
 def _turns(weights: Sequence[float]) -> np.ndarray:
-    """(datasets, cycle + 1): how many of the first p positions of a cycle belong to each dataset.
+    """Return (datasets, cycle + 1) counts of each dataset's first p cycle positions.
 
-    Each dataset gets its share of the cycle's 4,096 positions, rounded by largest remainder and at least one; the
-    turns are those of the smooth weighted round robin, which keeps every stretch within one sample of the shares.
+    Each dataset gets its share of the cycle's 4,096 positions, rounded by largest remainder and at least one. The
+    positions follow the smooth weighted round robin, which keeps every stretch within one sample of the shares.
     """
     if len(weights) == 1:
         return np.array([[0, 1]])
@@ -263,7 +255,8 @@ def _turns(weights: Sequence[float]) -> np.ndarray:
     for number in np.argsort(-(shares - counts), kind="stable")[: max(_CYCLE - int(counts.sum()), 0)]:
         counts[number] += 1
     counts[np.argmax(counts)] -= counts.sum() - _CYCLE
-    credit, turns = np.zeros(len(counts), np.int64), np.zeros((len(counts), _CYCLE + 1), np.int64)
+    credit = np.zeros(len(counts), np.int64)
+    turns = np.zeros((len(counts), _CYCLE + 1), np.int64)
     for position in range(_CYCLE):
         credit += counts
         chosen = int(np.argmax(credit))
@@ -274,6 +267,6 @@ def _turns(weights: Sequence[float]) -> np.ndarray:
 
 
 def _permutation(length: int, seed: tuple[int, ...]) -> np.ndarray:
-    # RandomState's streams are frozen by numpy's compatibility policy (NEP 19); Generator's may change with a
-    # release, and a run must resume under another numpy.
+    # RandomState's streams are frozen by numpy's compatibility policy (NEP 19). Generator's may change with a release,
+    # and a run must resume under another numpy.
     return np.random.RandomState(list(seed)).permutation(length)

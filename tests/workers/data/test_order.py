@@ -40,7 +40,7 @@ def test_every_sample_once_per_epoch(order):
 @given(order=orders, batch=st.sampled_from([12, 24]), step=st.integers(0, 20))
 def test_ranks_cut_the_same_global_batch(order, batch, step):
     assume(order.num_samples)
-    whole = [ref for piece in order.batch(step, batch) for ref in samples_of(order, piece)]
+    whole = [ref for piece in order.rank_part(step, batch, 0, 1) for ref in samples_of(order, piece)]
     positions = [sample_at(order, position) for position in range(step * batch, (step + 1) * batch)]
     assert Counter(whole) == Counter(positions)
     for world_size in (1, 2, 3, 4, 6):
@@ -67,7 +67,7 @@ def test_seed_and_epoch_change_the_order():
 
 
 def test_order_of_a_release_is_pinned():
-    """A resumed run computes its order anew: should these numbers change, old runs no longer resume."""
+    """A resumed run computes its order again: should these numbers change, old runs no longer resume."""
     order = StreamOrder([[4, 3, 5]], seed=7, num_lanes=2, shuffle_window=4)
     refs = [sample_at(order, position) for position in range(12)]
     assert [(ref.shard, ref.index) for ref in refs] == [
@@ -123,7 +123,7 @@ def test_mixed_datasets_keep_their_own_epochs(order, batch):
     for step in range(12):
         refs = [
             (piece.lane // order.num_lanes, ref)
-            for piece in order.batch(step, batch)
+            for piece in order.rank_part(step, batch, 0, 1)
             for ref in samples_of(order, piece)
         ]
         assert len(refs) == batch
@@ -165,7 +165,7 @@ def test_next_index_is_the_first_that_no_step_has_taken():
     taken = [0] * 6
     for step in range(30):
         assert [order.next_index(lane, step, 7) for lane in range(6)] == taken
-        for piece in order.batch(step, 7):
+        for piece in order.rank_part(step, 7, 0, 1):
             assert piece.start == taken[piece.lane]
             taken[piece.lane] = piece.stop
 
@@ -175,7 +175,11 @@ def test_parts_are_cuts_of_the_batch_with_many_lanes(weights):
     """`rank_part` works on all lanes at once; the loop over `batch` is its slow twin."""
     order = StreamOrder([[5000, 70]] * len(weights), weights, seed=1, num_lanes=37, shuffle_window=64)
     for step, world_size in ((0, 4), (3, 6), (50, 12), (7, 120)):
-        pairs = [(piece.lane, index) for piece in order.batch(step, 120) for index in range(piece.start, piece.stop)]
+        pairs = [
+            (piece.lane, index)
+            for piece in order.rank_part(step, 120, 0, 1)
+            for index in range(piece.start, piece.stop)
+        ]
         parts = [order.rank_part(step, 120, rank, world_size) for rank in range(world_size)]
         cut = [[(piece.lane, index) for piece in part for index in range(piece.start, piece.stop)] for part in parts]
         size = 120 // world_size
