@@ -1,10 +1,11 @@
-"""What differs between CPU, CUDA and TPU inside a training worker, and nowhere else.
+"""All differences between CPU, CUDA and TPU in a training worker.
 
-`Device` is what the step and the loop talk to: one torch device per worker, run eagerly, with collectives over the
-workers. `XlaDevice` is its twin under torch-xla: a worker is a host with several devices, operations are recorded and
-compiled, and the devices share one program (GSPMD). `orchestrator/run/backends.py` brings the process groups up; no other
-file imports torch_xla or calls torch.cuda (tests/test_layout.py). torch-xla 2.9 is its last release: its successor
-would join here and there.
+The step and the loop use `Device`: one torch device per worker, run eagerly, with collectives over the workers.
+`XlaDevice` does the same under torch-xla: a worker is a host with several devices. It records operations, and one
+compiled program runs on all devices (GSPMD).
+
+`orchestrator/run/backends.py` starts the process groups; no other file imports torch_xla or calls torch.cuda
+(tests/test_layout.py). torch-xla 2.9 is its last release: a successor would change these two files.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from sigray.workers.model.towers import tower_blocks
 from sigray.workers.sharding import gather
 
 _PORTABLE = 1  # cudaHostRegisterPortable
-_COPIES_AHEAD = 3  # the device must not run out of work while the host asks for the many small kernels of a text tower
+_MAX_QUEUED_COPIES = 3  # enough work for the device while the host launches the many small kernels of a text tower
 
 
 @dataclass(frozen=True)
@@ -46,26 +47,26 @@ class Device:
     """The accelerator of one training worker, a CPU or a CUDA device.
 
     Attributes:
-        torch_device: where modules and tensors go.
+        torch_device: of modules and tensors.
         precision: of the towers and of the products of the loss.
-        splits_weights: whether weights, gradients and optimizer state lie in parts on all devices.
+        splits_weights: whether each device holds a part of weights, gradients and optimizer state.
     """
 
     torch_device: torch.device
     precision: Precision
     splits_weights: bool = False
     _copied: list[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = field(default_factory=list)
-    _asked_for: list[torch.cuda.Event] = field(default_factory=list)
+    _begun: list[torch.cuda.Event] = field(default_factory=list)
     _copy_stream: list[torch.cuda.Stream] = field(default_factory=list)
 
     @property
     def num_devices(self) -> int:
-        """How many devices share this worker's part of a batch."""
+        """Number of devices that share this worker's part of a batch."""
         return 1
 
     @property
     def random_rank(self) -> int:
-        """What tells the random draws of this worker's program from those of others."""
+        """Number that separates the random draws of this worker's program from others."""
         return dist.get_rank() if dist.is_initialized() else 0
 
     @property
@@ -73,7 +74,7 @@ class Device:
         return self.torch_device.type == "cuda"
 
     def place(self, module: nn.Module) -> nn.Module:
-        """Move a module here, with the weights of rank 0 on every rank."""
+        """Move a module to the device, with the weights of rank 0 on every rank."""
         module = module.to(self.torch_device)
         if dist.is_initialized():
             for tensor in module.state_dict().values():
@@ -83,7 +84,10 @@ class Device:
         return module
 
     def _split(self, module: nn.Module) -> None:
-        """FSDP2: the blocks of both towers, then what is left of each; `logit_scale` and `logit_bias` stay whole."""
+        """Split both towers with FSDP2: each block, then the rest of the tower.
+
+        `logit_scale` and `logit_bias` stay whole.
+        """
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -94,14 +98,18 @@ class Device:
             fully_shard(tower, mesh=mesh)
 
     def split_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """Have an optimizer's state lie where its weights do, once it is made; FSDP2's does by itself."""
+        """Split the optimizer's state as its weights, after the first step made it.
+
+        FSDP2's optimizer state is split already.
+        """
 
     def page_lock(self, memory: mmap.mmap) -> bool:
-        """Page-lock memory for as long as it lives; returns whether CUDA did it. Only where `pins_memory`.
+        """Page-lock memory until it is freed; returns whether CUDA did it.
 
-        As torch's own `_pin_memory_utils`, for a thread that has not chosen a device yet.
+        Only if `pins_memory`. As torch's own `_pin_memory_utils`, for a thread that has not chosen a device yet.
         """
-        runtime, pointer = torch.cuda.cudart(), ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        runtime = torch.cuda.cudart()
+        pointer = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         with torch.cuda.device(self.torch_device):
             if int(runtime.cudaHostRegister(pointer, len(memory), _PORTABLE)):
                 return False
@@ -109,20 +117,20 @@ class Device:
         return True
 
     def to_device(self, *tensors: Tensor) -> list[Tensor]:
-        """Copies that overlap with what is computed where the source is pinned; it is held until its copy is done.
+        """Copy tensors to the device, beside the computation if they are pinned.
 
-        The host waits here while the device has the work behind `_COPIES_AHEAD` earlier calls still before it: a call
-        more would hold another micro-batch in the device's memory.
+        The source is held until its copy is done. The host waits here until the device has finished the work of all
+        but the last `_MAX_QUEUED_COPIES` calls: one more call would hold another micro-batch in device memory.
         """
         if not self.pins_memory:
             return [tensor.to(self.torch_device) for tensor in tensors]
         current = torch.cuda.current_stream(self.torch_device)
         begun = torch.cuda.Event()
         begun.record(current)
-        self._asked_for.append(begun)
-        if len(self._asked_for) > _COPIES_AHEAD:
-            self._asked_for.pop(0).synchronize()
-        # On a stream of their own: the host is ahead of the device, so the copy runs beside the step before.
+        self._begun.append(begun)
+        if len(self._begun) > _MAX_QUEUED_COPIES:
+            self._begun.pop(0).synchronize()
+        # On their own stream: the host runs ahead of the device, so the copy overlaps with the step before.
         if not self._copy_stream:
             self._copy_stream.append(torch.cuda.Stream(self.torch_device))
         (stream,) = self._copy_stream
@@ -132,35 +140,41 @@ class Device:
             done.record()
         current.wait_stream(stream)
         for copy in copies:
-            copy.record_stream(current)  # its memory is the copy stream's, and must not be used again too early
+            copy.record_stream(current)  # the copy stream allocated it, and must not reuse its memory too early
         # The loader writes to the memory of a released batch again as soon as no tensor views it.
         self._copied[:] = [pair for pair in self._copied if not pair[0].query()]
         self._copied.append((done, tensors))
         return copies
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """bf16 for the towers where the config says so."""
+        """bf16 for the towers, if `train.precision` is bf16."""
         if self.precision == "bf16":
             return torch.autocast(self.torch_device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """Of the features that the loss multiplies with each other; its sums are float32 in any case."""
+        """Data type of the features that the loss multiplies.
+
+        Its sums are always float32.
+        """
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def seed(self, number: int) -> None:
-        """Begin the random draws of dropout and patch dropout anew."""
+        """Seed the random draws of dropout and patch dropout."""
         torch.manual_seed(number)
 
     def checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a function that keeps its arguments only, and is called again in the backward pass, with equal draws."""
+        """Call a function and keep only its arguments.
+
+        The backward pass calls it again, with equal random draws.
+        """
         from torch.utils.checkpoint import checkpoint
 
         return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
     def lay_out(self, features: Tensor) -> Tensor:
-        """(rows, D) as the towers give them -> what `loss` takes."""
+        """(rows, D) from the towers -> the layout that `loss` takes."""
         return features
 
     def loss(
@@ -175,18 +189,20 @@ class Device:
         micro_batch_size: int,
         late_checks: list[Callable[[], None]],
     ) -> Tensor:
-        """The loss of this worker's pairs against those of all; its mean over workers is that of the global batch.
+        """The loss of this worker's pairs against the pairs of all workers.
+
+        Its mean over workers is the loss of the global batch.
 
         Args:
             image_features, text_features: of all rows of this worker, laid out, micro-batches one after another.
             logit_scale, logit_bias: scalars; the scale already exponentiated.
             config: which loss.
             seed: of random negatives, the same on all workers.
-            micro_batch_size: rows of one.
-            late_checks: receives what may raise NonFiniteFeatures, to be called behind the backward pass.
+            micro_batch_size: rows of a micro-batch.
+            late_checks: receives functions to call after the backward pass, which may raise NonFiniteFeatures.
 
         Raises:
-            NonFiniteFeatures: on every rank, where the host looks for NaN at once (on CPU; never under XLA).
+            NonFiniteFeatures: on every rank, if the host looks for NaN at once (on CPU; never under XLA).
         """
         features = image_features, text_features, logit_scale, logit_bias
         if config.name == "softmax":
@@ -196,30 +212,36 @@ class Device:
 
     @property
     def settle(self) -> Callable[[], None] | None:
-        """Have what was recorded compiled and computed; None where operations run as they are called."""
+        """Compile and compute the recorded operations.
+
+        None if operations run when they are called.
+        """
         return None
 
     @property
     def settle_span(self) -> Callable[[], None] | None:
-        """Wait until what a span of a profile asked for is computed; None where it is, or cannot be told apart."""
+        """Wait for the operations of a profiled span.
+
+        None if they are computed already, or cannot be told apart.
+        """
         if self.torch_device.type == "cuda":
             return lambda: torch.cuda.synchronize(self.torch_device)
         return None
 
     def compiler_report(self) -> str:
-        """What the compiler under this device counts; empty where there is none."""
+        """Counters of the compiler under this device; empty if there is none."""
         return ""
 
     def average_gradients(self, module: nn.Module) -> None:
         """Mean over ranks of every gradient, in one all-reduce of one flat buffer.
 
-        Not DistributedDataParallel: it regroups its buckets after the first step, so with three ranks or more a
-        resumed run would add the same numbers in another order than the unbroken one, and the weights would part in
-        the last bit.
+        Not DistributedDataParallel: it regroups its buckets after the first step. With three or more ranks, a
+        resumed run would then add the same numbers in another order than the unbroken run. The weights would differ
+        in the last bit.
         """
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return
-        # FSDP2 has averaged those of split weights in the backward pass.
+        # FSDP2 has averaged the gradients of split weights in the backward pass.
         gradients = [
             grad for p in module.parameters() if (grad := p.grad) is not None and not isinstance(grad, DTensor)
         ]
@@ -233,7 +255,7 @@ class Device:
         dist.all_reduce(tensor)
 
     def clip_gradients(self, module: nn.Module, max_norm: float) -> Tensor:
-        """Scale all gradients so that their norm is at most this; returns the norm before."""
+        """Scale all gradients to at most this norm; returns the norm before."""
         kinds: dict[bool, list[nn.Parameter]] = {}
         for parameter in module.parameters():
             kinds.setdefault(isinstance(parameter, DTensor), []).append(parameter)
@@ -244,7 +266,7 @@ class Device:
         return norm
 
     def optimizer_options(self) -> dict[str, Any]:
-        """Which implementation of an optimizer of torch's to take."""
+        """Options that choose the implementation of torch's optimizers."""
         return {"fused": True}
 
     def number(self, value: float) -> float | Tensor:
@@ -252,11 +274,11 @@ class Device:
         return value
 
     def read(self, tensors: Sequence[Tensor]) -> list[float]:
-        """Scalars that lie on the device; the host waits for them."""
+        """Values of scalars on the device; the host waits for them."""
         return torch.stack(list(tensors)).tolist()
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
-        """Numbers of the host, summed over the workers; the same on all of them."""
+        """Sum numbers of the host over the workers; the same on all of them."""
         if not dist.is_initialized():
             return list(values)
         tensor = torch.tensor(list(values), dtype=torch.float64, device=self._host_numbers)
@@ -265,16 +287,16 @@ class Device:
 
     @property
     def _host_numbers(self) -> torch.device:
-        """Where the process group takes numbers of the host."""
+        """Device on which the process group takes numbers of the host."""
         return self.torch_device
 
     def check_collectives(self) -> None:
-        """Sum known numbers over all that this worker computes with others.
+        """Sum known numbers over the other workers and devices.
 
-        Some back ends return an unreduced tensor without a word (gloo on an XLA tensor, measured).
+        Some back ends return an unreduced tensor without an error (gloo on an XLA tensor, measured).
 
         Raises:
-            RuntimeError: where a sum is wrong.
+            RuntimeError: if a sum is wrong.
         """
         if not dist.is_initialized():
             return
@@ -284,11 +306,11 @@ class Device:
         _check_sum(probe[0].item(), world_size * (world_size + 1) / 2, f"all_reduce over {world_size} ranks")
 
     def num_programs(self) -> int:
-        """Programs compiled so far; 0 where nothing is compiled, or not counted."""
+        """Programs compiled so far; 0 if none are, or if they are not counted."""
         return 0
 
     def peak_memory_gib(self) -> float:
-        """The most that this process has held: device memory on CUDA, resident set on CPU."""
+        """Largest memory of this process: device memory on CUDA, resident set on CPU."""
         if self.torch_device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
@@ -301,11 +323,11 @@ class Device:
 
 @dataclass(frozen=True)
 class XlaDevice(Device):
-    """All devices of one host, or of all hosts of a slice, as one program under torch-xla.
+    """All devices of one host or of a whole slice, as one torch-xla program.
 
-    The first dimension of batches and features is split over `mesh`. Where PJRT joins the hosts (a TPU slice), the
-    program spans all of them, and its gradients are complete. Where it does not (the CPU client knows one process
-    only), each host has a program of its own, and the rest goes through gloo in the hosts' memory.
+    The first dimension of batches and features is split over `mesh`. If PJRT joins the hosts (a TPU slice), the program
+    spans all of them, and its gradients are complete. If it does not (the CPU client knows one process only), each host
+    has its own program. Then gloo adds the gradients in host memory.
 
     Attributes:
         mesh: of all devices of the program, one axis.
@@ -323,7 +345,7 @@ class XlaDevice(Device):
 
     @property
     def _num_hosts(self) -> int:
-        """Of the program."""
+        """Number of hosts of the program."""
         import torch_xla.runtime
 
         return torch_xla.runtime.process_count()
@@ -359,7 +381,10 @@ class XlaDevice(Device):
         return module
 
     def _spread(self, tensor: Tensor) -> None:
-        """Split the longest dimension that divides over the devices; what has none stays whole."""
+        """Split the longest dimension that divides over the devices.
+
+        A tensor without such a dimension stays whole.
+        """
         import torch_xla.distributed.spmd as spmd
 
         sizes = [(size, -axis) for axis, size in enumerate(tensor.shape) if size % self._program_devices == 0]
@@ -379,7 +404,7 @@ class XlaDevice(Device):
         import torch_xla.distributed.spmd as spmd
 
         send: Any = torch_xla.core.xla_model.send_cpu_data_to_device
-        # With several hosts in the program each of them brings its own rows.
+        # If the program has several hosts, each host brings its own rows.
         several = self._num_hosts > 1
         specs = [
             spmd.ShardingSpec(self.mesh, ("data", *[None] * (tensor.ndim - 1)), minibatch=several) for tensor in tensors
@@ -397,12 +422,12 @@ class XlaDevice(Device):
         torch_xla.manual_seed(number)
 
     def checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        # torch's own has no barrier: XLA would find both passes equal, and keep the result of the first.
+        # torch's own checkpoint has no barrier: XLA would merge the two equal passes and keep the first result.
         from torch_xla.utils.checkpoint import checkpoint
 
         inputs = (*args, *kwargs.values())
         if not any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
-            return function(*args, **kwargs)  # torch_xla's finds gradients of weights only behind one of an input
+            return function(*args, **kwargs)  # torch_xla's finds gradients of weights only if an input has one
 
         def run(*values: Any) -> Any:
             return function(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
@@ -410,7 +435,7 @@ class XlaDevice(Device):
         return checkpoint(run, *inputs)
 
     def lay_out(self, features: Tensor) -> Tensor:
-        """(rows, D) -> (n, rows / n, D): one slice on each device, where the batch put it."""
+        """(rows, D) -> (n, rows / n, D): one slice per device, as the batch was split."""
         return self._mark(features.view(self._program_devices, -1, features.shape[1]))
 
     def loss(
@@ -438,7 +463,10 @@ class XlaDevice(Device):
         )
 
     def _indices(self, features: Tensor, micro_batch_size: int, rank: int) -> Tensor:
-        """(n, b) int32: the row of the global batch that stands at each place; every micro-batch is split anew."""
+        """(n, b) int32: rows of the global batch, by device and place.
+
+        Each micro-batch is split over the devices by itself.
+        """
         count, num_pairs, _ = features.shape
         rows = torch.arange(count * num_pairs, dtype=torch.int32).view(-1, count, micro_batch_size // count)
         indices = rows.transpose(0, 1).reshape(count, num_pairs) + rank * count * num_pairs
@@ -461,7 +489,7 @@ class XlaDevice(Device):
         return metrics.metrics_report()
 
     def average_gradients(self, module: nn.Module) -> None:
-        if self._num_hosts == 1:  # else the program has summed over all of its hosts
+        if self._num_hosts == 1:  # with more hosts, the program has summed over all of them
             super().average_gradients(module)
 
     def _all_reduce(self, tensor: Tensor) -> None:
@@ -471,11 +499,11 @@ class XlaDevice(Device):
         tensor.copy_(host.to(self.torch_device))
 
     def optimizer_options(self) -> dict[str, Any]:
-        # The count of steps on the device: as a number of the host it would make every step another program.
+        # Keeps the count of steps on the device: a host number would make every step another program.
         return {"foreach": False, "capturable": True}
 
     def number(self, value: float) -> float | Tensor:
-        # Not a number of Python's: one that rounds to 1 would be a constant of another program.
+        # Not a Python number: one that rounds to 1 would be a constant of another program.
         return torch.tensor(value, device=self.torch_device)
 
     def read(self, tensors: Sequence[Tensor]) -> list[float]:
@@ -487,7 +515,8 @@ class XlaDevice(Device):
 
     def check_collectives(self) -> None:
         (probe,) = self.to_device(torch.arange(1.0, self.num_devices + 1))
-        total, each = probe.sum(), self.num_devices * (self.num_devices + 1) / 2
+        total = probe.sum()
+        each = self.num_devices * (self.num_devices + 1) / 2
         self._settle()
         _check_sum(total.item(), each * self._num_hosts, f"a sum over {self._program_devices} XLA devices")
         if self._num_hosts == 1:
@@ -503,7 +532,7 @@ class XlaDevice(Device):
 
         try:
             known: Any = torch_xla.core.xla_model.get_memory_info(self.torch_device)
-        except RuntimeError:  # PJRT's CPU client does not count
+        except RuntimeError:  # PJRT's CPU client has no counter
             return super().peak_memory_gib()
         return known["peak_bytes_used"] / 2**30
 
@@ -528,11 +557,11 @@ def open_device(
         accelerator: of the config.
         local_rank: number of this worker on its machine.
         precision: tf32 and bf16 let CUDA and TPU round the inputs of float32 products, fp32 does not.
-        num_devices: XLA devices of this worker; None: all that there are.
+        num_devices: XLA devices of this worker; None: all that it sees.
         splits_weights: see `Device`.
 
     Raises:
-        RuntimeError: where CUDA is asked for and this process sees no GPU, or other XLA devices than expected.
+        RuntimeError: if the config says cuda and this process sees no GPU, or if XLA devices are missing.
     """
     if accelerator in ("tpu", "xla_cpu"):
         return _open_xla(accelerator == "tpu", precision, num_devices, splits_weights)
@@ -540,7 +569,7 @@ def open_device(
         if not torch.cuda.is_available():
             raise RuntimeError("cluster.accelerator is cuda, but this training worker sees no GPU")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
-        # Where a worker is shown its own GPU only, that is number 0 whatever its local rank.
+        # If a worker sees only its own GPU, that is number 0 at any local rank.
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         return Device(device, precision, splits_weights)
@@ -548,7 +577,7 @@ def open_device(
 
 
 def _open_xla(is_tpu: bool, precision: Precision, num_devices: int | None, splits_weights: bool) -> XlaDevice:
-    # Read when torch_xla is imported, so before it is.
+    # torch_xla reads it when it is imported.
     os.environ["PJRT_DEVICE"] = "TPU" if is_tpu else "CPU"
     if not is_tpu and num_devices is not None:
         os.environ["CPU_NUM_DEVICES"] = str(num_devices)
@@ -562,27 +591,27 @@ def _open_xla(is_tpu: bool, precision: Precision, num_devices: int | None, split
     import torch_xla.runtime
 
     torch_xla.runtime.use_spmd()
-    # Before any backward pass: torch counts its devices at the first one.
+    # Before any backward pass: the first one makes torch count its devices.
     device = torch_xla.device()
     total, hosts = torch_xla.runtime.global_runtime_device_count(), torch_xla.runtime.process_count()
     if num_devices is not None and total != num_devices * hosts:
         raise RuntimeError(
             f"this training worker sees {total // hosts} XLA devices on its host, cluster.devices_per_worker is "
-            f"{num_devices}: set it to what the hosts have, or leave it out"
+            f"{num_devices}: set it to the number of the hosts, or remove it"
         )
-    if precision != "bf16":  # a TPU multiplies float32 in bfloat16 unless told otherwise
+    if precision != "bf16":  # by default a TPU multiplies float32 in bfloat16
         torch_xla.backends.set_mat_mul_precision("highest" if precision == "fp32" else "high")
     return XlaDevice(device, precision, splits_weights, mesh=spmd.Mesh(np.arange(total), (total,), ("data",)))
 
 
 def check_collectives(device: Device, batch_per_rank: int) -> None:
-    """What must hold before the first step: sums over devices and ranks are right, every rank holds as many pairs.
+    """Check before the first step that sums over devices and ranks are right.
 
-    A ring of unequal chunks would hang.
+    Every rank must hold the same number of pairs: a ring of unequal chunks would hang.
 
     Raises:
-        RuntimeError: where a sum is wrong or the ranks hold different numbers of pairs.
-        ValueError: where the devices of this worker cannot share its pairs.
+        RuntimeError: if a sum is wrong, or the ranks hold different numbers of pairs.
+        ValueError: if the devices of this worker cannot share its pairs evenly.
     """
     if batch_per_rank % device.num_devices:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Split weights (`sharding.weights: split`, FSDP2): whole tensors to parts and back."""
+"""Whole tensors to the parts of FSDP2 (`sharding.weights: split`), and back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """The whole tensor, if each rank holds a part; then all ranks must call this, in the same order."""
+    """The whole tensor, if each rank holds a part of it; else the tensor itself.
+
+    If it is split, all ranks must call this in the same order.
+    """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -1,4 +1,4 @@
-"""Writes to a run's storage beside training: one thread, in order, patient with a storage that fails for a while."""
+"""A thread that writes to a run's storage in order, and retries refused writes."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from collections.abc import Callable
 
 from sigray.workers.checkpoint.lease import Fence
 
-_PAUSES_S = 1.0, 30.0  # after the first refusal, and at most; doubled in between
+_PAUSES_S = 1.0, 30.0  # after the first refusal, doubled up to the second value
 _WARN_AGAIN_S = 300.0
 
 
 class BackgroundWriter:
     """A thread that carries out writes one after the other.
 
-    The thread has the usual priority. With the lowest one it takes ten times as long on a CPU that trains, and whenever
-    it is pushed aside with Python's lock in its hand, training waits for it: that costs more than its work.
+    The thread has normal priority. With the lowest priority it takes ten times as long on a CPU that trains. And if it
+    is preempted while it holds Python's lock, training waits for it. That costs more than its work.
 
-    A write that the storage refuses (OSError: full, read-only, not reachable) is tried again until it succeeds; nothing
-    behind it overtakes it. What was given to `submit` must not change until it is written.
+    If the storage refuses a write (OSError: full, read-only, unreachable), the thread retries it until it succeeds; no
+    later write overtakes it. What `submit` was given must not change until it is written.
 
     Args:
         name: of the thread.
-        warn: told, from the thread, when a write is refused and when it has succeeded after all.
+        warn: called from the thread when a write is refused, and when it succeeds after that.
         fence: checked before each write.
     """
 
@@ -33,7 +33,7 @@ class BackgroundWriter:
         self._todo: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue()
         self._num_open = 0
         self._changed = threading.Condition()
-        self._refusal = ""  # why the write at hand does not succeed
+        self._refusal = ""  # of the current write
         self._bug: BaseException | None = None
         self._abandoned = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -45,13 +45,13 @@ class BackgroundWriter:
         return self._num_open > 0
 
     def submit(self, what: str, write: Callable[[], None]) -> None:
-        """Have `write` called in the thread.
+        """Have the thread call `write`.
 
         Args:
-            what: names it in warnings, as "the checkpoint of step 400".
+            what: names the write in warnings, as "the checkpoint of step 400".
 
         Raises:
-            Exception: what an earlier write raised, unless that was an OSError.
+            Exception: of an earlier write, unless that was an OSError.
         """
         self._raise_bug()
         with self._changed:
@@ -59,17 +59,17 @@ class BackgroundWriter:
         self._todo.put((what, write))
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until all is written.
+        """Wait until everything is written.
 
         Raises:
-            OSError: where the storage has refused it until the time was up.
-            Exception: what a write raised otherwise.
+            OSError: if the storage has refused a write until the timeout.
+            Exception: any other exception of a write.
         """
         with self._changed:
             done = self._changed.wait_for(lambda: not self._num_open or self._bug, timeout_s)
         self._raise_bug()
         if not done:
-            raise OSError(f"{self._refusal or 'a write was still under way'}; given up after {timeout_s:.0f} s")
+            raise OSError(f"{self._refusal or 'a write was still running'}; gave up after {timeout_s:.0f} s")
 
     def close(self, timeout_s: float) -> None:
         """`wait`, and end the thread."""
@@ -77,10 +77,10 @@ class BackgroundWriter:
             self.wait(timeout_s)
         finally:
             self.abandon()
-        self._thread.join()  # a thread that is in foreign code when the interpreter ends takes the process down
+        self._thread.join()  # a thread inside native code when the interpreter ends crashes the process
 
     def abandon(self) -> None:
-        """End the thread after the write at hand; the rest is dropped."""
+        """End the thread after the current write; drop the rest."""
         self._abandoned.set()
         self._todo.put(None)
 
@@ -88,7 +88,7 @@ class BackgroundWriter:
         while (entry := self._todo.get()) is not None:
             try:
                 self._persist(*entry)
-            except BaseException as error:  # handed to the training thread, which raises it
+            except BaseException as error:  # `_raise_bug` raises it in the training thread
                 self._bug = error
             with self._changed:
                 self._num_open -= 1
@@ -109,7 +109,7 @@ class BackgroundWriter:
                 self._refusal = f"{what} could not be written: {error}"
                 if not warned_at or now - warned_at > _WARN_AGAIN_S:
                     warned_at = now
-                    self._warn(f"{self._refusal}. Training goes on, and it is tried again")
+                    self._warn(f"{self._refusal}. Training continues, and the write is retried")
             else:
                 if refused_at:
                     self._warn(f"{what} is written, after {time.monotonic() - refused_at:.0f} s of refusals")

@@ -1,6 +1,7 @@
-"""Which checkpoints a run has, and the lines of metrics that were saved with them; docs of the files: checkpoint.py.
+"""The checkpoints of a run and their lines of metrics, without torch.
 
-Imports no torch: the page of a run, or a look from a laptop, would spend seconds and half a gigabyte on it.
+`workers/checkpoint/writer.py` documents the files. A report page, or a command on a laptop, would need seconds and
+half a gigabyte to import torch.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any
 
 from sigray.workers.storage import Storage
 
-FOLDER, METRICS_FOLDER, COMMIT = "checkpoints", "metrics", "commit.json"
+FOLDER = "checkpoints"
+METRICS_FOLDER = "metrics"
+COMMIT = "commit.json"
 
 
 class CheckpointError(ValueError):
@@ -20,12 +23,12 @@ class CheckpointError(ValueError):
 
 
 class DamagedCheckpoint(CheckpointError):
-    """A checkpoint whose files are not those that were committed: an older one may do."""
+    """A checkpoint whose files differ from the committed ones; an older one may work."""
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What commit.json says."""
+    """Content of commit.json."""
 
     name: str
     step: int  # steps done
@@ -35,7 +38,10 @@ class CheckpointInfo:
 
 
 def list_checkpoints(storage: Storage) -> list[CheckpointInfo]:
-    """The committed checkpoints of a run, oldest first; without those whose commit.json is damaged."""
+    """The committed checkpoints of a run, oldest first.
+
+    Without those whose commit.json is damaged.
+    """
     infos = []
     for name in committed_names(storage):
         try:
@@ -46,7 +52,10 @@ def list_checkpoints(storage: Storage) -> list[CheckpointInfo]:
 
 
 def newest_checkpoint(storage: Storage) -> tuple[CheckpointInfo, float] | None:
-    """The newest committed checkpoint whose commit.json can be read, and when it was committed, in Unix time."""
+    """The newest checkpoint with a readable commit.json, and its time of commit.
+
+    The time is Unix time.
+    """
     for name in reversed(storage.list(FOLDER)):
         written = storage.modified(f"{FOLDER}/{name}/{COMMIT}")
         if written is not None:
@@ -58,15 +67,15 @@ def newest_checkpoint(storage: Storage) -> tuple[CheckpointInfo, float] | None:
 
 
 def is_committed(storage: Storage, info: CheckpointInfo) -> bool:
-    """Whether a checkpoint is there, and not deleted since."""
+    """Whether a checkpoint is committed, and not deleted since."""
     return storage.exists(f"{FOLDER}/{info.name}/{COMMIT}")
 
 
 def read_info(storage: Storage, name: str) -> CheckpointInfo:
-    """commit.json of a checkpoint.
+    """Read commit.json of a checkpoint.
 
     Raises:
-        DamagedCheckpoint: where it is not there or not readable.
+        DamagedCheckpoint: if it is missing or unreadable.
     """
     try:
         return CheckpointInfo(**json.loads(storage.read(f"{FOLDER}/{name}/{COMMIT}")))
@@ -75,7 +84,10 @@ def read_info(storage: Storage, name: str) -> CheckpointInfo:
 
 
 def read_metrics(storage: Storage, last_step: float = math.inf) -> list[dict[str, float]]:
-    """The lines of metrics of a run up to a checkpoint, as they were saved with it and those before."""
+    """The lines of metrics of a run up to a checkpoint.
+
+    They were saved with that checkpoint and the ones before.
+    """
     lines: dict[int, dict[str, float]] = {}
     for name in storage.list(METRICS_FOLDER):
         if int(name[11:21]) <= last_step:
@@ -86,5 +98,5 @@ def read_metrics(storage: Storage, last_step: float = math.inf) -> list[dict[str
 
 
 def committed_names(storage: Storage) -> list[str]:
-    """Oldest first."""
+    """Names of the folders with a commit.json, oldest first."""
     return [name for name in storage.list(FOLDER) if storage.exists(f"{FOLDER}/{name}/{COMMIT}")]

@@ -1,4 +1,4 @@
-"""The lease of a run: one driver holds it, and every writer checks it before a write.
+"""The lease of a run: one driver holds it, every writer checks it.
 
     RUN/lease.json    owner, host, process and expiry; the driver renews it every 10 s
 

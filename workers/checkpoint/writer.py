@@ -1,14 +1,14 @@
-"""Checkpoints in a run's storage: written file by file beside training, committed by one small object last.
+"""Writes and loads checkpoints; a thread writes, commit.json comes last.
 
     RUN/checkpoints/step-0000000400/model.safetensors    the towers, logit_scale, logit_bias, by open_clip's names
-    RUN/checkpoints/step-0000000400/optimizer.pt         AdamW's state
+    RUN/checkpoints/step-0000000400/optimizer.pt         the optimizer's state
     RUN/checkpoints/step-0000000400/commit.json          step, samples seen, size and hash of the files, the model
-    RUN/best_checkpoint.json                             name and figure of the best one, for checkpoint.keep_best
-    RUN/left_out.json                                    steps whose batches change nothing, after a bad loss
+    RUN/best_checkpoint.json                             name and figure of the best checkpoint, for keep_best
+    RUN/left_out.json                                    steps whose batches are left out, after a bad loss
     RUN/metrics/0000000200-0000000400.jsonl              the lines of metrics between two checkpoints
 
-A folder without commit.json is not a checkpoint. Nothing else is needed to go on: the order of samples is a function
-of the step, and so is the random state of a step.
+A folder without commit.json is not a checkpoint. A resume needs no other state: the order of samples and the random
+state of a step are functions of the step.
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ from sigray.workers.config import CheckpointConfig
 from sigray.workers.sharding import gather, shard_like
 from sigray.workers.storage import Storage, fingerprint
 
-_WEIGHTS, _OPTIMIZER, _BEST = "model.safetensors", "optimizer.pt", "best_checkpoint.json"
+_WEIGHTS = "model.safetensors"
+_OPTIMIZER = "optimizer.pt"
+_BEST = "best_checkpoint.json"
 _LEFT_OUT = "left_out.json"
-# Names of safetensors' kinds, in the order in which it lays tensors down, last first.
-_KINDS = {
+# Data types by safetensors' names, in the order in which the library sorts tensors, last first.
+_DTYPES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.int8: "I8",
@@ -56,15 +58,15 @@ _KINDS = {
     torch.float64: "F64",
     torch.int64: "I64",
 }
-_OF_THE_DEVICE = "fused", "foreach", "capturable", "lr"
-_LOOK_S = 0.1  # between two looks for files of other ranks
+_DEVICE_OPTIONS = ("fused", "foreach", "capturable", "lr")
+_POLL_S = 0.1  # between two checks for files of other ranks
 
 
 def is_due(config: CheckpointConfig, steps_done: int, saved_step: int, since_saved_s: float) -> bool:
-    """Whether a checkpoint should be written now: a multiple of the steps was reached, or the time is up.
+    """Whether to write a checkpoint now: by steps or by time.
 
     Args:
-        saved_step: steps done at the newest one, or at the beginning of this attempt.
+        saved_step: steps done at the newest checkpoint, or at the start of this attempt.
         since_saved_s: seconds since then.
     """
     steps, seconds = config.save_every_steps, config.save_every_s
@@ -73,16 +75,16 @@ def is_due(config: CheckpointConfig, steps_done: int, saved_step: int, since_sav
 
 
 def superseded(infos: Sequence[CheckpointInfo], config: CheckpointConfig, best: str | None = None) -> list[str]:
-    """Names of the checkpoints that need not be kept.
+    """Names of the checkpoints that may be deleted.
 
     Args:
-        infos: all, oldest first.
-        best: name of the one with the best figure so far.
+        infos: of all checkpoints, oldest first.
+        best: name of the checkpoint with the best figure so far.
     """
     kept = {info.name for info in infos[-config.keep_newest :]} | {best}
     if config.keep_every_samples is not None:
         milestone = -1
-        for info in infos:  # the first at or behind each multiple
+        for info in infos:  # the first at or after each multiple
             if info.samples_seen // config.keep_every_samples > max(milestone, 0):
                 milestone = info.samples_seen // config.keep_every_samples
                 kept.add(info.name)
@@ -90,20 +92,23 @@ def superseded(infos: Sequence[CheckpointInfo], config: CheckpointConfig, best: 
 
 
 def write_safetensors(tensors: dict[str, torch.Tensor], file: Any) -> None:
-    """The bytes of `safetensors.torch.save`, which makes two copies of all weights first: twice their size in fresh
-    memory, and as much work as writing them.
+    """Write the same bytes as `safetensors.torch.save`, without its copies.
+
+    The library copies all weights twice first: twice their size in fresh memory, and as much work as writing them.
 
     Args:
-        tensors: in the host's memory, contiguous.
+        tensors: in host memory, contiguous.
         file: to write to.
     """
-    kinds = list(_KINDS)
-    order = sorted(tensors, key=lambda name: (-kinds.index(tensors[name].dtype), name))
-    header, offset = {}, 0
+    dtypes = list(_DTYPES)
+    order = sorted(tensors, key=lambda name: (-dtypes.index(tensors[name].dtype), name))
+    header = {}
+    end = 0
     for name in order:
-        tensor, begin = tensors[name], offset
-        offset += tensor.nbytes
-        header[name] = {"dtype": _KINDS[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, offset]}
+        tensor = tensors[name]
+        begin = end
+        end += tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
@@ -113,7 +118,10 @@ def write_safetensors(tensors: dict[str, torch.Tensor], file: Any) -> None:
 
 
 def _save_without_checksum(content: Any, file: Any) -> None:
-    """`torch.save` less the CRC-32 of its zip entries: the hash says more, and both cost a core's time."""
+    """`torch.save` without the CRC-32 of its zip entries.
+
+    The XXH3 hash in commit.json covers the file, and either checksum costs the time of a core.
+    """
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -125,8 +133,8 @@ def _save_without_checksum(content: Any, file: Any) -> None:
 class CheckpointWriter:
     """Saves a run's state beside training. For rank 0.
 
-    `save` copies the state to memory of the host and returns; a thread writes the copy, commits it and deletes what
-    need not be kept. The host's memory holds the state once more for that.
+    `save` copies the state to host memory and returns. A thread writes the copy, commits it and deletes superseded
+    checkpoints. This needs host memory for one more copy of the state.
 
     Args:
         storage: the run's.
@@ -135,10 +143,10 @@ class CheckpointWriter:
         model: model section of the run, for commit.json.
         first_step: steps done when this attempt began.
         owner: of the run's lease, see `workers/checkpoint/lease.py`.
-        warn: told, from the thread, when the storage refuses.
+        warn: called from the thread when the storage refuses a write.
 
     Attributes:
-        blocked_s: seconds for which `save` has held up training so far.
+        blocked_s: seconds for which `save` has blocked training so far.
         written_s: seconds for which the thread has written so far.
     """
 
@@ -157,14 +165,18 @@ class CheckpointWriter:
         self.blocked_s = self.written_s = 0.0
         self._storage, self._module, self._optimizer = storage, module, optimizer
         self._config, self._model, self._warn = config, model, warn
-        self._saved_step, self._saved_at = first_step, time.monotonic()
+        self._saved_step = first_step
+        self._saved_at = time.monotonic()
         self._fence = Fence(storage, owner)
         self._writer = BackgroundWriter("checkpoint", warn, self._fence)
         self._host: dict[str, torch.Tensor] = {}
         self._committed: queue.SimpleQueue[CheckpointInfo] = queue.SimpleQueue()
 
     def is_due(self, steps_done: int) -> bool:
-        """Whether to call `save`. Not while the last one is being written: it stays due until then."""
+        """Whether to call `save`; False while the last checkpoint is being written.
+
+        A checkpoint that is due stays due until then.
+        """
         return not self._writer.is_busy and is_due(
             self._config, steps_done, self._saved_step, time.monotonic() - self._saved_at
         )
@@ -177,14 +189,14 @@ class CheckpointWriter:
         metrics: Sequence[dict[str, float]] = (),
         after: Iterable[str] = (),
     ) -> None:
-        """Write a checkpoint in the background; waits until the one before is written.
+        """Write a checkpoint in the background, after the one before is written.
 
         Args:
             metrics: lines since the last checkpoint.
-            after: paths that must be in the storage before this one is committed.
+            after: paths that must be in the storage before this checkpoint is committed.
 
         Raises:
-            OSError: where the one before cannot be written within checkpoint.storage_timeout_s.
+            OSError: if the one before cannot be written within checkpoint.storage_timeout_s.
         """
         begin = time.monotonic()
         self._writer.wait(self._config.storage_timeout_s)
@@ -202,7 +214,8 @@ class CheckpointWriter:
             self.written_s += time.monotonic() - began
 
         self._writer.submit(f"the checkpoint of step {steps_done:,}", write)
-        self._saved_step, self._saved_at = steps_done, time.monotonic()
+        self._saved_step = steps_done
+        self._saved_at = time.monotonic()
         self.blocked_s += self._saved_at - begin
 
     def take_committed(self) -> list[CheckpointInfo]:
@@ -210,23 +223,26 @@ class CheckpointWriter:
         return [self._committed.get() for _ in range(self._committed.qsize())]
 
     def wait(self) -> None:
-        """Until what was saved is durable; raises as `close`."""
+        """Wait until the saved checkpoint is durable; raises as `close`."""
         self._writer.wait(self._config.storage_timeout_s)
 
     def close(self) -> None:
-        """Wait for what is being written.
+        """Wait until the saved checkpoint is durable, and end the thread.
 
         Raises:
-            OSError: where the storage refuses for longer than checkpoint.storage_timeout_s.
+            OSError: if the storage refuses for longer than checkpoint.storage_timeout_s.
         """
         self._writer.close(self._config.storage_timeout_s)
 
     def abandon(self) -> None:
-        """Training failed: leave what is not committed."""
+        """Training failed: drop what is not committed."""
         self._writer.abandon()
 
     def _copy(self, value: Any, path: str) -> Any:
-        """A copy in host memory that is used again at the next checkpoint: the first touch of memory costs."""
+        """A copy in host memory.
+
+        The memory is reused at the next checkpoint, as the first touch of memory is slow.
+        """
         if isinstance(value, dict):
             return {key: self._copy(item, f"{path}.{key}") for key, item in value.items()}
         if isinstance(value, list):
@@ -235,7 +251,7 @@ class CheckpointWriter:
             return value
         host = self._host.get(path)
         if host is None:
-            # Not empty_like: of an XLA tensor it makes one that has no memory of the host's.
+            # Not empty_like: for an XLA tensor it returns one without host memory.
             host = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.device.type == "cuda")
             self._host[path] = host
         return host.copy_(gather(value.detach()))
@@ -245,7 +261,7 @@ class CheckpointWriter:
     ) -> None:
         name = f"step-{step:010d}"
         folder = f"{FOLDER}/{name}"
-        # A damaged one of this name, from which a run could not go on, may still be marked as complete.
+        # A damaged checkpoint of this name may still have its commit.json.
         self._storage.delete(f"{folder}/{COMMIT}")
         files = {
             _WEIGHTS: self._storage.write_hashed(f"{folder}/{_WEIGHTS}", lambda file: write_safetensors(weights, file))
@@ -254,7 +270,7 @@ class CheckpointWriter:
             f"{folder}/{_OPTIMIZER}", lambda file: _save_without_checksum(optimizer, file)
         )
         while not all(map(self._storage.exists, after)):
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
         self._fence.check()  # again: the files may have taken minutes
         info = CheckpointInfo(name, step, samples_seen, files, self._model)
         self._storage.write(f"{folder}/{COMMIT}", json.dumps(asdict(info), indent=1).encode())
@@ -264,44 +280,47 @@ class CheckpointWriter:
         try:
             delete_superseded(self._storage, self._config)
         except OSError as error:
-            self._warn(f"old checkpoints could not be deleted, which is tried again at the next one: {error}")
+            self._warn(f"old checkpoints could not be deleted; retrying at the next checkpoint: {error}")
 
 
 def help_to_save(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """What the other ranks do while rank 0 calls `CheckpointWriter.save`: give it their parts of what is split."""
+    """Give rank 0 this rank's parts of split tensors during `CheckpointWriter.save`.
 
-    def give(value: Any) -> None:
+    All other ranks call this at the same time.
+    """
+
+    def gather_all(value: Any) -> None:
         if isinstance(value, dict | list):
             for item in value.values() if isinstance(value, dict) else value:
-                give(item)
+                gather_all(item)
         elif isinstance(value, torch.Tensor):
             gather(value.detach())
 
-    give(dict(module.state_dict()))
-    give(optimizer.state_dict())
+    gather_all(dict(module.state_dict()))
+    gather_all(optimizer.state_dict())
 
 
 def load_weights(
     storage: Storage, info: CheckpointInfo, module: nn.Module, load_tower: Callable[[], None] = lambda: None
 ) -> None:
-    """Put a checkpoint's weights into the model.
+    """Load a checkpoint's weights into the model.
 
     Args:
-        load_tower: called where the checkpoint has none of a locked image tower's weights, since its run read that
-            tower's embeddings from a store; has the module hold them.
+        load_tower: loads a locked image tower into the module. Called if the checkpoint lacks that tower, because its
+            run read the embeddings from a store.
 
     Raises:
-        DamagedCheckpoint: for a file that is not what was committed.
+        DamagedCheckpoint: for a file that differs from the committed one.
         CheckpointError: for weights of another model.
     """
     from safetensors.torch import load
 
     tensors = load(_verified(storage, info, _WEIGHTS))
-    of_store = "visual" in info.model.get("locked", ()) and not any(name.startswith("visual.") for name in tensors)
-    if of_store:
+    is_stored = "visual" in info.model.get("locked", ()) and not any(name.startswith("visual.") for name in tensors)
+    if is_stored:
         load_tower()
     for name, own in module.state_dict().items():
-        if of_store and name.startswith("visual."):
+        if is_stored and name.startswith("visual."):
             tensors[name] = own
         elif name in tensors and tensors[name].shape == own.shape:
             tensors[name] = shard_like(tensors[name], own)
@@ -314,12 +333,12 @@ def load_weights(
 def load_checkpoint(
     storage: Storage, info: CheckpointInfo, module: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Put a checkpoint's weights and optimizer state back; raises as `load_weights`."""
+    """Load a checkpoint's weights and optimizer state; raises as `load_weights`."""
     load_weights(storage, info, module)
     state = torch.load(io.BytesIO(_verified(storage, info, _OPTIMIZER)), map_location="cpu", weights_only=True)
     for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        # The run may have been on another kind of device, whose optimizer had another implementation.
-        saved |= {key: group[key] for key in _OF_THE_DEVICE if key in group}
+        # The run may have used another kind of device, with another implementation of the optimizer.
+        saved |= {key: group[key] for key in _DEVICE_OPTIONS if key in group}
         for number, parameter in zip(saved["params"], group["params"], strict=True):
             known = state["state"].get(number, {})
             known |= {
@@ -331,23 +350,24 @@ def load_checkpoint(
 def load_newest(
     storage: Storage, module: nn.Module, optimizer: torch.optim.Optimizer, warn: Callable[[str], None]
 ) -> CheckpointInfo | None:
-    """Go on from the newest checkpoint that is whole; None where the run has none yet.
+    """Load the newest undamaged checkpoint; None if the run has no checkpoint.
 
-    Newer ones that are damaged lose their commit mark: nothing shall count or try them again.
+    Newer damaged checkpoints lose their commit.json, so no reader counts or tries them again.
 
     Args:
-        warn: told of each that is damaged.
+        warn: called for each damaged checkpoint.
 
     Raises:
-        CheckpointError: where all are damaged, or the newest is of another model.
+        CheckpointError: if all are damaged, or the newest is of another model.
     """
-    names, damaged = committed_names(storage), []
+    names = committed_names(storage)
+    damaged = []
     for name in reversed(names):
         try:
             info = read_info(storage, name)
             load_checkpoint(storage, info, module, optimizer)
         except DamagedCheckpoint as error:
-            warn(f"{error}. The one before it is taken")
+            warn(f"{error}. Loading the checkpoint before it")
             damaged.append(name)
         else:
             for other in damaged:
@@ -356,7 +376,7 @@ def load_newest(
     if names:
         raise CheckpointError(
             f"{storage.uri}/{FOLDER}: all {len(names)} checkpoints are damaged ({', '.join(names)}); delete them to "
-            "begin the run anew"
+            "start the run again"
         )
     return None
 
@@ -367,7 +387,7 @@ def mark_best(storage: Storage, name: str, figure: float) -> None:
 
 
 def read_best(storage: Storage) -> tuple[str, float] | None:
-    """Name and figure of the best checkpoint so far."""
+    """Name and figure of the best checkpoint so far; None if there is none."""
     try:
         best = json.loads(storage.read(_BEST))
         return best["name"], best["figure"]
@@ -376,12 +396,15 @@ def read_best(storage: Storage) -> tuple[str, float] | None:
 
 
 def leave_out(storage: Storage, step: int) -> None:
-    """From now on this step (counted from 1) passes without changing the weights, in whatever attempt."""
+    """Leave out this step (counted from 1) from now on, in every attempt.
+
+    Its batch is read, but the weights do not change.
+    """
     storage.write(_LEFT_OUT, json.dumps({"steps": sorted({*read_left_out(storage), step})}).encode())
 
 
 def read_left_out(storage: Storage) -> list[int]:
-    """The steps that `leave_out` was told, counted from 1."""
+    """Steps given to `leave_out`, counted from 1."""
     try:
         return json.loads(storage.read(_LEFT_OUT))["steps"]
     except FileNotFoundError:
@@ -389,14 +412,17 @@ def read_left_out(storage: Storage) -> list[int]:
 
 
 def delete_superseded(storage: Storage, config: CheckpointConfig) -> None:
-    """Delete what need not be kept; also what was never committed and is older than the newest."""
+    """Delete superseded checkpoints and old leftovers.
+
+    A leftover was never committed and is older than the newest checkpoint.
+    """
     infos, best = list_checkpoints(storage), read_best(storage)
     old = set(superseded(infos, config, best[0] if best else None))
     known = {info.name for info in infos}
     for name in storage.list(FOLDER):
         is_leftover = name.startswith("step-") and name not in known and bool(infos) and name < infos[-1].name
         if name in old or is_leftover:
-            # The commit mark first: a reader never takes a half-deleted folder for a checkpoint.
+            # commit.json first: no reader takes a half-deleted folder for a checkpoint.
             storage.delete(f"{FOLDER}/{name}/{COMMIT}")
             storage.delete_folder(f"{FOLDER}/{name}")
 

@@ -1,4 +1,4 @@
-"""When a training worker saves and when it stops, and what it saves: its ledger, and on rank 0 the checkpoints."""
+"""When a training worker saves and stops: checkpoints, ledger, requests, rungs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _ASK_S = 0.3  # between two questions at a rung
 
 
 def restore(job: TrainJob, storage: Storage, trainer: Trainer, rank: int) -> int:
-    """Load the newest undamaged checkpoint, the same on every rank; returns the number of steps done."""
+    """Load the newest undamaged checkpoint; returns the number of steps done.
+
+    All ranks load the same checkpoint.
+    """
     info = load_newest(storage, trainer.module, trainer.optimizer, job.hooks.warn) if rank == 0 else None
     if dist.is_initialized():
         names = [info.name if info else None]
@@ -32,7 +35,7 @@ def restore(job: TrainJob, storage: Storage, trainer: Trainer, rank: int) -> int
 
 
 class Saver:
-    """Decides together with the other ranks when to save and when to stop.
+    """Saves with the other ranks: rank 0 the checkpoint, each rank its ledger.
 
     Reasons to save: the end of the run, a rung, `checkpoint.save_every_steps` and `save_every_s`, and the driver's
     request. All ranks take the same decision after the same step.
@@ -42,7 +45,7 @@ class Saver:
         num_steps: steps of the run.
 
     Attributes:
-        must_stop: whether the run ends here: the driver requested it, or decided so at a rung.
+        must_stop: whether the run ends here, by the driver's request or its decision at a rung.
     """
 
     def __init__(
@@ -90,13 +93,20 @@ class Saver:
         return self._job.hooks.record(metrics)
 
     def may_save(self, steps_done: int) -> bool:
-        """Whether the ranks may save after this step without a request; the same on all ranks."""
+        """Whether the ranks may save after this step without a request.
+
+        The same on all ranks.
+        """
         steps = self._job.checkpoint.save_every_steps
         is_multiple = steps is not None and steps_done % steps == 0
         return is_multiple or steps_done == self._num_steps or self._is_rung(steps_done)
 
     def save_if_due(self, steps_done: int, request: Request) -> bool:
-        """Save if any rank has a reason to; returns whether the ranks saved. Sets `must_stop`."""
+        """Save if any rank has a reason to, and set `must_stop`.
+
+        Returns:
+            Whether the ranks saved.
+        """
         is_due = self._writer is not None and self._writer.is_due(steps_done)
         save, self.must_stop = self._any_rank(request == "save" or is_due, request == "stop")
         is_rung = self._is_rung(steps_done)
