@@ -1,9 +1,9 @@
-"""The bottlenecked token embedding of mSigLIP (arXiv 2303.15343, section 4.6): N x K, then K x W.
+"""Bottlenecked token embedding of mSigLIP (arXiv 2303.15343, section 4.6).
 
     N  vocabulary      K  bottleneck      W  width of the text tower
 
-A multilingual vocabulary of 250,000 tokens at width 768 is 192 M parameters, more than the rest of the tower; through
-K = 96 it is 24 M.
+An N x K table, then a K x W product. A multilingual vocabulary of 250,000 tokens at width 768 is 192 M parameters,
+more than the rest of the tower; through K = 96 it is 24 M.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 EMBEDDING = "text.token_embedding"
-_STD = 0.02  # of open_clip's token embedding, so that the tower begins with inputs of the usual size
+_STD = 0.02  # of open_clip's token embedding: the tower starts with inputs of the usual size
 
 
 class BottleneckEmbedding(nn.Module):
-    """Takes the place of an `nn.Embedding(N, W)`.
+    """Replaces an `nn.Embedding(N, W)`.
 
     Attributes:
         table: N x K.
@@ -35,7 +35,7 @@ class BottleneckEmbedding(nn.Module):
         return self.expand(self.table(tokens))
 
     def folded(self) -> Tensor:
-        """(N, W): the rows that all tokens are embedded as. The product is rounded once."""
+        """(N, W): the product as one table, rounded once."""
         return (self.table.weight.detach().double() @ self.expand.weight.detach().double().T).to(
             self.table.weight.dtype
         )
@@ -45,7 +45,7 @@ def use_bottleneck(module: nn.Module, bottleneck: int) -> None:
     """Replace the token embedding of a model's text tower.
 
     Raises:
-        ValueError: where the tower has none of open_clip's kind, or one that is no wider than the bottleneck.
+        ValueError: if the tower's embedding is not of open_clip's type, or no wider than the bottleneck.
     """
     text = module.get_submodule("text")
     embedding = getattr(text, "token_embedding", None)
@@ -60,7 +60,7 @@ def use_bottleneck(module: nn.Module, bottleneck: int) -> None:
 
 
 def fold_bottleneck(module: nn.Module) -> dict[str, Tensor]:
-    """The model's weights by open_clip's names: a bottleneck has become one table."""
+    """The model's weights by open_clip's names, a bottleneck folded into one table."""
     weights = dict(module.state_dict())
     embedding = getattr(module.get_submodule("text"), "token_embedding", None)
     if isinstance(embedding, BottleneckEmbedding):

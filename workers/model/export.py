@@ -1,4 +1,4 @@
-"""A trained model in forms that other programs load, without sigray.
+"""Exports a trained model for programs without sigray.
 
     b  rows      S  image size      T  context length      D  embedding dimension
 
@@ -8,9 +8,9 @@
                    text.onnx: (b, T) int64 tokens -> (b, D) of unit norm
                    config.json: mean, std, size, logit_scale (already exponentiated), logit_bias; tokenizer.json
 
-open_clip cleans a text before a tokenizers file sees it (ftfy, HTML entities, spaces), sigray does not. So the two may
-tokenize a text differently that has, say, a curly apostrophe. `compare_open_clip` counts such texts; tokenizer.json
-itself, with its padding and truncation, gives what the model was trained with.
+open_clip cleans a text before a tokenizers file sees it (ftfy, HTML entities, spaces), sigray does not. So the two
+may tokenize a text with, say, a curly apostrophe differently. `compare_open_clip` counts such texts. tokenizer.json
+itself, with its padding and truncation, gives the tokens of the training.
 """
 
 from __future__ import annotations
@@ -32,16 +32,20 @@ from sigray.workers.model.tokenizer import build_tokenizer
 
 Format = Literal["open_clip", "safetensors", "onnx"]
 
-OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
-WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
-IMAGE_ONNX, TEXT_ONNX = "image.onnx", "text.onnx"
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+IMAGE_ONNX = "image.onnx"
+TEXT_ONNX = "text.onnx"
 
-_MAX_ONNX_BYTES = 2**31 - 2**26  # of weights inside a protobuf file; more go into a file beside it
+_MAX_ONNX_BYTES = 2**31 - 2**26  # of weights inside a protobuf file; larger weights go into a second file
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far an exported model is from the one that was trained."""
+    """Differences between an exported model and the trained one."""
 
     image_difference: float
     """Largest absolute difference of an image feature."""
@@ -49,7 +53,8 @@ class Comparison:
     """Largest absolute difference of a text feature, from the same tokens."""
     num_texts: int
     other_tokens: tuple[str, ...] | None
-    """Texts that the exported tokenizer turns into other tokens; None: it could not be loaded here."""
+    """Texts that the exported tokenizer turns into other tokens.
+    None: the tokenizer could not be loaded here."""
 
 
 def export_open_clip(module: nn.Module, model: ModelConfig, folder: Path) -> None:
@@ -61,7 +66,7 @@ def export_open_clip(module: nn.Module, model: ModelConfig, folder: Path) -> Non
         folder: exists.
 
     Raises:
-        ValueError: where the tokenizer's file is missing.
+        ValueError: if the tokenizer's file is missing.
     """
     towers = tower_config(model)
     towers["vision_cfg"].pop("timm_model_pretrained", None)
@@ -81,7 +86,10 @@ def export_open_clip(module: nn.Module, model: ModelConfig, folder: Path) -> Non
 
 
 def export_safetensors(module: nn.Module, model: ModelConfig, folder: Path) -> None:
-    """Write the weights by open_clip's names, with the model section beside them; arguments as `export_open_clip`."""
+    """Write the weights by open_clip's names, and the model section.
+
+    Arguments as `export_open_clip`.
+    """
     _save_tokenizer(model, folder)
     content = {
         "model": model.model_dump(mode="json", exclude={"init_from", "init_fresh", "token_bottleneck"})
@@ -92,16 +100,20 @@ def export_safetensors(module: nn.Module, model: ModelConfig, folder: Path) -> N
 
 
 def export_onnx(module: nn.Module, model: ModelConfig, folder: Path) -> None:
-    """Write both towers for ONNX runtimes, for batches of any size; arguments as `export_open_clip`.
+    """Write both towers for ONNX runtimes, for batches of any size.
+
+    Arguments as `export_open_clip`.
 
     Raises:
-        RuntimeError: where onnx and onnxscript are not installed, or torch cannot express a tower.
+        RuntimeError: if onnx or onnxscript is not installed, or torch cannot express a tower.
     """
     try:
-        import onnxscript  # noqa: F401  what torch.onnx itself imports, late
+        import onnxscript  # noqa: F401  torch.onnx imports it, but late
     except ImportError as error:
         raise RuntimeError(f"{error}; ONNX needs the extra: pip install 'sigray[export]'") from error
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision's operators, which no tower uses
+    logging.getLogger("torch.onnx").setLevel(
+        logging.ERROR
+    )  # it warns about torchvision's operators, which no tower uses
     size, context_length, _ = shapes(model)
     _save_tokenizer(model, folder)
     towers = {
@@ -120,7 +132,7 @@ def export_onnx(module: nn.Module, model: ModelConfig, folder: Path) -> None:
             folder / name,
             input_names=[input_name],
             output_names=["features"],
-            # torch.export guards against 1, where some strides mean nothing; the graph that comes out takes 1 as well.
+            # torch.export specialises on size 1; the exported graph accepts 1 as well.
             dynamic_shapes=({0: torch.export.Dim("batch", min=2)},),
             external_data=num_bytes > _MAX_ONNX_BYTES,
             dynamo=True,
@@ -140,7 +152,10 @@ EXPORTERS = {"open_clip": export_open_clip, "safetensors": export_safetensors, "
 
 
 def preprocessing(model: ModelConfig) -> dict[str, Any]:
-    """How an image becomes the tower's input, in open_clip's words: the shorter side to S, the centre, mean and std."""
+    """The preprocessing of images, by open_clip's keys.
+
+    The shorter side to S, the centre, mean and std.
+    """
     return {
         "size": shapes(model)[0],
         "mean": list(model.image_mean),
@@ -153,11 +168,14 @@ def preprocessing(model: ModelConfig) -> dict[str, Any]:
 def compare_open_clip(
     folder: Path, module: nn.Module, model: ModelConfig, texts: Sequence[str], *, num_images: int = 8
 ) -> Comparison:
-    """Load an exported folder with plain open_clip and compare it with the trained model.
+    """Load an exported folder with plain open_clip and compare it.
 
     Args:
         texts: whose tokens and features are compared.
-        num_images: of random pixels.
+        num_images: number of images of random pixels.
+
+    Returns:
+        Differences from the trained model.
     """
     import open_clip
 
@@ -208,19 +226,23 @@ def _tokenizer_name(folder: Path) -> str:
 
 
 def _save_tokenizer(model: ModelConfig, folder: Path) -> dict[str, Any]:
-    """Write the tokenizer's files, if it has any; returns the keys of open_clip's text_cfg that name it, None: none."""
+    """Write the tokenizer's files, if it has any.
+
+    Returns:
+        Keys of open_clip's text_cfg that name the tokenizer; None as a value: no such key.
+    """
     _, context_length, vocab_size = shapes(model)
     no_file = {"hf_tokenizer_name": None, "tokenizer_kwargs": None, "tokenizer_mode": None}
     if model.tokenizer == "open_clip":
         if model.name is None:
-            return no_file  # its BPE, whatever the towers say
+            return no_file  # its BPE, for any towers
         import open_clip
 
         tokenizer = open_clip.get_tokenizer(model.name)
         if hasattr(tokenizer, "save_pretrained"):
             tokenizer.save_pretrained(str(folder))
         return {}
-    build_tokenizer(model, context_length, vocab_size)  # its checks
+    build_tokenizer(model, context_length, vocab_size)  # checks the file
     from tokenizers import Tokenizer as HFTokenizer
 
     file = HFTokenizer.from_file(model.tokenizer)

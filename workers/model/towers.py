@@ -1,8 +1,9 @@
-"""The model: open_clip's image tower and text tower, `logit_scale` (a log) and `logit_bias`.
+"""The model: image tower, text tower, `logit_scale` (a log), `logit_bias`.
 
     b  pairs on this rank      S  image size      T  context length      D  embedding dimension
 
-Every model is an open_clip `CustomTextCLIP`, so a checkpoint's weights load in plain open_clip under the same names.
+Every model is an open_clip `CustomTextCLIP`, so the weights of a checkpoint load in plain open_clip under the same
+names.
 """
 
 from __future__ import annotations
@@ -24,22 +25,23 @@ TOWERS: tuple[Tower, ...] = ("visual", "text")
 
 
 def build_model(model: ModelConfig, *, stored_embeddings: bool = False) -> nn.Module:
-    """The towers with fresh weights from torch's current random state; `model.image_tower` with its own.
+    """Towers with fresh weights from torch's current random state.
 
-    Its forward takes (b, 3, S, S) float images and (b, T) int tokens and returns a dict: `image_features` and
-    `text_features`, both (b, D) of unit norm, `logit_scale` (already exponentiated) and, if it has one, `logit_bias`.
+    `model.image_tower` keeps its own weights. The model's forward takes (b, 3, S, S) float images and (b, T) int tokens
+    and returns a dict: `image_features` and `text_features`, both (b, D) of unit norm, `logit_scale` (already
+    exponentiated) and, if it has one, `logit_bias`.
 
     Args:
-        stored_embeddings: leave the image tower out: forward takes its embeddings, (b, D), in the place of images.
+        stored_embeddings: leave the image tower out: forward takes its embeddings, (b, D), in place of images.
 
     Raises:
-        ValueError: where open_clip cannot build what the config says, or `model.image_tower` names nothing usable.
+        ValueError: if open_clip cannot build the configured towers, or `model.image_tower` cannot be loaded.
     """
     from open_clip.model import CustomTextCLIP
 
     config = tower_config(model)
     if stored_embeddings or model.image_tower is not None:
-        # Replaced below; open_clip cannot leave it out.
+        # A small tower, replaced below: open_clip cannot leave it out.
         size = config["vision_cfg"].get("image_size", 224)
         config["vision_cfg"] = {"image_size": size, "patch_size": size, "width": 64, "head_width": 64, "layers": 1}
     try:
@@ -61,14 +63,19 @@ def build_model(model: ModelConfig, *, stored_embeddings: bool = False) -> nn.Mo
 
 
 def build_bare_model(model: ModelConfig) -> nn.Module:
-    """As `build_model`, for weights that come from elsewhere: fetches no pretrained ones."""
+    """As `build_model`, without fetching pretrained weights.
+
+    For weights that are loaded afterwards.
+    """
     config = tower_config(model)
     config["vision_cfg"]["timm_model_pretrained"] = config["text_cfg"]["hf_model_pretrained"] = False
     return build_model(model.model_copy(update={"name": None, "towers": config}))
 
 
 def lock_towers(module: nn.Module, model: ModelConfig) -> None:
-    """Set a model to training, what is locked apart: that has no gradients and no dropout from now on.
+    """Set a model to training mode, except its locked parts.
+
+    Locked parts have no gradients and no dropout from now on.
 
     Raises:
         ValueError: for more `trained_blocks` than a tower has.
@@ -78,26 +85,26 @@ def lock_towers(module: nn.Module, model: ModelConfig) -> None:
         module.get_submodule(name).requires_grad_(False).eval()
     for name, num_trained in model.trained_blocks.items():
         tower = module.get_submodule(name).eval()
-        blocks = _chain(tower)
+        blocks = _block_chain(tower)
         if num_trained > len(blocks):
             raise ValueError(f"model.trained_blocks: the {name} tower has {len(blocks)} blocks, not {num_trained}")
-        trained = _behind(model, name, num_trained)
+        trained = _trained_names(model, name, num_trained)
         for parameter_name, parameter in tower.named_parameters():
             parameter.requires_grad_(parameter_name in trained)
         for block in blocks[-num_trained:]:
             block.train()
 
 
-def _behind(model: ModelConfig, name: Tower, num_trained: int) -> set[str]:
-    """Names of a tower's parameters in its last blocks and behind them.
+def _trained_names(model: ModelConfig, name: Tower, num_trained: int) -> set[str]:
+    """Names of a tower's parameters in its last blocks and after them.
 
-    Found by a backward pass without memory: where the input of the first trained block is cut off, what lies before it
-    gets no gradient. So it holds for any tower, whatever its parts are called.
+    Found by a backward pass on the meta device, without memory: the input of the first trained block is detached, so
+    the parameters before it get no gradient. This works for any tower, whatever its modules are called.
     """
     size, context_length, _ = shapes(model)
     with torch.device("meta"):
         tower = build_model(model).get_submodule(name)
-        block = _chain(tower)[-num_trained]
+        block = _block_chain(tower)[-num_trained]
         block.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(), *inputs[1:]))
         text = torch.zeros(2, context_length, dtype=torch.int32)
         output = tower(text if name == "text" else torch.zeros(2, 3, size, size))
@@ -105,18 +112,23 @@ def _behind(model: ModelConfig, name: Tower, num_trained: int) -> set[str]:
     return {path for path, parameter in tower.named_parameters() if parameter.grad is not None}
 
 
-def _chain(tower: nn.Module) -> list[nn.Module]:
-    """The blocks of a tower in their order: the members of one class, in a list or a chain, with the most weights."""
+def _block_chain(tower: nn.Module) -> list[nn.Module]:
+    """The blocks of a tower in order.
+
+    These are the modules of one class, in a list or a chain, with the most weights.
+    """
     chains = [list(part.children()) for part in tower.modules() if isinstance(part, nn.ModuleList | nn.Sequential)]
-    alike = [chain for chain in chains if len({type(member) for member in chain}) == 1]
-    return max(alike, key=lambda chain: sum(map(num_parameters, chain)), default=[])
+    uniform = [chain for chain in chains if len({type(member) for member in chain}) == 1]
+    return max(uniform, key=lambda chain: sum(map(num_parameters, chain)), default=[])
 
 
 def build_meta_model(model: ModelConfig) -> nn.Module:
-    """The towers without memory (torch's meta device), locked as in training; fetches no pretrained weights.
+    """Towers on torch's meta device (no memory), locked as in training.
+
+    Fetches no pretrained weights.
 
     Raises:
-        ValueError: where open_clip cannot build it.
+        ValueError: if open_clip cannot build them.
     """
     with torch.device("meta"):
         module = build_bare_model(model)
@@ -125,10 +137,12 @@ def build_meta_model(model: ModelConfig) -> nn.Module:
 
 
 def check_model(model: ModelConfig) -> nn.Module:
-    """Run two pairs through the model without memory or arithmetic; returns it, as `build_meta_model`.
+    """Run two pairs through the model on the meta device; returns the model.
+
+    The model is that of `build_meta_model`.
 
     Raises:
-        ValueError: where open_clip cannot build it, or its towers do not give one vector per image and per text.
+        ValueError: if open_clip cannot build it, or its towers do not give one vector per image and per text.
     """
     size, context_length, _ = shapes(model)
     module = build_meta_model(model)
@@ -145,12 +159,12 @@ def check_model(model: ModelConfig) -> nn.Module:
 
 
 def normalize_pixels(images: Tensor, model: ModelConfig) -> Tensor:
-    """(b, S, S, 3) uint8 as it comes from the loader -> (b, 3, S, S) float32 as the image tower takes it.
+    """(b, S, S, 3) uint8 pixels -> (b, 3, S, S) float32 input of the image tower.
 
-    Runs on the device: a quarter of the bytes cross to it.
+    Runs on the device, so a quarter of the bytes cross to it.
     """
     mean, std = (
-        # Filled on the device: numbers sent to a GPU would have the host wait for all that it has asked for.
+        # Filled on the device: to copy numbers to a GPU, the host would wait for all queued work.
         torch.stack([torch.full((), float(np.float32(v) * 255), device=images.device) for v in values])
         for values in (model.image_mean, model.image_std)
     )
@@ -158,7 +172,10 @@ def normalize_pixels(images: Tensor, model: ModelConfig) -> Tensor:
 
 
 def tower_blocks(tower: nn.Module) -> list[nn.Module]:
-    """The repeated parts of a tower, inner ones first: members of one class in a list (open_clip) or a chain (timm)."""
+    """The repeated blocks of a tower, inner ones first.
+
+    These are modules of one class in a list (open_clip) or a chain (timm).
+    """
     blocks: list[nn.Module] = []
     for part in reversed(list(tower.modules())):
         members = list(part.children()) if isinstance(part, nn.ModuleList | nn.Sequential) else []
@@ -168,9 +185,9 @@ def tower_blocks(tower: nn.Module) -> list[nn.Module]:
 
 
 def checkpoint_activations(module: nn.Module, model: ModelConfig, checkpoint: Callable[..., Any]) -> None:
-    """Have each block of the towers that train keep its input only, and run again in the backward pass.
+    """Make each block of the trainable towers keep only its input.
 
-    Names of parameters stay.
+    The backward pass runs the block again. Parameter names stay.
 
     Args:
         checkpoint: function and its arguments -> its result; `sigray.workers.device.Device.checkpoint`.
@@ -182,9 +199,10 @@ def checkpoint_activations(module: nn.Module, model: ModelConfig, checkpoint: Ca
 
 
 def compile_tower_blocks(module: nn.Module) -> None:
-    """Have the blocks of both towers compiled by torch.compile when they first run. Names of parameters stay.
+    """Compile the blocks of both towers with torch.compile at their first run.
 
     Blocks and not whole towers: all blocks of a tower share one compiled form, and compiling takes seconds.
+    Parameter names stay.
     """
     for name in TOWERS:
         for block in _outer_blocks(module.get_submodule(name)):
@@ -192,12 +210,12 @@ def compile_tower_blocks(module: nn.Module) -> None:
 
 
 def _outer_blocks(tower: nn.Module) -> list[nn.Module]:
-    """`tower_blocks` less those that are part of another one."""
+    """`tower_blocks` without the blocks inside another block."""
     blocks = tower_blocks(tower)
     inner = {id(part) for block in blocks for part in list(block.modules())[1:]}
     return [block for block in blocks if id(block) not in inner]
 
 
 def num_parameters(module: nn.Module) -> int:
-    """Trainable and locked parameters together."""
+    """Number of parameters, trainable and locked together."""
     return sum(parameter.numel() for parameter in module.parameters())

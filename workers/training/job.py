@@ -1,4 +1,4 @@
-"""What a training worker is given: its job, and the hooks through which it reports to the driver."""
+"""What the driver and a training worker agree on: the job, requests and reports."""
 
 from __future__ import annotations
 
@@ -21,14 +21,18 @@ from sigray.workers.data.manifest import Manifest
 from sigray.workers.training.profile import Profile
 
 Request = Literal["go on", "save", "stop"]
-"""What the driver requests: nothing, a checkpoint now, or a checkpoint and the end of the run."""
+"""What the driver requests after a line of metrics.
+save: a checkpoint now; stop: a checkpoint, then the end of the run."""
 
 Answer = Literal["go on", "stop", "wait"]
 """The driver's decision at a rung; after "wait" the worker asks again."""
 
 
 class Hooks(Protocol):
-    """Reports of the loop to the driver, and its questions. Only rank 0 calls them, except `warn`."""
+    """Reports and questions of the loop to the driver.
+
+    Only rank 0 calls them, except `warn`.
+    """
 
     def started(self, facts: dict[str, Any]) -> None:
         """Training starts; `facts` is the start-up block."""
@@ -67,6 +71,6 @@ class TrainJob:
     blocks: BlockSource
     hooks: Hooks
     rungs: frozenset[int] = frozenset()
-    """Steps after which the worker writes a checkpoint and asks the driver whether to continue."""
+    """Steps after which the ranks save and ask the driver whether to continue."""
     profile: Profile | None = None
     """Which steps to profile; the run ends after them."""

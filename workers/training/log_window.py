@@ -1,4 +1,4 @@
-"""Metrics of the steps since the last line: loss, norms, throughput; and the check that each step was good."""
+"""Metrics of the steps since the last line, and the check that each step was good."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _NUM_RECENT = 100  # good losses whose median a new loss is compared with
 
 
 class LogWindow:
-    """The steps between two lines of metrics. The host reads the device in `close` only."""
+    """The steps between two lines of metrics.
+
+    The host reads the device in `close` only.
+    """
 
     def __init__(self, loader: Loader, device: Device, job: TrainJob) -> None:
         self._loader = loader
@@ -34,7 +37,10 @@ class LogWindow:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave out the time so far: copying the state for a checkpoint is not training time."""
+        """Leave out the time so far.
+
+        Copying the state for a checkpoint is not training time.
+        """
         self._begin = time.perf_counter()
         self._num_timed = 0
         self._wait_s = self._loader.wait_s
@@ -46,9 +52,9 @@ class LogWindow:
         self._num_timed += 1
 
     def close(self, steps_done: int) -> dict[str, float]:
-        """Metrics of the window, averaged over ranks where ranks differ; the loss is that of the last step.
+        """Metrics of the window; empty if all of its steps were left out.
 
-        Empty if all of its steps were left out.
+        Values that differ between ranks are averaged. The loss is that of the last step.
 
         Raises:
             BadStep: for the window's first bad step, on every rank.

@@ -1,4 +1,7 @@
-"""Optimizer and learning-rate schedule. Progress is counted in samples seen, so batch sizes compare fairly."""
+"""Optimizer and learning-rate schedule.
+
+The schedule counts samples seen, so runs with different batch sizes compare fairly.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ from sigray.workers.config import OptimConfig
 
 
 def learning_rate(optim: OptimConfig, samples_seen: int, num_samples: int) -> float:
-    """The rate of the step that begins after `samples_seen` samples of a run of `num_samples`.
+    """Learning rate of the step that begins after `samples_seen` samples.
 
-    Warm-up is linear from the first step on; the cosine ends at zero with the run (SGDR, arXiv 1608.03983, one
-    cycle).
+    Warm-up is linear from the first step on. The cosine ends at zero after `num_samples` (SGDR, arXiv 1608.03983,
+    one cycle).
     """
     if samples_seen < optim.num_warmup_samples:
         return optim.lr * (samples_seen + 1) / (optim.num_warmup_samples + 1)
@@ -27,15 +30,15 @@ def learning_rate(optim: OptimConfig, samples_seen: int, num_samples: int) -> fl
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """The parameters that train, as the optimizers of torch take them.
+    """The trainable parameters, as torch's optimizers take them.
 
-    Weight decay is for matrices only: never for biases, norms, `logit_scale` and `logit_bias`. An entry of
-    `optim.groups` brings its `lr_scale` beside torch's own keys.
+    Weight decay applies to matrices only: never to biases, norms, `logit_scale` and `logit_bias`. An entry of
+    `optim.groups` adds its `lr_scale` to torch's own keys.
 
     Raises:
-        ValueError: for an entry of optim.groups that no parameter is left for.
+        ValueError: if an entry of optim.groups is the first match of no trainable parameter.
     """
-    by_kind: dict[tuple[int | None, int], list[nn.Parameter]] = {}  # entry, None where none matches; dimensions
+    by_kind: dict[tuple[int | None, int], list[nn.Parameter]] = {}  # (entry of optim.groups or None, dimensions)
     patterns = [re.compile(group.match) for group in optim.groups]
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     for name in names:
@@ -44,7 +47,7 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
         by_kind.setdefault((entry, min(parameter.ndim, 2)), []).append(parameter)
 
     def groups_of(entry: int | None, decay: float, **settings: float) -> list[dict[str, Any]]:
-        # Scalars apart: split weights (`sharding.weights`) are another kind of tensor, and scalars are never split.
+        # Scalars get their own group: they are never split, and split weights are another type of tensor.
         return [
             {"params": parameters, "weight_decay": decay if dimensions == 2 else 0.0, **settings}
             for dimensions in (2, 1, 0)
@@ -66,12 +69,15 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig, options: dict[str, Any]) -> torch.optim.Optimizer:
-    """AdamW, Lion or Adafactor over the parameters that train; raises as `parameter_groups`.
+    """AdamW, Lion or Adafactor over the trainable parameters.
+
+    Raises as `parameter_groups`.
 
     Args:
-        options: which implementation of AdamW, see `Device.optimizer_options`.
+        options: implementation of AdamW, see `Device.optimizer_options`.
     """
-    groups, betas = parameter_groups(model, optim), (optim.beta1, optim.beta2)
+    groups = parameter_groups(model, optim)
+    betas = (optim.beta1, optim.beta2)
     if optim.name == "lion":
         from timm.optim import Lion
 
@@ -79,7 +85,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, options: dict[str, Any
     if optim.name == "adafactor":
         from timm.optim import AdafactorBigVision
 
-        # big_vision's defaults (optax.py, scale_by_adafactor), but for the cap of beta2, which is the config's. Weight
+        # big_vision's defaults (optax.py, scale_by_adafactor), except the cap of beta2, which is the config's. Weight
         # decay is times the whole learning rate, as AdamW's here; big_vision's is times the schedule alone.
         return AdafactorBigVision(
             groups,

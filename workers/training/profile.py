@@ -1,15 +1,15 @@
-"""Where the time of a step goes: torch.profiler around some steps, and the split of its trace into parts.
+"""Time of a step by part: torch.profiler around some steps, split by spans.
 
-The loop tells the end of each step; the spans (`losses/spans.py`) say what happens in it. Each rank writes two files to
-the run's storage:
+The loop marks the end of each step; the spans (`losses/spans.py`) name its parts. Each rank writes to the run's
+storage:
 
     profile/rank-0000.json.gz      the trace, for Perfetto (ui.perfetto.dev) or chrome://tracing
     profile/rank-0000-steps.json   `RankProfile`, from the same trace
     profile/rank-0000-xla.txt      torch-xla's own counters, under torch-xla
 
-On CUDA the host waits for the device at the end of each span: otherwise forward and backward would last as long as it
-takes to ask for them. Under torch-xla they do: operations are only recorded there, one program computes the step, and
-the host waits for it in "device program".
+On CUDA the host waits for the device at the end of each span. Otherwise the spans would measure only the time to
+launch the kernels. Under torch-xla, spans measure only the time to record operations: one program computes the whole
+step, and the host waits for it in "device program".
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ PARTS = (
     "checkpoint",
     "other",
 )
-"""In the order of a step. "other" is what no span names."""
+"""In the order of a step. "other" is the time outside all spans."""
 _STEP = "ProfilerStep#"
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Which steps are profiled.
+    """Which steps to profile.
 
     Attributes:
-        warm_up: steps before them, of each life of the training workers.
-        steps: that are profiled; one more behind them ends with a checkpoint.
+        warm_up: steps before them, in each attempt.
+        steps: number of profiled steps; one more step follows, which ends with a checkpoint.
     """
 
     warm_up: int
@@ -69,10 +69,10 @@ class Profile:
 
 @dataclass(frozen=True)
 class RankProfile:
-    """What one rank found.
+    """Result of one rank.
 
     Attributes:
-        plain_step_s: median of the steps before, which nobody profiled; None: too few.
+        plain_step_s: median of the steps before, without the profiler; None: too few.
         steps: seconds of each profiled step by part; they add up to its wall time.
     """
 
@@ -83,18 +83,21 @@ class RankProfile:
 
 
 def split_steps(events: Iterable[dict[str, Any]]) -> list[dict[str, float]]:
-    """Seconds of each step of a Chrome trace by part, each moment counted for the innermost span.
+    """Seconds of each step of a Chrome trace, by part.
+
+    Each moment counts for the innermost span.
 
     Args:
-        events: of the trace; those of torch.profiler's steps and of our spans count, on the thread of the steps.
+        events: of the trace. The steps of torch.profiler and our spans are used, on the thread of the steps.
     """
     named = [event for event in events if event.get("cat") == "user_annotation" and event.get("ph") == "X"]
     steps = sorted((event for event in named if event["name"].startswith(_STEP)), key=lambda event: event["ts"])
     spans = [event for event in named if event["name"].startswith(PREFIX)]
-    spans.sort(key=lambda event: (event["ts"], -event["dur"]))  # of two that begin together the longer is the outer one
+    spans.sort(key=lambda event: (event["ts"], -event["dur"]))  # if two begin together, the longer one is the outer one
     found = []
     for step in steps:
-        begin, end = float(step["ts"]), float(step["ts"]) + float(step["dur"])
+        begin = float(step["ts"])
+        end = begin + float(step["dur"])
         inside = [
             (max(begin, float(event["ts"])), min(end, float(event["ts"]) + float(event["dur"])), event["name"])
             for event in spans
@@ -105,7 +108,10 @@ def split_steps(events: Iterable[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def _innermost(begin: float, end: float, spans: list[tuple[float, float, str]]) -> dict[str, float]:
-    """Length of each part of [begin, end] in which its span is the innermost. Outer spans come before inner ones."""
+    """Seconds of [begin, end] per part, each moment counted for the innermost span.
+
+    Outer spans come before inner ones.
+    """
     lengths = dict.fromkeys(PARTS, 0.0)
     open_spans: list[tuple[float, str]] = []  # end and part, the innermost last
     at = begin
@@ -132,7 +138,7 @@ class StepProfiler:
     """Profiles steps of a training loop, or does nothing.
 
     Args:
-        wanted: None: nothing is profiled.
+        wanted: which steps; None: nothing is profiled.
         device: of this worker.
         storage: of the run.
         rank: of this worker.
@@ -160,7 +166,7 @@ class StepProfiler:
             self._profile.stop()
 
     def step_done(self) -> None:
-        """A step, with all that the loop does between it and the next, is over."""
+        """Mark the end of a step, logging and checkpoint included."""
         if self._wanted is None:
             return
         self._ends.append(time.perf_counter())
@@ -178,7 +184,7 @@ class StepProfiler:
 
     def _save(self, trace: profile) -> None:
         assert self._wanted is not None
-        # The first two steps make buffers and the optimizer's state; torch.profiler warms up in the last one.
+        # The first two steps allocate buffers and the optimizer's state; torch.profiler warms up in the last one.
         ends = self._ends[1 : self._wanted.warm_up - 1]
         plain = [after - before for before, after in pairwise(ends)]
         with tempfile.TemporaryDirectory() as folder:

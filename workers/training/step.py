@@ -1,9 +1,9 @@
-"""One optimizer step over one global batch. Runs with or without a process group, with or without Ray.
+"""One optimizer step over one global batch, with or without a process group.
 
 b  pairs on this rank      S  image size      T  context length      D  embedding dimension
 
-The loss always sees the global batch: how it is cut into ranks and micro-batches changes memory and time, and neither
-the loss nor any gradient beyond rounding.
+The loss always uses the whole global batch. Cutting the batch into ranks and micro-batches changes memory and time,
+but the loss and the gradients only by rounding.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ from sigray.workers.training.optim import build_optimizer, learning_rate
 
 @dataclass
 class StepResult:
-    """Figures of one step, still on the device. `loss` is this rank's part; its mean over ranks is the loss."""
+    """Figures of one step, still on the device.
+
+    `loss` is this rank's part; the mean over ranks is the loss.
+    """
 
     loss: Tensor
     feature_means: Tensor  # (2 D + 1,) of this rank's rows, see `losses.mean_logits`
@@ -51,7 +54,7 @@ class BadStep(FloatingPointError):
     """
 
     def __init__(self, step: int, message: str) -> None:
-        super().__init__(step, message)  # both, so that it can travel between processes
+        super().__init__(step, message)  # both, so that it can be pickled
         self.step = step
 
     def __str__(self) -> str:
@@ -59,7 +62,7 @@ class BadStep(FloatingPointError):
 
 
 class Trainer:
-    """Model, optimizer and the step that moves them.
+    """Model, optimizer and the step that updates them.
 
     Args:
         model: config of the towers.
@@ -68,15 +71,15 @@ class Trainer:
         device: of this worker.
         num_samples: length of the run, for the schedule.
         global_batch_size: B, over all ranks.
-        micro_batch_size: pairs that go through the towers at once; None: all b of this rank.
-        activation_checkpointing: whether the towers' blocks keep their inputs only.
-        compile_blocks: whether they are compiled.
-        stored_embeddings: whether batches hold the locked image tower's embeddings in the place of images.
-        seed: of the run; weights and the random state of every step follow from it.
+        micro_batch_size: pairs per forward pass; None: all b of this rank.
+        activation_checkpointing: whether the blocks of the towers keep their inputs only.
+        compile_blocks: whether the blocks are compiled.
+        stored_embeddings: whether batches hold embeddings of the locked image tower in place of images.
+        seed: of the run; determines the weights and the random state of every step.
 
     Attributes:
-        module: the open_clip model, the same weights on every rank.
-        optimizer: its AdamW or Lion.
+        module: the open_clip model, with the same weights on every rank.
+        optimizer: of the trainable parameters.
     """
 
     def __init__(
@@ -96,7 +99,8 @@ class Trainer:
     ) -> None:
         self._model, self._optim, self._loss, self._device = model, optim, loss, device
         self._num_samples, self._global_batch_size, self._seed = num_samples, global_batch_size, seed
-        self._micro_batch_size, self._is_first = micro_batch_size, True
+        self._micro_batch_size = micro_batch_size
+        self._is_first = True
         torch.manual_seed(seed)
         self.module = device.place(build_model(model, stored_embeddings=stored_embeddings))
         lock_towers(self.module, model)
@@ -113,8 +117,8 @@ class Trainer:
         """Forward, loss over the global batch, backward, clip, update.
 
         Raises:
-            BadStep: on every rank and before the weights change, where a rank's features hold NaN or
-                infinity; names rank and micro-batch.
+            BadStep: on every rank and before the weights change, if features of any rank hold NaN or infinity; names
+                rank and micro-batch.
         """
         lr = self._set_learning_rate(batch.step)
         size = self._micro_batch_size or len(batch.images)
@@ -150,7 +154,7 @@ class Trainer:
         with span("optimizer"):
             clip = self._optim.grad_clip_norm
             grad_norm = self._device.clip_gradients(self.module, clip if clip is not None else float("inf"))
-            # The scalars of the weights that this loss was computed with.
+            # Before the update: the values that this loss was computed with.
             logit_scale, logit_bias = self._log_logit_scale.detach().exp(), self._logit_bias.detach().clone()
             self.optimizer.step()
         if self._is_first:
@@ -163,15 +167,18 @@ class Trainer:
     def _encode(
         self, batch: Batch, rows: slice, micro_batch: int, towers: Sequence[Tower] = TOWERS
     ) -> tuple[Tensor, ...]:
-        """Features of one micro-batch, by tower, laid out for the loss, in the dtype in which it multiplies them."""
-        # Dropout and the like depend on (seed, step, rank, micro-batch) alone: a second pass over the micro-batch
-        # draws the same, and a resumed run needs no saved random state.
+        """Features of one micro-batch, by tower, laid out for the loss.
+
+        In the data type in which the loss multiplies them.
+        """
+        # Dropout depends on (seed, step, rank, micro-batch) alone: a second pass over the micro-batch draws the same
+        # numbers, and a resumed run needs no saved random state.
         seeds = np.random.SeedSequence([self._seed, batch.step, self._device.random_rank, micro_batch])
         self._device.seed(int(seeds.generate_state(1)[0]))
         with span("to device"):
             images, tokens = self._device.to_device(batch.images[rows], batch.tokens[rows])
         with span("forward"), self._device.autocast():
-            # A locked tower draws nothing, so leaving it out does not shift what the other one draws.
+            # A locked tower draws no random numbers, so leaving it out does not change those of the other tower.
             features = self.module(
                 self._tower_input(images) if "visual" in towers else None,
                 tokens if "text" in towers else None,
@@ -183,7 +190,7 @@ class Trainer:
         return normalize_pixels(images, self._model) if images.dtype == torch.uint8 else images
 
     def _encode_again(self, batch: Batch, rows: slice, micro_batch: int) -> tuple[Tensor | None, ...]:
-        """As `_encode`; a locked tower is left out, with None in the place of its features."""
+        """As `_encode`, with None in place of the features of a locked tower."""
         unlocked = [tower for tower in TOWERS if tower not in self._model.locked]
         features = dict(zip(unlocked, self._encode(batch, rows, micro_batch, unlocked), strict=True))
         return tuple(features.get(tower) for tower in TOWERS)
