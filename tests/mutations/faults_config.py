@@ -148,7 +148,7 @@ FAULTS = [
     ),
     Fault(
         "batch_size of an evaluation is lost",
-        "sigray.workers.evaluation.features:Crew.images",
+        "sigray.workers.evaluation.features:WorkerGroup.images",
         "self._evaluation.batch_size",
         "256",
         _of("eval.batch_size"),

@@ -391,7 +391,7 @@ FAULTS = [
     ),
     Fault(
         "class names of several templates are mixed",
-        "sigray.workers.evaluation.features:Crew.prompts",
+        "sigray.workers.evaluation.features:WorkerGroup.prompts",
         "for template in templates for name in names",
         "for name in names for template in templates",
         ("tests/workers/evaluation/test_features.py::test_prompts_are_the_mean_over_templates_of_one_name",),

@@ -1,10 +1,10 @@
-"""Held-out sets: which samples there are, read from tars or from a folder of images, in parts.
+"""Held-out sets: their samples, from tars or a folder of images, cut into parts.
 
     n  images of a set       C  classes      S  image size
 
-A set is WebDataset tars, or a folder with a subfolder of images for each class. Either is cut into parts of at most a
-batch, in the order of shards or files. Where parts begin follows from the set and `eval.batch_size` alone, so what is
-computed part by part does not depend on who computes how many.
+A set is WebDataset tars, or a folder with a subfolder of images for each class. It is cut into parts of at most a
+batch, in the order of shards or files. The parts follow from the set and `eval.batch_size` alone. So the results for
+each part are the same with any number of workers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from sigray.workers.data.tar import DataError, TarSample
 from sigray.workers.evaluation.per_language import translations
 
 CLASS = "cls"
-"""The member that webdataset's own classification sets have their class in; an image folder's samples have it too."""
+"""Member with the class, as in webdataset's own classification sets.
+Samples of an image folder have it too."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,16 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class Part:
-    """Neighbouring samples of a set: numbers `start` to `stop` of a shard, or files."""
+    """Neighbouring samples of a set: numbers `start` to `stop` of a shard or folder."""
 
     source: Shard | tuple[ImageFile, ...]
     start: int
     stop: int
     shown: tuple[int, ...] = ()
-    """Numbers, in the shard or of the files, of samples whose image is wanted for the sheet."""
+    """Numbers, in the shard or folder, of samples whose image the sheet shows."""
 
     def samples(self, data: DataConfig) -> Iterator[TarSample]:
-        """Read them.
+        """Read the samples.
 
         Raises:
             DataError: as `read_samples`; for a file that is gone.
@@ -59,24 +60,24 @@ class Part:
             samples = read_samples(self.source, data, start=self.start)
             yield from islice(samples, self.stop - self.start)
             if self.stop == self.source.num_samples:
-                yield from samples  # to the end, where the shard's count is checked
+                yield from samples  # to the end: there the shard's count is checked
             return
         for number, file in enumerate(self.source, start=self.start):
             try:
                 content = Path(file.path).read_bytes()
             except OSError as error:
-                raise DataError(f"{file.path}: {error.strerror}, though it was there a moment ago") from error
+                raise DataError(f"{file.path}: {error.strerror}, though it was listed before") from error
             yield TarSample(file.path, number, 0, {_ending(file.path): content, CLASS: file.class_id.encode()})
 
 
 @dataclass
 class LoadedSet:
-    """Decoded samples: unusable ones are left out and counted."""
+    """Decoded samples; unusable samples are left out and counted."""
 
     images: np.ndarray  # (n, S, S, 3) uint8
-    captions: list[str]  # n; empty strings where the set is not asked for captions
+    captions: list[str]  # n; empty strings if the set needs no captions
     places: list[int]  # n; numbers in their shard, or in the folder
-    class_ids: list[str]  # n; empty strings where the set has no classes
+    class_ids: list[str]  # n; empty strings if the set has no classes
     refused: Counter[str]  # by reason
     translations: list[list[str | None]] = field(default_factory=list)  # n; by language of the set
 
@@ -93,11 +94,11 @@ def cut(
     Args:
         name: of the set, for errors.
         batch_size: samples of a part.
-        num_shown: how many samples, evenly spread, go on the sheet.
-        is_stored: whether its embeddings come from a store.
+        num_shown: number of samples, evenly spread, for the sheet.
+        is_stored: whether the set's embeddings come from a store.
 
     Raises:
-        DataError: as `check_set`, and where shards are missing or damaged.
+        DataError: as `check_set`, and if shards are missing or damaged.
     """
     files = check_set(name, spec, data, is_stored=is_stored)
     parts: list[Part] = []
@@ -107,7 +108,7 @@ def cut(
             parts.append(Part(some, start, start + len(some)))
     else:
         for shard in scan_set(spec, data).shards:
-            # A stream without marks can only be read from its beginning: its shards stay whole.
+            # A stream without marks can only be read from its start, so its shards stay whole.
             step = batch_size if shard.marks or not shard.url.startswith("s3://") else shard.num_samples
             parts += [
                 Part(shard, start, min(start + step, shard.num_samples)) for start in range(0, shard.num_samples, step)
@@ -116,11 +117,12 @@ def cut(
 
 
 def _show(parts: list[Part], num_shown: int) -> list[Part]:
-    """Give each part its share of the samples that go on the sheet."""
+    """Give each part its share of the samples for the sheet."""
     total = sum(part.stop - part.start for part in parts)
     count = min(num_shown, total)
     wanted = [index * total // count for index in range(count)]
-    result, first = [], 0
+    result = []
+    first = 0
     for part in parts:
         last = first + part.stop - part.start
         shown = tuple(number - first + part.start for number in wanted if first <= number < last)
@@ -157,7 +159,7 @@ def load_set(spec: EvalSet, data: DataConfig, image_size: int, name: str = "NAME
     """Read and decode a whole set, in memory.
 
     Raises:
-        DataError: where shards are missing or nothing in them is usable.
+        DataError: if shards are missing or no sample is usable.
     """
     parts = cut(name, spec, data, batch_size=1 << 30)
     loaded = load((sample for part in parts for sample in part.samples(data)), spec, data, image_size)
@@ -166,20 +168,20 @@ def load_set(spec: EvalSet, data: DataConfig, image_size: int, name: str = "NAME
 
 
 def check_usable(spec: EvalSet, num_usable: int, refused: Counter[str]) -> None:
-    """Raise a DataError where no sample of a set is usable, with the reasons."""
+    """Raise a DataError with the reasons if no sample of a set is usable."""
     if not num_usable:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in refused.most_common())
         raise DataError(f"{spec.shards}: none of {refused.total()} samples is usable ({reasons or 'there are none'})")
 
 
 def probe_set(spec: EvalSet) -> EvalSet:
-    """The set that a linear probe of `spec` is fitted on."""
+    """The set on which a linear probe of `spec` is fitted."""
     change = {"shards": spec.linear_probe, "languages": [], "retrieval": False, "linear_probe": None}
     return spec.model_copy(update=change)
 
 
 def scan_set(spec: EvalSet, data: DataConfig) -> Manifest:
-    """The tars of a set. Captions are asked for only where it measures retrieval.
+    """The tars of a set. Captions are required only if the set measures retrieval.
 
     Raises:
         DataError: as `scan_shards`.
@@ -190,13 +192,13 @@ def scan_set(spec: EvalSet, data: DataConfig) -> Manifest:
 
 
 def check_set(name: str, spec: EvalSet, data: DataConfig, *, is_stored: bool = False) -> list[ImageFile] | None:
-    """The files of a set that is an image folder; None: it is tars.
+    """The files of a set that is an image folder; None: the set is tars.
 
     Args:
-        is_stored: whether its embeddings come from a store.
+        is_stored: whether the set's embeddings come from a store.
 
     Raises:
-        DataError: where the folder cannot be measured as the set asks, with what to set.
+        DataError: if the folder does not support what the set measures; says what to set.
     """
     folder = image_folder(spec.shards)
     if folder is None:
@@ -217,7 +219,7 @@ def check_set(name: str, spec: EvalSet, data: DataConfig, *, is_stored: bool = F
 
 
 def image_folder(patterns: Any) -> str | None:
-    """The folder that patterns name, where it has subfolders and no tars.
+    """The folder that the patterns name, if it has subfolders and no tars.
 
     Raises:
         DataError: for such a folder among other patterns.
@@ -231,7 +233,9 @@ def image_folder(patterns: Any) -> str | None:
 
 
 def list_images(folder: str, data: DataConfig) -> list[ImageFile]:
-    """By class, then by path; subfolders of subfolders belong to the class.
+    """The images of a folder, by class, then by path.
+
+    Nested subfolders belong to the class.
 
     Raises:
         DataError: for a subfolder without an image.
@@ -257,7 +261,7 @@ def classes_of(spec: EvalSet) -> list[dict[str, str]]:
     """The classes of a zero-shot set.
 
     Raises:
-        DataError: as `read_classes`; for subfolders that there are not.
+        DataError: as `read_classes`; if the set is no folder with subfolders.
     """
     assert spec.classes is not None
     if spec.classes != SUBFOLDERS:
@@ -272,10 +276,12 @@ def classes_of(spec: EvalSet) -> list[dict[str, str]]:
 
 
 def read_classes(path: str) -> list[dict[str, str]]:
-    """The classes of a file: JSON, or a .txt with a name in each line, whose ids are the lines' numbers from 0 on.
+    """The classes of a file: JSON, or a .txt with a name in each line.
+
+    The ids of a .txt are the line numbers from 0 on.
 
     Raises:
-        DataError: where the file is missing or is not a list of {id, name}.
+        DataError: if the file is missing or is not a list of {id, name}.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")

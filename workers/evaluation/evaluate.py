@@ -1,10 +1,10 @@
-"""Evaluation of one checkpoint: zero-shot classification, retrieval, and what a model must beat.
+"""Evaluation of one checkpoint: zero-shot, retrieval, linear probe, baselines.
 
     n  images of a set       C  classes       U  distinct captions       D  embedding dimension
 
-Every figure stands beside its chance level. `evaluate_checkpoint` is a function of a checkpoint; the driver runs it as
-a Ray task, beside training and not in its way. Features come from one worker or several (`workers/evaluation/features.py`),
-figures are computed once from all of them.
+Every figure has its chance level beside it. The driver runs `evaluate_checkpoint` as a Ray task beside training.
+Features come from one or more workers (`workers/evaluation/features.py`); the figures are computed once from all of
+them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from sigray.workers.config import DataConfig, EvalConfig
 from sigray.workers.data.tar import DataError
 from sigray.workers.evaluation.datasets import LoadedSet, classes_of, load_set, probe_set
-from sigray.workers.evaluation.features import Crew, EvaluationJob, SetFeatures
+from sigray.workers.evaluation.features import EvaluationJob, SetFeatures, WorkerGroup
 from sigray.workers.evaluation.linear_probe import linear_probe
 from sigray.workers.evaluation.per_language import figures_by_language, mean_over_languages
 
@@ -29,35 +29,36 @@ _PIXEL_BASELINE_SIZE = 16
 
 
 def evaluate_checkpoint(job: EvaluationJob) -> dict[str, Any]:
-    """All figures of one checkpoint; with a store the image features come from there.
+    """All figures of one checkpoint.
 
-    They are the same, bit for bit, with any `eval.num_workers` on machines of one kind; with more than 1, this process
-    is part of a Ray cluster.
+    With an embedding store, the image features come from the store. On machines of one kind the figures are the same,
+    bit for bit, with any `eval.num_workers`. More than 1 worker needs a Ray cluster around this process.
 
     Returns:
         {"step", "samples_seen", "zero_shot": {set: ...}, "retrieval": {set: ...}, "linear_probe": {set: ...},
-        "languages": {set: {language: ...}}, "multilingual": {set: ...}, "sheets": {set: [...]}}; rates are fractions.
-        `multilingual` is the mean over the languages, `sheets` images as base64 PNG with their five best captions.
+        "languages": {set: {language: ...}}, "multilingual": {set: ...}, "sheets": {set: [...]}}; rates are
+        fractions. `multilingual` is the mean over the languages, `sheets` images as base64 PNG with their five best
+        captions.
     """
     evaluation = job.evaluation
     result: dict[str, Any] = {"step": job.info.step, "samples_seen": job.info.samples_seen}
     result |= {"zero_shot": {}, "retrieval": {}, "linear_probe": {}, "languages": {}, "multilingual": {}, "sheets": {}}
-    with Crew(job) as crew:
+    with WorkerGroup(job) as workers:
         for name, spec in evaluation.sets.items():
-            found = crew.images(name, spec, evaluation.num_sheet_images if spec.classes else 0)
+            found = workers.images(name, spec, evaluation.num_sheet_images if spec.classes else 0)
             features = found.features
             if spec.classes:
                 classes = classes_of(spec)
                 labels = class_labels(found.class_ids, classes, name)
-                logits = features @ crew.prompts([entry["name"] for entry in classes], spec.templates).T
+                logits = features @ workers.prompts([entry["name"] for entry in classes], spec.templates).T
                 result["zero_shot"][name] = zero_shot_accuracy(logits, labels) | {"num_refused": found.num_refused}
                 result["sheets"][name] = _sheet(found, logits, labels, classes)
             if spec.retrieval:
                 number_of = {caption: number for number, caption in enumerate(sorted(set(found.captions)))}
                 owner = torch.tensor([number_of[caption] for caption in found.captions])
-                result["retrieval"][name] = retrieval_recall(features @ crew.texts(list(number_of)).T, owner)
+                result["retrieval"][name] = retrieval_recall(features @ workers.texts(list(number_of)).T, owner)
             if spec.linear_probe is not None:
-                fit = crew.images(name, probe_set(spec))
+                fit = workers.images(name, probe_set(spec))
                 result["linear_probe"][name] = linear_probe(fit.features, fit.class_ids, features, found.class_ids)
             if spec.languages:
                 result["languages"][name] = figures_by_language(
@@ -65,7 +66,7 @@ def evaluate_checkpoint(job: EvaluationJob) -> dict[str, Any]:
                     found.translations,
                     found.class_ids,
                     spec,
-                    crew.texts,
+                    workers.texts,
                     retrieval_recall,
                     zero_shot_accuracy,
                 )
@@ -75,7 +76,7 @@ def evaluate_checkpoint(job: EvaluationJob) -> dict[str, Any]:
 
 
 def class_labels(class_ids: list[str], classes: list[dict[str, str]], set_name: str) -> Tensor:
-    """(n,) int64, the number of each image's class.
+    """(n,) int64: the number of each image's class.
 
     Raises:
         DataError: for an image whose class is not among the classes.
@@ -88,7 +89,7 @@ def class_labels(class_ids: list[str], classes: list[dict[str, str]], set_name: 
 
 
 def zero_shot_accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Top-1 and top-5 accuracy of (n, C) similarities, with the rates of a blind guess."""
+    """Top-1 and top-5 accuracy of (n, C) similarities, with chance levels."""
     num_classes = logits.shape[1]
     rank = _rank_of(logits, labels)
     return {
@@ -102,21 +103,22 @@ def zero_shot_accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def retrieval_recall(similarity: Tensor, owner: Tensor) -> dict[str, float]:
-    """Recall at 1, 5 and 10 both ways, with chance levels.
+    """Recall at 1, 5 and 10 in both directions, with chance levels.
 
     Args:
         similarity: (n, U), images against distinct captions.
         owner: (n,) int64, the caption of each image; several images may share one.
 
     Returns:
-        image_to_text: is the image's caption among the k nearest captions; text_to_image: is any image of the
-        caption among its k nearest images.
+        image_to_text: rate of images whose caption is among the k nearest captions; text_to_image: rate of captions
+            with one of their images among the k nearest images.
     """
     num_images, num_captions = similarity.shape
     image_rank = _rank_of(similarity, owner)
     text_rank = torch.empty(num_captions)
     for caption in range(num_captions):
-        own, others = similarity[owner == caption, caption].max(), similarity[owner != caption, caption]
+        own = similarity[owner == caption, caption].max()
+        others = similarity[owner != caption, caption]
         text_rank[caption] = (others > own).sum() + (others == own).sum() / 2
     counts = torch.bincount(owner, minlength=num_captions).tolist()
     result: dict[str, float] = {"num_images": num_images, "num_captions": num_captions}
@@ -131,10 +133,10 @@ def retrieval_recall(similarity: Tensor, owner: Tensor) -> dict[str, float]:
 
 
 def pixel_baseline(data: DataConfig, evaluation: EvalConfig) -> dict[str, float]:
-    """Top-1 of the nearest training image in raw 16 x 16 pixels, by set: what no learning at all reaches.
+    """Top-1 of the nearest training image in raw 16 x 16 pixels, by set.
 
-    A held-out drawing of a known thing often looks like another drawing of it, so this, and not chance alone, is what
-    a model has to beat. Classes that were never trained on get 0 by construction.
+    A held-out drawing of a known object often looks like another drawing of it. So a model must beat this rate, and
+    not chance alone. Classes without a training image get 0 by construction.
     """
     result = {}
     train_by_field: dict[str, LoadedSet] = {}
@@ -146,21 +148,24 @@ def pixel_baseline(data: DataConfig, evaluation: EvalConfig) -> dict[str, float]
             train_by_field[spec.class_field] = load_set(train_spec, data, _PIXEL_BASELINE_SIZE)
         train = train_by_field[spec.class_field]
         held_out = load_set(spec, data, _PIXEL_BASELINE_SIZE)
-        known, asked = (torch.from_numpy(s.images).float().flatten(1) for s in (train, held_out))
-        nearest = torch.cat([torch.cdist(part, known).argmin(dim=1) for part in asked.split(512)]).tolist()
+        known, queries = (torch.from_numpy(s.images).float().flatten(1) for s in (train, held_out))
+        nearest = torch.cat([torch.cdist(part, known).argmin(dim=1) for part in queries.split(512)]).tolist()
         hits = [train.class_ids[n] == truth for n, truth in zip(nearest, held_out.class_ids, strict=True)]
         result[name] = sum(hits) / len(hits)
     return result
 
 
 def _rank_of(scores: Tensor, truth: Tensor) -> Tensor:
-    """(n,) how many columns score higher than the true one; ties count against the model, half of them."""
+    """(n,) number of columns that score higher than the true one.
+
+    Half of the ties count against the model.
+    """
     own = scores.gather(1, truth[:, None])
     return (scores > own).sum(dim=1) + ((scores == own).sum(dim=1) - 1) / 2
 
 
 def _sheet(found: SetFeatures, logits: Tensor, labels: Tensor, classes: list[dict[str, str]]) -> list[dict[str, Any]]:
-    """Images with their truth and their five best class names, for the report."""
+    """Images with their true class and their five best class names, for the report."""
     sheet = []
     for number, image in found.shown.items():
         top = logits[number].topk(min(5, len(classes)))

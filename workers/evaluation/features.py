@@ -1,14 +1,14 @@
-"""Features of held-out sets and of texts, part by part, by one process or by several.
+"""Features of held-out sets and of texts, part by part, by one or more workers.
 
     n  images of a set, or texts      b  of a part      D  embedding dimension
 
-A part (`workers/evaluation/datasets.py`) is one batch of the towers, whoever computes it, and every worker has the same number of
-threads: so features are the same bits with any number of workers. Gathered here are features and captions, never the
-images, but for those of the sheet.
+A part (`workers/evaluation/datasets.py`) is one batch of the towers, and every worker has the same number of threads.
+So the features are the same bits with any number of workers. Workers return features and captions, and no images except
+those of the sheet.
 
-The evaluation's own task is a worker too. It does not wait for the others: it computes parts from the first moment on,
-and they take their share once they are up. So a cluster without room for them makes an evaluation slower and not stuck.
-A worker that dies, or is not heard of, is replaced, and what it had is computed again.
+The evaluation's own task is a worker too. It computes parts from the start, and other workers join when they are up.
+So if the cluster has no free resources for them, the evaluation is slower but does not wait. A worker that dies or
+sends no result in time is replaced, and its parts are computed again.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ from sigray.workers.model.tokenizer import Tokenizer, build_tokenizer
 from sigray.workers.model.towers import build_model, normalize_pixels
 from sigray.workers.storage import Storage
 
-_AHEAD = 2  # parts that a worker has at once, so that it does not wait for this process between two
-_PATIENCE, _PATIENCE_S = 4.0, 60.0  # a part that takes so many times as long as the longest here, and this, is lost
+_PREFETCH = 2  # parts of a worker at once, so that it does not wait for this process between two
+_TIMEOUT_FACTOR = 4.0  # a part is lost after this multiple of the longest part here
+_TIMEOUT_S = 60.0  # and at least this time
 
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """A checkpoint and the sections of the config by which it is measured."""
+    """A checkpoint, and the sections of the config that define its evaluation."""
 
     storage_uri: str  # of the run
     info: CheckpointInfo
@@ -63,8 +64,10 @@ class Encoder:
         self, module: Any, model: ModelConfig, tokenizer: Tokenizer, batch_size: int, device: Device | None = None
     ) -> None:
         self._device = device or open_device("cpu", 0, "fp32")
-        self._module, self._model = self._device.place(module.eval()), model
-        self._tokenizer, self._batch_size = tokenizer, batch_size
+        self._module = self._device.place(module.eval())
+        self._model = model
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
 
     @torch.inference_mode()
     def images(self, images: np.ndarray) -> Tensor:
@@ -88,7 +91,7 @@ class Encoder:
 
 @dataclass
 class SetFeatures:
-    """What is known of a set, or of a part of it, once its images have gone through the tower."""
+    """Features and other values of the images of a set, or of a part of it."""
 
     features: Tensor  # (n, D) of unit norm
     captions: list[str]  # n
@@ -103,10 +106,12 @@ class SetFeatures:
 
 
 class FeatureWorker:
-    """The towers of one checkpoint; with a store, image features come from there."""
+    """The towers of one checkpoint; with a store, image features come from the store."""
 
     def __init__(self, job: EvaluationJob) -> None:
-        model, evaluation, store = job.model, job.evaluation, job.embeddings.store
+        model = job.model
+        evaluation = job.evaluation
+        store = job.embeddings.store
         torch.set_num_threads(evaluation.cpus_per_worker)
         self._data, self._batch_size = job.data, evaluation.batch_size
         self._image_size, context_length, vocab_size = shapes(model)
@@ -122,7 +127,7 @@ class FeatureWorker:
         self._encoder = Encoder(module, model, tokenizer, evaluation.batch_size, device)
 
     def pid(self) -> int:
-        """Of the process, once it is up."""
+        """Id of the process; answers when the worker is up."""
         return os.getpid()
 
     def texts(self, texts: list[str]) -> Tensor:
@@ -134,9 +139,10 @@ class FeatureWorker:
 
         Raises:
             DataError: for a shard that changed or is damaged.
-            StoreError: where the store lacks the shard.
+            StoreError: if the store lacks the shard.
         """
-        samples, found = part.samples(self._data), []
+        samples = part.samples(self._data)
+        found = []
         while batch := list(islice(samples, self._batch_size)):
             loaded = load(batch, spec, self._data, self._image_size)
             features = torch.empty(0, self._dim)
@@ -149,15 +155,16 @@ class FeatureWorker:
         return _join(found)
 
     def _stored(self, part: Part, loaded: LoadedSet) -> Tensor:
-        """(n, D) of unit norm.
+        """(n, D) of unit norm, from the store.
 
         Raises:
-            DataError: where the store refused an image that is usable now.
+            DataError: if the store refused an image that is usable now.
         """
         assert self._store is not None
         assert isinstance(part.source, Shard)  # check_set refuses folders of images
-        first, last = loaded.places[0], loaded.places[-1]
-        rows = list(islice(read_embeddings(self._store, part.source, self._data, first), last + 1 - first))
+        first = loaded.places[0]
+        stored = read_embeddings(self._store, part.source, self._data, first)
+        rows = list(islice(stored, loaded.places[-1] + 1 - first))
         found = [row for place in loaded.places if (row := rows[place - first]) is not None]
         if len(found) < len(loaded.places):
             raise DataError(
@@ -167,16 +174,20 @@ class FeatureWorker:
         return torch.nn.functional.normalize(torch.from_numpy(np.stack(found)), dim=-1)
 
 
-class Crew:
-    """The workers of one evaluation: this process, and `eval.num_workers` - 1 Ray actors. A context manager."""
+class WorkerGroup:
+    """The workers of one evaluation: this process and some Ray actors.
+
+    There are `eval.num_workers` - 1 actors. A context manager.
+    """
 
     def __init__(self, job: EvaluationJob) -> None:
-        self._job, self._evaluation = job, job.evaluation
-        self._starting: dict[Any, Any] = {}  # actors that are not up yet, by the reference that tells
+        self._job = job
+        self._evaluation = job.evaluation
+        self._starting: dict[Any, Any] = {}  # actors that are not up yet, by the reference to their pid
         self._helpers: list[Any] = []
         self._longest_s = 0.0  # of the parts that this process computed
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> WorkerGroup:
         self._threads_before = torch.get_num_threads()
         try:
             self._here = FeatureWorker(self._job)
@@ -200,11 +211,11 @@ class Crew:
 
         Args:
             name: of the set.
-            num_shown: how many of its images, evenly spread, to keep for the sheet; those that are not usable are not
-                made up for.
+            num_shown: number of images, evenly spread, to keep for the sheet. Unusable images are not replaced by
+                others.
 
         Raises:
-            DataError: where shards are missing or damaged, or nothing in them is usable.
+            DataError: if shards are missing or damaged, or no sample is usable.
         """
         is_stored = self._job.embeddings.store is not None
         parts = cut(name, spec, self._job.data, self._evaluation.batch_size, num_shown=num_shown, is_stored=is_stored)
@@ -219,24 +230,33 @@ class Crew:
         return torch.cat(self._map("texts", batches))
 
     def prompts(self, names: list[str], templates: list[str]) -> Tensor:
-        """C class names -> (C, D): the mean of each name's prompt features, normalised (CLIP, section 3.1.4)."""
+        """C class names -> (C, D): normalised mean of each name's prompt features.
+
+        As CLIP does (section 3.1.4).
+        """
         features = self.texts([template.replace("{}", name) for template in templates for name in names])
         return torch.nn.functional.normalize(features.unflatten(0, (len(templates), len(names))).sum(dim=0), dim=-1)
 
     def _map(self, method: str, items: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """One call of a method for each item, spread over the workers; results in the items' order."""
+        """Call a method for each item, spread over the workers.
+
+        Returns:
+            Results in the order of the items.
+        """
         results: dict[int, Any] = {}
-        waiting, running = deque(range(len(items))), dict[Any, tuple[int, Any]]()
+        waiting = deque(range(len(items)))
+        running: dict[Any, tuple[int, Any]] = {}
         while len(results) < len(items):
-            self._look_for_new()
-            for _ in range(_AHEAD):
+            self._add_started()
+            for _ in range(_PREFETCH):
                 for helper in self._helpers:
-                    # The last one is for this process: a list of one does not travel.
-                    if len(waiting) > 1 and sum(actor is helper for _, actor in running.values()) < _AHEAD:
+                    # The last item is for this process, so a list of one is not sent.
+                    if len(waiting) > 1 and sum(actor is helper for _, actor in running.values()) < _PREFETCH:
                         number = waiting.popleft()
                         running[getattr(helper, method).remote(*items[number])] = number, helper
             if waiting:
-                number, begin = waiting.popleft(), time.monotonic()
+                number = waiting.popleft()
+                begin = time.monotonic()
                 results[number] = getattr(self._here, method)(*items[number])
                 self._longest_s = max(self._longest_s, time.monotonic() - begin)
             if running:
@@ -244,15 +264,15 @@ class Crew:
         return [results[number] for number in range(len(items))]
 
     def _gather(self, results: dict[int, Any], waiting: deque[int], running: dict[Any, tuple[int, Any]]) -> None:
-        """Take what the others have finished; where nothing is left to do here, wait for it.
+        """Take the results of other workers; wait for one if this process is idle.
 
-        Parts of a worker that died or is not heard of are waiting again.
+        Parts of a worker that died or sent no result in time are computed again.
         """
         import ray
 
-        patience_s = 0.0 if waiting else max(_PATIENCE_S, _PATIENCE * self._longest_s)
-        finished, late = ray.wait(list(running), timeout=patience_s)
-        lost = set() if finished or waiting else {running[late[0]][1]}
+        timeout_s = 0.0 if waiting else max(_TIMEOUT_S, _TIMEOUT_FACTOR * self._longest_s)
+        finished, unfinished = ray.wait(list(running), timeout=timeout_s)
+        lost = set() if finished or waiting else {running[unfinished[0]][1]}
         for reference in finished:
             number, helper = running.pop(reference)
             try:
@@ -279,11 +299,11 @@ class Crew:
         actor = actor_class.options(num_cpus=evaluation.cpus_per_worker, num_gpus=num_gpus).remote(self._job)
         self._starting[actor.pid.remote()] = actor
 
-    def _look_for_new(self) -> None:
-        """Take in the workers that are up by now.
+    def _add_started(self) -> None:
+        """Add the workers that are up by now.
 
         Raises:
-            RuntimeError: where one cannot load the model, as this process could.
+            RuntimeError: if a worker cannot load the model, although this process could.
         """
         if not self._starting:
             return
@@ -302,10 +322,11 @@ class Crew:
 
 
 def _join(parts: list[SetFeatures]) -> SetFeatures:
-    """Parts in their order as one."""
+    """Join parts in their order."""
     if not parts:
         return SetFeatures(torch.empty(0, 0), [], [], [], Counter())
-    first, shown = 0, dict[int, np.ndarray]()
+    first = 0
+    shown: dict[int, np.ndarray] = {}
     for part in parts:
         shown |= {first + row: image for row, image in part.shown.items()}
         first += len(part.captions)

@@ -1,9 +1,10 @@
-"""Linear probe: how well a linear classifier on frozen image features names images (arXiv 2103.00020, appendix A).
+"""Linear probe: a linear classifier on frozen image features.
 
     n  images to fit on      m  held-out images      D  embedding dimension      C  classes of the fit images
 
-Multinomial logistic regression on all features at once, by L-BFGS in float64: a convex problem with one solution, so no
-learning rate, no seed. Its L2 penalty is chosen on every tenth image of those to fit on.
+As arXiv 2103.00020, appendix A: multinomial logistic regression on all features at once, by L-BFGS in float64. The
+problem is convex with one solution, so there is no learning rate and no seed. Every tenth image of those to fit on
+chooses the L2 penalty.
 """
 
 from __future__ import annotations
@@ -34,25 +35,25 @@ def linear_probe(
         class_ids: m class ids; an image whose class is not among those to fit on counts as wrong.
 
     Returns:
-        top1, chance1 (of the classes to fit on), num_classes, num_fit, num_images, num_unknown (of classes that are not
-        among those to fit on), penalty.
+        top1, chance1 (of the classes to fit on), num_classes, num_fit, num_images, num_unknown (images of classes that
+        are not among those to fit on), penalty.
 
     Raises:
-        DataError: where there are less than two classes to fit on.
+        DataError: for fewer than two classes to fit on.
     """
     numbers = {class_id: number for number, class_id in enumerate(sorted(set(fit_ids)))}
     if len(numbers) < 2:
         raise DataError(f"a linear probe needs two classes to fit on, and there are {len(numbers)}")
-    fit, asked = fit_features.double(), features.double()
+    fit, queries = fit_features.double(), features.double()
     mean = fit.mean(dim=0)
     spread = (fit - mean).pow(2).mean().sqrt()  # one number: directions keep their weight
-    fit, asked = (fit - mean) / spread, (asked - mean) / spread
+    fit, queries = (fit - mean) / spread, (queries - mean) / spread
     labels = torch.tensor([numbers[class_id] for class_id in fit_ids])
     truth = torch.tensor([numbers.get(class_id, -1) for class_id in class_ids])
     penalty = _choose_penalty(fit, labels, len(numbers))
     weights = fit_logistic(fit, labels, len(numbers), penalty)
     return {
-        "top1": float((_logits(asked, weights).argmax(dim=1) == truth).double().mean()),
+        "top1": float((_logits(queries, weights).argmax(dim=1) == truth).double().mean()),
         "chance1": 1 / len(numbers),
         "num_classes": len(numbers),
         "num_fit": len(labels),
@@ -65,9 +66,9 @@ def linear_probe(
 def fit_logistic(
     features: Tensor, labels: Tensor, num_classes: int, penalty: float, start: Tensor | None = None
 ) -> Tensor:
-    """(C, D + 1) float64, the last column the bias: minimises mean cross-entropy + penalty / 2 * |weights|^2.
+    """(C, D + 1) float64 weights, the last column the bias.
 
-    The bias has no penalty.
+    They minimise mean cross-entropy + penalty / 2 * |weights|^2. The bias has no penalty.
     """
     weights = torch.zeros(num_classes, features.shape[1] + 1, dtype=torch.float64) if start is None else start.clone()
     weights.requires_grad_(True)
@@ -92,15 +93,18 @@ def fit_logistic(
 
 
 def _choose_penalty(features: Tensor, labels: Tensor, num_classes: int) -> float:
-    """The penalty with the most hits on what is held back, the larger one of equals; the middle one of few images."""
-    is_back = torch.arange(len(labels)) % _HELD_BACK == 0
+    """The penalty with the most hits on the images held back.
+
+    Of equal penalties the larger one wins; for few images, the middle one is taken.
+    """
+    is_held_back = torch.arange(len(labels)) % _HELD_BACK == 0
     if len(labels) < 2 * _HELD_BACK:
         return PENALTIES[len(PENALTIES) // 2]
     best: tuple[int, float] = (-1, PENALTIES[0])
     weights: Any = None
     for penalty in PENALTIES:
-        weights = fit_logistic(features[~is_back], labels[~is_back], num_classes, penalty, weights)
-        hits = int((_logits(features[is_back], weights).argmax(dim=1) == labels[is_back]).sum())
+        weights = fit_logistic(features[~is_held_back], labels[~is_held_back], num_classes, penalty, weights)
+        hits = int((_logits(features[is_held_back], weights).argmax(dim=1) == labels[is_held_back]).sum())
         best = max(best, (hits, penalty))
     return best[1]
 

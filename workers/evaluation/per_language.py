@@ -1,10 +1,10 @@
-"""Figures of a held-out set language by language: retrieval, and zero-shot classification by names in that language.
+"""Figures of a held-out set by language: retrieval and zero-shot classification.
 
     n  images of the set that have a caption in the language      U  distinct captions      D  embedding dimension
 
-The source `eval.sets.NAME.language_captions`, a language in the place of {language}, gives the captions; of a list the
-first counts. In classification a class is called what its images are called, so it needs a source with names, as
-emoji36's json:captions.{language}.name, and not with sentences.
+The captions come from `eval.sets.NAME.language_captions`, with the language in place of {language}; of a list, the
+first one counts. In classification the captions of a class's images name the class. So the source must hold names,
+as emoji36's json:captions.{language}.name, and not sentences.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from sigray.workers.data.decode import Members, Refused, captions_at
 
 
 def translations(members: Members, spec: EvalSet) -> list[str | None]:
-    """A sample's caption in each of the set's languages; None where it has none that is usable."""
+    """A sample's caption in each of the set's languages.
+
+    None for a language without a usable caption.
+    """
     found: list[str | None] = []
     for language in spec.languages:
         try:
@@ -39,13 +42,16 @@ def figures_by_language(
     retrieval_recall: Callable[[Tensor, Tensor], dict[str, float]],
     zero_shot_accuracy: Callable[[Tensor, Tensor], dict[str, float]],
 ) -> dict[str, dict[str, Any]]:
-    """language -> {"retrieval": ..., "zero_shot": ...}, of the languages that any image has a caption in.
+    """Figures of each language in which any image has a caption.
 
     Args:
         features: (images, D) of unit norm.
         captions: of each image, by language, from `translations`.
         class_ids: of each image.
         encode: texts to (texts, D) of unit norm.
+
+    Returns:
+        language -> {"retrieval": ..., "zero_shot": ...}
     """
     result: dict[str, dict[str, Any]] = {}
     for number, language in enumerate(spec.languages):
@@ -69,9 +75,10 @@ def figures_by_language(
 
 
 def mean_over_languages(figures: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """The mean of each retrieval rate over the languages, as the paper reports XM3600 (section 4.3).
+    """Mean of each retrieval rate over the languages.
 
-    Beside the rates `num_languages`, and `num_images` and `num_captions` of the language that has fewest.
+    As the paper reports XM3600 (section 4.3). Also `num_languages`, and the smallest `num_images` and `num_captions` of
+    any language.
 
     Args:
         figures: of at least one language, from `figures_by_language`.

@@ -38,7 +38,7 @@ from sigray.workers.evaluation.datasets import (
     read_classes,
 )
 from sigray.workers.evaluation.evaluate import class_labels, evaluate_checkpoint
-from sigray.workers.evaluation.features import Crew, EvaluationJob
+from sigray.workers.evaluation.features import EvaluationJob, WorkerGroup
 from sigray.workers.model.towers import build_model
 from sigray.workers.storage import Storage
 from sigray.workers.training.optim import build_optimizer
@@ -113,55 +113,55 @@ def everything(folder: Path, **settings: Any) -> EvalConfig:
 
 
 class Watched:
-    """Has crews wait for the workers they begin with, so that each gets parts; counts, keeps and disturbs.
+    """Makes evaluations wait for their first workers, so that each gets parts; counts, keeps and disturbs.
 
     Attributes:
         num_here: image parts that this process computed.
         num_starts: of other workers.
         features: of each set that was read.
         disturb: called before an image part is computed here, with its number and the pid of another worker.
-        also: called with the crew behind each set.
+        also: called with the workers after each set.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begin()
-        look, start, images = Crew._look_for_new, Crew._start, Crew.images
+        look, start, images = WorkerGroup._add_started, WorkerGroup._start, WorkerGroup.images
 
-        def wait_and_look(crew: Crew) -> None:
-            if "images" not in vars(crew._here):  # on the worker of this process alone: Ray sends the class as it is
+        def wait_and_look(workers: WorkerGroup) -> None:
+            if "images" not in vars(workers._here):  # on the worker of this process alone: Ray sends the class as it is
                 import ray
 
-                crew._here.images = partial(self._images, crew, crew._here.images)
-                if crew._starting:
-                    ray.wait(list(crew._starting), num_returns=len(crew._starting), timeout=300)
-            look(crew)
+                workers._here.images = partial(self._images, workers, workers._here.images)
+                if workers._starting:
+                    ray.wait(list(workers._starting), num_returns=len(workers._starting), timeout=300)
+            look(workers)
 
-        def count_start(crew: Crew) -> None:
+        def count_start(workers: WorkerGroup) -> None:
             self.num_starts += 1
-            start(crew)
+            start(workers)
 
-        def keep_features(crew: Crew, *arguments: Any, **settings: Any) -> Any:
-            found = images(crew, *arguments, **settings)
+        def keep_features(workers: WorkerGroup, *arguments: Any, **settings: Any) -> Any:
+            found = images(workers, *arguments, **settings)
             self.features.append(found.features)
-            self.also(crew)
+            self.also(workers)
             return found
 
-        monkeypatch.setattr(Crew, "_look_for_new", wait_and_look)
-        monkeypatch.setattr(Crew, "_start", count_start)
-        monkeypatch.setattr(Crew, "images", keep_features)
+        monkeypatch.setattr(WorkerGroup, "_add_started", wait_and_look)
+        monkeypatch.setattr(WorkerGroup, "_start", count_start)
+        monkeypatch.setattr(WorkerGroup, "images", keep_features)
 
     def begin(self, disturb: Callable[[int, int], None] | None = None) -> None:
         self.num_here, self.num_starts, self.disturb = 0, 0, disturb
         self.features: list[torch.Tensor] = []
-        self.also: Callable[[Crew], None] = lambda crew: None
+        self.also: Callable[[WorkerGroup], None] = lambda workers: None
 
-    def _images(self, crew: Crew, images: Callable[..., Any], *arguments: Any) -> Any:
+    def _images(self, workers: WorkerGroup, images: Callable[..., Any], *arguments: Any) -> Any:
         self.num_here += 1
         if self.disturb is not None:
             if self.num_here == 1:
                 import ray
 
-                self._pid = ray.get(crew._helpers[0].pid.remote())
+                self._pid = ray.get(workers._helpers[0].pid.remote())
             self.disturb(self.num_here, self._pid)
         return images(*arguments)
 
@@ -204,7 +204,7 @@ def test_figures_are_the_same_with_any_number_of_workers(
 
     for num_workers in (2, 3):
         disturb = {("live", 3): stop_and_kill, ("stored", 2): stop}.get((name, num_workers))
-        monkeypatch.setattr(features, "_PATIENCE_S", 1.0 if disturb is stop else 60.0)
+        monkeypatch.setattr(features, "_TIMEOUT_S", 1.0 if disturb is stop else 60.0)
         watched.begin(disturb)
         if (name, num_workers) == ("live", 2):
             watched.also = partial(an_error_comes_through, data=data, path=tmp_path / "0.tar")
@@ -214,15 +214,15 @@ def test_figures_are_the_same_with_any_number_of_workers(
         assert watched.num_starts == num_workers - 1 + (disturb is not None)
 
 
-def an_error_comes_through(crew: Crew, data: DataConfig, path: Path) -> None:
+def an_error_comes_through(workers: WorkerGroup, data: DataConfig, path: Path) -> None:
     spec = EvalSet(shards=str(write_tar(path, [sample(number) for number in range(40)])))
     parts = cut("a", spec, data, 4)
     write_tar(path, [sample(number) for number in range(41)])
     calls = [(part, spec) for part in parts]
-    crew._here.images = lambda part, spec: features.SetFeatures(torch.empty(0, 16), [], [], [], Counter())
+    workers._here.images = lambda part, spec: features.SetFeatures(torch.empty(0, 16), [], [], [], Counter())
     with pytest.raises(DataError, match="changed since the run's manifest was made"):
-        crew._map("images", calls)
-    del crew._here.images
+        workers._map("images", calls)
+    del workers._here.images
 
 
 def test_the_callers_threads_change_nothing_and_stay(folder, checkpoints):
@@ -325,7 +325,7 @@ def test_tars_with_cls_members_and_a_list_of_names(tmp_path):
         load_set(spec.model_copy(update={"retrieval": True}), DataConfig(shards="none"), 8)
 
 
-class OneHot(Crew):
+class OneHot(WorkerGroup):
     """Each text has a dimension of its own, in the order in which they were first given."""
 
     def __init__(self) -> None:
@@ -337,10 +337,10 @@ class OneHot(Crew):
 
 
 def test_prompts_are_the_mean_over_templates_of_one_name():
-    crew = OneHot()
-    found = crew.prompts(["cat", "dog", "emu"], ["a {}", "the {}"])
+    workers = OneHot()
+    found = workers.prompts(["cat", "dog", "emu"], ["a {}", "the {}"])
     for name, row in zip(["cat", "dog", "emu"], found, strict=True):
-        assert {text for text, value in zip(crew.known, row, strict=True) if value} == {f"a {name}", f"the {name}"}
+        assert {text for text, value in zip(workers.known, row, strict=True) if value} == {f"a {name}", f"the {name}"}
         assert row.norm() == pytest.approx(1)
 
 
