@@ -1,6 +1,6 @@
 #!/bin/bash
-# The environment of every node, the same everywhere: Python 3.11, what requirements.txt pins, and sigray itself.
-# `ray up` runs it over ssh after the file mounts; a second run with nothing changed takes a second.
+# Install the environment of a node: Python 3.11, the versions of requirements.txt, and sigray itself.
+# `ray up` runs this over ssh after the file mounts; a run without changes takes a second.
 #   bash ~/sigray/clusters/setup.sh
 set -euo pipefail
 UV_VERSION=0.13.9
@@ -19,7 +19,7 @@ fi
 python3 -m uv venv --quiet --clear --python 3.11 ~/sigray-env
 python3 -m uv pip install --quiet --compile-bytecode --python ~/sigray-env/bin/python -r requirements.txt
 python3 -m uv pip install --quiet --python ~/sigray-env/bin/python --no-deps --no-build-isolation -e .
-# A TPU host has one of these; the extra pins the libtpu that torch-xla 2.9 was made for.
+# A TPU host has one of these devices; the extra pins the libtpu of torch-xla 2.9.
 if compgen -G '/dev/accel*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null; then
   python3 -m uv pip install --quiet --python ~/sigray-env/bin/python 'torch_xla[tpu]==2.9.0'
 fi
