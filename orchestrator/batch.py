@@ -1,9 +1,12 @@
-"""Compute how training workers share a global batch, and how busy a data-shard worker may be."""
+"""Divide a global batch over training workers; size the pool of data workers."""
 
 from __future__ import annotations
 
 MAX_DATA_WORKER_UTILISATION = 0.7
-"""Fraction of a data-shard worker's time; above this, a short delay makes the training workers wait."""
+"""Fraction of a data-shard worker's time for decoding.
+
+Above it, a short delay makes the training workers wait.
+"""
 
 
 def usable_sizes(least: int, most: int, global_batch_size: int) -> list[int]:

@@ -1,16 +1,16 @@
-"""A run's local folder: who writes which file, and when.
+"""The files of a run's folder, and when each is written.
 
     config.yaml          the resolved config                                      at the start
     manifest.json        the shards that the order is computed from               at the start
     metrics.jsonl        one line per log interval                                as they come
-    events.jsonl         what was said of it: restarts, warnings, the end         as they come
+    events.jsonl         messages: restarts, warnings, the end                    as they come
     tensorboard/         the same for TensorBoard                                 as they come
     evaluations/         one JSON per evaluated checkpoint                        as they come
     checkpoints/         unless run.storage says otherwise                        by the training workers
     summary.json         outcome and final figures                                at the end
     report.html          the picture of the run                                   at the end
 
-config.yaml and manifest.json also lie beside the checkpoints, so that a run can be resumed from its storage alone.
+Copies of config.yaml and manifest.json stand beside the checkpoints, so a run can be resumed from its storage alone.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class RunFolder:
     """The files of one run.
 
     Args:
-        config: of the run; folder and storage follow from it.
+        config: names the folder and the storage of the run.
 
     Attributes:
         path: the local folder.
-        storage: where the checkpoints are; the same folder unless run.storage is set.
+        storage: holds the checkpoints; the same folder unless run.storage is set.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -48,28 +48,31 @@ class RunFolder:
         self.storage = Storage(config.storage_uri)
 
     def is_used(self) -> bool:
-        """Whether a run has begun here."""
+        """Return whether a run has begun here."""
         return (self.path / CONFIG).exists() or self.storage.exists(CONFIG)
 
     def clear(self) -> None:
-        """Delete the run, checkpoints and all."""
+        """Delete the run with its checkpoints."""
         if self.storage.exists(""):
             self.storage.delete_folder("")
         shutil.rmtree(self.path, ignore_errors=True)
 
     def begin(self, config: RunConfig, manifest: Manifest) -> None:
-        """Save what the run is, locally and beside its checkpoints."""
+        """Save config and manifest, locally and beside the checkpoints."""
         self.path.mkdir(parents=True, exist_ok=True)
         for name, text in {CONFIG: config.to_yaml(), MANIFEST: json.dumps(manifest.to_json())}.items():
             (self.path / name).write_text(text)
             self.storage.write(name, text.encode())
 
     def forget_ray_checkpoints(self) -> None:
-        """Delete Ray Train's memory of an earlier attempt. Which checkpoints exist is said by our own commit files."""
+        """Delete Ray Train's record of an earlier attempt.
+
+        Our own commit files say which checkpoints exist.
+        """
         self.storage.delete(_RAY_SNAPSHOT)
 
     def manifest(self) -> Manifest:
-        """The manifest that the run began with."""
+        """Return the manifest that the run began with."""
         return Manifest.from_json(json.loads(self.storage.read(MANIFEST)))
 
     def append_metrics(self, metrics: dict[str, float]) -> None:
@@ -77,15 +80,15 @@ class RunFolder:
             file.write(json.dumps(metrics) + "\n")
 
     def append_event(self, text: str, kind: str) -> None:
-        """Keep what was said of the run, and when."""
+        """Append a message about the run, with its time."""
         with (self.path / EVENTS).open("a") as file:
             file.write(json.dumps({"time": round(time.time(), 1), "kind": kind, "text": text}) + "\n")
 
     def restore_metrics(self, last_step: int) -> None:
-        """Have the lines up to a checkpoint and none behind it.
+        """Keep the lines up to a checkpoint and delete the later ones.
 
-        Those behind belong to steps that are done again; those that are not here, since the driver has moved to another
-        machine, were saved with the checkpoints.
+        Later lines belong to steps that are repeated. If the driver has moved to another machine, earlier lines come
+        from the checkpoints.
         """
         lines = [line for line in self.metrics() if line["step"] <= last_step]
         if last_step and (not lines or lines[-1]["step"] < last_step):
@@ -95,8 +98,9 @@ class RunFolder:
         (self.path / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def metrics(self) -> list[dict[str, float]]:
-        """All lines of metrics so far; a line that a crash cut short is left out."""
-        path, lines = self.path / METRICS, []
+        """Return all lines of metrics, without a line that a crash cut short."""
+        path = self.path / METRICS
+        lines = []
         for line in path.read_text().splitlines() if path.exists() else []:
             try:
                 lines.append(json.loads(line))
@@ -113,7 +117,7 @@ class RunFolder:
         (self.path / SUMMARY).write_text(json.dumps(summary, indent=1))
 
     def upload_records(self) -> None:
-        """Copy what lies only here to a remote storage."""
+        """Copy the local records to a remote storage."""
         if not self.storage.is_local:
             records = [self.path / name for name in (METRICS, EVENTS, SUMMARY, REPORT)]
             for file in [*records, *(self.path / EVALUATIONS).glob("*.json")]:
@@ -122,16 +126,16 @@ class RunFolder:
 
 
 def read_run(run: str) -> RunConfig:
-    """The config of a run, given its local folder or its storage URI.
+    """Return the config of a run, given its local folder or its storage URI.
 
     Raises:
-        ConfigError: where no run began there.
+        ConfigError: if the folder holds no run.
     """
     storage = Storage(run)
     try:
         content = yaml.safe_load(storage.read(CONFIG))
     except OSError as error:
         raise ConfigError(
-            f"{run} is not a run: it holds no {CONFIG}. Give the folder that `sigray train` named"
+            f"{run} is not a run: it holds no {CONFIG}. Give the folder that `sigray train` printed"
         ) from error
     return parse_config(content, f"{run}/{CONFIG}")

@@ -1,9 +1,10 @@
-"""How a worker group comes up on each accelerator. With `workers/device.py` the only place that knows them.
+"""Set up the process group of a worker group, for each accelerator.
 
-CUDA workers are Ray Train's own: TorchConfig with nccl. CPU and TPU workers have `GlooConfig`, ours: Ray 2.60 has a
-torch-xla backend for another accelerator only, its own TPU path wants torch_tpu, the young successor of torch-xla that
-shares no environment with it, and TorchConfig makes Ray's controller import torch, 2 s before any worker is started.
-torch_tpu's door is here: another `Backend` beside `_GlooBackend`.
+Only this module and `workers/device.py` know the accelerators. CUDA workers use Ray Train's TorchConfig with nccl. CPU
+and TPU workers use our `GlooConfig`, for three reasons. Ray 2.60 has a torch-xla backend for another accelerator only.
+Ray's own TPU path needs torch_tpu, the young successor of torch-xla, which shares no environment with torch-xla. And
+TorchConfig makes Ray's controller import torch, which delays the start of any worker by 2 s. Support for torch_tpu
+would be another `Backend` beside `_GlooBackend`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _SLICE_LABEL, _WORKER_ID_LABEL = "ray.io/tpu-slice-name", "ray.io/tpu-worker-id"
 
 
 def backend_config(cluster: ClusterConfig) -> BackendConfig:
-    """Ray Train's process-group set-up: nccl between GPUs, gloo between all others."""
+    """Return Ray Train's set-up of the process group: nccl for CUDA, else gloo."""
     if cluster.accelerator != "cuda":
         return GlooConfig()
     from ray.train.torch import TorchConfig
@@ -36,12 +37,12 @@ def backend_config(cluster: ClusterConfig) -> BackendConfig:
 
 
 def scaling_config(cluster: ClusterConfig, num_workers: int) -> ScalingConfig:
-    """How Ray Train places a worker group; hosts of a TPU slice are reserved together."""
+    """Return how Ray Train places a worker group; a TPU slice is reserved as a whole."""
     import ray.train
 
     reserves_slices = cluster.tpu_type is not None
     slices = {"topology": cluster.tpu_topology, "accelerator_type": cluster.tpu_type} if reserves_slices else {}
-    config: Any = ray.train.ScalingConfig  # mypy sees that of Ray Train v1
+    config: Any = ray.train.ScalingConfig  # mypy sees the class of Ray Train v1
     return config(
         num_workers=num_workers,
         use_gpu=cluster.accelerator == "cuda",
@@ -53,7 +54,7 @@ def scaling_config(cluster: ClusterConfig, num_workers: int) -> ScalingConfig:
 
 @dataclass
 class GlooConfig(BackendConfig):
-    """Training workers on CPUs and under torch-xla, for which gloo is a control plane."""
+    """Gloo for workers on CPUs, and as the control plane of torch-xla workers."""
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -62,10 +63,12 @@ class GlooConfig(BackendConfig):
 
 class _GlooBackend(Backend):
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """Ranks by slice and TPU worker id: Ray's own world rank follows neither, and PJRT counts hosts by it.
+        """Start the process group, with ranks by slice and TPU worker id.
 
-        What fails here must not be raised here: Ray Train would not give back the placement group, and with it the
-        slice, before the driver ends. `raise_start_error` raises it in the training workers.
+        PJRT counts hosts by TPU worker id, which Ray's own world rank does not follow.
+
+        An error here must not be raised here: Ray Train would keep the placement group, and with it the slice, until
+        the driver ends. `raise_start_error` raises the error in the training workers.
         """
         import ray
         from ray.train._internal.utils import get_address_and_port
@@ -80,7 +83,7 @@ class _GlooBackend(Backend):
             ]
             ray.get(starts)
         except Exception as error:
-            # Without Ray's words around it, which name processes: what comes twice must sound the same.
+            # Without Ray's text, which names processes: a repeated error must have the same message.
             error = getattr(error, "cause", None) or error
             worker_group.execute(_remember_start_error, f"{type(error).__name__}: {error}")
 
@@ -89,20 +92,20 @@ class _GlooBackend(Backend):
 
 
 def raise_start_error() -> None:
-    """Called by a training worker before anything else.
+    """Raise the error of the set-up, if any; a training worker calls this first.
 
     Raises:
-        RuntimeError: where the worker group did not come up.
+        RuntimeError: if the process group could not be set up.
     """
     if _START_ERROR in os.environ:
         raise RuntimeError(f"the training workers could not be connected: {os.environ.pop(_START_ERROR)}")
 
 
 def _place() -> tuple[str, int]:
-    """Slice and number in it of this worker's host; ("", 0) where it is no TPU.
+    """Return slice and worker id of this worker's host; ("", 0) without a TPU.
 
     Raises:
-        ValueError: for a number that is none.
+        ValueError: if the worker id is not a number.
     """
     import ray
 

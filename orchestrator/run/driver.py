@@ -141,7 +141,7 @@ def train(
 
 
 def evaluate(config: RunConfig, info: CheckpointInfo, console: Console) -> dict[str, Any]:
-    """Evaluate one checkpoint as a Ray task, keep the result with the run, and return it."""
+    """Evaluate one checkpoint as a Ray task; keep the result with the run."""
     display, folder = Display(console), RunFolder(config)
     check_model_and_sets(config)
     with ray_session(config, display):
@@ -162,7 +162,7 @@ def _write_report(folder: RunFolder) -> None:
 
 
 def _save_timeline(folder: RunFolder) -> None:
-    """Save Ray's timeline of a profiled run: the tasks of each process, data-shard workers above all."""
+    """Save Ray's timeline of a profiled run, mainly for its data-shard workers."""
     import ray
 
     path = folder.path / "profile" / "ray_timeline.json"

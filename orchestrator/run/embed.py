@@ -1,7 +1,7 @@
-"""`sigray embed`: a locked image tower over all shards of a run, once, into its embedding store.
+"""`sigray embed`: write the image embeddings of a locked tower into a store.
 
-Workers are Ray actors, one for each training worker that the config allows. A shard is the unit: Ray gives the shard
-of a worker that dies to the next one, and what a store holds when this process dies is not computed again.
+Workers are Ray actors, as many as the config has training workers. A shard is the unit of work: Ray repeats a shard if
+its worker dies. After the death of this process, the next one skips the shards that the store holds.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from sigray.workers.data.manifest import Manifest, Shard
 from sigray.workers.data.tar import DataError
 from sigray.workers.evaluation.datasets import check_set, probe_set, scan_set
 
-_LINE_S = 10.0  # between two lines of progress
-_MIN_READ = 1024  # samples below which a rate of refused ones says nothing
+_LINE_S = 10.0  # seconds between two lines of progress
+_MIN_READ = 1024  # samples; with fewer, the rate of refused samples is not checked
 
 
 def embed(config: RunConfig, console: Console) -> str:
-    """Embed what the store lacks of data.shards and eval.sets; returns what there is now, in a sentence.
+    """Embed the missing shards of data.shards and eval.sets; return a sentence.
 
     Raises:
-        ConfigError: where embeddings.store is not set.
-        StoreError: where the store was made by another tower or preprocessing.
-        DataError: for shards that are damaged, and above data.max_bad_fraction.
-        StorageError: where the store cannot be written.
+        ConfigError: if embeddings.store is not set.
+        StoreError: if another tower or preprocessing made the store.
+        DataError: if a shard is damaged, or more than data.max_bad_fraction of the images are refused.
+        StorageError: if the store cannot be written.
     """
     begin = time.monotonic()
     display = Display(console)
@@ -73,7 +73,10 @@ def embed(config: RunConfig, console: Console) -> str:
 
 
 def _wanted(source: Manifest, held_out: list[Manifest]) -> list[tuple[Part, Shard]]:
-    """What a complete store holds; the largest shards first, so that no worker ends long after the others."""
+    """Return the shards of a complete store.
+
+    The largest come first, so that no worker ends long after the others.
+    """
     wanted: dict[tuple[Part, str], Shard] = {("train", shard.url): shard for shard in source.shards}
     wanted |= {("eval", shard.url): shard for manifest in held_out for shard in manifest.shards}
     return sorted(
@@ -82,7 +85,7 @@ def _wanted(source: Manifest, held_out: list[Manifest]) -> list[tuple[Part, Shar
 
 
 def _embed_all(config: RunConfig, missing: list[tuple[Part, Shard]], display: Display) -> int:
-    """Have all shards embedded by actors of the cluster, and show progress; returns how many actors."""
+    """Embed all shards in actors of the cluster; return the number of actors."""
     import ray
 
     from sigray.workers.data.embed import Embedder
@@ -97,7 +100,7 @@ def _embed_all(config: RunConfig, missing: list[tuple[Part, Shard]], display: Di
             num_cpus=resources.get("CPU", 0),
             num_gpus=resources.get("GPU", 0),
             resources={name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")},
-            # The work is a function of the shard: it may be done again as often as something dies.
+            # The work is a function of the shard: a repetition gives the same file.
             max_restarts=-1,
             max_task_retries=-1,
         ).remote(
@@ -115,14 +118,14 @@ def _embed_all(config: RunConfig, missing: list[tuple[Part, Shard]], display: Di
     waiting = list(reversed(missing))
     running: dict[Any, Any] = {}
 
-    def give(actor: Any) -> None:
+    def submit(actor: Any) -> None:
         if waiting:
             part, shard = waiting.pop()
             running[actor.embed.remote(shard, part)] = actor
 
     for actor in actors:
-        give(actor)
-        give(actor)  # one ahead, so that none waits for this process
+        submit(actor)
+        submit(actor)  # prefetch, so that the actor does not wait for this process
     while running:
         finished, _ = ray.wait(list(running), timeout=_LINE_S)
         for reference in finished:
@@ -131,24 +134,25 @@ def _embed_all(config: RunConfig, missing: list[tuple[Part, Shard]], display: Di
                 progress.add(ray.get(reference))
             except ray.exceptions.RayTaskError as error:
                 raise as_raised(error) from None
-            give(actor)
+            submit(actor)
         progress.show()
     return num_workers
 
 
 class _Progress:
-    """Counts, and the lines that tell them."""
+    """Count embedded and refused images, and show the counts."""
 
     def __init__(self, num_images: int, max_bad_fraction: float, display: Display) -> None:
         self._num_images, self._max_bad_fraction, self._display = num_images, max_bad_fraction, display
-        self._num_done, self._refused = 0, Counter[str]()
+        self._num_done = 0
+        self._refused = Counter[str]()
         self._begin = self._shown = time.monotonic()
 
     def add(self, stored: StoredShard) -> None:
-        """A shard is in the store.
+        """Count a shard that is in the store.
 
         Raises:
-            DataError: where too many samples were refused, with the reasons.
+            DataError: if too many images were refused, with the reasons.
         """
         self._num_done += stored.num_samples
         self._refused.update(stored.refused)

@@ -73,7 +73,10 @@ class Evaluations:
                 )
 
     def finish(self) -> None:
-        """Wait for the queue; a run that had ended before its resume evaluates its newest checkpoint."""
+        """Evaluate the rest of the queue.
+
+        A run that had ended before its resume saves no checkpoint: its newest one is evaluated.
+        """
         import ray
 
         if not self._saw_checkpoint:
@@ -109,7 +112,7 @@ class Evaluations:
         self._rungs.evaluated(result)
 
     def _mark_best(self, result: dict[str, Any]) -> None:
-        """Mark the checkpoint as best if its configured figure is higher than that of the best so far."""
+        """Mark the checkpoint as best if its figure exceeds that of the best so far."""
         path = self._config.checkpoint.keep_best
         if path is None:
             return
@@ -138,7 +141,7 @@ def submit_evaluation(config: RunConfig, folder: RunFolder, info: CheckpointInfo
 
 
 def add_baselines(config: RunConfig, result: dict[str, Any]) -> None:
-    """Add the rate of the pixel neighbour to the zero-shot figures, if the config asks for it."""
+    """Add the pixel neighbour's rate to the zero-shot figures, if configured."""
     import ray
 
     from sigray.workers.evaluation.evaluate import pixel_baseline

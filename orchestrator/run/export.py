@@ -1,6 +1,6 @@
-"""`sigray export`: a run's checkpoint as a folder for other programs, with a model card.
+"""`sigray export`: write a run's checkpoint for other programs, with a model card.
 
-The folder is made beside its place and renamed, so a folder that is there is whole.
+The folder is written under a temporary name and renamed at the end, so a folder with the final name is complete.
 """
 
 from __future__ import annotations
@@ -22,33 +22,35 @@ from sigray.workers.data.tar import DataError
 
 CARD = "README.md"
 MAX_DIFFERENCE = 1e-5
-"""Of a feature, above which an open_clip export is refused."""
-_MAX_TEXTS = 2000  # that are compared
+"""Largest difference of a feature with which an open_clip export is accepted."""
+_MAX_TEXTS = 2000  # to compare
 _SOME_TEXTS = ("a photo of a cat", "two dogs, one ball", "rain")
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export_run` made: the folder, and what there is to say about it."""
+    """Result of `export_run`: the folder, and remarks about it."""
 
     path: Path
     remarks: list[str]
 
 
 def export_run(config: RunConfig, info: CheckpointInfo, form: str, out: Path | None, *, overwrite: bool) -> Exported:
-    """Write a checkpoint in one of the forms of `workers/model/export.py`; an open_clip one is loaded again and compared.
+    """Write a checkpoint in one of the formats of `workers/model/export.py`.
+
+    An open_clip export is loaded again and its features are compared.
 
     Args:
         config: of the run.
         info: the checkpoint.
         form: open_clip, safetensors or onnx.
-        out: the folder; None: RUN/export/FORM.
+        out: the folder to write; None: RUN/export/FORM.
         overwrite: delete an earlier export first.
 
     Raises:
-        ConfigError: where the folder is in use, or the model cannot be exported.
+        ConfigError: if the folder is in use, or the model cannot be exported.
         CheckpointError: for a damaged checkpoint.
-        RuntimeError: where a package is missing, or the exported model computes something else.
+        RuntimeError: if a package is missing, or the exported model computes other features.
     """
     from sigray.workers.model.export import EXPORTERS, compare_open_clip
     from sigray.workers.model.init_weights import build_trained_model
@@ -59,8 +61,8 @@ def export_run(config: RunConfig, info: CheckpointInfo, form: str, out: Path | N
         raise ConfigError(f"{path} exists: give another --out, or --overwrite")
     if form == "open_clip" and config.model.image_tower is not None:
         raise ConfigError(
-            f"open_clip knows no tower from elsewhere (model.image_tower={config.model.image_tower}): "
-            "take --format onnx or safetensors"
+            f"open_clip has no image tower of other packages (model.image_tower={config.model.image_tower}): "
+            "use --format onnx or safetensors"
         )
     run = RunFolder(config)
     module = build_trained_model(run.storage, info, config.model).eval()
@@ -108,10 +110,10 @@ def model_card(
     num_parameters: int,
     remarks: list[str],
 ) -> str:
-    """The README.md of an exported model: how to load it, data, recipe and results.
+    """Return the README.md of an exported model: usage, data, recipe and results.
 
     Args:
-        figures: `zero_shot`, `retrieval` and `languages` of the checkpoint's evaluation; empty where there was none.
+        figures: `zero_shot`, `retrieval` and `languages` of the checkpoint's evaluation; empty without one.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -150,20 +152,20 @@ def model_card(
 
 
 def _texts_of(config: RunConfig) -> list[str]:
-    """Prompts of the run's own sets, by which its zero-shot figure is measured; some others where it has none."""
+    """Return the zero-shot prompts of the run's sets; some other texts without sets."""
     from sigray.workers.evaluation.datasets import classes_of
 
     texts: list[str] = []
     for spec in config.eval.sets.values():
         if spec.classes:
-            with contextlib.suppress(DataError):  # the class file, or the folder, may be elsewhere by now
+            with contextlib.suppress(DataError):  # the class file may have been moved since the run
                 names = [entry["name"] for entry in classes_of(spec)]
                 texts += [template.replace("{}", name) for template in spec.templates for name in names]
     return list(dict.fromkeys(texts))[:_MAX_TEXTS] or list(_SOME_TEXTS)
 
 
 def _figures(run: RunFolder, info: CheckpointInfo) -> dict[str, Any]:
-    """The evaluation of this very checkpoint, from the run's records, wherever they lie."""
+    """Return the evaluation of this checkpoint from the run's records, if any."""
     name = f"evaluations/step-{info.step:010d}.json"
     for content in (_read(run, name), _read(run, SUMMARY)):
         if content.get("samples_seen") == info.samples_seen:

@@ -1,4 +1,4 @@
-"""Carry events from the training workers to the driver, and requests back: a small Ray actor.
+"""Carry events from training workers to the driver, and requests back.
 
 The training workers post events to the `RunMonitor` actor, and the driver takes them twice a second. The answer to a
 line of metrics is the driver's request: go on, save, or stop at this step.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class RunMonitor:
-    """The mailbox between training workers and driver: a Ray actor that reserves no CPU."""
+    """Ray actor between training workers and driver; reserves no CPU."""
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
@@ -62,7 +62,7 @@ class RunMonitor:
 
 
 class RayHooks:
-    """The hooks of the training loop under Ray Train: each call is an event of the monitor.
+    """Hooks of the training loop under Ray Train: each call is an event.
 
     Ray Train learns of no checkpoint. `ray.train.report` holds all ranks until its controller has polled them, and its
     list of checkpoints can differ from the durable ones.
@@ -100,7 +100,7 @@ class RayHooks:
         self._post("warning", message)
 
     def failed(self, error: BaseException) -> None:
-        """Post the error that ended this training worker; Ray Train only passes on that of the first worker."""
+        """Post the error of this training worker; Ray Train passes on only one."""
         # In a list: Ray takes an argument that is an error of its own for a failure to compute the argument.
         with contextlib.suppress(Exception):  # Ray Train reports an error that cannot be sent
             self._post("failed", [error])

@@ -1,4 +1,4 @@
-"""Decisions as values: pure functions of what was observed. `supervisor.py` acts on them."""
+"""Decide about failures and sizes: pure functions on which `supervisor.py` acts."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ HOUR_S = 3600.0
 _MAX_BAD_STEPS, _BAD_STEPS_WITHIN = 10, 1000
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 120.0
 
-# Lines of metrics that a decision looks at: a single line may hold a checkpoint's or a shard's pause.
+# Lines of metrics that a decision takes into account: a checkpoint or a new shard may delay a single line.
 _NUM_LINES = 3
 _MUCH_WAIT_PCT = 5.0
 _LITTLE_WAIT_PCT = 1.0
 
 
 def wanted_data_workers(lines: Sequence[dict[str, float]], current: int, least: int, most: int) -> int:
-    """How many data-shard workers a run should have.
+    """Return how many data-shard workers a run should have.
 
-    One more while the trainers wait for data; one fewer once they do not wait and one fewer would still not be full.
+    One more if the training workers wait for data. One fewer if they do not wait and the others would not become full.
 
     Args:
-        lines: metrics since the number last changed, oldest first: `data/wait_pct`, and `data/busy_workers`, how many
-            workers' time was spent on decoding.
-        current: workers that there are or that are starting.
+        lines: metrics since the number last changed, oldest first: `data/wait_pct`, and `data/busy_workers`, the mean
+            number of workers that were decoding.
+        current: workers that run or start.
         least, most: data.num_workers.
     """
     newest = lines[-_NUM_LINES:]
@@ -41,10 +41,10 @@ def wanted_data_workers(lines: Sequence[dict[str, float]], current: int, least: 
 
 
 class Failure(Enum):
-    """What ended an attempt of the training workers; the value is for the user."""
+    """Cause of the end of an attempt; the value is for the user."""
 
     DIED = "a training worker or its machine died"
-    PREEMPTED = "a machine was taken away"
+    PREEMPTED = "a node was preempted"
     STORE = "the storage or the shards could not be reached"
     NO_START = "the training workers did not start"
     ERROR = "an error in a training worker"
@@ -63,15 +63,15 @@ _DEATHS = {
 }
 _STORE_ERRORS = {"OSError", "StorageError", "ConnectionError", "TimeoutError", "EndpointConnectionError"}
 _START_ERRORS = {"WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError"}
-# By name, so that neither torch nor Ray is needed to decide; and of exceptions, all classes that they derive from.
+# By name, so that a decision needs neither torch nor Ray. All base classes of an exception count.
 _PERMANENT = {
     "FloatingPointError": Failure.BAD_STEP,
     "OutOfMemoryError": Failure.MEMORY,
     "MemoryError": Failure.MEMORY,
     "ValueError": Failure.INPUT,
 }
-# A trainer whose peer dies sees a broken connection or, once Ray Train has begun to end the group around it, a process
-# group that is gone, which torch calls a ValueError; that is not its own error.
+# When a training worker dies, its peers see a broken connection. If Ray Train already ends the group, they miss their
+# process group, for which torch raises a ValueError. Both are consequences of the death.
 _BROKEN_CONNECTIONS = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -83,9 +83,12 @@ _BROKEN_CONNECTIONS = (
 
 
 def classify_failure(errors: Iterable[BaseException]) -> tuple[Failure, BaseException]:
-    """What ended an attempt, of the errors of all training workers, and the error that says so.
+    """Return the cause of an attempt's end, and the error that shows the cause.
 
-    What will come again wins over what may not, and a death over the connections that it broke.
+    Permanent errors outrank transient ones. A worker death outranks the connection errors that it caused.
+
+    Args:
+        errors: of all training workers.
     """
     errors = list(errors)
     broken = [error for error in errors if any(text in str(error) for text in _BROKEN_CONNECTIONS)]
@@ -104,7 +107,7 @@ def classify_failure(errors: Iterable[BaseException]) -> tuple[Failure, BaseExce
     if preempted is not None:
         return Failure.PREEMPTED, preempted
     if (error := first(_DEATHS)) is not None:
-        # Ray says in words that its memory monitor did it.
+        # Only the message says that Ray's memory monitor killed the worker.
         is_memory = "running low on memory" in str(error)
         return Failure.MEMORY if is_memory else Failure.DIED, error
     if broken:
@@ -117,11 +120,11 @@ def classify_failure(errors: Iterable[BaseException]) -> tuple[Failure, BaseExce
 
 @dataclass(frozen=True)
 class Attempt:
-    """One life of the training workers that ended by a failure."""
+    """An attempt of the training workers that failed."""
 
-    ended_at: float  # seconds of a clock
-    first_step: int  # steps done when it began
-    last_step: int  # steps that it is known to have done
+    ended_at: float  # seconds of a monotonic clock
+    first_step: int  # steps done when the attempt began
+    last_step: int  # steps done at the newest line of metrics
     failure: Failure
     message: str
 
@@ -135,24 +138,24 @@ class Retry:
 
 @dataclass(frozen=True)
 class GiveUp:
-    """End the run; the reason is for the user, empty where the error itself says all."""
+    """End the run; the reason is for the user, empty if the error says enough."""
 
     reason: str = ""
 
 
 class RunFailed(RuntimeError):
-    """A run that ended by an error in the training workers; the message is for the user."""
+    """Training failed; the message is for the user."""
 
 
 def after_failure(attempts: Sequence[Attempt], max_failures_per_hour: int) -> Retry | GiveUp:
-    """Whether to try again.
+    """Decide whether to start the training workers again.
 
-    What would come again ends the run at once: bad input, a loss that is not a number, too little memory, an error
-    with the same words at the same step as before. The rest is tried again, at once where the attempt had got ahead,
-    with growing pauses where it had not, and not more often than the budget allows. Preemptions are not counted.
+    Permanent failures end the run at once: bad input, a loss that is not a number, too little memory, an error with
+    the same message at the same step as before. Other failures are retried as often as the budget allows. The retry
+    comes at once if the attempt made progress, else after growing pauses. Preemptions are not counted.
 
     Args:
-        attempts: those that failed, oldest first; the newest is the one to decide about.
+        attempts: failed attempts, oldest first; the decision is about the newest.
         max_failures_per_hour: cluster.max_failures_per_hour.
     """
     newest = attempts[-1]
@@ -180,14 +183,16 @@ def after_failure(attempts: Sequence[Attempt], max_failures_per_hour: int) -> Re
 
 
 def choose_size(sizes: Sequence[int], fitting: int, waited_s: float, patience_s: float) -> int | None:
-    """How many training workers to start; None to wait a little longer.
+    """Return how many training workers to start; None to wait longer.
 
-    The largest number at once. A smaller one only after some patience: those of the attempt before may still hold
-    their places, and machines that start together do not join in the same second.
+    The largest number starts at once, a smaller one only after `patience_s`. Workers of the attempt before may still
+    hold their resources, and hosts that start together do not join in the same second.
 
     Args:
-        sizes: usable ones, largest first.
-        fitting: for how many there is room now.
+        sizes: usable numbers of workers, largest first.
+        fitting: number of workers that fit now.
+        waited_s: seconds since the wait began.
+        patience_s: cluster.shrink_after_s.
     """
     best = next((size for size in sizes if size <= fitting), None)
     if best == sizes[0] or waited_s >= patience_s:
@@ -196,11 +201,11 @@ def choose_size(sizes: Sequence[int], fitting: int, waited_s: float, patience_s:
 
 
 def after_bad_step(step: int, left_out: Sequence[int], on_bad_loss: str) -> Retry | GiveUp:
-    """Whether to go back to the checkpoint before a bad step and leave its batch out.
+    """Decide whether to go back to the last checkpoint and omit a bad step's batch.
 
     Args:
-        step: the bad one, counted from 1.
-        left_out: those before it.
+        step: the bad step, counted from 1.
+        left_out: earlier steps whose batches are left out.
         on_bad_loss: train.on_bad_loss.
     """
     if on_bad_loss == "stop":

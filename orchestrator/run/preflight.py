@@ -1,4 +1,4 @@
-"""Check a run before anything starts: shards, batch, model, held-out sets, memory, embedding store."""
+"""Check a run before anything starts: shards, batch, model, sets, memory."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_run(config: RunConfig, display: Display, *, saved: Manifest | None, is
 
 
 def scan(config: RunConfig, display: Display) -> Manifest:
-    """Return the manifest of a run's shards, or of their embeddings if the run has a store.
+    """Return the manifest of a run's shards, or of their embeddings in a store.
 
     Headers of unknown shards are read: in tasks of the cluster that the run joins, else in threads of this process.
     """
@@ -97,7 +97,7 @@ def check_batch(config: RunConfig, manifest: Manifest) -> None:
 
 
 def check_model_and_sets(config: RunConfig) -> None:
-    """Check what needs no cluster: shapes, tokenizer, sets, towers, optimizer, TPU slice."""
+    """Check shapes, tokenizer, sets, towers, optimizer and TPU slice."""
     from sigray.workers.evaluation.datasets import check_set, classes_of, probe_set
     from sigray.workers.model.inputs import shapes
     from sigray.workers.model.tokenizer import build_tokenizer
@@ -131,7 +131,7 @@ def check_store(config: RunConfig) -> EmbeddingStore:
 
 
 def open_store(config: RunConfig) -> tuple[EmbeddingStore, dict[str, Any], StoreFormat]:
-    """Return a run's embedding store without reading it, the store's key and its format."""
+    """Return a run's embedding store, unread, with its expected key and format."""
     import torch
 
     from sigray.workers.data.embedding_store import EmbeddingStore, StoreFormat, store_key

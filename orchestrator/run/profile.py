@@ -1,4 +1,4 @@
-"""`sigray profile`: some steps of a config for real, and where their time goes as traces, a table and a picture."""
+"""`sigray profile`: time the parts of a training step (traces, table, picture)."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ _COLORS = {
 
 @dataclass(frozen=True)
 class Split:
-    """Where the time of a step goes.
+    """Time of a step by part.
 
     Attributes:
-        device: of the ranks.
-        ranks: seconds of each rank's mean step by part, "checkpoint" for those that fell on these steps.
+        device: device of the ranks.
+        ranks: seconds of each part of the mean step, by rank; "checkpoint" counts checkpoints during these steps.
         step_s: mean wall time of a step, over ranks.
-        plain_step_s: median of steps that nobody profiled; None: too few.
-        checkpoint_s: that the checkpoint behind the steps held training up, on the rank where it took longest.
-        num_steps: profiled, without the one of the checkpoint.
+        plain_step_s: median time of the steps without profiling; None: too few.
+        checkpoint_s: longest pause of a rank for the checkpoint after the steps.
+        num_steps: profiled steps, without the step of the checkpoint.
     """
 
     device: str
@@ -58,15 +58,15 @@ class Split:
 
 
 def profile_config(config: RunConfig, profile: Profile) -> RunConfig:
-    """The config of a run that is there to be profiled: of its own name, without evaluations beside it.
+    """Return the config of the run to profile: another name, no evaluations.
 
     Raises:
-        ConfigError: where it has fewer steps.
+        ConfigError: if the run has fewer steps than the profile.
     """
     num_steps = -(-config.train.num_samples // config.train.global_batch_size)
     if num_steps < profile.total:
         raise ConfigError(
-            f"train.num_samples={config.train.num_samples} are {num_steps} steps, and {profile.total} are wanted: "
+            f"train.num_samples={config.train.num_samples} are {num_steps} steps, and a profile takes {profile.total}: "
             f"{profile.warm_up} to warm up, {profile.steps} to profile, one for a checkpoint"
         )
     content = config.model_dump(mode="json")
@@ -77,11 +77,11 @@ def profile_config(config: RunConfig, profile: Profile) -> RunConfig:
 
 
 def profile_run(config: RunConfig, profile: Profile, console: Console) -> tuple[Split, Path]:
-    """Run and profile; returns what came out and the folder with traces and picture.
+    """Train and profile; return the times and the folder with traces and picture.
 
     Raises:
-        ConfigError: where the run has fewer steps than are wanted.
-        RunFailed: where it failed, or was stopped before it was profiled.
+        ConfigError: if the run has fewer steps than the profile.
+        RunFailed: if the run failed, or was stopped before the profile was complete.
     """
     wanted = profile_config(config, profile)
     from sigray.orchestrator.run.driver import train
@@ -91,10 +91,10 @@ def profile_run(config: RunConfig, profile: Profile, console: Console) -> tuple[
     train(wanted, console, overwrite=True, profile=profile)
     folder = RunFolder(wanted)
     if folder.storage.exists("checkpoints"):
-        folder.storage.delete_folder("checkpoints")  # of no use to anyone
+        folder.storage.delete_folder("checkpoints")  # only their time counts
     ranks = read_profiles(folder.storage, folder.path)
     if not ranks:
-        raise RunFailed(f"no rank has written a profile to {folder.storage.uri}: the run ended before it was done")
+        raise RunFailed(f"no rank has written a profile to {folder.storage.uri}: the run ended too early")
     split = split_of(ranks)
     place = folder.path / FOLDER
     png(lambda figure: draw(figure, split), place / PICTURE)
@@ -102,7 +102,7 @@ def profile_run(config: RunConfig, profile: Profile, console: Console) -> tuple[
 
 
 def read_profiles(storage: Storage, path: Path) -> list[RankProfile]:
-    """What the ranks wrote, by rank; their files are copied to the run's local folder where they lie elsewhere."""
+    """Return the profiles by rank; copy the files of a remote storage to `path`."""
     found = []
     for name in storage.list(FOLDER):
         if not storage.is_local:
@@ -114,7 +114,7 @@ def read_profiles(storage: Storage, path: Path) -> list[RankProfile]:
 
 
 def split_of(ranks: list[RankProfile]) -> Split:
-    """The mean step of each rank; the last step, which ends with a checkpoint, is left out."""
+    """Return the mean step of each rank, without the last one and its checkpoint."""
     means = []
     for rank in ranks:
         steps = rank.steps[:-1] or rank.steps
@@ -131,7 +131,7 @@ def split_of(ranks: list[RankProfile]) -> Split:
 
 
 def table(split: Split) -> Table:
-    """Parts of the mean step; their sum is the step."""
+    """Return a table of the parts of the mean step; their sum is the step."""
     made = Table(box=None, padding=(0, 2, 0, 0))
     several = len(split.ranks) > 1
     for column in ("", "ms", "% of the step", *(["least and most, by rank"] if several else [])):
@@ -146,10 +146,10 @@ def table(split: Split) -> Table:
 
 
 def remarks(split: Split, config: RunConfig) -> list[str]:
-    """What the table does not say."""
+    """Return lines to print below the table."""
     lines = [f"mean of {split.num_steps} steps on {len(split.ranks)} training worker(s), {split.device}"]
     if split.plain_step_s is not None:
-        lines.append(f"a step that nobody profiles takes {1000 * split.plain_step_s:,.1f} ms (median)")
+        lines.append(f"a step without profiling takes {1000 * split.plain_step_s:,.1f} ms (median)")
     step_s = split.plain_step_s or split.step_s
     steps, seconds = config.checkpoint.save_every_steps, config.checkpoint.save_every_s
     between = [time for time in (steps and steps * step_s, seconds) if time is not None]
@@ -159,7 +159,7 @@ def remarks(split: Split, config: RunConfig) -> list[str]:
 
 
 def draw(figure: Figure, split: Split) -> None:
-    """A bar for each rank, its parts in the order of a step."""
+    """Draw a bar for each rank, its parts in the order of a step."""
     parts = [part for part in PARTS if any(rank[part] for rank in split.ranks)]
     figure.set_size_inches(7.2, 1.3 + 0.34 * len(split.ranks))
     height = figure.get_size_inches()[1]

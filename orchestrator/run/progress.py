@@ -17,7 +17,7 @@ _WAITING_LINE_S = 20  # between two lines while the training workers start
 
 
 class Display:
-    """Show a run: a start-up block, then a live line on a terminal or plain lines elsewhere.
+    """Show a start-up block, then a live line on a terminal, else plain lines.
 
     Attributes:
         keep: called with each message and its kind: "note", "restart" or "failure".
@@ -72,7 +72,7 @@ class Display:
             self._progress.start()
 
     def waiting(self, elapsed_s: float) -> None:
-        """Say that the training workers are starting, which takes a minute on a small machine."""
+        """Say that the training workers start: a minute on a small machine."""
         if self._next_waiting_s is not None and elapsed_s >= self._next_waiting_s:
             self._print(f"starting the training workers ({format_duration(elapsed_s)})")
             self._next_waiting_s += _WAITING_LINE_S
@@ -114,7 +114,10 @@ class Display:
 
 
 class _TimeLeft(ProgressColumn):
-    """Time left by the rate since the start; rich's own estimate jumps at each checkpoint."""
+    """Time left by the rate since the start.
+
+    Rich's own estimate jumps at each checkpoint.
+    """
 
     def render(self, task: Task) -> Text:
         left_s = task.fields.get("left_s")

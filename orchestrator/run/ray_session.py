@@ -1,4 +1,4 @@
-"""Start or join Ray for a run, end its leftovers, and turn signals into a request to stop."""
+"""Start or join Ray for a run, end its leftovers, and handle signals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sum up a run: summary.json, the facts of its data, and the environment that it ran in."""
+"""Sum up a run: outcome, facts of its data, environment."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def data_facts(manifest: Manifest) -> dict[str, int]:
 
 
 def _embedding_facts(config: RunConfig) -> dict[str, float]:
-    """Return images and seconds that the run's embedding store took; empty without a store."""
+    """Return images and seconds of the run's embedding store; empty without one."""
     if config.embeddings.store is None:
         return {}
     from sigray.workers.data.embedding_store import EmbeddingStore
@@ -86,7 +86,7 @@ def _commit() -> str:
     """Return the commit of sigray's source, or "unknown".
 
     SIGRAY_COMMIT in the environment names the commit of files without their history, as in an image. An installed
-    sigray may be inside a repository of the user, whose commit says nothing about sigray. So git has to track this file.
+    sigray may be inside a user's own repository, whose commit says nothing about sigray: git has to track this file.
     """
     if os.environ.get("SIGRAY_COMMIT"):
         return os.environ["SIGRAY_COMMIT"]

@@ -1,8 +1,8 @@
 """Supervise the attempts of a run's training workers.
 
-An attempt is one group of training workers, from its start to its end. While it runs, the supervisor takes the events
-of the workers, kills them after a heartbeat timeout, saves a checkpoint before a preemption, and ends the attempt to
-grow. After a failure it does what `policy.py` decides: retry, or give up.
+An attempt is one group of training workers, from its start to its end. During an attempt, the supervisor takes the
+events of the workers. It kills them after a heartbeat timeout, saves a checkpoint before a preemption, and ends the
+attempt to grow. After a failure it does what `policy.py` decides: retry, or give up.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Supervisor:
         return bool(self.records.facts) and self._saved_step >= self.records.facts["num_steps"]
 
     def _find_open_rung(self) -> None:
-        """Take up the rung at which an earlier driver died after the checkpoint and before the decision."""
+        """Take up a rung that an earlier driver saved and did not decide about."""
         for info in list_checkpoints(self._storage)[-1:] if self.rungs.steps else []:
             if self.rungs.was_left_open(info.step):
                 self._take_checkpoint(info)
@@ -142,7 +142,7 @@ class Supervisor:
     # ------------------------------------------------------------------------------------------ one attempt
 
     def _attempt(self, size: int) -> list[BaseException]:
-        """Run one attempt; return the errors that ended it, none if the workers ended by themselves."""
+        """Run one attempt; return its errors, none if it ended as requested."""
         import ray
 
         self._errors = []
@@ -183,7 +183,7 @@ class Supervisor:
         self._poll()
 
     def _poll(self) -> None:
-        """Take the events of the training workers, then look after pool, evaluations and rungs."""
+        """Take events; advance the pool, the evaluations and the pending rung."""
         import ray
 
         for event in ray.get(self._monitor.take.remote()):
@@ -245,10 +245,12 @@ class Supervisor:
             )
 
     def _wait_for_capacity(self) -> int | None:
-        """Return how many training workers to start; None if the run is asked to stop meanwhile."""
-        cluster, before = self.config.cluster, self.records.facts.get("world_size")
+        """Return how many training workers to start; None if the run shall stop."""
+        cluster = self.config.cluster
+        before = self.records.facts.get("world_size")
         resources = worker_resources(cluster)
-        begin, next_line_s = time.monotonic(), 5.0
+        begin = time.monotonic()
+        next_line_s = 5.0
         while not self._stop.is_set():
             fitting = next((size for size in self._sizes if _fits(resources, size)), 0)
             waited_s = time.monotonic() - begin
@@ -314,10 +316,10 @@ class Supervisor:
 
 
 class Heartbeat:
-    """Kill the training workers of an attempt after a heartbeat timeout; Ray Train then ends the attempt.
+    """Kill the training workers of an attempt after a heartbeat timeout.
 
-    The first event of the training loop starts the clock. Before it, imports, compilation and the first read of the
-    weights may take longer than any step.
+    Ray Train then ends the attempt. The first event of the training loop starts the clock. Before it, imports,
+    compilation and the first read of the weights may take longer than any step.
 
     Args:
         timeout_s: cluster.hang_timeout_s.
@@ -356,7 +358,11 @@ class Heartbeat:
 
 
 class PoolAutoscaler:
-    """Resize a run's pool of data-shard workers within data.num_workers; a trial's pool keeps its size."""
+    """Resize a pool of data-shard workers; a trial's pool keeps its size.
+
+    Args:
+        num_workers: data.num_workers; the pool is only resized within a range.
+    """
 
     def __init__(self, pool: DataPool | SharedPool, num_workers: int | tuple[int, int], display: Display) -> None:
         self._pool, self._limits, self._display = pool, num_workers, display
@@ -407,7 +413,7 @@ def _pending_reason(config: RunConfig, num_workers: int) -> str:
 
 
 def _draining_nodes() -> dict[str, int]:
-    """Return the deadlines of draining nodes in milliseconds of Unix time, by node id; 0: unknown."""
+    """Return the deadline of each draining node, in Unix time (ms); 0: unknown."""
     from ray._private.state import state  # as Ray Train's own watcher; Ray has no public way
 
     return state.get_draining_nodes()

@@ -1,4 +1,4 @@
-"""Record what a run reports: in its folder, TensorBoard, Prometheus, and on the terminal."""
+"""Record what a run reports: run folder, TensorBoard, Prometheus, terminal."""
 
 from __future__ import annotations
 

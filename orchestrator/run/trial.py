@@ -1,4 +1,4 @@
-"""The protocol between a sweep and a run that is one of its trials: rungs and decisions.
+"""The protocol between a sweep and a run that is its trial: rungs, decisions.
 
 A rung is a number of samples. When a trial reaches a rung, its training workers write a checkpoint and ask whether to
 go on. The driver evaluates the checkpoint, asks the sweep, and passes on the answer.
@@ -40,7 +40,7 @@ class Trial(Protocol):
         """Take a line of metrics; return whether the whole sweep stops."""
 
     def decide(self, evaluation: dict[str, Any], line: dict[str, float]) -> Answer:
-        """Return whether to go on after a rung, or after the end; called again after "wait".
+        """Return whether to go on after a rung or the end; "wait" asks again later.
 
         Args:
             evaluation: of the checkpoint of the rung.
@@ -57,7 +57,7 @@ class Rungs:
     """Follow a trial from rung to rung; a run without a trial has no rungs.
 
     Args:
-        monitor: handle of the `RunMonitor`, where the training workers ask for the decision.
+        monitor: handle of the `RunMonitor`, of which the training workers ask the decision.
 
     Attributes:
         num_steps: steps of the whole run.
@@ -96,7 +96,8 @@ class Rungs:
     def saved(self, step: int) -> None:
         """Take note of a checkpoint; if it is that of a rung, the rung is pending."""
         if self._trial is not None and step in self.steps and step < self.num_steps:
-            self.pending, self._evaluation = step, None
+            self.pending = step
+            self._evaluation = None
             self._reached_at = time.monotonic()
             self._trial.pool.unsubscribe()
 
@@ -106,7 +107,7 @@ class Rungs:
             self._evaluation = result
 
     def decide(self) -> Answer | None:
-        """Ask the sweep about the pending rung and pass the answer on to the training workers.
+        """Ask the sweep about the pending rung; pass the answer to the workers.
 
         Returns:
             "stop" or "go on" once the sweep has decided; None if no rung is pending or its evaluation is not there.

@@ -1,4 +1,4 @@
-"""Build the group of training workers of an attempt: their job, and Ray Train's trainer around it.
+"""Build the group of training workers of an attempt: job and Ray trainer.
 
 Ray Train's trainer is constructed here and nowhere else.
 """

@@ -78,7 +78,7 @@ class PlainRay:
         groups: bundles of each placement group.
         handles: of the actors, by the name of their class.
         killed: handles that were killed.
-        num_free: for how many bundles there is room.
+        num_free: number of bundles that fit.
         train: runs what a training worker runs; a test may put another function in its place.
     """
 

@@ -47,7 +47,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
 
 @pytest.fixture(scope="module")
 def machines(own_ray: None) -> Iterator[Any]:
-    """A cluster of a head for data-shard workers and of machines with room for one training worker each."""
+    """A cluster of a head for data-shard workers and of machines that fit one training worker each."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
@@ -102,7 +102,7 @@ def drain(address: str, node_id: str, seconds: int) -> None:
 def test_it_shrinks_and_grows(output):
     assert "a training worker or its machine died: " in output
     assert "training workers: 2 -> 1" in output
-    assert "there is room for 2 training workers: a checkpoint is written, then they start" in output
+    assert "capacity for 2 training workers: saving a checkpoint, then starting them" in output
     assert "training workers: 1 -> 2" in output
     assert re.findall(r"batch +(96 pairs = \d+ x \d workers)", output) == [
         "96 pairs = 48 x 2 workers",
@@ -111,7 +111,7 @@ def test_it_shrinks_and_grows(output):
         "96 pairs = 96 x 1 workers",
     ]
     # Of the eight seconds some have passed on a busy machine.
-    assert re.search(r"a machine will be taken away in [0-8] s: saving a checkpoint", output), output
+    assert re.search(r"a node will be preempted in [0-8] s: saving a checkpoint", output), output
     assert "Traceback" not in output
 
 
@@ -119,7 +119,7 @@ def test_it_shrinks_and_grows(output):
 def test_growing_repeats_no_step(output):
     """The group that stops to grow writes a checkpoint first."""
     begins = [int(step.replace(",", "")) for step in re.findall(r"steps +([\d,]+) to 100,000", output)]
-    said = output.index("there is room for 2 training workers")
+    said = output.index("capacity for 2 training workers")
     done = [
         int(step.replace(",", "")) for step in re.findall(r"step +([\d,]+)  samples", output[: output.index("1 -> 2")])
     ]

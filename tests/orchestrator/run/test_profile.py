@@ -107,7 +107,7 @@ def test_the_parts_of_a_step_add_up_to_its_wall_time(config, tmp_path):
         assert len(one.steps) == len(walls) == WANTED.steps + 1
         for parts, wall in zip(one.steps, walls, strict=True):
             assert set(parts) == set(PARTS)
-            # Between the two clocks lie a few lines of Python, and whatever else the machine does then.
+            # Between the two clocks lie a few lines of Python, and all the rest the machine does then.
             assert sum(parts.values()) == pytest.approx(wall, rel=0.02, abs=0.01)
             for part in ("to device", "forward", "loss: tiles", "loss: ring", "backward", "optimizer", "metrics"):
                 assert parts[part] > 0, part
@@ -147,7 +147,7 @@ def test_ranks_are_told_apart():
 
 
 def test_a_run_that_is_too_short_is_refused(config):
-    with pytest.raises(ConfigError, match=r"train\.num_samples=160 are 20 steps, and 31 are wanted"):
+    with pytest.raises(ConfigError, match=r"train\.num_samples=160 are 20 steps, and a profile takes 31"):
         profile_config(config, Profile(20, 10))
     wanted = profile_config(config, WANTED)
     assert wanted.run.name == "small-profile"

@@ -60,7 +60,7 @@ def s3(s3_variables: dict[str, str]) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def arguments(small: SmallRun, shared_ray: Any) -> list[str]:
-    """Of `sigray train` for each life."""
+    """Arguments of `sigray train` for each driver."""
     return [str(small.config), *IN_S3, f"cluster.address={shared_ray.address}"]
 
 
@@ -78,11 +78,11 @@ def bucket(s3: dict[str, str]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def first_life(small: SmallRun, s3: dict[str, str], bucket: Any, arguments: list[str]) -> str:
-    """Output of the run until its driver is killed; on the way one worker of each kind is killed."""
+def first_output(small: SmallRun, s3: dict[str, str], bucket: Any, arguments: list[str]) -> str:
+    """Output of the run until its driver is killed, before which one worker of each kind is killed."""
     for path in (small.folder / "train").iterdir():
         bucket.upload_file(str(path), f"tars/{path.name}")
-    # Evaluation begins with the second life: here its processes would import torch beside two starts of the workers.
+    # Evaluation begins with the second driver: here its processes would import torch beside two starts of the workers.
     run = Sigray(small.folder / "first.log", s3, "train", *arguments, "eval.sets={}", "eval.pixel_baseline=false")
     run.wait_until(lambda: small.num_lines() >= 3)
     os.kill(workers_named("DataWorkerActor")[0], signal.SIGKILL)
@@ -101,11 +101,11 @@ def workers_named(name: str) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def second_life(small: SmallRun, s3: dict[str, str], first_life: str, arguments: list[str]) -> str:
+def second_output(small: SmallRun, s3: dict[str, str], first_output: str, arguments: list[str]) -> str:
     """Output of the same command once more, until Ctrl-C."""
     num_lines = small.num_lines()
     run = Sigray(small.folder / "second.log", s3, "train", *arguments)
-    # Behind the third checkpoint: two are kept, so the first is deleted, which Ray Train must not mind on resume.
+    # After the third checkpoint: two are kept, so the first is deleted, which Ray Train must not mind on resume.
     run.wait_until(lambda: small.num_lines() >= num_lines + 21)
     run.process.send_signal(signal.SIGINT)
     assert run.wait() == 130, run.output()
@@ -113,7 +113,7 @@ def second_life(small: SmallRun, s3: dict[str, str], first_life: str, arguments:
 
 
 @pytest.fixture(scope="module")
-def third_life(small: SmallRun, s3: dict[str, str], second_life: str) -> str:
+def third_output(small: SmallRun, s3: dict[str, str], second_output: str) -> str:
     """Output of the resume, by a driver that knows the storage and nothing else."""
     (small.path / "metrics.jsonl").unlink()
     run = Sigray(small.folder / "third.log", s3, "resume", STORAGE)
@@ -121,32 +121,32 @@ def third_life(small: SmallRun, s3: dict[str, str], second_life: str) -> str:
     return run.output()
 
 
-def test_a_killed_worker_is_replaced(first_life):
-    assert re.search(r"a training worker or its machine died: .*\. Starting the workers again", first_life)
-    assert re.search(r"restarted and go on from step [12]\d\b", first_life)
-    assert "Traceback" not in first_life
+def test_a_killed_worker_is_replaced(first_output):
+    assert re.search(r"a training worker or its machine died: .*\. Starting the workers again", first_output)
+    assert re.search(r"restarted and go on from step [12]\d\b", first_output)
+    assert "Traceback" not in first_output
 
 
-def test_a_killed_drivers_run_goes_on_with_the_same_command(second_life):
-    assert f"{STORAGE} holds a run of this name: going on with it" in second_life
-    (first_step,) = re.findall(r"steps +(\d+) to 120", second_life)
+def test_a_killed_drivers_run_goes_on_with_the_same_command(second_output):
+    assert f"{STORAGE} holds a run of this name: going on with it" in second_output
+    (first_step,) = re.findall(r"steps +(\d+) to 120", second_output)
     assert int(first_step) >= 20
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(second_life):
-    assert re.search(r"stopped at [\d,]+ samples after", second_life)
-    assert f"continue with: sigray resume {STORAGE}" in second_life
-    assert "Traceback" not in second_life
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(second_output):
+    assert re.search(r"stopped at [\d,]+ samples after", second_output)
+    assert f"continue with: sigray resume {STORAGE}" in second_output
+    assert "Traceback" not in second_output
 
 
-def test_killed_and_resumed_equals_undisturbed_bit_for_bit(small, bucket, undisturbed, third_life):
+def test_killed_and_resumed_equals_undisturbed_bit_for_bit(small, bucket, undisturbed, third_output):
     """Also: Ray changes nothing, S3 changes nothing, and two runs of one config give the same losses."""
     assert small.losses() == undisturbed["losses"]
     commit = bucket.Object(f"runs/small/checkpoints/{name(NUM_STEPS)}/commit.json").get()["Body"].read()
     assert json.loads(commit)["files"] == undisturbed["files"]  # sizes and hashes of weights and optimizer state
 
 
-def test_the_ledger_shows_every_sample_once_per_epoch(small, s3, third_life):
+def test_the_ledger_shows_every_sample_once_per_epoch(small, s3, third_output):
     """120 steps of 24 in epochs of 200, with a killed trainer, a killed data-shard worker and two drivers."""
     run = Sigray(small.folder / "audit.log", s3, "data", "audit", STORAGE)
     assert run.wait() == 0, run.output()
@@ -154,7 +154,7 @@ def test_the_ledger_shows_every_sample_once_per_epoch(small, s3, third_life):
     assert "every sample of 14 complete epochs was used exactly once" in run.output()
 
 
-def test_a_run_leaves_what_its_user_expects(small, bucket, third_life):
+def test_a_run_leaves_what_its_user_expects(small, bucket, third_output):
     summary = json.loads((small.path / "summary.json").read_text())
     assert summary["status"] == "finished"
     assert (summary["steps"], summary["samples_seen"]) == (NUM_STEPS, NUM_STEPS * BATCH)
@@ -180,7 +180,7 @@ def test_a_run_leaves_what_its_user_expects(small, bucket, third_life):
     assert yaml.safe_load((small.path / "config.yaml").read_text())["data"]["prefetch_batches"] == 4
 
 
-def test_no_key_of_the_store_is_kept(small, s3, bucket, third_life):
+def test_no_key_of_the_store_is_kept(small, s3, bucket, third_output):
     """The runs read and wrote with it: it is in no file of theirs, no object, and nothing that was printed."""
     secret = s3["AWS_SECRET_ACCESS_KEY"].encode()
     files = [path for path in small.folder.rglob("*") if path.is_file()]
@@ -191,7 +191,7 @@ def test_no_key_of_the_store_is_kept(small, s3, bucket, third_life):
     assert [item.key for item in objects if secret in item.get()["Body"].read()] == []
 
 
-def test_the_output_tells_the_batch_arithmetic_and_chance(third_life):
+def test_the_output_tells_the_batch_arithmetic_and_chance(third_output):
     for text in (
         "24 pairs = 12 x 2 workers",
         "200 pairs in 4 shards",
@@ -202,11 +202,11 @@ def test_the_output_tells_the_batch_arithmetic_and_chance(third_life):
         "25.00%",
         "report: ",
     ):
-        assert text in third_life, third_life
-    assert "Traceback" not in third_life
+        assert text in third_output, third_output
+    assert "Traceback" not in third_output
 
 
-def test_eval_of_a_checkpoint_repeats_the_figures(small, s3, third_life):
+def test_eval_of_a_checkpoint_repeats_the_figures(small, s3, third_output):
     """A Ray task in another cluster, weights from S3: the same figures to the last digit."""
     path = small.path / "evaluations" / f"{name(NUM_STEPS)}.json"
     before = json.loads(path.read_text())
@@ -218,20 +218,20 @@ def test_eval_of_a_checkpoint_repeats_the_figures(small, s3, third_life):
         assert text in run.output()
 
 
-def test_an_existing_run_is_not_overwritten(small, third_life, s3, capsys, monkeypatch):
+def test_an_existing_run_is_not_overwritten(small, third_output, s3, capsys, monkeypatch):
     error = error_of(["train", str(small.config), *IN_S3, "run.seed=1"], s3, capsys, monkeypatch)
     assert "run.seed: the run was started with 0, now 1" in error
     assert "--overwrite" in error
 
 
-def test_a_second_driver_is_refused(small, third_life, s3, capsys, monkeypatch):
+def test_a_second_driver_is_refused(small, third_output, s3, capsys, monkeypatch):
     storage = Storage(small.folder / "leased" / "small")
     with RunLease(storage):
         error = error_of(["train", str(small.config), f"run.storage={small.folder}/leased"], s3, capsys, monkeypatch)
     assert f"is being run by process {os.getpid()}" in error
 
 
-def test_resume_with_another_model_is_refused(small, third_life, s3, capsys, monkeypatch):
+def test_resume_with_another_model_is_refused(small, third_output, s3, capsys, monkeypatch):
     error = error_of(["resume", STORAGE, "model.towers.embed_dim=32"], s3, capsys, monkeypatch)
     assert "model.towers.embed_dim: the run was started with 16, now 32" in error
 

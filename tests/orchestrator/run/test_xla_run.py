@@ -79,7 +79,7 @@ def hosts(cluster: Any) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def first_life(small: SmallRun, cluster: Any, hosts: list[Any]) -> str:
+def first_output(small: SmallRun, cluster: Any, hosts: list[Any]) -> str:
     """Output of the run until Ctrl-C; then the slice is free again for the next one."""
     run = sigray(small, cluster, "first.log", "train", small.config, *SLICE)
     run.wait_until(lambda: small.num_lines() >= 20, timeout_s=300)
@@ -89,13 +89,13 @@ def first_life(small: SmallRun, cluster: Any, hosts: list[Any]) -> str:
 
 
 @pytest.fixture(scope="module")
-def second_life(small: SmallRun, cluster: Any, first_life: str) -> str:
+def second_output(small: SmallRun, cluster: Any, first_output: str) -> str:
     run = sigray(small, cluster, "second.log", "resume", small.path)
     assert run.wait() == 0, run.output()
     return run.output()
 
 
-def test_the_losses_are_those_of_gloo(small, second_life):
+def test_the_losses_are_those_of_gloo(small, second_output):
     """Fifty steps; float32, other order of additions."""
     on_cpu = ["cluster.accelerator=cpu", "cluster.devices_per_worker=1"]
     on_cpu += ["cluster.tpu_type=null", "cluster.tpu_topology=null", f"run.dir={small.folder}/bare"]
@@ -105,23 +105,23 @@ def test_the_losses_are_those_of_gloo(small, second_life):
     assert small.losses() == pytest.approx(expected, rel=1e-3)
 
 
-def test_nothing_is_compiled_after_the_second_step_of_a_life(small, second_life):
+def test_nothing_is_compiled_after_the_second_step_of_a_driver(small, second_output):
     lines = [json.loads(line) for line in (small.path / "metrics.jsonl").read_text().splitlines()]
-    (second_begin,) = re.findall(r"steps +(\d+) to 50", second_life)
-    lives = [line["compile/num_programs"] for line in lines if line["step"] > 2]
-    lives.pop(int(second_begin) - 2)  # the first step of the second life
-    assert len(set(lives[: int(second_begin) - 2])) == 1
-    assert len(set(lives[int(second_begin) - 2 :])) == 1
+    (second_begin,) = re.findall(r"steps +(\d+) to 50", second_output)
+    records = [line["compile/num_programs"] for line in lines if line["step"] > 2]
+    records.pop(int(second_begin) - 2)  # the first step of the second driver
+    assert len(set(records[: int(second_begin) - 2])) == 1
+    assert len(set(records[int(second_begin) - 2 :])) == 1
 
 
-def test_the_run_is_evaluated(small, second_life):
+def test_the_run_is_evaluated(small, second_output):
     summary = json.loads((small.path / "summary.json").read_text())
     assert summary["status"] == "finished"
     assert summary["zero_shot"]["colours"]["num_images"] == 24
-    assert "2 training worker(s) on torch-xla, 2 CPU devices each" in second_life
+    assert "2 training worker(s) on torch-xla, 2 CPU devices each" in second_output
 
 
-def test_a_start_that_fails_gives_the_slice_back(small, cluster, hosts, second_life):
+def test_a_start_that_fails_gives_the_slice_back(small, cluster, hosts, second_output):
     """One slice, a label on it that is no number: the second attempt could not begin if the first still held it."""
     for host in hosts:
         cluster.remove_node(host)
