@@ -232,8 +232,8 @@ class RunConfig(Section):
             yield f"optim.num_warmup_samples={warmup} is larger than train.num_samples={samples}: lr is never reached"
         if hang_s <= worker_s:
             yield (
-                f"cluster.hang_timeout_s={hang_s:g} is not above data.worker_timeout_s={worker_s:g}: a data-shard worker "
-                "that hangs would restart all training workers"
+                f"cluster.hang_timeout_s={hang_s:g} is not above data.worker_timeout_s={worker_s:g}: a data-shard "
+                "worker that hangs would restart all training workers"
             )
         if self.eval.pixel_baseline and not any(spec.classes for spec in self.eval.sets.values()):
             yield "eval.pixel_baseline=true needs a set with classes in eval.sets, and there is none"
@@ -255,7 +255,7 @@ class RunConfig(Section):
                 "times: set data.crop=random, or num_views=1"
             )
         if noise is not None and noise.kind in ("image", "image_text", "all"):
-            yield f"train.label_noise.kind={noise.kind} needs images, and embeddings.store holds none: text or alignment can"
+            yield f"train.label_noise.kind={noise.kind} needs images; embeddings.store holds none: text or alignment"
 
     def micro_batch_size(self, num_workers: int) -> int | None:
         """Return train.micro_batch_size for a number of workers; None: the whole part.
