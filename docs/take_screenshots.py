@@ -1,12 +1,12 @@
-"""The pictures of docs/cluster.md, taken of the real thing: a Ray head, `sigray monitor`, a submitted run, a sweep.
+"""Take the pictures of docs/cluster.md from a Ray head, `sigray monitor`, a submitted run and a sweep.
 
     apt-get install prometheus chromium fonts-dejavu-core fonts-liberation
     pip install -e '.[docs]'                       # playwright, which drives Debian's Chromium
     python -m examples.emoji36 data/emoji36
     python -m docs.take_screenshots                # about ten minutes on two cores, into docs/screenshots
 
-Everything runs below a folder of its own and on free ports, and is ended with the script. Nothing is drawn for the
-pictures: each is taken once what it shows has come, and a panel that stays empty ends the script with an error.
+Everything runs below a temporary folder and on free ports, and ends with the script. Each picture waits until its
+content is there. A panel that stays empty ends the script with an error.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def _run_pictures(browser: Any, head: Head, home: Path, where: dict[str, str], num_samples: int) -> None:
-    """Of a submitted run while it lasts, and of its page at its end."""
+    """Take the pictures of a submitted run, and wait for its end."""
     words = ["train", str(ROOT / "examples" / "emoji_cpu.yaml"), f"run.storage={home}/storage"]
     words += [f"train.num_samples={num_samples}", "checkpoint.save_every_steps=80", "train.log_every_steps=5"]
     submit = ["submit", "--address", head.address, "--pages", where["pages"], "--no-follow", "--", *words]
@@ -99,7 +99,7 @@ def _run_pictures(browser: Any, head: Head, home: Path, where: dict[str, str], n
     with _tab(browser, DESKTOP) as tab:
         tab.goto(f"{where['pages']}/runs/{RUN}")
         tab.locator("time", has_text="ago").first.wait_for()
-        # It keeps itself current: another step without a reload, which would forget the mark.
+        # The page updates itself: the step changes without a reload, which would delete the mark.
         place = tab.locator(".place").inner_text().partition(",")[0]
         tab.evaluate("window.isTheSame = true")
         tab.wait_for_function(
@@ -126,7 +126,7 @@ def _run_pictures(browser: Any, head: Head, home: Path, where: dict[str, str], n
         tab.get_by_text(f'"job_name": "{RUN}"').last.wait_for()
         _keep("job", tab)
     query = "ray_sigray_train_loss"
-    # Set once by the driver, and then only repeated: a series that Ray had forgotten would have two.
+    # The driver sets it once and then repeats it. If Ray had dropped the series, there would be two.
     form = urllib.parse.urlencode({"query": "count_over_time(ray_sigray_checkpoint_every_s[10m])"})
     _wait(
         "ten scrapes",
@@ -150,7 +150,7 @@ def _run_pictures(browser: Any, head: Head, home: Path, where: dict[str, str], n
 
 
 def _sweep_pictures(browser: Any, head: Head, home: Path, where: dict[str, str]) -> None:
-    """Of a sweep while its trials are at work, on the same head."""
+    """Take the pictures of a sweep while its trials run, on the same head."""
     study = home / "study.yaml"
     study.write_text(json.dumps(_STUDY | {"dir": str(home / "sweeps")}))
     command = [BIN / "sigray", "sweep", study, f"cluster.address={head.cluster}"]
@@ -176,12 +176,12 @@ def _sweep_pictures(browser: Any, head: Head, home: Path, where: dict[str, str])
                 tab.get_by_text(SWEEP).first.wait_for()
                 _keep("list_phone", tab)
         finally:
-            sweep.terminate()  # each trial writes a checkpoint, then all ends
+            sweep.terminate()  # each trial writes a checkpoint, then the sweep ends
             sweep.wait()
 
 
 def _ask(url: str) -> Any:
-    """JSON; None where there is nothing yet."""
+    """Return JSON; None if there is nothing yet."""
     try:
         return json.load(urllib.request.urlopen(url, timeout=30))
     except urllib.error.HTTPError as error:
@@ -243,7 +243,7 @@ def _tab(browser: Any, size: dict[str, int], scale: int = 1, is_mobile: bool = F
 
 
 def _keep(name: str, tab: Any, *, height: int | None = None, whole: bool = False, settle_s: float = 1) -> None:
-    """Take a picture of a tab: what it shows, its uppermost pixels, or all. In few colours, as it goes into git."""
+    """Save a picture of a tab: the visible part, the top, or all; in 256 colours to keep git small."""
     time.sleep(settle_s)  # fonts, transitions
     size = tab.viewport_size
     if height is not None:
@@ -252,7 +252,7 @@ def _keep(name: str, tab: Any, *, height: int | None = None, whole: bool = False
     image = Image.open(io.BytesIO(tab.screenshot(full_page=whole))).convert("RGB")
     OUT.mkdir(exist_ok=True)
     path = OUT / f"{name}.png"
-    # Not by how often a colour occurs: a thin curve has one of its own.
+    # MAXCOVERAGE does not weight by frequency: a thin curve keeps its colour.
     image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
     assert path.stat().st_size < _MAX_BYTES, f"{path} has {path.stat().st_size:,} bytes"
     print(f"{path.relative_to(ROOT)}: {image.width} x {image.height}, {path.stat().st_size / 1000:.0f} kB", flush=True)

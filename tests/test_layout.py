@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 PACKAGES = ["native", "losses", "workers", "orchestrator", "tuning"]
-# Never imported by a shipped package: they import us.
+# No shipped package imports these; they import the packages.
 OUTSIDE = {"tests", "benchmarks", "examples"}
 
 
 def imported_packages(path: Path) -> set[str]:
-    """Names of imported modules, inside functions too: the packages of sigray by their own, others by their first."""
+    """Return the imported modules, inside functions too: packages of sigray, and first names of others."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -61,7 +61,8 @@ SLOW_IMPORTS = ["torch", "open_clip", "transformers", "timm", "torchvision", "to
         (DATA_WORKER, SLOW_IMPORTS),
         ("from sigray.workers.data.stream_registry import StreamRegistry", ["torch", "ray", "PIL"]),
         (
-            "from sigray.orchestrator.run.backends import GlooConfig; from ray.train.v2._internal.execution.controller import *",
+            "from sigray.orchestrator.run.backends import GlooConfig\n"
+            "from ray.train.v2._internal.execution.controller import *",
             ["torch"],
         ),
         ("from sigray.orchestrator.run.monitor import RunMonitor, RayHooks", ["torch"]),
@@ -69,7 +70,7 @@ SLOW_IMPORTS = ["torch", "open_clip", "transformers", "timm", "torchvision", "to
     ids=["data worker", "list of workers", "Ray Train's controller", "monitor"],
 )
 def test_processes_that_need_no_towers_start_without_them(process, absent):
-    """A start of a run, and a start again, is some ten processes on one machine: what each imports is what it takes."""
+    """A run starts some ten processes on one machine; the imports decide how long that takes."""
     script = f"import sys\n{process}\nprint(*[name for name in {absent} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -77,7 +78,7 @@ def test_processes_that_need_no_towers_start_without_them(process, absent):
 
 
 def accelerator_calls(path: Path) -> list[str]:
-    """Imports of torch_xla and uses of torch.cuda, with their lines."""
+    """Return imports of torch_xla and uses of torch.cuda, with their lines."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -110,7 +111,7 @@ PICKLES_TO_ITSELF = {Path("examples/emoji36/build.py")}
 
 
 def unsafe_reads(path: Path) -> list[str]:
-    """Ways to have a file's content run as code, with their lines."""
+    """Return the calls that would run a file's content as code, with their lines."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -169,12 +170,12 @@ def test_the_direction_is_really_checked(tmp_path):
 
 
 def imported_tests(source: str) -> list[str]:
-    """Test modules that a test's source names, also in strings: in code that it runs in another process."""
+    """Return the test modules that a source names, also in strings of code for other processes."""
     return re.findall(r"tests\.(?:\w+\.)*test_\w+|from tests(?:\.\w+)* import (?:[\w, ]*\b)?test_\w+", source)
 
 
 def test_no_test_imports_another():
-    """What tests share stands in tests/helpers: a test module moves, and is collected in parts, by itself."""
+    """Shared code is in tests/helpers, so that a test module can move and be collected alone."""
     files = [path for path in Path("tests").rglob("*.py") if path != Path("tests/test_layout.py")]
     assert len(files) > 50
     for path in files:

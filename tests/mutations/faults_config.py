@@ -1,4 +1,4 @@
-"""Faults of the wiring: a value of the config is replaced by its default where it is handed on."""
+"""Faults of the wiring: a default replaces a value of the config in a call."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ FAULTS = [
         "if False",
         ("tests/workers/data/test_manifest.py::test_another_order_or_count_of_the_same_shards_is_a_difference",),
     ),
-    # values that are computed, where the driver hands them on
+    # values that the driver computes and passes on
     Fault(
         "the steps that are left out do not reach the decision about the next bad one",
         _SUPERVISOR + "Supervisor._decide_bad_step",

@@ -189,7 +189,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "checkpoint.keep_best": (f"{_HERE}test_the_best_checkpoint_is_marked",),
     "checkpoint.storage_timeout_s": (f"{_HERE}test_the_storage_may_refuse_for_so_long",),
 }
-"""Each key of a run, and the tests of which one fails where it does not arrive."""
+"""Each key of a run, and the tests of which one fails if the key does not arrive."""
 
 EXCEPTIONS: dict[str, str] = {
     "data.shards": "a path: without it there is no sample",

@@ -1,4 +1,4 @@
-"""Put faults into copies of a tree, one at a time, and run the tests named for each.
+"""Put faults into copies of a tree, one at a time, and run the tests that each names.
 
 A worker is a copy and a server (`server.py`) that runs pytest in it; two work at once. The copies stay: a fault is
 written into one, and taken out again after its tests.
@@ -31,7 +31,7 @@ from tests.mutations.fault import AnyFault
 from tests.mutations.server import processes_with
 from tests.mutations.source import changed
 
-# What the product and its tests import, and what takes longest: a fork has it from the start.
+# Imports of the product and its tests that take longest: a fork has them from the start.
 _LIBRARIES = (
     "torch torch.distributed torch.multiprocessing torch.utils.checkpoint torchvision open_clip timm numpy pyarrow.fs "
     "ray ray.train ray.tune ray.util ray.util.state hypothesis yaml pydantic jinja2 matplotlib.figure optuna PIL.Image "
@@ -49,12 +49,12 @@ _SERVER = Path(__file__).with_name("server.py")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a fault.
+    """The result of a fault's tests.
 
     Attributes:
         caught: whether a test failed by an assertion.
-        seconds: that its tests took.
-        says: the test that caught it; else why it is not caught.
+        seconds: duration of its tests.
+        says: the test that caught the fault; otherwise why no test did.
     """
 
     caught: bool
@@ -71,7 +71,7 @@ def copy_tree(tree: Path, copy: Path) -> None:
     listed = subprocess.run(command, cwd=tree, capture_output=True, check=True, text=True).stdout
     for name in filter(None, listed.split("\0")):
         source, target = tree / name, copy / name
-        if not source.exists():  # deleted, and not yet committed
+        if not source.exists():  # deleted, but not yet committed
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_symlink():
@@ -102,7 +102,7 @@ class Worker:
         request = {"tests": list(tests), "timeout_s": timeout_s, "stop": stop, "options": list(options)}
         answer = self._ask(request, timeout_s + 30)
         if answer is None or answer["ended"]:
-            self.close()  # with whatever the tests left behind; a new one starts when there is more to run
+            self.close()  # and the processes that the tests left; the next tests start a new one
         return answer or {"seen": [], "log": "", "ended": "the server ended"}
 
     @contextlib.contextmanager
@@ -116,7 +116,7 @@ class Worker:
             (self.copy / path).write_bytes(before)
 
     def close(self) -> None:
-        """End the server and every process that came from it."""
+        """End the server and every process that it started."""
         server, self._server = self._server, None
         if server is None:
             return
@@ -163,7 +163,7 @@ class Worker:
         return json.loads(line) if line else None
 
     def _line(self, timeout_s: float) -> str:
-        """The server's next line; empty if it ended or says nothing. One line is under way at a time."""
+        """Return the server's next line; empty if it ended or wrote nothing in time."""
         assert self._server is not None
         assert self._server.stdout is not None
         ready = select.select([self._server.stdout], [], [], timeout_s)[0]
@@ -227,7 +227,7 @@ def judge(
     seconds: dict[str, float],
     done: Callable[[AnyFault, Verdict], None],
 ) -> None:
-    """Put in one fault after the other; `done` is called with each verdict, from either worker's thread."""
+    """Put in one fault after the other; call `done` with each verdict, from either worker's thread."""
 
     def run(worker: Worker, fault: AnyFault) -> None:
         tests = sorted(fault.tests, key=lambda test: seconds[test])
@@ -242,7 +242,7 @@ def judge(
 
 
 def verdict(answer: dict[str, Any], seconds: float) -> Verdict:
-    """What a run of a fault's tests says."""
+    """Judge a run of a fault's tests."""
     by_assertion = [line for line in answer["seen"] if line["by_assertion"]]
     if by_assertion:
         return Verdict(True, seconds, by_assertion[0]["test"])
@@ -279,7 +279,7 @@ def _share(made: Sequence[Worker], items: Sequence[Any], run: Callable[[Worker, 
 
 
 def _belongs(ran: str, named: str) -> bool:
-    """Whether a test that ran is one that a name means: itself, an example of it, or one of a file or class."""
+    """Whether a name means a test that ran: the test, an example of it, or its file or class."""
     return ran == named or ran.startswith((f"{named}[", f"{named}::"))
 
 

@@ -7,8 +7,8 @@ answers as lines of JSON:
     {"tests": [...], "timeout_s": 60, "stop": true, "options": []}
     {"seen": [...], "log": "...", "ended": null or a reason}
 
-`stop`: end at the first failure that is an assertion. `options` are pytest's, besides those of every run. What is in
-`seen` says `Recorder`.
+`stop`: end at the first failure by an assertion. `options`: pytest's, besides those of every run. `Recorder` describes
+`seen`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
     libraries = json.loads(sys.argv[1])
     tree = Path.cwd()
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the libraries print is no answer
+    os.dup2(2, 1)  # output of the libraries must not mix with answers
     for library in libraries:
         importlib.import_module(library)
     # Each fork would import pytest's parts again.
@@ -84,7 +84,7 @@ def _in_a_fork(tree: Path, tests: list[str], timeout_s: float, stop: bool, optio
         if not in_time:
             os.kill(child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        for pid in processes_with(name):  # servers, a Ray: what a crash left behind
+        for pid in processes_with(name):  # servers or a Ray that a crash left
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         ended = f"not done after {timeout_s:.0f} s" if not in_time else f"ended with code {code}" if code else None
@@ -94,7 +94,7 @@ def _in_a_fork(tree: Path, tests: list[str], timeout_s: float, stop: bool, optio
 
 
 def processes_with(variable: str) -> Iterator[int]:
-    """Ids of the other processes that were started with an environment variable, `NAME=value`."""
+    """Yield ids of the other processes with an environment variable, `NAME=value`."""
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit() and int(folder.name) != os.getpid():
             with contextlib.suppress(OSError):
@@ -118,7 +118,7 @@ def _run_pytest(tree: Path, arguments: list[str], stop: bool, results: Path, log
         if multiprocessing.forkserver._forkserver._forkserver_pid is not None:  # type: ignore[attr-defined]
             # It is a child of the parent: waiting for it, to see whether it runs, fails here.
             multiprocessing.forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
-        # The marks decide when a test runs, and here it is asked for by name. One seed: the same examples each time.
+        # No marks: the caller names the tests. One seed: the same examples each time.
         options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts=", "-o", "timeout=0"]
         if "hypothesis" in sys.modules:
             options.append("--hypothesis-seed=0")
@@ -135,7 +135,7 @@ def _run_pytest(tree: Path, arguments: list[str], stop: bool, results: Path, log
 
 
 class Recorder:
-    """Writes a line for each test's phase: its id, how it ended, whether by an assertion, seconds, what it printed."""
+    """Writes a line for each phase of a test: id, outcome, whether by an assertion, seconds, output."""
 
     def __init__(self, tree: Path, stop: bool, file: Any) -> None:
         self._tree, self._stop, self._file = tree, stop, file

@@ -1,4 +1,4 @@
-"""Find a fault's function in a tree and change it. Faults name symbols and not lines, which move."""
+"""Find a fault's function in a tree and change it. Faults name symbols, since lines move."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class BadFaultError(ValueError):
 
 
 def check(tree: Path, faults: Sequence[AnyFault]) -> list[str]:
-    """What is wrong with the faults themselves, a line each; empty if each can be put into the tree."""
+    """Return a line for each fault that cannot be put into the tree as it is written."""
     problems = []
     for fault in faults:
         try:
@@ -39,7 +39,7 @@ def check(tree: Path, faults: Sequence[AnyFault]) -> list[str]:
 
 
 def changed(tree: Path, fault: AnyFault) -> tuple[Path, str]:
-    """The file that the fault is in, relative to the tree, and its text with the fault.
+    """Return the fault's file, relative to the tree, and its text with the fault.
 
     Raises:
         BadFaultError: the symbol is not there, or `old` is not exactly once in it, or the result is no Python.
@@ -51,7 +51,7 @@ def changed(tree: Path, fault: AnyFault) -> tuple[Path, str]:
 
 
 def _check_python(text: str, fault: AnyFault) -> None:
-    """Of the changed part alone: to parse the rest of a file for each fault takes seconds."""
+    """Parse the changed part only: parsing whole files for all faults takes seconds."""
     text = text.strip("\n")
     try:
         ast.parse(f"if True:\n{text}" if text[:1].isspace() else text)
@@ -88,7 +88,7 @@ def _read(tree: Path, path: Path, fault: AnyFault) -> str:
 
 
 def _python_span(text: str, names: Sequence[str]) -> tuple[int, int] | None:
-    """Where the symbol's source begins and ends in the text, decorators included; None if it is not there."""
+    """Return begin and end of the symbol in the text, decorators included; None if it is missing."""
     found: ast.AST = _parsed(text)
     for name in names:
         inside = [node for node in _statements(found) if name in _names_of(node)]
@@ -105,7 +105,7 @@ _parsed = functools.lru_cache(maxsize=256)(ast.parse)
 
 
 def _statements(node: ast.AST) -> Iterable[ast.stmt]:
-    """The statements of a body, those under `if`, `with` and `try` included, those of inner functions not."""
+    """Yield the statements of a body and of its `if`, `with` and `try`, but not of inner functions."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.stmt):
             yield child
@@ -125,7 +125,7 @@ def _names_of(node: ast.stmt) -> list[str]:
 
 
 def _c_span(text: str, name: str) -> tuple[int, int] | None:
-    """Where a C function, or a macro with its continued lines, begins and ends; None if it is not there."""
+    """Return begin and end of a C function or of a macro; None if it is missing."""
     if macro := re.search(rf"^#define {name}\b(.*\\\n)*.*\n", text, re.MULTILINE):
         return macro.span()
     start = re.search(rf"^[a-z][^;{{}}\n]*\b{name}\([^;{{}}]*\)\s*\{{", text, re.MULTILINE)

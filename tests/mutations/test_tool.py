@@ -1,4 +1,4 @@
-"""The tool itself, on a tree of a few lines: what counts as caught, and what as a fault that cannot be judged."""
+"""The tool itself, on a tree of a few lines: which faults are caught, and which cannot be judged."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_what_is_caught_and_what_is_not(tree, capsys):
     total = "shop:Shop.total"
     faults = [
         fault("caught", total, "*", "+", "test_blind", "test_total"),
-        fault("caught where it must raise", total, "assert count >= 0", "assert True", "test_refused"),
+        fault("caught by a missing error", total, "assert count >= 0", "assert True", "test_refused"),
         fault("survives", "shop:name", "tea", "mate", "test_blind"),
         fault("crashes at import", "shop:name", "def name", "name = 1 / 0\ndef name", "test_total"),
         fault("crashes", total, "count * ", "{}[count] * ", "test_more"),
@@ -117,7 +117,7 @@ def test_what_is_caught_and_what_is_not(tree, capsys):
     printed = capsys.readouterr().out.splitlines()
     said = {text: (word, why) for line in printed for word, text, why in re.findall(r"(\w+) .*: (.*?)  \[(.*)]", line)}
     assert said.pop("caught") == ("caught", "tests/test_shop.py::test_total")
-    assert said.pop("caught where it must raise") == ("caught", "tests/test_shop.py::test_refused")
+    assert said.pop("caught by a missing error") == ("caught", "tests/test_shop.py::test_refused")
     assert said.pop("caught at the end") == ("caught", "tests/test_shop.py::test_total")
     reasons = {
         "survives": "its tests are green",

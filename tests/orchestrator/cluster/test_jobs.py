@@ -1,4 +1,4 @@
-"""Jobs on a real head with a dashboard of this test's own: submitted, followed, lost and found, stopped, failed."""
+"""Jobs on a real head with a dashboard: submit, follow, follow again, stop, fail."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_what_a_job_carries(run_config, tmp_path):
     assert not list(tmp_path.rglob("__pycache__"))
     carried = list((tmp_path / FILES).rglob("classes.json"))
     assert carried[0].read_bytes() == run_config.with_name("classes.json").read_bytes()
-    # Relative in the file: it is found wherever the job is unpacked.
+    # The path is relative to the file, so the job can be unpacked in any folder.
     text = yaml.safe_load((tmp_path / "sigray-config.yaml").read_text())["eval"]["sets"]["colours"]["classes"]
     assert tmp_path / text == carried[0]
     assert staged.train == config.train
@@ -80,7 +80,7 @@ def test_a_carried_file_is_what_it_holds(run_config):
     ],
 )
 def test_a_bad_config_is_found_before_the_cluster_is_asked(run_config, change, said, capsys):
-    # Nothing listens there: a word about the address would mean that it was asked.
+    # Nothing listens there: a message about the address would mean that the client called it.
     assert main(["submit", "--address", "http://127.0.0.1:9", "--", "train", str(run_config), change]) == 2
     assert said in capsys.readouterr().err
 
@@ -109,7 +109,7 @@ def test_another_environment_is_named():
 
 
 class Recorder:
-    """Remembers what a cluster would be asked, and which of the uploaded files hold a word."""
+    """Records the request to a cluster, and which of the uploaded files hold a word."""
 
     def __init__(self, word: str) -> None:
         self._word = word
@@ -123,7 +123,7 @@ class Recorder:
 
 
 def test_a_job_is_placed_on_the_head_and_carries_no_secret(run_config):
-    """Ray puts a driver on the head where it is asked for no resources; what --env passes is in one place only."""
+    """Ray puts a driver without resources on the head; a value that --env passes is in one place only."""
     client = Recorder(CANARY)
     submit(client, load_config(run_config), ["--overwrite"], env={"AWS_SECRET_ACCESS_KEY": CANARY})
     assert client.options.keys() == {"entrypoint", "submission_id", "runtime_env", "metadata"}
@@ -134,7 +134,7 @@ def test_a_job_is_placed_on_the_head_and_carries_no_secret(run_config):
 
 
 def test_rays_controller_stays_with_the_driver():
-    """Which is on the head. Ray 2.60 pins it; should another Ray not, a spot machine might hold it."""
+    """The driver is on the head. Ray 2.60 pins the controller to it; another Ray may use a spot machine."""
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     source = inspect.getsource(DataParallelTrainer._initialize_and_run_controller)
@@ -159,7 +159,7 @@ def sigray(head: Head, command: str, *words: str, timeout: float = 200) -> subpr
 
 def test_a_job_from_its_submission_to_its_end(head, run_config):
     """One head for all: starting it costs ten seconds, a job forty."""
-    # Submitted and left alone; a lost terminal is one that is killed.
+    # Submitted without following. To lose the terminal, the test kills `sigray logs`.
     first = [
         "--job=first",
         "--no-follow",
@@ -171,7 +171,7 @@ def test_a_job_from_its_submission_to_its_end(head, run_config):
         str(run_config),
     ]
     deadline = time.monotonic() + 90
-    while "No available agent" in (submitted := sigray(head, "submit", *first)).stderr:  # a busy head is not up yet
+    while "No available agent" in (submitted := sigray(head, "submit", *first)).stderr:  # a busy head needs longer
         assert time.monotonic() < deadline, submitted.stderr
     assert (submitted.returncode, submitted.stdout) == (0, "job first\n"), submitted.stderr
     lost = subprocess.Popen(
@@ -184,15 +184,15 @@ def test_a_job_from_its_submission_to_its_end(head, run_config):
     assert any("job of run job on " in line for line in lost.stdout)
     lost.kill()
     lost.wait()
-    # Found again, from its beginning to its end.
+    # Followed again, from the beginning to the end.
     again = sigray(head, "logs", "first")
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.count("job of run job on ") == 1
     assert again.stdout.count("step      4  samples        64") == 1
     assert "finished at 64 samples" in again.stdout
     assert list((run_config.parent / "storage" / "job" / "checkpoints").glob("step-0000000004"))
-    # Of what --env passed the name is shown; the value is in nothing that is shown or kept, Ray's own logs included.
-    browser = {"User-Agent": "Mozilla/5.0"}  # others that have the token may read it, as they may run code there
+    # The name that --env passed is shown. The value is in no output and no file, Ray's own logs included.
+    browser = {"User-Agent": "Mozilla/5.0"}  # other clients with the token may read it, as they may run code there
     said = [again.stdout, *(get(f"{head.address}/api/jobs/{job}", browser) for job in ("", "first"))]
     said.append(sigray(head, "status").stdout)
     assert "SIGRAY_CANARY" in said[1]
@@ -204,7 +204,7 @@ def test_a_job_from_its_submission_to_its_end(head, run_config):
     listed = sigray(head, "status").stdout
     assert "first" in listed
     assert "succeeded" in listed
-    # What the Jobs page of Ray's dashboard shows of it, and the page that is named there.
+    # The metadata on the Jobs page of Ray's dashboard, and the page that it names.
     assert json.loads(said[2])["metadata"] == {
         "page": "http://127.0.0.1:3999/runs/job",
         "job_name": "job",
@@ -215,13 +215,13 @@ def test_a_job_from_its_submission_to_its_end(head, run_config):
     assert (told["status"], told["step"], told["planned_samples"]) == ("finished", 4, 64)
     assert told["checkpoint"]["step"] == 4
 
-    # The exit code is the run's; where nothing is there to train on, 2.
+    # The exit code is the run's: 2 if there is nothing to train on.
     words = ["train", str(run_config), "run.name=other", "data.shards=/nowhere/*.tar"]
     failed = sigray(head, "submit", "--", *words)
     assert failed.returncode == 2, failed.stdout + failed.stderr
     assert "/nowhere" in failed.stdout
 
-    # Stopped: with a checkpoint, so the same run goes on where it was.
+    # Stopped with a checkpoint, so the same run can continue.
     words = ["train", str(run_config), "run.name=long", "train.num_samples=1600000"]
     assert sigray(head, "submit", "--job=long", "--no-follow", "--", *words).returncode == 0
     deadline = time.monotonic() + 120

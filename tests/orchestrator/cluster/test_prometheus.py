@@ -100,7 +100,7 @@ def alerts_after(minutes: str, series: dict[str, str], tmp_path: Path) -> set[st
 
 
 GOOD = {
-    "ray_sigray_heard_time_s": "0+30x60",  # promtool's clock begins at 0, and something is heard every 30 s
+    "ray_sigray_heard_time_s": "0+30x60",  # promtool's clock begins at 0, with a heartbeat every 30 s
     "ray_sigray_train_loss": "9-0.1x60",
     "ray_sigray_data_wait_pct": "2x60",
     "ray_sigray_checkpoint_time_s": "0+30x60",
