@@ -377,6 +377,7 @@ class OptimConfig(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Largest learning rate of the schedule."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the running average of gradients (momentum)."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """Decay of the second moment.
     0.95 instead of 0.999 keeps training with large batches stable (paper, section 4.6)."""
