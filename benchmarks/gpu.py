@@ -31,7 +31,7 @@ from open_clip_train.train import train_one_epoch
 from benchmarks.common import ROOT, cuda_growth_mib, random_batch, report, trainer_of
 from benchmarks.step import epoch_arguments, epoch_data
 from sigray.orchestrator.config import RunConfig, load_config
-from sigray.orchestrator.planning.devices import DEVICES, DeviceKind
+from sigray.orchestrator.device_kinds import DEVICES, DeviceKind
 from sigray.orchestrator.planning.plan import plan
 from sigray.workers.data.loader import Batch
 from sigray.workers.device import open_device

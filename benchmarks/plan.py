@@ -8,7 +8,7 @@ is printed beside it.
 
 `paper_days_error_max`: predicted days of the five runs of the paper's table 1 (arXiv 2303.15343 v4), from the configs
 in examples/, and the paper's. If the paper gives only a bound, a prediction below the bound has no error. All rows rest
-on one assumption about the TPU v4, `UTILISATION` in orchestrator/planning/devices.py. The utilisation that would make a
+on one assumption about the TPU v4, `UTILISATION` in orchestrator/device_kinds.py. The utilisation that would make a
 row exact is printed beside it.
 
 `paper_batch_ratio`: the largest global batch that the plan fits on four TPU v4 in one piece, over the paper's 4,096
@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.common import ROOT, peak_growth_mib, random_batch, report, status_mib, trainer_of
 from sigray.orchestrator.config import RunConfig, load_config
-from sigray.orchestrator.planning.devices import DEVICES, GIB
+from sigray.orchestrator.device_kinds import DEVICES, GIB
 from sigray.orchestrator.planning.plan import default_num_devices, largest_batch, plan, run_device
 from sigray.orchestrator.planning.this_machine import this_cpu
 

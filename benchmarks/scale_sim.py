@@ -26,7 +26,7 @@ from collections.abc import Callable
 
 from benchmarks.common import peak_growth_mib, report
 from sigray.orchestrator.batch import usable_sizes
-from sigray.orchestrator.planning.devices import DEVICES
+from sigray.orchestrator.device_kinds import DEVICES
 from sigray.orchestrator.run.policy import (
     Attempt,
     Failure,

@@ -18,7 +18,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from sigray.orchestrator.batch import micro_batch, usable_sizes
-from sigray.orchestrator.planning.devices import DEVICES, DeviceName
+from sigray.orchestrator.device_kinds import DEVICES, DeviceName
 from sigray.orchestrator.secrets import secrets_of
 from sigray.workers.config import (
     Accelerator,

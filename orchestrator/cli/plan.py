@@ -7,7 +7,7 @@ from rich.console import Console
 
 from sigray.orchestrator.cli.command import CONFIG, OVERRIDES, argument, command, positive, positive_int
 from sigray.orchestrator.config import ConfigError, json_schema, load_config
-from sigray.orchestrator.planning.devices import CPU, DEVICES
+from sigray.orchestrator.device_kinds import CPU, DEVICES
 
 
 @command(

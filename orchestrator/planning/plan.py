@@ -27,8 +27,8 @@ from sigray.losses.negatives import NUM_BINS
 from sigray.losses.tiles import default_tile_size, has_bfloat16_products
 from sigray.orchestrator.batch import MAX_DATA_WORKER_UTILISATION, micro_batch
 from sigray.orchestrator.config import ConfigError, RunConfig
+from sigray.orchestrator.device_kinds import COMPILED, CPU, DEVICES, GIB, DeviceKind
 from sigray.orchestrator.planning.count import TowerCosts, gathered_bytes, measure_towers
-from sigray.orchestrator.planning.devices import COMPILED, CPU, DEVICES, GIB, DeviceKind
 from sigray.orchestrator.planning.this_machine import this_cpu
 from sigray.orchestrator.tables import rows_table
 from sigray.workers.config import LossConfig, Precision

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from sigray.orchestrator.planning.devices import CPU, GB, GIB, DeviceKind
+from sigray.orchestrator.device_kinds import CPU, GB, GIB, DeviceKind
 
 _FRAMEWORK = 0.95 * GIB  # resident set of a training worker after its imports, measured (torch's CUDA build)
 _UTILISATION = 0.5  # of the speed of a large product, see docs/plan.md

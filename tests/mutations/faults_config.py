@@ -135,7 +135,7 @@ FAULTS = [
     Fault(
         "CPUs of data-shard workers are not reserved",
         "sigray.workers.data.pool:DataPool._start",
-        "num_cpus=self._cpus",
+        "num_cpus=data.cpus_per_worker",
         "num_cpus=1",
         _of("data.cpus_per_worker"),
     ),

@@ -224,14 +224,14 @@ FAULTS = [
     ),
     Fault(
         "tf32 is as slow as fp32",
-        "sigray.orchestrator.planning.devices:DeviceKind.peak",
+        "sigray.orchestrator.device_kinds:DeviceKind.peak",
         '"tf32": self.peak_tf32',
         '"tf32": self.peak_fp32',
         (f"{_PLAN}::test_a_step_is_counted_by_hand",),
     ),
     Fault(
         "a host's devices talk over the network",
-        "sigray.orchestrator.planning.devices:DeviceKind.link",
+        "sigray.orchestrator.device_kinds:DeviceKind.link",
         "num_devices <= self.island",
         "num_devices < self.island",
         (f"{_PLAN}::test_time_is_operations_by_speed_plus_bytes_by_link",),

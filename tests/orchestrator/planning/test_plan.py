@@ -18,8 +18,8 @@ from rich.console import Console
 from sigray.losses import Negatives, ring_sigmoid_loss, ring_softmax_loss
 from sigray.orchestrator.cli.main import main
 from sigray.orchestrator.config import ConfigError, load_config, override, parse_config
+from sigray.orchestrator.device_kinds import DEVICES, GIB
 from sigray.orchestrator.planning.count import Counter, measure_towers
-from sigray.orchestrator.planning.devices import DEVICES, GIB
 from sigray.orchestrator.planning.plan import (
     DECODE_S,
     FITS,
