@@ -1,8 +1,8 @@
-"""Every metric that leaves a run for Prometheus, defined once: name, unit, meaning, and where its value comes from.
+"""Define every Prometheus metric once: name, unit, meaning, source of its value.
 
-`orchestrator/cluster/prometheus.py` makes the Grafana dashboard and the alert rules from this table. The driver sets what it
-knows (`RunMetrics`), each data-shard worker what it has done (`WorkerMetrics`); Ray exports both to Prometheus, with
-`ray_` before the name and `_total` behind a counter's. Imports no Ray before something is set.
+`orchestrator/cluster/prometheus.py` makes the Grafana dashboard and the alert rules from this table. The driver sets
+its own (`RunMetrics`), each data-shard worker its totals (`WorkerMetrics`). Ray exports both to Prometheus, with `ray_`
+before the name and `_total` after a counter's. This module imports Ray only when a metric is set.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ class Metric:
 
     Attributes:
         name: in Prometheus, without Ray's `ray_`.
-        title: what a person reads.
+        title: of its panel.
         unit: one that Grafana knows ("short" for a plain number).
-        group: the row that it stands in.
+        group: the panel's row.
         meaning: one sentence.
-        kind: gauge, or counter for what only grows.
-        key: of a line of metrics (`metrics.jsonl`) that it is taken from; "" where it is set by name.
+        kind: gauge, or counter if it only grows.
+        key: in a line of metrics (`metrics.jsonl`); "" if the metric is set by name.
         tags: labels besides `run`.
-        expr: what to draw, where it is not the metric itself; {name} stands for it.
+        expr: PromQL of the panel; {name} is the exported name.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Metric:
 
     @property
     def exported(self) -> str:
-        """The name in Prometheus."""
+        """Return the name in Prometheus."""
         return f"ray_{self.name}" + ("_total" if self.kind == "counter" else "")
 
     @property
     def query(self) -> str:
-        """PromQL for its panel."""
+        """Return the PromQL of the panel."""
         return self.expr.format(name=self.exported)
 
 
@@ -88,19 +88,19 @@ METRICS = (
     Metric("sigray_checkpoint_time_s", "Checkpoint age", "s", "Safety", "Since the newest durable checkpoint.",
            expr="time() - {name}"),
     Metric("sigray_checkpoint_every_s", "Checkpoint interval", "s", "Safety", "checkpoint.save_every_s of the config."),
-    Metric("sigray_heard_time_s", "Silence", "s", "Safety", "Since the training workers last said anything.",
+    Metric("sigray_heard_time_s", "Silence", "s", "Safety", "Since the last heartbeat of the training workers.",
            expr="time() - {name}"),
-    Metric("sigray_restarts", "Restarts", "short", "Safety", "Lives of the training workers that ended before the run.",
+    Metric("sigray_restarts", "Restarts", "short", "Safety", "Attempts that ended before the run.",
            "counter"),
     Metric("sigray_bad_steps", "Bad steps", "short", "Safety", "Losses or gradients that were not finite, or leapt.",
            "counter"),
     Metric("sigray_training_workers", "Training workers", "short", "Safety", "Of this attempt."),
-    Metric("sigray_data_workers", "Data-shard workers", "short", "Safety", "Up or on their way."),
+    Metric("sigray_data_workers", "Data-shard workers", "short", "Safety", "Running or starting."),
     Metric("sigray_zero_shot_top1", "Zero-shot top-1", "percentunit", "Evaluation",
            "Of each set's classes, on the newest evaluated checkpoint.", tags=("set",)),
 )  # fmt: skip
 REPEAT_S = 5.0
-"""Between two settings of a gauge that has not changed."""
+"""Time between two settings of an unchanged gauge."""
 BY_NAME = {metric.name: metric for metric in METRICS}
 
 
@@ -108,7 +108,8 @@ class _Exporter:
     """Sets metrics of the table through Ray, with the run's name."""
 
     def __init__(self, run: str) -> None:
-        self._run, self._made = run, {}  # type: ignore[var-annotated]
+        self._run = run
+        self._made: dict[str, Any] = {}
 
     def set(self, name: str, value: float, **tags: str) -> None:
         """Set a gauge, or add to a counter."""
@@ -128,10 +129,10 @@ class _Exporter:
 
 
 class RunMetrics(_Exporter):
-    """What the driver knows of its run.
+    """The driver's metrics of its run.
 
-    Ray drops a gauge that is not set again within twice its export interval (20 s), and a rule that compares the time
-    of the last word with now would find nothing to compare: the driver calls `repeat` while it lives.
+    Ray drops a gauge that is not set again within twice its export interval (20 s). Then an alert rule would
+    miss the time of the last heartbeat, so the driver calls `repeat` until it ends.
 
     Args:
         run: its name.
@@ -141,7 +142,8 @@ class RunMetrics(_Exporter):
 
     def __init__(self, run: str, save_every_s: float | None = None, clock: Callable[[], float] = time.time) -> None:
         super().__init__(run)
-        self._clock, self._save_every_s = clock, save_every_s
+        self._clock = clock
+        self._save_every_s = save_every_s
         self._gauges: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
         self._repeated_at = clock()
 
@@ -151,23 +153,23 @@ class RunMetrics(_Exporter):
         super().set(name, value, **tags)
 
     def repeat(self) -> None:
-        """Set the gauges again where that is due. Called often."""
+        """Set the gauges again if that is due. Called often."""
         if self._clock() - self._repeated_at >= REPEAT_S:
             self._repeated_at = self._clock()
             for (name, tags), value in list(self._gauges.items()):
                 self.set(name, value, **dict(tags))
 
     def started(self, facts: dict[str, Any]) -> None:
-        """The training workers are up."""
+        """Set what is known when the training workers are up."""
         self._world_size = facts["world_size"]
         self.set("sigray_training_workers", facts["world_size"])
         self.set("sigray_heard_time_s", self._clock())
-        self.set("sigray_checkpoint_time_s", self._clock())  # its age counts from here, until there is one
+        self.set("sigray_checkpoint_time_s", self._clock())  # until there is a checkpoint, its age counts from here
         if self._save_every_s is not None:
             self.set("sigray_checkpoint_every_s", self._save_every_s)
 
     def line(self, line: dict[str, float], num_data_workers: int | None) -> None:
-        """A line of metrics came."""
+        """Set the metrics of a line."""
         self.set("sigray_heard_time_s", self._clock())
         for metric in METRICS:
             if metric.key in line:
@@ -177,23 +179,23 @@ class RunMetrics(_Exporter):
             self.set("sigray_data_workers", num_data_workers)
 
     def checkpoint(self) -> None:
-        """A checkpoint is durable."""
+        """Record that a checkpoint is durable."""
         self.set("sigray_checkpoint_time_s", self._clock())
 
     def evaluation(self, result: dict[str, Any]) -> None:
-        """A checkpoint was evaluated."""
+        """Set the result of a checkpoint's evaluation."""
         for name, figures in result["zero_shot"].items():
             self.set("sigray_zero_shot_top1", figures["top1"], set=name)
 
     def ended(self, is_bad_step: bool) -> None:
-        """The training workers ended before the run."""
+        """Count an attempt that ended before the run."""
         self.set("sigray_restarts", 1)
         if is_bad_step:
             self.set("sigray_bad_steps", 1)
 
 
 class WorkerMetrics(_Exporter):
-    """What a data-shard worker has done since the last call.
+    """A data-shard worker's counters.
 
     Args:
         run: name of the run.
@@ -201,15 +203,15 @@ class WorkerMetrics(_Exporter):
 
     def __init__(self, run: str) -> None:
         super().__init__(run)
-        self._told: Counter[tuple[str, str]] = Counter()
+        self._exported: Counter[tuple[str, str]] = Counter()
 
-    def tell(self, decoded: int, refused: Counter[str], traffic: Counter[str]) -> None:
-        """Totals since the worker began.
+    def update(self, decoded: int, refused: Counter[str], traffic: Counter[str]) -> None:
+        """Add the growth of totals since the last call.
 
         Args:
-            decoded: samples.
-            refused: samples by reason.
-            traffic: of S3: "bytes", and retries by kind of failure.
+            decoded: samples since the worker began.
+            refused: samples by reason, since then.
+            traffic: of S3, since then: "bytes", and retries by kind of failure.
         """
         self._add("sigray_data_decoded_samples", "", decoded)
         for reason, count in refused.items():
@@ -221,5 +223,5 @@ class WorkerMetrics(_Exporter):
                 self._add("sigray_s3_retries", key, count, failure=key)
 
     def _add(self, name: str, key: str, total: float, **tags: str) -> None:
-        self.set(name, total - self._told[name, key], **tags)
-        self._told[name, key] = int(total)
+        self.set(name, total - self._exported[name, key], **tags)
+        self._exported[name, key] = int(total)

@@ -34,7 +34,7 @@ def main() -> int:
             highlight=False,
             soft_wrap=True,
         )
-    console.print(f"ready: {out_dir.absolute()} (licences: dataset.json, docs/data.md)", soft_wrap=True)
+    console.print(f"ready: {out_dir.absolute()} (licences: dataset.json, examples/emoji36/README.md)", soft_wrap=True)
     return 0
 
 

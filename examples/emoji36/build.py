@@ -14,7 +14,7 @@ noto-v1, fluent and fluent-flat, emojione and emojione-v1) and always stand on t
 
 The result depends only on the pinned packages, the two arguments and the versions of the libraries that draw
 and encode: a second build on the same machine gives the same bytes. Nothing here is redistributed; every user
-builds from the registries. Licences per set: docs/data.md.
+builds from the registries. Licences per set: examples/emoji36/README.md.
 
 Only the standard library is imported at the top, since this file is also the drawing process (see `draw_all`).
 """

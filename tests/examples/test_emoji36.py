@@ -536,7 +536,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
 
 
 def test_real_counts(registries: None, tmp_path: Path) -> None:
-    """The numbers in docs/data.md; about 40 s on two cores, 38 MB of download."""
+    """The numbers in examples/emoji36/README.md; about 40 s on two cores, 38 MB of download."""
     dataset = emoji.build_emoji(tmp_path / "emoji36")
     counts = {split: (s["num_samples"], s["num_concepts"]) for split, s in dataset["splits"].items()}
     assert counts == {

@@ -111,8 +111,8 @@ FAULTS = [
     Fault(
         "rows are written again with each checkpoint",
         "sigray.workers.training.ledger:Ledger.write",
-        "self._rows, self._first_step = [], steps_done",
-        "self._rows, self._first_step = [*rows], steps_done",
+        "self._rows = []",
+        "self._rows = [*rows]",
         (f"{_LEDGER}rows_come_back_as_they_entered_the_loss",),
     ),
     Fault(

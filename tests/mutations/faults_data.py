@@ -413,7 +413,7 @@ FAULTS = [
     Fault(
         "a data worker's totals are added again and again",
         "sigray.workers.metrics:WorkerMetrics._add",
-        "self._told[name, key] = int(total)",
+        "self._exported[name, key] = int(total)",
         "pass",
         ("tests/orchestrator/cluster/test_prometheus.py::test_what_runs_and_workers_set",),
     ),

@@ -1,9 +1,9 @@
-"""A frozen tower over whole shards: what one worker of `sigray embed` does.
+"""Run a frozen tower over whole shards: one worker of `sigray embed`.
 
-    b  images that go through the tower at once       V  views of an image       D  embedding dimension
+    b  images of one forward pass       V  views of an image       D  embedding dimension
 
-The unit of work is a shard, and its result a function of the shard and the store's key: a worker that dies is replaced
-by another that writes the same bytes, and a tar is in the store whole or not at all.
+The unit of work is a shard. Its result is a function of the shard and the store's key, so the replacement of a dead
+worker writes the same bytes. A tar is in the store whole or not at all.
 """
 
 from __future__ import annotations
@@ -59,11 +59,14 @@ class Embedder:
     ) -> None:
         assert embeddings.store is not None
         torch.set_num_threads(num_threads)
-        self._model, self._data, self._batch_size = model, data, embeddings.batch_size
+        self._model = model
+        self._data = data
+        self._batch_size = embeddings.batch_size
         self._image_size = shapes(model)[0]
         self._store = EmbeddingStore(embeddings.store)
         self._num_views = embeddings.num_views
-        self._dtype, self._dim = embeddings.dtype, tower_config(model)["embed_dim"]
+        self._dtype = embeddings.dtype
+        self._dim = tower_config(model)["embed_dim"]
         self._device = open_device(accelerator, 0, precision, num_devices)
         module = build_initial_model(model).requires_grad_(False).eval()
         self._module: Any = self._device.place(module)
@@ -72,10 +75,9 @@ class Embedder:
         """Write the embeddings of one shard.
 
         Raises:
-            DataError: for a shard that changed or is damaged.
-            StorageError: where the store cannot be written.
+            DataError: the shard changed or is damaged.
+            StorageError: the store cannot be written.
         """
-        refused: Counter[str] = Counter()
         results: list[tuple[TarSample, Tensor | str]] = []
         num_views = self._num_views if part == "train" else 1
         decoder = Decoder(self._data, self._image_size)
@@ -83,7 +85,7 @@ class Embedder:
         while batch := list(islice(samples, max(1, self._batch_size // num_views))):
             results += self._embed_batch(batch, decoder, num_views if part == "train" else None)
         store_format = StoreFormat(self._dtype, self._dim, num_views)
-        refused.update(result for _, result in results if isinstance(result, str))
+        refused = Counter(result for _, result in results if isinstance(result, str))
         content = write_tar(results, store_format, kept_members(self._data))
         stored = StoredShard(
             part,
@@ -101,9 +103,11 @@ class Embedder:
     def _embed_batch(
         self, samples: list[TarSample], decoder: Decoder, num_crops: int | None
     ) -> Iterator[tuple[TarSample, Tensor | str]]:
-        """Each sample with its (V, D) embedding on the host, or with the reason why it has none."""
-        size, num_views = self._image_size, num_crops or 1
-        rows, reasons = [], dict[int, str]()
+        """Yield each sample with its (V, D) embedding on the host, or why it has none."""
+        size = self._image_size
+        num_views = num_crops or 1
+        rows = []
+        reasons: dict[int, str] = {}
         for number, sample in enumerate(samples):
             views = np.empty((num_views, size, size, 3), np.uint8)
             try:
@@ -118,7 +122,7 @@ class Embedder:
             rows.append(views)
         embeddings = iter(self._forward(np.concatenate(rows)).unflatten(0, (-1, num_views)) if rows else ())
         for number, sample in enumerate(samples):
-            # Members may be views of a mapped file or of a buffer that is used again.
+            # Members may be views of a mapped file or of a buffer that is reused.
             kept = {name: bytes(sample.members[name]) for name in kept_members(self._data) if name in sample.members}
             light = TarSample(sample.key, sample.index, sample.position, kept)
             yield light, reasons[number] if number in reasons else next(embeddings)
@@ -126,7 +130,7 @@ class Embedder:
     @torch.inference_mode()
     def _forward(self, images: np.ndarray) -> Tensor:
         """(b, S, S, 3) uint8 -> (b, D) float32 of unit norm, on the host."""
-        # Always the same shape: one program under XLA, and sums in the same order whatever was refused.
+        # Always the same shape: one program under XLA, and sums in the same order whatever samples were refused.
         full = -(-self._batch_size // self._num_views) * self._num_views
         padded = np.zeros((max(full, len(images)), *images.shape[1:]), np.uint8)
         padded[: len(images)] = images
@@ -137,5 +141,5 @@ class Embedder:
 
 
 def _view_random(key: str, view: int) -> SampleRandom:
-    """Of one view of a sample: by its key, so that a store does not depend on the rest of the data."""
+    """Return a view's random numbers, a function of the sample's key and the view."""
     return SampleRandom(hashlib.blake2b(f"{view} {key}".encode(), digest_size=32).digest())

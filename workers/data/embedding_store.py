@@ -1,20 +1,20 @@
-"""The embedding store: a locked image tower's outputs, computed once, as WebDataset tars.
+"""Store a locked image tower's outputs, computed once, as WebDataset tars.
 
     n  samples of a shard       V  views of an image       D  embedding dimension
 
-For each tar of images there is one tar with the same samples in the same order: in the place of the image stands
-`embedding.safetensors`, a (V, D) tensor of unit rows named `embedding`, beside the members that captions and classes
-stand in. So a store is streamed like any other data, by the same order, from disk or S3, and webdataset and safetensors
-read it. A sample whose image could not be used has `refused.txt` with the reason instead, and training counts and
-replaces it as it would have.
+For each tar of images there is one tar with the same samples in the same order. In the place of the image it has
+`embedding.safetensors`, a (V, D) tensor of unit rows named `embedding`, beside the members with captions and classes.
+So a store is streamed like any other data, in the same order, from disk or S3, and webdataset and safetensors read it.
+A sample with a refused image has `refused.txt` with the reason instead; training counts and replaces the sample as it
+would without a store.
 
     STORE/store.json                 what made it: the key, the format; written first
     STORE/train/NAME-HASH.tar        embeddings of NAME.tar; HASH is of the URL and content of that shard
     STORE/train/NAME-HASH.json       written when the tar is complete: source, counts
     STORE/eval/...                   the same for the held-out sets, always of the centre of the image
-    STORE/history/00000.json         what each `sigray embed` took
+    STORE/history/00000.json         what each `sigray embed` did
 
-A shard that is replaced gets another hash, so a store grows with its data and never mixes old with new.
+A replaced shard gets another hash, so a store grows with its data and never mixes old with new.
 """
 
 from __future__ import annotations
@@ -50,9 +50,11 @@ from sigray.workers.storage import Storage
 if TYPE_CHECKING:
     from torch import Tensor
 
-EMBEDDING, REFUSED = "embedding.safetensors", "refused.txt"
+EMBEDDING = "embedding.safetensors"
+REFUSED = "refused.txt"
 VERSION = 1
-_INDEX, _HISTORY = "store.json", "history"
+_INDEX = "store.json"
+_HISTORY = "history"
 _TORCH = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _SAFETENSORS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _NUMPY = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32}  # numpy knows no bfloat16
@@ -61,12 +63,12 @@ Part = Literal["train", "eval"]
 
 
 class StoreError(ValueError):
-    """A store that cannot be used with this run; the message names the store, the reason and the remedy."""
+    """A store that does not fit the run; the message has store, reason and remedy."""
 
 
 @dataclass(frozen=True)
 class StoreFormat:
-    """What an embedding of a store is: V views of D numbers."""
+    """Format of a store's embeddings: V views of D numbers."""
 
     dtype: Literal["bf16", "fp16", "fp32"]
     dim: int
@@ -74,16 +76,16 @@ class StoreFormat:
 
     @property
     def numpy_dtype(self) -> Any:
-        """uint16 stands for bfloat16."""
+        """Return the numpy type; uint16 for bfloat16."""
         return _NUMPY[self.dtype]
 
     @property
     def num_bytes(self) -> int:
-        """Of the numbers of an embedding."""
+        """Return the bytes of an embedding's numbers."""
         return self.num_views * self.dim * np.dtype(self.numpy_dtype).itemsize
 
     def prefix(self) -> bytes:
-        """What every member of this format begins with: safetensors' header, as its own writers make it."""
+        """Return safetensors' header, with which every member of this format begins."""
         place = {"dtype": _SAFETENSORS[self.dtype], "shape": [self.num_views, self.dim]}
         header = json.dumps({"embedding": {**place, "data_offsets": [0, self.num_bytes]}}, separators=(",", ":"))
         header += " " * (-len(header) % 8)
@@ -91,17 +93,18 @@ class StoreFormat:
 
 
 class EmbeddingReader:
-    """Members of a sample of a store -> one of its views."""
+    """Reads a view of an embedding from a sample's members."""
 
     def __init__(self, store_format: StoreFormat) -> None:
-        self._format, self._prefix = store_format, store_format.prefix()
+        self._format = store_format
+        self._prefix = store_format.prefix()
         self._num_bytes = len(self._prefix) + store_format.num_bytes
 
     def read(self, members: dict[str, Any], view: int) -> np.ndarray:
-        """(D,) of the format's numpy type.
+        """Return a view, (D,) of the format's numpy type.
 
         Raises:
-            Refused: with the reason for which the image was refused; "no embedding"; "unreadable embedding".
+            Refused: the reason of the image's refusal, "no embedding" or "unreadable embedding".
         """
         content = members.get(EMBEDDING)
         if content is None:
@@ -131,13 +134,13 @@ class StoredShard:
 def store_key(
     model: ModelConfig, data: DataConfig, embeddings: EmbeddingsConfig, *, sha256: str, precision: Precision
 ) -> dict[str, Any]:
-    """All that an embedding depends on, the image and the kind of device apart.
+    """Return what an embedding depends on, except the image and the kind of device.
 
-    Stores of equal keys made on one kind of device hold equal numbers.
+    Stores with equal keys made on one kind of device hold equal numbers.
 
     Args:
         sha256: of the tower, see `sigray.workers.model.image_towers.tower_sha256`.
-        precision: with which the tower computes, that of training.
+        precision: of the tower, the same as in training.
     """
     crop: dict[str, Any] = {"crop": data.crop}
     if data.crop == "random":
@@ -158,7 +161,7 @@ def store_key(
 
 
 def kept_members(data: DataConfig) -> list[str]:
-    """Endings of the members that a store has from its source: captions, and the JSON that classes stand in."""
+    """Return the endings of members that a store copies: captions, JSON for classes."""
     return sorted({caption_member(source) for source in data.captions} | {"json"})
 
 
@@ -174,11 +177,11 @@ class EmbeddingStore:
         self.uri = self.storage.uri
 
     def begin(self, key: dict[str, Any], store_format: StoreFormat) -> None:
-        """Make the store, or go on with it.
+        """Make the store, or continue it.
 
         Raises:
-            StoreError: where the folder holds a store of another key, with what differs.
-            StorageError: where it cannot be written.
+            StoreError: the folder holds a store of another key; the message has the differences.
+            StorageError: the store cannot be written.
         """
         self.storage.check_writable()
         if self.storage.exists(_INDEX):
@@ -188,16 +191,16 @@ class EmbeddingStore:
         self.storage.write(_INDEX, json.dumps(content, indent=1).encode())
 
     def check(self, key: dict[str, Any]) -> None:
-        """Refuse a store that holds other numbers than this key's.
+        """Refuse a store of another key.
 
         Raises:
-            StoreError: with what differs.
+            StoreError: the keys differ; the message has the differences.
         """
         saved = self._read()["key"]
         lines = [
             f"{name}: the store has {saved.get(name)!r}, this config {key.get(name)!r}"
             for name in sorted(saved.keys() | key.keys())
-            # More members than are asked for do no harm.
+            # A store may have more members than this config needs.
             if (not set(key[name]) <= set(saved[name]) if name == "members" else saved.get(name) != key.get(name))
         ]
         if lines:
@@ -227,22 +230,22 @@ class EmbeddingStore:
         return content
 
     def complete(self, part: Part) -> dict[str, StoredShard]:
-        """The complete tars of a part, by name without ending."""
+        """Return the complete tars of a part, by name without ending."""
         names = [name.removesuffix(".json") for name in self.storage.list(part) if name.endswith(".json")]
         contents = in_threads(lambda name: self.storage.read(f"{part}/{name}.json"), names)
         return {name: StoredShard(**json.loads(content)) for name, content in zip(names, contents, strict=True)}
 
     def write(self, name: str, shard: StoredShard, content: bytes) -> None:
-        """Add one complete tar. Written again, it is the same, bit for bit."""
+        """Add one complete tar."""
         self.storage.write(f"{shard.part}/{name}.tar", content)
         self.storage.write(f"{shard.part}/{name}.json", json.dumps(asdict(shard)).encode())
 
     def add_history(self, entry: dict[str, Any]) -> None:
-        """Keep what one `sigray embed` has done: {"num_images", "seconds", ...}."""
+        """Keep what one `sigray embed` did: {"num_images", "seconds", ...}."""
         self.storage.write(f"{_HISTORY}/{len(self.storage.list(_HISTORY)):05d}.json", json.dumps(entry).encode())
 
     def history(self) -> list[dict[str, Any]]:
-        """What each `sigray embed` that came to its end has done, in order."""
+        """Return what each complete `sigray embed` did, in order."""
         names = self.storage.list(_HISTORY)
         return [json.loads(self.storage.read(f"{_HISTORY}/{name}")) for name in names if name.endswith(".json")]
 
@@ -250,11 +253,13 @@ class EmbeddingStore:
         return f"{self.uri}/{part}/{name}.tar"
 
     def manifest(self, source: Manifest, data: DataConfig, parallel_map: ParallelMap = in_threads) -> Manifest:
-        """The manifest of a run that trains from the store: the source's shards and samples, one for one.
+        """Return the manifest of a run that trains from the store instead of the source.
+
+        The shards and samples of both match one to one.
 
         Raises:
-            StoreError: where shards of the source are not in the store, or hold another number of samples there.
-            DataError: where tars of the store are missing or damaged.
+            StoreError: shards of the source are not in the store, or have another number of samples there.
+            DataError: tars of the store are missing or damaged.
         """
         stored = self.complete("train")
         names = [stored_name(shard) for shard in source.shards]
@@ -266,21 +271,19 @@ class EmbeddingStore:
             )
         as_stored = data.model_copy(update={"image_keys": [EMBEDDING]})
         found = scan_shards([self.url("train", name) for name in names], as_stored, parallel_map=parallel_map)
+        shards = []
         for own, other in zip(source.shards, found.shards, strict=True):
             if own.num_samples != other.num_samples:
                 raise StoreError(
                     f"{other.url} holds {other.num_samples} samples, {own.url} {own.num_samples}: delete both files of "
                     "that name from the store and run `sigray embed` again"
                 )
-        shards = [
-            dataclasses.replace(other, dataset=own.dataset)
-            for own, other in zip(source.shards, found.shards, strict=True)
-        ]
+            shards.append(dataclasses.replace(other, dataset=own.dataset))
         return Manifest(tuple(shards), store=asdict(self.format()))
 
 
 def stored_name(source: Shard | ShardFile) -> str:
-    """Name of the tar that holds a shard's embeddings, without ending."""
+    """Return the name, without ending, of the tar with a shard's embeddings."""
     stem = source.url.rpartition("/")[2].removesuffix(".tar")
     what = f"{source.url} {source.num_bytes} {source.fingerprint}"
     return f"{stem}-{hashlib.sha256(what.encode()).hexdigest()[:10]}"
@@ -289,15 +292,16 @@ def stored_name(source: Shard | ShardFile) -> str:
 def write_tar(
     samples: Iterable[tuple[TarSample, Tensor | str]], store_format: StoreFormat, members: list[str]
 ) -> bytes:
-    """A tar of a store. The same samples give the same bytes.
+    """Return the bytes of a store's tar, a function of the samples.
 
     Args:
-        samples: each with its (V, D) embedding, or the reason why it has none.
+        samples: each with its (V, D) embedding, or the reason of its refusal.
         members: endings of the members to keep.
     """
     import torch  # here, not above: data-shard workers read stores without it
 
-    prefix, buffer = store_format.prefix(), io.BytesIO()
+    prefix = store_format.prefix()
+    buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for sample, result in samples:
             contents: list[tuple[str, Any]]
@@ -310,7 +314,8 @@ def write_tar(
             contents += [(ending, sample.members[ending]) for ending in members if ending in sample.members]
             for ending, content in contents:
                 info = tarfile.TarInfo(f"{sample.key}.{ending}")
-                info.size, info.mode = len(content), 0o644
+                info.size = len(content)
+                info.mode = 0o644
                 tar.addfile(info, io.BytesIO(bytes(content)))
     return buffer.getvalue()
 
@@ -318,15 +323,18 @@ def write_tar(
 def read_embeddings(
     store: EmbeddingStore, source: Shard, data: DataConfig, start: int = 0
 ) -> Iterator[np.ndarray | None]:
-    """The first view of each sample of a held-out shard from number `start` on, (D,) float32; None for a refused image.
+    """Yield the embedding of each sample of a held-out shard from number `start` on.
+
+    Yields (D,) float32, or None for a refused image.
 
     Raises:
-        StoreError: where the shard is not in the store.
-        DataError: where its tar is damaged.
+        StoreError: the shard is not in the store.
+        DataError: the shard's tar is damaged.
     """
-    # Held-out images have one view, however many those of training have.
-    name, store_format = stored_name(source), dataclasses.replace(store.format(), num_views=1)
-    # A set without captions has an embedding and perhaps nothing beside it.
+    name = stored_name(source)
+    # Held-out images have one view, whatever number training images have.
+    store_format = dataclasses.replace(store.format(), num_views=1)
+    # A sample of a set without captions may have an embedding only.
     as_stored = data.model_copy(update={"image_keys": [EMBEDDING], "captions": {EMBEDDING: 1.0}})
     try:
         (shard,) = scan_shards(store.url("eval", name), as_stored).shards

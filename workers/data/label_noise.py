@@ -1,17 +1,17 @@
-"""Corrupted training pairs, as in the paper's section 4.8 (SigLIP, arXiv 2303.15343): how robust is a loss to labels?
+"""Corrupt training pairs as section 4.8 of the paper does (arXiv 2303.15343).
 
     B  pairs in the global batch     b  pairs of this rank     S  image size     T  context length
 
     image       with probability p an image is replaced by uniform noise
     text        with probability p a caption is replaced by random tokens, of a random length
-    alignment   of a fraction p of the batch the captions are dealt out again, to other pairs of that fraction
+    alignment   the captions of a fraction p of the batch are permuted among these pairs
     image_text  image and text, each with its own p
     all         all three, each with its own p
 
-What happens to a pair is a function of (seed, its place in the stream): the same pair is corrupted alike in every run
-of a seed, whatever its batch size, loss or number of workers, and a larger p corrupts the pairs of a smaller one and
-more. (Only to whom a moved caption goes depends on the batch.) The data-shard workers know nothing of it, so runs with
-different noise share one stream.
+The corruption of a pair is a function of the seed and the pair's position in the stream. So every run of a seed
+corrupts a pair alike, whatever its batch size, loss or number of workers. A larger p corrupts the pairs of a smaller p
+and more. Only the receiver of a permuted caption depends on the batch. The loader corrupts, not the data-shard workers,
+so runs with different noise share one stream.
 """
 
 from __future__ import annotations
@@ -43,13 +43,16 @@ class Noise:
     """
 
     def __init__(self, config: LabelNoise, seed: int, vocab_size: int) -> None:
-        self._fraction, self._seed, self._vocab_size = config.fraction, seed, vocab_size
+        self._fraction = config.fraction
+        self._seed = seed
+        self._vocab_size = vocab_size
         kinds = _KINDS[config.kind]
-        self._images, self._texts = _IMAGE in kinds, _TEXT in kinds
+        self._images = _IMAGE in kinds
+        self._texts = _TEXT in kinds
         self.moves_captions = _ALIGNMENT in kinds
 
     def caption_rows(self, samples: np.ndarray) -> np.ndarray:
-        """(B,) for each pair of the global batch, the pair whose caption it gets; a permutation.
+        """Return (B,): for each pair of the global batch, the pair whose caption it gets.
 
         Args:
             samples: (B, 3) of the global batch: epoch, shard, index.
@@ -57,7 +60,7 @@ class Noise:
         rows = np.arange(len(samples))
         if self.moves_captions:
             chosen = np.flatnonzero(self._is_chosen(samples, _ALIGNMENT))
-            # In a random order each takes the caption of the next: nobody keeps their own, unless alone.
+            # In a random order each pair takes the next one's caption, so only a single pair keeps its own.
             order = chosen[np.argsort(place_hash(samples[chosen], self._seed, _ORDER), kind="stable")]
             rows[order] = np.roll(order, -1)
         return rows
@@ -90,7 +93,7 @@ class Noise:
 
 
 def place_hash(samples: np.ndarray, seed: int, purpose: int) -> np.ndarray:
-    """(n,) uint64, well mixed (the finaliser of splitmix64 after each number): of (n, 3) epoch, shard, index."""
+    """Return (n,) uint64 hashes of (n, 3) epoch, shard, index: splitmix64's finaliser."""
     h = np.full(len(samples), seed * 16 + purpose, np.uint64)
     for column in samples.T.astype(np.uint64):
         h = h * np.uint64(0x9E3779B97F4A7C15) + column + np.uint64(1)

@@ -130,7 +130,7 @@ class DataWorkerActor(DataWorker):
         block = super().block(lane, number, places)
         if time.monotonic() - self._updated_at > _METRICS_S:
             self._updated_at = time.monotonic()
-            self._metrics.tell(self.num_decoded, self.refused, Counter(s3.TRAFFIC))
+            self._metrics.update(self.num_decoded, self.refused, Counter(s3.TRAFFIC))
         return block
 
     def is_up(self) -> bool:

@@ -1,12 +1,11 @@
-/* Antialiased bicubic of uint8 pixels in RGB, for processors with AVX2 or AVX-512: the same bytes as torch's
-   `_upsample_bicubic2d_aa`, which is torchvision's `resize(..., antialias=True)`. That fixes the arithmetic: weights of
-   16 bits at the largest scale that the largest of an axis has room for, rows resized first and rounded to bytes, then
-   columns. What is free is the order of the work.
+/* Antialiased bicubic of uint8 RGB pixels, for processors with AVX2 or AVX-512: the same bytes as torch's
+   `_upsample_bicubic2d_aa`, which is torchvision's `resize(..., antialias=True)`. That fixes the arithmetic. Weights
+   have 16 bits, at the largest scale that the largest weight of an axis allows. Rows are resized first and rounded to
+   bytes, then columns. Only the order of the work is free.
 
-   The sum along a row is taken of several rows at once: a lane of a vector is a row, and its 32 bits are two
-   neighbouring pixels of one channel, which is what the processor multiplies and adds in one step ("unit" below). The
-   sums of a strip of rows come out as units of the other direction, two neighbouring rows of one channel, and the sum
-   along a column needs nothing but its multiplications. */
+   Several rows are summed at once. A lane of a vector is a row; its 32 bits are two neighbouring pixels of one channel,
+   a "unit", which the processor multiplies and adds in one step. The sums of a strip of rows come out as units of the
+   other direction, two neighbouring rows of one channel, so a column's sum needs its multiplications only. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -50,9 +49,9 @@ typedef __m256i Vector;
 #define GROUP ROWS                /* pixels of a row whose sums are stored at once */
 
 typedef struct {
-    int64_t taps;      /* of a pixel, at the most */
+    int64_t taps;      /* at most, of a pixel */
     int64_t pairs;     /* of taps, the first of which is even */
-    int precision;     /* bits behind the point of a weight */
+    int precision;     /* fractional bits of a weight */
     int32_t *first;    /* even: of each pixel */
     int32_t *weights;  /* (pixels, pairs) two of 16 bits */
 } Axis;
@@ -69,8 +68,8 @@ INLINE double cubic(double x) {
     return x < 1 ? near : x < 2 ? far : 0;
 }
 
-/* The weights of `to` pixels made of `from`, of which `count` from `offset` on are wanted. memory: (taps + 5) * to
-   doubles. All orders of operations are torch's. */
+/* Compute the weights of pixels [offset, offset + count) of `to` pixels made of `from`. memory: (taps + 5) * to
+   doubles. The order of operations is torch's. */
 static void plan(Axis *axis, int64_t from, int64_t to, int64_t offset, int64_t count, double *memory) {
     double scale = (double)from / (double)to, support = scale >= 1 ? 2 * scale : 2, shrink = scale >= 1 ? 1 / scale : 1;
     double *centers = memory, *firsts = centers + to, *ends = firsts + to, *totals = ends + to;
@@ -109,12 +108,12 @@ static void plan(Axis *axis, int64_t from, int64_t to, int64_t offset, int64_t c
     }
 }
 
-/* Where the four bytes of unit U of a chunk stand, counted from byte FROM on; -1 is a zero. */
+/* Places of the four bytes of unit U of a chunk, counted from byte FROM; -1 is a zero. */
 #define UNIT(U, FROM) 6 * ((U) / 3) + (U) % 3 - (FROM), -1, 6 * ((U) / 3) + (U) % 3 + 3 - (FROM), -1
 #define FOUR(U, FROM) UNIT(U, FROM), UNIT(U + 1, FROM), UNIT(U + 2, FROM), UNIT(U + 3, FROM)
 
-/* Vector i of eight: units 8 part to 8 part + 7 of a row or, in wide vectors, of two that are four apart, so that the
-   lanes of the transposed stand in the order of rows. */
+/* Vector i of eight: units 8 part to 8 part + 7 of a row or, in wide vectors, of two rows four apart, so that the lanes
+   are in the order of rows after the transposition. */
 INLINE Vector eight_units(const uint8_t *const *rows, int i, int part) {
 #if WIDE
 #define BOTH(U, FROM) {FOUR(U, FROM), FOUR(U + 4, FROM), FOUR(U, FROM - 32), FOUR(U + 4, FROM - 32)}
@@ -135,8 +134,8 @@ INLINE Vector eight_units(const uint8_t *const *rows, int i, int part) {
 #endif
 }
 
-/* A chunk of ROWS rows -> its units, unit 3 p + c the pixels 2 p and 2 p + 1 in channel c. `size` bytes are left in the
-   rows. */
+/* A chunk of ROWS rows -> its units: unit 3 p + c is pixels 2 p and 2 p + 1 in channel c. The rows have `size` bytes
+   left. */
 INLINE void make_units(const uint8_t *const *rows, int64_t size, Vector *units) {
     uint8_t ends[ROWS][3 * CHUNK];
     const uint8_t *padded[ROWS];
@@ -170,7 +169,7 @@ INLINE void make_units(const uint8_t *const *rows, int64_t size, Vector *units) 
     }
 }
 
-/* As many vectors as a vector has lanes: lane i of vector j <-> lane j of vector i, `step` bytes after each other. */
+/* Transpose as many vectors as a vector has lanes, and store them `step` bytes apart. */
 INLINE void store_transposed(const Vector *x, uint8_t *out, int64_t step) {
 #if WIDE
     Vector a = _mm512_shuffle_i64x2(x[0], x[1], 0x44), b = _mm512_shuffle_i64x2(x[2], x[3], 0x44);
@@ -185,7 +184,7 @@ INLINE void store_transposed(const Vector *x, uint8_t *out, int64_t step) {
 #endif
 }
 
-/* Two columns of sums -> bytes in 16 bits; the lanes' words are pairs of rows, column by column. */
+/* Two columns of sums -> bytes in 16 bits; the words of a lane are pairs of rows, column by column. */
 INLINE Vector clamped(Vector a, Vector b) {
     const Vector most = OP(set1_epi16)(255);
     return OP(min_epi16)(OP(max_epi16)(OP(packs_epi32)(a, b), ZERO), most);
@@ -198,7 +197,7 @@ INLINE void resize_rows(const uint8_t *const *rows, int64_t width, const Axis *a
     const __m128i shift = _mm_cvtsi32_si128(axis->precision);
     const int32_t *weights = axis->weights, *firsts = axis->first;
     const uint8_t *left[ROWS];
-    int64_t made = 0; /* pixels; units are made when they are needed, while the first cache holds those before */
+    int64_t made = 0; /* pixels; units are made just before use, while the first cache holds earlier units */
     for (int i = 0; i < ROWS; i++) left[i] = rows[i];
     for (int64_t x = 0; x < count; x += GROUP, firsts += GROUP, out += 4 * 3 * GROUP) {
         Vector sums[3 * GROUP];
@@ -265,7 +264,7 @@ INLINE void resize_column(const uint8_t *units, int64_t line, const int32_t *wei
     }
 }
 
-/* A loop over pairs whose number the compiler knows is none. The usual numbers, from no reduction to one by three. */
+/* The compiler unrolls a loop over a constant number of pairs: the usual numbers, for reductions of 1 to 3. */
 #define FOR_PAIRS(PAIRS, CALL)                                                                                         \
     switch (PAIRS) {                                                                                                   \
     case 3: CALL(3); break;                                                                                            \
@@ -298,12 +297,12 @@ static void resize_all_columns(const uint8_t *units, int64_t line, const Axis *a
     }
 }
 
-/* (height, width, 3) pixels, rows `stride` bytes after each other, resized to (to_height, to_width), of which
-   (out_height, out_width) from (top, left) on are written. Returns -1 where memory is missing. */
+/* Resize (height, width, 3) pixels, rows `stride` bytes apart, to (to_height, to_width), and write the part
+   (out_height, out_width) from (top, left) on. Returns -1 if memory is missing. */
 int resize_rgb(const uint8_t *pixels, int64_t stride, int64_t height, int64_t width, int64_t to_height,
                int64_t to_width, int64_t top, int64_t left, uint8_t *out, int64_t out_height, int64_t out_width) {
     Axis across = {.taps = most_taps(width, to_width)}, down = {.taps = most_taps(height, to_height)};
-    across.pairs = across.taps / 2 + 1, down.pairs = down.taps / 2 + 1; /* an even number too many, if it must be */
+    across.pairs = across.taps / 2 + 1, down.pairs = down.taps / 2 + 1; /* one more, for an odd first pixel */
     int64_t groups = CEIL(out_width, GROUP) * GROUP, line = 4 * CEIL(3 * groups, COLUMNS) * COLUMNS;
     int64_t num_units = UNITS * CEIL(width, CHUNK), num_rows = CEIL(height, ROWS) * ROWS / 2 + down.pairs;
     int64_t unit_size = (num_units + 3 * across.pairs) * (int64_t)sizeof(Vector), lines_size = num_rows * line;
@@ -321,7 +320,7 @@ int resize_rgb(const uint8_t *pixels, int64_t stride, int64_t height, int64_t wi
     plan(&down, height, to_height, top, out_height, planning);
     for (int64_t i = out_width; i < groups; i++) across.first[i] = across.first[out_width - 1];
     memset(across.weights + out_width * across.pairs, 0, 4 * (groups - out_width) * across.pairs);
-    memset(units + num_units, 0, unit_size - num_units * sizeof(Vector)); /* behind the last pixel, at weight 0 */
+    memset(units + num_units, 0, unit_size - num_units * sizeof(Vector)); /* after the last pixel, at weight 0 */
     int64_t begin = down.first[0], end = MIN(height, down.first[out_height - 1] + 2 * down.pairs);
     resize_all_rows(pixels, stride, height, width, &across, begin, end, groups, units, lines, line);
     resize_all_columns(lines, line, &down, out_height, out, 3 * out_width);

@@ -1,9 +1,9 @@
-"""Antialiased bicubic resizing of uint8 images, without torch where a C compiler and AVX2 are.
+"""Resize uint8 images by an antialiased bicubic filter, in C or by torch.
 
-    h, w  of the image        H, W  that it is resized to        S  of the part that is wanted
+    h, w  size of the image        H, W  size after resizing        S, S'  size of the part that is written
 
-The pixels are torch's, and so torchvision's: the same integers, rounded in the same places (`resize.c`). So a sample is
-the same on a machine with a compiler and on one without.
+The C code needs a compiler and AVX2. Its pixels are torch's, and so torchvision's: the same integers, rounded in the
+same places (`resize.c`). So a sample is the same on a machine with a compiler and on one without.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import numpy as np
 from sigray.native import compiled, cpu_flags
 
 _SOURCE = Path(__file__).with_name("resize.c")
-_NARROW = "-mno-avx512vbmi"  # as for a processor that has AVX2 only
-# A multiplication and an addition stay two roundings: the same weights on every machine.
+_NARROW = "-mno-avx512vbmi"  # as for a processor with AVX2 only
+# A multiplication and an addition are rounded separately: the same weights on every machine.
 _FLAGS = ["-ffp-contract=off"]
 
 
 def resize(pixels: np.ndarray, out: np.ndarray, *, size: tuple[int, int], corner: tuple[int, int] = (0, 0)) -> None:
-    """An image resized, or a part of that.
+    """Resize an image and write a part of the result to `out`.
 
     Args:
         pixels: (h, w, 3) uint8, any strides.
         out: (S, S', 3) uint8, C-contiguous; overwritten.
         size: (H, W).
-        corner: the row and column of the resized image that stand at (0, 0) in `out`.
+        corner: row and column of the resized image that (0, 0) of `out` is.
 
     Raises:
-        MemoryError: where the working memory, some times the image's, is missing.
+        MemoryError: the working memory, a few times the image's, is missing.
     """
     assert pixels.dtype == out.dtype == np.uint8
     assert out.flags.c_contiguous
@@ -59,19 +59,20 @@ def _resize_by_library(
 def _resize_by_torch(pixels: np.ndarray, out: np.ndarray, size: tuple[int, int], corner: tuple[int, int]) -> None:
     import torch
 
-    if not pixels.flags.carray:  # it takes no negative strides, and warns of what is read-only
+    if not pixels.flags.carray:  # torch takes no negative strides, and warns about read-only arrays
         pixels = pixels.copy()
     whole = out if size == out.shape[:2] else np.empty((*size, 3), np.uint8)
     tensors = (torch.from_numpy(array).permute(2, 0, 1).unsqueeze(0) for array in (pixels, whole))
     torch.ops.aten._upsample_bicubic2d_aa.out(next(tensors), size, False, None, None, out=next(tensors))
     if whole is not out:
-        (top, left), (height, width) = corner, out.shape[:2]
+        top, left = corner
+        height, width = out.shape[:2]
         out[:] = whole[top : top + height, left : left + width]
 
 
 @functools.cache
 def _library(*flags: str) -> ctypes.CDLL | None:
-    """The C source for this processor, with more flags of the compiler; None without AVX2, and without a compiler."""
+    """Compile the C source for this processor; None without AVX2 or a compiler."""
     if "avx2" not in cpu_flags():
         return None
     without = "images are resized by torch, which takes twice as long"

@@ -1,9 +1,9 @@
-"""Captions to tokens of fixed length, and a tokenizer trained from the captions of a run.
+"""Tokenize captions to a fixed length, and train a tokenizer from captions.
 
     n  captions          T  context length in tokens
 
 A model config names open_clip's own tokenizer or a Hugging Face tokenizer.json. `train_tokenizer` makes such a file:
-the same captions give the same bytes, which the trainers of the tokenizers library promise for BPE alone.
+the same captions give the same bytes, which the trainers of the tokenizers library guarantee for BPE only.
 """
 
 from __future__ import annotations
@@ -30,20 +30,21 @@ Tokenizer = Callable[[list[str]], np.ndarray]
 """n captions -> (n, T) int32."""
 
 _NUM_MERGES = 49152 - 256 - 2  # of CLIP's vocabulary; its file holds more
-_WORD_END, _CLIP_SPECIAL = "</w>", ("<start_of_text>", "<end_of_text>")
-_NUM_WORDS = 2**16  # whose tokens are remembered
-_MAX_SIMPLE = 1024  # characters of a caption whose words are; a bound on their memory
+_WORD_END = "</w>"
+_CLIP_SPECIAL = ("<start_of_text>", "<end_of_text>")
+_NUM_WORDS = 2**16  # whose tokens are cached
+_MAX_SIMPLE = 1024  # characters of a caption whose words are cached, to bound the cache's memory
 _SPECIAL = ["[PAD]", "[UNK]", "[EOS]"]  # 0, 1, 2
-_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # the names under which the library falls back to bytes
-_SEED_FACTOR = 4  # pieces that Unigram training starts from, for each that it keeps
-_KEPT_PER_ROUND = 0.75  # of the pieces, as SentencePiece
+_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # the library's names of the tokens for byte fallback
+_SEED_FACTOR = 4  # Unigram training starts from so many pieces for each that it keeps
+_KEPT_PER_ROUND = 0.75  # of the pieces, as in SentencePiece
 
 
 def build_tokenizer(model: ModelConfig, context_length: int, vocab_size: int) -> Tokenizer:
-    """The tokenizer that a model config names.
+    """Return the tokenizer that a model config names.
 
     Raises:
-        ValueError: where the file is missing or holds more tokens than the text tower has rows.
+        ValueError: the file is missing, or has more tokens than the text tower has rows.
     """
     if model.tokenizer == "open_clip":
         return _open_clip_tokenizer(model, context_length)
@@ -79,10 +80,12 @@ def _open_clip_tokenizer(model: ModelConfig, context_length: int) -> Tokenizer:
 
 
 def is_plain(name: str | None, text: dict[str, Any]) -> bool:
-    """Whether open_clip takes its own BPE for a model, without options, by its rule (`get_tokenizer`, open_clip 3.3).
+    """Return whether open_clip uses its own BPE, without options, for a model.
+
+    The rule is that of `get_tokenizer` in open_clip 3.3.
 
     Args:
-        name: of the model; None: towers of the user's own.
+        name: of the model; None for the user's own towers.
         text: the config of its text tower.
     """
     if name is None:
@@ -93,11 +96,11 @@ def is_plain(name: str | None, text: dict[str, Any]) -> bool:
 
 
 class _ClipTokenizer:
-    """CLIP's byte pair encoding of lower-case text (github.com/openai/CLIP), by the vocabulary that open_clip brings.
+    """CLIP's byte pair encoding of lower-case text, with open_clip's vocabulary.
 
-    What open_clip's SimpleTokenizer gives, without torch, which that imports, and word by word from a cache where a
-    caption allows it: no token spans a space, and what is done to a text first (ftfy, HTML entities) leaves printable
-    ASCII without "&" as it is. 3 us for a caption of some 17 words, 43 the other way (one core of an EPYC).
+    The tokens equal those of open_clip's SimpleTokenizer, which imports torch (github.com/openai/CLIP). The words of
+    simple captions come from a cache: no token spans a space, and cleaning (ftfy, HTML entities) does not change
+    printable ASCII without "&". A caption of about 17 words takes 3 us, 43 us without the cache (one core of an EPYC).
     """
 
     def __init__(self, context_length: int) -> None:
@@ -106,7 +109,7 @@ class _ClipTokenizer:
         self._context_length = context_length
         content = gzip.decompress((open_clip_folder() / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
         merges = [tuple(line.split()) for line in content.split("\n")[1 : _NUM_MERGES + 1]]  # the first line is a title
-        # Each byte is a character that can be printed; the others come behind Latin-1.
+        # Each byte stands as a printable character; bytes without one get the characters after Latin-1.
         printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
         others = [byte for byte in range(256) if byte not in printable]
         self._letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
@@ -137,7 +140,7 @@ class _ClipTokenizer:
         return [number for word in self._pattern.findall(text) for number in self._cached_word(word)]
 
     def _encode_word(self, word: str) -> list[int]:
-        """The two neighbours that come first in the vocabulary are merged, wherever they stand, until none do."""
+        """Merge the neighbours that are first in the vocabulary, until no pair is left."""
         if word in _CLIP_SPECIAL:
             return [self._ids[word]]
         pieces = [self._letters[byte] for byte in word.encode()]
@@ -155,7 +158,7 @@ class _ClipTokenizer:
 
 
 def _cleaned(text: str) -> str:
-    """As CLIP cleans a text: its encoding repaired, HTML's entities resolved (twice), spaces single, in lower case."""
+    """Clean a text as CLIP does: ftfy, HTML entities twice, single spaces, lower case."""
     import ftfy
 
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
@@ -164,18 +167,18 @@ def _cleaned(text: str) -> str:
 def train_tokenizer(
     captions: Iterable[str], *, vocab_size: int, kind: Literal["bpe", "unigram"], lower_case: bool = True
 ) -> tokenizers.Tokenizer:
-    """A tokenizer with [PAD] 0, [UNK] 1, and [EOS] 2 after every caption, one that is truncated too: a tower may pool
-    at the last token.
+    """Train a tokenizer with [PAD] 0, [UNK] 1, and [EOS] 2 after every caption.
+
+    [EOS] also ends a truncated caption, because a tower may pool at the last token.
 
     Args:
-        vocab_size: tokens at most; fewer where the captions do not give more.
-        kind: bpe, words split at spaces and signs: for languages that write words apart and few characters, all of
-            which become tokens; another character is [UNK]. unigram: for captions in any languages; spaces are part
-            of the tokens, and a character without a token of its own falls back to its UTF-8 bytes, so nothing is
-            [UNK].
+        vocab_size: at most so many tokens; fewer if the captions do not give more.
+        kind: bpe splits words at spaces and signs: for languages with spaces between words and few characters, which
+            all become tokens; any other character is [UNK]. unigram is for captions in any languages: spaces are part
+            of the tokens, and a character without a token falls back to its UTF-8 bytes, so nothing is [UNK].
 
     Raises:
-        ValueError: for captions without a character, or a vocabulary too small for them.
+        ValueError: the captions have no character, or the vocabulary is too small for them.
     """
     from tokenizers import normalizers, processors
 
@@ -199,7 +202,7 @@ def _train_bpe(
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=_SPECIAL, show_progress=False)
     tokenizer.train_from_iterator(captions, trainer)
-    if tokenizer.get_vocab_size() > vocab_size:  # the trainer takes every character, whatever vocab_size is
+    if tokenizer.get_vocab_size() > vocab_size:  # the trainer keeps every character, whatever vocab_size is
         raise ValueError(
             f"vocab_size={vocab_size} is less than the captions' different characters and three special tokens, "
             f"{tokenizer.get_vocab_size()}: raise it, or train kind=unigram, which keeps the frequent ones"
@@ -210,12 +213,12 @@ def _train_bpe(
 def _train_unigram(
     captions: list[str], vocab_size: int, normalizer: tokenizers.normalizers.Sequence
 ) -> tokenizers.Tokenizer:
-    """Unigram pieces by rounds of segmentation and pruning.
+    """Train Unigram pieces by rounds of segmentation and pruning.
 
-    The library's own UnigramTrainer sums floats in the order of a hash map: three runs gave three files (0.23.3). Here
-    its fast parts are kept (seeds from its BPE trainer, the best segmentation from its Unigram model) and the counts
-    between them are integers. On the 61,568 captions of the emoji dataset in 36 languages its pieces cover a caption
-    with 6 % (8,000 tokens) and 11 % (32,000) fewer tokens than the library's, in 0.6 to 0.85 of the time.
+    The library's UnigramTrainer sums floats in the order of a hash map: three runs gave three files (0.23.3). This
+    function uses the library's fast parts, the BPE trainer for seeds and the Unigram model for segmentation, and counts
+    in integers. Measured on the emoji36 dataset's 61,568 captions in 36 languages: 6 % (vocabulary of 8,000) and 11 %
+    (32,000) fewer tokens a caption than the library's, in 0.6 to 0.85 of the time.
     """
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
     from tokenizers import Tokenizer as HFTokenizer
@@ -226,7 +229,7 @@ def _train_unigram(
     normalizer = normalizers.Sequence([normalizer, normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()])
     metaspace = pre_tokenizers.Metaspace()
     texts = [normalizer.normalize_str(caption) for caption in captions]
-    # Half of the pieces at most are characters, the most frequent; others fall back to bytes and are not trained on.
+    # At most half of the pieces are characters, the most frequent ones. Rarer characters fall back to bytes.
     frequent = Counter("".join(texts).replace(" ", ""))
     characters = sorted(frequent, key=lambda character: (-frequent[character], character))
     rare = str.maketrans(dict.fromkeys(characters[max(1, num_pieces // 2) :], " "))
@@ -237,13 +240,13 @@ def _train_unigram(
     seeds = HFTokenizer(models.BPE())
     seeds.pre_tokenizer = metaspace
     seeds.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=_SEED_FACTOR * num_pieces, show_progress=False))
-    # With equal scores the best segmentation is the one with the fewest pieces.
+    # With equal scores the best segmentation has the fewest pieces.
     scores = dict.fromkeys(sorted(seeds.get_vocab()), -1.0)
     while True:
         for _ in range(2):
             counts = _count_pieces(scores, words)
             total = sum(counts.values())
-            # Characters stay without being used; half a count keeps their scores finite.
+            # Unused characters stay pieces; half a count keeps their scores finite.
             scores = {piece: round(math.log((counts[piece] or 0.5) / total), 6) for piece in scores}
         if len(scores) <= num_pieces:
             break
@@ -254,13 +257,14 @@ def _train_unigram(
     others = [(name, 0.0) for name in _SPECIAL] + [(name, best_first[-1][1]) for name in _BYTES]
     tokenizer = HFTokenizer(models.Unigram(others + best_first, unk_id=1, byte_fallback=True))
     tokenizer.add_special_tokens(_SPECIAL)
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, metaspace
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = metaspace
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()])
     return tokenizer
 
 
 def _count_pieces(scores: dict[str, float], words: Counter[str]) -> Counter[str]:
-    """How often each piece occurs in the best segmentations of all words."""
+    """Count the pieces in the best segmentations of all words."""
     from tokenizers import Tokenizer as HFTokenizer
     from tokenizers import models
 

@@ -1,11 +1,10 @@
-"""The ledger: which pair entered the loss of which step, and the proof that none was lost or doubled.
+"""Record which pair entered the loss of which step, and audit the record.
 
     RUN/ledger/0000000040-0000000080-rank-0.parquet    rank 0's rows of steps 40 to 79, counted from 0
 
-Each rank writes its rows when a checkpoint is due, and the checkpoint is committed when they are there; so there is a
-row for every step that a resumed run does not repeat. What a dead attempt wrote beyond its last checkpoint is deleted
-when the next one begins. The ledger says what happened, not what should have: keys come from the tars, with the
-samples.
+Each rank writes its rows when a checkpoint is due, and the checkpoint is committed after all ranks have written. So
+every step that a resumed run does not repeat has its rows. The next attempt deletes the rows that a dead attempt wrote
+after its last checkpoint. The ledger records what happened and not the plan: keys come from the tars, with the samples.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import io
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -45,7 +44,7 @@ _SCHEMA = pa.schema(
 
 
 def ledger_files(first_step: int, steps_done: int, world_size: int) -> list[str]:
-    """What the ranks write between two checkpoints, as paths in the run's storage."""
+    """Return the files of the ranks between two checkpoints, in the run's storage."""
     return [f"{FOLDER}/{first_step:010d}-{steps_done:010d}-rank-{rank}.parquet" for rank in range(world_size)]
 
 
@@ -55,8 +54,8 @@ class Ledger:
     Args:
         storage: of the run.
         rank: of this training worker.
-        first_step: the attempt's; rank 0 deletes what was written from there on.
-        warn: told, from another thread, when the storage refuses.
+        first_step: of the attempt; rank 0 deletes the files from this step on.
+        warn: called from another thread when the storage refuses.
         owner: of the run's lease, see `workers/checkpoint/lease.py`.
     """
 
@@ -72,26 +71,28 @@ class Ledger:
                     storage.delete(f"{FOLDER}/{name}")
 
     def add(self, batch: Batch) -> None:
-        """The batch has entered a loss."""
+        """Add the rows of a batch that entered a loss."""
         steps = np.full(len(batch.keys), batch.step)
-        self._rows.append((steps, batch.samples, batch.keys, batch.replaced))  # not the batch: it holds the pixels
+        self._rows.append((steps, batch.samples, batch.keys, batch.replaced))  # not the batch, which holds the pixels
 
     def write(self, steps_done: int) -> None:
-        """Write the rows in the background; the checkpoint of `steps_done` waits for all ranks' files."""
-        rows, name = self._rows, ledger_files(self._first_step, steps_done, self._rank + 1)[-1]
-        self._rows, self._first_step = [], steps_done
+        """Write the rows in the background; the checkpoint of `steps_done` waits for them."""
+        rows = self._rows
+        name = ledger_files(self._first_step, steps_done, self._rank + 1)[-1]
+        self._rows = []
+        self._first_step = steps_done
         self._writer.submit(f"the ledger up to step {steps_done:,}", lambda: self._storage.write(name, _parquet(rows)))
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until all is written; raises OSError where the storage refuses for so long."""
+        """Wait until all is written; raises OSError if the storage refuses for so long."""
         self._writer.wait(timeout_s)
 
     def close(self, timeout_s: float) -> None:
-        """`wait`, and end the thread."""
+        """Wait as `wait` does, and end the thread."""
         self._writer.close(timeout_s)
 
     def abandon(self) -> None:
-        """Training failed: the steps behind the last checkpoint will be done again."""
+        """Drop the rows after a failure: steps after the last checkpoint are repeated."""
         self._writer.abandon()
 
 
@@ -113,15 +114,15 @@ def _parquet(rows: list[tuple[np.ndarray, np.ndarray, list[str], np.ndarray]]) -
 
 @dataclass
 class EpochAudit:
-    """How often the samples of one epoch of a dataset were used."""
+    """Number of uses of the samples of one epoch of a dataset."""
 
     dataset: str
     epoch: int
     num_samples: int  # in the dataset
     num_used: int = 0  # rows
     num_replaced: int = 0
-    is_over: bool = False  # the run has gone beyond it: then every sample must have been used
-    missing: list[str] = field(default_factory=list)  # shard url and index of the first of them
+    is_over: bool = False  # every sample must have been used
+    missing: list[str] = field(default_factory=list)  # URL and index of the first ones
     num_missing: int = 0
     doubled: list[str] = field(default_factory=list)
     num_doubled: int = 0
@@ -129,7 +130,7 @@ class EpochAudit:
 
 @dataclass
 class Audit:
-    """What a ledger shows."""
+    """Result of an audit."""
 
     num_steps: int
     epochs: list[EpochAudit]
@@ -138,7 +139,7 @@ class Audit:
 
     @property
     def is_exact(self) -> bool:
-        """Every step once, every sample once per epoch."""
+        """Return whether the ledger has every step once and every sample once per epoch."""
         return not self.wrong_steps and not any(epoch.num_missing or epoch.num_doubled for epoch in self.epochs)
 
 
@@ -151,7 +152,7 @@ def audit(storage: Storage, manifest: Manifest, order: StreamOrder, global_batch
         global_batch_size: of the run.
 
     Raises:
-        DataError: where there is no ledger, or it names a sample that the manifest does not have.
+        DataError: the run has no ledger, or the ledger names a sample that the manifest does not have.
     """
     names = [name for name in storage.list(FOLDER) if _NAME.fullmatch(name)]
     if not names:
@@ -187,17 +188,17 @@ def audit(storage: Storage, manifest: Manifest, order: StreamOrder, global_batch
         result = EpochAudit(datasets[dataset], epoch, num_samples, int(counts.sum()), replaced[dataset, epoch])
         result.is_over = num_seen >= (epoch + 1) * num_samples
         inside = dataset_of_shard.repeat(sizes) == dataset
-        expected = np.flatnonzero(inside & (counts == 0)) if result.is_over else np.empty(0, int)
+        missing = np.flatnonzero(inside & (counts == 0)) if result.is_over else np.empty(0, int)
         doubled = np.flatnonzero(counts > 1)
-        result.num_missing, result.num_doubled = len(expected), len(doubled)
-        result.missing, result.doubled = (
-            list(_names(manifest, first_number, numbers[:10])) for numbers in (expected, doubled)
-        )
+        result.num_missing, result.num_doubled = len(missing), len(doubled)
+        result.missing, result.doubled = (_names(manifest, first_number, rows[:10]) for rows in (missing, doubled))
         found.append(result)
     return Audit(num_steps, found, wrong, read_left_out(storage))
 
 
-def _names(manifest: Manifest, first_number: np.ndarray, numbers: np.ndarray) -> Iterator[str]:
-    for number in numbers.tolist():
-        shard = int(np.searchsorted(first_number, number, side="right")) - 1
-        yield f"{manifest.shards[shard].url} sample {number - int(first_number[shard])}"
+def _names(manifest: Manifest, first_number: np.ndarray, numbers: np.ndarray) -> list[str]:
+    shards = (np.searchsorted(first_number, numbers, side="right") - 1).tolist()
+    return [
+        f"{manifest.shards[shard].url} sample {number - int(first_number[shard])}"
+        for shard, number in zip(shards, numbers.tolist(), strict=True)
+    ]

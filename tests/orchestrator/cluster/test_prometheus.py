@@ -160,8 +160,8 @@ def test_what_runs_and_workers_set(monkeypatch):
 
     told.clear()
     worker = WorkerMetrics("a")
-    worker.tell(10, Counter({"no caption": 1}), Counter({"bytes": 100, "stall": 2}))
-    worker.tell(15, Counter({"no caption": 1}), Counter({"bytes": 130, "stall": 2}))
+    worker.update(10, Counter({"no caption": 1}), Counter({"bytes": 100, "stall": 2}))
+    worker.update(15, Counter({"no caption": 1}), Counter({"bytes": 130, "stall": 2}))
     added: Counter[str] = Counter()
     for name, value, _ in told:
         added[name] += int(value)

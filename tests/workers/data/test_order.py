@@ -155,7 +155,7 @@ def test_every_stretch_has_its_shares(weights, first, length):
     order = StreamOrder([[10]] * len(weights), weights, seed=0, num_lanes=2, shuffle_window=4)
     for number, weight in enumerate(weights):
         count = order.num_of_dataset(number, first + length) - order.num_of_dataset(number, first)
-        # Shares are rounded to 1/4096, and the round robin is at most one sample per dataset ahead or behind.
+        # Shares are rounded to 1/4096, and the round robin is at most one sample per dataset off.
         assert abs(count - length * weight / sum(weights)) <= len(weights) + length * len(weights) / 4096
     assert sum(order.num_of_dataset(n, first) for n in range(len(weights))) == first
 

@@ -26,7 +26,7 @@ def cubic(x: float) -> float:
 
 
 def matrix(source: int, target: int) -> tuple[np.ndarray, int]:
-    """(target, source) weights of an axis as integers, and the bits behind their point."""
+    """(target, source) weights of an axis as integers, and their fractional bits."""
     scale = source / target
     stretch = max(scale, 1.0)
     weights = np.zeros((target, source))
@@ -89,7 +89,7 @@ def test_a_part_is_that_part_of_the_whole(height, width, to_height, to_width, da
     pixels, size = image(height, width), (to_height, to_width)
     corner = tuple(data.draw(st.integers(0, whole - 1)) for whole in size)
     part = tuple(data.draw(st.integers(1, whole - begin)) for whole, begin in zip(size, corner, strict=True))
-    out = np.full((part[0] + 1, part[1], 3), 77, np.uint8)  # a row more: nothing is written behind the end
+    out = np.full((part[0] + 1, part[1], 3), 77, np.uint8)  # a row more: nothing is written after the end
     resize(pixels, out[:-1], size=size, corner=corner)
     whole = resized(pixels, size)
     np.testing.assert_array_equal(out[:-1], whole[corner[0] : corner[0] + part[0], corner[1] : corner[1] + part[1]])
@@ -146,7 +146,7 @@ print("read no further")
 
 
 def test_nothing_is_read_behind_an_image():
-    """Behind it lies a page that kills who reads it, and rows end in the middle of what is read at once."""
+    """A read after the end hits a protected page; rows end inside a vector that is read at once."""
     done = subprocess.run(
         [sys.executable, "-c", AT_THE_END_OF_MEMORY], capture_output=True, text=True, timeout=120, check=False
     )
