@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -51,6 +52,10 @@ def test_what_a_job_carries(run_config, tmp_path):
     assert (tmp_path / "sigray" / "tuning" / "cli.py").exists()
     assert not [path for path in tmp_path.rglob("*") if path.is_symlink()]
     assert not list(tmp_path.rglob("__pycache__"))
+    # The entrypoint runs `python -m` in this folder: the carried package wins over an installed one.
+    where = [sys.executable, "-c", "import sigray.orchestrator; print(sigray.orchestrator.__file__)"]
+    printed = subprocess.run(where, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == str(tmp_path / "sigray" / "orchestrator" / "__init__.py")
     carried = list((tmp_path / FILES).rglob("classes.json"))
     assert carried[0].read_bytes() == run_config.with_name("classes.json").read_bytes()
     # The path is relative to the file, so the job can be unpacked in any folder.
