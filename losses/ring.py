@@ -269,7 +269,11 @@ class Ranks:
                 combined = list(map(combine, combined, following.wait()))
         last_hop = _Transfer(self, directions, combined) if combine else None
         results += [visit_half(number, own[number], step=0) for number in range(1, len(own))]
-        return torch.cat(list(map(combine, results, last_hop.wait()))) if combine and last_hop else chunk
+        if combine is None or last_hop is None:
+            return chunk
+        results = list(map(combine, results, last_hop.wait()))
+        del transfer, parts, combined, following, last_hop  # their buffers need not live beside the copy
+        return torch.cat(results)
 
 
 def _check_held(held: list[list[int]]) -> None:
