@@ -67,13 +67,11 @@ class Section(BaseModel):
 
 class S3Config(Section):
     endpoint: str | None = None
-    """Endpoint URL of an S3-compatible store.
-    Default: AWS_ENDPOINT_URL, else Amazon's own."""
+    """Endpoint URL of the store. Default: AWS_ENDPOINT_URL, else Amazon's own."""
     region: str | None = None
     """Region of the bucket. Default: AWS_DEFAULT_REGION, or the region of the profile."""
     profile: str | None = None
-    """Profile of the AWS credentials file.
-    Default: AWS_PROFILE, or the keys in the environment."""
+    """AWS profile. Default: AWS_PROFILE, or the keys in the environment."""
     anonymous: bool = False
     """Send unsigned requests, for public buckets."""
     num_connections: PositiveInt = 4
@@ -90,8 +88,7 @@ class WeightedShards(Section):
     shards: Patterns
     """Patterns of WebDataset tars, as data.shards."""
     weight: Annotated[float, Field(gt=0)]
-    """Share of the samples seen that come from this dataset.
-    Relative to the weights of the other datasets."""
+    """Weight of this dataset among the samples seen."""
 
 
 class DataConfig(Section):
@@ -125,8 +122,7 @@ class DataConfig(Section):
     """Largest number of pixels of an image.
     Larger images are refused before they are decoded (Pillow's limit against decompression bombs)."""
     block_size: PositiveInt = 128
-    """Samples of a lane per request to a data-shard worker.
-    128 samples are 19 MB at 224 px."""
+    """Samples of a lane per request to a data-shard worker; 128 are 19 MB at 224 px."""
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
     """Number of data-shard workers: Ray actors that read, decode and tokenize.
     [least, most]: as many as the training workers need."""
@@ -275,8 +271,7 @@ class EmbeddingsConfig(Section):
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Data type of the stored embeddings."""
     num_views: PositiveInt = 1
-    """Random crops of each training image (data.crop: random).
-    Each epoch draws one of them."""
+    """Random crops of each training image, if data.crop is random; an epoch draws one."""
     batch_size: PositiveInt = 128
     """Crops per forward pass of the tower."""
 
@@ -338,13 +333,11 @@ class LossConfig(Section):
     name: Literal["sigmoid", "softmax"] = "sigmoid"
     """sigmoid, or CLIP's softmax as a baseline."""
     negatives: Literal["all", "random", "hardest", "easiest"] = "all"
-    """Which negatives of the global batch count (paper, section 4.7).
-    Values other than all need the sigmoid loss."""
+    """Negatives that count (paper, section 4.7); all but `all` need sigmoid."""
     negatives_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Fraction of the negatives that count, if `negatives` is not all."""
     tile_size: PositiveInt | None = None
-    """Edge of a tile of logits; null: the fastest measured on the device.
-    It does not change the result."""
+    """Edge of a tile of logits; null: the fastest. It does not change the result."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> LossConfig:
@@ -360,8 +353,7 @@ class LossConfig(Section):
 
 class ParameterGroup(Section):
     match: Pattern
-    """Regular expression for whole parameter names.
-    visual\\..* matches the image tower."""
+    """Regular expression for whole parameter names, such as visual\\..* for a tower."""
     lr_scale: Annotated[float, Field(gt=0)] = 1.0
     """Factor on the learning rate of the schedule."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
@@ -387,8 +379,7 @@ class OptimConfig(Section):
     """Decoupled weight decay, times the learning rate.
     Never applied to biases, norms, logit_scale and logit_bias."""
     groups: list[ParameterGroup] = []
-    """Parameters with their own learning rate or weight decay.
-    The first entry that matches a name counts."""
+    """Own learning rate or decay by parameter name; the first match counts."""
     grad_clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of all gradients together; null: no clipping."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -409,8 +400,7 @@ class EvalSet(Section):
     """Key of a sample's .json member that holds the class id.
     Without that key the .cls member holds the id; in a folder of images, the subfolder's name is the id."""
     templates: list[str] = ["{}"]
-    """Prompts; `{}` stands for the class name.
-    The features of several prompts are averaged."""
+    """Prompts; `{}` is the class name. The features of several are averaged."""
     retrieval: bool = True
     """Measure image-to-text and text-to-image recall over the whole set.
     Set it to false if the set has no captions."""
@@ -418,8 +408,7 @@ class EvalSet(Section):
     """Images with classes, as `shards`, to fit a linear classifier on.
     The classifier of image features is measured on `shards`. All features are held in memory."""
     languages: list[str] = []
-    """Languages to measure one by one.
-    language_captions names the captions of each."""
+    """Languages to measure one by one, with the captions of language_captions."""
     language_captions: str = "json:captions.{language}.name"
     """Source, as in data.captions, of a sample's caption in a language.
     If the set has classes, the caption is the name of the class in that language."""

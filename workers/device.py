@@ -84,10 +84,7 @@ class Device:
         return module
 
     def _split(self, module: nn.Module) -> None:
-        """Split both towers with FSDP2: each block, then the rest of the tower.
-
-        `logit_scale` and `logit_bias` stay whole.
-        """
+        """Split the blocks of both towers with FSDP2, then the rest of each tower."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -95,13 +92,10 @@ class Device:
         for tower in (module.get_submodule("visual"), module.get_submodule("text")):
             for block in tower_blocks(tower):
                 fully_shard(block, mesh=mesh)
-            fully_shard(tower, mesh=mesh)
+            fully_shard(tower, mesh=mesh)  # and not the module: `logit_scale` and `logit_bias` stay whole
 
     def split_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """Split the optimizer's state as its weights, after the first step made it.
-
-        FSDP2's optimizer state is split already.
-        """
+        """Split a new optimizer state as its weights; FSDP2 has done so already."""
 
     def page_lock(self, memory: mmap.mmap) -> bool:
         """Page-lock memory until it is freed; returns whether CUDA did it.
@@ -154,10 +148,7 @@ class Device:
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """Data type of the features that the loss multiplies.
-
-        Its sums are always float32.
-        """
+        """Data type of the features in the products of the loss; its sums are float32."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def seed(self, number: int) -> None:
@@ -165,10 +156,7 @@ class Device:
         torch.manual_seed(number)
 
     def checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a function and keep only its arguments.
-
-        The backward pass calls it again, with equal random draws.
-        """
+        """Call a function again in the backward pass, with equal random draws."""
         from torch.utils.checkpoint import checkpoint
 
         return checkpoint(function, *args, use_reentrant=False, **kwargs)
@@ -212,18 +200,12 @@ class Device:
 
     @property
     def settle(self) -> Callable[[], None] | None:
-        """Compile and compute the recorded operations.
-
-        None if operations run when they are called.
-        """
+        """Compiles and computes recorded operations; None if nothing is recorded."""
         return None
 
     @property
     def settle_span(self) -> Callable[[], None] | None:
-        """Wait for the operations of a profiled span.
-
-        None if they are computed already, or cannot be told apart.
-        """
+        """Waits for the operations of a profiled span; None if the host has or cannot."""
         if self.torch_device.type == "cuda":
             return lambda: torch.cuda.synchronize(self.torch_device)
         return None
@@ -381,10 +363,7 @@ class XlaDevice(Device):
         return module
 
     def _spread(self, tensor: Tensor) -> None:
-        """Split the longest dimension that divides over the devices.
-
-        A tensor without such a dimension stays whole.
-        """
+        """Split the longest dimension that divides over the devices, if there is one."""
         import torch_xla.distributed.spmd as spmd
 
         sizes = [(size, -axis) for axis, size in enumerate(tensor.shape) if size % self._program_devices == 0]
@@ -463,10 +442,7 @@ class XlaDevice(Device):
         )
 
     def _indices(self, features: Tensor, micro_batch_size: int, rank: int) -> Tensor:
-        """(n, b) int32: rows of the global batch, by device and place.
-
-        Each micro-batch is split over the devices by itself.
-        """
+        """(n, b) int32: row in the global batch of each place; micro-batches split singly."""
         count, num_pairs, _ = features.shape
         rows = torch.arange(count * num_pairs, dtype=torch.int32).view(-1, count, micro_batch_size // count)
         indices = rows.transpose(0, 1).reshape(count, num_pairs) + rank * count * num_pairs

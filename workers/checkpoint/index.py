@@ -38,10 +38,7 @@ class CheckpointInfo:
 
 
 def list_checkpoints(storage: Storage) -> list[CheckpointInfo]:
-    """The committed checkpoints of a run, oldest first.
-
-    Without those whose commit.json is damaged.
-    """
+    """Checkpoints of a run with a readable commit.json, oldest first."""
     infos = []
     for name in committed_names(storage):
         try:
@@ -52,10 +49,7 @@ def list_checkpoints(storage: Storage) -> list[CheckpointInfo]:
 
 
 def newest_checkpoint(storage: Storage) -> tuple[CheckpointInfo, float] | None:
-    """The newest checkpoint with a readable commit.json, and its time of commit.
-
-    The time is Unix time.
-    """
+    """The newest checkpoint with a readable commit.json, and its Unix time of commit."""
     for name in reversed(storage.list(FOLDER)):
         written = storage.modified(f"{FOLDER}/{name}/{COMMIT}")
         if written is not None:
@@ -84,10 +78,7 @@ def read_info(storage: Storage, name: str) -> CheckpointInfo:
 
 
 def read_metrics(storage: Storage, last_step: float = math.inf) -> list[dict[str, float]]:
-    """The lines of metrics of a run up to a checkpoint.
-
-    They were saved with that checkpoint and the ones before.
-    """
+    """Lines of metrics saved with the checkpoints up to a step."""
     lines: dict[int, dict[str, float]] = {}
     for name in storage.list(METRICS_FOLDER):
         if int(name[11:21]) <= last_step:

@@ -118,10 +118,7 @@ def write_safetensors(tensors: dict[str, torch.Tensor], file: Any) -> None:
 
 
 def _save_without_checksum(content: Any, file: Any) -> None:
-    """`torch.save` without the CRC-32 of its zip entries.
-
-    The XXH3 hash in commit.json covers the file, and either checksum costs the time of a core.
-    """
+    """`torch.save` without CRC-32: commit.json has a hash, and each costs a core."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -173,10 +170,7 @@ class CheckpointWriter:
         self._committed: queue.SimpleQueue[CheckpointInfo] = queue.SimpleQueue()
 
     def is_due(self, steps_done: int) -> bool:
-        """Whether to call `save`; False while the last checkpoint is being written.
-
-        A checkpoint that is due stays due until then.
-        """
+        """Whether to call `save`; while a checkpoint is being written, the next one waits."""
         return not self._writer.is_busy and is_due(
             self._config, steps_done, self._saved_step, time.monotonic() - self._saved_at
         )
@@ -239,10 +233,7 @@ class CheckpointWriter:
         self._writer.abandon()
 
     def _copy(self, value: Any, path: str) -> Any:
-        """A copy in host memory.
-
-        The memory is reused at the next checkpoint, as the first touch of memory is slow.
-        """
+        """A copy in host memory, which is reused: the first touch of memory is slow."""
         if isinstance(value, dict):
             return {key: self._copy(item, f"{path}.{key}") for key, item in value.items()}
         if isinstance(value, list):
@@ -284,10 +275,7 @@ class CheckpointWriter:
 
 
 def help_to_save(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Give rank 0 this rank's parts of split tensors during `CheckpointWriter.save`.
-
-    All other ranks call this at the same time.
-    """
+    """Give rank 0 this rank's parts of split tensors during `CheckpointWriter.save`."""
 
     def gather_all(value: Any) -> None:
         if isinstance(value, dict | list):
@@ -396,10 +384,7 @@ def read_best(storage: Storage) -> tuple[str, float] | None:
 
 
 def leave_out(storage: Storage, step: int) -> None:
-    """Leave out this step (counted from 1) from now on, in every attempt.
-
-    Its batch is read, but the weights do not change.
-    """
+    """Leave the batch of this step (counted from 1) out of training, in every attempt."""
     storage.write(_LEFT_OUT, json.dumps({"steps": sorted({*read_left_out(storage), step})}).encode())
 
 
@@ -412,10 +397,7 @@ def read_left_out(storage: Storage) -> list[int]:
 
 
 def delete_superseded(storage: Storage, config: CheckpointConfig) -> None:
-    """Delete superseded checkpoints and old leftovers.
-
-    A leftover was never committed and is older than the newest checkpoint.
-    """
+    """Delete superseded checkpoints, and uncommitted ones before the newest."""
     infos, best = list_checkpoints(storage), read_best(storage)
     old = set(superseded(infos, config, best[0] if best else None))
     known = {info.name for info in infos}

@@ -81,10 +81,6 @@ class LoadedSet:
     refused: Counter[str]  # by reason
     translations: list[list[str | None]] = field(default_factory=list)  # n; by language of the set
 
-    @property
-    def num_refused(self) -> int:
-        return self.refused.total()
-
 
 def cut(
     name: str, spec: EvalSet, data: DataConfig, batch_size: int, *, num_shown: int = 0, is_stored: bool = False

@@ -156,10 +156,7 @@ def pixel_baseline(data: DataConfig, evaluation: EvalConfig) -> dict[str, float]
 
 
 def _rank_of(scores: Tensor, truth: Tensor) -> Tensor:
-    """(n,) number of columns that score higher than the true one.
-
-    Half of the ties count against the model.
-    """
+    """(n,) number of columns that score higher than the true one; ties count half."""
     own = scores.gather(1, truth[:, None])
     return (scores > own).sum(dim=1) + ((scores == own).sum(dim=1) - 1) / 2
 

@@ -175,10 +175,7 @@ class FeatureWorker:
 
 
 class WorkerGroup:
-    """The workers of one evaluation: this process and some Ray actors.
-
-    There are `eval.num_workers` - 1 actors. A context manager.
-    """
+    """This process and `eval.num_workers` - 1 Ray actors; a context manager."""
 
     def __init__(self, job: EvaluationJob) -> None:
         self._job = job
@@ -230,10 +227,7 @@ class WorkerGroup:
         return torch.cat(self._map("texts", batches))
 
     def prompts(self, names: list[str], templates: list[str]) -> Tensor:
-        """C class names -> (C, D): normalised mean of each name's prompt features.
-
-        As CLIP does (section 3.1.4).
-        """
+        """C names -> (C, D): normalised mean of prompt features (CLIP, section 3.1.4)."""
         features = self.texts([template.replace("{}", name) for template in templates for name in names])
         return torch.nn.functional.normalize(features.unflatten(0, (len(templates), len(names))).sum(dim=0), dim=-1)
 

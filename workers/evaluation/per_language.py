@@ -20,10 +20,7 @@ from sigray.workers.data.decode import Members, Refused, captions_at
 
 
 def translations(members: Members, spec: EvalSet) -> list[str | None]:
-    """A sample's caption in each of the set's languages.
-
-    None for a language without a usable caption.
-    """
+    """A sample's caption in each language of the set; None for an unusable caption."""
     found: list[str | None] = []
     for language in spec.languages:
         try:

@@ -86,10 +86,7 @@ def export_open_clip(module: nn.Module, model: ModelConfig, folder: Path) -> Non
 
 
 def export_safetensors(module: nn.Module, model: ModelConfig, folder: Path) -> None:
-    """Write the weights by open_clip's names, and the model section.
-
-    Arguments as `export_open_clip`.
-    """
+    """As `export_open_clip`: the weights by open_clip's names, and the model section."""
     _save_tokenizer(model, folder)
     content = {
         "model": model.model_dump(mode="json", exclude={"init_from", "init_fresh", "token_bottleneck"})
@@ -152,10 +149,7 @@ EXPORTERS = {"open_clip": export_open_clip, "safetensors": export_safetensors, "
 
 
 def preprocessing(model: ModelConfig) -> dict[str, Any]:
-    """The preprocessing of images, by open_clip's keys.
-
-    The shorter side to S, the centre, mean and std.
-    """
+    """Preprocessing by open_clip's keys: the shorter side to S, the centre, mean, std."""
     return {
         "size": shapes(model)[0],
         "mean": list(model.image_mean),

@@ -41,10 +41,7 @@ def is_file(name: str) -> bool:
 
 
 def tower_sha256(tower: nn.Module) -> str:
-    """A fingerprint of a tower.
-
-    It covers the class, and names, types, shapes and bytes of weights and buffers.
-    """
+    """Hash of the class, and of names, types, shapes and bytes of weights and buffers."""
     digest = hashlib.sha256(type(tower).__qualname__.encode())
     for name, value in sorted(tower.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
@@ -115,10 +112,7 @@ class OnnxTower(nn.Module):
 
 
 class StoredTower(nn.Module):
-    """Stands in for a locked tower whose embeddings come from a store.
-
-    Returns its input.
-    """
+    """Returns its input: embeddings of a locked tower, from a store."""
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """(b, D) in any dtype -> (b, D) float32."""

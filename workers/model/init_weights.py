@@ -60,18 +60,12 @@ class InitialWeights:
 
 
 def check_initial_weights(model: ModelConfig) -> InitialWeights:
-    """The result of `load_initial_weights`, without memory for the model.
-
-    Raises as `load_initial_weights`.
-    """
+    """As `load_initial_weights`, without memory for the model."""
     return _match(build_meta_model(model), model)[0]
 
 
 def build_initial_model(model: ModelConfig) -> nn.Module:
-    """The model with its initial weights.
-
-    Raises as `build_model` and `load_initial_weights`.
-    """
+    """Build the model and load its initial weights; raises as these two do."""
     module = build_model(model)
     if model.init_from is not None:
         load_initial_weights(module, model)
@@ -193,10 +187,7 @@ def _read(path: str) -> dict[str, Tensor]:
 
 
 def _resize_positions(state: dict[str, Tensor], module: nn.Module, found: InitialWeights) -> None:
-    """Resize positional embeddings to the model's length.
-
-    An embedding that cannot be resized keeps its shape.
-    """
+    """Resize positional embeddings to the model's length, if their width allows it."""
     from open_clip.model import resize_pos_embed, resize_text_pos_embed
 
     own = module.state_dict()

@@ -63,10 +63,7 @@ def build_model(model: ModelConfig, *, stored_embeddings: bool = False) -> nn.Mo
 
 
 def build_bare_model(model: ModelConfig) -> nn.Module:
-    """As `build_model`, without fetching pretrained weights.
-
-    For weights that are loaded afterwards.
-    """
+    """As `build_model`, without fetching pretrained weights, which are loaded later."""
     config = tower_config(model)
     config["vision_cfg"]["timm_model_pretrained"] = config["text_cfg"]["hf_model_pretrained"] = False
     return build_model(model.model_copy(update={"name": None, "towers": config}))
@@ -113,10 +110,7 @@ def _trained_names(model: ModelConfig, name: Tower, num_trained: int) -> set[str
 
 
 def _block_chain(tower: nn.Module) -> list[nn.Module]:
-    """The blocks of a tower in order.
-
-    These are the modules of one class, in a list or a chain, with the most weights.
-    """
+    """Blocks of a tower in order: the modules of one class with the most weights."""
     chains = [list(part.children()) for part in tower.modules() if isinstance(part, nn.ModuleList | nn.Sequential)]
     uniform = [chain for chain in chains if len({type(member) for member in chain}) == 1]
     return max(uniform, key=lambda chain: sum(map(num_parameters, chain)), default=[])
@@ -172,10 +166,7 @@ def normalize_pixels(images: Tensor, model: ModelConfig) -> Tensor:
 
 
 def tower_blocks(tower: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a tower, inner ones first.
-
-    These are modules of one class in a list (open_clip) or a chain (timm).
-    """
+    """Repeated modules in a list (open_clip) or chain (timm), inner ones first."""
     blocks: list[nn.Module] = []
     for part in reversed(list(tower.modules())):
         members = list(part.children()) if isinstance(part, nn.ModuleList | nn.Sequential) else []

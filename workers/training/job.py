@@ -29,10 +29,7 @@ Answer = Literal["go on", "stop", "wait"]
 
 
 class Hooks(Protocol):
-    """Reports and questions of the loop to the driver.
-
-    Only rank 0 calls them, except `warn`.
-    """
+    """Reports and questions to the driver; only rank 0 calls them, except `warn`."""
 
     def started(self, facts: dict[str, Any]) -> None:
         """Training starts; `facts` is the start-up block."""

@@ -20,10 +20,7 @@ _NUM_RECENT = 100  # good losses whose median a new loss is compared with
 
 
 class LogWindow:
-    """The steps between two lines of metrics.
-
-    The host reads the device in `close` only.
-    """
+    """The steps between two lines of metrics; only `close` reads the device."""
 
     def __init__(self, loader: Loader, device: Device, job: TrainJob) -> None:
         self._loader = loader
@@ -37,10 +34,7 @@ class LogWindow:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave out the time so far.
-
-        Copying the state for a checkpoint is not training time.
-        """
+        """Leave out the time so far: to copy a checkpoint is not training time."""
         self._begin = time.perf_counter()
         self._num_timed = 0
         self._wait_s = self._loader.wait_s

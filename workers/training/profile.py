@@ -108,10 +108,7 @@ def split_steps(events: Iterable[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def _innermost(begin: float, end: float, spans: list[tuple[float, float, str]]) -> dict[str, float]:
-    """Seconds of [begin, end] per part, each moment counted for the innermost span.
-
-    Outer spans come before inner ones.
-    """
+    """Seconds of [begin, end] per part, by the innermost span; outer spans come first."""
     lengths = dict.fromkeys(PARTS, 0.0)
     open_spans: list[tuple[float, str]] = []  # end and part, the innermost last
     at = begin

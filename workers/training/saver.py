@@ -20,10 +20,7 @@ _ASK_S = 0.3  # between two questions at a rung
 
 
 def restore(job: TrainJob, storage: Storage, trainer: Trainer, rank: int) -> int:
-    """Load the newest undamaged checkpoint; returns the number of steps done.
-
-    All ranks load the same checkpoint.
-    """
+    """Load the newest undamaged checkpoint on all ranks; returns the steps done."""
     info = load_newest(storage, trainer.module, trainer.optimizer, job.hooks.warn) if rank == 0 else None
     if dist.is_initialized():
         names = [info.name if info else None]
@@ -93,10 +90,7 @@ class Saver:
         return self._job.hooks.record(metrics)
 
     def may_save(self, steps_done: int) -> bool:
-        """Whether the ranks may save after this step without a request.
-
-        The same on all ranks.
-        """
+        """Whether the ranks may save without a request; the same on all ranks."""
         steps = self._job.checkpoint.save_every_steps
         is_multiple = steps is not None and steps_done % steps == 0
         return is_multiple or steps_done == self._num_steps or self._is_rung(steps_done)

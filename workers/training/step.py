@@ -33,10 +33,7 @@ from sigray.workers.training.optim import build_optimizer, learning_rate
 
 @dataclass
 class StepResult:
-    """Figures of one step, still on the device.
-
-    `loss` is this rank's part; the mean over ranks is the loss.
-    """
+    """Figures of a step, on the device; `loss` is this rank's, to average over ranks."""
 
     loss: Tensor
     feature_means: Tensor  # (2 D + 1,) of this rank's rows, see `losses.mean_logits`
@@ -167,10 +164,7 @@ class Trainer:
     def _encode(
         self, batch: Batch, rows: slice, micro_batch: int, towers: Sequence[Tower] = TOWERS
     ) -> tuple[Tensor, ...]:
-        """Features of one micro-batch, by tower, laid out for the loss.
-
-        In the data type in which the loss multiplies them.
-        """
+        """Features of a micro-batch by tower, laid out and rounded for the loss."""
         # Dropout depends on (seed, step, rank, micro-batch) alone: a second pass over the micro-batch draws the same
         # numbers, and a resumed run needs no saved random state.
         seeds = np.random.SeedSequence([self._seed, batch.step, self._device.random_rank, micro_batch])
@@ -179,15 +173,11 @@ class Trainer:
             images, tokens = self._device.to_device(batch.images[rows], batch.tokens[rows])
         with span("forward"), self._device.autocast():
             # A locked tower draws no random numbers, so leaving it out does not change those of the other tower.
-            features = self.module(
-                self._tower_input(images) if "visual" in towers else None,
-                tokens if "text" in towers else None,
-            )
+            if "visual" in towers and images.dtype == torch.uint8:  # not stored embeddings
+                images = normalize_pixels(images, self._model)
+            features = self.module(images if "visual" in towers else None, tokens if "text" in towers else None)
         names = {"visual": "image_features", "text": "text_features"}
         return tuple(self._device.lay_out(features[names[tower]].to(self._device.product_dtype)) for tower in towers)
-
-    def _tower_input(self, images: Tensor) -> Tensor:
-        return normalize_pixels(images, self._model) if images.dtype == torch.uint8 else images
 
     def _encode_again(self, batch: Batch, rows: slice, micro_batch: int) -> tuple[Tensor | None, ...]:
         """As `_encode`, with None in place of the features of a locked tower."""
