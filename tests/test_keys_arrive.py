@@ -342,7 +342,9 @@ def test_a_run_shrinks_after_some_patience(configure, plain, monkeypatch, patien
         drive(configure(cluster={"num_workers": [1, 2], "shrink_after_s": patience_s, "grow_after_s": 70}))
     assert plain.trainers[0]["scaling_config"].num_workers == 1
     waited_s = [number for number, bundles in enumerate(plain.groups) if len(bundles) == 2]
-    assert patience_s <= len(waited_s) * 0.5 <= patience_s + 1.5  # one look at room for 2 each half second
+    assert (
+        patience_s <= len(waited_s) * 0.5 <= patience_s + 1.5
+    )  # one check for resources of 2 workers each half second
 
 
 @pytest.mark.parametrize("after_s", [35, 95])
@@ -410,7 +412,7 @@ def test_steps_lines_and_checkpoints(configure, monkeypatch, tmp_path):
     assert recorder.facts["global_batch_size"] == 8
     assert [line["step"] for line in recorder.lines] == [4, 5, 8, 10, 12]
     assert [info.step for info in recorder.checkpoints] == [4, 8, 12]
-    # 64 samples were the first at or behind 60.
+    # 64 samples were the first at or after 60.
     assert [info.step for info in list_checkpoints(Storage(str(tmp_path / "storage" / "named")))] == [8, 12]
 
 
@@ -503,7 +505,7 @@ def test_blocks_are_compiled(configure, monkeypatch):
     seen = []
 
     def compile_nothing(function: Any) -> Any:
-        """What is compiled is compared with the plain one in `tests/workers/training/test_step.py`, which takes seconds."""
+        """`tests/workers/training/test_step.py` compares a compiled model with the plain one."""
         seen.append(function)
         return function
 
@@ -802,7 +804,7 @@ def test_how_a_bucket_is_reached(configure, monkeypatch, tmp_path):
     assert stream._fetcher.store.connections._timeout_s == 7.5
     assert getattr(client._request_signer._credentials, "access_key", "none") == "KEY"
     assert stream._max_parts == 3
-    with pytest.raises(DataError):  # nobody listens there
+    with pytest.raises(DataError):  # no server listens there
         stream.read(10)
     assert silent[0] == 11
     stream.close()

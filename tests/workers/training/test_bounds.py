@@ -124,7 +124,7 @@ def test_buffers_of_batches_are_used_again(data_config, model_config):
 
 
 def num_encoded() -> int:
-    """Encoded samples that somebody holds in this process."""
+    """Encoded samples that are referenced in this process."""
     return sum(isinstance(thing, TarSample) for thing in gc.get_objects())
 
 

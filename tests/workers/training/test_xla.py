@@ -156,7 +156,7 @@ def test_checkpointed_blocks_are_computed_again_with_equal_draws(on_xla):
 
 
 def test_a_profile_counts_the_program_and_compiles_no_other(config_file, on_xla):
-    """Two steps, and one with the checkpoint; the losses are those of the run that nobody profiled."""
+    """Two steps, and one with the checkpoint; the losses are those of the run without the profiler."""
     programs = [line["compile/num_programs"] for line in on_xla["there"]]
     assert set(programs[1:]) == {programs[1]}
     assert losses(on_xla["there"]) == {step: losses(on_xla["whole"])[step] for step in range(1, 6)}
