@@ -342,9 +342,7 @@ def test_a_run_shrinks_after_some_patience(configure, plain, monkeypatch, patien
         drive(configure(cluster={"num_workers": [1, 2], "shrink_after_s": patience_s, "grow_after_s": 70}))
     assert plain.trainers[0]["scaling_config"].num_workers == 1
     waited_s = [number for number, bundles in enumerate(plain.groups) if len(bundles) == 2]
-    assert (
-        patience_s <= len(waited_s) * 0.5 <= patience_s + 1.5
-    )  # one check for resources of 2 workers each half second
+    assert patience_s <= len(waited_s) * 0.5 <= patience_s + 1.5  # a check for 2 workers each half second
 
 
 @pytest.mark.parametrize("after_s", [35, 95])

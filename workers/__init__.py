@@ -1,4 +1,4 @@
-"""Everything that runs on a worker: the data plane, the training loop, evaluation. Imports `losses` and nothing above.
+"""The code of the workers: data, model, training, checkpoint, evaluation.
 
-Start reading at `train.py`. `config.py` holds the settings of this package and imports no torch.
+Start reading at `training/train.py`. `config.py` holds the settings of this package and imports no torch.
 """
