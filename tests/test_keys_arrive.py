@@ -52,7 +52,7 @@ from sigray.workers.data.loader import Batch
 from sigray.workers.data.manifest import Shard, open_shard, scan_shards
 from sigray.workers.data.order import StreamOrder
 from sigray.workers.data.pool import DataPool, PoolBlocks
-from sigray.workers.data.s3 import GiveUp, S3Stream
+from sigray.workers.data.s3 import S3Stream
 from sigray.workers.data.tar import DataError
 from sigray.workers.data.worker import Block, DataWorker
 from sigray.workers.model.tokenizer import build_tokenizer
@@ -788,9 +788,8 @@ def test_how_a_bucket_is_reached(configure, monkeypatch, tmp_path):
     shard = Shard("s3://bucket/prefix/one.tar", 1 << 30, 8, "1-etag")
     silent = []
 
-    def after_failure(kind: str, failures: Any, silent_s: float, deadline_s: float, draw: float) -> GiveUp:
+    def after_failure(kind: str, failures: Any, silent_s: float, deadline_s: float, draw: float) -> None:
         silent.append(deadline_s)
-        return GiveUp()
 
     monkeypatch.setattr(sigray.workers.data.s3, "after_failure", after_failure)
     monkeypatch.setattr(sigray.workers.data.s3, "_stores", {})

@@ -109,7 +109,10 @@ class Decoder:
         """
         assert out.shape == (self._image_size, self._image_size, 3)
         assert out.flags.c_contiguous  # it is written in place
-        pixels = decode_pixels(self._image_of(members), self._data.max_image_pixels)
+        ending = next((ending for ending in self._data.image_keys if ending in members), None)
+        if ending is None:
+            raise Refused("no image")
+        pixels = decode_pixels(members[ending], self._data.max_image_pixels)
         if random is None or self._data.crop == "center":
             _resize_and_cut_centre(pixels, out)
             return
@@ -143,12 +146,6 @@ class Decoder:
             else:
                 return texts[int(next(uniforms) * len(texts))]
         raise Refused(min(reasons, key=_CAPTION_REASONS.index))
-
-    def _image_of(self, members: Members) -> bytes | memoryview:
-        for ending in self._data.image_keys:
-            if ending in members:
-                return members[ending]
-        raise Refused("no image")
 
 
 def random_box(

@@ -103,15 +103,8 @@ class Retry:
     sign_again: bool = False
 
 
-@dataclass(frozen=True)
-class GiveUp:
-    """A retry cannot help, or the deadline has passed."""
-
-
-def after_failure(
-    kind: str, failures: Counter[str], silent_s: float, deadline_s: float, jitter: float
-) -> Retry | GiveUp:
-    """Decide what to do after a failed GET.
+def after_failure(kind: str, failures: Counter[str], silent_s: float, deadline_s: float, jitter: float) -> Retry | None:
+    """Decide about a failed GET; None if no retry can help, or after the deadline.
 
     Args:
         kind: of the failure.
@@ -123,7 +116,7 @@ def after_failure(
     if kind == "denied" and failures[kind] == 1:
         return Retry(0.0, sign_again=True)  # credentials may be new, or the bucket's region now known
     if kind not in _FIRST_WAIT_S or silent_s >= deadline_s:
-        return GiveUp()
+        return None
     wait_s = min(_MAX_WAIT_S, _FIRST_WAIT_S[kind] * 2 ** min(failures.total() - 1, 16))
     return Retry(min(jitter * wait_s, deadline_s - silent_s))
 
@@ -572,7 +565,7 @@ class _Fetcher:
                 failures[failure.kind] += 1
                 silent_s = now - last_byte_at
                 decision = after_failure(failure.kind, failures, silent_s, self.s3.deadline_s, self._draw())
-                if isinstance(decision, GiveUp):
+                if decision is None:
                     part.error = self._error(part, failure, failures, silent_s)
                     return
                 with self._lock:

@@ -48,8 +48,8 @@ def ledger_files(first_step: int, steps_done: int, world_size: int) -> list[str]
     return [f"{FOLDER}/{first_step:010d}-{steps_done:010d}-rank-{rank}.parquet" for rank in range(world_size)]
 
 
-class Ledger:
-    """One rank's rows since the last checkpoint.
+class Ledger(BackgroundWriter):
+    """Writes one rank's rows, which it collects since the last checkpoint.
 
     Args:
         storage: of the run.
@@ -62,9 +62,9 @@ class Ledger:
     def __init__(
         self, storage: Storage, rank: int, first_step: int, warn: Callable[[str], None], owner: str | None = None
     ) -> None:
+        super().__init__("ledger", warn, Fence(storage, owner))
         self._storage, self._rank, self._first_step = storage, rank, first_step
         self._rows: list[tuple[np.ndarray, np.ndarray, list[str], np.ndarray]] = []
-        self._writer = BackgroundWriter("ledger", warn, Fence(storage, owner))
         if rank == 0:
             for name in storage.list(FOLDER):
                 if (match := _NAME.fullmatch(name)) and int(match[2]) > first_step:
@@ -81,19 +81,7 @@ class Ledger:
         name = ledger_files(self._first_step, steps_done, self._rank + 1)[-1]
         self._rows = []
         self._first_step = steps_done
-        self._writer.submit(f"the ledger up to step {steps_done:,}", lambda: self._storage.write(name, _parquet(rows)))
-
-    def wait(self, timeout_s: float) -> None:
-        """Wait until all is written; raises OSError if the storage refuses for so long."""
-        self._writer.wait(timeout_s)
-
-    def close(self, timeout_s: float) -> None:
-        """Wait as `wait` does, and end the thread."""
-        self._writer.close(timeout_s)
-
-    def abandon(self) -> None:
-        """Drop the rows after a failure: steps after the last checkpoint are repeated."""
-        self._writer.abandon()
+        self.submit(f"the ledger up to step {steps_done:,}", lambda: self._storage.write(name, _parquet(rows)))
 
 
 def _parquet(rows: list[tuple[np.ndarray, np.ndarray, list[str], np.ndarray]]) -> bytes:

@@ -383,8 +383,10 @@ def test_truncated_image_is_refused(kind):
 
 
 def test_jpeg_with_damaged_entropy_bytes_is_refused():
-    """libjpeg only warns and goes on. Where the damage happens to be valid code, no decoder can know: of real photos with
-    12 random bytes 70 % are refused, with 512 random bytes 99.5 %, with 512 zeros 90 %."""
+    """libjpeg only warns and continues. No decoder detects damage that is valid code.
+
+    Of real photos with 12 random bytes 70 % are refused, with 512 random bytes 99.5 %, with 512 zeros 90 %.
+    """
     content = encoded(photo(240, 320), "JPEG", quality=90)
     scan = content.index(b"\xff\xda") + 20
     random = np.random.default_rng(0)
