@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from examples.emoji36.build import IntegrityError, MissingToolError, build_emoji
+from examples.emoji36.build import build_emoji
 from sigray.orchestrator.cli.command import ProgressBars
 
 
@@ -25,9 +25,11 @@ def main() -> int:
     try:
         with ProgressBars(console) as progress:
             dataset = build_emoji(out_dir, progress=progress)
-    except (IntegrityError, MissingToolError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, RuntimeError) else 2  # as `sigray`: 2 for the user's input
+    except KeyboardInterrupt:
+        return 130
     for split, counts in dataset["splits"].items():
         console.print(
             f"{split}: {counts['num_samples']:,} images of {counts['num_concepts']:,} concepts",

