@@ -350,7 +350,7 @@ def parse_config(content: dict[str, Any], source: str) -> RunConfig:
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
-        lines = [line for item in error.errors() for line in _explain(dict(item))]
+        lines = explain(error, RunConfig, "run")
         raise ConfigError("\n".join([f"{source} cannot be run:", *(f"  {line}" for line in lines)])) from None
 
 
@@ -440,30 +440,38 @@ def put(content: dict[str, Any], key: str, value: Any) -> None:
     place[last] = value
 
 
-def _explain(error: dict[str, Any]) -> list[str]:
-    """Return lines with key, value and allowed values of a pydantic error."""
+def explain(error: ValidationError, model: type[Section], noun: str) -> list[str]:
+    """Return lines with key, value and allowed values of each problem.
+
+    Args:
+        model: of the whole file.
+        noun: what the file describes.
+    """
+    return [line for problem in error.errors() for line in _explain(dict(problem), model, noun)]
+
+
+def _explain(error: dict[str, Any], model: type[Section], noun: str) -> list[str]:
     parts = [str(part) for part in error["loc"]]
     key = ".".join(parts)
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
         return [f"{key}: {line}" if key else line for line in message.split("\n")]
     if error["type"] == "extra_forbidden":
-        known = _known_keys(parts[:-1])
+        known = _known_keys(model, parts[:-1])
         near = difflib.get_close_matches(parts[-1], known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         return [f"{key}: unknown key (value {error['input']!r}); {hint}allowed here: {', '.join(known)}"]
     if error["type"] == "missing":
-        return [f"{key}: missing; every run needs it"]
+        return [f"{key}: missing; every {noun} needs it"]
     message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return [f"{key}={error['input']!r}: should be {message}"]
 
 
-def _known_keys(path: list[str]) -> list[str]:
-    """Return the keys of the section at a path."""
-    model: Any = RunConfig
+def _known_keys(model: Any, path: list[str]) -> list[str]:
+    """Return the keys of the section at a path below a model."""
     for part in path:
-        if get_origin(model) is dict:  # eval.sets: any name, then a section
-            model = get_args(model)[1]
+        if get_origin(model) in (dict, list):  # eval.sets: any name, then a section
+            model = get_args(model)[-1]
         elif part in getattr(model, "model_fields", {}):
             model = model.model_fields[part].annotation
         else:

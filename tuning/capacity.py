@@ -1,8 +1,9 @@
 """The number of trials that fit on a cluster at once, from its free resources.
 
-Ray Tune counts only the driver process of a trial, half a CPU, and not the training workers that the trial starts. So it
-would start too many trials, each holding resources that the training workers of others need. Here a trial counts with
-all resources that it will request, node by node: a worker of four GPUs does not fit on two nodes with three free GPUs.
+Ray Tune counts only the driver process of a trial, half a CPU, and not the training workers that the trial starts. So
+it would start too many trials, each holding resources that the training workers of others need. Here a trial counts
+with all resources that it will request, node by node: a worker of four GPUs does not fit on two nodes with three free
+GPUs.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ def _remarks(study: Study, table: Table) -> list[str]:
             " One seed: the variation between seeds is unknown."
             if len(study.config.seeds) == 1
             else f" Means over {len(study.config.seeds)} seeds, ± their standard deviation."
-        ),
+        )
     ]
     whole = sum(row.budget for row in rows if row.status != "infeasible")
     spent = table.samples_spent

@@ -1,8 +1,8 @@
 """The search space: the config keys that a study varies, and how points are made.
 
 A dimension is a dotted key of the config, or a free name if it sets several keys at once (`cases`). Dimensions are set
-in the order of the file and may use the earlier ones: `expr` computes a key from others, `when` skips a dimension if its
-condition is false.
+in the order of the file and may use the earlier ones: `expr` computes a key from others, `when` skips a dimension if
+its condition is false.
 
     train.global_batch_size: {grid: [128, 512, 2048]}
     loss.name:               {grid: [sigmoid, softmax]}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from sigray.orchestrator.config import (
     ConfigError,
     RunConfig,
+    explain,
     override_of,
     parse_config,
     put,
@@ -369,7 +369,7 @@ def parse_study(content: dict[str, Any], source: str) -> Study:
     try:
         config = StudyConfig.model_validate(content)
     except ValidationError as error:
-        lines = [line for item in error.errors() for line in _explain(dict(item))]
+        lines = explain(error, StudyConfig, "study")
         raise ConfigError("\n".join([f"{source} is no study:", *(f"  {line}" for line in lines)])) from None
     assert isinstance(config.base, dict)
     run = copy.deepcopy(config.base)
@@ -403,28 +403,3 @@ def _check_metric(metric: str, base: RunConfig, source: str) -> None:
         raise ConfigError(f"{source}: metric={metric}: eval.sets.{name} has retrieval=false")
     if task == "multilingual" and not sets[name].languages:
         raise ConfigError(f"{source}: metric={metric}: eval.sets.{name} names no languages")
-
-
-def _explain(error: dict[str, Any]) -> list[str]:
-    """A pydantic error as lines that name key, value and what is allowed."""
-    key = ".".join(map(str, error["loc"]))
-    if error["type"] == "value_error":
-        return [f"{key}: {line}" if key else line for line in str(error["ctx"]["error"]).split("\n")]
-    if error["type"] == "extra_forbidden":
-        models: dict[str, type[Section]] = {
-            "search": SearchConfig,
-            "scheduler": SchedulerConfig,
-            "space": Dimension,
-            "expect": Claim,
-            "figures": FigureConfig,
-        }
-        section = models.get(str(error["loc"][0]), StudyConfig) if len(error["loc"]) > 1 else StudyConfig
-        known = list(section.model_fields)
-        last = str(error["loc"][-1])
-        near = difflib.get_close_matches(last, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        return [f"{key}: unknown key (value {error['input']!r}); {hint}allowed here: {', '.join(known)}"]
-    if error["type"] == "missing":
-        return [f"{key}: missing; every study needs it"]
-    message = re.sub(r"^(Input should be |Value error, )", "", error["msg"])
-    return [f"{key}={error['input']!r}: should be {message}"]

@@ -9,9 +9,9 @@
             '-- a whole `sigray train` each, with its own worker group, checkpoints and evaluations
 
 Ray Tune starts the trials and restarts a trial whose process died. It receives results but decides nothing. It would
-stop a trial by killing it, which leaks the resources of the training workers (Ray #54305), and it loses its state when it
-is restored (Ray #30838). Here a trial asks the `Judge` at its rungs and ends by itself. The table holds the whole state
-of a sweep and is on disk before any process acts on it.
+stop a trial by killing it, which leaks the resources of the training workers (Ray #54305), and it loses its state when
+it is restored (Ray #30838). Here a trial asks the `Judge` at its rungs and ends by itself. The table holds the whole
+state of a sweep and is on disk before any process acts on it.
 
 The file is long because the driver's three tasks (checks, Ray Tune's callbacks, capacity) share one table.
 """
@@ -146,7 +146,8 @@ class _Sweep:
     _configs: dict[int, RunConfig] = field(default_factory=dict)  # of the trials that can run
     _running: dict[str, int] = field(default_factory=dict)  # Ray Tune's id -> number
     _pools: dict[str, DataPool] = field(default_factory=dict)
-    _table: Table = field(default_factory=Table)
+    _judge: Any = None
+    table: Table = field(default_factory=Table)
 
     # ---------------------------------------------------------------------------------- before anything starts
 
@@ -157,16 +158,16 @@ class _Sweep:
             ConfigError: if no trial can run.
         """
         self._search = Search(self.study)
-        self._writer: Any = Writer(self.storage)
-        self._table = self._writer.table
+        self._writer = Writer(self.storage)
+        self.table = self._writer.table
         for row in self._in_order():
             why = "" if row.is_over else self._check(row)
             if why:
                 raise ConfigError(f"trial {row.number} cannot continue: {why}")
         if not self._search.needs_results:
-            while len(self._table.rows) < self._search.num_trials:
+            while len(self.table.rows) < self._search.num_trials:
                 self._propose_next()
-        infeasible = [row for row in self._table.rows.values() if row.status == "infeasible"]
+        infeasible = [row for row in self.table.rows.values() if row.status == "infeasible"]
         if infeasible and len(infeasible) == self._search.num_trials:
             raise ConfigError(f"no trial of the study can run; trial {infeasible[0].number}: {infeasible[0].error}")
 
@@ -187,12 +188,8 @@ class _Sweep:
         )
 
     @property
-    def table(self) -> Table:
-        return self._table
-
-    @property
     def is_done(self) -> bool:
-        rows = self._table.rows.values()
+        rows = self.table.rows.values()
         return len(rows) == self._search.num_trials and all(row.is_over for row in rows)
 
     @property
@@ -207,8 +204,8 @@ class _Sweep:
 
     def _propose_next(self) -> bool:
         """Write the next trial into the table; False if it has to wait for results."""
-        number = len(self._table.rows)
-        outcomes = [self._table.rows[other].outcome() for other in range(number)]
+        number = len(self.table.rows)
+        outcomes = [self.table.rows[other].outcome() for other in range(number)]
         proposal = self._search.propose(number, outcomes)
         if proposal is None:
             return False
@@ -222,7 +219,7 @@ class _Sweep:
                 "overrides": proposal.point.overrides,
             }
         )
-        row = self._table.rows[number]
+        row = self.table.rows[number]
         why = self._check(row)
         if why:
             self._add({"event": "infeasible", "number": number, "why": why})
@@ -246,7 +243,14 @@ class _Sweep:
         return self._manifests[key]
 
     def _add(self, *events: dict[str, Any]) -> None:
-        self._writer.add(*events)
+        """Write events to the table; once the `Judge` runs, only that actor writes."""
+        if self._judge is None:
+            self._writer.add(*events)
+        else:
+            import ray
+
+            ray.get(self._judge.add.remote(*events))
+            self.table, _ = ray.get(self._judge.table.remote())
 
     # -------------------------------------------------------------------------------------------- while it runs
 
@@ -258,7 +262,6 @@ class _Sweep:
         config = self.study.config
         num_rungs = {budget: len(config.rungs_of(budget)) for budget in config.budgets}
         self._judge = start_here(Judge, config.name, self.storage.uri, config.rules, num_rungs)
-        self._writer = _JudgeWriter(self)  # from here on only the judge writes
         self._foreign = _used_by_others()
         self._capacity, self._capacity_at = 0, 0.0
         self._looked_at = 0.0
@@ -304,11 +307,11 @@ class _Sweep:
                 failure_config=tune.FailureConfig(max_failures=_RESTARTS),
             ),
         )
-        self._live.start(self._table, self._capacity_now(), self.num_streams)
+        self._live.start(self.table, self._capacity_now(), self.num_streams)
         log = self.study.config.folder / "tune.log"
         with stop_on_signal(self._ask_to_stop), log.open("a") as file, contextlib.redirect_stdout(file):
             tuner.fit()
-        self._note_streams()
+        self._note_costs(*self._pools.values())
         self.look(at_once=True)
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -323,7 +326,7 @@ class _Sweep:
             row = next((row for row in self._in_order() if not row.is_over and row.number not in at_work), None)
             if row is not None:
                 break
-            if len(self._table.rows) == self._search.num_trials:
+            if len(self.table.rows) == self._search.num_trials:
                 return "FINISHED"
             if not self._propose_next():
                 return None
@@ -333,13 +336,12 @@ class _Sweep:
 
     def trial_ended(self, trial_id: str, error: str | None) -> None:
         """Record the end of a trial's process; `error` says why if it died too often."""
-        import ray
 
         number = self._running.pop(trial_id, None)
         self.look(at_once=True)
-        if number is not None and not self._table.rows[number].is_over and not self.is_stopping:
+        if number is not None and not self.table.rows[number].is_over and not self.is_stopping:
             why = error or "its process ended before its last rung"
-            ray.get(self._judge.add.remote({"event": "failed", "number": number, "why": why}))
+            self._add({"event": "failed", "number": number, "why": why})
             self.look(at_once=True)
 
     def trial_restarts(self, trial_id: str) -> None:
@@ -356,8 +358,8 @@ class _Sweep:
         self._looked_at = time.monotonic()
         if self.lease is not None:
             self.lease.check()
-        self._table, lines = ray.get(self._judge.table.remote())
-        self._live.show(self._table, lines, set(self._running.values()))
+        self.table, lines = ray.get(self._judge.table.remote())
+        self._live.show(self.table, lines, set(self._running.values()))
         for pool in self._pools.values():
             pool.poll()
 
@@ -366,8 +368,7 @@ class _Sweep:
         return len({self._stream_key(config) for config in self._configs.values()})
 
     def _in_order(self) -> Iterator[Row]:
-        for number in sorted(self._table.rows):
-            yield self._table.rows[number]
+        yield from (row for _, row in sorted(self.table.rows.items()))
 
     def _ask_to_stop(self) -> None:
         self.is_stopping = True
@@ -451,36 +452,21 @@ class _Sweep:
             return
         wanted = {
             self._stream_key(self._configs[row.number])
-            for row in self._table.rows.values()
+            for row in self.table.rows.values()
             if not row.is_over and row.number in self._configs
         }
         for key in self._pools.keys() - wanted:
-            self._note_stream(self._pools[key])
-            self._pools.pop(key).close()
+            pool = self._pools.pop(key)
+            self._note_costs(pool)
+            pool.close()
 
-    def _note_streams(self) -> None:
-        for pool in self._pools.values():
-            self._note_stream(pool)
-
-    def _note_stream(self, pool: DataPool) -> None:
-        """Record the cost of a stream in the table."""
+    def _note_costs(self, *pools: DataPool) -> None:
+        """Record the costs of streams in the table."""
         import ray
 
-        with contextlib.suppress(ray.exceptions.RayError):  # a data-shard worker that is just being replaced
-            ray.get(self._judge.add.remote({"event": "stream"} | pool.usage()))
-
-
-class _JudgeWriter:
-    """Add events through the `Judge` actor and refresh the driver's table."""
-
-    def __init__(self, driver: _Sweep) -> None:
-        self._driver = driver
-
-    def add(self, *events: dict[str, Any]) -> None:
-        import ray
-
-        ray.get(self._driver._judge.add.remote(*events))
-        self._driver._table, _ = ray.get(self._driver._judge.table.remote())
+        for pool in pools:
+            with contextlib.suppress(ray.exceptions.RayError):  # a data-shard worker that is just being replaced
+                self._add({"event": "stream"} | pool.usage())
 
 
 # --------------------------------------------------------------------------------------- in a trial's process

@@ -16,6 +16,8 @@ resumed sweep continues with the full state.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import statistics
 from collections.abc import Iterable, Sequence
@@ -233,26 +235,13 @@ def ranking(rows: Iterable[Row]) -> list[Ranked]:
 def as_csv(table: Table, num_rungs: int) -> str:
     """The final table as CSV; it does not depend on time or machine."""
     names = list(dict.fromkeys(name for row in table.rows.values() for name in row.values))
-    head = ["trial", "seed", "budget", *names, "status", "samples_seen", *(f"rung_{n + 1}" for n in range(num_rungs))]
-    lines = [head]
-    for number in sorted(table.rows):
-        row = table.rows[number]
-        figures = [f"{result.value!r}" for result in row.results]
-        lines.append(
-            [
-                str(number),
-                str(row.seed),
-                str(row.budget),
-                *(_cell(row.values.get(name, "")) for name in names),
-                row.status,
-                str(row.samples_seen),
-                *figures,
-                *[""] * (num_rungs - len(figures)),
-            ]
-        )
-    return "".join(",".join(line) + "\n" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return f'"{text.replace(chr(34), chr(34) * 2)}"' if any(sign in text for sign in ',"\n') else text
+    rungs = range(num_rungs)
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["trial", "seed", "budget", *names, "status", "samples_seen", *(f"rung_{n + 1}" for n in rungs)])
+    for number, row in sorted(table.rows.items()):
+        values = [row.values.get(name, "") for name in names]
+        texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
+        figures = [repr(row.results[n].value) if n < len(row.results) else "" for n in rungs]
+        writer.writerow([number, row.seed, row.budget, *texts, row.status, row.samples_seen, *figures])
+    return out.getvalue()

@@ -1,8 +1,8 @@
 """Verdicts on a study's claims: did the table show the expected direction?
 
-A claim compares two sides at equal seed, budget and values of all other dimensions. Each seed gives one mean difference.
-The difference has two sources of noise. A rate over n images is a sample: the difference of two rates p and q has at
-most the variance p(1-p)/n + q(1-q)/n. And another seed gives another model.
+A claim compares two sides at equal seed, budget and values of all other dimensions. Each seed gives one mean
+difference. The difference has two sources of noise. A rate over n images is a sample: the difference of two rates p and
+q has at most the variance p(1-p)/n + q(1-q)/n. And another seed gives another model.
 
 A direction counts as seen if every seed shows it and the mean is more than two standard errors from zero. The error is
 that of the images or, with three or more seeds, that of the seeds if it is larger.
