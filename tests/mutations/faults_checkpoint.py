@@ -5,9 +5,10 @@ from __future__ import annotations
 from tests.mutations.fault import Fault
 
 _CHECKPOINT, _LEDGER = "tests/workers/checkpoint/test_writer.py::test_", "tests/workers/training/test_ledger.py::test_"
-_LEASE, _LAUNCH = "tests/workers/checkpoint/test_lease.py::test_", "tests/orchestrator/run/test_driver.py::test_"
+_LEASE = "tests/workers/checkpoint/test_lease.py::test_"
+_SUPERVISOR = "tests/orchestrator/run/test_supervisor.py::test_"
 _DURABLE = (f"{_CHECKPOINT}files_are_durable_before_the_commit_mark",)
-_BEST = (f"{_LAUNCH}the_best_checkpoint_is_kept",)
+_BEST = ("tests/orchestrator/run/test_evaluations.py::test_the_best_checkpoint_is_kept",)
 
 FAULTS = [
     Fault(
@@ -239,20 +240,20 @@ FAULTS = [
         "sigray.orchestrator.run.supervisor:Heartbeat.check",
         "ray.kill(worker)",
         "pass",
-        (f"{_LAUNCH}training_workers_of_which_nothing_is_heard_are_killed",),
+        (f"{_SUPERVISOR}training_workers_without_a_heartbeat_are_killed",),
     ),
     Fault(
         "workers are killed in spite of their heartbeats",
         "sigray.orchestrator.run.supervisor:Heartbeat.beat",
         "self._last_at = time.monotonic()",
         "self._last_at = self._last_at or time.monotonic()",
-        (f"{_LAUNCH}what_is_heard_puts_the_hang_off",),
+        (f"{_SUPERVISOR}a_heartbeat_starts_the_timeout_again",),
     ),
     Fault(
         "hung workers are killed at every look until they are gone",
         "sigray.orchestrator.run.supervisor:Heartbeat.check",
         "self._last_at = time.monotonic()",
         "pass",
-        (f"{_LAUNCH}training_workers_of_which_nothing_is_heard_are_killed",),
+        (f"{_SUPERVISOR}training_workers_without_a_heartbeat_are_killed",),
     ),
 ]

@@ -8,7 +8,7 @@ from tests.mutations.keys import KEYS
 _RUN = "sigray.orchestrator.run."
 _SUPERVISOR = "sigray.orchestrator.run.supervisor:"
 _HERE = "tests/test_keys_arrive.py::test_"
-_DRIVER = "tests/orchestrator/run/test_driver.py::test_a_run_"
+_DRIVER = "tests/orchestrator/run/test_supervisor.py::test_a_run_"
 _RESUME = "tests/orchestrator/run/test_resume.py::test_a_changed_key_is_refused_or_free"
 
 
@@ -209,7 +209,7 @@ FAULTS = [
         _SUPERVISOR + "Supervisor._grow",
         "other - size",
         "other",
-        (f"{_DRIVER}grows_where_there_is_room_for_the_difference[2-asked1]",),
+        (f"{_DRIVER}grows_if_the_difference_fits[2-asked1]",),
     ),
     Fault(
         "a run that fails has trained for no time",

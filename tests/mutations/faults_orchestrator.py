@@ -5,7 +5,7 @@ from tests.mutations.fault import Fault
 _AUDIT = "tests/orchestrator/data/test_audit.py"
 _CHAOS = "tests/orchestrator/chaos/test_chaos.py"
 _CLUSTER_FILES = "tests/cluster/test_files.py"
-_FOLDER = "tests/orchestrator/run/test_folder.py"
+_FOLDER = "tests/orchestrator/test_run_folder.py"
 _FORMATTING = "tests/orchestrator/test_formatting.py"
 _LEASE = "tests/workers/checkpoint/test_lease.py"
 _MONITORING = "tests/orchestrator/cluster/test_prometheus.py"
