@@ -599,8 +599,7 @@ class _Fetcher:
             with memoryview(part.buffer) as buffer, buffer[: part.end - part.begin] as view:
                 before = part.num_filled
                 part.num_filled, failure = _fill(view, part.num_filled, answer, part.dropped)
-                with self._lock:
-                    TRAFFIC["bytes"] += part.num_filled - before
+                self.count_bytes(part.num_filled - before)
         part.watch(None)
         if part.num_filled < part.end - part.begin:
             answer.connection.close()
@@ -609,6 +608,10 @@ class _Fetcher:
         else:
             self.store.connections.keep(signed, answer)
         return failure
+
+    def count_bytes(self, num_bytes: int) -> None:
+        with self._lock:
+            TRAFFIC["bytes"] += num_bytes
 
     def _check_head(self, answer: _Answer, first: int, last: int) -> Failure | None:
         """Return None if the answer's body is the requested one."""
@@ -829,17 +832,14 @@ class S3Stream:
                 self.num_parts = min(FIRST_PARTS, self._max_parts)
             self._waited_s = 0.0
             self._decide_at = self._next + self._part_bytes
-        if self.num_parts:
-            part = self._next_part()
-            begin, end, self._buffer = part.begin, part.end, part.buffer
-        else:
-            begin, end, self._buffer = self._next_block()
-        self._view = memoryview(self._buffer).toreadonly()[: end - begin]
-        self._view_begin, self._view_end = begin, end
+        part = self._next_part() if self.num_parts else self._next_block()
+        self._buffer = part.buffer
+        self._view = memoryview(part.buffer).toreadonly()[: part.end - part.begin]
+        self._view_begin, self._view_end = part.begin, part.end
         self._start_parts()
 
-    def _next_block(self) -> tuple[int, int, mmap.mmap]:
-        """Read the block at the position, without threads, as (begin, end, buffer)."""
+    def _next_block(self) -> _Part:
+        """Read the block at the position, without threads."""
         began = self._clock()
         num_bytes = min(_BLOCK_BYTES, self._part_bytes)
         buffer = self._free.pop() if self._free else _new_buffer(num_bytes)
@@ -851,28 +851,25 @@ class S3Stream:
             self._next = self.position
             self._range_end = min(self.position + num_parts * self._part_bytes, self.num_bytes)
         while True:
-            begin = self._next
-            num_filled = 0
+            block = _Part(self._next, min(self._next + num_bytes, self._range_end), buffer, self._range_end)
             failure = None
-            end = min(begin + num_bytes, self._range_end)
             if self._answer is not None:
-                with memoryview(buffer) as whole, whole[: end - begin] as view:
-                    num_filled, failure = _fill(view, 0, self._answer)
-            if num_filled < end - begin:
+                with memoryview(buffer) as whole, whole[: block.end - block.begin] as view:
+                    block.num_filled, failure = _fill(view, 0, self._answer)
+                self._fetcher.count_bytes(block.num_filled)
+            if block.num_filled < block.end - block.begin:
                 self._disconnect()
-                block = _Part(begin, end, buffer, self._range_end)
-                block.num_filled = num_filled
                 self._fetcher.fetch(block, failure)
                 if block.error is not None:
                     raise block.error
                 self._answer = block.answer
-            self._next = end
-            if end == self._range_end and self._answer is not None:
+            self._next = block.end
+            if block.end == self._range_end and self._answer is not None:
                 self._fetcher.keep(self._answer)
                 self._answer = None
-            if end > self.position:
+            if block.end > self.position:
                 self._waited_s += self._clock() - began
-                return begin, end, buffer
+                return block
 
     def _next_part(self) -> _Part:
         """Wait for the part at the position."""

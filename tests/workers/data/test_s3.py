@@ -213,8 +213,10 @@ def test_a_broken_part_goes_on_where_it_broke(proxy: FaultProxy, kind: str, num_
 def test_hardly_more_bytes_than_the_object_are_asked_for(proxy: FaultProxy, num_parts: int) -> None:
     info = info_of("large")
     proxy.schedule = drawn(3, 0.5, ["close", "503", "hang up"], PART)
+    counted = s3_module.TRAFFIC["bytes"]
     with stream_through(proxy, info, num_parts=num_parts) as stream:
         assert read_all(stream) == LARGE
+    assert s3_module.TRAFFIC["bytes"] - counted == len(LARGE)
     assert proxy.faults.total() > 3
     assert proxy.num_sent == len(LARGE)
 
