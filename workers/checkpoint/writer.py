@@ -176,12 +176,7 @@ class CheckpointWriter:
         )
 
     def save(
-        self,
-        steps_done: int,
-        samples_seen: int,
-        *,
-        metrics: Sequence[dict[str, float]] = (),
-        after: Iterable[str] = (),
+        self, steps_done: int, samples_seen: int, *, metrics: Sequence[dict[str, float]] = (), after: Iterable[str] = ()
     ) -> None:
         """Write a checkpoint in the background, after the one before is written.
 

@@ -46,10 +46,7 @@ def build_model(model: ModelConfig, *, stored_embeddings: bool = False) -> nn.Mo
         config["vision_cfg"] = {"image_size": size, "patch_size": size, "width": 64, "head_width": 64, "layers": 1}
     try:
         module = CustomTextCLIP(
-            **config,
-            init_logit_scale=model.init_logit_scale,
-            init_logit_bias=model.init_logit_bias,
-            output_dict=True,
+            **config, init_logit_scale=model.init_logit_scale, init_logit_bias=model.init_logit_bias, output_dict=True
         )
     except (TypeError, AssertionError) as error:
         raise ValueError(f"model.towers: open_clip cannot build this model: {error}") from error

@@ -89,14 +89,7 @@ def train_loop_per_worker(job: TrainJob) -> None:
         noise=Noise(job.train.label_noise, job.seed, shapes(job.model)[2]) if job.train.label_noise else None,
     )
     saver = Saver(
-        job,
-        storage,
-        trainer,
-        device,
-        rank=rank,
-        world_size=world_size,
-        first_step=first_step,
-        num_steps=num_steps,
+        job, storage, trainer, device, rank=rank, world_size=world_size, first_step=first_step, num_steps=num_steps
     )
     if rank == 0:
         job.hooks.started(_facts(job, trainer, device, world_size, first_step, num_steps))
