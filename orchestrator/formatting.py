@@ -54,6 +54,12 @@ def duration(seconds: float) -> str:
     return format_duration(seconds).replace(" ", NBSP)
 
 
+def byte_count(value: float) -> str:
+    """47200000 -> '47.2 MB'."""
+    unit, size = next((item for item in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if value >= item[1]), ("kB", 1e3))
+    return f"{value / size:,.1f}{NBSP}{unit}"
+
+
 def short_count(value: float) -> str:
     """20000 -> '20k', 1500000 -> '1.5M'."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):

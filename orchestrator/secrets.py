@@ -1,7 +1,7 @@
-"""What must not stand in a config: it is saved with the run, travels with a job, and is printed in reports.
+"""Find secrets in a config, which is saved with runs, sent with jobs and printed.
 
-Credentials come from the environment, a profile (`data.s3.profile`) or the role of a machine. A config with one in it
-is refused, and the message repeats the key and never the value.
+Credentials come from the environment, a profile (`data.s3.profile`) or the role of a machine. A config with a secret is
+refused; the message repeats the key and never the value.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _KEY = re.compile(r"(?i)secret|passw|credential|(access|api)[_-]?key|(auth|sessi
 
 
 def secrets_of(content: Any, key: str = "") -> Iterator[str]:
-    """A line for each secret in a nested mapping: its dotted key and what it is, without the secret."""
+    """Yield the dotted key and the kind of each secret in a nested mapping."""
     if isinstance(content, dict):
         for name, value in content.items():
             if isinstance(value, str) and value and _KEY.search(str(name)):
                 yield f"{key}{name}: a secret by its name"
                 continue
-            # The key itself may hold one, as a source of captions may.
+            # The key itself may hold a secret, for example as a source of captions.
             found = list(secrets_of(str(name)))
             yield from (f"{key[:-1] or 'the config'}: a key holds{line.partition(':')[2]}" for line in found)
             if not found:

@@ -34,14 +34,14 @@ def look_at_sweep(storage: Storage, address: str) -> Look:
             look.status if look else row.status,
             max(row.samples_seen, look.content["samples_seen"] if look else 0),
         )
-    times = [home.modified(RESULTS), *(look.heard_at for look in looks.values())]
-    heard_at = max((at for at in times if at), default=None)
+    times = [home.modified(RESULTS), *(look.updated_at for look in looks.values())]
+    updated_at = max((at for at in times if at), default=None)
     spent = sum(trial.samples_seen for trial in trials.values())
     has_report = storage.exists(REPORT)
     content = {
         "name": study.config.name,
         "status": status,
-        "heard_at": heard_at,
+        "updated_at": updated_at,
         "trials": {
             number: {
                 "values": table.rows[number].values,
@@ -63,7 +63,7 @@ def look_at_sweep(storage: Storage, address: str) -> Look:
         now = draw_moment(
             percent=_percent(table, spent),
             place=_place(table),
-            heard_at=heard_at,
+            updated_at=updated_at,
             tiles=[*tiles, ("pairs seen, all trials", words.count(spent))],
             facts=[],
             links=[("the report, with figures as PNG", f"{address}/{REPORT}")] if has_report else [],
@@ -71,7 +71,7 @@ def look_at_sweep(storage: Storage, address: str) -> Look:
         )
         return draw_sweep(study, table, None, now, status, trials)
 
-    return Look(status, _place(table), heard_at, content, draw)
+    return Look(status, _place(table), updated_at, content, draw)
 
 
 def _trials_at_work(storage: Storage, home: Storage, table: Table) -> dict[int, Look]:

@@ -15,7 +15,7 @@ from sigray.workers.data.tar import DataError
 
 FILE = "chaos.json"
 TOLERANCE = 1e-3
-"""Relative difference of the last losses that a run may have if it need not repeat its bits."""
+"""Relative difference of the last losses of a run that need not repeat its bits."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Faults: their schedule, a pure function of a seed, and what each kind does to a run."""
+"""Faults: their schedule, a pure function of a seed, and the effect of each kind."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def _whole_checkpoints(folder: RunFolder) -> list[str]:
 
 
 def refused_steps(config: RunConfig, step: int) -> list[int]:
-    """Return the steps of the next checkpoints after a step, as far as the config says."""
+    """Return the steps of the next checkpoints, as far as the config says."""
     num_steps = -(-config.train.num_samples // config.train.global_batch_size)
     every = config.checkpoint.save_every_steps or config.train.log_every_steps
     following = range((step // every + 1) * every, num_steps, every)

@@ -181,7 +181,7 @@ class Supervised:
         self._start()
 
     def _end_family(self) -> None:
-        """Wait for Ray's processes after the driver's end; record and kill those that stay."""
+        """Wait for Ray's processes to end after the driver; record and kill the rest."""
         deadline = time.monotonic() + EXIT_S
         while (alive := self.family.look()) and time.monotonic() < deadline:
             time.sleep(_POLL_S)

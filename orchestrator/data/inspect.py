@@ -34,7 +34,7 @@ from sigray.orchestrator.formatting import NBSP, TIMES
 from sigray.orchestrator.tables import printable
 from sigray.workers.config import DataConfig, ModelConfig, Patterns, TrainConfig
 from sigray.workers.data.decode import Decoder, Refused, captions_at, decode_pixels, sample_random
-from sigray.workers.data.manifest import ShardCount, ShardFile, in_threads, is_pair, list_shards, scan_shards
+from sigray.workers.data.manifest import ShardCount, ShardFile, is_pair, list_shards, scan_shards
 from sigray.workers.data.tar import ByteSource, DataError, MappedFile, TarSample, read_tar
 
 NUM_SAMPLES = 2000
@@ -213,7 +213,7 @@ def inspect_data(
         max_s: seconds after which reading stops; None: no limit. The shards opened so far are always spread over all
             of them.
         num_pictures: samples to decode for the sheet, besides some broken ones; 0: no pictures.
-        progress: called a few times a second. The unit is shards, or MB if everything is decoded.
+        progress: called a few times a second, with numbers of shards.
 
     Raises:
         DataError: if no pattern names a shard.
@@ -223,9 +223,6 @@ def inspect_data(
     urls = _list_all(data, problems)
     order = _spread(len(urls))
     shards = [ShardFindings(url, number) for number, url in enumerate(urls)]
-    if num_samples is None:
-        for shard, size in zip(shards, in_threads(lambda url: _size(url, data), urls), strict=True):
-            shard.num_bytes = size
     stop = threading.Event()
     decoder = Decoder(data, PICTURE_PX)
 
@@ -236,11 +233,7 @@ def inspect_data(
             _ShardReader(shards[order[rank]], data, decoder, stop, wanted, pictures, num_pictures > 0).read()
 
     def report() -> None:
-        if num_samples is None:
-            done, total = (sum(getattr(shard, name) for shard in shards) for name in ("num_bytes_read", "num_bytes"))
-            progress("reading, MB", int(done / 1e6), max(1, int(total / 1e6)))
-        else:
-            progress("shards", sum(shard.is_whole or bool(shard.problem) for shard in shards), len(shards))
+        progress("shards", sum(shard.is_whole or bool(shard.problem) for shard in shards), len(shards))
 
     report()
     is_over_time = False
@@ -299,18 +292,6 @@ def open_url(url: str, data: DataConfig, start: int = 0) -> ByteSource:
 
         return S3Stream(stat(url, data.s3), data.s3, start)
     return MappedFile(url, start)
-
-
-def _size(url: str, data: DataConfig) -> int:
-    """Return the bytes of a shard; 0 if it is missing, which its reader reports."""
-    try:
-        if url.startswith("s3://"):
-            from sigray.workers.data.s3 import stat
-
-            return stat(url, data.s3).num_bytes
-        return os.path.getsize(url)
-    except (DataError, OSError):
-        return 0
 
 
 @dataclass

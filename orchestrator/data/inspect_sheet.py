@@ -23,6 +23,7 @@ from sigray.orchestrator.data.inspect import (
     open_url,
     patterns,
 )
+from sigray.orchestrator.formatting import byte_count
 from sigray.orchestrator.reports.template import page, render
 from sigray.orchestrator.tables import add, printable, rows_table, table
 from sigray.workers.config import DataConfig
@@ -66,9 +67,7 @@ def _overview(found: Inspection) -> dict[str, str]:
     parts += [f"{num_closed:,} not opened"] if num_closed else []
     parts += [f"{num_bad:,} that cannot be read to the end"] if num_bad else []
     rows = {"shards": f"{len(shards):,}: {', '.join(parts)}", "samples": f"{found.num_samples:,}"}
-    rows["bytes"] = _bytes(
-        sum(shard.num_bytes if shard.is_whole else shard.num_bytes_read for shard in shards if shard.is_opened)
-    )
+    rows["bytes"] = byte_count(sum(shard.num_bytes_read for shard in shards))
     if whole:
         sizes = [shard.num_samples for shard in whole]
         rows["samples per shard"] = (
@@ -78,7 +77,7 @@ def _overview(found: Inspection) -> dict[str, str]:
         )
         if num_part + num_closed:
             share = len(whole) / (len(shards) - num_bad)
-            num_bytes = _bytes(sum(shard.num_bytes for shard in whole) / share)
+            num_bytes = byte_count(sum(shard.num_bytes for shard in whole) / share)
             rows["estimate for all"] = f"{sum(sizes) / share:,.0f} samples, {num_bytes}"
     if found.num_samples:
         num_pairs = sum(shard.num_pairs for shard in shards)
@@ -262,13 +261,6 @@ def _percent(count: float, total: float) -> str:
     """(1, 3) -> '33.3 %', (2, 100000) -> '0.002 %'."""
     share = 100 * count / total
     return f"{share:.1f} %" if share >= 0.1 or not count else f"{share:.1g} %"
-
-
-def _bytes(count: float) -> str:
-    for unit, size in {"TB": 1e12, "GB": 1e9, "MB": 1e6}.items():
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count / 1e3:,.1f} kB"
 
 
 def write_sheet(found: Inspection, path: Path) -> None:

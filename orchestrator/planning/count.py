@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -85,6 +85,9 @@ def gathered_bytes(model: ModelConfig) -> int:
     return 2 * rest + 3 * largest
 
 
+_measured: dict[tuple[object, ...], TowerCosts] = {}
+
+
 def measure_towers(
     model: ModelConfig,
     optim: OptimConfig,
@@ -106,31 +109,10 @@ def measure_towers(
         activation_checkpointing: as in the config.
         stored_embeddings: never run the locked tower.
     """
-    return _measure_towers(
-        model.model_dump_json(),
-        optim.name,
-        precision,
-        num_pairs,
-        cached,
-        plain_attention,
-        activation_checkpointing,
-        stored_embeddings,
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def _measure_towers(
-    model_json: str,
-    optimizer_name: Literal["adamw", "lion", "adafactor"],
-    precision: Precision,
-    num_pairs: int,
-    cached: bool,
-    plain_attention: bool,
-    activation_checkpointing: bool,
-    stored_embeddings: bool,
-) -> TowerCosts:
-    model = ModelConfig.model_validate_json(model_json)
-    optim = OptimConfig(name=optimizer_name)
+    options = (cached, plain_attention, activation_checkpointing, stored_embeddings)
+    key = (model.model_dump_json(), optim.name, precision, num_pairs, *options)
+    if key in _measured:
+        return _measured[key]
     size, context_length, _ = shapes(model)
     running = [tower for tower in TOWERS if not (stored_embeddings and tower in model.locked)]
     training = [tower for tower in TOWERS if tower not in model.locked]
@@ -194,7 +176,7 @@ def _measure_towers(
         flops["backward"] = counter.flops - forward
         for parameter in parameters:  # parameters that only the loss reads have no gradient yet
             parameter.grad = torch.empty_like(parameter)
-        optimizer = build_optimizer(module, optim, {"fused": True})
+        optimizer = build_optimizer(module, OptimConfig(name=optim.name), {"fused": True})
         counter.start()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()  # makes its state
@@ -202,7 +184,7 @@ def _measure_towers(
         update_peak = counter.peak - state
     held = {"visual": "visual" in running, "text": "text" in running}
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    return TowerCosts(
+    _measured[key] = TowerCosts(
         embed_dim=dim,
         parameters={
             "visual": num_parameters(module.get_submodule("visual")),
@@ -219,6 +201,7 @@ def _measure_towers(
         update_peak=update_peak,
         flops=flops,
     )
+    return _measured[key]
 
 
 class Counter(TorchDispatchMode):

@@ -1,4 +1,7 @@
-"""Figures in the style of the pages: as SVG in a page's own colours, so that they follow its dark mode, or as PNG."""
+"""Figures in the style of the pages, as SVG or PNG.
+
+An SVG takes the page's colours and so follows its dark mode.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 
 Points = list[tuple[float, float]]  # samples seen, value
 
-# Colours by names that matplotlib is taught: what they are depends on where the figure goes.
+# Named colours, registered with matplotlib: their values depend on the target of the figure.
 INK, RULE = "sigray:ink", "sigray:rule"
 SERIES = tuple(f"sigray:{name}" for name in ("first", "second", "third", "fourth", "fifth", "sixth"))
 FIRST, SECOND = SERIES[:2]
@@ -25,14 +28,13 @@ _ON_PAPER = {
     RULE: "#dcdad3",
     **dict(zip(SERIES, ("#1f66b8", "#b8541a", "#1a7f4b", "#8a3f9e", "#8a6400", "#b3372f"), strict=True)),
 }
-# In an SVG, a colour that stands for a variable of page.css. Black itself (#000000) is matplotlib's default and would
-# be left out of the file.
+# In an SVG each colour is a placeholder for a variable of page.css. matplotlib omits its default, black (#000000).
 _IN_SVG = {name: f"#{number:06x}" for number, name in enumerate(_ON_PAPER, start=1)}
 _CSS = {color: f"var(--{name.partition(':')[2].replace('ink', 'soft')})" for name, color in _IN_SVG.items()}
 
 
 def spans_decades(values: list[float]) -> bool:
-    """Whether a log axis shows more than a linear one would."""
+    """Return whether a log axis shows more than a linear axis."""
     return bool(values) and min(values) > 0 and max(values) / min(values) > 20
 
 
@@ -51,7 +53,10 @@ def samples_axis(axes: Axes) -> None:
 
 
 def svg(draw: Callable[[Figure], None]) -> Any:
-    """A figure as SVG inside the page: no ids that could meet those of another one, colours from the page's CSS."""
+    """Return a figure as SVG for a page.
+
+    Ids do not collide with those of other figures; colours come from the page's CSS.
+    """
     from markupsafe import Markup
 
     buffer = io.StringIO()
@@ -59,7 +64,7 @@ def svg(draw: Callable[[Figure], None]) -> Any:
     _draw(draw, _IN_SVG, buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it is about `*`: all of the page
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it styles `*`: the whole page
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"| id="(?![mp][0-9a-f]{10}")[^"]*"', "", svg)
     for color, css in _CSS.items():
         svg = svg.replace(color, css)
@@ -67,7 +72,7 @@ def svg(draw: Callable[[Figure], None]) -> Any:
 
 
 def png(draw: Callable[[Figure], None], path: Path) -> None:
-    """The same figure as a file, in the colours of the light page: for papers and mails."""
+    """Write the figure to a file, in the colours of the light page."""
     _draw(draw, _ON_PAPER, path, dpi=200, facecolor="white")
 
 
@@ -77,11 +82,11 @@ def _draw(draw: Callable[[Figure], None], colors: dict[str, str], target: Any, *
     from matplotlib.figure import Figure
 
     mapping = get_named_colors_mapping()
-    for name, color in colors.items():  # one by one: that also clears its cache
+    for name, color in colors.items():  # item by item, which also clears matplotlib's cache
         mapping[name] = color
     style: dict[Any, Any] = {
         "svg.fonttype": "none",  # text stays text: in the page's font, and searchable
-        "svg.hashsalt": "sigray",  # the same run gives the same bytes
+        "svg.hashsalt": "sigray",  # equal runs give equal bytes
         "font.size": 9.5,
         "text.color": INK,
         "axes.edgecolor": RULE,
@@ -101,7 +106,7 @@ def _draw(draw: Callable[[Figure], None], colors: dict[str, str], target: Any, *
     }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.2, 2.9))
-        # One frame for all: their axes line up, and a layout engine would draw each figure twice.
+        # Equal margins align the axes of all figures, and a layout engine would draw each figure twice.
         figure.subplots_adjust(left=0.18, right=0.98, bottom=0.16, top=0.97, hspace=0.16)
         draw(figure)
         figure.savefig(target, **options)

@@ -1,4 +1,4 @@
-"""Small pages over HTTP: a function that answers a GET, on a thread of its own."""
+"""Serve pages over HTTP: a function answers each GET, on a thread of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STYLED_ONLY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 @dataclass(frozen=True)
 class Answer:
-    """To a GET."""
+    """The answer to a GET."""
 
     body: str | bytes
     kind: str = HTML
@@ -26,13 +26,14 @@ class Answer:
 
 @contextlib.contextmanager
 def serve(answer: Callable[[str], Answer], port: int, *, host: str = "127.0.0.1") -> Iterator[int]:
-    """Answer GETs until the end of the block; yields the port (0 takes a free one).
+    """Answer GETs until the end of the block; yields the port.
 
     Args:
-        answer: given the path with its query; called from several threads.
+        answer: receives the path with its query; several threads call it.
+        port: 0 takes a free one.
 
     Raises:
-        OSError: where the port cannot be had.
+        OSError: if the port is not free.
     """
 
     class Handler(BaseHTTPRequestHandler):

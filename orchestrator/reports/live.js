@@ -1,6 +1,6 @@
 
 "use strict";
-// Asks for the page's content every few seconds and swaps it in; no reload, nothing from elsewhere.
+// Requests the page's content every few seconds and replaces it, without a reload. Loads nothing from other hosts.
 let shown = "", skewMs = 0;
 
 function ago(at) {
@@ -10,7 +10,7 @@ function ago(at) {
   return s < 172800 ? Math.round(s / 3600) + " h ago" : Math.round(s / 86400) + " days ago";
 }
 
-function tellTimes() {
+function showTimes() {
   for (const time of document.querySelectorAll("time[data-at]")) {
     time.title = new Date(1000 * time.dataset.at).toLocaleString();
     time.textContent = ago(Number(time.dataset.at));
@@ -41,11 +41,11 @@ async function look() {
       answers = false;
     }
     document.body.classList.toggle("away", !answers);
-    tellTimes();
+    showTimes();
   }
   setTimeout(look, LIVE_MS);
 }
 
-document.addEventListener("visibilitychange", tellTimes);
-setInterval(tellTimes, 1000);
+document.addEventListener("visibilitychange", showTimes);
+setInterval(showTimes, 1000);
 look();

@@ -1,16 +1,16 @@
-"""Live pages of runs and sweeps over HTTP, fed by nothing but their folders: nothing is asked of a run.
+"""Live pages of runs and sweeps over HTTP, read from their folders only.
 
-    /                     all runs and sweeps of the places that were given
-    /runs/NAME            a run: progress, newest figures, checkpoint, events, then what its report has
-    /sweeps/NAME          a sweep: the same, and its trials (from tuning/live_page.py, as imports point one way)
+    /                     all runs and sweeps of the given places
+    /runs/NAME            a run: progress, newest figures, checkpoint, events, then the content of its report
+    /sweeps/NAME          a sweep: the same, and its trials (tuning/live_page.py, as imports point one way)
     /runs/NAME/report.html    the page that was written at the end
-    /api/...              the same as JSON; the page asks it every few seconds and swaps itself
+    /api/...              the same as JSON; the page requests it every few seconds and replaces its content
 
-NAME is a path below one of the places, such as demo or batch_size/trials/trial-003, and its folder must hold the file
-that makes it a run. Of a folder only the files that a `Kind` names are given out.
+NAME is a path below one of the places, such as demo or batch_size/trials/trial-003. Its folder must hold the file that
+makes it a run. The server gives out only the files of a folder that a `Kind` names.
 
-A page is drawn where something of it has changed, and so seldom that it costs a tenth of a core, however many look:
-the curves of a run take a second or two.
+A page is drawn again only if its content has changed. The curves of a run take a second or two, so a page rests for ten
+times as long: all viewers together cost a tenth of a core.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from markupsafe import Markup
 
 from sigray.orchestrator import formatting as words
 from sigray.orchestrator.reports.http_server import HTML, JSON, TEXT, Answer
-from sigray.orchestrator.reports.run_page import RunFiles, draw_run, read_run_files
+from sigray.orchestrator.reports.run_files import RunFiles, find_text, read_run_files
+from sigray.orchestrator.reports.run_page import draw_run
 from sigray.orchestrator.reports.template import content_policy, page, render
 from sigray.orchestrator.run_folder import CONFIG, EVENTS, METRICS, REPORT
 from sigray.workers.checkpoint.index import newest_checkpoint
@@ -38,23 +39,24 @@ from sigray.workers.checkpoint.lease import is_driven
 from sigray.workers.storage import Storage
 
 PLACES = ("~/sigray-runs", "runs", "sweeps")
-"""Where runs and sweeps are looked for: those of jobs on a head, and of commands that were started here."""
-_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a name: nothing that could lead out of a folder
+"""Default places: of jobs on a head, and of commands started here."""
+_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a name; it cannot lead out of a folder
 _MAX_PARTS = 4
 _MAX_ENTRIES = 100  # of a kind in the list
 _MAX_EVENTS = 40
-_KEEP_S, _REST = 3.0, 10  # what is shown is shown for so long, and for so many times as long as it took to make
+_KEEP_S = 3.0  # for which an answer is kept at least
+_REST = 10  # an answer is kept this many times as long as it took to make
 _NOT_FOUND = Answer("not found\n", TEXT, 404)
 
 
 @dataclass(frozen=True)
 class Look:
-    """What a folder says at a moment."""
+    """The state of a folder at one time."""
 
     status: str
-    says: str  # in a line, for the list
-    heard_at: float | None  # Unix time
-    content: dict[str, Any]  # for programs; the page is drawn anew when it has changed
+    says: str  # one line, for the list
+    updated_at: float | None  # Unix time
+    content: dict[str, Any]  # for programs; if it changes, the page is drawn again
     draw: Callable[[], Markup]
 
 
@@ -65,9 +67,9 @@ class Kind:
     Attributes:
         name: first part of their addresses.
         mark: the file that makes a folder one of them.
-        files: a pattern of those files in it that may be fetched.
-        look: given the folder and its address; raises ConfigError where it cannot be read.
-        css: of their pages, besides that of all.
+        files: pattern of the files that the server gives out.
+        look: receives the folder and its address; raises ConfigError if it cannot read the folder.
+        css: of their pages, besides the style of all pages.
     """
 
     name: str
@@ -78,7 +80,7 @@ class Kind:
 
 
 def clock(at: float) -> str:
-    """A time for browsers that run no script."""
+    """Return a time for browsers that run no script."""
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
 
 
@@ -86,9 +88,11 @@ def clock(at: float) -> str:
 
 
 def look_at_run(storage: Storage, address: str) -> Look:
-    """A run, from its local folder or its storage."""
-    home = _home(storage)
-    run, newest = read_run_files(storage, is_driven(home)), newest_checkpoint(home)
+    """Read a run from its local folder or its storage."""
+    run = read_run_files(storage)
+    home = _home(run)
+    run.is_driven = is_driven(home)
+    newest = newest_checkpoint(home)
     line = run.metrics[-1] if run.metrics else {}
     times = [storage.modified(name) for name in (METRICS, EVENTS)]
     if newest is not None:
@@ -101,7 +105,7 @@ def look_at_run(storage: Storage, address: str) -> Look:
         "samples_seen": run.samples_seen,
         "planned_samples": run.planned_samples,
         "left_s": run.left_s if run.is_driven else None,
-        "heard_at": max((at for at in times if at), default=None),
+        "updated_at": max((at for at in times if at), default=None),
         "metrics": line,
         "checkpoint": {"name": newest[0].name, "step": newest[0].step, "at": newest[1]} if newest else None,
         "num_restarts": sum(event["kind"] == "restart" for event in events),
@@ -115,25 +119,23 @@ def look_at_run(storage: Storage, address: str) -> Look:
     return Look(
         run.status,
         _place(run),
-        content["heard_at"],
+        content["updated_at"],
         content,
         lambda: draw_run(run, _draw_moment(run, content, address)),
     )
 
 
-def _home(storage: Storage) -> Storage:
-    """Where the run of a local folder has its lease and checkpoints: there, unless its config names a storage."""
-    import yaml
+def _home(run: RunFiles) -> Storage:
+    """Return the storage of a run's lease and checkpoints.
 
-    try:
-        section = yaml.safe_load(storage.read(CONFIG))["run"]
-        return Storage(f"{section['storage'].rstrip('/')}/{section['name']}") if section.get("storage") else storage
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
-        return storage
+    It is the folder itself, unless the config names a storage.
+    """
+    place, name = (find_text(run.config, "run", key) for key in ("storage", "name"))
+    return Storage(f"{place.rstrip('/')}/{name}") if place else run.storage
 
 
 def _events(storage: Storage) -> list[dict[str, Any]]:
-    """The newest first."""
+    """Return the events, newest first."""
     events = []
     for text in storage.read(EVENTS).decode(errors="replace").splitlines() if storage.exists(EVENTS) else []:
         try:
@@ -145,7 +147,7 @@ def _events(storage: Storage) -> list[dict[str, Any]]:
 
 
 def _place(run: RunFiles) -> str:
-    """'step 120 of 400, 30,720 of 102,400 pairs'."""
+    """Return 'step 120 of 400, 30,720 of 102,400 pairs'."""
     planned, batch = run.planned_samples, run.global_batch_size
     steps = f"step {words.count(run.step)}" + (f" of {words.count(planned / batch)}" if planned and batch else "")
     return f"{steps}, {words.count(run.samples_seen)}" + (f" of {words.count(planned)}" if planned else "") + " pairs"
@@ -166,7 +168,7 @@ def _draw_moment(run: RunFiles, content: dict[str, Any], address: str) -> Markup
     return draw_moment(
         percent=round(100 * run.samples_seen / run.planned_samples, 1) if run.planned_samples else None,
         place=_place(run),
-        heard_at=content["heard_at"],
+        updated_at=content["updated_at"],
         tiles=[(label, value) for label, value in tiles if value is not None],
         facts=[saved or ("No checkpoint yet", None)],
         links=[("the report, with held-out images", f"{address}/{REPORT}")] if content["has_report"] else [],
@@ -175,7 +177,7 @@ def _draw_moment(run: RunFiles, content: dict[str, Any], address: str) -> Markup
 
 
 def draw_moment(**values: Any) -> Markup:
-    """The part of a live page that is about the moment; see now.html.j2."""
+    """Return the current state for a live page; see now.html.j2."""
     return render("sigray.orchestrator.reports", "now.html.j2", clock=clock, **values)
 
 
@@ -203,11 +205,11 @@ class Pages:
     """Answers GETs.
 
     Args:
-        places: local folders or s3://bucket/prefix in which runs and sweeps lie. The first that has a name counts.
+        places: local folders or s3://bucket/prefix of runs and sweeps. The first place that has a name counts.
         kinds: of pages.
 
     Raises:
-        StorageError: for a place that cannot be understood.
+        StorageError: for a malformed place.
     """
 
     def __init__(self, places: Sequence[str], kinds: Sequence[Kind]) -> None:
@@ -218,7 +220,7 @@ class Pages:
         self._lock = threading.Lock()  # matplotlib draws one figure at a time
 
     def answer(self, path: str) -> Answer:
-        """For a path; its query is ignored."""
+        """Answer a path; its query is ignored."""
         try:
             parts = [part for part in urllib.parse.unquote(urllib.parse.urlsplit(path).path).split("/") if part]
             if not all(_PART.fullmatch(part) for part in parts):
@@ -234,7 +236,7 @@ class Pages:
                 name = "/".join(parts[1:])
                 file = re.fullmatch(rf"(.+?)/({kind.files})", name)
                 return self._file(kind, file[1], file[2]) if file and not is_api else self._page(kind, name, is_api)
-        except (OSError, ValueError, KeyError) as error:  # a storage that is away, a file that is none of ours
+        except (OSError, ValueError, KeyError) as error:  # an unreachable storage, a foreign file
             return Answer(f"{error}\n", TEXT, 502)
 
     def _find(self, kind: Kind, name: str) -> Storage | None:
@@ -266,7 +268,8 @@ class Pages:
             return _NOT_FOUND
         kinds = [self._kinds[name] for name in parts or self._kinds]
         address = "/" + "".join(parts)
-        kept, begin = self._kept.get(address), time.monotonic()
+        kept = self._kept.get(address)
+        begin = time.monotonic()
         if kept is None or begin >= kept.until:
             content: dict[str, Any] = {kind.name: self._entries(kind) for kind in kinds}
             title = " and ".join(kind.name.capitalize() if not n else kind.name for n, kind in enumerate(kinds))
@@ -295,20 +298,19 @@ class Pages:
         return Answer(whole, HTML, policy=content_policy())
 
     def _entries(self, kind: Kind) -> list[dict[str, Any]]:
-        """What the places hold of a kind, the newest first."""
+        """Return the folders of a kind in all places, newest first."""
 
-        def entry(found: tuple[Storage, str]) -> dict[str, Any] | None:
-            storage, name = found
+        def entry(place: tuple[Storage, str]) -> dict[str, Any] | None:
+            storage, name = place
             address = f"/{kind.name}/{name}"
             try:
                 if not storage.exists(kind.mark):
                     return None
                 look = kind.look(storage, address)
             except (OSError, ValueError, KeyError) as error:
-                status, says, heard_at = "unreadable", str(error), None
-            else:
-                status, says, heard_at = look.status, look.says, look.heard_at
-            return {"name": name, "address": address, "status": status, "says": says, "heard_at": heard_at}
+                look = Look("unreadable", str(error), None, {}, Markup)
+            found = {"status": look.status, "says": look.says, "updated_at": look.updated_at}
+            return {"name": name, "address": address, **found}
 
         found = [
             (storage, name)
@@ -316,10 +318,10 @@ class Pages:
             for name in place.list("")
             if _PART.fullmatch(name) and _is_inside(storage := Storage(f"{place.uri}/{name}"), place)
         ]
-        with ThreadPoolExecutor(8) as pool:  # each takes a few round trips where the place is a bucket
+        with ThreadPoolExecutor(8) as pool:  # an entry takes a few round trips if the place is a bucket
             entries = [one for one in pool.map(entry, found) if one is not None]
         first = {one["name"]: one for one in reversed(entries)}
-        return sorted(first.values(), key=lambda one: -(one["heard_at"] or 0))
+        return sorted(first.values(), key=lambda one: -(one["updated_at"] or 0))
 
     def _file(self, kind: Kind, name: str, file: str) -> Answer:
         storage = self._find(kind, name)
@@ -330,11 +332,11 @@ class Pages:
 
 
 def _rest(begin: float) -> float:
-    """Until when that is shown which was begun to be made at a time, and is made now."""
+    """Return until when to keep an answer whose work began at `begin`."""
     now = time.monotonic()
     return now + max(_KEEP_S, _REST * (now - begin))
 
 
 def _is_inside(storage: Storage, place: Storage) -> bool:
-    """Links that lead out of a place are not followed."""
+    """Return whether a folder is in a place: links out of it are not followed."""
     return not storage.is_local or Path(storage.uri).resolve().is_relative_to(Path(place.uri).resolve())

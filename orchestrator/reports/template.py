@@ -1,4 +1,4 @@
-"""HTML pages: one frame and one style. Templates fill it and escape everything that came from data."""
+"""HTML pages with one frame and one style; templates escape all text from data."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-_LIVE_S = 5  # between two questions of a live page
+_LIVE_S = 5  # between two requests of a live page
 
 
 def render(package: str, template: str, **values: Any) -> Markup:
-    """A template of a package, filled."""
+    """Fill a template of a package."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -22,11 +22,12 @@ def render(package: str, template: str, **values: Any) -> Markup:
 
 
 def page(title: str, body: Markup, *, css: str = "", is_live: bool = False) -> str:
-    """A whole page around its content, which needs nothing else.
+    """Return a whole page; it loads nothing else.
 
     Args:
-        css: besides that of all pages.
-        is_live: the page keeps asking /api + its own path for {"html": its content, anew}.
+        body: its content.
+        css: besides the style of all pages.
+        is_live: the page requests /api + its own path repeatedly and shows the "html" of the answer.
     """
     return render(
         "sigray.orchestrator.reports",
@@ -39,7 +40,10 @@ def page(title: str, body: Markup, *, css: str = "", is_live: bool = False) -> s
 
 
 def content_policy() -> str:
-    """The Content-Security-Policy of live pages: our one script, our styles, pictures inside the page, no else."""
+    """Return the Content-Security-Policy of live pages.
+
+    It allows our script, our styles and pictures inside the page.
+    """
     digest = base64.b64encode(hashlib.sha256(_script().encode()).digest()).decode()
     own = f"script-src 'sha256-{digest}'; connect-src 'self'; style-src 'unsafe-inline'; img-src data:"
     return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

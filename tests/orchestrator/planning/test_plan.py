@@ -320,7 +320,7 @@ def test_time_is_operations_by_speed_plus_bytes_by_link():
     assert found.wire_s == pytest.approx(sum(found.wire.values()) / 300e9)
     assert found.num_steps == -(-100_000 // 256)
     assert found.days == pytest.approx(found.num_steps * (found.compute_s + found.wire_s) / 86_400)
-    # Nine hosts' worth of devices go through the network, where a hop is slower.
+    # Nine hosts' worth of devices use the network, which is slower per hop.
     far = plan(small("train.precision=bf16", "train.global_batch_size=1024"), kind, 16)
     assert far.wire_s == pytest.approx(sum(far.wire.values()) / 25e9)
 

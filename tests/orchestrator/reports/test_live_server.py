@@ -37,7 +37,7 @@ Get = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def served() -> Iterator[Callable[..., Get]]:
-    """Serves places until the test ends; given a path as it is, without what a client library would mend in it."""
+    """Serves places until the test ends; given a path as it is, without the corrections of a client library."""
     servers = []
 
     def start(*places: Path | str) -> Get:
@@ -100,7 +100,7 @@ def test_a_run_from_its_start_to_its_end(served, tmp_path):
         # 84,900 pairs in steps of 256 are 84,992, at the 417 pairs per second of the lines.
         assert told["left_s"] == pytest.approx((84_992 - 20 * 256) / 417)
         assert told["checkpoint"]["step"] == 20
-        assert abs(told["heard_at"] - time.time()) < 30
+        assert abs(told["updated_at"] - time.time()) < 30
         said = text_of(told["html"])
         for words in (
             "step 20 of 332, 5,120 of 84,992 pairs",
@@ -130,7 +130,7 @@ def test_a_run_from_its_start_to_its_end(served, tmp_path):
     # The driver has gone and left no summary.
     told = api(get, "/runs/demo")
     assert (told["status"], told["left_s"]) == ("unfinished", None)
-    assert "last heard of" in text_of(told["html"])
+    assert "last update" in text_of(told["html"])
     for status in ("failed", "stopped", "finished"):
         (folder / "summary.json").write_text(json.dumps(SUMMARY | {"status": status}))
         assert api(get, "/runs/demo")["status"] == status
@@ -265,9 +265,9 @@ def test_a_long_run_is_drawn_with_few_points(served, tmp_path):
     write_run(folder, metrics=lines, evaluations=[], summary=None)
     told = api(served(tmp_path), "/runs/demo")
     assert len(told["html"]) < 400_000
-    from sigray.orchestrator.reports.run_page import _curve
+    from sigray.orchestrator.reports.run_charts import curve
 
-    points = _curve(lines, "train/loss")
+    points = curve(lines, "train/loss")
     assert len(points) <= 1002
     assert (7001 * 256, 1234.0) in points
     assert (points[0][0], points[-1][0]) == (256, 20_000 * 256)

@@ -63,7 +63,7 @@ def test_full_run_says_what_came_out(full_run: Page) -> None:
         "among its five best of 1,720 names: 35 times chance." in page.text
     )
     assert f"For {OTHER} it is 18.8 % among its five best of 180 names: 6.8 times chance." in page.text
-    assert f"As a first guess on {SET} it is still below a plain look-alike: 2.6 % right" in page.text
+    assert f"The first guess on {SET} is still below the pixel neighbour: 2.6 % are right." in page.text
     assert "Top-1 is 45 times chance, top-5 is 35 times chance. Below the pixel neighbour" in page.text
     assert "The pixel neighbour gets none right" in page.text
     assert "pixel neighbour 45.6 % chance 0.058 %" in page.text
@@ -138,13 +138,13 @@ def test_run_without_a_summary_is_not_called_finished(tmp_path: Path) -> None:
 
 
 def test_summary_older_than_the_metrics_does_not_decide(tmp_path: Path) -> None:
-    """A run that was stopped, resumed and then killed leaves the summary of its life before."""
+    """A run that was stopped, resumed and then killed leaves the summary of an earlier attempt."""
     summary = SUMMARY | {"status": "stopped", "steps": 100, "samples_seen": 25600}
     page = page_of(
         write_run(tmp_path, metrics=[metrics_line(200)], evaluations=[evaluation(160, 0.01, 0.05)], summary=summary)
     )
     assert "Not finished after 51,200 of 84,992 pairs (5.1 epochs): the model has the right name of 5.0 %" in page.text
-    assert "Measured on the checkpoint of step 160, after 40,960 pairs. The run went on for 10,240 more." in page.text
+    assert "Measured on the checkpoint of step 160, after 40,960 pairs. The run continued for 10,240 more." in page.text
     assert "pixel neighbour 45.6 %" in page.text  # the baseline is the same for every checkpoint
 
 
@@ -153,7 +153,7 @@ def test_resumed_run_does_not_claim_the_time_of_its_last_session_for_the_whole(t
     page = page_of(write_run(tmp_path, summary=summary))
     assert "After 84,992 pairs (8.5 epochs), the model" in page.text
     assert "3 min 20 s training, 1 h 02 min in all (last session)" in page.text
-    assert "the last start was from the checkpoint of step 160" in page.text
+    assert "last resumed from the checkpoint of step 160" in page.text
 
 
 def test_a_rate_within_luck_of_chance_is_called_so(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_rate_within_luck_of_chance_is_called_so(tmp_path: Path) -> None:
 def test_a_model_above_the_pixel_neighbour_is_called_so(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path, metrics=[], evaluations=[evaluation(332, 0.6, 0.8)]))
     assert "Above the pixel neighbour" in page.text
-    assert "plain look-alike" not in page.text
+    assert "still below the pixel neighbour" not in page.text
 
 
 def test_set_without_classes_has_only_retrieval(tmp_path: Path) -> None:

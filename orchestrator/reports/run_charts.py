@@ -1,0 +1,188 @@
+"""The charts of a run's page: SVG in the page's own colours, each with a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from sigray.orchestrator import formatting as words
+from sigray.orchestrator.reports import drawing
+from sigray.orchestrator.reports.run_files import RunFiles, find_number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MAX_POINTS = 1000  # of a curve; a longer one keeps the lowest and highest point of each stretch
+
+
+def charts(run: RunFiles) -> list[dict[str, Any]]:
+    """Return the charts for which the run has data."""
+    found = []
+    for title, chart in (
+        ("Loss", _loss(run)),
+        *((f"Zero-shot: {name}", _zero_shot(run, name)) for name in run.zero_shot),
+        ("Logit scale and bias", _logit(run)),
+        ("Learning rate", _learning_rate(run)),
+        ("Throughput", _throughput(run)),
+    ):
+        if chart is not None:
+            found.append({"title": title, "caption": chart[0], "svg": chart[1]})
+    return found
+
+
+def _panels(*panels: tuple[str, drawing.Points], from_zero: bool = False, is_log: bool = False) -> Any:
+    """Draw curves with their labels, one below the other."""
+
+    def draw(figure: Figure) -> None:
+        column = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+        for axes, (label, points), color in zip(column, panels, drawing.SERIES, strict=False):
+            drawing.plot(axes, points, color)
+            axes.set_ylabel(label)
+            if from_zero:
+                axes.set_ylim(bottom=0, top=1.15 * max(value for _, value in points) or 1)
+            if is_log:
+                axes.set_yscale("log")
+        drawing.samples_axis(column[-1])
+
+    return drawing.svg(draw)
+
+
+def _loss(run: RunFiles) -> tuple[str, Any] | None:
+    points = curve(run.metrics, "train/loss")
+    if not points:
+        return None
+    is_log = drawing.spans_decades([value for _, value in points])
+    caption = _from_to("Loss per image, lower is better", points)
+    return caption, _panels(("sigmoid loss per image", points), is_log=is_log)
+
+
+def _logit(run: RunFiles) -> tuple[str, Any] | None:
+    scale = curve(run.metrics, "train/logit_scale")
+    bias = curve(run.metrics, "train/logit_bias")
+    if not scale or not bias:
+        return None
+    first = _from_to(f"A logit is scale {words.TIMES} cosine + bias. Scale", scale)
+    return f"{first[:-1]}; {_from_to('bias', bias)}", _panels(("scale", scale), ("bias", bias))
+
+
+def _learning_rate(run: RunFiles) -> tuple[str, Any] | None:
+    points = curve(run.metrics, "train/learning_rate")
+    if not points:
+        return None
+    samples, top = max(points, key=lambda point: point[1])
+    caption = f"Highest after {words.count(samples)} pairs: {words.decimal(top)}."
+    return caption, _panels(("learning rate", points), from_zero=True)
+
+
+def _throughput(run: RunFiles) -> tuple[str, Any] | None:
+    rate = curve(run.metrics, "throughput/samples_per_s")
+    wait = curve(run.metrics, "data/wait_pct")
+    if not rate or not wait:
+        return None
+    speed, waiting = (median(value for _, value in points) for points in (rate, wait))
+    caption = (
+        f"Median {words.count(speed)} pairs per second; training waited for data {words.percent(waiting / 100)} of the "
+        "time."
+    )
+    return caption, _panels(("pairs/s", rate), ("data wait, %", wait), from_zero=True)
+
+
+def _zero_shot(run: RunFiles, name: str) -> tuple[str, Any] | None:
+    curves = {k: curve(run.evaluations, "zero_shot", name, f"top{k}") for k in guesses(run.zero_shot[name])}
+    curves = {k: points for k, points in curves.items() if points}
+    if not curves:
+        return None
+    chances = {k: find_number(run.zero_shot, name, f"chance{k}") for k in curves}
+    baseline = run.baseline(name)
+
+    def draw(figure: Figure) -> None:
+        from matplotlib.ticker import FuncFormatter, LogLocator
+
+        axes = figure.subplots()
+        levels = [value for points in curves.values() for _, value in points]
+        for (k, points), color, marker in zip(curves.items(), (drawing.FIRST, drawing.SECOND), "os", strict=False):
+            drawing.plot(axes, points, color, marker=marker, label=f"top-{k}")
+            chance = chances[k]
+            if chance:
+                levels.append(chance)
+                axes.axhline(chance, color=color, linewidth=1.2, linestyle=(0, (4, 3)), label=f"chance top-{k}")
+        if baseline:
+            levels.append(baseline)
+            axes.axhline(baseline, color=drawing.INK, linewidth=1.2, linestyle=(0, (1, 2)), label="pixel neighbour")
+        positive = [level for level in levels if level > 0]
+        if drawing.spans_decades(positive):
+            # A log axis cannot show a rate of 0: its line comes from below the frame.
+            low = min(positive) / 2
+            high = min(1.0, max(positive) * 2)
+            axes.set_yscale("log", nonpositive="clip", subs=[])
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if high / low < 1000 else (1,)))
+            axes.set_ylim(low, high)
+        else:
+            axes.set_ylim(0, min(1.0, max(positive, default=1.0) * 1.1))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{100 * rate:g} %"))
+        axes.set_ylabel("images with the right name")
+        drawing.samples_axis(axes)
+        figure.legend(
+            loc="upper center", ncols=3 if baseline else 2, frameon=False, handlelength=1.6, columnspacing=1.2
+        )
+        figure.subplots_adjust(top=0.83)
+
+    parts = [f"top-{k} {words.percent(points[-1][1])}" for k, points in curves.items()]
+    count = "the only evaluation so far" if max(map(len, curves.values())) == 1 else "the newest evaluation"
+    lines = "dashed: chance" + ("; dotted: the pixel nearest neighbour at top-1" if baseline else "")
+    return f"{', '.join(parts)} at {count}; {lines}.".capitalize(), drawing.svg(draw)
+
+
+def guesses(figures: Any) -> tuple[int, ...]:
+    """Return the numbers of guesses to show: 1 and 5.
+
+    Five guesses among at most five names are always right and say nothing.
+    """
+    return (1,) if find_number(figures, "chance5") == 1 else (1, 5)
+
+
+def language_bars(bars: list[tuple[str, float, float]]) -> Any:
+    """Draw a bar for each (language, rate, chance), the highest first."""
+    ordered = sorted(bars, key=lambda bar: -bar[1])
+
+    def draw(figure: Figure) -> None:
+        from matplotlib.ticker import FuncFormatter
+
+        figure.set_size_inches(8.6, 2.9)
+        axes = figure.subplots()
+        places = range(len(ordered))
+        axes.bar(places, [rate for _, rate, _ in ordered], color=drawing.FIRST, width=0.7)
+        axes.plot(places, [chance for _, _, chance in ordered], color=drawing.SECOND, linewidth=1.2, label="chance")
+        axes.set_xticks(places, [language for language, *_ in ordered], fontsize=8)
+        axes.set_xlim(-0.6, len(ordered) - 0.4)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{100 * rate:g} %"))
+        axes.set_ylabel("image to text R@1")
+        axes.legend(frameon=False, loc="upper right")
+        figure.subplots_adjust(left=0.09)
+
+    return drawing.svg(draw)
+
+
+def curve(lines: Iterable[dict[str, Any]], *keys: str) -> drawing.Points:
+    """Return (samples seen, value) of each line that has both.
+
+    A long curve keeps its first and last point and the extremes in between.
+    """
+    pairs = [(find_number(line, "samples_seen"), find_number(line, *keys)) for line in lines]
+    points = [(samples, value) for samples, value in pairs if samples is not None and value is not None]
+    if len(points) <= _MAX_POINTS:
+        return points
+    stretch = -(-2 * len(points) // _MAX_POINTS)
+    kept = {points[0], points[-1]}
+    for begin in range(0, len(points), stretch):
+        part = points[begin : begin + stretch]
+        kept |= {min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])}
+    return sorted(kept)
+
+
+def _from_to(what: str, points: drawing.Points) -> str:
+    (first_samples, first), (_, last) = points[0], points[-1]
+    if len(points) == 1:
+        return f"{what}: {words.decimal(first)} after {words.count(first_samples)} pairs, the only line of metrics."
+    return f"{what}: from {words.decimal(first)} after {words.count(first_samples)} pairs to {words.decimal(last)}."
