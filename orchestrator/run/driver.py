@@ -128,10 +128,12 @@ def train(
                 _save_timeline(folder)
             if status == "finished":
                 evaluations.finish()
-                while evaluations.newest is not None and rungs.decide_on(evaluations.newest) == "wait":
-                    time.sleep(_POLL_S)
-                    lease.check()
-                evaluations.add_baselines()
+                if evaluations.newest is not None:
+                    while rungs.decide_on(evaluations.newest) == "wait":
+                        time.sleep(_POLL_S)
+                        lease.check()
+                    add_baselines(config, evaluations.newest)
+                    folder.save_evaluation(evaluations.newest)
         except Exception as error:
             folder.append_event(str(error), "failure")
             sum_up("failed")

@@ -87,12 +87,6 @@ class Evaluations:
             ray.wait([self._running[1]], timeout=_WAIT_S)
             self.poll()
 
-    def add_baselines(self) -> None:
-        """Add the configured baselines to the newest result."""
-        if self.newest is not None:
-            add_baselines(self._config, self.newest)
-            self._folder.save_evaluation(self.newest)
-
     def _failed(self, info: CheckpointInfo, error: Exception) -> None:
         """Try the evaluation of a rung again; a run without it goes on."""
         reason = getattr(error, "cause", error)

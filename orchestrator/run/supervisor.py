@@ -188,7 +188,7 @@ class Supervisor:
 
         for event in ray.get(self._monitor.take.remote()):
             self._take(event["kind"], event["content"])
-        self.records.repeat()
+        self.records.prometheus.repeat()
         self._pool.poll()
         self.evaluations.poll()
         if self.rungs.decide() == "stop":
@@ -212,7 +212,7 @@ class Supervisor:
             if self.rungs.record(content) and not self._stop.is_set():
                 self.ask_to_stop()
         elif kind == "checkpoint":
-            self.records.checkpoint()
+            self.records.prometheus.checkpoint()
             self._take_checkpoint(CheckpointInfo(**content))
         elif kind == "warning":
             self.display.say(content)
@@ -283,7 +283,7 @@ class Supervisor:
         from sigray.workers.training.step import BadStep
 
         failure, error = classify_failure(self._errors)
-        self.records.ended(is_bad_step=isinstance(error, BadStep))
+        self.records.prometheus.ended(isinstance(error, BadStep))
         if isinstance(error, BadStep):
             return self._decide_bad_step(error)
         self._failed.append(Attempt(time.monotonic(), self._first_step, self._last_step, failure, str(error)))

@@ -17,11 +17,12 @@ class RunRecords:
 
     Attributes:
         facts: start-up facts of the newest attempt; empty before the first one.
+        prometheus: the run's metrics in Prometheus.
     """
 
     def __init__(self, config: RunConfig, folder: RunFolder, manifest: Manifest, display: Display) -> None:
         self._folder, self._manifest, self._display = folder, manifest, display
-        self._prometheus = RunMetrics(config.run.name, config.checkpoint.save_every_s)
+        self.prometheus = RunMetrics(config.run.name, config.checkpoint.save_every_s)
         self._tensorboard: TensorBoard | None = None
         self.facts: dict[str, Any] = {}
 
@@ -33,7 +34,7 @@ class RunRecords:
         else:
             self._display.keep(f"training begins at step {first_step:,}", "note")
         self.facts = facts
-        self._prometheus.started(facts)
+        self.prometheus.started(facts)
         self._folder.restore_metrics(first_step)
         self.close_trackers()
         self._tensorboard = TensorBoard(self._folder, first_step * facts["global_batch_size"] + 1)
@@ -47,27 +48,16 @@ class RunRecords:
         """
         self._folder.append_metrics(line)
         self._display.metrics(line)
-        self._prometheus.line(line, num_data_workers)
+        self.prometheus.line(line, num_data_workers)
         if self._tensorboard is not None:
             self._tensorboard.metrics(line)
 
-    def checkpoint(self) -> None:
-        self._prometheus.checkpoint()
-
     def evaluation(self, result: dict[str, Any]) -> None:
         self._folder.save_evaluation(result)
-        self._prometheus.evaluation(result)
+        self.prometheus.evaluation(result)
         self._display.evaluation(result)
         if self._tensorboard is not None:
             self._tensorboard.evaluation(result)
-
-    def ended(self, *, is_bad_step: bool) -> None:
-        """Record the failure of an attempt."""
-        self._prometheus.ended(is_bad_step)
-
-    def repeat(self) -> None:
-        """Send Prometheus its values again: Ray forgets those that are not repeated."""
-        self._prometheus.repeat()
 
     def close(self) -> None:
         self._display.close()

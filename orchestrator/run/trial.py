@@ -110,7 +110,7 @@ class Rungs:
         """Ask the sweep about the pending rung; pass the answer to the workers.
 
         Returns:
-            "stop" or "go on" once the sweep has decided; None if no rung is pending or its evaluation is not there.
+            The sweep's answer; None if no rung is pending, or its evaluation is not there yet.
         """
         if self.pending is None or self._evaluation is None:
             return None

@@ -42,7 +42,7 @@ def shown() -> tuple[Display, io.StringIO]:
 def supervisor_of(storage: Storage, monitor: Any = None, **sections: Any) -> Supervisor:
     """A supervisor without processes."""
     group: Any = SimpleNamespace(folder=SimpleNamespace(storage=storage), monitor=monitor, pool=None)
-    records: Any = SimpleNamespace(facts={}, ended=lambda is_bad_step: None)
+    records: Any = SimpleNamespace(facts={}, prometheus=SimpleNamespace(ended=lambda is_bad_step: None))
     nothing: Any = None
     return Supervisor(config_of(**sections), group, nothing, records, nothing, nothing, shown()[0])
 
@@ -104,7 +104,7 @@ def test_each_event_of_the_training_loop_is_a_heartbeat(kind, tmp_path):
     watched._heartbeat = SimpleNamespace(beat=lambda: beats.append(kind))  # type: ignore[assignment]
     content = {"first_step": 0, "step": 1.0, "name": "", "samples_seen": 1}
     ignore = lambda *_: None  # noqa: E731
-    watched.records = SimpleNamespace(started=ignore, metrics=ignore, checkpoint=ignore)  # type: ignore[assignment]
+    watched.records = SimpleNamespace(started=ignore, metrics=ignore, prometheus=SimpleNamespace(checkpoint=ignore))  # type: ignore[assignment]
     watched.rungs = SimpleNamespace(record=ignore, saved=ignore)  # type: ignore[assignment]
     watched.evaluations = SimpleNamespace(add=ignore)  # type: ignore[assignment]
     if kind == "checkpoint":
