@@ -22,6 +22,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import ray
+from ray.util.scheduling_strategies import (
+    DoesNotExist,
+    NodeAffinitySchedulingStrategy,
+    NodeLabelSchedulingStrategy,
+    NotIn,
+)
+
 from sigray.workers.config import DataConfig, ModelConfig
 from sigray.workers.data import s3
 from sigray.workers.data.buffers import Place
@@ -43,8 +51,6 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 def in_tasks(function: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
     """A `manifest.ParallelMap` over the cluster that this process has joined."""
-    import ray
-
     task: Any = ray.remote(num_cpus=1, max_retries=3)(lambda item: function(item))
     for reference in [task.remote(item) for item in items]:
         yield ray.get(reference)
@@ -60,9 +66,6 @@ def as_raised(error: Any) -> BaseException:
 
 def start_here(actor_class: Any, *arguments: Any) -> Any:
     """Start a small actor without a CPU on the driver's machine: it lasts as long."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(actor_class).options(num_cpus=0, scheduling_strategy=here).remote(*arguments)
 
@@ -75,8 +78,6 @@ def placement(nodes: list[dict[str, Any]]) -> Any:
     Args:
         nodes: as `ray.nodes()` gives them.
     """
-    from ray.util.scheduling_strategies import DoesNotExist, NodeLabelSchedulingStrategy, NotIn
-
     alive = [node for node in nodes if node["Alive"]]
     training = [node["NodeID"] for node in alive if _has_accelerator(node)]
     if len(training) in (0, len(alive)):
@@ -93,8 +94,6 @@ def _has_accelerator(node: dict[str, Any]) -> bool:
 
 def listed(reference: Any) -> list[Any]:
     """The actors in the result of `StreamRegistry.actors`."""
-    import ray
-
     (actors,) = ray.get(ray.get(reference))
     return actors
 
@@ -191,8 +190,6 @@ class DataPool:
 
     def poll(self) -> None:
         """Publish workers that are up, stop retired ones; called several times a second."""
-        import ray
-
         for actor, reference in list(self._starting):
             if ray.wait([reference], timeout=0)[0]:
                 self._starting.remove((actor, reference))
@@ -209,28 +206,20 @@ class DataPool:
 
     def usage(self) -> dict[str, float]:
         """The sum of the workers' usage; a replaced worker counts from its restart."""
-        import ray
-
         used = ray.get([actor.usage.remote() for actor in self._actors])
         return {key: sum(one[key] for one in used) for key in used[0]}
 
     def close(self) -> None:
         """Stop all workers."""
-        import ray
-
         starting = [actor for actor, _ in self._starting]
         retired = [actor for _, actor in self._retired]
         for actor in [*self._actors, *starting, *retired, self.registry]:
             ray.kill(actor)
 
     def _publish(self) -> None:
-        import ray
-
         ray.get(self.registry.publish.remote([ray.put(self._actors)]))
 
     def _start(self) -> Any:
-        import ray
-
         manifest, data, model = self._arguments
         # Ray restarts a dead worker and repeats its outstanding requests.
         actor = ray.remote(
@@ -260,8 +249,6 @@ class SharedPool:
 
     def subscribe(self, number: int) -> None:
         """Make the other subscribers wait: training starts with this block of each lane."""
-        import ray
-
         ray.get(self._registry.subscribe.remote(self._subscriber, number))
 
     def unsubscribe(self) -> None:
@@ -333,8 +320,6 @@ class PoolBlocks:
             DataError: as the data-shard worker raised it.
             RuntimeError: if no worker answers, replaced ones included.
         """
-        import ray
-
         outstanding: list[_Request] = [handle]
         begin = time.monotonic()
         num_timeouts = 0
@@ -374,8 +359,6 @@ class PoolBlocks:
 
     def _await_subscribers(self, number: int) -> None:
         """Wait for slower subscribers that still need what this block would evict."""
-        import ray
-
         if self._subscriber is None or number <= self._newest:
             return
         while not ray.get(self._registry.may_request.remote(self._subscriber, number)):
@@ -399,8 +382,6 @@ class PoolBlocks:
 
     def _check_stragglers(self) -> None:
         """Give stragglers that have answered their lanes back; replace hung ones."""
-        import ray
-
         for actor, (since, reference) in list(self._stragglers.items()):
             has_answered = bool(ray.wait([reference], timeout=0, fetch_local=False)[0])
             is_hung = not has_answered and time.monotonic() - since > self._timeout_s
@@ -411,8 +392,6 @@ class PoolBlocks:
                 self._taken_over = {lane: by for lane, by in self._taken_over.items() if self._home(lane) != actor}
 
     def _replace(self, actor: Any) -> None:
-        import ray
-
         logger.warning("a data-shard worker gave no answer within %.0f s: replacing it", self._timeout_s)
         ray.kill(actor, no_restart=False)
 
@@ -425,8 +404,6 @@ class PoolBlocks:
         return self._actors[(place + 1) % len(self._actors)]
 
     def _refresh_actors(self) -> None:
-        import ray
-
         if not self._actors:
             self._use(listed(self._registry.actors.remote()))
         if self._refresh is not None and ray.wait([self._refresh], timeout=0)[0]:
