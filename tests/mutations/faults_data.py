@@ -117,17 +117,10 @@ FAULTS = [
     ),
     # Data workers: blocks and what stands in for bad samples.
     Fault(
-        "a sample with doubled members stands in for another",
-        "sigray.workers.data.worker:DataWorker._replacement",
-        "if sample.has_duplicates:",
-        "if False:",
-        (f"{_PLANE}a_sample_with_doubled_members_stands_in_for_none",),
-    ),
-    Fault(
         "a stand-in is cropped alike in every epoch",
         "sigray.workers.data.worker:DataWorker._replacement",
-        "ref.epoch",
-        "0",
+        "self._decode(sample, ref, out)",
+        "self._decode(sample, replace(ref, epoch=0), out)",
         (f"{_PLANE}a_stand_in_is_drawn_with_the_numbers_of_the_refused_sample",),
     ),
     Fault(

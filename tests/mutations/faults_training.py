@@ -212,8 +212,10 @@ FAULTS = [
     Fault(
         "crops equal in all epochs",
         _WORKER + "DataWorker._decode",
-        "self._decode_image(sample, random, out)",
-        "self._decode_image(sample, sample_random(self._seed, 0, ref.shard, ref.index), out)",
+        "self._decoder.decode_image(sample.members, out, random)",
+        "self._decoder.decode_image(\n"
+        "                sample.members, out, sample_random(self._seed, 0, ref.shard, ref.index)\n"
+        "            )",
         _run("draws"),
     ),
     Fault(

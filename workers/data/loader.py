@@ -7,6 +7,7 @@ a plain DataWorker.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import queue
 import threading
@@ -156,24 +157,19 @@ class Loader:
     def close(self) -> None:
         """Stop requesting blocks. Safe to call at any time."""
         self._stop.set()
+        with contextlib.suppress(queue.Empty):  # the thread may wait to add a batch
+            while True:
+                self._ready.get_nowait()
 
     def _produce(self) -> None:
         try:
             for batch in self._batches():
-                if not self._put(batch):
+                self._ready.put(batch)
+                if self._stop.is_set():
                     return
-            self._put(None)
+            self._ready.put(None)
         except Exception as error:  # raised again in the training thread
-            self._put(error)
-
-    def _put(self, item: Batch | Exception | None) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._ready.put(item, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False
+            self._ready.put(error)
 
     def _pieces(self, step: int, rank: int, world_size: int) -> list[_Piece]:
         """A rank's part of a step, in the batch's order."""
