@@ -41,7 +41,7 @@ FAULTS = [
         "if False",
         (
             f"{_BOUNDS}buffers_of_batches_are_used_again",
-            f"{_MEMORY}memory_is_used_again_and_not_where_somebody_is_late",
+            f"{_MEMORY}memory_is_used_again_unless_a_straggler_may_write",
         ),
     ),
     Fault(
@@ -92,7 +92,7 @@ FAULTS = [
         "sigray.workers.data.loader:Batch.release",
         "self.give_back()",
         "pass",
-        (f"{_MEMORY}memory_is_used_again_and_not_where_somebody_is_late",),
+        (f"{_MEMORY}memory_is_used_again_unless_a_straggler_may_write",),
     ),
     Fault(
         "a released batch can be read",
@@ -272,43 +272,43 @@ FAULTS = [
         "sigray.workers.data.buffers:Address.open",
         "if _shows(os.getpid(), descriptor, self.name):",
         "if True:",
-        (f"{_MEMORY}what_stands_at_an_address_is_the_buffer_or_nothing",),
+        (f"{_MEMORY}the_memory_at_an_address_is_the_buffer_or_nothing",),
     ),
     Fault(
         "memory of buffers that are gone stays mapped",
         "sigray.workers.data.buffers:Mappings._open",
         "if known.is_there()",
         "if known",
-        (f"{_MEMORY}memory_of_buffers_that_are_gone_is_let_go",),
+        (f"{_MEMORY}mappings_of_freed_buffers_are_dropped",),
     ),
     Fault(
-        "rows are written one place behind",
+        "rows are written one row early",
         "sigray.workers.data.buffers:Mappings.rows",
         "batch[place.row + number]",
         "batch[place.row + number - 1]",
-        (f"{_MEMORY}a_block_wanted_whole_is_decoded_where_it_belongs_and_a_part_of_one_for_others_too",),
+        (f"{_MEMORY}a_whole_block_is_decoded_in_place_and_a_part_is_kept_for_other_requests",),
     ),
-    # Pools and readers that keep pace.
+    # Pools and subscribers.
     Fault(
-        "a reader leaves others behind by a block",
+        "a block that another subscriber needs is evicted",
         "sigray.workers.data.stream_registry:evicts_needed_block",
         "number <= other + window + 1",
         "number < other + window + 1",
         (f"{_LISTS}evicts_needed_block",),
     ),
     Fault(
-        "a reader that is lost holds the others up",
+        "the others wait for a lost subscriber",
         "sigray.workers.data.stream_registry:StreamRegistry.may_request",
         "and now - heartbeat < _HEARTBEAT_TIMEOUT_S",
         "",
-        (f"{_LISTS}a_reader_that_is_lost_or_leaves_holds_nobody_up",),
+        (f"{_LISTS}no_subscriber_waits_for_one_that_is_lost_or_unsubscribed",),
     ),
     Fault(
-        "a reader that waits is taken for lost",
+        "a waiting subscriber counts as lost",
         "sigray.workers.data.stream_registry:StreamRegistry.may_request",
         "self._subscribers[subscriber] = number - 1, now",
         "pass",
-        (f"{_LISTS}a_reader_that_waits_is_not_taken_for_lost",),
+        (f"{_LISTS}a_waiting_subscriber_is_not_lost",),
     ),
     Fault(
         "data workers are kept away from the only hosts that there are",

@@ -64,20 +64,20 @@ def test_another_process_writes_rows_where_they_belong():
     assert writer.stdout.readline() == "[1, 2]\n"
     assert buffer.array[:, 0, 0].tolist() == [7, 7, 7, 1001, 1002, 7]
     array = buffer.array
-    del buffer  # a batch outlives its buffer, and is there whoever dies
+    del buffer  # the batch outlives its buffer and the writer
     writer.send_signal(signal.SIGKILL)
     writer.wait()
     assert array[:, 1, 1].tolist() == [7, 7, 7, 1001, 1002, 7]
 
 
-def test_what_stands_at_an_address_is_the_buffer_or_nothing():
+def test_the_memory_at_an_address_is_the_buffer_or_nothing():
     buffer, other = buffer_of_rows(2), buffer_of_rows(2)
     mappings = Mappings()
     assert rows_of(mappings, place_in(buffer)) is not None
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     for changes in (
-        {"name": "sigray-of-somebody-else"},
+        {"name": "sigray-of-another-process"},
         {"descriptor": other.address.descriptor},
         {"descriptor": 2**20},
         {"pid": gone.pid},
@@ -87,7 +87,7 @@ def test_what_stands_at_an_address_is_the_buffer_or_nothing():
     assert mappings.rows([place_in(buffer), place_in(other, name="x")], (2, 2), np.dtype(np.uint16)) is None
 
 
-def test_memory_of_buffers_that_are_gone_is_let_go(monkeypatch):
+def test_mappings_of_freed_buffers_are_dropped(monkeypatch):
     opened = []
     monkeypatch.setattr(Address, "open", lambda self, open=Address.open: opened.append(self) or open(self))
     mappings, made = Mappings(), [buffer_of_rows(1) for _ in range(3)]
@@ -104,10 +104,10 @@ def test_a_system_without_such_memory_has_batches_of_its_own(monkeypatch, data_c
     expected = batches(data_config, model_config, batch=12)
     monkeypatch.delattr(os, "memfd_create")
     assert buffer_of_rows(2).address is None
-    same(expected, batches(data_config, model_config, batch=12, source=MustNotBeTold))
+    same(expected, batches(data_config, model_config, batch=12, source=RequestedByValue))
 
 
-def test_a_block_comes_by_value_where_one_of_its_batches_cannot_be_reached(data_config, model_config, monkeypatch):
+def test_a_block_comes_by_value_if_one_of_its_batches_cannot_be_reached(data_config, model_config, monkeypatch):
     expected = batches(data_config, model_config, batch=12)
     made = []
 
@@ -122,7 +122,7 @@ def test_a_block_comes_by_value_where_one_of_its_batches_cannot_be_reached(data_
     assert len(made) > 3
 
 
-class MustNotBeTold(OneWorker):
+class RequestedByValue(OneWorker):
     def request(self, lane, number, places=()):
         assert not places
         return places
@@ -141,24 +141,24 @@ class Recorded(OneWorker):
         return block
 
 
-class WithLateWriters(OneWorker):
-    """Some that were told places do not answer, another does; they go on writing nonsense there, for ever."""
+class WithStragglers(OneWorker):
+    """Some primaries do not answer and a backup does; they write nonsense to their places for ever."""
 
     def __init__(self, worker, shares_memory, seed=0):
         super().__init__(worker, shares_memory)
-        self._random, self._mappings, self._late = random.Random(seed), Mappings(), []
-        self.num_late = 0
+        self._random, self._mappings, self._stragglers = random.Random(seed), Mappings(), []
+        self.num_stragglers = 0
 
     def wait(self, lane, number, handle):
-        for rows in self._late:
+        for rows in self._stragglers:
             for row in rows.values():
                 row[...] = self._random.randrange(256)
         if not handle or self._random.random() < 0.7:
             return super().wait(lane, number, handle)
         kind = self._worker._image
-        self._late.append(self._mappings.rows(handle, kind.shape, kind.dtype))
-        self.num_late += 1
-        # A block that the worker keeps must not be told about this.
+        self._stragglers.append(self._mappings.rows(handle, kind.shape, kind.dtype))
+        self.num_stragglers += 1
+        # A copy: the worker keeps its block for other requests.
         return dataclasses.replace(super().wait(lane, number, ()), has_straggler=True)
 
 
@@ -210,11 +210,11 @@ def test_batches_written_in_place_are_those_by_value(
     expected, _ = one_by_one(config, model_config, OneWorker, shares_memory=False, **kinds)
     found, source = one_by_one(config, model_config, Recorded, shares_memory=True, **kinds)
     same(expected, found)
-    # Where captions move, every rank asks for all blocks, and each shall be decoded once.
+    # If captions move, every rank requests all blocks, and each is decoded once.
     by_value = world_size > 1 and noise in ("alignment", "all")
     assert (source.by_value == 0, source.in_place == 0) == (not by_value, by_value)
     late, source = one_by_one(
-        config, model_config, lambda *all: WithLateWriters(*all, seed=seed), shares_memory=True, **kinds
+        config, model_config, lambda *all: WithStragglers(*all, seed=seed), shares_memory=True, **kinds
     )
     same(expected, late)
 
@@ -225,16 +225,16 @@ def by_value(worker, shares_memory):
 
 @pytest.mark.parametrize(("batch", "world_size"), [(12, 1), (10, 2)])
 def test_batches_that_are_handed_out_stay_as_they_are(data_config, model_config, batch, world_size):
-    """All are held to the end, while those who are late write on."""
+    """No batch is released, and stragglers write until the end."""
     for rank in range(world_size):
         kinds = {"batch": batch, "rank": rank, "world_size": world_size}
         expected = batches(data_config, model_config, source=by_value, **kinds)
         assert len(expected) == 12
-        for source in (Recorded, WithLateWriters):
+        for source in (Recorded, WithStragglers):
             same(expected, batches(data_config, model_config, source=source, **kinds))
 
 
-def test_memory_is_used_again_and_not_where_somebody_is_late(data_config, model_config, monkeypatch):
+def test_memory_is_used_again_unless_a_straggler_may_write(data_config, model_config, monkeypatch):
     made = []
 
     class Counted(SharedBuffer):
@@ -249,12 +249,12 @@ def test_memory_is_used_again_and_not_where_somebody_is_late(data_config, model_
     assert usual <= 2 + 2 * -(-data_config.block_size * data_config.num_lanes // 12) + 4 < 25
     assert source.by_value == 0
     made.clear()
-    _, source = one_by_one(data_config, model_config, WithLateWriters, shares_memory=True)
-    assert source.num_late > 5
+    _, source = one_by_one(data_config, model_config, WithStragglers, shares_memory=True)
+    assert source.num_stragglers > 5
     assert usual < len(made)
 
 
-def test_where_memory_cannot_be_locked_it_is_torchs_own(monkeypatch):
+def test_memory_that_cannot_be_locked_comes_from_torch(monkeypatch):
     """On hardware: tests/gpu/test_cuda.py."""
     monkeypatch.setattr(buffers, "_pinned", lambda num_bytes: np.zeros(num_bytes, np.uint8))
     asked = []
@@ -269,8 +269,8 @@ def test_where_memory_cannot_be_locked_it_is_torchs_own(monkeypatch):
     assert asked == [12, 12]
 
 
-def test_memory_is_locked_as_long_as_a_batch_is_held(monkeypatch):
-    """What CUDA is asked, without one. On hardware: tests/gpu/test_cuda.py."""
+def test_memory_is_locked_until_no_batch_views_it(monkeypatch):
+    """The calls of CUDA, without CUDA. On hardware: tests/gpu/test_cuda.py."""
     asked, answers = [], [0, 2]
     runtime = SimpleNamespace(
         cudaHostRegister=lambda *arguments: asked.append(arguments) or answers.pop(0),
@@ -458,7 +458,7 @@ def test_a_released_batch_cannot_be_read_and_its_slices_stay(data_config, model_
         assert torch.equal(rows, want.images[4:8])
 
 
-def test_a_block_wanted_whole_is_decoded_where_it_belongs_and_a_part_of_one_for_others_too(data_config, model_config):
+def test_a_whole_block_is_decoded_in_place_and_a_part_is_kept_for_other_requests(data_config, model_config):
     manifest = manifest_of(data_config)
     worker = DataWorker(manifest, data_config, model_config, seed=5)
     want = DataWorker(manifest, data_config, model_config, seed=5).block(1, 2)

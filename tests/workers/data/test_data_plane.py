@@ -1,4 +1,4 @@
-"""Data-shard worker and loader: what reaches the towers is the order's samples, whoever delivers them."""
+"""Data-shard worker and loader: the towers get the order's samples from any worker."""
 
 import dataclasses
 import io

@@ -195,7 +195,7 @@ def test_ledger_of_a_stream_in_which_everything_dies(ray_driver, minutes, pools,
             pool.poll()
             if not waiting.exists():
                 continue
-            time.sleep(rng.uniform(0, 0.3))  # what has been asked for ahead is in any state of being answered
+            time.sleep(rng.uniform(0, 0.3))  # prefetched blocks are then in any state
             num_pauses_to_live -= 1
             if num_pauses_to_live < 0 and committed(folder)["steps"] > first_step:
                 for pid in descendants_named(os.getpid(), "ray::Group"):
@@ -238,7 +238,7 @@ def test_headers_are_read_on_the_cluster(ray_driver, tmp_path, monkeypatch):
         scan_shards(data.shards, data, parallel_map=in_tasks)
 
 
-def test_a_worker_that_hangs_is_bypassed_and_replaced(pools, model, tmp_path):
+def test_a_hung_worker_is_bypassed_and_replaced(pools, model, tmp_path):
     write_dataset(tmp_path / "tars", [200])
     data = DataConfig(
         shards=str(tmp_path / "tars"),
@@ -255,7 +255,7 @@ def test_a_worker_that_hangs_is_bypassed_and_replaced(pools, model, tmp_path):
     alone = DataWorker(manifest, data, model, seed=SEED)
     want = alone.block(0, 0).images
     memory = [SharedBuffer(want.shape, want.dtype) for _ in range(40)]
-    late: dict[int, np.ndarray] = {}  # what stood where somebody had not answered, when another one had
+    stragglers: dict[int, np.ndarray] = {}  # contents of the places of stragglers, when a backup had answered
 
     def check(number: int) -> None:
         for lane in (0, 1):
@@ -264,7 +264,7 @@ def test_a_worker_that_hangs_is_bypassed_and_replaced(pools, model, tmp_path):
             block = source.wait(lane, number, source.request(lane, number, places))
             expected = alone.block(lane, number)
             if block.has_straggler:
-                late[2 * number + lane] = buffer.array.copy()
+                stragglers[2 * number + lane] = buffer.array.copy()
             if len(block.images):
                 assert block.has_straggler or not places
                 assert (block.images == expected.images).all()
@@ -274,16 +274,16 @@ def test_a_worker_that_hangs_is_bypassed_and_replaced(pools, model, tmp_path):
 
     for number in range(3):
         check(number)
-    late.clear()  # a busy machine may have been slow already
+    stragglers.clear()  # on a busy machine a worker may have been slow already
     hung = min(descendants_named(os.getpid(), "ray::DataWorkerActor"))
     os.kill(hung, signal.SIGSTOP)
     begin = time.monotonic()
     try:
         for number in range(3, 8):
             check(number)
-        assert time.monotonic() - begin < 5  # by the other one, long before the time-out
-        assert late
-        assert not any(before.any() for before in late.values())
+        assert time.monotonic() - begin < 5  # by the other worker, long before the timeout
+        assert stragglers
+        assert not any(before.any() for before in stragglers.values())
         deadline = time.monotonic() + 60
         number = 8
         while hung in descendants_named(os.getpid(), "ray::DataWorkerActor"):
@@ -295,38 +295,36 @@ def test_a_worker_that_hangs_is_bypassed_and_replaced(pools, model, tmp_path):
         if hung in descendants_named(os.getpid(), "ray::DataWorkerActor"):
             os.kill(hung, signal.SIGKILL)
     check(number)
-    # The one that took its place was asked the same by Ray, and wrote the same, while nobody waited for it any more.
-    place = min(late)
+    # Ray repeated the request to the replacement, which wrote the same after the block had come from the backup.
+    place = min(stragglers)
     while not memory[place].array.any():
-        assert time.monotonic() < deadline + 30, "nobody is late, so nothing of this was shown"
+        assert time.monotonic() < deadline + 30, "no worker was a straggler, so this test shows nothing"
         time.sleep(0.1)
 
 
-def test_workers_that_cannot_reach_the_memory_send_images_and_are_not_told_again(
-    pools, model, data_config, monkeypatch
-):
+def test_workers_on_other_machines_send_images_and_get_no_places_again(pools, model, data_config, monkeypatch):
     # On a busy machine no worker counts as a straggler, so there are no backup requests.
     monkeypatch.setattr("sigray.workers.data.pool._STRAGGLER_FACTOR", 1e9)
     manifest = scan_shards(data_config.shards, data_config)
     pool = pools(manifest, data_config.model_copy(update={"num_workers": 2, "cpus_per_worker": 0}), model)
-    source, told = PoolBlocks(pool.registry, 240), []
+    source, has_places = PoolBlocks(pool.registry, 240), []
     expected = DataWorker(manifest, data_config, model, seed=SEED).block(0, 0)
     buffer = SharedBuffer(expected.images.shape, expected.images.dtype)
     assert buffer.address is not None
-    elsewhere = Place(dataclasses.replace(buffer.address, name="on another machine"), 0, 0, data_config.block_size)
+    remote = Place(dataclasses.replace(buffer.address, name="on another machine"), 0, 0, data_config.block_size)
     assert source.shares_memory
     for lane in (0, 0, 1, 1):
-        handle = source.request(lane, 0, [elsewhere])
-        told.append(handle.has_places)
+        handle = source.request(lane, 0, [remote])
+        has_places.append(handle.has_places)
         block = source.wait(lane, 0, handle)
         assert len(block.images)
         assert not block.has_straggler
-        assert source.shares_memory == (len(told) < 3)
-    assert told == [True, False, True, False]
+        assert source.shares_memory == (len(has_places) < 3)
+    assert has_places == [True, False, True, False]
 
 
-def test_two_readers_of_one_stream_share_the_decoding(pools, model, tmp_path):
-    """At different speeds inside the window: each block is decoded once; a reader far behind is served as well."""
+def test_two_subscribers_of_a_stream_share_the_decoding(pools, model, tmp_path):
+    """Inside the window each block is decoded once, whatever their speeds; outside it a subscriber is served too."""
     write_dataset(tmp_path / "tars", [300])
     data = DataConfig(
         shards=str(tmp_path / "tars"),
@@ -351,9 +349,9 @@ def test_two_readers_of_one_stream_share_the_decoding(pools, model, tmp_path):
     for number in range(20):
         seen[number] = read(0, number)
         if number >= 4:
-            # The very block of the other reader: the time that decoding took is that of the first time.
+            # The same block: its decode time is that of the first request.
             assert read(1, number - 4) == seen[number - 4]
-    assert read(1, 3) != seen[3]  # fallen out of the window: evaluated again
+    assert read(1, 3) != seen[3]  # outside the window: decoded again
 
 
 def test_hosts_without_accelerators_are_preferred_and_not_required(ray_driver, pools, data_config, model):
