@@ -110,7 +110,7 @@ def test_a_store_that_keeps_failing_changes_nothing(tars, endpoint, model_config
 def test_a_resume_reads_no_more_than_a_window_per_lane(
     tars, endpoint, model_config, tmp_path, monkeypatch, small_parts
 ):
-    """Besides the window read ahead, and the way from the manifest's mark before it: 10 samples here, not 256."""
+    """Besides the prefetched window and the samples after the mark of the manifest before it: 10 here, not 256."""
     monkeypatch.setattr("sigray.workers.data.manifest._MARK_EVERY", 10)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with FaultProxy(endpoint) as proxy:
@@ -125,8 +125,8 @@ def test_a_resume_reads_no_more_than_a_window_per_lane(
                 index = order.next_index(lane, step, BATCH)
                 window, _ = order.window(lane, index)
                 assert len(worker._windows.get(lane, index)[0]) == len(window.permutation) <= 30
-            for _, ahead in worker._windows._ahead.values():
-                ahead.result()
+            for _, prefetched in worker._windows._prefetched.values():
+                prefetched.result()
             # Per lane: two windows in two shards each at most, each with a mark's distance and three parts in flight.
             assert proxy.num_sent - before <= 3 * (2 * 30 * sample_bytes + 4 * (10 * sample_bytes + 3 * PART))
             assert proxy.num_sent - before < 0.9 * manifest.num_bytes
