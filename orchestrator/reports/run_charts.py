@@ -182,7 +182,8 @@ def curve(lines: Iterable[dict[str, Any]], *keys: str) -> drawing.Points:
 
 
 def _from_to(what: str, points: drawing.Points) -> str:
-    (first_samples, first), (_, last) = points[0], points[-1]
+    first_samples, first = points[0]
+    last = points[-1][1]
     if len(points) == 1:
         return f"{what}: {words.decimal(first)} after {words.count(first_samples)} pairs, the only line of metrics."
     return f"{what}: from {words.decimal(first)} after {words.count(first_samples)} pairs to {words.decimal(last)}."
