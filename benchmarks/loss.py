@@ -1,20 +1,19 @@
-"""How fast is the loss, forward and backward, and how much memory does it take?
+"""Measure the speed of the loss, forward and backward, and its memory.
 
-In one process, alternating, each on the same features:
+In one process, alternating, on the same features:
 
     sigray            sigray.losses.sigmoid_loss
-    floor             the three matrix products of tiles alone, by torch, in the dtype that sigray multiplies tiles in
-                      (where a processor has AMX, sigray has products of its own)
+    floor             the three matrix products of the tiles alone, by torch, in sigray's dtype of products
     open_clip         open_clip.loss.SigLipLoss on one rank
     plain, compiled   the equation under autograd, and torch.compile of it
-    jax               big_vision's formula (trainers/proj/image_text/siglip.py) under jax.jit, where jax is installed:
+    jax               big_vision's formula (trainers/proj/image_text/siglip.py) under jax.jit, if jax is installed:
                       uv pip install -e '.[bench]'; on CPU only
-    siglip-kernel     fused_siglip_loss of the package of that name, where it is installed; on CUDA only
+    siglip-kernel     fused_siglip_loss of the package of that name, if it is installed; on CUDA only
 
-Speed-ups and floor ratios are medians over repetitions of ratios within a repetition; of the widths and batch sizes
-measured, the worst counts. A contestant that needs longer than `--patience` seconds is measured once only: bfloat16
-products on a CPU without the instructions. Memory is what the resident set grows by above the features, less the two
-feature gradients; on CUDA, what the allocator does.
+Speed-ups and floor ratios are medians over repetitions of ratios within a repetition. The result has the worst of the
+widths and batch sizes. A contestant that takes longer than `--patience` seconds is measured only once: bfloat16
+products on a CPU without the instructions. Memory is the growth of the resident set above the features, less the two
+feature gradients; on CUDA, the growth of the allocator.
 
     python -m benchmarks.loss --save
     python -m benchmarks.loss --device cuda --save
@@ -38,7 +37,7 @@ from sigray.losses.tiles import default_tile_size, product_dtype
 from tests.helpers.reference import random_features
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-# Where all contestants are measured, and smaller ones, where launching operations counts.
+# Sizes for all contestants, and smaller ones whose time is that of launching operations.
 BATCH_SIZES = {"cpu": ([8192], [1024, 256]), "cuda": ([32768, 8192], [1024])}
 LARGE = {"cpu": 262_144, "cuda": 1_048_576}
 Contestant = Callable[[], object]
@@ -109,16 +108,16 @@ def siglip_kernel(inputs: list[Tensor]) -> Contestant | None:
     return backward_of(fused_siglip_loss, [image, text, scale.detach().log().requires_grad_(), bias])
 
 
-def contestants(batch_size: int, dim: int, dtype: torch.dtype, everyone: bool, device: str) -> dict[str, Contestant]:
+def contestants(batch_size: int, dim: int, dtype: torch.dtype, all_peers: bool, device: str) -> dict[str, Contestant]:
     inputs = leaves(batch_size, dim, dtype, device)
     found: dict[str, Contestant | None] = {
         "sigray": backward_of(sigmoid_loss, inputs),
         "floor": floor(inputs),
         "open_clip": backward_of(SigLipLoss(), inputs),
     }
-    if everyone and dtype == torch.bfloat16 and product_dtype(inputs[0]) != torch.bfloat16:
+    if all_peers and dtype == torch.bfloat16 and product_dtype(inputs[0]) != torch.bfloat16:
         print("this processor has no bfloat16 instructions: of the peers, only open_clip is measured in bfloat16")
-    elif everyone:
+    elif all_peers:
         found["plain"] = backward_of(sigmoid_loss_plain, inputs)
         found["compiled"] = backward_of(torch.compile(sigmoid_loss_plain), inputs)
         if device == "cpu":
@@ -135,7 +134,7 @@ def repeat(run: Contestant, times: int) -> Contestant:
 
 
 def timed(run: Contestant) -> float:
-    """Seconds, until the device has done it."""
+    """Seconds until the device is done."""
     finish = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     finish()
     begin = time.perf_counter()
@@ -145,20 +144,20 @@ def timed(run: Contestant) -> float:
 
 
 def alternate(runs: dict[str, Contestant], num_repetitions: int, patience_s: float) -> dict[str, list[float]]:
-    """Seconds of each, after one warm-up; contestants take turns."""
+    """Seconds of each contestant per repetition, after one warm-up."""
     first = {name: timed(run) for name, run in runs.items()}
     slow = {name: seconds for name, seconds in first.items() if seconds > patience_s}
     times: dict[str, list[float]] = {name: [] for name in runs}
     order = random.Random(0)
     for _ in range(num_repetitions):
-        # In another order each time: what a contestant leaves behind (freed memory, spinning threads) meets them all.
+        # In another order each time: freed memory and spinning threads of one contestant affect all others.
         for name in order.sample(list(runs), len(runs)):
             times[name].append(slow[name] if name in slow else timed(runs[name]))
     return times
 
 
 def peak_mib(batch_size: int, dim: int, device: str) -> float:
-    """Of one forward and backward pass in float32, above features and their gradients."""
+    """Peak MiB of a forward and backward pass in float32, above features and gradients."""
     inputs = leaves(batch_size, dim, torch.float32, device)
     backward_of(sigmoid_loss, leaves(8, dim, torch.float32, device))()
     gradients = 2 * batch_size * dim * 4 / 2**20

@@ -1,10 +1,10 @@
-"""How fast is the loss over ranks, and how many bytes does it move?
+"""Measure the speed of the loss over ranks, and the bytes that it sends.
 
-Per number of ranks, in the same gloo processes of one thread each, alternating: `sigray.losses.ring_sigmoid_loss` and every
-`dist_impl` of open_clip's `SigLipLoss`, forward and backward, on the same features. The slowest rank's time counts.
-`speedup_open_clip` is against the fastest `dist_impl`, `bytes_over_floor` what the loopback device carried during
-sigray's passes (TCP headers and the check of all ranks' shapes included) over (R - 1) b D features and as many
-float32 gradients per rank; of the numbers of ranks measured, the worst counts.
+For each number of ranks, in the same gloo processes of one thread each, alternating: `ring_sigmoid_loss` and every
+`dist_impl` of open_clip's `SigLipLoss`, forward and backward, on the same features. The time is that of the slowest
+rank. `speedup_open_clip` is against the fastest `dist_impl`. `bytes_over_floor` is the traffic of the loopback device
+during sigray's passes, TCP headers and the check of all ranks' shapes included. It is divided by the bytes of (R - 1) b
+D features and float32 gradients per rank. The result has the worst of the numbers of ranks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def loopback_bytes() -> int:
 def measure(
     rank: int, world_size: int, batch_size: int, dim: int, num_repetitions: int
 ) -> tuple[list[dict[str, float]], float]:
-    """Seconds of each contestant per repetition on this rank, and bytes on the wire per pass of sigray."""
+    """Seconds of each contestant per repetition on this rank, and bytes sent per pass of sigray."""
     num_pairs = batch_size // world_size
     part = slice(rank * num_pairs, (rank + 1) * num_pairs)
     image, text = (random_features(batch_size, dim, seed=seed, dtype=torch.float32)[part] for seed in (0, 1))

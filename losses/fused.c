@@ -203,34 +203,3 @@ void dots_bfloat16(const uint16_t *left, const uint16_t *right, int64_t rows, in
         dots[i] = sum;
     }
 }
-
-/* out = (bfloat16) (in * factor) */
-void scale_to_bfloat16(const float *in, int64_t size, float factor, uint16_t *out) {
-    int64_t whole = size / LANES * LANES;
-    _Pragma("omp parallel for schedule(static)") for (int64_t i = 0; i < whole; i += LANES) {
-        Floats f;
-        memcpy(&f, in + i, sizeof f);
-        Halves h = narrow(f * factor);
-        memcpy(out + i, &h, sizeof h);
-    }
-    for (int64_t i = whole; i < size; i++) out[i] = narrow_one(in[i] * factor);
-}
-
-/* sum += (float) addend, without the float32 copy that torch's mixed add makes first. */
-void add_bfloat16(float *sum, const uint16_t *addend, int64_t size) {
-    int64_t whole = size / LANES * LANES;
-    _Pragma("omp parallel for schedule(static)") for (int64_t i = 0; i < whole; i += LANES) {
-        Halves h;
-        Floats f;
-        memcpy(&h, addend + i, sizeof h);
-        memcpy(&f, sum + i, sizeof f);
-        f += widen(h);
-        memcpy(sum + i, &f, sizeof f);
-    }
-    for (int64_t i = whole; i < size; i++) {
-        uint32_t bits = (uint32_t)addend[i] << 16;
-        float f;
-        memcpy(&f, &bits, sizeof f);
-        sum[i] += f;
-    }
-}

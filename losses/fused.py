@@ -6,8 +6,7 @@ Callers use `negative_terms_`; `eager_terms_` is the same in torch. On CPU `nega
 compiler of the machine compiles once. On CUDA it runs the Triton kernel of `fused_cuda.py`. For float64, and on other
 devices, it runs the eager form. XLA fuses `negative_terms` by itself (`losses/sharded.py`).
 
-The other functions do the small things around `negative_terms_` in one call on CPU: a small batch spends its time on
-launching operations.
+`pair_terms_` and `row_dots` are one call each on CPU: a small batch spends its time on launching operations.
 """
 
 from __future__ import annotations
@@ -107,34 +106,6 @@ def row_dots(left: Tensor, right: Tensor) -> Tensor:
     return (left.float() * right.float()).sum(dim=1)
 
 
-def add_(total: Tensor, addend: Tensor) -> None:
-    """Add to a total in place, both contiguous.
-
-    On CPU bfloat16 is added to float32 without a float32 copy of the addend.
-    """
-    mixed = total.dtype == torch.float32 and addend.dtype == torch.bfloat16
-    if mixed and total.device.type == "cpu" and (library := _library()) is not None:
-        library.add_bfloat16(total.data_ptr(), addend.data_ptr(), total.numel())
-    else:
-        total.add_(addend)
-
-
-def scaled(part: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """part * factor in another dtype.
-
-    Args:
-        part: dense in memory; may be overwritten.
-        factor: scalar.
-        dtype: of the result.
-    """
-    narrows = part.dtype == torch.float32 and dtype == torch.bfloat16
-    if narrows and part.device.type == "cpu" and (library := _library()) is not None:
-        out = torch.empty_like(part, dtype=dtype)
-        library.scale_to_bfloat16(part.data_ptr(), part.numel(), factor.item(), out.data_ptr())
-        return out
-    return part.mul_(factor).to(dtype)
-
-
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled C source; None without a compiler."""
@@ -145,6 +116,4 @@ def _library() -> ctypes.CDLL | None:
             getattr(library, f"tile_{dtype}").argtypes = [tensor, size, size, scalar, scalar, tensor, size]
             getattr(library, f"pairs_{dtype}").argtypes = [tensor, size, size, tensor, scalar, scalar, tensor, size]
         library.dots_bfloat16.argtypes = [tensor, tensor, size, size, tensor]
-        library.scale_to_bfloat16.argtypes = [tensor, size, scalar, tensor]
-        library.add_bfloat16.argtypes = [tensor, tensor, size]
     return library

@@ -1,4 +1,4 @@
-"""The Triton form of `fused.c`: one program computes one row of a tile and its sums.
+"""The Triton form of `fused.c`: one program per row of a tile.
 
 Arithmetic decides its time and not memory (docs/numerics.md), so there is one special function per element, exp. The
 logarithm is the polynomial of `fused.c`. tests/losses/test_fused.py runs the kernel on a CPU, by Triton's interpreter,

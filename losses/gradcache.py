@@ -57,9 +57,8 @@ def cached_backward(
     with span("backward"):
         value.backward()
     value = value.detach()  # its graph would hold the features
-    gradients = [whole.grad for whole in features]
-    assert all(gradient is not None for gradient in gradients), "the loss does not depend on all features"
-    kinds = [gradient.split(sizes, dim=-2) for gradient in gradients if gradient is not None]
+    kinds = [whole.grad.split(sizes, dim=-2) for whole in features if whole.grad is not None]
+    assert len(kinds) == len(features), "the loss does not depend on all features"
     del features
     if sync is not None:
         sync()

@@ -1,4 +1,4 @@
-"""Mean logits of the pairs and of the negatives of a global batch, without computing logits.
+"""Mean logits of a global batch's pairs and negatives, from means of features.
 
     B  pairs in the global batch              D  embedding dimension              z_ij  logit_scale * x_ij + logit_bias
 

@@ -1,4 +1,6 @@
-"""Which negatives count: all, or a fraction (SigLIP, arXiv 2303.15343, section 4.7).
+"""Which negatives count: all, or a fraction.
+
+SigLIP, arXiv 2303.15343, section 4.7, compares them.
 
 The choice is over the whole global batch and does not depend on how the batch is cut. `random` draws each pair from a
 hash of (seed, image, text). `hardest` and `easiest` keep the pairs beyond a threshold. Two visits to the tiles find the
@@ -70,7 +72,7 @@ def make_mask(negatives: Negatives, num_negatives: int, count: Count) -> Mask | 
 
 
 def count_cosines_(histogram: Tensor, x: Tensor, high: int | None) -> None:
-    """Add cosines to a histogram of their float32 bits, in ascending order of the cosines.
+    """Add cosines to a histogram of their float32 bits, in ascending order.
 
     Args:
         histogram: (65,536,) int64.
@@ -98,7 +100,7 @@ def _cosine_of_key(key: int) -> float:
 
 
 def _find_bin(histogram: Tensor, rank: int) -> tuple[int, int]:
-    """The bin of the element of this rank, and the number of elements in the bins before."""
+    """The bin of the element of this rank, and the number of elements before it."""
     cumulated = histogram.cumsum(0)
     found = int(torch.searchsorted(cumulated, rank, right=True))
     return found, int(cumulated[found - 1]) if found else 0
@@ -115,7 +117,7 @@ def _random_mask(seed: int, fraction: float) -> Mask:
 
 
 def random_drop(images: Tensor, texts: Tensor, seed: int, fraction: float) -> Tensor:
-    """Which pairs random negatives leave out, a function of global indices and seed alone.
+    """Which pairs random negatives leave out, by seed and global indices alone.
 
     Args:
         images: (..., R) indices.
@@ -136,7 +138,7 @@ def random_drop(images: Tensor, texts: Tensor, seed: int, fraction: float) -> Te
 
 
 def _mix(index: Tensor, seed: int) -> Tensor:
-    """A well mixed hash of 31 bits, int64: splitmix-like rounds that do not overflow int64."""
+    """A well mixed hash of 31 bits: splitmix-like rounds that do not overflow int64."""
     h = (index.to(torch.int64) + (seed % 2**20) * 0x9E3779B1) & 0xFFFFFFFF
     for factor in (0x5BD1E995, 0x2C9277B5):
         h = ((h ^ (h >> 15)) * (factor & 0x7FFFFFFF)) & 0x7FFFFFFF

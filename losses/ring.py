@@ -1,4 +1,4 @@
-"""Losses over a process group: a ring exchanges chunks of texts and their gradients.
+"""Losses over a process group: a ring carries texts and their gradients.
 
     R  ranks in the group             b  pairs on this rank (B / R)             D  embedding dimension
 
@@ -26,6 +26,8 @@ from sigray.losses.sigmoid import LossResult, SigmoidPass, count_tiles_, one_pas
 from sigray.losses.softmax import SoftmaxPass
 from sigray.losses.spans import span
 from sigray.losses.tiles import check_features, default_tile_size
+
+Combine = Callable[[Tensor, Tensor], Tensor]  # associative and commutative
 
 
 class NonFiniteFeatures(FloatingPointError):
@@ -183,13 +185,9 @@ class Ranks:
         """
         image, text = image_features.detach(), text_features.detach()
         # A row's sum is finite if its elements are: unit norm is far from overflow.
-        sums = [
-            image.sum(dim=1, dtype=torch.float32),
-            text.sum(dim=1, dtype=torch.float32),
-            logit_scale.detach(),
-            logit_bias.detach(),
-        ]
-        bad = [(~torch.isfinite(values)).flatten() for values in sums]
+        sums = [features.sum(dim=1, dtype=torch.float32) for features in (image, text)]
+        inputs = [*sums, logit_scale.detach(), logit_bias.detach()]
+        bad = [(~torch.isfinite(values)).flatten() for values in inputs]
         shape = [len(image), len(text), image.shape[1], text.shape[1]]
         sent = torch.tensor([*shape, -1]).to(image.device, non_blocking=True)
         none = sent[-1]
@@ -226,12 +224,7 @@ class Ranks:
             dist.all_gather_into_tensor(everyone, tensor.contiguous(), group=self.group)
         return everyone
 
-    def rotate(
-        self,
-        chunk: Tensor,
-        visit: Callable[[Tensor, int], Tensor],
-        combine: Callable[[Tensor, Tensor], Tensor] | None,
-    ) -> Tensor:
+    def rotate(self, chunk: Tensor, visit: Callable[[Tensor, int], Tensor], combine: Combine | None) -> Tensor:
         """Call `visit(part, first)` with every part of every rank's chunk, once.
 
         What the visits of all ranks return for this rank's chunk comes home, combined.
@@ -239,7 +232,7 @@ class Ranks:
         Args:
             chunk: (b, ...) of this rank, contiguous.
             visit: returns a tensor with as many rows as the part; `first` is the global index of the part's first row.
-            combine: associative and commutative; None: nothing is sent home.
+            combine: of what two ranks returned; None: nothing is sent home.
 
         Returns:
             (b, ...): `combine` over what all ranks returned for this chunk; without `combine` the chunk.
@@ -269,10 +262,10 @@ class Ranks:
                 combined = list(map(combine, combined, following.wait()))
         last_hop = _Transfer(self, directions, combined) if combine else None
         results += [visit_half(number, own[number], step=0) for number in range(1, len(own))]
-        if combine is None or last_hop is None:
+        if not (combine and last_hop):
             return chunk
         results = list(map(combine, results, last_hop.wait()))
-        del transfer, parts, combined, following, last_hop  # their buffers need not live beside the copy
+        del parts, transfer, following, combined, last_hop  # else the peak grows by a chunk
         return torch.cat(results)
 
 

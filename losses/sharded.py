@@ -25,16 +25,16 @@ from torch import Tensor
 
 from sigray.losses.fused import negative_terms
 from sigray.losses.negatives import ALL_NEGATIVES, Negatives, random_drop
-from sigray.losses.ring import Ranks
+from sigray.losses.ring import Combine, Ranks
 from sigray.losses.sigmoid import LossResult, one_pass
 from sigray.losses.tiles import default_tile_size, product_dtype, ranges, sum_dtype
 
-Combine = Callable[[Tensor, Tensor], Tensor]
+Drop = tuple[Negatives, Tensor]  # random negatives, and the pairs' indices in the global batch
 
 
 @dataclass(frozen=True)
 class Slices:
-    """The devices of a program, each with one slice of the features, and the other hosts.
+    """The devices of a program, each with a slice of the features, and the hosts.
 
     Attributes:
         count: n.
@@ -89,7 +89,7 @@ def sharded_sigmoid_loss(
     """
     if negatives.keep not in ("all", "random"):
         raise ValueError(f"negatives={negatives.keep} is not available on XLA devices: all or random")
-    drop: tuple[Negatives, Tensor] | None = None
+    drop: Drop | None = None
     if negatives.keep == "random" and negatives.fraction < 1:
         if indices is None:
             raise ValueError("random negatives need the indices of the pairs")
@@ -137,7 +137,7 @@ def _rotate_hosts(
     Args:
         chunk: (n, b, ...) of this host.
         visit: `first` is the position of the part's first text among the b of its device.
-        combine: associative and commutative.
+        combine: of what two hosts returned.
 
     Returns:
         (n, b, ...): `combine` over what all hosts returned for this host's texts.
@@ -164,7 +164,7 @@ def _rotate_devices(chunk: Tensor, slices: Slices, visit: Callable[[Tensor, int]
     Args:
         chunk: (n, c, ...).
         visit: each device on the part that started `hops` devices away; negative: from the other side.
-        combine: associative and commutative.
+        combine: of what two devices returned.
 
     Returns:
         (n, c, ...): on each device `combine` over what all devices returned for its texts.
@@ -220,7 +220,7 @@ class _RowTotals(dict[int, Tensor]):
 
 
 class _SlicedLoss:
-    """What both losses share: the images on their devices, and the sums that stay with them."""
+    """The base of both losses: the images on their devices, and their sums."""
 
     def __init__(self, image: Tensor, scale: Tensor, bias: Tensor, slices: Slices, tile_size: int) -> None:
         self._slices, self._tile_size = slices, tile_size
@@ -235,7 +235,7 @@ class _SlicedLoss:
     def _over_tiles(
         self, text: Tensor, terms: Callable[[int, slice, slice, Tensor], Tensor], combine: Combine = torch.add
     ) -> Tensor:
-        """Call `terms(number, rows, columns, text)` with each tile of all images against these texts.
+        """Call `terms(number, rows, columns, text)` with each tile of these texts.
 
         Args:
             text: (n, c, D) in the dtype of products.
@@ -256,7 +256,7 @@ class _SlicedLoss:
         return torch.bmm(self._image[:, rows], text.transpose(1, 2)).to(self._sums)
 
     def _push(self, number: int, rows: slice, dz: Tensor, text: Tensor) -> Tensor:
-        """Add dz's part of the image gradients; return its part of the text gradients, (n, C, D)."""
+        """Add dz's part of the image gradients; return that of the texts, (n, C, D)."""
         dz = dz.to(self._products)
         self._grad_image.add(number, torch.bmm(dz, text).to(self._sums))
         return torch.bmm(dz.transpose(1, 2), self._image[:, rows]).to(self._sums)
@@ -281,16 +281,10 @@ class _SlicedSigmoid(_SlicedLoss):
     """
 
     def __init__(
-        self,
-        image: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        slices: Slices,
-        tile_size: int,
-        drop: tuple[Negatives, Tensor] | None,
+        self, image: Tensor, scale: Tensor, bias: Tensor, slices: Slices, tile_size: int, drop: Drop | None
     ) -> None:
         super().__init__(image, scale, bias, slices, tile_size)
-        self._drop, self._rank = drop, slices.ranks.rank
+        self._drop = drop
 
     def pairs(self, text: Tensor) -> Tensor:
         """Add the terms of the pairs; return their part of the text gradients, (n, b, D)."""
@@ -317,7 +311,7 @@ class _SlicedSigmoid(_SlicedLoss):
         indices = None
         if self._drop is not None:
             own = self._drop[1][:, first : first + text.shape[1]]
-            indices = own + (host - self._rank) * self._num_images
+            indices = own + (host - self._slices.ranks.rank) * self._num_images
 
         def on_devices(part: Tensor, hops: int) -> Tensor:
             # The half that travels up begins at the first text, the half that travels down in the middle.
@@ -325,7 +319,9 @@ class _SlicedSigmoid(_SlicedLoss):
             of_part = None
             if indices is not None:
                 of_part = indices[:, start : start + part.shape[1]].roll(hops, 0)
-            return self._negatives(part, first + start, of_part, holds_pairs=hops == 0 and host == self._rank)
+            return self._negatives(
+                part, first + start, of_part, holds_pairs=hops == 0 and host == self._slices.ranks.rank
+            )
 
         return _rotate_devices(self._slices.mark(text), self._slices, on_devices, torch.add)
 
@@ -398,7 +394,7 @@ class _SlicedSoftmax(_SlicedLoss):
         return _rotate_devices(self._slices.mark(both), self._slices, on_devices, torch.add)
 
     def pairs(self, text: Tensor, normalisers: Tensor) -> Tensor:
-        """Add the loss and the pairs' own gradients; return their part for the texts, (n, b, D)."""
+        """Add the loss and the pairs' own gradients; return those of the texts."""
         image, text = self._image.to(self._sums), text.to(self._products).to(self._sums)
         cosines = (image * text).sum(dim=2)
         for number, rows in enumerate(self._rows):

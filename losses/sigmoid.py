@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sigray.losses.fused import negative_terms_, pair_terms_, row_dots, scaled
+from sigray.losses.fused import negative_terms_, pair_terms_, row_dots
 from sigray.losses.negatives import ALL_NEGATIVES, NUM_BINS, Mask, Negatives, count_cosines_, make_mask
-from sigray.losses.tiles import Tile, accumulate, check_features, default_tile_size, sum_dtype, tiles
+from sigray.losses.tiles import accumulate, check_features, default_tile_size, sum_dtype, tiles
 
 
 def sigmoid_loss_plain(
@@ -113,36 +113,29 @@ class LossResult:
 
 
 class SigmoidPass:
-    """The loss and gradients of some images, summed over one set of texts after another.
+    """The loss and gradients of some images, summed over sets of texts.
 
     Images and texts have indices in the global batch; an image and a text of one index are a pair. Products are taken
     in the features' dtype (float32 for float16, and for bfloat16 if the machine lacks the instructions). All sums over
     tiles are float32, float64 for float64 features.
 
     Args:
-        image_features: (B, D).
-        logit_scale: scalar, already exponentiated.
-        logit_bias: scalar.
+        image: (B, D) features.
+        scale: scalar, already exponentiated.
+        bias: scalar.
         first_image: index of the first image.
         tile_size: edge of a tile of logits.
         mask: marks the negatives that do not count; None: all count.
     """
 
     def __init__(
-        self,
-        image_features: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor,
-        *,
-        first_image: int,
-        tile_size: int,
-        mask: Mask | None,
+        self, image: Tensor, scale: Tensor, bias: Tensor, *, first_image: int, tile_size: int, mask: Mask | None
     ) -> None:
-        self._image, self._first_image, self._tile_size, self._mask = image_features, first_image, tile_size, mask
-        self._sums = sum_dtype(image_features)
-        self._scale, self._bias = logit_scale.to(self._sums), logit_bias.to(self._sums)
+        self._image, self._first_image, self._tile_size, self._mask = image, first_image, tile_size, mask
+        self._sums = sum_dtype(image)
+        self._scale, self._bias = scale.to(self._sums), bias.to(self._sums)
         # Per image: the loss, and its gradients by bias and scale.
-        self._row_sums = image_features.new_zeros(3, len(image_features), dtype=self._sums)
+        self._row_sums = image.new_zeros(3, len(image), dtype=self._sums)
         self._grad_image: Tensor | None = None
 
     def visit(self, text_features: Tensor, first_text: int) -> Tensor:
@@ -164,7 +157,9 @@ class SigmoidPass:
             diagonal = tile.pairs(offset)
             if diagonal is not None:
                 pairs = tile.pair_slices(offset)
-                cosines = self._pair_cosines(tile, diagonal, *pairs)
+                # Unrounded: the few terms of the pairs weigh as much as those of all negatives.
+                is_exact = tile.x.dtype == self._sums
+                cosines = diagonal.clone() if is_exact else row_dots(tile.image[pairs[0]], tile.text[pairs[1]])
                 diagonal.fill_(-torch.inf)
             if self._mask is not None:
                 self._mask(tile.x, self._first_image + tile.rows.start, first_text + tile.columns.start)
@@ -178,15 +173,6 @@ class SigmoidPass:
             accumulate(grad_text[tile.columns], tile.x.T, tile.image, overwrite=is_first_row)
         return grad_text
 
-    def _pair_cosines(self, tile: Tile, diagonal: Tensor, rows: slice, columns: slice) -> Tensor:
-        """Cosines of a tile's pairs, in the dtype of the sums.
-
-        The few terms of the pairs weigh as much as those of all negatives.
-        """
-        if tile.x.dtype == self._sums:
-            return diagonal.clone()
-        return row_dots(tile.image[rows], tile.text[columns])
-
     def finish(self, grad_text: Tensor) -> LossResult:
         """The sums over all visits, divided by the number of images.
 
@@ -199,19 +185,13 @@ class SigmoidPass:
 
 
 def count_tiles_(
-    histogram: Tensor,
-    image_features: Tensor,
-    text_features: Tensor,
-    high: int | None,
-    *,
-    offset: int,
-    tile_size: int,
+    histogram: Tensor, image: Tensor, text: Tensor, high: int | None, *, offset: int, tile_size: int
 ) -> None:
     """Add the cosines of all negatives to a histogram (`count_cosines_`).
 
     Image i and text i + offset are a pair.
     """
-    for tile in tiles(image_features, text_features, tile_size):
+    for tile in tiles(image, text, tile_size):
         if (diagonal := tile.pairs(offset)) is not None:
             diagonal.fill_(torch.nan)
         count_cosines_(histogram, tile.x[~tile.x.isnan()], high)
@@ -253,8 +233,8 @@ class _OnePass(torch.autograd.Function):
         image, text, scale, bias = ctx.dtypes
         return (
             None,
-            scaled(result.image_part, factor, image),
-            scaled(result.text_part, factor, text),
+            result.image_part.mul_(factor).to(image),
+            result.text_part.mul_(factor).to(text),
             (result.grad_scale * grad_loss).to(scale),
             (result.grad_bias * grad_loss).to(bias),
         )

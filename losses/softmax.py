@@ -1,6 +1,6 @@
-"""The softmax loss of CLIP, the baseline: the plain equation, and two passes over tiles.
+"""The softmax loss: the plain equation, and two passes over tiles.
 
-arXiv 2103.00020, section 2.3.
+CLIP, arXiv 2103.00020, section 2.3: the baseline of every comparison.
 
     B  pairs                          z_ij  logit_scale * <image_i, text_j>
     D  embedding dimension            L     sum_i (log sum_j exp z_ij + log sum_j exp z_ji - 2 z_ii) / 2B
@@ -40,22 +40,20 @@ class SoftmaxPass:
     """The loss and gradients of some images: `normalise` with all texts, then `visit`.
 
     Args:
-        image_features: (B, D).
-        logit_scale: scalar, already exponentiated.
-        logit_bias: scalar without effect (a softmax is invariant to it); it keeps the interface of the sigmoid.
+        image: (B, D) features.
+        scale: scalar, already exponentiated.
+        bias: scalar without effect (a softmax is invariant to it); it keeps the interface of the sigmoid.
         first_image: index of the first image in the global batch.
         tile_size: edge of a tile of logits.
     """
 
-    def __init__(
-        self, image_features: Tensor, logit_scale: Tensor, logit_bias: Tensor, *, first_image: int, tile_size: int
-    ) -> None:
-        self._image, self._first_image, self._tile_size = image_features, first_image, tile_size
-        self._sums = sum_dtype(image_features)
-        self._scale, self._bias = logit_scale.to(self._sums), logit_bias.to(self._sums)
-        self._row_normalisers = image_features.new_full((len(image_features),), -torch.inf, dtype=self._sums)
-        self._row_loss, self._row_grad_scale = image_features.new_zeros(2, len(image_features), dtype=self._sums)
-        self._grad_image = torch.zeros_like(image_features, dtype=self._sums)
+    def __init__(self, image: Tensor, scale: Tensor, bias: Tensor, *, first_image: int, tile_size: int) -> None:
+        self._image, self._first_image, self._tile_size = image, first_image, tile_size
+        self._sums = sum_dtype(image)
+        self._scale, self._bias = scale.to(self._sums), bias.to(self._sums)
+        self._row_normalisers = image.new_full((len(image),), -torch.inf, dtype=self._sums)
+        self._row_loss, self._row_grad_scale = image.new_zeros(2, len(image), dtype=self._sums)
+        self._grad_image = torch.zeros_like(image, dtype=self._sums)
 
     def normalise(self, text_features: Tensor, first_text: int) -> Tensor:
         """(M, 1): log sum_i exp z_ij over these images.

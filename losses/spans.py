@@ -1,6 +1,7 @@
-"""Names for the parts of a step in a trace of torch.profiler; no cost without a profile.
+"""Names for the parts of a step in a profile; no cost without one.
 
-Spans may be nested: time counts for the innermost one. `workers/training/profile.py` reads them.
+Spans stand in a trace of torch.profiler, which `workers/training/profile.py` reads. They may be nested: time counts for
+the innermost one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _state: dict[str, Any] = {"on": False, "sync": None}
 
 
 def span(name: str) -> contextlib.AbstractContextManager[bool]:
-    """A context whose time counts for a part of the step; its value: is there a profile?"""
+    """A context for a part of the step; its value: is there a profile?"""
     return _span(name) if _state["on"] else _NOTHING
 
 

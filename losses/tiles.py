@@ -1,4 +1,4 @@
-"""The loop over tiles that both losses share: cosines of a tile, products with dL/dz.
+"""The loop over tiles that both losses share, and its matrix products.
 
 B  images      M  texts      D  embedding dimension      R, C  rows and columns of a tile
 """
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sigray.losses.fused import add_
 from sigray.native import cpu_flags
 
 
@@ -96,7 +95,7 @@ def accumulate(total: Tensor, dz: Tensor, features: Tensor, *, overwrite: bool =
     elif overwrite:
         total.copy_(dz @ features)
     else:
-        add_(total, dz @ features)
+        total.add_(dz @ features)
 
 
 def sum_dtype(features: Tensor) -> torch.dtype:
@@ -105,7 +104,7 @@ def sum_dtype(features: Tensor) -> torch.dtype:
 
 
 def product_dtype(features: Tensor) -> torch.dtype:
-    """The dtype of products: the features' own if it is fast and wide enough, else float32."""
+    """The dtype of products: the features' own if fast and wide enough, else float32."""
     # float16 is too narrow for dL/dz: sigmoid(-17) is below its smallest number.
     if features.dtype == torch.bfloat16 and has_bfloat16_products(features.device):
         return torch.bfloat16

@@ -21,7 +21,7 @@ _FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPI
 
 
 def compiled(source: Path, *, flags: Sequence[str] = (), without: str) -> ctypes.CDLL | None:
-    """The library of a C file; None, with a warning, if this machine cannot compile it.
+    """The library of a C file; None, with a warning, if it cannot be compiled.
 
     Args:
         source: includes headers of the system only.

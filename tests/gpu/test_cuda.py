@@ -36,7 +36,7 @@ CUDA = "cuda"
 
 @pytest.fixture(autouse=True)
 def strict_float32(cuda):
-    """As the tests expect it, whatever the one before has set."""
+    """As the tests expect it, after any other test."""
     open_device(CUDA, 0, "fp32")
 
 
@@ -303,7 +303,7 @@ def test_batches_arrive_whole_while_the_device_is_behind(tmp_path):
 
 
 def test_a_checkpoint_holds_the_state_at_its_step(tmp_path):
-    """Training goes on at once behind `save`: the copy must be complete by then."""
+    """Training continues at once after `save`: the copy must be complete by then."""
     trainer, storage = make_trainer(), Storage(str(tmp_path))
     gradients_of(trainer, num_steps=2)
     writer = CheckpointWriter(

@@ -87,7 +87,7 @@ def test_mean_over_ranks_is_the_loss_of_the_global_batch(rank_groups, world_size
         if name == "sigmoid":
             size, sums = torch.finfo(dtype).bits // 8, 8 if dtype == torch.float64 else 4
             for rank in ranks:
-                # (R - 1) b D features and as many sums of gradients: nothing is sent twice, nothing in vain.
+                # (R - 1) b D features and the same number of sums of gradients: nothing is sent twice.
                 assert rank[number][1] == (world_size - 1) * num_pairs * DIM * (size + sums)
                 assert rank[number][2] == 2 * (world_size - 1) * min(num_pairs, 2)
 
@@ -167,10 +167,10 @@ def poisoned_scale(rank, image, text, scale, bias):
         (poisoned_scale, "NonFiniteFeatures: NaN or infinity in logit_scale of rank 2, row 0"),
     ],
 )
-def test_every_rank_refuses_with_the_same_words(rank_groups, spoil, message):
-    words = rank_groups(3).run(refused, spoil)
-    assert words[0].startswith(message)
-    assert words == [words[0]] * 3
+def test_every_rank_refuses_with_the_same_message(rank_groups, spoil, message):
+    messages = rank_groups(3).run(refused, spoil)
+    assert messages[0].startswith(message)
+    assert messages == [messages[0]] * 3
 
 
 def test_more_images_than_texts_is_refused_on_one_process():

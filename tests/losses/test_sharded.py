@@ -1,7 +1,7 @@
 """The sharded form against the pair-by-pair oracle: in plain torch, over gloo hosts, and compiled by XLA.
 
-PJRT's CPU client runs the compiled program on as many devices as it is told to make, so what is checked here is the
-program that a TPU host would run, collectives included. XLA runs in processes of their own: the number of devices is
+PJRT's CPU client runs the compiled program on any number of devices, so these tests check the program that a TPU host
+would run, collectives included. XLA runs in processes of their own: the number of devices is
 fixed when torch_xla is imported.
 """
 
@@ -195,7 +195,7 @@ def check_compiled(count: int, tmp_path: Path) -> None:
     assert f"equal on {count}" in done.stdout, done.stderr
     programs = compiled_programs(tmp_path)
     assert len(programs) == 2, "one program for the sigmoid, one for the softmax, in three repetitions each"
-    # Two roads of (n - 1) hops with texts and as many with gradients; the softmax goes round twice.
+    # (n - 1) hops with texts in each of two directions, and the same with gradients; the softmax takes two rounds.
     hops = [program.count(" collective-permute(") for program in programs]
     assert sorted(hops) == [4 * (count - 1), 8 * (count - 1)]
     for program in programs:
