@@ -8,7 +8,6 @@ Imports no torch and no Ray. `workers/config.py` has the sections of the workers
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -53,16 +52,14 @@ class RunSection(Section):
     """Local folder of all runs.
     It holds config, metrics, TensorBoard files, summary and report."""
     storage: LocalOrUri | None = None
-    """Storage of the checkpoints; null: `dir`.
-    A folder that all hosts see, or s3://bucket/prefix."""
+    """Storage of checkpoints: a shared folder or s3://bucket/prefix; null: `dir`."""
     seed: NonNegativeInt = 0
     """Seed of the weights, the order of samples, and dropout."""
 
 
 class ClusterConfig(Section):
     address: str | None = None
-    """Address of a running Ray cluster: `auto`, or host:port.
-    Null starts a Ray of the run's own on this machine."""
+    """Ray cluster to join: `auto` or host:port; null: start one on this machine."""
     accelerator: Accelerator = "cpu"
     """Device of the training workers: cpu, cuda, tpu or xla_cpu.
     cpu uses gloo. cuda uses nccl, one GPU per worker. tpu uses torch-xla, one host with its chips per worker. xla_cpu
@@ -105,8 +102,7 @@ class ClusterConfig(Section):
     """Heartbeat timeout of the training workers, in seconds.
     Training workers that send no line of metrics and no checkpoint for this long are killed and restarted."""
     dashboard: bool = False
-    """Serve Ray's dashboard on 127.0.0.1:8265.
-    Only for a Ray that the run starts itself."""
+    """Serve Ray's dashboard on 127.0.0.1:8265, if the run starts its own Ray."""
 
     @property
     def worker_range(self) -> tuple[int, int]:
@@ -224,10 +220,7 @@ class RunConfig(Section):
         if batch > samples:
             yield f"train.global_batch_size={batch} is larger than train.num_samples={samples}: the run has no step"
         if self.optim.name == "adafactor" and self.sharding.weights == "split":
-            yield (
-                "optim.name=adafactor cannot run with sharding.weights=split: it needs whole rows and columns of a "
-                "gradient; adamw and lion can"
-            )
+            yield "optim.name=adafactor needs whole gradients; sharding.weights=split has none: use adamw or lion"
         if warmup > samples:
             yield f"optim.num_warmup_samples={warmup} is larger than train.num_samples={samples}: lr is never reached"
         if hang_s <= worker_s:
@@ -244,16 +237,14 @@ class RunConfig(Section):
             return
         store = f"embeddings.store={self.embeddings.store}"
         noise = self.train.label_noise
+        views = self.embeddings.num_views
         vision = (self.model.towers or {}).get("vision_cfg", {})
         if "visual" not in self.model.locked:
             yield f"{store} needs a locked image tower: set model.locked=[visual]"
         if not (self.model.image_tower or self.model.init_from or vision.get("timm_model_pretrained")):
             yield f"{store} of a tower with fresh weights has no use: set model.image_tower or model.init_from"
-        if self.embeddings.num_views > 1 and self.data.crop == "center":
-            yield (
-                f"embeddings.num_views={self.embeddings.num_views} with data.crop=center would store one view many "
-                "times: set data.crop=random, or num_views=1"
-            )
+        if views > 1 and self.data.crop == "center":
+            yield f"embeddings.num_views={views}: data.crop=center would store a view many times: set data.crop=random"
         if noise is not None and noise.kind in ("image", "image_text", "all"):
             yield f"train.label_noise.kind={noise.kind} needs images; embeddings.store holds none: text or alignment"
 
@@ -310,7 +301,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         ConfigError: for a missing or unreadable file, an unknown key, a wrong type, fields that contradict.
     """
     content = read_mapping(path, f"a mapping of sections expected ({', '.join(RunConfig.model_fields)})")
-    return _overridden(content, overrides, str(path))
+    return parse_config(content, str(path), overrides)
 
 
 def read_mapping(path: str | Path, expected: str) -> dict[str, Any]:
@@ -335,17 +326,13 @@ def read_mapping(path: str | Path, expected: str) -> dict[str, Any]:
 
 def override(config: RunConfig, overrides: list[str], source: str) -> RunConfig:
     """Return a config with dotted overrides applied; raises as `load_config`."""
-    return _overridden(config.model_dump(mode="json"), overrides, source)
+    return parse_config(config.model_dump(mode="json"), source, overrides)
 
 
-def _overridden(content: dict[str, Any], overrides: Iterable[str], source: str) -> RunConfig:
+def parse_config(content: dict[str, Any], source: str, overrides: Iterable[str] = ()) -> RunConfig:
+    """Apply overrides to a mapping and check it; raises as `load_config`."""
     for text in overrides:
         put(content, *override_of(text))
-    return parse_config(content, source)
-
-
-def parse_config(content: dict[str, Any], source: str) -> RunConfig:
-    """Check a config given as a mapping; raises as `load_config`, naming `source`."""
     refuse_secrets(content, source)
     try:
         return RunConfig.model_validate(content)
@@ -375,8 +362,12 @@ def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
     Raises:
         ConfigError: names each key that must not change, with both values.
     """
+    # A file that a job carries is compared by the hash in its name, wherever the job was unpacked.
     before, after = (
-        {key: _content_name(value) for key, value in _flatten(config.model_dump(mode="json")).items()}
+        {
+            key: value.rpartition(f"/{FILES}/")[2] if isinstance(value, str) else value
+            for key, value in _flatten(config.model_dump(mode="json")).items()
+        }
         for config in (saved, wanted)
     )
     lines = [
@@ -395,16 +386,6 @@ def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
             f"{saved.folder} cannot be resumed with another model, data order or recipe:\n{shown}\n"
             "Leave these as they were, or start a new run with `sigray train` and another run.name, or with --overwrite"
         )
-
-
-def _content_name(value: Any) -> Any:
-    """Return the hash of a file that a job carries, wherever the job was unpacked."""
-    return value.rpartition(f"/{FILES}/")[2] if isinstance(value, str) else value
-
-
-def json_schema() -> str:
-    """Return the JSON schema of a run's YAML, for completion in editors."""
-    return json.dumps(RunConfig.model_json_schema(), indent=2)
 
 
 def override_of(override: str) -> tuple[str, Any]:

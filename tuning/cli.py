@@ -2,7 +2,6 @@
 
 import sys
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -103,10 +102,9 @@ def sweep(options: Namespace, console: Console) -> int:
         spread = f" (standard deviation over {len(best.rows)} seeds {best.spread:.2%})" if len(best.rows) > 1 else ""
         say(console, f"best: {values}: {best.mean:.2%}{spread}")
     counts = ", ".join(f"{count} {status}" for status, count in table.counts().items())
-    say(console, f"trials: {counts}; {table.samples_spent:,} samples seen")
-    say(console, f"report: {study.config.folder / 'report.html'}")
+    say(console, f"trials: {counts}; {table.samples_spent:,} samples seen\nreport: {study.config.folder}/report.html")
     if not all(row.is_over for row in table.rows.values()):
-        say(console, f"continue with: sigray sweep --resume {Path(study.config.folder)}")
+        say(console, f"continue with: sigray sweep --resume {study.config.folder}")
         return 130
     return 0
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from examples.emoji36.build import build_emoji
-from sigray.orchestrator.cli.command import ProgressBars
+from sigray.orchestrator.cli.command import progress_bars
 
 
 def main() -> int:
@@ -23,7 +23,7 @@ def main() -> int:
     out_dir = parser.parse_args().out_dir
     console = Console()
     try:
-        with ProgressBars(console) as progress:
+        with progress_bars(console) as progress:
             dataset = build_emoji(out_dir, progress=progress)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)

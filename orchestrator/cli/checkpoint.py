@@ -9,9 +9,7 @@ from rich.console import Console
 from sigray.orchestrator.cli.command import OVERRIDES, argument, command, say
 from sigray.orchestrator.config import ConfigError, RunConfig, override
 
-CHECKPOINT = argument(
-    "checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run (its newest checkpoint), or RUN/checkpoints/step-..."
-)
+CHECKPOINT = argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run, or RUN/checkpoints/step-...")
 
 
 @command(CHECKPOINT, OVERRIDES, name="eval")

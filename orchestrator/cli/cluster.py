@@ -1,4 +1,4 @@
-"""`sigray cluster check`; `sigray submit`, `logs`, `status` and `stop`: runs as jobs of a cluster."""
+"""`sigray cluster check`, and jobs: `sigray submit`, `logs`, `status`, `stop`."""
 
 import os
 import shlex
@@ -25,9 +25,9 @@ def check(options: Namespace, console: Console) -> int:
       sigray cluster check cluster.yaml clusters/*.yaml
 
     Takes `ray up` files of the providers aws, gcp and local, and KubeRay manifests (RayCluster, RayJob). Applies Ray's
-    own schema and preparation, and checks what Ray lets pass: AWS's machine types, TPU slices, images, the form of regions
-    and zones, tokens, health checks, a head that would train, secrets. Contacts no cloud: quotas and the existence of
-    images are not checked.
+    own schema and preparation, and checks what Ray lets pass: AWS's machine types, TPU slices, images, the form of
+    regions and zones, tokens, health checks, a head that would train, secrets. Contacts no cloud: quotas and the
+    existence of images are not checked.
 
     Exit codes: 0 no problem; 2 problems, each with its place in the file.
     """

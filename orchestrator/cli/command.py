@@ -1,14 +1,15 @@
 """What the commands of `sigray` share: arguments, help, output."""
 
+import contextlib
 import inspect
 import math
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 Run = Callable[[Namespace, Console], int]
 Argument = Callable[[Any], object]
@@ -77,32 +78,22 @@ RUN = argument("run_folder", metavar="RUN", help="folder of a run, or its storag
 
 
 def say(console: Console, *lines: object) -> None:
-    """Print lines as they are: no markup, no coloured numbers, no line breaks in paths."""
+    """Print lines as they are: no markup, no coloured numbers, no line breaks."""
     console.print("\n".join(map(str, lines)), highlight=False, markup=False, soft_wrap=True)
 
 
-class ProgressBars:
-    """Show `progress(stage, done, total)` as bars; without a terminal, as a line per stage."""
+@contextlib.contextmanager
+def progress_bars(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Yield `progress(stage, done, total)`: bars, or lines without a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bars = Progress(*columns, console=console) if console.is_terminal else None
-        self._tasks: dict[str, Any] = {}
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+                if not console.is_terminal:
+                    say(console, f"{stage}: {total:,} to do")
+            bars.update(tasks[stage], completed=done, total=total)
 
-    def __enter__(self) -> "ProgressBars":
-        if self._bars is not None:
-            self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, total=total) if self._bars is not None else None
-            if self._bars is None:
-                self._console.print(f"{stage}: {total:,} to do", highlight=False)
-        if self._bars is not None:
-            self._bars.update(self._tasks[stage], completed=done, total=total)
+        yield progress

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sigray.orchestrator.cli.command import OVERRIDES, RUN, ProgressBars, argument, command, either, positive_int, say
+from sigray.orchestrator.cli.command import OVERRIDES, RUN, argument, command, either, positive_int, progress_bars, say
 from sigray.orchestrator.config import ConfigError
 
 
@@ -40,12 +40,11 @@ def inspect(options: Namespace, console: Console) -> int:
     sheet: Path | None = options.sheet
     if sheet is not None and not sheet.absolute().parent.is_dir():
         raise ConfigError(f"--sheet {sheet}: the folder {sheet.absolute().parent} does not exist")
-    is_default = options.samples is None and not options.all
-    with ProgressBars(console) as progress:
+    with progress_bars(console) as progress:
         found = inspect_data(
             data,
             num_samples=None if options.all else options.samples or NUM_SAMPLES,
-            max_s=MAX_S if is_default else None,
+            max_s=None if options.all or options.samples else MAX_S,
             num_pictures=NUM_PICTURES if sheet else 0,
             progress=progress,
         )
@@ -53,9 +52,10 @@ def inspect(options: Namespace, console: Console) -> int:
     if sheet is not None:
         write_sheet(found, sheet)
         say(console, f"sheet: {sheet.absolute()}")
+    if len(found.problems) == 1:
+        raise ConfigError(": ".join(found.problems[0]))
     if found.problems:
-        first, num_problems = ": ".join(found.problems[0]), len(found.problems)
-        raise ConfigError(first if num_problems == 1 else f"problems with the data, {num_problems}: see the last table")
+        raise ConfigError(f"problems with the data, {len(found.problems)}: see the last table")
     return 0
 
 
@@ -109,7 +109,7 @@ def tokenizer(options: Namespace, console: Console) -> int:
     from sigray.orchestrator.data.train_tokenizer import train_caption_tokenizer
 
     data = data_section([options.pattern, *options.overrides])
-    with ProgressBars(console) as progress:
+    with progress_bars(console) as progress:
         made = train_caption_tokenizer(
             data,
             options.out,

@@ -6,7 +6,7 @@ from argparse import Namespace
 from rich.console import Console
 
 from sigray.orchestrator.cli.command import CONFIG, OVERRIDES, argument, command, positive, positive_int
-from sigray.orchestrator.config import ConfigError, json_schema, load_config
+from sigray.orchestrator.config import ConfigError, RunConfig, load_config
 from sigray.orchestrator.device_kinds import CPU, DEVICES
 
 
@@ -25,7 +25,7 @@ def config(options: Namespace, console: Console) -> int:
     docs/config.md explains each key.
     """
     if options.schema:
-        print(json_schema())
+        print(json.dumps(RunConfig.model_json_schema(), indent=2))
     elif options.config:
         print(load_config(options.config, options.overrides).to_yaml(), end="")
     else:

@@ -348,7 +348,7 @@ def test_a_store_that_does_not_fit_the_data_is_refused(data, model, tmp_path):
     ("overrides", "message"),
     [
         (["model.locked=[]"], r"needs a locked image tower: set model.locked=\[visual\]"),
-        (["embeddings.num_views=2"], "would store one view many times: set data.crop=random"),
+        (["embeddings.num_views=2"], "would store a view many times: set data.crop=random"),
         (["train.label_noise={kind: image, fraction: 0.1}"], "embeddings.store holds none: text or alignment"),
         (["model.image_tower=tower.pt", "model.locked=[]", "embeddings.store=null"], "is a file and cannot be trained"),
     ],
