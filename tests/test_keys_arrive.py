@@ -139,7 +139,8 @@ class Spy:
 
             def step(self, batch: Batch) -> StepResult:
                 spy.before_step(self, batch)
-                spy.batches.append(batch)
+                spy.batches.append(copy.copy(batch))
+                spy.batches[-1].images = batch.images.clone()  # the loop releases the batch after the step
                 result = super().step(batch)
                 spy.after_step(batch, result)
                 return result
