@@ -42,9 +42,9 @@ import ssl
 import threading
 import time
 import weakref
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -73,6 +73,7 @@ _FIRST_WAIT_S = {
     "wrong answer": 0.2,
     "slow down": 0.5,
 }
+_DENIED = (301, 307, 400, 401, 403)  # 400 is S3's answer to expired credentials, and to the wrong region
 _EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired")
 
 
@@ -95,16 +96,10 @@ class Failure:
     code: str = ""
 
 
-@dataclass(frozen=True)
-class Retry:
-    """Request the missing bytes again after a wait, if needed with a new signature."""
+def after_failure(kind: str, failures: Counter[str], silent_s: float, deadline_s: float, jitter: float) -> float | None:
+    """Return the seconds until a failed GET is retried; None: give up.
 
-    after_s: float
-    sign_again: bool = False
-
-
-def after_failure(kind: str, failures: Counter[str], silent_s: float, deadline_s: float, jitter: float) -> Retry | None:
-    """Decide about a failed GET; None if no retry can help, or after the deadline.
+    None if no retry can help, or after the deadline. A retry after "denied" needs a new signature.
 
     Args:
         kind: of the failure.
@@ -114,11 +109,11 @@ def after_failure(kind: str, failures: Counter[str], silent_s: float, deadline_s
         jitter: uniform in 0 to 1, so that many clients of a busy store do not retry at the same time.
     """
     if kind == "denied" and failures[kind] == 1:
-        return Retry(0.0, sign_again=True)  # credentials may be new, or the bucket's region now known
+        return 0.0  # credentials may be new, or the bucket's region now known
     if kind not in _FIRST_WAIT_S or silent_s >= deadline_s:
         return None
     wait_s = min(_MAX_WAIT_S, _FIRST_WAIT_S[kind] * 2 ** min(failures.total() - 1, 16))
-    return Retry(min(jitter * wait_s, deadline_s - silent_s))
+    return min(jitter * wait_s, deadline_s - silent_s)
 
 
 def split_s3_url(url: str) -> tuple[str, str]:
@@ -137,6 +132,7 @@ def split_s3_url(url: str) -> tuple[str, str]:
 class _Answer:
     """The head of an answer, and the body's bytes that were received with it."""
 
+    origin: str  # scheme and host
     connection: socket.socket
     status: int
     headers: dict[str, str]  # names in lower case
@@ -158,7 +154,7 @@ class _Connections:
         self._timeout_s = timeout_s
         self._tls = ssl.create_default_context(cafile=ca_bundle or get_cert_path(True))
         self._proxies = {scheme: urlsplit(proxy) for scheme, proxy in get_environ_proxies(endpoint).items()}
-        self._idle: dict[str, list[socket.socket]] = {}  # by scheme and host
+        self._idle: dict[str, list[socket.socket]] = defaultdict(list)  # by scheme and host
 
     def get(self, url: str, headers: dict[str, str]) -> _Answer:
         """Send a GET and read the head of its answer.
@@ -168,6 +164,7 @@ class _Connections:
             OSError: the store was reached and sent no answer.
         """
         parts = urlsplit(url)
+        origin = f"{parts.scheme}://{parts.netloc}"
         proxy = self._proxies.get(parts.scheme)
         target = f"{parts.path}?{parts.query}" if parts.query else parts.path
         headers = {"Host": parts.netloc, "Accept-Encoding": "identity"} | headers
@@ -177,32 +174,31 @@ class _Connections:
         lines = [f"GET {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
         request = "\r\n".join(lines).encode("latin-1")
         while True:
-            connection = self._take(url)
+            connection = self._take(origin)
             is_fresh = connection is None
             connection = connection or self._connect(parts, proxy)
             try:
                 connection.sendall(request)
-                return _read_head(connection)
+                return _read_head(origin, connection)
             except OSError as error:
                 connection.close()
                 if is_fresh or isinstance(error, TimeoutError):
                     raise
                 # The store closed the connection while it was idle: not a failure.
 
-    def keep(self, url: str, answer: _Answer) -> None:
+    def keep(self, answer: _Answer) -> None:
         """Return the connection of a fully read answer to the pool."""
-        idle = self._idle.setdefault(_origin(url), [])
+        idle = self._idle[answer.origin]
         is_over = bool(answer.begun) or answer.headers.get("connection", "").lower() == "close"
         if is_over or len(idle) >= _MAX_IDLE:
             answer.connection.close()
         else:
             idle.append(answer.connection)
 
-    def _take(self, url: str) -> socket.socket | None:
-        idle = self._idle.get(_origin(url), [])
+    def _take(self, origin: str) -> socket.socket | None:
         with contextlib.suppress(IndexError):
             while True:
-                connection = idle.pop()
+                connection = self._idle[origin].pop()
                 poll = select.poll()
                 poll.register(connection, select.POLLIN)
                 if not poll.poll(0):
@@ -227,10 +223,6 @@ class _Connections:
         return connection.sock
 
 
-def _origin(url: str) -> str:
-    return url[: url.index("/", len("https://"))]
-
-
 def _authorization(proxy: SplitResult) -> dict[str, str]:
     if not proxy.username:
         return {}
@@ -238,7 +230,7 @@ def _authorization(proxy: SplitResult) -> dict[str, str]:
     return {"Proxy-Authorization": f"Basic {user}"}
 
 
-def _read_head(connection: socket.socket) -> _Answer:
+def _read_head(origin: str, connection: socket.socket) -> _Answer:
     received = b""
     while b"\r\n\r\n" not in received:
         piece = connection.recv(1 << 14)
@@ -251,30 +243,8 @@ def _read_head(connection: socket.socket) -> _Answer:
     if not status:
         raise ConnectionError(f"no HTTP answer but {first[:40]!r}")
     fields = (line.partition(":") for line in lines)
-    return _Answer(connection, int(status[1]), {name.lower(): value.strip() for name, _, value in fields}, begun)
-
-
-def _fill(
-    view: memoryview, num_filled: int, answer: _Answer, dropped: threading.Event | None = None
-) -> tuple[int, Failure | None]:
-    """Read a body until the view is full; returns the filled bytes and the failure."""
-    if answer.begun:
-        begun = answer.begun[: len(view) - num_filled]
-        answer.begun = answer.begun[len(begun) :]
-        view[num_filled : num_filled + len(begun)] = begun
-        num_filled += len(begun)
-    receive = answer.connection.recv_into
-    try:
-        while num_filled < len(view) and not (dropped and dropped.is_set()):
-            count = receive(view[num_filled:])
-            if not count:
-                return num_filled, Failure("reset", "closed early")
-            num_filled += count
-    except TimeoutError:
-        return num_filled, Failure("stall", "no byte in time")
-    except OSError as error:
-        return num_filled, Failure("reset", str(error) or type(error).__name__)
-    return num_filled, None
+    headers = {name.lower(): value.strip() for name, _, value in fields}
+    return _Answer(origin, connection, int(status[1]), headers, begun)
 
 
 def _read_error(answer: _Answer) -> bytes:
@@ -287,8 +257,14 @@ def _read_error(answer: _Answer) -> bytes:
     return body
 
 
-class _NotConnected(Exception):
+class _NotConnected(OSError):
     """No connection could be made; the message is the system's."""
+
+
+def _failure(error: OSError, missing: str) -> Failure:
+    if isinstance(error, TimeoutError):
+        return Failure("stall", f"no {missing} in time")
+    return Failure("no connection" if isinstance(error, _NotConnected) else "reset", str(error) or type(error).__name__)
 
 
 class _Store:
@@ -427,7 +403,7 @@ def _refused(url: str, s3: S3Config, status: int, code: str) -> DataError:
         return DataError(f"{url}: the S3 credentials have expired ({code}): renew them; {_credentials(s3)}")
     if status == 404:
         return DataError(f"{url}: there is no such object at {endpoint}")
-    if status in (301, 307, 400, 401, 403):
+    if status in _DENIED:
         return DataError(f"{url}: access denied by {endpoint} ({status} {code}); {_credentials(s3)}")
     return DataError(f"{url}: {endpoint} answers {status} {code}")
 
@@ -456,25 +432,21 @@ def _credentials(s3: S3Config) -> str:
     )
 
 
+@dataclass(eq=False)
 class _Part:
-    """A byte range of the object and the buffer to fill with it.
+    """A byte range of the object and the buffer to fill with it."""
 
-    Args:
-        begin, end: of the bytes.
-        buffer: is at least as long.
-        end_asked: end of the range to request; the unread rest is in `answer` afterwards.
-    """
-
-    def __init__(self, begin: int, end: int, buffer: mmap.mmap, end_asked: int = 0) -> None:
-        self.begin, self.end, self.buffer = begin, end, buffer
-        self.end_asked = max(end, end_asked)
-        self.answer: _Answer | None = None
-        self.num_filled = 0
-        self.done = threading.Event()  # complete, failed or dropped
-        self.error: BaseException | None = None
-        self.dropped = threading.Event()
-        self._lock = threading.Lock()
-        self._socket: socket.socket | None = None
+    begin: int
+    end: int
+    end_asked: int  # of the range to request; the unread rest is in `answer` afterwards
+    buffer: mmap.mmap  # at least as long
+    answer: _Answer | None = None
+    num_filled: int = 0
+    error: BaseException | None = None
+    done: threading.Event = field(default_factory=threading.Event)  # complete, failed or dropped
+    dropped: threading.Event = field(default_factory=threading.Event)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _socket: socket.socket | None = None
 
     def watch(self, connection: socket.socket | None) -> None:
         """Set the connection that `drop` shuts down; None if it may carry another part."""
@@ -513,24 +485,19 @@ TRAFFIC: Counter[str] = Counter()
 """Of this process: "bytes" read from S3, and retries by kind of failure."""
 
 
+@dataclass
 class _Fetcher:
     """Downloads parts of one object, in the threads of a stream."""
 
-    def __init__(
-        self,
-        info: ObjectInfo,
-        s3: S3Config,
-        draw: Callable[[], float],
-        clock: Callable[[], float],
-        sleep: Callable[[threading.Event, float], object],
-    ) -> None:
-        self.info = info
-        self.s3 = s3
-        self.store = _store(info.url, s3)
+    info: ObjectInfo
+    s3: S3Config
+    _draw: Callable[[], float]
+    _clock: Callable[[], float]
+    _sleep: Callable[[threading.Event, float], object]
+
+    def __post_init__(self) -> None:
+        self.store = _store(self.info.url, self.s3)
         self.retries: Counter[str] = Counter()
-        self._draw = draw
-        self._clock = clock
-        self._sleep = sleep
         self._lock = threading.Lock()
         self._signed = ""
         self._signed_at = -float("inf")
@@ -564,16 +531,16 @@ class _Fetcher:
                     last_byte_at = now - (self.s3.read_timeout_s if failure.kind == "stall" else 0.0)
                 failures[failure.kind] += 1
                 silent_s = now - last_byte_at
-                decision = after_failure(failure.kind, failures, silent_s, self.s3.deadline_s, self._draw())
-                if decision is None:
+                wait_s = after_failure(failure.kind, failures, silent_s, self.s3.deadline_s, self._draw())
+                if wait_s is None:
                     part.error = self._error(part, failure, failures, silent_s)
                     return
                 with self._lock:
                     self.retries[failure.kind] += 1
                     TRAFFIC[failure.kind] += 1
-                if decision.sign_again:
-                    self._sign_again(signed)
-                self._sleep(part.dropped, decision.after_s)
+                if failure.kind == "denied":
+                    self._url(signed)
+                self._sleep(part.dropped, wait_s)
                 failure = None
         except BaseException as error:  # the reader raises it
             part.error = error
@@ -587,96 +554,89 @@ class _Fetcher:
         headers = {"Range": f"bytes={first}-{last}", "If-Match": f'"{self.info.etag}"'}
         try:
             answer = self.store.connections.get(signed, headers)
-        except _NotConnected as error:
-            return Failure("no connection", str(error))
-        except TimeoutError:
-            return Failure("stall", "no answer in time")
         except OSError as error:
-            return Failure("reset", str(error) or type(error).__name__)
+            return _failure(error, "answer")
         part.watch(answer.connection)
-        failure = self._check_head(answer, first, last)
-        if failure is None:
-            with memoryview(part.buffer) as buffer, buffer[: part.end - part.begin] as view:
-                before = part.num_filled
-                part.num_filled, failure = _fill(view, part.num_filled, answer, part.dropped)
-                self.count_bytes(part.num_filled - before)
+        failure = self._check_head(answer, first, last) or self.fill(part, answer)
         part.watch(None)
         if part.num_filled < part.end - part.begin:
             answer.connection.close()
         elif part.end < part.end_asked:
             part.answer = answer
         else:
-            self.store.connections.keep(signed, answer)
+            self.store.connections.keep(answer)
         return failure
 
-    def count_bytes(self, num_bytes: int) -> None:
-        with self._lock:
-            TRAFFIC["bytes"] += num_bytes
+    def fill(self, part: _Part, answer: _Answer) -> Failure | None:
+        """Read a body until the part is full or dropped."""
+        before = part.num_filled
+        with memoryview(part.buffer) as buffer, buffer[: part.end - part.begin] as view:
+            begun = answer.begun[: len(view) - before]
+            answer.begun = answer.begun[len(begun) :]
+            view[before : before + len(begun)] = begun
+            part.num_filled += len(begun)
+            try:
+                while part.num_filled < len(view) and not part.dropped.is_set():
+                    count = answer.connection.recv_into(view[part.num_filled :])
+                    if not count:
+                        return Failure("reset", "closed early")
+                    part.num_filled += count
+            except OSError as error:
+                return _failure(error, "byte")
+            finally:
+                with self._lock:
+                    TRAFFIC["bytes"] += part.num_filled - before
+        return None
 
     def _check_head(self, answer: _Answer, first: int, last: int) -> Failure | None:
         """Return None if the answer's body is the requested one."""
         status = answer.status
         headers = answer.headers
-        if status == 206:
-            etag = headers.get("etag", "").strip('"')
-            if etag and etag != self.info.etag:  # some stores ignore If-Match
-                return Failure("replaced", f"ETag {etag}", status)
-            wanted = f"bytes {first}-{last}/{self.info.num_bytes}"
-            sent = headers.get("content-range")
-            if sent != wanted:
-                return Failure("wrong answer", f"Content-Range {sent!r} instead of {wanted!r}", status)
-            length = headers.get("content-length")
-            if length != str(last - first + 1):
-                return Failure("wrong answer", f"Content-Length {length} instead of {last - first + 1}", status)
-            return None
         if status == 200:
             return Failure("no ranges", "200 instead of 206", status)
-        found = re.search(rb"<Code>([^<]+)</Code>", _read_error(answer))
-        code = found.group(1).decode(errors="replace") if found else ""
-        return Failure(_kind_of(status, code), f"{status} {code}".strip(), status, code)
+        if status != 206:
+            found = re.search(rb"<Code>([^<]+)</Code>", _read_error(answer))
+            code = found.group(1).decode(errors="replace") if found else ""
+            return Failure(_kind_of(status, code), f"{status} {code}".strip(), status, code)
+        etag = headers.get("etag", "").strip('"')
+        if etag and etag != self.info.etag:  # some stores ignore If-Match
+            return Failure("replaced", f"ETag {etag}", status)
+        wanted = f"bytes {first}-{last}/{self.info.num_bytes}"
+        sent = headers.get("content-range")
+        if sent != wanted:
+            return Failure("wrong answer", f"Content-Range {sent!r} instead of {wanted!r}", status)
+        length = headers.get("content-length")
+        if length != str(last - first + 1):
+            return Failure("wrong answer", f"Content-Length {length} instead of {last - first + 1}", status)
+        return None
 
-    def keep(self, answer: _Answer) -> None:
-        """Return the connection of a fully read answer to the pool."""
-        self.store.connections.keep(self._signed, answer)
-
-    def _url(self) -> str:
-        """Return the object's presigned URL."""
-        with self._lock:
-            if self._clock() - self._signed_at > _SIGN_AGAIN_S:
-                self._sign()
-            return self._signed
-
-    def _sign_again(self, refused: str) -> None:
+    def _url(self, refused: str | None = None) -> str:
+        """Return the object's presigned URL, newer than the one that the store refused."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         with self._lock:
-            if refused != self._signed:
-                return  # another part has already signed again
+            if refused != self._signed and self._clock() - self._signed_at <= _SIGN_AGAIN_S:
+                return self._signed  # if one was refused: another part has already signed again
             bucket, key = split_s3_url(self.info.url)
-            with contextlib.suppress(BotoCoreError, ClientError):
-                self.store.client.head_object(Bucket=bucket, Key=key)  # its answer tells boto3 the region
-            self._sign()
-
-    def _sign(self) -> None:
-        from botocore.exceptions import BotoCoreError
-
-        bucket, key = split_s3_url(self.info.url)
-        try:
-            self._signed = self.store.client.generate_presigned_url(
-                "get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=_SIGNED_FOR_S
-            )
-        except BotoCoreError as error:
-            raise _explained(error, self.info.url, self.s3) from error
-        self._signed_at = self._clock()
+            if refused:
+                with contextlib.suppress(BotoCoreError, ClientError):
+                    self.store.client.head_object(Bucket=bucket, Key=key)  # its answer tells boto3 the region
+            try:
+                self._signed = self.store.client.generate_presigned_url(
+                    "get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=_SIGNED_FOR_S
+                )
+            except BotoCoreError as error:
+                raise _explained(error, self.info.url, self.s3) from error
+            self._signed_at = self._clock()
+            return self._signed
 
     def _error(self, part: _Part, failure: Failure, failures: Counter[str], silent_s: float) -> DataError:
         url = self.info.url
         endpoint = self.store.endpoint
         remedy = "put the object of the manifest back, or start a new run on the new data"
-        if failure.kind == "replaced":
-            return DataError(f"{url} was replaced since the run's manifest was made: {remedy}")
-        if failure.kind == "gone":
-            return DataError(f"{url} is gone, though it was there when the run's manifest was made: {remedy}")
+        if failure.kind in ("replaced", "gone"):
+            what = {"replaced": "was replaced since", "gone": "is gone, though it was there when"}[failure.kind]
+            return DataError(f"{url} {what} the run's manifest was made: {remedy}")
         if failure.kind == "no ranges":
             return DataError(
                 f"{url}: the store {endpoint} ignores ranges (it answers a Range request with the whole object), which "
@@ -700,13 +660,7 @@ def _kind_of(status: int, code: str) -> str:
         return "slow down"
     if status >= 500 or status == 408 or code == "RequestTimeout":
         return "server error"
-    if status == 404:
-        return "gone"
-    if status == 412:
-        return "replaced"
-    if status in (301, 307, 400, 401, 403):  # 400 is S3's answer to expired credentials, and to the wrong region
-        return "denied"
-    return "wrong answer"
+    return {404: "gone", 412: "replaced", **dict.fromkeys(_DENIED, "denied")}.get(status, "wrong answer")
 
 
 class S3Stream:
@@ -753,7 +707,7 @@ class S3Stream:
         self._clock = clock
         self._answer: _Answer | None = None  # without threads: of the range that is being read
         self._range_end = start
-        self._num_ranges = 0
+        self._range_parts = 1  # the first range shows whether the store is fast; the next ones may then be long
         self._waited_s = 0.0  # for the bytes up to `_decide_at`
         self._decide_at = start + part_bytes  # byte at which to decide about threads
         self._view = memoryview(b"")
@@ -845,18 +799,12 @@ class S3Stream:
         buffer = self._free.pop() if self._free else _new_buffer(num_bytes)
         if self.position >= self._range_end:
             self._disconnect()
-            # The first range shows whether the store is fast; the next ones may then be long.
-            num_parts = _DIRECT_PARTS if self._num_ranges else 1
-            self._num_ranges += 1
             self._next = self.position
-            self._range_end = min(self.position + num_parts * self._part_bytes, self.num_bytes)
+            self._range_end = min(self.position + self._range_parts * self._part_bytes, self.num_bytes)
+            self._range_parts = _DIRECT_PARTS
         while True:
-            block = _Part(self._next, min(self._next + num_bytes, self._range_end), buffer, self._range_end)
-            failure = None
-            if self._answer is not None:
-                with memoryview(buffer) as whole, whole[: block.end - block.begin] as view:
-                    block.num_filled, failure = _fill(view, 0, self._answer)
-                self._fetcher.count_bytes(block.num_filled)
+            block = _Part(self._next, min(self._next + num_bytes, self._range_end), self._range_end, buffer)
+            failure = self._fetcher.fill(block, self._answer) if self._answer is not None else None
             if block.num_filled < block.end - block.begin:
                 self._disconnect()
                 self._fetcher.fetch(block, failure)
@@ -865,7 +813,7 @@ class S3Stream:
                 self._answer = block.answer
             self._next = block.end
             if block.end == self._range_end and self._answer is not None:
-                self._fetcher.keep(self._answer)
+                self._fetcher.store.connections.keep(self._answer)
                 self._answer = None
             if block.end > self.position:
                 self._waited_s += self._clock() - began
@@ -916,7 +864,7 @@ class S3Stream:
         """Request parts until `num_parts` are prefetched."""
         while len(self._prefetched) < self.num_parts and self._next < self.num_bytes:
             end = min(self._next + self._part_bytes, self.num_bytes)
-            part = _Part(self._next, end, self._free.pop() if self._free else _new_buffer(self._part_bytes))
+            part = _Part(self._next, end, end, self._free.pop() if self._free else _new_buffer(self._part_bytes))
             self._next = end
             self._prefetched.append(part)
             self._work.put(part)

@@ -24,7 +24,6 @@ from sigray.workers.config import S3Config
 from sigray.workers.data import s3 as s3_module
 from sigray.workers.data.s3 import (
     ObjectInfo,
-    Retry,
     S3Stream,
     ShardCache,
     after_failure,
@@ -301,17 +300,17 @@ def test_the_deadline_names_what_was_tried(proxy: FaultProxy) -> None:
 
 
 def test_failures_and_what_is_done_about_them() -> None:
-    def after(kind: str, silent_s: float = 0, **failures: int) -> Retry | None:
+    def after(kind: str, silent_s: float = 0, **failures: int) -> float | None:
         counts = Counter({name.replace("_", " "): count for name, count in failures.items()})
         return after_failure(kind, counts, silent_s, 60, 0.5)
 
-    assert after("reset", reset=1) == Retry(0.05)
-    assert after("reset", reset=3) == Retry(0.2)
-    assert after("slow down", reset=1, slow_down=3) == Retry(2.0)
-    assert after("stall", stall=500) == Retry(5.0)
-    assert after("stall", silent_s=59, stall=500) == Retry(1.0)
+    assert after("reset", reset=1) == 0.05
+    assert after("reset", reset=3) == 0.2
+    assert after("slow down", reset=1, slow_down=3) == 2.0
+    assert after("stall", stall=500) == 5.0
+    assert after("stall", silent_s=59, stall=500) == 1.0
     assert after("stall", silent_s=60, stall=9) is None
-    assert after("denied", denied=1) == Retry(0.0, sign_again=True)
+    assert after("denied", denied=1) == 0.0
     assert after("denied", denied=2) is None
     for kind in ("gone", "replaced", "no ranges"):
         assert after(kind, **{kind.replace(" ", "_"): 1}) is None
