@@ -3,7 +3,7 @@
 # make test-all   that, and the long tests: chaos, elastic, sweeps, TPU slices, jobs, a real `ray up` (25 minutes at most;
 #             the last one needs root, iproute2, openssh-server and rsync)
 # make test-mutations   does a test notice each of some 400 small faults? (15 minutes at most)
-# make check  format, lint, types
+# make check  format, lint, types, words
 # make env    the environment .venv alone; the other targets call it
 PYTHON ?= python3
 VENV := .venv
@@ -41,6 +41,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m dev.prose
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -87,7 +87,7 @@ def open_clip_steps(config: RunConfig, batch: Batch) -> Callable[[], None]:
 def peak_mib(trainer: Trainer, batch: Batch) -> float:
     """The most that is allocated during a step that begins without gradients."""
     trainer.optimizer.zero_grad(set_to_none=True)
-    gc.collect()  # what the case before has left behind
+    gc.collect()  # objects of the previous case
     held = torch.cuda.memory_allocated() / MIB
     return held + cuda_growth_mib(lambda: trainer.step(batch))
 

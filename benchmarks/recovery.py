@@ -115,7 +115,7 @@ def seconds_to_recover(make: Callable[[Path], tuple[list[str], Callable[[], int]
             done = steps_done()
             os.kill(descendants_named(process.pid, "ray::RayTrainWorker")[0], signal.SIGKILL)
             begin = time.monotonic()
-            time.sleep(1)  # steps that were on their way to the file
+            time.sleep(1)  # for steps not yet written to the file
             done = max(done, steps_done())
             wait_until(lambda: steps_done() > done, process)
             return time.monotonic() - begin

@@ -9,7 +9,7 @@ billion samples, 1,000 training workers, 2,000 data-shard workers, global batch 
     order_s       the order's first epoch: permute the shards, lay them end to end
     deal_s        100 steps' parts of one training worker: each worker does this for itself, step by step
     locate_s      a window of every lane: each of 2,000 data-shard workers finds its first window's shards
-    resume_s      the order built anew, and the place of a step in the last epoch found on each worker
+    resume_s      a new order, and the place of a step in the last epoch found on each worker
     policy_s      10,000 failures judged, and room looked for in every size of a range of 1 to 1,000
     plan_s        all of these
     memory_gb     by how much the process grew, at most
@@ -84,7 +84,7 @@ def deal(order: StreamOrder) -> None:
 
 
 def check_parts(order: StreamOrder) -> None:
-    """The parts of 1,000 workers are the batch; nobody computes this in a run, so its time is not counted."""
+    """The parts of 1,000 workers are the batch; a run does not compute this, so its time is not counted."""
     parts = [order.rank_part(7, BATCH, rank, NUM_WORKERS) for rank in range(0, NUM_WORKERS, 50)]
     assert all(sum(piece.stop - piece.start for piece in part) == BATCH // NUM_WORKERS for part in parts)
     assert sum(piece.stop - piece.start for piece in order.rank_part(7, BATCH, 0, 1)) == BATCH

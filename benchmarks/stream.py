@@ -7,8 +7,8 @@ environment on the same two cores, and its start and first batches do not count.
     speedup_open_clip   sigray's samples/s over the peer's; likewise speedup_webdataset
     speedup_ray_data    the same over Ray Data with its own decoder
     speedup_ray_data_our_decoder  the same over the faster of the two ways of running sigray's decoder in Ray Data
-    floor_ratio         sigray's samples/s over those of two bare processes that hand nothing over, by turns of a few
-                        seconds, both being up all the time
+    floor_ratio         sigray's samples/s over those of two bare processes without hand-over, in
+                        alternating windows of a few seconds, both being up all the time
     shared_cpu_ratio    CPU time of the data-shard workers with two readers of one stream over that with one
 
 Each is the median over repetitions of the ratio within a repetition.

@@ -208,7 +208,7 @@ class Floor:
 
     def close(self) -> None:
         for process in self._processes:
-            process.kill()  # also where it is halted
+            process.kill()  # also a halted process
             process.join()
 
 
@@ -218,7 +218,7 @@ def floor(paths: list[Path]) -> Iterator[Batch]:
 
 
 def in_turns(paths: list[Path], num_turns: int, seconds: float) -> list[dict[str, float]]:
-    """Samples per second of sigray and of the floor, by turns of some seconds.
+    """Samples per second of sigray and of the floor, in alternating windows of some seconds.
 
     On shared machines the same work takes 20 % longer in one minute than in the next, so that contestants that run
     after each other say little about a difference of 5 %. Here both are up, and the processes of the one that has not

@@ -54,13 +54,13 @@ def study(name: str, folder: Path, **more: Any) -> dict[str, Any]:
 
 
 def sharing(name: str, folder: Path, *, is_shared: bool) -> dict[str, Any]:
-    """Four learning rates; where they shall not share, a key that changes no result makes their streams differ."""
+    """Four learning rates; to prevent sharing, a key without effect makes their streams differ."""
     cases = {
         f"lr {lr}": {"optim.lr": lr, "data.cache_mib": 256 if is_shared else 256 + number}
         for number, lr in enumerate([2.0e-4, 5.0e-4, 1.0e-3, 2.0e-3])
     }
     content = study(name, folder, budget=20_480, parallel=4, space={"trial": {"cases": cases}})
-    # Random crops: every epoch is decoded anew, as large data is. Ray's count of CPUs is not what is measured.
+    # Random crops: every epoch is decoded again, as large data is. Ray's count of CPUs is not what is measured.
     content["overrides"] |= {"data.crop": "random", "data.cpus_per_worker": 0}
     return content
 

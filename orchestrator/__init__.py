@@ -1,1 +1,1 @@
-"""From a config to a run on a cluster: checks, starts, watches, reports. Imports `workers` and `losses`."""
+"""Runs on a cluster: checks, start, supervision, reports."""

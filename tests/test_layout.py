@@ -1,6 +1,7 @@
-"""The direction of imports: native <- losses <- workers <- orchestrator <- tuning."""
+"""The direction of imports between packages and between rooms, and what a process may import or unpickle."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -37,6 +38,82 @@ def test_imports_point_one_way(package):
     for path in files:
         wrong = imported_packages(path) & (set(PACKAGES) | OUTSIDE) - allowed
         assert not wrong, f"{path} imports {wrong}"
+
+
+# Rooms of a package, from low to high: a room may import itself and lower ones. Modules stand beside rooms.
+ROOMS: dict[str, list[set[str]]] = {
+    "workers": [
+        {"config", "metrics", "sharding", "storage"},
+        {"checkpoint"},
+        {"model"},
+        {"device"},
+        {"data"},
+        {"training", "evaluation"},
+    ],
+    "orchestrator": [
+        {"batch", "device_kinds", "formatting", "secrets"},
+        {"config", "tables"},
+        {"resources", "run_folder"},
+        {"planning", "reports"},
+        {"cluster", "data"},
+        {"run", "chaos"},
+        {"cli"},
+    ],
+}
+
+
+def imported_rooms(source: str, package: str) -> set[str]:
+    """Return the rooms of a package that a source imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == f"sigray.{package}":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and str(node.module).startswith(f"sigray.{package}."):
+            names.add(str(node.module).split(".")[2])
+    return names
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_imports_between_rooms_point_one_way(package):
+    places = {path.stem if path.is_file() else path.name for path in Path(package).iterdir()}
+    rooms = set().union(*ROOMS[package])
+    assert places - rooms - {"__init__", "__pycache__"} == set(), "a room or module without a place in the order"
+    for number, level in enumerate(ROOMS[package]):
+        lower: set[str] = set().union(*ROOMS[package][:number])
+        for room in level:
+            files = list(Path(package, room).rglob("*.py")) or [Path(package, f"{room}.py")]
+            for path in files:
+                wrong = imported_rooms(path.read_text(), package) - lower - {room}
+                assert not wrong, f"{path} imports {wrong}, which is not below {room}"
+
+
+def test_the_direction_between_rooms_is_really_checked():
+    source = (
+        "def f():\n    from sigray.workers.training.step import Trainer\n    from sigray.workers import data, config\n"
+    )
+    assert imported_rooms(source, "workers") == {"training", "data", "config"}
+
+
+def test_no_modules_import_each_other():
+    imports: dict[str, set[str]] = {}
+    for path in (path for package in PACKAGES for path in Path(package).rglob("*.py")):
+        name = ".".join(["sigray", *path.with_suffix("").parts]).removesuffix(".__init__")
+        found = imports[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    graph = {name: sorted(found & imports.keys() - {name}) for name, found in imports.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
+
+
+MAX_LINES = 600
+
+
+def test_a_long_module_says_why():
+    for path in (path for package in PACKAGES for path in Path(package).rglob("*.py")):
+        source = path.read_text()
+        if len(source.splitlines()) > MAX_LINES:
+            assert re.search(r"\blong\b", str(ast.get_docstring(ast.parse(source)))), f"{path} does not say why"
 
 
 def test_losses_and_the_training_loop_know_no_ray():

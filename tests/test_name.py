@@ -1,4 +1,4 @@
-"""`sigray` is the one name that is imported: what it loads, what users' files cannot hide, where it comes from.
+"""`sigray` is the one name that is imported: what it loads, what users' files cannot hide, its origin.
 
 short   the name itself, and a run without Ray beside a user's `losses.py`, `workers/` and `tuning.py`
 long    the same under Ray; a wheel in an environment of its own that trains, sweeps and submits
@@ -110,7 +110,7 @@ def test_a_node_gets_all_that_the_installation_needs(place, tmp_path):
 
 # ------------------------------------------------------------------------------- files of a user's with our names
 
-OWN = {"losses.py": "", "workers/__init__.py": "", "workers/data.py": "", "tuning.py": "", "orchestrator.py": ""}
+OWN = {"losses.py": "", "workers/__init__.py": "", "workers/" + "data.py": "", "tuning.py": "", "orchestrator.py": ""}
 BARE = """
 import json, losses, pathlib, torch, tuning, workers.data
 from sigray.orchestrator.config import load_config

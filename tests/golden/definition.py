@@ -167,7 +167,7 @@ def noise_image(place: Place, seed: int, size: int) -> np.ndarray:
 
 
 def noise_caption(place: Place, seed: int, context_length: int, vocab_size: int) -> list[int]:
-    """Tokens, with zeros behind them."""
+    """Tokens, padded with zeros."""
     random = np.random.RandomState(place_hash(place, seed, TEXT) % 2**32)
     length = random.randint(1, context_length + 1)
     return [*random.randint(1, vocab_size, size=length).tolist(), *[0] * (context_length - length)]

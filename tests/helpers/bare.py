@@ -34,7 +34,7 @@ class OneWorker:
 
 
 class Recorder:
-    """Hooks that remember, and stop the run after a step where they are told to."""
+    """Hooks that remember, and stop the run after a given step."""
 
     def __init__(self, last_step: int | None = None) -> None:
         self._last_step = last_step

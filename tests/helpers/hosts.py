@@ -67,7 +67,7 @@ exec chroot "$root" /usr/sbin/sshd -D -e -h /run/host_key -o ListenAddress="$add
 
 
 def why_not() -> str:
-    """Why there can be no such hosts on this machine; empty where there can."""
+    """Why there can be no such hosts on this machine; empty if there can."""
     if os.geteuid() != 0:
         return "needs root"
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -79,7 +79,7 @@ def why_not() -> str:
 
 
 class Hosts:
-    """A switch with hosts on it; `user` is the machine of whoever starts the cluster, and alone has the key.
+    """A switch with hosts on it; `user` is the machine of the user who starts the cluster, and alone has the key.
 
     Args:
         folder: for keys and mounts; short, since sockets below it have a longest path.

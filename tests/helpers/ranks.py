@@ -19,7 +19,7 @@ _TIMEOUT_S = 600.0  # of one call; whole runs take a minute on a busy machine
 
 
 class RankGroup:
-    """A gloo group that stays, for functions that leave nothing behind; to be closed, or used as a context manager.
+    """A gloo group that stays, for functions without lasting effects; to be closed, or used as a context manager.
 
     A start costs half a second a rank: a property test makes one group for all of its examples.
     """

@@ -1,4 +1,4 @@
-"""Which tier and which marks a test has: what its fixtures need decides, not a mark that somebody must remember.
+"""Which tier and which marks a test has: what its fixtures need decides, not a mark that one must remember.
 
     short   what `make test` runs: no more than the Ray that all tests share
     long    a Ray, a cluster or a compiler of its own; minutes (`make test-all`)

@@ -54,7 +54,7 @@ def test_what_is_written_is_read_again_whole_at_every_moment(tmp_path):
 
 
 def test_a_rung_is_found_by_its_count_of_samples():
-    """A rung falls on the first step at or behind it: at 300, a batch of 128 is at 384."""
+    """A rung falls on the first step at or after it: at 300, a batch of 128 is at 384."""
     row = table_of(trial(0), result(0, 0, 0.2, 384), result(0, 1, 0.4, 1024)).rows[0]
     assert row.at(300).value == 0.2
     assert row.at(384).value == 0.2

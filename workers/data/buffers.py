@@ -31,7 +31,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -109,7 +109,7 @@ class SharedBuffer:
         self.address: Address | None = None
         self._shape, self._dtype = shape, dtype
         num_bytes = int(np.prod(shape)) * dtype.itemsize
-        memory: mmap.mmap | np.ndarray | None = None
+        memory: Any = None
         descriptor = None
         name = f"sigray-{uuid.uuid4().hex}"
         with contextlib.suppress(AttributeError, OSError):  # no Linux; a sandbox that forbids it
