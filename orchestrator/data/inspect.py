@@ -262,7 +262,7 @@ def _list_all(data: DataConfig, problems: list[tuple[str, str]]) -> list[str]:
     errors = []
     for pattern in patterns(data):
         try:
-            found.update(list_shards(pattern, data.s3))
+            found.update(list_shards(pattern, data.s3).keys())
         except DataError as error:
             errors.append(error)
             problems.append((pattern, str(error)))

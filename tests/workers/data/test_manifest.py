@@ -18,7 +18,7 @@ DATA = DataConfig(shards="unused")
 
 
 def list_shards(patterns):
-    return list_shards_of(patterns, S3Config())
+    return list(list_shards_of(patterns, S3Config()))
 
 
 def scan(patterns):
