@@ -27,9 +27,9 @@ from sigray.orchestrator.reports.template import page, render
 from sigray.orchestrator.run_folder import REPORT
 from sigray.tuning.live import value_text
 from sigray.tuning.search import Search
-from sigray.tuning.study import FigureConfig, Study
+from sigray.tuning.study import Claim, FigureConfig, Study
 from sigray.tuning.table import Ranked, Row, Table, as_csv, ranking
-from sigray.tuning.verdict import Verdict, verdict
+from sigray.tuning.verdict import Verdict, sample_variance, verdict
 from sigray.workers.storage import Storage
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def draw_sweep(
         question=study.config.question,
         headline=_headline(study, table),
         remarks=_remarks(study, table),
-        claims=[_claim(study, table, number) for number in range(len(study.config.expect))],
+        claims=[_claim(study, table, claim) for claim in study.config.expect],
         blocks=[_block(study, table, figure, figures) for figure in _figures(study)],
         curves=_curves(study, table, figures),
         importance=_importance(study, table, figures),
@@ -130,25 +130,26 @@ def sweep_status(study: Study, table: Table) -> str:
     return "finished" if all(row.is_over for row in rows) and len(rows) == Search(study).num_trials else "unfinished"
 
 
-def _best(table: Table) -> Ranked | None:
-    return next((one for one in ranking(table.rows.values()) if one.rung >= 0), None)
+def _with_result(table: Table) -> list[Ranked]:
+    return [one for one in ranking(table.rows.values()) if one.rung >= 0]
 
 
 def _headline(study: Study, table: Table) -> str:
-    ranked = [one for one in ranking(table.rows.values()) if one.rung >= 0]
+    ranked = _with_result(table)
     if not ranked:
         return "No trial has reached a result."
     best = ranked[0]
-    samples = best.rows[0].results[best.rung].samples_seen
     text = (
         f"Best of {words.counted(len(ranked), 'configuration')}: {_words(best.values) or 'the base'}, "
-        f"{words.percent(best.mean)}{_plus_minus(best)} after {words.counted(samples, 'pair')}."
+        f"{words.percent(best.mean)}"
+        + (f"{words.NBSP}±{words.NBSP}{100 * best.spread:.2f}" if len(best.rows) > 1 else "")
+        + f" after {words.counted(best.rows[0].results[best.rung].samples_seen, 'pair')}."
     )
-    level = [one for one in ranked[1:] if one.rung == best.rung and _is_level(study, best, one)]
+    level = sum(one.rung == best.rung and _is_level(study, best, one) for one in ranked[1:])
     if level:
         text += (
-            f" {words.counted(len(level), 'other')} {'is' if len(level) == 1 else 'are'} within two standard errors of "
-            "the best: this sweep does not separate them."
+            f" {words.counted(level, 'other')} {'is' if level == 1 else 'are'} within two standard errors of the best: "
+            "this sweep does not separate them."
         )
     return text
 
@@ -161,8 +162,6 @@ def _is_level(study: Study, best: Ranked, other: Ranked) -> bool:
 
 def _variance(study: Study, one: Ranked) -> float:
     """Variance of the mean over seeds: of the images, or of three or more seeds."""
-    from sigray.tuning.verdict import sample_variance
-
     count = len(one.rows)
     images = sum(sample_variance(row.results[one.rung], study.config.metric) for row in one.rows) / count**2
     return max(images, one.spread**2 / count) if count >= 3 else images
@@ -170,29 +169,23 @@ def _variance(study: Study, one: Ranked) -> float:
 
 def _remarks(study: Study, table: Table) -> list[str]:
     rows = list(table.rows.values())
-    counts = table.counts()
     chance = _chance(study, rows)
-    remarks = [
-        f"The figure is {study.config.metric}"
-        + (f"; chance is {words.percent(chance)}." if chance else ".")
-        + (
-            " One seed: the variation between seeds is unknown."
-            if len(study.config.seeds) == 1
-            else f" Means over {len(study.config.seeds)} seeds, ± their standard deviation."
-        )
-    ]
+    remark = f"The figure is {study.config.metric}" + (f"; chance is {words.percent(chance)}." if chance else ".")
+    if len(study.config.seeds) == 1:
+        remark += " One seed: the variation between seeds is unknown."
+    else:
+        remark += f" Means over {len(study.config.seeds)} seeds, ± their standard deviation."
+    remarks = [remark]
     whole = sum(row.budget for row in rows if row.status != "infeasible")
     spent = table.samples_spent
     if whole:
         saved = f", {words.percent(spent / whole)} of all budgets" if spent < 0.98 * whole else ""
-        outcomes = ", ".join(f"{count} {status}" for status, count in counts.items())
+        outcomes = ", ".join(f"{count} {status}" for status, count in table.counts().items())
         remarks.append(
             f"{words.counted(len(rows), 'trial')} ({outcomes}) saw {words.counted(spent, 'pair')} in all{saved}."
         )
-    decoded = sum(stream["decoded"] for stream in table.streams)
+    decoded, served, cpu_s = (sum(one[key] for one in table.streams) for key in ("decoded", "served", "cpu_s"))
     if decoded:
-        cpu_s = sum(stream["cpu_s"] for stream in table.streams)
-        served = sum(stream["served"] for stream in table.streams)
         remarks.append(
             f"Their streams decoded {words.counted(decoded, 'sample')} in {cpu_s:,.0f}{words.NBSP}s of CPU; each was "
             f"read {served / decoded:.1f} times."
@@ -212,16 +205,11 @@ def _chance(study: Study, rows: Iterable[Row]) -> float | None:
     return None
 
 
-def _claim(study: Study, table: Table, number: int) -> dict[str, str]:
-    claim = study.config.expect[number]
+def _claim(study: Study, table: Table, claim: Claim) -> dict[str, str]:
     derived = [name for name, dimension in study.config.space.items() if dimension.expr is not None]
     found = verdict(claim, table.rows.values(), study.config.metric, derived)
-    return {
-        "text": claim.text,
-        "answer": found.answer,
-        "kind": found.answer.replace(" ", "-"),
-        "detail": _detail(found),
-    }
+    kind = found.answer.replace(" ", "-")
+    return {"text": claim.text, "answer": found.answer, "kind": kind, "detail": _detail(found)}
 
 
 def _detail(found: Verdict) -> str:
@@ -239,10 +227,6 @@ def _detail(found: Verdict) -> str:
 def _points(difference: float) -> str:
     """Percentage points with sign: 0.0123 -> '+1.23 points'."""
     return f"{100 * difference:+.2f}{words.NBSP}points".replace("-", "\u2212")
-
-
-def _plus_minus(one: Ranked) -> str:
-    return f"{words.NBSP}±{words.NBSP}{100 * one.spread:.2f}" if len(one.rows) > 1 else ""
 
 
 def _words(values: dict[str, Any]) -> str:
@@ -263,21 +247,12 @@ def _samples(count: int) -> str:
 def _trials(study: Study, table: Table, known: Mapping[int, Trial]) -> dict[str, Any]:
     names = list(study.config.space)
     has_seeds, has_budgets = len(study.config.seeds) > 1, len(study.config.budgets) > 1
-    head = [
-        "trial",
-        *map(_short, names),
-        *["seed"] * has_seeds,
-        *["budget"] * has_budgets,
-        "outcome",
-        "pairs seen",
-        "figure",
-    ]
+    head = ["trial", *map(_short, names), *["seed"] * has_seeds, *["budget"] * has_budgets]
+    head += ["outcome", "pairs seen", "figure"]
+    best_numbers = {row.number for best in _with_result(table)[:1] for row in best.rows}
     rows = []
-    best = _best(table)
-    best_numbers = {row.number for row in best.rows} if best else set()
-    order = sorted(
-        table.rows.values(), key=lambda row: (-row.samples_seen, -(row.results[-1].value if row.results else 0))
-    )
+    order = list(table.rows.values())
+    order.sort(key=lambda row: (row.samples_seen, row.results[-1].value if row.results else 0), reverse=True)
     for row in order:
         trial = known.get(row.number)
         outcome: str = row.status
@@ -285,10 +260,10 @@ def _trials(study: Study, table: Table, known: Mapping[int, Trial]) -> dict[str,
             outcome += f": {row.results[-1].why}"
         elif trial and not row.is_over:
             outcome = trial.status
-        seen = trial.samples_seen if trial else row.samples_seen
         cells = [str(row.number), *(value_text(row.values.get(name, "")) for name in names)]
         cells += [str(row.seed)] * has_seeds + [words.count(row.budget)] * has_budgets
-        cells += [outcome, words.count(seen), words.percent(row.results[-1].value) if row.results else ""]
+        cells += [outcome, words.count(trial.samples_seen if trial else row.samples_seen)]
+        cells.append(words.percent(row.results[-1].value) if row.results else "")
         address = trial.address if trial else ""
         rows.append({"cells": cells, "is_best": row.number in best_numbers, "address": address})
     return {"head": head, "rows": rows}
@@ -296,9 +271,10 @@ def _trials(study: Study, table: Table, known: Mapping[int, Trial]) -> dict[str,
 
 def _best_yaml(study: Study, table: Table) -> str:
     """The best configuration as YAML for `sigray train`; empty if there is none."""
-    best = _best(table)
-    if best is None:
+    ranked = _with_result(table)
+    if not ranked:
         return ""
+    best = ranked[0]
     row = best.rows[0]
     content = study.trial_content(row.number, row.seed, row.budget, row.overrides)
     content["run"] = {"name": f"{study.config.name}_best", "seed": row.seed}
@@ -314,16 +290,6 @@ def _best_yaml(study: Study, table: Table) -> str:
 # ------------------------------------------------------------------------------------------------- draw
 
 
-@dataclass(frozen=True)
-class _Point:
-    """A figure over seeds."""
-
-    mean: float
-    low: float
-    high: float
-    count: int
-
-
 def _figures(study: Study) -> list[FigureConfig]:
     """The figures of the study; if it names none, one that suits its space."""
     if study.config.figures:
@@ -331,10 +297,8 @@ def _figures(study: Study) -> list[FigureConfig]:
     numbers = [name for name, dimension in study.config.space.items() if _is_numeric(dimension.values or [0.0])]
     others = [name for name in study.config.space if name not in numbers]
     if not numbers:
-        return [
-            FigureConfig(title="The figure", kind="table", rows=others[0], columns=others[1] if others[1:] else None)
-        ]
-    series = others[0] if others else None
+        return [FigureConfig(title="The figure", kind="table", rows=others[0], columns=next(iter(others[1:]), None))]
+    series = next(iter(others), None)
     return [FigureConfig(title=f"The figure against {_short(numbers[0])}", x=numbers[0], series=series)]
 
 
@@ -357,10 +321,7 @@ def _block(study: Study, table: Table, figure: FigureConfig, figures: Path | Non
     for budget in study.config.budgets:
         rungs = study.config.rungs_of(budget)
         for samples in rungs if figure.every_rung else rungs[-1:]:
-            panel = _lines_panel(study, [row for row in rows if row.budget == budget], figure, samples, budget)
-            if panel is not None:
-                title, caption, draw = panel
-                panels.append(_drawn(title, caption, draw, figures, f"{figure.title} {samples}"))
+            panels += _lines_panel(study, [row for row in rows if row.budget == budget], figure, samples, figures)
     return {"title": figure.title, "tables": [], "panels": panels}
 
 
@@ -372,36 +333,33 @@ def _drawn(title: str, caption: str, draw: Callable[[Figure], None], figures: Pa
     return {"title": title, "caption": caption, "svg": drawing.svg(draw), "png": png}
 
 
-def _summary(rows: Sequence[Row], samples: int) -> _Point | None:
-    """The best configuration among some rows: its mean over seeds, and their range."""
+def _summary(rows: Iterable[Row], samples: int) -> list[float]:
+    """The values of the best configuration among some rows, one for each seed."""
     by_key: dict[str, list[float]] = {}
     for row in rows:
         result = row.at(samples)
         if result is not None:
             by_key.setdefault(row.key, []).append(result.value)
-    if not by_key:
-        return None
-    most = max(map(len, by_key.values()))
-    values = max((group for group in by_key.values() if len(group) == most), key=statistics.fmean)
-    return _Point(statistics.fmean(values), min(values), max(values), len(values))
+    return max(by_key.values(), key=lambda values: (len(values), statistics.fmean(values)), default=[])
 
 
 def _lines_panel(
-    study: Study, rows: Sequence[Row], figure: FigureConfig, samples: int, budget: int
-) -> tuple[str, str, Callable[[Figure], None]] | None:
+    study: Study, rows: Sequence[Row], figure: FigureConfig, samples: int, figures: Path | None
+) -> list[dict[str, Any]]:
+    """The panel of a figure for rows of one budget; empty if no trial has come so far."""
     x = str(figure.x)
     series = figure.series
     labels = _distinct(row.values[series] for row in rows if series in row.values) if series else [None]
     places = sorted(_distinct(row.values[x] for row in rows if x in row.values), key=_sort_key)
-    lines: dict[str, list[tuple[Any, _Point]]] = {}
+    lines: dict[str, list[tuple[Any, list[float]]]] = {}  # places and values over seeds, by label
     for label in labels:
         chosen = [row for row in rows if series is None or row.values.get(series, label) == label]
         points = [(place, _summary([row for row in chosen if row.values.get(x) == place], samples)) for place in places]
-        known = [(place, point) for place, point in points if point is not None]
+        known = [(place, values) for place, values in points if values]
         if known:
             lines[value_text(label) if series else "figure"] = known
     if not lines:
-        return None
+        return []
     chance = _chance(study, rows)
     is_numeric = _is_numeric(places)
     positions = {str(place): place if is_numeric else number for number, place in enumerate(places)}
@@ -412,24 +370,12 @@ def _lines_panel(
         for number, (label, points) in enumerate(lines.items()):
             color = drawing.SERIES[number % len(drawing.SERIES)]
             at = [positions[str(place)] for place, _ in points]
-            axes.plot(
-                at,
-                [point.mean for _, point in points],
-                color=color,
-                marker="os^Dv*"[number % 6],
-                linewidth=1.8,
-                markersize=5,
-                label=label,
-            )
-            if any(point.count > 1 for _, point in points):
-                axes.fill_between(
-                    at,
-                    [point.low for _, point in points],
-                    [point.high for _, point in points],
-                    color=color,
-                    alpha=0.18,
-                    linewidth=0,
-                )
+            means = [statistics.fmean(values) for _, values in points]
+            marker = "os^Dv*"[number % 6]
+            axes.plot(at, means, color=color, marker=marker, linewidth=1.8, markersize=5, label=label)
+            if any(len(values) > 1 for _, values in points):
+                low, high = ([bound(values) for _, values in points] for bound in (min, max))
+                axes.fill_between(at, low, high, color=color, alpha=0.18, linewidth=0)
         if chance:
             axes.axhline(chance, color=drawing.INK, linewidth=1.0, linestyle=(0, (4, 3)))
         if is_log:
@@ -439,127 +385,101 @@ def _lines_panel(
         _rate_axis(axes, study)
         axes.set_xlabel(_short(x))
         if len(lines) > 1:
-            drawn.legend(loc="upper center", ncols=min(3, len(lines)), frameon=False, handlelength=1.6)
-            drawn.subplots_adjust(top=0.80 if len(lines) > 3 else 0.87)
+            _legend(drawn, len(lines))
 
-    best_label, (best_place, best_point) = max(
-        ((label, max(points, key=lambda point: point[1].mean)) for label, points in lines.items()),
-        key=lambda one: one[1][1].mean,
+    best, place, label = max(
+        ((statistics.fmean(values), place, label) for label, points in lines.items() for place, values in points),
+        key=lambda one: one[0],
     )
-    others = [
-        name for name in study.config.space if name not in (x, figure.series) and study.config.space[name].expr is None
-    ]
-    caption = f"Highest: {words.percent(best_point.mean)} at {_short(x)} {value_text(best_place)}"
-    caption += f", {best_label}." if figure.series else "."
-    caption += f" Each point has the best value of {_list(others)}." if others else ""
+    others = [name for name, dimension in study.config.space.items() if name not in (x, series) and not dimension.expr]
+    caption = f"Highest: {words.percent(best)} at {_short(x)} {value_text(place)}" + (f", {label}." if series else ".")
+    caption += f" Each point has the best value of {' and '.join(map(_short, others))}." if others else ""
     caption += " Bands: from the lowest to the highest seed." if len(study.config.seeds) > 1 else ""
     caption += " Dashed: chance." if chance else ""
-    title = f"After {_samples(samples)} pairs"
-    if samples != budget:
-        title += f" of {_samples(budget)}"
-    return title, caption, draw
+    budget = rows[0].budget
+    title = f"After {_samples(samples)} pairs" + (f" of {_samples(budget)}" if samples != budget else "")
+    return [_drawn(title, caption, draw, figures, f"{figure.title} {samples}")]
 
 
 def _tables(study: Study, rows: Sequence[Row], figure: FigureConfig) -> list[dict[str, Any]]:
     tables = []
+    down = str(figure.rows)
+    across = figure.columns or ""
     for budget in study.config.budgets:
         here = [row for row in rows if row.budget == budget]
-        down = _distinct(row.values.get(str(figure.rows)) for row in here)
-        across = _distinct(row.values.get(figure.columns) for row in here) if figure.columns else [None]
-        points = {
-            (str(one), str(other)): _summary(
-                [
-                    row
-                    for row in here
-                    if row.values.get(str(figure.rows)) == one
-                    and (figure.columns is None or row.values.get(figure.columns) == other)
-                ],
-                budget,
-            )
-            for one in down
-            for other in across
-        }
-        best = max((point.mean for point in points.values() if point is not None), default=None)
-        lines = []
-        for one in down:
-            cells = []
-            for other in across:
-                point = points[str(one), str(other)]
-                text = words.percent(point.mean) if point else "\u2013"
-                spread = (
-                    f"{words.percent(point.low)} to {words.percent(point.high)}"
-                    if point is not None and point.count > 1
-                    else ""
-                )
-                cells.append({"text": text, "spread": spread, "is_best": point is not None and point.mean == best})
-            lines.append({"head": value_text(one), "cells": cells})
+        columns = _distinct(row.values.get(across) for row in here) if across else [None]
+        lines = {}
+        for head in _distinct(row.values.get(down) for row in here):
+            line = [row for row in here if row.values.get(down) == head]
+            cells = [_summary([row for row in line if row.values.get(across) == column], budget) for column in columns]
+            lines[value_text(head)] = cells
+        best = max((statistics.fmean(values) for cells in lines.values() for values in cells if values), default=None)
         tables.append(
             {
                 "title": f"After {_samples(budget)} pairs",
-                "corner": _short(str(figure.rows)) + (f" \\ {_short(figure.columns)}" if figure.columns else ""),
-                "head": [value_text(other) for other in across] if figure.columns else [study.config.metric],
-                "rows": lines,
+                "corner": _short(down) + (f" \\ {_short(across)}" if across else ""),
+                "head": [value_text(column) for column in columns] if across else [study.config.metric],
+                "rows": [{"head": head, "cells": [_cell(one, best) for one in cells]} for head, cells in lines.items()],
             }
         )
     return tables
+
+
+def _cell(values: Sequence[float], best: float | None) -> dict[str, Any]:
+    """A cell of a table: the mean over seeds, and their range."""
+    if not values:
+        return {"text": "\u2013", "spread": "", "is_best": False}
+    mean = statistics.fmean(values)
+    spread = f"{words.percent(min(values))} to {words.percent(max(values))}" if len(values) > 1 else ""
+    return {"text": words.percent(mean), "spread": spread, "is_best": mean == best}
 
 
 def _curves(study: Study, table: Table, figures: Path | None) -> list[dict[str, Any]]:
     """The figure of every trial against samples seen, with the rungs."""
     panels = []
     for budget in study.config.budgets:
-        rungs = study.config.rungs_of(budget)
         rows = [row for row in table.rows.values() if row.budget == budget and row.results]
-        if len(rungs) == 1 or not rows:
-            continue
-        name = _colour_dimension(study, rows)
-        labels = _distinct(row.values.get(name) for row in rows) if name else []
-        numbers = {row.number: labels.index(row.values.get(str(name))) if name else 0 for row in rows}
-
-        def draw(
-            figure: Figure,
-            rows: Sequence[Row] = rows,
-            name: str | None = name,
-            labels: list[Any] = labels,
-            numbers: dict[int, int] = numbers,
-            rungs: list[int] = rungs,
-        ) -> None:
-            axes = figure.subplots()
-            for rung in rungs:
-                axes.axvline(rung, color=drawing.RULE, linewidth=0.8)
-            named = set()
-            for row in rows:
-                number = numbers[row.number]
-                color = drawing.SERIES[number % len(drawing.SERIES)]
-                label = value_text(labels[number]) if name and number not in named else None
-                named.add(number)
-                seen = [result.samples_seen for result in row.results]
-                values = [result.value for result in row.results]
-                axes.plot(seen, values, color=color, linewidth=1.3, alpha=0.85, marker=".", markersize=5, label=label)
-                if row.status == "stopped":
-                    axes.plot(seen[-1:], values[-1:], color=color, marker="x", markersize=7, linestyle="")
-            _rate_axis(axes, study)
-            drawing.samples_axis(axes)
-            if name:
-                figure.legend(loc="upper center", ncols=3, frameon=False, handlelength=1.6)
-                figure.subplots_adjust(top=0.80 if len(labels) > 3 else 0.87)
-
-        stopped = sum(row.status == "stopped" for row in rows)
-        caption = f"{words.counted(len(rows), 'trial')}"
-        caption += f", coloured by {_short(name)}" if name else ""
-        caption += f"; {stopped} stopped at a rung (crosses)" if stopped else ""
-        caption += ". Vertical lines: rungs; a trial reaches a rung at the first step at or after it."
-        panels.append(_drawn(f"Learning curves, {_samples(budget)} pairs", caption, draw, figures, f"curves {budget}"))
+        if rows and len(study.config.rungs_of(budget)) > 1:
+            panels.append(_curves_panel(study, rows, budget, figures))
     return panels
 
 
-def _colour_dimension(study: Study, rows: Sequence[Row]) -> str | None:
-    """The first dimension with few enough values for a legend."""
-    for name in study.config.space:
-        count = len(_distinct(row.values.get(name) for row in rows))
-        if 2 <= count <= _MAX_LEGEND:
-            return name
-    return None
+def _curves_panel(study: Study, rows: Sequence[Row], budget: int, figures: Path | None) -> dict[str, Any]:
+    values_of = {name: _distinct(row.values.get(name) for row in rows) for name in study.config.space}
+    # Colours show the first dimension with few enough values for a legend.
+    name, labels = next((item for item in values_of.items() if 2 <= len(item[1]) <= _MAX_LEGEND), ("", [None]))
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for rung in study.config.rungs_of(budget):
+            axes.axvline(rung, color=drawing.RULE, linewidth=0.8)
+        named = set()
+        for row in rows:
+            number = labels.index(row.values.get(name))
+            color = drawing.SERIES[number % len(drawing.SERIES)]
+            label = value_text(labels[number]) if name and number not in named else None
+            named.add(number)
+            seen = [result.samples_seen for result in row.results]
+            values = [result.value for result in row.results]
+            axes.plot(seen, values, color=color, linewidth=1.3, alpha=0.85, marker=".", markersize=5, label=label)
+            if row.status == "stopped":
+                axes.plot(seen[-1:], values[-1:], color=color, marker="x", markersize=7, linestyle="")
+        _rate_axis(axes, study)
+        drawing.samples_axis(axes)
+        if name:
+            _legend(figure, len(labels))
+
+    stopped = sum(row.status == "stopped" for row in rows)
+    caption = words.counted(len(rows), "trial") + (f", coloured by {_short(name)}" if name else "")
+    caption += f"; {stopped} stopped at a rung (crosses)" if stopped else ""
+    caption += ". Vertical lines: rungs; a trial reaches a rung at the first step at or after it."
+    return _drawn(f"Learning curves, {_samples(budget)} pairs", caption, draw, figures, f"curves {budget}")
+
+
+def _legend(figure: Figure, count: int) -> None:
+    """Put a legend of `count` entries above the axes."""
+    figure.legend(loc="upper center", ncols=3, frameon=False, handlelength=1.6)
+    figure.subplots_adjust(top=0.80 if count > 3 else 0.87)
 
 
 def importances(study: Study, table: Table) -> dict[str, float]:
@@ -569,10 +489,8 @@ def importances(study: Study, table: Table) -> dict[str, float]:
     """
     space = study.config.space
     names = [name for name, dimension in space.items() if dimension.expr is None]
-    ended = [
-        one for one in ranking(table.rows.values()) if one.rung >= 0 and all(r.status == "finished" for r in one.rows)
-    ]
-    complete = [one for one in ended if all(name in one.values for name in names)]
+    ended = [one for one in _with_result(table) if all(row.status == "finished" for row in one.rows)]
+    complete = [one for one in ended if one.values.keys() >= set(names)]
     if len(complete) < _MIN_FOR_IMPORTANCE or len(names) < 2:
         return {}
     import optuna
@@ -633,7 +551,3 @@ def _distinct(values: Iterable[Any]) -> list[Any]:
 
 def _sort_key(value: Any) -> tuple[int, Any]:
     return (0, value) if isinstance(value, int | float) else (1, str(value))
-
-
-def _list(names: Sequence[str]) -> str:
-    return " and ".join(map(_short, names))

@@ -31,7 +31,6 @@ class Outcome:
     """The result of an earlier trial, for the searcher.
 
     Attributes:
-        point: its configuration.
         values: the metric at each rung that the trial reached; empty if it failed or was infeasible.
         is_over: whether the trial reaches no further rung.
         is_complete: whether it reached its last rung.
@@ -46,9 +45,6 @@ class Outcome:
 class Search:
     """The trials of a study, by number.
 
-    Args:
-        study: with the space to search.
-
     Attributes:
         num_trials: in all.
         needs_results: whether trials depend on the results of others.
@@ -58,13 +54,13 @@ class Search:
         self._study = study
         config = study.config
         self.needs_results = config.search.name == "optuna"
-        self._groups = [(seed, budget) for seed in config.seeds for budget in config.budgets]
-        self._points: dict[int, list[Point]] = {}
-        if not self.needs_results:
-            self._points = {budget: self._all_points(budget) for budget in config.budgets}
-        else:
-            self._num_draws = config.search.num_trials or 0
-        self.num_trials = sum(self._size(budget) for _, budget in self._groups)
+        self._points = {} if self.needs_results else {budget: self._all_points(budget) for budget in config.budgets}
+        self._groups = [
+            (seed, budget, len(self._points[budget]) if self._points else config.search.num_trials or 0)
+            for seed in config.seeds
+            for budget in config.budgets
+        ]
+        self.num_trials = sum(size for _, _, size in self._groups)
 
     def propose(self, number: int, outcomes: Sequence[Outcome]) -> Proposal | None:
         """Trial `number`; None while it depends on missing results.
@@ -76,8 +72,7 @@ class Search:
             ConfigError: for an expression of the space that cannot be computed.
         """
         first = 0
-        for seed, budget in self._groups:
-            size = self._size(budget)
+        for seed, budget, size in self._groups:
             if number < first + size:
                 if not self.needs_results:
                     return Proposal(number, seed, budget, self._points[budget][number - first])
@@ -85,9 +80,6 @@ class Search:
                 return Proposal(number, seed, budget, point) if point else None
             first += size
         raise IndexError(f"trial {number} of {self.num_trials}")
-
-    def _size(self, budget: int) -> int:
-        return self._num_draws if self.needs_results else len(self._points[budget])
 
     def _all_points(self, budget: int) -> list[Point]:
         config = self._study.config
@@ -98,8 +90,7 @@ class Search:
                 return points
             # Shuffled: the metric often rises along an axis of the grid, and if each trial is better than the ones
             # before it, the scheduler stops none.
-            places = {point.key: random_uniform(config.search.seed, "order", point.key) for point in points}
-            return sorted(points, key=lambda point: places[point.key])
+            return sorted(points, key=lambda point: random_uniform(config.search.seed, "order", point.key))
         points = []
         for number in range(config.search.num_trials or 0):
 
@@ -118,7 +109,6 @@ class Search:
         import optuna
 
         space = self._study.config.space
-        base = self._study.base_of(budget)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = optuna.samplers.TPESampler(
             # A seed for each proposal: the number of proposals made in this process does not matter.
@@ -131,14 +121,13 @@ class Search:
         trial = study.ask()
 
         def pick(name: str, dimension: Dimension) -> Any:
-            if dimension.uniform is not None:
-                return trial.suggest_float(name, *dimension.uniform)
-            if dimension.loguniform is not None:
-                return trial.suggest_float(name, *dimension.loguniform, log=True)
+            bounds = dimension.uniform or dimension.loguniform
+            if bounds is not None:
+                return trial.suggest_float(name, *bounds, log=dimension.loguniform is not None)
             # By index: optuna takes no lists or mappings as choices.
             return dimension.values[trial.suggest_categorical(name, list(range(len(dimension.values))))]
 
-        return make_point(space, base, pick)
+        return make_point(space, self._study.base_of(budget), pick)
 
 
 def frozen_trial(space: Any, outcome: Outcome) -> Any:
@@ -151,11 +140,10 @@ def frozen_trial(space: Any, outcome: Outcome) -> Any:
         dimension = space[name]
         if dimension.expr is not None:
             continue
-        if dimension.uniform is not None:
-            distributions[name] = optuna.distributions.FloatDistribution(*dimension.uniform)
-        elif dimension.loguniform is not None:
-            low, high = dimension.loguniform
-            distributions[name] = optuna.distributions.FloatDistribution(low, high, log=True)
+        bounds = dimension.uniform or dimension.loguniform
+        if bounds is not None:
+            is_log = dimension.loguniform is not None
+            distributions[name] = optuna.distributions.FloatDistribution(*bounds, log=is_log)
         else:
             distributions[name] = optuna.distributions.CategoricalDistribution(list(range(len(dimension.values))))
             value = dimension.values.index(value)

@@ -59,10 +59,6 @@ class Dimension(Section):
         return next(kind for kind in _KINDS if getattr(self, kind) is not None)
 
     @property
-    def is_crossed(self) -> bool:
-        return self.kind in ("grid", "cases")
-
-    @property
     def values(self) -> list[Any]:
         """The values of a grid, cases (their names) or a choice."""
         return list(self.grid or self.cases or self.choice or [])
@@ -141,7 +137,7 @@ def crossed_points(
     Args:
         pick_rest: for the other dimensions.
     """
-    crossed = {name: dimension.values for name, dimension in space.items() if dimension.is_crossed}
+    crossed = {name: dimension.values for name, dimension in space.items() if dimension.kind in ("grid", "cases")}
     points: dict[str, Point] = {}
     for combination in itertools.product(*crossed.values()):
         chosen = dict(zip(crossed, combination, strict=True))
@@ -176,19 +172,8 @@ def random_uniform(*place: object) -> float:
 
 # ------------------------------------------------------------------------------------------- expressions
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "log": math.log,
-    "log2": math.log2,
-    "log10": math.log10,
-    "exp": math.exp,
-    "sqrt": math.sqrt,
-    "min": min,
-    "max": max,
-    "round": round,
-    "floor": math.floor,
-    "ceil": math.ceil,
-    "abs": abs,
-}
+_MATH = (math.log, math.log2, math.log10, math.exp, math.sqrt, min, max, round, math.floor, math.ceil, abs)
+_FUNCTIONS: dict[str, Callable[..., Any]] = {function.__name__: function for function in _MATH}
 _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -209,6 +194,8 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.In: lambda a, b: operator.contains(b, a),
     ast.NotIn: lambda a, b: not operator.contains(b, a),
 }
+_LEAVES = (ast.Constant, ast.Name, ast.Attribute, ast.Expression, ast.expr_context, ast.boolop)
+_COMPOUNDS = (ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Call, ast.List, ast.Tuple)
 _LONGEST, _LARGEST_POWER = 500, 64
 
 
@@ -240,26 +227,7 @@ def _parse(expression: str) -> ast.Expression:
     except (SyntaxError, ValueError) as error:
         raise ConfigError(f"expression {expression!r} cannot be read: {error}") from error
     for node in ast.walk(tree):
-        allowed = (
-            isinstance(
-                node,
-                ast.Expression
-                | ast.Constant
-                | ast.Name
-                | ast.Attribute
-                | ast.BinOp
-                | ast.UnaryOp
-                | ast.BoolOp
-                | ast.Compare
-                | ast.IfExp
-                | ast.Call
-                | ast.List
-                | ast.Tuple
-                | ast.expr_context
-                | ast.boolop,
-            )
-            or type(node) in _OPERATORS
-        )
+        allowed = isinstance(node, _LEAVES + _COMPOUNDS) or type(node) in _OPERATORS
         if isinstance(node, ast.Call):
             allowed = isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS and not node.keywords
         if not allowed:

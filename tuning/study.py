@@ -116,10 +116,9 @@ class FigureConfig(Section):
 
     @model_validator(mode="after")
     def _axes_of_its_kind(self) -> FigureConfig:
-        needed, foreign = (("x",), ("rows", "columns")) if self.kind == "lines" else (("rows",), ("x", "series"))
-        for name in needed:
-            if getattr(self, name) is None:
-                raise ValueError(f"kind={self.kind} needs {name}")
+        needed, foreign = ("x", ("rows", "columns")) if self.kind == "lines" else ("rows", ("x", "series"))
+        if getattr(self, needed) is None:
+            raise ValueError(f"kind={self.kind} needs {needed}")
         for name in foreign:
             if getattr(self, name) is not None:
                 raise ValueError(f"{name}={getattr(self, name)} has no effect with kind={self.kind}")
@@ -186,9 +185,7 @@ class StudyConfig(Section):
             problems.append(f"rungs={self.rungs}: rising counts of samples, none above budget={self.budget}, expected")
         if len(set(self.seeds)) < len(self.seeds):
             problems.append(f"seeds={self.seeds}: one is given twice")
-        drawn = [
-            name for name, dimension in self.space.items() if dimension.kind in ("choice", "uniform", "loguniform")
-        ]
+        drawn = [name for name, one in self.space.items() if one.kind in ("choice", "uniform", "loguniform")]
         if self.search.name == "grid" and drawn:
             problems.append(
                 f"space.{drawn[0]} is drawn ({self.space[drawn[0]].kind}), which search.name=grid does not do: "
@@ -202,28 +199,27 @@ class StudyConfig(Section):
             problems.append(
                 f"seeds={self.seeds}: search.name=optuna takes one seed; repeat its best trial with a grid over seeds"
             )
-        names = set(self.space)
         for number, claim in enumerate(self.expect):
             for part in ("better", "worse", "where", "than_where"):
                 problems += [
-                    f"expect.{number}.{part}: {name!r} is no dimension of the space ({', '.join(names)})"
+                    f"expect.{number}.{part}: {name!r} is no dimension of the space ({', '.join(self.space)})"
                     for name in (getattr(claim, part) or {})
-                    if name not in names
+                    if name not in self.space
                 ]
             rungs = sorted({rung for budget in self.budgets for rung in self.rungs_of(budget)})
             if claim.at is not None and claim.at not in rungs:
                 problems.append(f"expect.{number}.at={claim.at} is none of the rungs {rungs}")
         for number, figure in enumerate(self.figures):
             problems += [
-                f"figures.{number}: {name!r} is no dimension of the space ({', '.join(names)})"
+                f"figures.{number}: {name!r} is no dimension of the space ({', '.join(self.space)})"
                 for name in (figure.x, figure.series, figure.rows, figure.columns, *figure.where)
-                if name is not None and name not in names
+                if name is not None and name not in self.space
             ]
         for key, value in self.overrides.items():
             if "." not in key:
                 problems.append(f"overrides.{key}={value!r}: a dotted key such as train.global_batch_size expected")
         for key in ("train.num_samples", "run.seed", "run.name", "run.dir", "run.storage"):
-            if key in self.overrides or key in names:
+            if key in self.overrides or key in self.space:
                 remedy = {"train.num_samples": "budget", "run.seed": "seeds"}.get(key, "name, dir and storage")
                 problems.append(f"{key} is set by the study's {remedy}")
         if problems:
@@ -335,12 +331,12 @@ def read_study(uri: str, overrides: list[str] | tuple[str, ...] = ()) -> Study:
     from sigray.workers.storage import Storage
 
     try:
-        content = yaml.safe_load(Storage(uri).read(STUDY))
+        home = Storage(uri)
+        content = yaml.safe_load(home.read(STUDY))
     except OSError as error:
         raise ConfigError(
             f"{uri} is no sweep: it holds no {STUDY}. Give the folder that `sigray sweep` named"
         ) from error
-    home = Storage(uri)
     parent, _, content["name"] = home.uri.rpartition("/")
     if not home.is_local or not content.get("storage"):
         content["dir" if home.is_local else "storage"] = parent  # the folder may have moved
@@ -386,20 +382,17 @@ def _check_metric(metric: str, base: RunConfig, source: str) -> None:
     task, _, rest = metric.partition(".")
     name, _, figure = rest.rpartition(".")
     sets = base.eval.sets
+    place = f"{source}: metric={metric}"
     if task not in _FIGURES or figure not in _FIGURES[task]:
         known = [f"{task}.SET.{figure}" for task, figures in _FIGURES.items() for figure in figures]
         near = difflib.get_close_matches(metric, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(
-            f"{source}: metric={metric} is no figure of an evaluation{hint}. There are {', '.join(known)}"
-        )
+        raise ConfigError(f"{place} is no figure of an evaluation{hint}. There are {', '.join(known)}")
     if name not in sets:
-        raise ConfigError(
-            f"{source}: metric={metric}: the base run has no eval.sets.{name}, but {', '.join(sets) or 'none'}"
-        )
+        raise ConfigError(f"{place}: the base run has no eval.sets.{name}, but {', '.join(sets) or 'none'}")
     if task == "zero_shot" and not sets[name].classes:
-        raise ConfigError(f"{source}: metric={metric}: eval.sets.{name} has no classes")
+        raise ConfigError(f"{place}: eval.sets.{name} has no classes")
     if task == "retrieval" and not sets[name].retrieval:
-        raise ConfigError(f"{source}: metric={metric}: eval.sets.{name} has retrieval=false")
+        raise ConfigError(f"{place}: eval.sets.{name} has retrieval=false")
     if task == "multilingual" and not sets[name].languages:
-        raise ConfigError(f"{source}: metric={metric}: eval.sets.{name} names no languages")
+        raise ConfigError(f"{place}: eval.sets.{name} names no languages")

@@ -108,7 +108,7 @@ class Row:
 
 @dataclass
 class Table:
-    """The rows by number, and the costs of the streams."""
+    """The rows by number, in rising order, and the costs of the streams."""
 
     rows: dict[int, Row] = field(default_factory=dict)
     streams: list[dict[str, float]] = field(default_factory=list)
@@ -125,14 +125,10 @@ class Table:
             self.rows[event["number"]] = Row(**fields)
         elif kind == "stream":
             self.streams.append({key: event[key] for key in ("decoded", "served", "cpu_s")})
-        elif kind == "infeasible":
+        elif kind in ("infeasible", "failed", "retry"):
             row = self.rows[event["number"]]
-            row.is_infeasible = True
-            row.error = event["why"]
-        elif kind == "failed":
-            self.rows[event["number"]].error = event["why"]
-        elif kind == "retry":
-            self.rows[event["number"]].error = None
+            row.error = event.get("why")  # "retry" has no reason
+            row.is_infeasible = kind == "infeasible"
         elif kind == "result":
             fields = {key: event[key] for key in ("rung", "samples_seen", "value", "loss", "figures")}
             self.rows[event["number"]].results.append(Result(**fields))
@@ -153,39 +149,22 @@ class Table:
         return {status: statuses.count(status) for status in sorted(set(statuses))}
 
 
-def read_table(storage: Storage) -> Table:
-    """The table of a sweep; an empty one if the file is missing.
-
-    Raises:
-        ValueError: if the file has unknown events.
-    """
-    table = Table()
-    for event in read_events(storage):
-        table.add(event)
-    return table
-
-
-def read_events(storage: Storage) -> list[dict[str, Any]]:
-    if not storage.exists(RESULTS):
-        return []
-    return [json.loads(line) for line in storage.read(RESULTS).decode().splitlines()]
-
-
 class Writer:
     """Add events to the table in memory and to the file.
 
     The file is replaced atomically, so a reader never sees half a line.
 
-    Args:
-        storage: of the sweep.
-
     Attributes:
-        table: the content of the file.
+        table: the content of the file; empty if the file is missing.
+
+    Raises:
+        ValueError: if the file has unknown events.
     """
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        self._events = read_events(storage)
+        lines = storage.read(RESULTS).decode().splitlines() if storage.exists(RESULTS) else []
+        self._events = [json.loads(line) for line in lines]
         self.table = Table()
         for event in self._events:
             self.table.add(event)
@@ -196,6 +175,11 @@ class Writer:
             self.table.add(event)
         self._events += events
         self._storage.write(RESULTS, "".join(json.dumps(event) + "\n" for event in self._events).encode())
+
+
+def read_table(storage: Storage) -> Table:
+    """The table of a sweep; raises as `Writer`."""
+    return Writer(storage).table
 
 
 @dataclass(frozen=True)
@@ -239,9 +223,9 @@ def as_csv(table: Table, num_rungs: int) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["trial", "seed", "budget", *names, "status", "samples_seen", *(f"rung_{n + 1}" for n in rungs)])
-    for number, row in sorted(table.rows.items()):
+    for row in table.rows.values():
         values = [row.values.get(name, "") for name in names]
         texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
         figures = [repr(row.results[n].value) if n < len(row.results) else "" for n in rungs]
-        writer.writerow([number, row.seed, row.budget, *texts, row.status, row.samples_seen, *figures])
+        writer.writerow([row.number, row.seed, row.budget, *texts, row.status, row.samples_seen, *figures])
     return out.getvalue()

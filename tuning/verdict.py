@@ -31,32 +31,27 @@ class Verdict:
     num_pairs: int = 0
 
 
-def verdict(claim: Claim, rows: Iterable[Row], metric: str, derived: Iterable[str]) -> Verdict:
+def verdict(claim: Claim, rows: Iterable[Row], metric: str, derived: Sequence[str]) -> Verdict:
     """Judge a claim.
 
     Args:
-        rows: of the sweep.
-        metric: of the study.
         derived: dimensions computed from others (`expr`), which may differ.
     """
     rows = [row for row in rows if row.status not in ("failed", "infeasible")]
-    here = _pairs(claim, rows, claim.where, set(derived))
-    there = _pairs(claim, rows, claim.than_where, set(derived)) if claim.than_where is not None else None
-    if not here or (there is not None and not there):
+    pairs = _pairs(claim, rows, claim.where, derived)
+    leads, variances = _by_seed(pairs, metric)
+    num_pairs = len(pairs)
+    if claim.than_where is not None:
+        pairs = _pairs(claim, rows, claim.than_where, derived)
+        others, other_variances = _by_seed(pairs, metric)
+        leads = {seed: leads[seed] - others[seed] for seed in leads.keys() & others.keys()}
+        variances = {seed: variances[seed] + other_variances[seed] for seed in leads}
+        num_pairs += len(pairs)
+    if not leads:
         return Verdict("no data")
-    leads, variances = _by_seed(here, metric)
-    num_pairs = len(here)
-    if there is not None:
-        others, other_variances = _by_seed(there, metric)
-        common = leads.keys() & others.keys()
-        leads = {seed: leads[seed] - others[seed] for seed in common}
-        variances = {seed: variances[seed] + other_variances[seed] for seed in common}
-        num_pairs += len(there)
-        if not leads:
-            return Verdict("no data")
     by_seed = tuple(leads[seed] for seed in sorted(leads))
     mean = statistics.fmean(by_seed)
-    error = math.sqrt(sum(variances[seed] for seed in leads)) / len(leads)
+    error = math.sqrt(sum(variances.values())) / len(leads)
     if len(by_seed) >= 3:
         error = max(error, statistics.stdev(by_seed) / math.sqrt(len(by_seed)))
     answer: Literal["seen", "the other way", "undecided"] = "undecided"
@@ -68,27 +63,23 @@ def verdict(claim: Claim, rows: Iterable[Row], metric: str, derived: Iterable[st
 
 
 def _pairs(
-    claim: Claim, rows: Sequence[Row], where: dict[str, Any], derived: set[str]
+    claim: Claim, rows: Sequence[Row], where: dict[str, Any], derived: Sequence[str]
 ) -> list[tuple[Row, Result, Result]]:
-    named = claim.better.keys() | claim.worse.keys()
+    may_differ = {*claim.better, *claim.worse, *derived}
     pairs = []
     for row in rows:
         better = row.at(claim.at)
-        if better is None or not _matches(row, claim.better | where):
+        if better is None or not (claim.better | where).items() <= row.values.items():
             continue
         for other in rows:
             worse = other.at(claim.at)
-            if worse is None or other.group != row.group or not _matches(other, claim.worse | where):
+            if worse is None or other.group != row.group or not (claim.worse | where).items() <= other.values.items():
                 continue
             # A dimension that only one of them has (`when`) does not count as different.
-            names = (row.values.keys() & other.values.keys()) - named - derived
+            names = (row.values.keys() & other.values.keys()) - may_differ
             if all(row.values[name] == other.values[name] for name in names):
                 pairs.append((row, better, worse))
     return pairs
-
-
-def _matches(row: Row, values: dict[str, Any]) -> bool:
-    return all(name in row.values and row.values[name] == value for name, value in values.items())
 
 
 def _by_seed(pairs: Sequence[tuple[Row, Result, Result]], metric: str) -> tuple[dict[int, float], dict[int, float]]:
