@@ -20,7 +20,7 @@ from sigray.orchestrator.cli.command import CONFIG, OVERRIDES, argument, command
         "--stuck-s", type=positive, default=900.0, metavar="S", help="give up after S seconds without a step (900)"
     ),
 )
-def chaos(options: Namespace, console: Console) -> int:
+def chaos(options: Namespace, console: Console) -> None:
     """Kill parts of a run at random, and prove that its weights stay the same.
 
     examples:
@@ -63,4 +63,3 @@ def chaos(options: Namespace, console: Console) -> int:
     if result.differences:
         raise RuntimeError(result.verdict)
     say(console, result.verdict)
-    return 0

@@ -13,7 +13,7 @@ CHECKPOINT = argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run, or
 
 
 @command(CHECKPOINT, OVERRIDES, name="eval")
-def evaluate(options: Namespace, console: Console) -> int:
+def evaluate(options: Namespace, console: Console) -> None:
     """Evaluate a checkpoint: zero-shot and retrieval, beside chance.
 
     examples:
@@ -30,7 +30,6 @@ def evaluate(options: Namespace, console: Console) -> int:
 
     say(console, f"checkpoint {checkpoint.name} of {run}")
     console.print(figures_table(evaluate(config, checkpoint, console)))
-    return 0
 
 
 @command(
@@ -39,7 +38,7 @@ def evaluate(options: Namespace, console: Console) -> int:
     argument("--out", type=Path, metavar="DIR", help="new folder (default RUN_DIR/NAME/export/FORMAT)"),
     argument("--overwrite", action="store_true", help="delete an earlier export first"),
 )
-def export(options: Namespace, console: Console) -> int:
+def export(options: Namespace, console: Console) -> None:
     """Write a checkpoint for open_clip or onnxruntime, with a model card.
 
     examples:
@@ -56,7 +55,6 @@ def export(options: Namespace, console: Console) -> int:
 
     made = export_run(config, checkpoint, options.format, options.out, overwrite=options.overwrite)
     say(console, f"checkpoint {checkpoint.name} of {run}", *made.remarks, f"exported: {made.path}")
-    return 0
 
 
 def _find_checkpoint(place: str) -> tuple[str, RunConfig, Any]:

@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from sigray.orchestrator.cli.command import argument, command, either, say
-from sigray.orchestrator.cluster.jobs import DEFAULT_PAGES
+from sigray.orchestrator.cluster import jobs
+from sigray.orchestrator.cluster.files import check_cluster_file, report_lines
 from sigray.orchestrator.config import ConfigError
 
 CLUSTER = either(
@@ -31,8 +32,6 @@ def check(options: Namespace, console: Console) -> int:
 
     Exit codes: 0 no problem; 2 problems, each with its place in the file.
     """
-    from sigray.orchestrator.cluster.files import check_cluster_file, report_lines
-
     checks = [check_cluster_file(path) for path in options.files]
     for found in checks:
         say(console, *report_lines(found))
@@ -45,7 +44,9 @@ def check(options: Namespace, console: Console) -> int:
     argument("--job", metavar="ID", help="the job's id (default the run's name and the time)"),
     argument("--env", action="append", default=[], metavar="NAME", help="give the run a variable of this environment"),
     argument("--no-follow", action="store_true", help="return as soon as the job is submitted"),
-    argument("--pages", default=DEFAULT_PAGES, metavar="URL", help="address of the runs' pages (default %(default)s)"),
+    argument(
+        "--pages", default=jobs.DEFAULT_PAGES, metavar="URL", help="address of the runs' pages (default %(default)s)"
+    ),
     usage="sigray submit [--cluster FILE | --address URL] [options] -- train CONFIG.yaml [KEY=VALUE ...]",
 )
 def submit(options: Namespace, console: Console) -> int:
@@ -65,8 +66,6 @@ def submit(options: Namespace, console: Console) -> int:
 
     Exit codes: those of `sigray train`; 1 also if the cluster does not answer; 2 if the run cannot be submitted.
     """
-    from sigray.orchestrator.cluster.jobs import check_job, job_client, submit
-
     command, *words = options.words or [""]
     if command != "train" or not words or words[0].startswith("-"):
         raise ConfigError("give a run, as `sigray submit -- train CONFIG.yaml`; `sigray submit --help`")
@@ -74,19 +73,17 @@ def submit(options: Namespace, console: Console) -> int:
     unknown = sorted(set(flags) - {"--overwrite"})
     if unknown:
         raise ConfigError(f"{', '.join(unknown)}: `sigray train` has no such option")
-    config = check_job(words[0], [word for word in words[1:] if not word.startswith("-")])
+    config = jobs.check_job(words[0], [word for word in words[1:] if not word.startswith("-")])
     missing = [name for name in options.env if name not in os.environ]
     if missing:
         raise ConfigError(f"--env {', '.join(missing)}: not set here")
     if options.cluster:
-        from sigray.orchestrator.cluster.files import check_cluster_file
-
         # The cluster is up: problems of its file do not stop the submission.
         for problem in check_cluster_file(options.cluster).problems:
             say(console, f"{options.cluster}: {problem}")
     env = {name: os.environ[name] for name in options.env}
-    with job_client(options.cluster, options.address) as client:
-        job = submit(client, config, flags, env=env, job=options.job, pages=options.pages)
+    with jobs.job_client(options.cluster, options.address) as client:
+        job = jobs.submit(client, config, flags, env=env, job=options.job, pages=options.pages)
         say(console, f"job {job}")
         return 0 if options.no_follow else _follow(client, job, options)
 
@@ -94,37 +91,27 @@ def submit(options: Namespace, console: Console) -> int:
 @command(argument("job", nargs="?", metavar="JOB", help="default the newest"), CLUSTER)
 def logs(options: Namespace, console: Console) -> int:
     """Follow a job on a cluster from its beginning."""
-    from sigray.orchestrator.cluster.jobs import job_client, newest_job
-
-    with job_client(options.cluster, options.address) as client:
-        return _follow(client, options.job or newest_job(client.list_jobs()), options)
+    with jobs.job_client(options.cluster, options.address) as client:
+        return _follow(client, options.job or jobs.newest_job(client.list_jobs()), options)
 
 
 @command(CLUSTER)
-def status(options: Namespace, console: Console) -> int:
+def status(options: Namespace, console: Console) -> None:
     """List the jobs of a cluster."""
-    from sigray.orchestrator.cluster.jobs import job_client, jobs_table
-
-    with job_client(options.cluster, options.address) as client:
-        console.print(jobs_table(client.list_jobs()))
-    return 0
+    with jobs.job_client(options.cluster, options.address) as client:
+        console.print(jobs.jobs_table(client.list_jobs()))
 
 
 @command(argument("job", metavar="JOB"), CLUSTER)
-def stop(options: Namespace, console: Console) -> int:
+def stop(options: Namespace, console: Console) -> None:
     """End a job with a last checkpoint."""
-    from sigray.orchestrator.cluster.jobs import job_client, stop
-
-    with job_client(options.cluster, options.address) as client:
-        stop(client, options.job, console)
-    return 0
+    with jobs.job_client(options.cluster, options.address) as client:
+        jobs.stop(client, options.job, console)
 
 
 def _follow(client: Any, job: str, options: Namespace) -> int:
-    from sigray.orchestrator.cluster.jobs import follow
-
     try:
-        return follow(client, job, lambda text: print(text, end="", flush=True))
+        return jobs.follow(client, job, lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt:
         where = f" --cluster {shlex.quote(options.cluster)}" if options.cluster else ""
         where += f" --address {options.address}" if options.address else ""

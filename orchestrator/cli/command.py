@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-Run = Callable[[Namespace, Console], int]
+Run = Callable[[Namespace, Console], int | None]
 Argument = Callable[[Any], object]
 """Adds an argument to a parser."""
 Command = Callable[[Any], None]
@@ -19,7 +19,7 @@ Command = Callable[[Any], None]
 
 
 def command(*arguments: Argument, name: str | None = None, usage: str | None = None) -> Callable[[Run], Command]:
-    """Make a command of a function that returns the exit code.
+    """Make a command of a function that returns the exit code, or None for 0.
 
     The function's docstring is the help: one sentence; then examples, what the command does, exit codes.
     """

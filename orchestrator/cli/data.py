@@ -19,7 +19,7 @@ from sigray.orchestrator.config import ConfigError
     argument("--sheet", type=Path, metavar="FILE.html", help="write a page with pictures and captions"),
     usage="sigray data inspect PATTERN... [data.KEY=VALUE ...] [--samples N | --all] [--sheet FILE.html]",
 )
-def inspect(options: Namespace, console: Console) -> int:
+def inspect(options: Namespace, console: Console) -> None:
     """Print the content of shards, and the problems in them.
 
     examples:
@@ -56,11 +56,10 @@ def inspect(options: Namespace, console: Console) -> int:
         raise ConfigError(": ".join(found.problems[0]))
     if found.problems:
         raise ConfigError(f"problems with the data, {len(found.problems)}: see the last table")
-    return 0
 
 
 @command(RUN)
-def audit(options: Namespace, console: Console) -> int:
+def audit(options: Namespace, console: Console) -> None:
     """Prove from a run's ledger that it used each sample once.
 
     examples:
@@ -81,7 +80,6 @@ def audit(options: Namespace, console: Console) -> int:
     if not found.audit.is_exact:
         raise RuntimeError(found.verdict)
     say(console, found.verdict)
-    return 0
 
 
 @command(
@@ -92,7 +90,7 @@ def audit(options: Namespace, console: Console) -> int:
     argument("--kind", choices=["bpe", "unigram"], default="bpe", help="default bpe"),
     argument("--keep-case", action="store_true", help="keep capital letters; the default is lower case"),
 )
-def tokenizer(options: Namespace, console: Console) -> int:
+def tokenizer(options: Namespace, console: Console) -> None:
     """Train a tokenizer on the captions of shards.
 
     examples:
@@ -126,4 +124,3 @@ def tokenizer(options: Namespace, console: Console) -> int:
         f"95th percentile {made.tokens_95_pct:.0f}\n",
         made.yaml,
     )
-    return 0

@@ -37,6 +37,8 @@ _EPILOG = """\
 Exit codes: 0 done; 1 the run failed; 2 the command, config, data or storage cannot be used; 130 interrupted
 (a checkpoint was written; `sigray resume` continues).
 """
+# ValueError and OSError: the user's config, data or storage. RuntimeError: a missing tool, a failed run.
+EXIT_CODES: dict[type[BaseException], int] = {ValueError: 2, OSError: 2, RuntimeError: 1, KeyboardInterrupt: 130}
 COMMANDS = [train, resume, evaluate, export, report, embed, config, plan, profile, chaos]
 CLUSTER_COMMANDS = [submit, logs, status, stop, monitor, pages]
 GROUPS = {
@@ -67,18 +69,11 @@ def main(
     if rest:
         options.overrides += rest
     try:
-        return options.run(options, Console())
-    except (ValueError, OSError) as error:  # the user's config, data or storage: a message, no traceback
-        return _fail(error, code=2)
-    except RuntimeError as error:  # a missing tool, a failed run
-        return _fail(error, code=1)
-    except KeyboardInterrupt as error:
-        return _fail(KeyboardInterrupt(str(error) or "interrupted"), code=130)
-
-
-def _fail(error: BaseException, code: int) -> int:
-    Console(stderr=True).print(f"sigray: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-    return code
+        return options.run(options, Console()) or 0
+    except tuple(EXIT_CODES) as error:  # a message, no traceback
+        message = str(error) or ("interrupted" if isinstance(error, KeyboardInterrupt) else "")
+        Console(stderr=True).print(f"sigray: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
 
 
 def _parser(commands: Sequence[Command]) -> ArgumentParser:

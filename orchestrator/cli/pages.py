@@ -15,12 +15,11 @@ PAGES_PORT = argument("--pages-port", type=positive_int, default=3001, metavar="
 
 
 @command(argument("run_folder", type=Path, metavar="RUN"))
-def report(options: Namespace, console: Console) -> int:
+def report(options: Namespace, console: Console) -> None:
     """Write a run's report.html again."""
     from sigray.orchestrator.reports.run_page import write_report
 
     say(console, f"report: {write_report(options.run_folder)}")
-    return 0
 
 
 @command(
@@ -28,7 +27,7 @@ def report(options: Namespace, console: Console) -> int:
     argument("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (default 127.0.0.1)"),
     PAGES_PORT,
 )
-def pages(options: Namespace, console: Console) -> int:
+def pages(options: Namespace, console: Console) -> None:
     """Serve live pages of runs and sweeps.
 
     examples:
@@ -41,7 +40,6 @@ def pages(options: Namespace, console: Console) -> int:
     ended = _end_signal()
     with _serve_pages(options, console, options.host):
         ended.wait()
-    return 0
 
 
 @command(
@@ -53,7 +51,7 @@ def pages(options: Namespace, console: Console) -> int:
     argument("--runs", action="append", dest="places", metavar="PLACE", help="as of `sigray pages`; may be repeated"),
     PAGES_PORT,
 )
-def monitor(options: Namespace, console: Console) -> int:
+def monitor(options: Namespace, console: Console) -> None:
     """Run Prometheus with alerts on the head, and draw Ray's Metrics page.
 
     examples:
@@ -70,7 +68,7 @@ def monitor(options: Namespace, console: Console) -> int:
     out, port, grafana_port = options.out, options.port, options.grafana_port
     if options.generate:
         say(console, *generate(out))
-        return 0
+        return
     ended = _end_signal()
     with (
         monitor(console, session=options.session, out=out, port=port, grafana_port=grafana_port) as process,
@@ -79,7 +77,6 @@ def monitor(options: Namespace, console: Console) -> int:
         while not ended.wait(1):
             if process.poll() is not None:
                 raise RuntimeError(f"Prometheus ended; see {out / 'prometheus.log'}")
-    return 0
 
 
 @contextlib.contextmanager

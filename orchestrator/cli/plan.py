@@ -15,7 +15,7 @@ from sigray.orchestrator.device_kinds import CPU, DEVICES
     OVERRIDES,
     argument("--schema", action="store_true", help="print the JSON schema, for completion in an editor"),
 )
-def config(options: Namespace, console: Console) -> int:
+def config(options: Namespace, console: Console) -> None:
     """Print a config with every default written out, or the JSON schema.
 
     examples:
@@ -30,7 +30,6 @@ def config(options: Namespace, console: Console) -> int:
         print(load_config(options.config, options.overrides).to_yaml(), end="")
     else:
         raise ConfigError("give a YAML file, or --schema")
-    return 0
 
 
 @command(
@@ -41,7 +40,7 @@ def config(options: Namespace, console: Console) -> int:
     argument("--price-per-hour", type=positive, metavar="X", help="price of one device"),
     argument("--json", action="store_true", help="print the plan as JSON"),
 )
-def plan(options: Namespace, console: Console) -> int:
+def plan(options: Namespace, console: Console) -> None:
     """Predict memory, time, bytes on the wire and cost of a run.
 
     examples:
@@ -70,4 +69,3 @@ def plan(options: Namespace, console: Console) -> int:
     else:
         console.print(tables(predicted))
     check_fits(predicted, config)
-    return 0

@@ -14,7 +14,7 @@ from sigray.orchestrator.config import load_config
     argument("--steps", type=positive_int, default=10, metavar="N", help="profiled steps (default 10)"),
     argument("--warm-up", type=positive_int, default=10, metavar="N", help="steps before them (default 10)"),
 )
-def profile(options: Namespace, console: Console) -> int:
+def profile(options: Namespace, console: Console) -> None:
     """Run some steps and show the time of each part: table, picture, traces.
 
     examples:
@@ -45,4 +45,3 @@ def profile(options: Namespace, console: Console) -> int:
     split, folder = profile_run(config, Profile(options.warm_up, options.steps), console)
     console.print(table(split))
     say(console, *remarks(split, config), f"picture and traces: {folder}")
-    return 0

@@ -50,7 +50,7 @@ def resume(options: Namespace, console: Console) -> int:
 
 
 @command(CONFIG, OVERRIDES)
-def embed(options: Namespace, console: Console) -> int:
+def embed(options: Namespace, console: Console) -> None:
     """Compute a locked image tower's embeddings once, into a store.
 
     examples:
@@ -67,7 +67,6 @@ def embed(options: Namespace, console: Console) -> int:
     from sigray.orchestrator.run.embed import embed
 
     say(console, embed(config, console))
-    return 0
 
 
 def _finish(summary: dict[str, Any], config: RunConfig, console: Console) -> int:
