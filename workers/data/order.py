@@ -20,7 +20,6 @@ sample by sample.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,35 +58,18 @@ class LaneSlice:
     stop: int
 
 
+@dataclass(eq=False)
 class DatasetOrder:
-    """The order of one dataset's stream.
+    """The order of one dataset's stream."""
 
-    Args:
-        shard_sizes: samples in each shard, in the manifest's order.
-        seed: the run's seed, and the number of the dataset unless it is 0.
-        num_lanes: L.
-        shuffle_window: upper bound of a window's length; the lengths of a segment's windows differ by at most one.
-        first_shard: number of the first shard in the manifest.
+    shard_sizes: np.ndarray  # samples in each shard, in the manifest's order
+    first_shard: int  # number in the manifest
+    seed: tuple[int, ...]  # the run's seed, and the number of the dataset unless it is 0
+    num_lanes: int  # L
+    shuffle_window: int  # upper bound of a window's length; the lengths of a segment's windows differ by at most one
 
-    Attributes:
-        num_samples: N, samples per epoch.
-    """
-
-    def __init__(
-        self,
-        shard_sizes: Sequence[int],
-        *,
-        seed: tuple[int, ...],
-        num_lanes: int,
-        shuffle_window: int,
-        first_shard: int = 0,
-    ) -> None:
-        self.shard_sizes = np.array(shard_sizes, dtype=np.int64)
-        self.num_samples = int(self.shard_sizes.sum())
-        self.seed = seed
-        self.num_lanes = num_lanes
-        self.shuffle_window = shuffle_window
-        self.first_shard = first_shard
+    def __post_init__(self) -> None:
+        self.num_samples = int(self.shard_sizes.sum())  # N, per epoch
         self._lines: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by epoch
         self._windows: dict[int, Window] = {}  # by lane: the newest
 
@@ -160,13 +142,13 @@ class StreamOrder:
         shuffle_window: int,
     ) -> None:
         self.num_lanes = num_lanes
-        self.datasets = []
-        of_dataset = functools.partial(DatasetOrder, num_lanes=num_lanes, shuffle_window=shuffle_window)
+        self.datasets: list[DatasetOrder] = []
         first_shard = 0
         for number, shard_sizes in enumerate(datasets):
+            sizes = np.array(shard_sizes, dtype=np.int64)
             seeds = (seed, number) if number else (seed,)  # a run with one dataset keeps the order of older releases
-            self.datasets.append(of_dataset(shard_sizes, seed=seeds, first_shard=first_shard))
-            first_shard += len(shard_sizes)
+            self.datasets.append(DatasetOrder(sizes, first_shard, seeds, num_lanes, shuffle_window))
+            first_shard += len(sizes)
         self.num_samples = sum(dataset.num_samples for dataset in self.datasets)
         self._turns = _turns(weights)
 
@@ -186,32 +168,20 @@ class StreamOrder:
         if global_batch_size % world_size:
             raise ValueError(f"global_batch_size {global_batch_size} does not divide by {world_size} training workers")
         size = global_batch_size // world_size
-        starts, stops = self._bounds(step, global_batch_size)
+        starts = self._next_indices(step * global_batch_size)
+        stops = self._next_indices((step + 1) * global_batch_size)
         ends = np.cumsum(stops - starts)  # of each lane's piece, counted in the batch
-        begin = rank * size
-        end = begin + size
-        part = []
-        for lane in range(int(np.searchsorted(ends, begin, side="right")), len(ends)):
-            slot = int(ends[lane]) - int(stops[lane] - starts[lane])
-            if slot >= end:
-                break
-            start = int(starts[lane])
-            low = start + max(begin - slot, 0)
-            high = start + min(end, int(ends[lane])) - slot
-            if low < high:
-                part.append(LaneSlice(lane, low, high))
-        return part
+        slots = ends - (stops - starts)
+        lows = starts + np.maximum(rank * size - slots, 0)
+        highs = starts + np.minimum((rank + 1) * size, ends) - slots
+        lanes = np.flatnonzero(lows < highs)
+        return [LaneSlice(*of_lane) for of_lane in np.stack((lanes, lows[lanes], highs[lanes]), axis=1).tolist()]
 
-    def _bounds(self, step: int, global_batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the first sample and the end of each lane's piece of a step."""
+    def _next_indices(self, num_samples: int) -> np.ndarray:
+        """Return the first sample of each lane after the run's first `num_samples`."""
         lanes = np.arange(self.num_lanes)
-        edges = [
-            -(-(self.num_of_dataset(number, steps * global_batch_size) - lanes) // self.num_lanes)
-            for steps in (step, step + 1)
-            for number in range(len(self.datasets))
-        ]
-        half = len(self.datasets)
-        return np.concatenate(edges[:half]), np.concatenate(edges[half:])
+        counts = (self.num_of_dataset(number, num_samples) for number in range(len(self.datasets)))
+        return np.concatenate([-(-(count - lanes) // self.num_lanes) for count in counts])
 
     def dataset_of(self, lane: int) -> DatasetOrder:
         """Return the dataset that a lane reads."""

@@ -50,10 +50,6 @@ class MappedFile:
 
     `read` returns views, which keep the mapping alive.
 
-    Args:
-        path: of the file.
-        start: first byte.
-
     Raises:
         OSError: the file cannot be opened.
     """
@@ -61,8 +57,8 @@ class MappedFile:
     def __init__(self, path: str | os.PathLike[str], start: int = 0) -> None:
         with open(path, "rb") as file:
             self.num_bytes = os.fstat(file.fileno()).st_size
-            self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if self.num_bytes else None
-        self._view = memoryview(self._map) if self._map is not None else memoryview(b"")
+            # An empty file cannot be mapped.
+            self._view = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if self.num_bytes else b"")
         self.position = start
 
     def read(self, count: int) -> memoryview:
@@ -144,12 +140,8 @@ def read_members(source: ByteSource, *, headers_only: bool = False) -> Iterator[
                 long_size = _size(fields[b"size"], position) if b"size" in fields else None
             continue
         if kind in _FILE_KINDS:
-            content = None
-            if headers_only:
-                source.skip(padded)
-            else:
-                content = source.read(size)
-                source.skip(padded - size)
+            content = None if headers_only else source.read(size)
+            source.skip(padded if headers_only else padded - size)
             if long_name is None:
                 plain = name.partition(b"\0")[0]
                 folder = prefix.partition(b"\0")[0] if magic == b"ustar\0" else b""
