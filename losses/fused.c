@@ -133,8 +133,6 @@ static inline float pair_terms(float x, float scale, float bias, float *sums, in
     return dz;
 }
 
-static inline Floats same(Floats f) { return f; }
-
 /* The end of a row that fills no vector is padded with -infinity, which adds nothing. One thread computes a row, so the
    sums do not depend on the number of threads. `sums` is (3, rows) with `stride` between its rows. */
 #define DEFINE_TILE(NAME, TYPE, VECTOR, PADDING, LOAD, STORE)                                                        \
@@ -164,7 +162,7 @@ static inline Floats same(Floats f) { return f; }
             NAME##_row(x + i * columns, columns, scale, bias, sums + i, stride);                                     \
     }
 
-DEFINE_TILE(tile_float32, float, Floats, all(-INFINITY), same, same)
+DEFINE_TILE(tile_float32, float, Floats, all(-INFINITY), (Floats), (Floats))
 DEFINE_TILE(tile_bfloat16, uint16_t, Halves, (Halves){} + (uint16_t)0xff80, widen, narrow)
 
 /* The positive pairs of a tile: `pair_terms` of each, x <- dL/dz. They are `step` elements apart, starting at `x`, one
@@ -176,8 +174,7 @@ DEFINE_TILE(tile_bfloat16, uint16_t, Halves, (Halves){} + (uint16_t)0xff80, wide
             x[i * step] = STORE(pair_terms(cosines[i], scale, bias, sums + i, stride));                              \
     }
 
-static inline float same_one(float f) { return f; }
-DEFINE_PAIRS(pairs_float32, float, same_one)
+DEFINE_PAIRS(pairs_float32, float, (float))
 DEFINE_PAIRS(pairs_bfloat16, uint16_t, narrow_one)
 
 /* dots[i] = left[i] . right[i] of bfloat16 rows, without float32 copies of them. */

@@ -30,8 +30,7 @@ def negative_terms_(x: Tensor, scale: Tensor, bias: Tensor, sums: Tensor) -> Non
     Args:
         x: (R, C) cosines, contiguous, bfloat16, float32 or float64; -inf marks an element that does not count.
             Overwritten with sigmoid(z), z = scale * x + bias.
-        scale: scalar, of the dtype of the sums.
-        bias: scalar, of the dtype of the sums.
+        scale, bias: scalars, of the dtype of the sums.
         sums: (3, R) float32 or float64, rows contiguous. Softplus(z), sigmoid(z) and x * sigmoid(z) are added: the loss
             and its gradients by bias and scale.
     """

@@ -52,12 +52,13 @@ def cached_backward(
         return value.detach()
     micro_batches = list(ranges(num_rows, micro_batch_size))
     with torch.no_grad():
-        features, sizes = _all_features(encode, micro_batches, num_rows, sync)
+        features = _all_features(encode, micro_batches, sync)
+    size = features[0].shape[-2] * micro_batch_size // num_rows  # under XLA a device's part of the rows
     value = loss(*(whole.requires_grad_() for whole in features))
     with span("backward"):
         value.backward()
     value = value.detach()  # its graph would hold the features
-    kinds = [whole.grad.split(sizes, dim=-2) for whole in features if whole.grad is not None]
+    kinds = [whole.grad.split(size, dim=-2) for whole in features if whole.grad is not None]
     assert len(kinds) == len(features), "the loss does not depend on all features"
     del features
     if sync is not None:
@@ -74,25 +75,21 @@ def cached_backward(
 
 
 def _all_features(
-    encode: Callable[[slice], tuple[Tensor, ...]],
-    micro_batches: list[slice],
-    num_rows: int,
-    sync: Callable[[], None] | None,
-) -> tuple[list[Tensor], list[int]]:
-    """The features of each kind, and the number of their rows in each micro-batch."""
+    encode: Callable[[slice], tuple[Tensor, ...]], micro_batches: list[slice], sync: Callable[[], None] | None
+) -> list[Tensor]:
+    """The features of each kind."""
     if sync is not None:
         encoded = []
         for rows in micro_batches:
             encoded.append(encode(rows))
             sync()
         # Concatenated here: writes at different offsets would make every micro-batch another program.
-        together = [torch.cat(kind, dim=-2) for kind in zip(*encoded, strict=True)]
-        return together, [parts[0].shape[-2] for parts in encoded]
+        return [torch.cat(kind, dim=-2) for kind in zip(*encoded, strict=True)]
     features: list[Tensor] = []
     for rows in micro_batches:
         parts = encode(rows)
         # Written in place: small tensors kept between large freed ones would make the heap grow.
-        features = features or [part.new_empty(num_rows, *part.shape[1:]) for part in parts]
+        features = features or [part.new_empty(micro_batches[-1].stop, *part.shape[1:]) for part in parts]
         for whole, part in zip(features, parts, strict=True):
             whole[rows] = part
-    return features, [rows.stop - rows.start for rows in micro_batches]
+    return features

@@ -23,8 +23,7 @@ def feature_means(image_features: Tensor, text_features: Tensor) -> Tensor:
     If all ranks have the same number of rows, the mean over ranks is that over all rows.
 
     Args:
-        image_features: (..., D); under XLA the slices of several devices.
-        text_features: (..., D); row i belongs to image i.
+        image_features, text_features: (..., D), under XLA the slices of several devices; row i of both is a pair.
 
     Returns:
         (2 D + 1,) without a graph, in the dtype of the loss's sums: mean image, mean text, mean cosine of the pairs.

@@ -43,8 +43,8 @@ class Negatives:
 
 ALL_NEGATIVES = Negatives()
 
-# Marks the elements of a tile of cosines that do not count: (tile, index of its first image, index of its first text).
-Mask = Callable[[Tensor, int, int], None]
+# Which elements of a tile of cosines do not count: (tile, index of its first image, index of its first text) -> bools.
+Mask = Callable[[Tensor, int, int], Tensor]
 # Histogram over all tiles of the global batch without the pairs; argument: `high` of `count_cosines_`.
 Count = Callable[[int | None], Tensor]
 
@@ -65,10 +65,10 @@ def make_mask(negatives: Negatives, num_negatives: int, count: Count) -> Mask | 
     rank = num_negatives - num_kept if negatives.keep == "hardest" else num_kept - 1  # in ascending order
     high, before = _find_bin(count(None), rank)
     low, _ = _find_bin(count(high), rank - before)
-    threshold = _cosine_of_key((high << 16 | low) - (1 << 31))
+    threshold = float(_key(torch.tensor((high << 16 | low) - (1 << 31)).to(torch.int32)).view(torch.float32))
     if negatives.keep == "hardest":
-        return lambda x, first_image, first_text: _drop_(x, x.float() < threshold)
-    return lambda x, first_image, first_text: _drop_(x, x.float() > threshold)
+        return lambda x, first_image, first_text: x.float() < threshold
+    return lambda x, first_image, first_text: x.float() > threshold
 
 
 def count_cosines_(histogram: Tensor, x: Tensor, high: int | None) -> None:
@@ -80,7 +80,7 @@ def count_cosines_(histogram: Tensor, x: Tensor, high: int | None) -> None:
         high: None: count by the upper 16 bits of the key. Else count by the lower 16 bits the keys whose upper bits are
             `high`.
     """
-    keys = _key(x.float().flatten())
+    keys = _key(x.float().flatten().view(torch.int32))
     if high is not None:
         keys = keys[(keys >> 16) + (NUM_BINS // 2) == high] & (NUM_BINS - 1)
     else:
@@ -88,15 +88,9 @@ def count_cosines_(histogram: Tensor, x: Tensor, high: int | None) -> None:
     histogram += torch.bincount(keys, minlength=NUM_BINS)
 
 
-def _key(x: Tensor) -> Tensor:
-    """int32 keys that are ordered as the float32 numbers are."""
-    bits = x.view(torch.int32)
+def _key(bits: Tensor) -> Tensor:
+    """int32 keys, ordered as the float32 numbers of these bits; of keys the bits."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)  # the sign bit reverses the order of the other bits
-
-
-def _cosine_of_key(key: int) -> float:
-    bits = torch.tensor(key, dtype=torch.int64).to(torch.int32)
-    return float((bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32))
 
 
 def _find_bin(histogram: Tensor, rank: int) -> tuple[int, int]:
@@ -107,11 +101,11 @@ def _find_bin(histogram: Tensor, rank: int) -> tuple[int, int]:
 
 
 def _random_mask(seed: int, fraction: float) -> Mask:
-    def mask(x: Tensor, first_image: int, first_text: int) -> None:
+    def mask(x: Tensor, first_image: int, first_text: int) -> Tensor:
         num_images, num_texts = x.shape
         images = torch.arange(first_image, first_image + num_images, device=x.device)
         texts = torch.arange(first_text, first_text + num_texts, device=x.device)
-        _drop_(x, random_drop(images, texts, seed, fraction))
+        return random_drop(images, texts, seed, fraction)
 
     return mask
 
@@ -120,9 +114,7 @@ def random_drop(images: Tensor, texts: Tensor, seed: int, fraction: float) -> Te
     """Which pairs random negatives leave out, by seed and global indices alone.
 
     Args:
-        images: (..., R) indices.
-        texts: (..., C) indices.
-        seed: another one draws other pairs.
+        images, texts: (..., R) and (..., C) indices.
         fraction: of the pairs that stay.
 
     Returns:
@@ -143,7 +135,3 @@ def _mix(index: Tensor, seed: int) -> Tensor:
     for factor in (0x5BD1E995, 0x2C9277B5):
         h = ((h ^ (h >> 15)) * (factor & 0x7FFFFFFF)) & 0x7FFFFFFF
     return h ^ (h >> 13)
-
-
-def _drop_(x: Tensor, dropped: Tensor) -> None:
-    x.masked_fill_(dropped, -torch.inf)

@@ -14,7 +14,7 @@ gloo and nccl run the same code. torch-xla has no point-to-point calls: `losses/
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +22,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sigray.losses.negatives import ALL_NEGATIVES, NUM_BINS, Negatives, make_mask
-from sigray.losses.sigmoid import LossResult, SigmoidPass, count_tiles_, one_pass
+from sigray.losses.sigmoid import LossResult, OnePass, SigmoidPass, count_tiles_
 from sigray.losses.softmax import SoftmaxPass
 from sigray.losses.spans import span
-from sigray.losses.tiles import check_features, default_tile_size
+from sigray.losses.tiles import check_features
 
 Combine = Callable[[Tensor, Tensor], Tensor]  # associative and commutative
 
@@ -64,10 +64,8 @@ def ring_sigmoid_loss(
     (what DistributedDataParallel computes): text gradients from all ranks are home before this returns.
 
     Args:
-        image_features: (b, D) of this rank, unit norm; b must be the same on every rank.
-        text_features: (b, D) of this rank, unit norm; row i belongs to image i.
-        logit_scale: scalar, already exponentiated.
-        logit_bias: scalar.
+        image_features, text_features: (b, D) of this rank, unit norm; row i of both is a pair. b is equal on all ranks.
+        logit_scale, logit_bias: scalars; the scale is already exponentiated.
         negatives: which negatives of the global batch count; hardest and easiest take two more rounds of the features.
         group: the process group; None is the default group, or a single process without torch.distributed.
         tile_size: as in `sigmoid_loss`.
@@ -84,9 +82,9 @@ def ring_sigmoid_loss(
         RuntimeError: in a backward pass with create_graph=True, and in a second one.
     """
     ranks = Ranks.of(group)
-    ranks.check(image_features, text_features, logit_scale, logit_bias, late_checks)
+    inputs = image_features, text_features, logit_scale, logit_bias
+    ranks.check(inputs, late_checks)
     num_pairs = len(image_features)
-    size = tile_size or default_tile_size(image_features.device)
 
     def compute(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> LossResult:
         text = text.contiguous()
@@ -96,7 +94,7 @@ def ring_sigmoid_loss(
             histogram = torch.zeros(NUM_BINS, dtype=torch.int64, device=image.device)
 
             def visit(part: Tensor, first_text: int) -> Tensor:
-                count_tiles_(histogram, image, part, high, offset=first_image - first_text, tile_size=size)
+                count_tiles_(histogram, image, part, high, offset=first_image - first_text, tile_size=tile_size)
                 return part
 
             ranks.rotate(text, visit, None)
@@ -104,10 +102,10 @@ def ring_sigmoid_loss(
 
         num_negatives = num_pairs * ranks.size * (num_pairs * ranks.size - 1)
         mask = make_mask(negatives, num_negatives, count)
-        loss = SigmoidPass(image, scale, bias, first_image=first_image, tile_size=size, mask=mask)
+        loss = SigmoidPass(image, scale, bias, first_image=first_image, tile_size=tile_size, mask=mask)
         return loss.finish(ranks.rotate(text, loss.visit, torch.add))
 
-    return one_pass(compute, image_features, text_features, logit_scale, logit_bias)
+    return OnePass.apply(compute, *inputs)
 
 
 def ring_softmax_loss(
@@ -126,13 +124,13 @@ def ring_softmax_loss(
     effect and receives a gradient of zero. All else is as for `ring_sigmoid_loss`.
     """
     ranks = Ranks.of(group)
-    ranks.check(image_features, text_features, logit_scale, logit_bias, late_checks)
+    inputs = image_features, text_features, logit_scale, logit_bias
+    ranks.check(inputs, late_checks)
     num_pairs = len(image_features)
-    size = tile_size or default_tile_size(image_features.device)
 
     def compute(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> LossResult:
         text = text.contiguous()
-        loss = SoftmaxPass(image, scale, bias, first_image=ranks.rank * num_pairs, tile_size=size)
+        loss = SoftmaxPass(image, scale, bias, first_image=ranks.rank * num_pairs, tile_size=tile_size)
         normalisers = ranks.gather(ranks.rotate(text, loss.normalise, torch.logaddexp))
 
         def visit(part: Tensor, first_text: int) -> Tensor:
@@ -140,7 +138,7 @@ def ring_softmax_loss(
 
         return loss.finish(ranks.rotate(text, visit, torch.add))
 
-    return one_pass(compute, image_features, text_features, logit_scale, logit_bias)
+    return OnePass.apply(compute, *inputs)
 
 
 @dataclass(frozen=True)
@@ -164,30 +162,23 @@ class Ranks:
             return cls(None, 0, 1)
         return cls(group, dist.get_rank(group), dist.get_world_size(group))
 
-    def check(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor,
-        late_checks: list[Callable[[], None]] | None = None,
-    ) -> None:
+    def check(self, inputs: Sequence[Tensor], late_checks: list[Callable[[], None]] | None) -> None:
         """Compare the inputs of all ranks in one small collective.
 
         Unequal chunks would hang a ring.
 
         Args:
+            inputs: features of images and of texts, scale and bias.
             late_checks: as in `ring_sigmoid_loss`.
 
         Raises:
             ValueError: a rank holds images without texts, or the ranks do not fit each other.
             NonFiniteFeatures: a rank holds NaN or infinity.
         """
-        image, text = image_features.detach(), text_features.detach()
+        image, text, *scalars = (tensor.detach() for tensor in inputs)
         # A row's sum is finite if its elements are: unit norm is far from overflow.
         sums = [features.sum(dim=1, dtype=torch.float32) for features in (image, text)]
-        inputs = [*sums, logit_scale.detach(), logit_bias.detach()]
-        bad = [(~torch.isfinite(values)).flatten() for values in inputs]
+        bad = [(~torch.isfinite(values)).flatten() for values in (*sums, *scalars)]
         shape = [len(image), len(text), image.shape[1], text.shape[1]]
         sent = torch.tensor([*shape, -1]).to(image.device, non_blocking=True)
         none = sent[-1]

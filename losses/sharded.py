@@ -26,7 +26,7 @@ from torch import Tensor
 from sigray.losses.fused import negative_terms
 from sigray.losses.negatives import ALL_NEGATIVES, Negatives, random_drop
 from sigray.losses.ring import Combine, Ranks
-from sigray.losses.sigmoid import LossResult, one_pass
+from sigray.losses.sigmoid import LossResult, OnePass
 from sigray.losses.tiles import default_tile_size, product_dtype, ranges, sum_dtype
 
 Drop = tuple[Negatives, Tensor]  # random negatives, and the pairs' indices in the global batch
@@ -72,10 +72,8 @@ def sharded_sigmoid_loss(
     value.
 
     Args:
-        image_features: (n, b, D), unit norm.
-        text_features: (n, b, D), unit norm; equal positions are pairs.
-        logit_scale: scalar, already exponentiated.
-        logit_bias: scalar.
+        image_features, text_features: (n, b, D), unit norm; equal positions are pairs.
+        logit_scale, logit_bias: scalars; the scale is already exponentiated.
         slices: the devices.
         negatives: all or random; hardest and easiest need counts whose size a static program does not have.
         indices: (n, b) int32, of each pair in the global batch; needed for random negatives.
@@ -96,12 +94,11 @@ def sharded_sigmoid_loss(
         drop = negatives, indices
 
     def compute(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> LossResult:
-        size = tile_size or default_tile_size(image.device)
-        loss = _SlicedSigmoid(image, scale, bias, slices, size, drop)
-        grad_text = loss.pairs(text) + _rotate_hosts(text, slices, loss.visit, torch.add)
-        return loss.finish(grad_text)
+        loss = _SlicedSigmoid(image, scale, bias, slices, tile_size)
+        visit = functools.partial(loss.visit, drop=drop)
+        return loss.finish(loss.pairs(text) + _rotate_hosts(text, slices, visit, torch.add))
 
-    return one_pass(compute, image_features, text_features, logit_scale, logit_bias)
+    return OnePass.apply(compute, image_features, text_features, logit_scale, logit_bias)
 
 
 def sharded_softmax_loss(
@@ -119,14 +116,14 @@ def sharded_softmax_loss(
     """
 
     def compute(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> LossResult:
-        loss = _SlicedSoftmax(image, scale, bias, slices, tile_size or default_tile_size(image.device))
+        loss = _SlicedSoftmax(image, scale, bias, slices, tile_size)
         normalisers = _rotate_hosts(text, slices, loss.normalise, _log_add)
         # The normalisers travel with their texts: one more column, in the precision of the sums.
         both = torch.cat([text.to(normalisers.dtype), normalisers], dim=2)
         grad_text = _rotate_hosts(both, slices, loss.visit, torch.add)
         return loss.finish(grad_text + loss.pairs(text, normalisers))
 
-    return one_pass(compute, image_features, text_features, logit_scale, logit_bias)
+    return OnePass.apply(compute, image_features, text_features, logit_scale, logit_bias)
 
 
 def _rotate_hosts(
@@ -222,15 +219,15 @@ class _RowTotals(dict[int, Tensor]):
 class _SlicedLoss:
     """The base of both losses: the images on their devices, and their sums."""
 
-    def __init__(self, image: Tensor, scale: Tensor, bias: Tensor, slices: Slices, tile_size: int) -> None:
-        self._slices, self._tile_size = slices, tile_size
+    def __init__(self, image: Tensor, scale: Tensor, bias: Tensor, slices: Slices, tile_size: int | None) -> None:
+        self._slices = slices
+        self._tile_size = tile_size or default_tile_size(image.device)
         self._sums, self._products = sum_dtype(image), product_dtype(image)
         self._image = slices.mark(image.to(self._products))
         self._scale, self._bias = scale.to(self._sums), bias.to(self._sums)
         self._num_images = image.shape[0] * image.shape[1]
-        self._rows = list(ranges(image.shape[1], tile_size))
-        self._loss, self._grad_scale, self._grad_bias = _RowTotals(), _RowTotals(), _RowTotals()
-        self._grad_image = _RowTotals()
+        self._rows = list(ranges(image.shape[1], self._tile_size))
+        self._loss, self._grad_scale, self._grad_bias, self._grad_image = (_RowTotals() for _ in range(4))
 
     def _over_tiles(
         self, text: Tensor, terms: Callable[[int, slice, slice, Tensor], Tensor], combine: Combine = torch.add
@@ -280,12 +277,6 @@ class _SlicedSigmoid(_SlicedLoss):
     Pairs are computed apart from the negatives: they never leave their device.
     """
 
-    def __init__(
-        self, image: Tensor, scale: Tensor, bias: Tensor, slices: Slices, tile_size: int, drop: Drop | None
-    ) -> None:
-        super().__init__(image, scale, bias, slices, tile_size)
-        self._drop = drop
-
     def pairs(self, text: Tensor) -> Tensor:
         """Add the terms of the pairs; return their part of the text gradients, (n, b, D)."""
         image, text = self._image.to(self._sums), self._slices.mark(text).to(self._sums)
@@ -302,53 +293,44 @@ class _SlicedSigmoid(_SlicedLoss):
         self._grad_bias.add(number, grad_bias)
         self._grad_scale.add(number, grad_scale)
 
-    def visit(self, text: Tensor, host: int, first: int) -> Tensor:
+    def visit(self, text: Tensor, host: int, first: int, drop: Drop | None) -> Tensor:
         """Add the negatives among all images of this program and a part, (n, c, D).
 
         Returns:
             (n, c, D): sum_i dL/dz_ij image_i.
         """
-        indices = None
-        if self._drop is not None:
-            own = self._drop[1][:, first : first + text.shape[1]]
-            indices = own + (host - self._slices.ranks.rank) * self._num_images
+        hosts_away = host - self._slices.ranks.rank
 
-        def on_devices(part: Tensor, hops: int) -> Tensor:
-            # The half that travels up begins at the first text, the half that travels down in the middle.
-            start = text.shape[1] - part.shape[1] if hops < 0 else 0
-            of_part = None
-            if indices is not None:
-                of_part = indices[:, start : start + part.shape[1]].roll(hops, 0)
-            return self._negatives(
-                part, first + start, of_part, holds_pairs=hops == 0 and host == self._slices.ranks.rank
-            )
-
-        return _rotate_devices(self._slices.mark(text), self._slices, on_devices, torch.add)
-
-    def _negatives(self, text: Tensor, first: int, indices: Tensor | None, holds_pairs: bool) -> Tensor:
         def positions(rows: slice) -> Tensor:
             return torch.arange(rows.start, rows.stop, device=text.device)
 
-        def terms(number: int, rows: slice, columns: slice, part: Tensor) -> Tensor:
-            x = self._cosines(rows, part)
-            if holds_pairs:
-                x = x.masked_fill(positions(rows)[:, None] == first + positions(columns), -torch.inf)
-            if indices is not None:
-                assert self._drop is not None
-                negatives, own = self._drop
-                drop = random_drop(own[:, rows], indices[:, columns], negatives.seed, negatives.fraction)
-                x = x.masked_fill(drop, -torch.inf)
-            dz, *sums = negative_terms(x, self._scale, self._bias)
-            self._add(number, *(each.sum(dim=2) for each in sums))
-            return self._push(number, rows, dz, part)
+        def on_devices(part: Tensor, hops: int) -> Tensor:
+            # The half that travels up begins at the first text, the half that travels down in the middle.
+            start = first + (text.shape[1] - part.shape[1] if hops < 0 else 0)
+            if drop is not None:
+                negatives, own = drop
+                indices = (own[:, start : start + part.shape[1]] + hosts_away * self._num_images).roll(hops, 0)
 
-        return self._over_tiles(text.to(self._products), terms)
+            def terms(number: int, rows: slice, columns: slice, tile_text: Tensor) -> Tensor:
+                x = self._cosines(rows, tile_text)
+                if hops == 0 and hosts_away == 0:
+                    x = x.masked_fill(positions(rows)[:, None] == start + positions(columns), -torch.inf)
+                if drop is not None:
+                    dropped = random_drop(own[:, rows], indices[:, columns], negatives.seed, negatives.fraction)
+                    x = x.masked_fill(dropped, -torch.inf)
+                dz, *sums = negative_terms(x, self._scale, self._bias)
+                self._add(number, *(each.sum(dim=2) for each in sums))
+                return self._push(number, rows, dz, tile_text)
+
+            return self._over_tiles(part.to(self._products), terms)
+
+        return _rotate_devices(self._slices.mark(text), self._slices, on_devices, torch.add)
 
 
 class _SlicedSoftmax(_SlicedLoss):
     """The softmax's terms: `normalise`, then `visit`, with all texts, then `pairs`."""
 
-    def __init__(self, image: Tensor, scale: Tensor, bias: Tensor, slices: Slices, tile_size: int) -> None:
+    def __init__(self, image: Tensor, scale: Tensor, bias: Tensor, slices: Slices, tile_size: int | None) -> None:
         super().__init__(image, scale, bias, slices, tile_size)
         self._normalisers = _RowTotals(_log_add)
 

@@ -8,7 +8,7 @@ SigLIP, arXiv 2303.15343, section 3.2.
 
 The sigmoid needs no normaliser, so dL/dz_ij = sigmoid(z_ij) - [i, j is a pair] is known as soon as z_ij is. The value
 and every gradient come from one visit to each tile. A tile takes three matrix products, and nothing of size B x M is
-kept. `SigmoidPass` is that pass, `one_pass` hands its result to autograd. `losses/ring.py` runs the same pass over the
+kept. `SigmoidPass` is that pass, `OnePass` hands its result to autograd. `losses/ring.py` runs the same pass over the
 chunks of the ring. docs/numerics.md has the algebra and the precision of each sum.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sigray.losses.fused import negative_terms_, pair_terms_, row_dots
 from sigray.losses.negatives import ALL_NEGATIVES, NUM_BINS, Mask, Negatives, count_cosines_, make_mask
-from sigray.losses.tiles import accumulate, check_features, default_tile_size, sum_dtype, tiles
+from sigray.losses.tiles import accumulate, check_features, sum_dtype, tiles
 
 
 def sigmoid_loss_plain(
@@ -34,8 +34,7 @@ def sigmoid_loss_plain(
     For reading and for tests.
 
     Args:
-        image_features: (B, D), unit norm.
-        text_features: (B, D), unit norm; row i belongs to image i.
+        image_features, text_features: (B, D), unit norm; row i of both is a pair.
         logit_scale: scalar, already exponentiated (the paper's t, not t').
         logit_bias: scalar, the paper's b.
 
@@ -65,8 +64,7 @@ def sigmoid_loss(
     Args:
         image_features: (B, D), unit norm, any floating dtype.
         text_features: (M, D), unit norm, same dtype.
-        logit_scale: scalar, already exponentiated.
-        logit_bias: scalar.
+        logit_scale, logit_bias: scalars; the scale is already exponentiated.
         positive_offset: image i pairs with text i + positive_offset if that text exists; None: there is no pair.
         negatives: which of the other pairs count.
         tile_size: edge of a tile of logits, by default the fastest one measured on such a device; changes memory and
@@ -85,19 +83,17 @@ def sigmoid_loss(
     first_image = len(text_features) if positive_offset is None else positive_offset
 
     def compute(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> LossResult:
-        size = tile_size or default_tile_size(image.device)
-
         def count(high: int | None) -> Tensor:
             histogram = torch.zeros(NUM_BINS, dtype=torch.int64, device=image.device)
-            count_tiles_(histogram, image, text, high, offset=first_image, tile_size=size)
+            count_tiles_(histogram, image, text, high, offset=first_image, tile_size=tile_size)
             return histogram
 
         num_pairs = max(0, min(len(image), len(text) - first_image) - max(0, -first_image))
         mask = make_mask(negatives, len(image) * len(text) - num_pairs, count)
-        loss = SigmoidPass(image, scale, bias, first_image=first_image, tile_size=size, mask=mask)
+        loss = SigmoidPass(image, scale, bias, first_image=first_image, tile_size=tile_size, mask=mask)
         return loss.finish(loss.visit(text, first_text=0))
 
-    return one_pass(compute, image_features, text_features, logit_scale, logit_bias)
+    return OnePass.apply(compute, image_features, text_features, logit_scale, logit_bias)
 
 
 @dataclass
@@ -121,15 +117,14 @@ class SigmoidPass:
 
     Args:
         image: (B, D) features.
-        scale: scalar, already exponentiated.
-        bias: scalar.
+        scale, bias: scalars; the scale is already exponentiated.
         first_image: index of the first image.
         tile_size: edge of a tile of logits.
         mask: marks the negatives that do not count; None: all count.
     """
 
     def __init__(
-        self, image: Tensor, scale: Tensor, bias: Tensor, *, first_image: int, tile_size: int, mask: Mask | None
+        self, image: Tensor, scale: Tensor, bias: Tensor, *, first_image: int, tile_size: int | None, mask: Mask | None
     ) -> None:
         self._image, self._first_image, self._tile_size, self._mask = image, first_image, tile_size, mask
         self._sums = sum_dtype(image)
@@ -162,7 +157,8 @@ class SigmoidPass:
                 cosines = diagonal.clone() if is_exact else row_dots(tile.image[pairs[0]], tile.text[pairs[1]])
                 diagonal.fill_(-torch.inf)
             if self._mask is not None:
-                self._mask(tile.x, self._first_image + tile.rows.start, first_text + tile.columns.start)
+                dropped = self._mask(tile.x, self._first_image + tile.rows.start, first_text + tile.columns.start)
+                tile.x.masked_fill_(dropped, -torch.inf)
             negative_terms_(tile.x, self._scale, self._bias, self._row_sums[:, tile.rows])
             if diagonal is not None:
                 sums = self._row_sums[:, tile.rows.start + pairs[0].start : tile.rows.start + pairs[0].stop]
@@ -185,7 +181,7 @@ class SigmoidPass:
 
 
 def count_tiles_(
-    histogram: Tensor, image: Tensor, text: Tensor, high: int | None, *, offset: int, tile_size: int
+    histogram: Tensor, image: Tensor, text: Tensor, high: int | None, *, offset: int, tile_size: int | None
 ) -> None:
     """Add the cosines of all negatives to a histogram (`count_cosines_`).
 
@@ -197,24 +193,15 @@ def count_tiles_(
         count_cosines_(histogram, tile.x[~tile.x.isnan()], high)
 
 
-LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor], LossResult]
+class OnePass(torch.autograd.Function):
+    """Runs a function that returns loss and gradients, and gives the loss to autograd."""
 
-
-def one_pass(
-    compute: LossFunction, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor
-) -> Tensor:
-    """Run `compute`, which returns loss and gradients, and give the loss to autograd."""
-    return _OnePass.apply(compute, image_features, text_features, logit_scale, logit_bias)
-
-
-class _OnePass(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, compute: LossFunction, *tensors: Tensor) -> Tensor:
-        result = compute(*tensors)
+    def forward(ctx: Any, compute: Callable[..., LossResult], *tensors: Tensor) -> Tensor:
         # Not save_for_backward: autograd copies gradients that something else refers to.
-        ctx.result = result
+        ctx.result = compute(*tensors)
         ctx.dtypes = [tensor.dtype for tensor in tensors]
-        return result.loss
+        return ctx.result.loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:

@@ -16,15 +16,14 @@ import torch
 from torch import Tensor
 
 from sigray.losses.sigmoid import LossResult
-from sigray.losses.tiles import Tile, accumulate, sum_dtype, tiles
+from sigray.losses.tiles import accumulate, sum_dtype, tiles
 
 
 def softmax_loss_plain(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
     """The equation with its B x B logits. For reading and for tests.
 
     Args:
-        image_features: (B, D), unit norm.
-        text_features: (B, D), unit norm; row i belongs to image i.
+        image_features, text_features: (B, D), unit norm; row i of both is a pair.
         logit_scale: scalar, already exponentiated.
 
     Returns:
@@ -47,7 +46,7 @@ class SoftmaxPass:
         tile_size: edge of a tile of logits.
     """
 
-    def __init__(self, image: Tensor, scale: Tensor, bias: Tensor, *, first_image: int, tile_size: int) -> None:
+    def __init__(self, image: Tensor, scale: Tensor, bias: Tensor, *, first_image: int, tile_size: int | None) -> None:
         self._image, self._first_image, self._tile_size = image, first_image, tile_size
         self._sums = sum_dtype(image)
         self._scale, self._bias = scale.to(self._sums), bias.to(self._sums)
@@ -87,21 +86,17 @@ class SoftmaxPass:
             z = self._scale * cosine
             dz = (z - self._row_normalisers[tile.rows, None]).exp_()
             dz = (dz + (z - normalisers[tile.columns].T).exp_()) / 2
-            if tile.pairs(offset) is not None:
-                self._subtract_pairs(tile, offset, cosine, dz, normalisers)
+            rows, columns = tile.pair_slices(offset)
+            if rows.start < rows.stop:
+                both_normalisers = self._row_normalisers[tile.rows][rows] + normalisers[tile.columns][columns][:, 0]
+                shift = columns.start - rows.start
+                self._row_loss[tile.rows][rows] += both_normalisers / 2 - z.diagonal(shift)
+                dz.diagonal(shift).sub_(1)
             self._row_grad_scale[tile.rows] += (cosine * dz).sum(dim=1)
             tile.x.copy_(dz)
             accumulate(self._grad_image[tile.rows], tile.x, tile.text)
             accumulate(grad_text[tile.columns], tile.x.T, tile.image)
         return grad_text
-
-    def _subtract_pairs(self, tile: Tile, offset: int, cosine: Tensor, dz: Tensor, normalisers: Tensor) -> None:
-        rows, columns = tile.pair_slices(offset)
-        shift = columns.start - rows.start
-        z = self._scale * cosine.diagonal(shift)
-        both_normalisers = self._row_normalisers[tile.rows][rows] + normalisers[tile.columns][columns][:, 0]
-        self._row_loss[tile.rows][rows] += both_normalisers / 2 - z
-        dz.diagonal(shift).sub_(1)
 
     def finish(self, grad_text: Tensor) -> LossResult:
         """The sums over all visits, divided by the number of images.

@@ -63,8 +63,9 @@ class Tile:
         return self.x.diagonal(columns.start - rows.start) if rows.start < rows.stop else None
 
 
-def tiles(image_features: Tensor, text_features: Tensor, tile_size: int) -> Iterator[Tile]:
+def tiles(image_features: Tensor, text_features: Tensor, tile_size: int | None) -> Iterator[Tile]:
     """All tiles, row by row; their cosines share one buffer."""
+    tile_size = tile_size or default_tile_size(image_features.device)
     products = product_dtype(image_features)
     edges = min(tile_size, len(image_features)), min(tile_size, len(text_features))
     buffer = image_features.new_empty(edges[0] * edges[1], dtype=products)
@@ -92,10 +93,8 @@ def accumulate(total: Tensor, dz: Tensor, features: Tensor, *, overwrite: bool =
             torch.mm(dz, features, out_dtype=total.dtype, out=total)
         else:
             torch.addmm(total, dz, features, out_dtype=total.dtype, out=total)
-    elif overwrite:
-        total.copy_(dz @ features)
     else:
-        total.add_(dz @ features)
+        (total.copy_ if overwrite else total.add_)(dz @ features)
 
 
 def sum_dtype(features: Tensor) -> torch.dtype:

@@ -5,6 +5,7 @@ Imports neither torch nor anything of sigray: processes that must start quickly 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -70,16 +71,14 @@ def build(compiler: str, source: Path, flags: Sequence[str]) -> Path:
 
 def _folder() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sigray")
-    try:
+    with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except (OSError, RuntimeError):
-        writable = False
-    if not writable:
-        folder = Path(tempfile.gettempdir(), f"sigray-{os.getuid()}")
-        folder.mkdir(exist_ok=True, mode=0o700)
-        if folder.stat().st_uid != os.getuid():
-            raise OSError(f"{folder} belongs to another user")
+        if os.access(folder, os.W_OK):
+            return folder
+    folder = Path(tempfile.gettempdir(), f"sigray-{os.getuid()}")
+    folder.mkdir(exist_ok=True, mode=0o700)
+    if folder.stat().st_uid != os.getuid():
+        raise OSError(f"{folder} belongs to another user")
     return folder
 
 
@@ -89,10 +88,9 @@ def cpu_flags() -> frozenset[str]:
 
     Linux lists them as `flags` on x86 and as `Features` on ARM.
     """
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(
-        flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split(":")[1].split()
-    )
+    found: set[str] = set()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                found.update(line.split(":")[1].split())
+    return frozenset(found)

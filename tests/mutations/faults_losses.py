@@ -94,7 +94,7 @@ FAULTS = [
     ),
     Fault(
         "a factor before the loss does not reach the bias",
-        "sigray.losses.sigmoid:_OnePass.backward",
+        "sigray.losses.sigmoid:OnePass.backward",
         "(result.grad_bias * grad_loss)",
         "result.grad_bias",
         (f"{_SIGMOID}::test_gradients_follow_the_factor_before_the_loss",),
@@ -115,7 +115,7 @@ FAULTS = [
     ),
     Fault(
         "the softmax's pairs are half ones",
-        "sigray.losses.softmax:SoftmaxPass._subtract_pairs",
+        "sigray.losses.softmax:SoftmaxPass.visit",
         ".sub_(1)",
         ".sub_(0.5)",
         (f"{_RING}::test_mean_over_ranks_is_the_loss_of_the_global_batch[softmax-1]",),
