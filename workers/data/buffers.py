@@ -62,13 +62,11 @@ class Address:
 
     def open(self) -> int | None:
         """Return a descriptor of this process; None if the buffer is not there."""
-        try:
+        with contextlib.suppress(OSError):
             descriptor = os.open(f"/proc/{self.pid}/fd/{self.descriptor}", os.O_RDWR)
-        except OSError:
-            return None
-        if _shows(os.getpid(), descriptor, self.name):
-            return descriptor
-        os.close(descriptor)
+            if _shows(os.getpid(), descriptor, self.name):
+                return descriptor
+            os.close(descriptor)
         return None
 
 
@@ -231,12 +229,8 @@ class Mappings:
             # A mapping keeps the memory of a dead training worker.
             self._found = {known: whole for known, whole in self._found.items() if known.is_there()}
             descriptor = address.open()
-            if descriptor is None:
-                return None
-            try:
-                self._found[address] = np.frombuffer(mmap.mmap(descriptor, address.num_bytes), np.uint8)
-            except OSError:  # no memory, or too many mappings
-                return None
-            finally:
+            if descriptor is not None:
+                with contextlib.suppress(OSError):  # no memory, or too many mappings
+                    self._found[address] = np.frombuffer(mmap.mmap(descriptor, address.num_bytes), np.uint8)
                 os.close(descriptor)
-        return self._found[address]
+        return self._found.get(address)

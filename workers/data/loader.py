@@ -12,7 +12,7 @@ import functools
 import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -88,12 +88,7 @@ class Loader:
     """An iterator over this rank's batches from `first_step` to `last_step`.
 
     Args:
-        order: of the run.
-        source: of the blocks.
         data: block_size, max_bad_fraction and the length of the prefetch.
-        image_kind: of the run's images.
-        global_batch_size: as in the config.
-        rank, world_size: of this training worker.
         first_step, last_step: the steps [first_step, last_step).
         page_lock: of a device that copies from page-locked memory, see `SharedBuffer`.
         noise: of the labels, if the run asks for it.
@@ -128,7 +123,7 @@ class Loader:
         self._steps = range(first_step, last_step)
         self._pins_memory = page_lock is not None
         self._pool = BufferPool((global_batch_size // world_size, *image_kind.shape), image_kind.dtype, page_lock)
-        self._buffers: dict[int, SharedBuffer] = {}  # of requested steps
+        self._buffers: dict[int, SharedBuffer] = defaultdict(self._pool.take)  # of requested steps
         self._parts: dict[int, dict[tuple[int, int], _Piece]] = {}  # of requested steps, see `_own`
         self._noise = noise
         self._needs_all = noise is not None and noise.moves_captions
@@ -227,34 +222,26 @@ class Loader:
         # A block that all ranks request is decoded once for all of them, and comes with its images.
         if not self._source.shares_memory or (self._needs_all and self._world_size > 1):
             return [], []
-        wanted: list[tuple[SharedBuffer, _Piece]] = []
+        places: list[Place] = []
+        buffers: list[SharedBuffer] = []
         while step in self._steps and not self._is_used_up(*block, step):
-            if block in self._own(step):
-                wanted.append((self._buffer(step), self._own(step)[block]))
+            piece = self._own(step).get(block)
+            if piece is not None:
+                buffer = self._buffers[step]
+                if buffer.address is None:  # all of them or none: the block comes with its images or without
+                    return [], []
+                places.append(Place(buffer.address, piece.row, piece.first, piece.last - piece.first))
+                buffers.append(buffer)
             step += 1
-        places = [
-            Place(buffer.address, piece.row, piece.first, piece.last - piece.first)
-            for buffer, piece in wanted
-            if buffer.address is not None
-        ]
-        if len(places) < len(wanted):  # all of them or none: the block comes with its images or without
-            return [], []
-        buffers = [buffer for buffer, _ in wanted]
         for buffer in buffers:
             buffer.add_writers(1)
         return places, buffers
-
-    def _buffer(self, step: int) -> SharedBuffer:
-        """The memory of the batch of a future step."""
-        if step not in self._buffers:
-            self._buffers[step] = self._pool.take()
-        return self._buffers[step]
 
     def _assemble(self, step: int, blocks: dict[tuple[int, int], Block]) -> Batch:
         def cut(name: str, pieces: Iterable[_Piece]) -> np.ndarray:
             return np.concatenate([getattr(blocks[piece.block], name)[piece.first : piece.last] for piece in pieces])
 
-        buffer = self._pool.complete(self._buffer(step))
+        buffer = self._pool.complete(self._buffers[step])
         own = list(self._own(step).values())
         del self._buffers[step], self._parts[step]
         for piece in own:
@@ -283,8 +270,7 @@ class Loader:
         self._num_read += len(block.samples)
         self.decode_s += block.decode_s
         self.refused.update(block.refused)
-        for reason, key in block.refused_keys.items():
-            self._refused_keys.setdefault(reason, key)
+        self._refused_keys = block.refused_keys | self._refused_keys  # the first of each reason stays
         num_refused = self.refused.total()
         max_bad_fraction = self._data.max_bad_fraction
         # A rate needs a base: two bad samples in the first block say nothing yet.

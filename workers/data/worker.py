@@ -13,6 +13,7 @@ its window from half a window further on, so that the two copies stand in differ
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -27,7 +28,7 @@ from sigray.workers.data.buffers import Mappings, Place
 from sigray.workers.data.decode import Decoder, Refused, sample_random
 from sigray.workers.data.embedding_store import EmbeddingReader, StoreFormat
 from sigray.workers.data.manifest import Manifest, caption_member, read_samples
-from sigray.workers.data.order import DatasetOrder, LaneSlice, SampleRef, StreamOrder, Window
+from sigray.workers.data.order import LaneSlice, SampleRef, StreamOrder, Window
 from sigray.workers.data.tar import DataError, TarSample
 from sigray.workers.model.inputs import shapes
 from sigray.workers.model.tokenizer import build_tokenizer
@@ -83,10 +84,7 @@ class DataWorker:
     """Decodes blocks. A plain class; `workers/data/pool.py` makes Ray actors of it.
 
     Args:
-        manifest: the run's shards.
-        data: the run's data section.
         model: decides image size, context length and tokenizer.
-        seed: the run's seed.
 
     Attributes:
         num_decoded: samples of decoded blocks; a block decoded again counts again.
@@ -220,7 +218,7 @@ class _Windows:
         # Subscribers at different positions of a stream are nearly always in two neighbouring windows at most.
         self._num_kept = 1 if data.shared_blocks == 1 else 2
         self._loaded: dict[int, dict[tuple[int, int], list[TarSample]]] = {}
-        self._readers: dict[int, _EpochReader] = {}
+        self._readers: dict[int, tuple[tuple[int, int], Generator[TarSample]]] = {}  # and their epoch and position
         self._prefetched: dict[int, tuple[tuple[int, int], Future[list[TarSample]]]] = {}
         # Local shards are mapped: the kernel prefetches them.
         is_remote = any(shard.url.startswith("s3://") for shard in manifest.shards)
@@ -258,15 +256,23 @@ class _Windows:
         return future
 
     def _read(self, lane: int, window: Window) -> list[TarSample]:
-        reader = self._readers.get(lane)
-        if reader is None or (reader.epoch, reader.position) != (window.epoch, window.start):
+        place, reader = self._readers.pop(lane, (None, None))
+        if reader is None or place != (window.epoch, window.start):
             if reader is not None:
                 reader.close()
-            dataset = self._order.dataset_of(lane)
-            reader = _EpochReader(self._manifest, dataset, self._data, window.epoch, window.start)
-            self._readers[lane] = reader
-        samples = reader.take(len(window.permutation))
+            reader = self._from(lane, window.epoch, window.start)
+        samples = list(itertools.islice(reader, len(window.permutation)))
+        self._readers[lane] = (window.epoch, window.start + len(samples)), reader
         return [samples[number] for number in window.permutation.tolist()]
+
+    def _from(self, lane: int, epoch: int, position: int) -> Generator[TarSample]:
+        """The samples of an epoch from a position on; windows share an open shard."""
+        dataset = self._order.dataset_of(lane)
+        while position < dataset.num_samples:
+            ref = dataset.locate(epoch, position)
+            shard = self._manifest.shards[ref.shard]
+            yield from read_samples(shard, self._data, start=ref.index)
+            position += shard.num_samples - ref.index
 
 
 class _Cache:
@@ -289,28 +295,3 @@ class _Cache:
         if num_bytes <= self._free_bytes:
             self._free_bytes -= num_bytes
             self._samples[ref.in_manifest] = TarSample(sample.key, sample.index, 0, small), image.copy()
-
-
-class _EpochReader:
-    """Reads an epoch of a dataset from a position on; windows share an open shard."""
-
-    def __init__(self, manifest: Manifest, dataset: DatasetOrder, data: DataConfig, epoch: int, position: int) -> None:
-        self.epoch, self.position = epoch, position
-        self._manifest, self._dataset, self._data = manifest, dataset, data
-        self._samples = self._read()
-
-    def take(self, count: int) -> list[TarSample]:
-        samples = [next(self._samples) for _ in range(count)]
-        self.position += count
-        return samples
-
-    def close(self) -> None:
-        self._samples.close()
-
-    def _read(self) -> Generator[TarSample]:
-        position = self.position
-        while position < self._dataset.num_samples:
-            ref = self._dataset.locate(self.epoch, position)
-            shard = self._manifest.shards[ref.shard]
-            yield from read_samples(shard, self._data, start=ref.index)
-            position += shard.num_samples - ref.index
