@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -19,23 +19,10 @@ from pydantic import Field, ValidationError, model_validator
 from sigray.orchestrator.batch import micro_batch, usable_sizes
 from sigray.orchestrator.device_kinds import DEVICES, DeviceName
 from sigray.orchestrator.secrets import secrets_of
-from sigray.workers.config import (
-    Accelerator,
-    CheckpointConfig,
-    DataConfig,
-    EmbeddingsConfig,
-    EvalConfig,
-    LocalOrUri,
-    LossConfig,
-    ModelConfig,
-    NonNegativeInt,
-    OptimConfig,
-    PositiveInt,
-    Section,
-    ShardingConfig,
-    TrainConfig,
-)
+from sigray.workers import config as workers
+from sigray.workers.config import Accelerator, LocalOrUri, NonNegativeInt, PositiveInt, Section
 
+AnySection = TypeVar("AnySection", bound=Section)
 FILES = "sigray-files"
 """Folder of the files that a submitted job carries, each named by its hash."""
 
@@ -114,7 +101,7 @@ class ClusterConfig(Section):
         least, most = self.worker_range
         tpu = f"tpu_type={self.tpu_type}"
         kind = DEVICES.get(self.device) if self.device is not None else None
-        problem = None
+        one_host = self.accelerator == "tpu" and self.tpu_type is None
         if least > most:
             problem = f"num_workers=[{least}, {most}]: [least, most] expected"
         elif self.devices_per_worker not in (None, 1) and not self.uses_xla:
@@ -127,16 +114,13 @@ class ClusterConfig(Section):
             problem = f"{tpu} and tpu_topology={self.tpu_topology} belong together: give both or neither"
         elif self.tpu_type is not None and not self.uses_xla:
             problem = f"{tpu} needs accelerator=tpu, not {self.accelerator}"
-        elif self.accelerator == "tpu" and self.tpu_type is None:
-            if most > 1:
-                problem = (
-                    f"num_workers={self.num_workers}: several TPU hosts are a slice; give tpu_type and tpu_topology"
-                )
-            elif self.devices_per_worker is None:
-                problem = "accelerator=tpu needs tpu_type and tpu_topology, or devices_per_worker of one host"
-        if problem is not None:
-            raise ValueError(problem)
-        return self
+        elif one_host and most > 1:
+            problem = f"num_workers={self.num_workers}: several TPU hosts are a slice; give tpu_type and tpu_topology"
+        elif one_host and self.devices_per_worker is None:
+            problem = "accelerator=tpu needs tpu_type and tpu_topology, or devices_per_worker of one host"
+        else:
+            return self
+        raise ValueError(problem)
 
     @property
     def uses_xla(self) -> bool:
@@ -146,25 +130,23 @@ class ClusterConfig(Section):
     @property
     def num_devices(self) -> int | None:
         """Devices of each training worker; None: those that a TPU host has."""
-        if self.accelerator == "tpu":
-            return self.devices_per_worker
-        return self.devices_per_worker or (4 if self.accelerator == "xla_cpu" else 1)
+        return self.devices_per_worker or {"tpu": None, "xla_cpu": 4}.get(self.accelerator, 1)
 
 
 class RunConfig(Section):
     """A whole run. See examples/ for complete files."""
 
     run: RunSection
-    data: DataConfig
-    model: ModelConfig
-    train: TrainConfig
-    embeddings: EmbeddingsConfig = EmbeddingsConfig()
-    loss: LossConfig = LossConfig()
-    optim: OptimConfig = OptimConfig()
-    sharding: ShardingConfig = ShardingConfig()
-    eval: EvalConfig = EvalConfig()
+    data: workers.DataConfig
+    model: workers.ModelConfig
+    train: workers.TrainConfig
+    embeddings: workers.EmbeddingsConfig = workers.EmbeddingsConfig()
+    loss: workers.LossConfig = workers.LossConfig()
+    optim: workers.OptimConfig = workers.OptimConfig()
+    sharding: workers.ShardingConfig = workers.ShardingConfig()
+    eval: workers.EvalConfig = workers.EvalConfig()
     cluster: ClusterConfig = ClusterConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: workers.CheckpointConfig = workers.CheckpointConfig()
 
     @model_validator(mode="after")
     def _fields_agree(self) -> RunConfig:
@@ -324,36 +306,34 @@ def read_mapping(path: str | Path, expected: str) -> dict[str, Any]:
     return content
 
 
-def override(config: RunConfig, overrides: list[str], source: str) -> RunConfig:
-    """Return a config with dotted overrides applied; raises as `load_config`."""
-    return parse_config(config.model_dump(mode="json"), source, overrides)
-
-
 def parse_config(content: dict[str, Any], source: str, overrides: Iterable[str] = ()) -> RunConfig:
     """Apply overrides to a mapping and check it; raises as `load_config`."""
     for text in overrides:
         put(content, *override_of(text))
-    refuse_secrets(content, source)
-    try:
-        return RunConfig.model_validate(content)
-    except ValidationError as error:
-        lines = explain(error, RunConfig, "run")
-        raise ConfigError("\n".join([f"{source} cannot be run:", *(f"  {line}" for line in lines)])) from None
+    return validate(RunConfig, content, source, "run", "cannot be run")
 
 
-def refuse_secrets(content: Any, source: str) -> None:
-    """Refuse a config with credentials in it: a run saves its config.
+def validate(model: type[AnySection], content: dict[str, Any], source: str, noun: str, failure: str) -> AnySection:
+    """Check a mapping, and refuse credentials in it: a run saves its config.
+
+    Args:
+        noun: what the file describes, for the error about a missing key.
+        failure: follows `source` in the error: "cannot be run".
 
     Raises:
-        ConfigError: names the keys, not the secrets.
+        ConfigError: a line per problem with key, value and allowed values; of secrets, only the keys.
     """
-    secrets = list(secrets_of(content))
+    secrets = "".join(f"  {line}\n" for line in secrets_of(content))
     if secrets:
-        shown = "\n".join(f"  {line}" for line in secrets)
         raise ConfigError(
-            f"{source} holds credentials, which must not be saved with a run:\n{shown}\nGive credentials by the "
+            f"{source} holds credentials, which must not be saved with a run:\n{secrets}Give credentials by the "
             "environment, by data.s3.profile, or by the role of the machines"
         )
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        lines = [line for problem in error.errors() for line in _explain(dict(problem), model, noun)]
+        raise ConfigError("\n  ".join([f"{source} {failure}:", *lines])) from None
 
 
 def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
@@ -370,10 +350,11 @@ def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
         }
         for config in (saved, wanted)
     )
+    fixed, free = (tuple(f"{name}." for name in names) for names in (FIXED_ON_RESUME, _FREE_ON_RESUME))
     lines = [
         f"{key}: the run was started with {before.get(key)!r}, now {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and _is_under(key, FIXED_ON_RESUME) and not _is_under(key, _FREE_ON_RESUME)
+        if before.get(key) != after.get(key) and f"{key}.".startswith(fixed) and not f"{key}.".startswith(free)
     ]
     captions = [config.data.captions for config in (saved, wanted)]
     orders = [sorted(weights, key=weights.__getitem__, reverse=True) for weights in captions]
@@ -381,9 +362,9 @@ def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
         # Sources are drawn by falling weight, sources of equal weight in the order of the YAML.
         lines.append(f"data.captions: the run was started with the order {orders[0]}, now {orders[1]}")
     if lines:
-        shown = "\n".join(f"  {line}" for line in lines)
+        shown = "\n  ".join(lines)
         raise ConfigError(
-            f"{saved.folder} cannot be resumed with another model, data order or recipe:\n{shown}\n"
+            f"{saved.folder} cannot be resumed with another model, data order or recipe:\n  {shown}\n"
             "Leave these as they were, or start a new run with `sigray train` and another run.name, or with --overwrite"
         )
 
@@ -421,16 +402,6 @@ def put(content: dict[str, Any], key: str, value: Any) -> None:
     place[last] = value
 
 
-def explain(error: ValidationError, model: type[Section], noun: str) -> list[str]:
-    """Return lines with key, value and allowed values of each problem.
-
-    Args:
-        model: of the whole file.
-        noun: what the file describes.
-    """
-    return [line for problem in error.errors() for line in _explain(dict(problem), model, noun)]
-
-
 def _explain(error: dict[str, Any], model: type[Section], noun: str) -> list[str]:
     parts = [str(part) for part in error["loc"]]
     key = ".".join(parts)
@@ -465,7 +436,3 @@ def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in content.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat
-
-
-def _is_under(key: str, prefixes: tuple[str, ...]) -> bool:
-    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)

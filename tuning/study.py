@@ -13,18 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from sigray.orchestrator.config import (
-    ConfigError,
-    RunConfig,
-    explain,
-    override_of,
-    parse_config,
-    put,
-    read_mapping,
-    refuse_secrets,
-)
+from sigray.orchestrator.config import ConfigError, RunConfig, override_of, parse_config, put, read_mapping, validate
 from sigray.tuning.decide import Rules, Scheduler, geometric_rungs
 from sigray.tuning.space import Dimension
 from sigray.workers.config import LocalOrUri, NonNegativeInt, PositiveInt, Section
@@ -361,12 +352,7 @@ def parse_study(content: dict[str, Any], source: str) -> Study:
 
     Its base must be the content of a run.
     """
-    refuse_secrets(content, source)
-    try:
-        config = StudyConfig.model_validate(content)
-    except ValidationError as error:
-        lines = explain(error, StudyConfig, "study")
-        raise ConfigError("\n".join([f"{source} is no study:", *(f"  {line}" for line in lines)])) from None
+    config = validate(StudyConfig, content, source, "study", "is no study")
     assert isinstance(config.base, dict)
     run = copy.deepcopy(config.base)
     run["run"] = (run.get("run") or {}) | {"name": config.name}
