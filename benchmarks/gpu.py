@@ -122,7 +122,7 @@ def measure(name: str, kind: DeviceKind, num_repetitions: int) -> dict[str, floa
         return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
 
     rates = {contestant: PAIRS_PER_REPETITION / statistics.median(times) for contestant, times in seconds.items()}
-    flops, top = sum(found.flops_per_sample.values()), kind.peak(config.train.precision)
+    flops, top = sum(found.flops_per_sample.values()), kind.peaks[config.train.precision]
     result = {
         **{f"{contestant}_samples_per_s": rate for contestant, rate in rates.items()},
         "utilisation": rates["sigray"] * flops / top,

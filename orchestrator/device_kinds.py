@@ -34,9 +34,7 @@ class DeviceKind:
         name: as cluster.device names it.
         accelerators: the values of cluster.accelerator that run on it.
         memory: bytes of one device.
-        peak_bf16: dense matrix products, FLOP/s.
-        peak_fp32: the same for train.precision=fp32.
-        peak_tf32: the same for tf32.
+        peaks: FLOP/s of dense matrix products, by train.precision.
         utilisation: fraction of the peak that a step reaches.
         framework: bytes that a process holds on the device before the first tensor.
         ring_bytes_per_s: bandwidth of one device on a ring inside an island, both directions together.
@@ -49,9 +47,7 @@ class DeviceKind:
     name: str
     accelerators: tuple[str, ...]
     memory: float
-    peak_bf16: float
-    peak_fp32: float
-    peak_tf32: float
+    peaks: dict[str, float]
     utilisation: float
     framework: float
     ring_bytes_per_s: float
@@ -60,78 +56,57 @@ class DeviceKind:
     per_host: int
     source: str
 
-    def peak(self, precision: str) -> float:
-        """Return the FLOP/s of matrix products with train.precision."""
-        return {"bf16": self.peak_bf16, "tf32": self.peak_tf32, "fp32": self.peak_fp32}[precision]
-
     def link(self, num_devices: int) -> float:
         """Return the bytes per second that a device can send on a ring of all."""
         return self.ring_bytes_per_s if num_devices <= self.island else self.network_bytes_per_s
 
 
-def _tpu(
-    name: str, memory: float, tflops: float, axis_gb_s: float, pod: int, per_host: int, network_gb_s: float, page: str
-) -> DeviceKind:
-    # XLA computes float32 products in bfloat16 passes: one at its default precision (tf32 here), six at the highest.
-    peak = tflops * 1e12
-    return DeviceKind(
-        name,
-        ("tpu",),
-        memory,
-        peak_bf16=peak,
-        peak_fp32=peak / 6,
-        peak_tf32=peak,
-        utilisation=UTILISATION,
-        framework=0.5 * GIB,
-        ring_bytes_per_s=axis_gb_s * GB,
-        island=pod,
-        network_bytes_per_s=network_gb_s * GB,
-        per_host=per_host,
-        source=f"cloud.google.com/tpu/docs/{page}; links: jax-ml.github.io/scaling-book/tpus, one axis, both ways",
-    )
-
-
-def _gpu(
+def _kind(
     name: str,
-    memory_gb: float,
+    memory: float,
     tflops: tuple[float, float, float],
     link_gb_s: float,
     island: int,
+    per_host: int,
     network_gb_s: float,
     page: str,
 ) -> DeviceKind:
-    bf16, tf32, fp32 = (value * 1e12 for value in tflops)
+    is_tpu = name.startswith("tpu")
+    sources = (
+        f"nvidia.com/en-us/data-center/{page}, without sparsity; half of the bidirectional link rate",
+        f"cloud.google.com/tpu/docs/{page}; links: jax-ml.github.io/scaling-book/tpus, one axis, both ways",
+    )
     return DeviceKind(
         name,
-        ("cuda",),
-        memory_gb * GB,
-        peak_bf16=bf16,
-        peak_fp32=fp32,
-        peak_tf32=tf32,
-        utilisation=GPU_UTILISATION,
-        framework=1.5 * GIB,  # context, cuBLAS and nccl
+        ("tpu",) if is_tpu else ("cuda",),
+        memory,
+        peaks={precision: value * 1e12 for precision, value in zip(("bf16", "tf32", "fp32"), tflops, strict=True)},
+        utilisation=UTILISATION if is_tpu else GPU_UTILISATION,
+        framework=(0.5 if is_tpu else 1.5) * GIB,  # GPU: context, cuBLAS and nccl
         ring_bytes_per_s=link_gb_s * GB,
         island=island,
         network_bytes_per_s=network_gb_s * GB,
-        per_host=1,
-        source=f"nvidia.com/en-us/data-center/{page}, without sparsity; half of the bidirectional link rate",
+        per_host=per_host,
+        source=sources[is_tpu],
     )
 
 
 # Memory is decimal if the vendor says GB and binary if it says GiB. GPUs are the SXM variants, in hosts of eight. Each
 # has a network card of 200 (A100) or 400 Gbit/s (H100, H200), as in the vendor's own DGX. L4s are linked by PCIe.
+# TFLOP/s are of bf16, tf32 and fp32. XLA computes float32 products in bfloat16 passes: one at its default precision
+# (tf32 here), six at the highest.
 DEVICES = {
     kind.name: kind
     for kind in (
-        _tpu("tpu-v4", 32 * GIB, 275, 90, 4096, 4, 6.25, "v4"),
-        _tpu("tpu-v5e", 16 * GB, 197, 90, 256, 8, 3.125, "v5e"),
-        _tpu("tpu-v5p", 95 * GIB, 459, 180, 8960, 4, 6.25, "v5p"),
-        _tpu("tpu-v6e", 32 * GB, 918, 180, 256, 8, 12.5, "v6e"),
-        _gpu("a100-40", 40, (312, 156, 19.5), 300, 8, 25, "a100"),
-        _gpu("a100-80", 80, (312, 156, 19.5), 300, 8, 25, "a100"),
-        _gpu("h100", 80, (989, 494, 67), 450, 8, 50, "h100"),
-        _gpu("h200", 141, (989, 494, 67), 450, 8, 50, "h200"),
-        _gpu("l4", 24, (121, 60, 30.3), 32, 8, 1.5, "l4"),
+        _kind("tpu-v4", 32 * GIB, (275, 275, 275 / 6), 90, 4096, 4, 6.25, "v4"),
+        _kind("tpu-v5e", 16 * GB, (197, 197, 197 / 6), 90, 256, 8, 3.125, "v5e"),
+        _kind("tpu-v5p", 95 * GIB, (459, 459, 459 / 6), 180, 8960, 4, 6.25, "v5p"),
+        _kind("tpu-v6e", 32 * GB, (918, 918, 918 / 6), 180, 256, 8, 12.5, "v6e"),
+        _kind("a100-40", 40 * GB, (312, 156, 19.5), 300, 8, 1, 25, "a100"),
+        _kind("a100-80", 80 * GB, (312, 156, 19.5), 300, 8, 1, 25, "a100"),
+        _kind("h100", 80 * GB, (989, 494, 67), 450, 8, 1, 50, "h100"),
+        _kind("h200", 141 * GB, (989, 494, 67), 450, 8, 1, 50, "h200"),
+        _kind("l4", 24 * GB, (121, 60, 30.3), 32, 8, 1, 1.5, "l4"),
     )
 }
 CPU = "cpu"

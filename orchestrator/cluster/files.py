@@ -63,6 +63,10 @@ class ClusterCheck:
     def add(self, place: str, problem: str) -> None:
         self.problems.append(f"{place}: {problem}" if place else problem)
 
+    def add_if(self, is_wrong: object, place: str, problem: str) -> None:
+        if is_wrong:
+            self.add(place, problem)
+
 
 def check_cluster_file(path: str | Path) -> ClusterCheck:
     """Check one file, without starting anything and without calls to a cloud.
@@ -107,21 +111,19 @@ def _check_ray_yaml(content: dict[str, Any], check: ClusterCheck, path: Path) ->
         return
     _check_commands(content, check)
     _check_mounts(content, check)
-    for name in ("aws_credentials", "gcp_credentials"):
-        if name in provider:
-            check.add(f"provider.{name}", "credentials in the file: use a role or the environment")
+    for name in sorted(provider.keys() & {"aws_credentials", "gcp_credentials"}):
+        check.add(f"provider.{name}", "credentials in the file: use a role or the environment")
     if check.kind == "local":
         _check_local(content, check)
         return
     if not content.get("idle_timeout_minutes"):
         check.add("idle_timeout_minutes", "missing or 0: idle nodes must end")
     _check_zones(provider, check)
-    head = prepared["head_node_type"]
+    check_machine = _check_aws if check.kind == "aws" else _check_gcp
     for name, group in prepared["available_node_types"].items():
         place = f"available_node_types.{name}"
-        checked = _check_aws if check.kind == "aws" else _check_gcp
-        checked(group["node_config"], group["resources"], place, check)
-        if name == head:
+        check_machine(group["node_config"], group["resources"], place, check)
+        if name == prepared["head_node_type"]:
             _check_head(group, place, check)
         else:
             if group["resources"].keys() & {"GPU", "TPU"} and not group["resources"].get(TRAINING):
@@ -137,8 +139,7 @@ def _check_ray_yaml(content: dict[str, Any], check: ClusterCheck, path: Path) ->
 
 def _check_roles(offered: set[str], place: str, check: ClusterCheck) -> None:
     for role in (TRAINING, DATA):
-        if role not in offered:
-            check.add(place, f"no node offers the resource {role!r}, by which workers are placed")
+        check.add_if(role not in offered, place, f"no node offers the resource {role!r}, by which workers are placed")
 
 
 def _prepare(content: dict[str, Any], check: ClusterCheck) -> dict[str, Any] | None:
@@ -174,14 +175,12 @@ def _check_commands(content: dict[str, Any], check: ClusterCheck) -> None:
             check.add(key, "no `ray start` here: Ray's default would bind the dashboard to all addresses")
             continue
         command = " ".join(commands)
-        if "RAY_AUTH_MODE=token" not in command:
-            check.add(key, f"RAY_AUTH_MODE=token is missing: {_NO_TOKEN_WHY}")
-        if not re.search(rf"{_LOG_LEVEL}=(warning|error|critical)\b", command):
-            check.add(key, f"{_LOG_LEVEL}=warning is missing: {_LOG_LEVEL_WHY}")
+        check.add_if("RAY_AUTH_MODE=token" not in command, key, f"RAY_AUTH_MODE=token is missing: {_NO_TOKEN_WHY}")
+        is_quiet = re.search(rf"{_LOG_LEVEL}=(warning|error|critical)\b", command)
+        check.add_if(not is_quiet, key, f"{_LOG_LEVEL}=warning is missing: {_LOG_LEVEL_WHY}")
         if key.startswith("head"):
-            for name in _HEALTH:
-                if f"{name}=" not in command:
-                    check.add(key, f"{name} is missing: an unreachable node counts as alive for a minute")
+            for name in (name for name in _HEALTH if f"{name}=" not in command):
+                check.add(key, f"{name} is missing: an unreachable node counts as alive for a minute")
             if not re.search(r"--num-cpus[= ]0\b", command):
                 check.add(key, "--num-cpus=0 is missing: the head would train and decode")
             host = re.search(r"--dashboard-host[= ](\S+)", command)
@@ -194,8 +193,7 @@ def _check_commands(content: dict[str, Any], check: ClusterCheck) -> None:
 def _check_mounts(content: dict[str, Any], check: ClusterCheck) -> None:
     mounts = content.get("file_mounts") or {}
     for place in ("~/.ray/auth_token", "~/sigray/requirements.txt", "~/sigray/src"):
-        if place not in mounts:
-            check.add("file_mounts", f"{place} is missing: every node needs it")
+        check.add_if(place not in mounts, "file_mounts", f"{place} is missing: every node needs it")
     for remote, local in mounts.items():
         if "auth_token" not in str(local) and not Path(str(local)).expanduser().exists():
             check.add(f"file_mounts.{remote}", f"{local} does not exist here (run from the top of the repository)")
@@ -208,14 +206,12 @@ def _check_local(content: dict[str, Any], check: ClusterCheck) -> None:
     provider = content["provider"]
     hosts = [provider.get("head_ip"), *provider.get("worker_ips", [])]
     for host in hosts:
-        if not _is_address(str(host)):
-            check.add("provider", f"{host!r} is no address")
-    if len(set(hosts)) < len(hosts):
-        check.add("provider", "an address stands there twice")
-    if content.get("max_workers", len(hosts) - 1) != len(hosts) - 1:
-        check.add("max_workers", f"{content['max_workers']}, but there are {len(hosts) - 1} worker_ips")
-    if not content.get("auth", {}).get("ssh_user"):
-        check.add("auth.ssh_user", "missing")
+        check.add_if(not _is_address(str(host)), "provider", f"{host!r} is no address")
+    check.add_if(len(set(hosts)) < len(hosts), "provider", "an address stands there twice")
+    num_workers = len(hosts) - 1
+    most = content.get("max_workers", num_workers)
+    check.add_if(most != num_workers, "max_workers", f"{most}, but there are {num_workers} worker_ips")
+    check.add_if(not content.get("auth", {}).get("ssh_user"), "auth.ssh_user", "missing")
 
 
 def _is_address(host: str) -> bool:
@@ -248,15 +244,13 @@ def _scheduling(config: dict[str, Any]) -> dict[str, Any]:
 def _check_zones(provider: dict[str, Any], check: ClusterCheck) -> None:
     region = str(provider.get("region", ""))
     if provider["type"] == "aws":
-        pattern = re.escape(region) + "[a-f]"
         if region not in _botocore().get_available_regions("ec2"):
             check.add("provider.region", f"{region!r} is no region of EC2")
     else:
-        pattern = re.escape(region) + "-[a-f]"
         if not re.fullmatch(r"[a-z]+-[a-z]+\d{1,2}", region):
             check.add("provider.region", f"{region!r} is no region of Google Cloud")
-        if not provider.get("project_id"):
-            check.add("provider.project_id", "missing")
+        check.add_if(not provider.get("project_id"), "provider.project_id", "missing")
+    pattern = re.escape(region) + ("[a-f]" if provider["type"] == "aws" else "-[a-f]")
     for name in str(provider.get("availability_zone", "")).split(","):
         if not re.fullmatch(pattern, name.strip()):
             check.add("provider.availability_zone", f"{name.strip()!r} is no zone of {region}")
@@ -275,9 +269,8 @@ def _check_aws(config: dict[str, Any], resources: dict[str, Any], place: str, ch
     ec2 = _botocore().get_service_model("ec2")
     shape = ec2.operation_model("RunInstances").input_shape
     report = ParamValidator().validate({"MinCount": 1, "MaxCount": 1, **config}, shape)
-    if report.has_errors():
-        for line in report.generate_report().splitlines():
-            check.add(f"{place}.node_config", line)
+    for line in report.generate_report().splitlines():
+        check.add(f"{place}.node_config", line)
     image = str(config.get("ImageId", ""))
     if not re.fullmatch(r"ami-[0-9a-f]{8}([0-9a-f]{9})?|resolve:ssm:/\S+", image):
         why = "expected ami-... or resolve:ssm:/... (Ray's default image is too old for torch 2.9)"
@@ -346,8 +339,7 @@ def _check_manifest(content: dict[str, Any], check: ClusterCheck) -> None:
     if content["apiVersion"] != "ray.io/v1" or kind not in ("RayCluster", "RayJob"):
         raise ConfigError(f"{check.path}: {content['apiVersion']} {kind}: expected ray.io/v1 RayCluster or RayJob")
     check.kind = kind
-    if not content.get("metadata", {}).get("name"):
-        check.add("metadata.name", "missing")
+    check.add_if(not content.get("metadata", {}).get("name"), "metadata.name", "missing")
     place = "spec"
     spec = content.get("spec") or {}
     if kind == "RayJob":
@@ -359,8 +351,8 @@ def _check_manifest(content: dict[str, Any], check: ClusterCheck) -> None:
         spec = spec.get("rayClusterSpec") or {}
     if spec.get("rayVersion") != RAY_VERSION:
         check.add(f"{place}.rayVersion", f"{spec.get('rayVersion')!r}, but requirements.txt pins {RAY_VERSION}")
-    if (spec.get("authOptions") or {}).get("mode") != "token":
-        check.add(f"{place}.authOptions.mode", f"not token: {_NO_TOKEN_WHY}")
+    mode = (spec.get("authOptions") or {}).get("mode")
+    check.add_if(mode != "token", f"{place}.authOptions.mode", f"not token: {_NO_TOKEN_WHY}")
     if spec.get("enableInTreeAutoscaling") and not (spec.get("autoscalerOptions") or {}).get("idleTimeoutSeconds"):
         check.add(f"{place}.autoscalerOptions.idleTimeoutSeconds", "missing: idle pods must end")
     _check_pods(spec, place, check)
@@ -376,9 +368,8 @@ def _check_pods(spec: dict[str, Any], place: str, check: ClusterCheck) -> None:
     if str((head.get("rayStartParams") or {}).get("num-cpus")) != "0":
         check.add(f"{place_of_head}.rayStartParams.num-cpus", 'not "0": the head would train and decode')
     container = _container(head, place_of_head, check)
-    for name in _HEALTH:
-        if name not in _environment(container):
-            check.add(place_of_head, f"env {name} is missing: an unreachable pod counts as alive for a minute")
+    for name in (name for name in _HEALTH if name not in _environment(container)):
+        check.add(place_of_head, f"env {name} is missing: an unreachable pod counts as alive for a minute")
     images = {str(container.get("image"))}
     offered: set[str] = set()
     for number, group in enumerate(spec.get("workerGroupSpecs") or []):
@@ -389,8 +380,7 @@ def _check_pods(spec: dict[str, Any], place: str, check: ClusterCheck) -> None:
         resources = str((group.get("rayStartParams") or {}).get("resources", ""))
         offered |= set(re.findall(r'\\?"(\w+)\\?"\s*:', resources))
     _check_roles(offered, f"{place}.workerGroupSpecs", check)
-    if len(images) > 1:
-        check.add(place, f"images differ, so environments differ: {', '.join(sorted(images))}")
+    check.add_if(len(images) > 1, place, f"images differ, so environments differ: {', '.join(sorted(images))}")
 
 
 def _container(group: dict[str, Any], place: str, check: ClusterCheck) -> dict[str, Any]:
@@ -455,8 +445,7 @@ def _prepare_manifest(metadata: dict[str, Any], spec: dict[str, Any], check: Clu
 
 def report_lines(check: ClusterCheck) -> Iterator[str]:
     """Yield the lines that `sigray cluster check` prints."""
-    verdict = "cannot be used" if check.problems else "ok"
-    yield f"{check.path} ({check.kind}): {verdict}"
+    yield f"{check.path} ({check.kind}): {'cannot be used' if check.problems else 'ok'}"
     yield from (f"  {problem}" for problem in check.problems)
     for name, (resources, most) in check.groups.items():
         shown = ", ".join(f"{amount:g} {key}" for key, amount in resources.items() if key != "memory" and amount)

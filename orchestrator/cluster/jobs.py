@@ -54,18 +54,15 @@ def check_job(path: str, overrides: list[str]) -> RunConfig:
     """
     config = load_config(path, overrides)
     if config.run.storage is None and config.run.dir == str(Path("runs").absolute()):
-        raise ConfigError(
-            f"{path}: run.storage is not set: the hosts of a cluster need one place for checkpoints; set "
-            "run.storage=s3://bucket/runs or a folder that all hosts see"
-        )
+        remedy = "set run.storage=s3://bucket/runs or a folder that all hosts see"
+        why = "the hosts of a cluster need one place for checkpoints"
+        raise ConfigError(f"{path}: run.storage is not set: {why}; {remedy}")
     for name in _local_files(config):
-        file = Path(name)
-        if not file.is_file():
+        if not Path(name).is_file():
             raise ConfigError(f"{path}: {name} does not exist")
-        if file.stat().st_size > _MAX_FILE_MIB << 20:
-            raise ConfigError(
-                f"{path}: {name} is larger than {_MAX_FILE_MIB} MiB: put the file on storage that all hosts see"
-            )
+        if Path(name).stat().st_size > _MAX_FILE_MIB << 20:
+            problem = f"{name} is larger than {_MAX_FILE_MIB} MiB: put the file on storage that all hosts see"
+            raise ConfigError(f"{path}: {problem}")
     return config
 
 
@@ -119,20 +116,17 @@ def submit(
     words = shlex.join(["python", "-m", "sigray.tuning.cli", "train", _CONFIG, *options])
     if config.run.dir == str(Path("runs").absolute()):
         words += ' run.dir="$HOME/sigray-runs"'  # on the head: Ray deletes the job's working directory
-    variables = {"PYTHONUNBUFFERED": "1", "RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}
-    variables["RAY_JOB_STOP_WAIT_TIME_S"] = str(_STOP_S)
+    tracking = {"PYTHONUNBUFFERED": "1", "RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}
+    variables = tracking | {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_S)} | (env or {})
+    page = f"{pages.rstrip('/')}/runs/{config.run.name}"
     with tempfile.TemporaryDirectory(prefix="sigray-job-") as folder:
         stage(config, Path(folder))
         return client.submit_job(
             entrypoint=f"python -m sigray.orchestrator.cluster.jobs && exec {words}",
             submission_id=job or f"{config.run.name}-{time.strftime('%m%d-%H%M%S')}",
-            runtime_env={"working_dir": folder, "env_vars": variables | (env or {})},
+            runtime_env={"working_dir": folder, "env_vars": variables},
             # Ray's dashboard lists a job by its job_name, and shows the first lines of all metadata on the job's page.
-            metadata={
-                "page": f"{pages.rstrip('/')}/runs/{config.run.name}",
-                "job_name": config.run.name,
-                "storage": config.storage_uri,
-            },
+            metadata={"page": page, "job_name": config.run.name, "storage": config.storage_uri},
         )
 
 
@@ -192,14 +186,10 @@ def jobs_table(jobs: list[Any]) -> Table:
         table.add_column(column, overflow="fold")
     for job in _newest_first(jobs):
         begin = (job.start_time or 0) / 1000
-        end = job.end_time / 1000 if job.end_time else time.time()
-        table.add_row(
-            job.submission_id,
-            job.status.value.lower(),
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(begin)),
-            format_duration(end - begin),
-            (job.metadata or {}).get("storage", ""),
-        )
+        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(begin))
+        took = format_duration((job.end_time / 1000 if job.end_time else time.time()) - begin)
+        storage = (job.metadata or {}).get("storage", "")
+        table.add_row(job.submission_id, job.status.value.lower(), started, took, storage)
     return table
 
 
@@ -226,17 +216,17 @@ def stop(client: Any, job: str, console: Console) -> None:
         ConfigError: there is no such job.
     """
     try:
-        info = client.get_job_info(job)
+        status = client.get_job_info(job).status
     except RuntimeError as error:
         raise _no_such_job(job) from error
-    if info.status.is_terminal():
-        console.print(f"{job} has already ended: {info.status.value.lower()}", highlight=False)
+    if status.is_terminal():
+        console.print(f"{job} has already ended: {status.value.lower()}", highlight=False)
         return
     client.stop_job(job)
     console.print(f"{job} is writing a last checkpoint (up to {_STOP_S} s)", highlight=False)
-    while not client.get_job_info(job).status.is_terminal():
+    while not (status := client.get_job_info(job).status).is_terminal():
         time.sleep(0.5)
-    console.print(f"{job}: {client.get_job_info(job).status.value.lower()}", highlight=False)
+    console.print(f"{job}: {status.value.lower()}", highlight=False)
 
 
 @contextlib.contextmanager
@@ -256,9 +246,8 @@ def job_client(cluster: str | None, address: str | None) -> Iterator[Any]:
 
     for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
-    with contextlib.ExitStack() as stack:
-        url = stack.enter_context(_tunnel(cluster)) if cluster else address
-        url = url or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
+    with _tunnel(cluster) if cluster else contextlib.nullcontext(address) as given:
+        url = given or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
         for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
             os.environ.pop(name, None)  # Ray would use it instead of `url`
         try:
@@ -311,10 +300,7 @@ def environment_differences(requirements: str) -> list[str]:
     from packaging.requirements import Requirement
 
     lines = []
-    for text in requirements.splitlines():
-        if not text.strip() or text.startswith("#"):
-            continue
-        wanted = Requirement(text)
+    for wanted in (Requirement(text) for text in requirements.splitlines() if text.strip() and text[0] != "#"):
         if wanted.name not in _PINNED or (wanted.marker and not wanted.marker.evaluate()):
             continue
         try:

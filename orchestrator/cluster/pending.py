@@ -9,6 +9,8 @@ a container of its own), the autoscaler is unknown, and the sentence says so.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ import yaml
 
 from sigray.orchestrator.config import ClusterConfig
 
-_GROUP, _SLICE, _POD_TYPE = "ray.io/node-group", "ray.io/tpu-slice-name", "ray.io/tpu-pod-type"
+_LABELS = ("ray.io/node-group", "ray.io/tpu-slice-name", "ray.io/tpu-pod-type")  # of Host's last three fields
 _ROUNDING = 1e-6
 
 
@@ -116,8 +118,8 @@ def pending_reason(demand: Demand, hosts: Sequence[Host], autoscaler: Autoscaler
         hosts: hosts that are up.
         autoscaler: None: unknown.
     """
-    has = _num_fitting(demand, hosts, [host.total for host in hosts])
-    free = _num_fitting(demand, hosts, [host.free for host in hosts])
+    has = _num_fitting(demand, hosts)
+    free = _num_fitting(demand, [dataclasses.replace(host, total=host.free) for host in hosts])
     begin = f"needs {demand.text()}, has "
     if free >= demand.num_workers:
         return PendingReason(f"{begin}them: waiting for Ray to place them", True)
@@ -129,9 +131,8 @@ def pending_reason(demand: Demand, hosts: Sequence[Host], autoscaler: Autoscaler
     if not autoscaler.runs:
         return PendingReason(f"{begin}no autoscaler runs: start hosts by hand", False)
     if any(not kind.resources for kind in autoscaler.types):
-        return PendingReason(
-            f"{begin}waiting for the autoscaler; the cluster file names no resources of its hosts", None
-        )
+        why = "waiting for the autoscaler; the cluster file names no resources of its hosts"
+        return PendingReason(f"{begin}{why}", None)
     if _max_workers(demand, hosts, autoscaler) >= demand.num_workers:
         names = " or ".join(kind.name for kind in autoscaler.types if _workers_per_node(demand, kind))
         return PendingReason(f"{begin}waiting for the autoscaler ({names})", True)
@@ -144,15 +145,14 @@ def _fit(demand: Demand, resources: dict[str, float]) -> int:
     return int(min(counts, default=demand.num_workers))
 
 
-def _num_fitting(demand: Demand, hosts: Sequence[Host], amounts: Sequence[dict[str, float]]) -> int:
+def _num_fitting(demand: Demand, hosts: Sequence[Host]) -> int:
     """Return how many workers fit these hosts; for a slice, those on the best one."""
     if demand.pod_type is None:
-        return sum(_fit(demand, amount) for amount in amounts)
-    slices: dict[str, int] = {}
-    for number, (host, amount) in enumerate(zip(hosts, amounts, strict=True)):
+        return sum(_fit(demand, host.total) for host in hosts)
+    slices: Counter[str] = Counter()
+    for number, host in enumerate(hosts):
         if host.pod_type in (None, demand.pod_type):
-            name = host.slice_name or f"host {number}"
-            slices[name] = slices.get(name, 0) + min(1, _fit(demand, amount))  # one worker per host
+            slices[host.slice_name or f"host {number}"] += min(1, _fit(demand, host.total))  # one worker per host
     return max(slices.values(), default=0)
 
 
@@ -166,13 +166,13 @@ def _workers_per_node(demand: Demand, kind: NodeType) -> int:
 def _max_workers(demand: Demand, hosts: Sequence[Host], autoscaler: Autoscaler) -> int:
     """Return how many workers fit after the autoscaler has started what helps."""
     each = [(_workers_per_node(demand, kind), kind.max_nodes) for kind in autoscaler.types]
-    here = _num_fitting(demand, hosts, [host.total for host in hosts])
+    here = _num_fitting(demand, hosts)
     left = sum(count for _, count in each) if autoscaler.max_nodes is None else autoscaler.max_nodes
     if demand.pod_type is not None:
         return max([here, *(size for size, count in each if min(count, left) > 0)])
     # Hosts that the autoscaler did not start come on top.
     by_hand = [host for host in hosts if not any(_is_of(host, kind) for kind in autoscaler.types)]
-    total = _num_fitting(demand, by_hand, [host.total for host in by_hand])
+    total = _num_fitting(demand, by_hand)
     for size, count in sorted(each, reverse=True):
         total += size * min(count, left)
         left -= min(count, left)
@@ -217,13 +217,7 @@ def cluster_hosts() -> list[Host]:
 
     free = available_resources_per_node()
     return [
-        Host(
-            total=node["Resources"],
-            free=free.get(node["NodeID"], {}),
-            group=node["Labels"].get(_GROUP),
-            slice_name=node["Labels"].get(_SLICE),
-            pod_type=node["Labels"].get(_POD_TYPE),
-        )
+        Host(node["Resources"], free.get(node["NodeID"], {}), *map(node["Labels"].get, _LABELS))
         for node in ray.nodes()
         if node["Alive"]
     ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import html
+import itertools
 import json
 import math
 import os
@@ -67,28 +68,19 @@ def alert_rules() -> dict[str, Any]:
 def grafana_dashboard() -> dict[str, Any]:
     """Return Grafana's JSON of a dashboard: the table's metrics, a row for each group."""
     panels: list[dict[str, Any]] = []
-    y = number = 0
+    y = 0
     for group in dict.fromkeys(metric.group for metric in METRICS):
-        number += 1
-        panels.append({"id": number, "type": "row", "title": group, "gridPos": {"h": 1, "w": 24, "x": 0, "y": y}})
-        y += 1
+        panels.append({"type": "row", "title": group, "gridPos": {"h": 1, "w": 24, "x": 0, "y": y}})
         members = [metric for metric in METRICS if metric.group == group]
         for place, metric in enumerate(members):
-            number += 1
-            labels = "".join(f" {{{{{tag}}}}}" for tag in ("run", *metric.tags)).strip()
-            panels.append(
-                {
-                    "id": number,
-                    "type": "timeseries",
-                    "title": metric.title,
-                    "description": metric.meaning,
-                    "datasource": "${datasource}",
-                    "fieldConfig": {"defaults": {"unit": metric.unit}, "overrides": []},
-                    "gridPos": {"h": 8, "w": 8, "x": 8 * (place % 3), "y": y + 8 * (place // 3)},
-                    "targets": [{"expr": metric.query, "legendFormat": labels, "refId": "A"}],
-                }
-            )
-        y += 8 * -(-len(members) // 3)
+            labels = " ".join(f"{{{{{tag}}}}}" for tag in ("run", *metric.tags))
+            panel: dict[str, Any] = {"type": "timeseries", "title": metric.title, "description": metric.meaning}
+            panel["datasource"] = "${datasource}"
+            panel["fieldConfig"] = {"defaults": {"unit": metric.unit}, "overrides": []}
+            panel["gridPos"] = {"h": 8, "w": 8, "x": 8 * (place % 3), "y": y + 1 + 8 * (place // 3)}
+            panel["targets"] = [{"expr": metric.query, "legendFormat": labels, "refId": "A"}]
+            panels.append(panel)
+        y += 1 + 8 * -(-len(members) // 3)
     return {
         "uid": UID,
         "title": "Sigray training",
@@ -96,7 +88,7 @@ def grafana_dashboard() -> dict[str, Any]:
         "refresh": "15s",
         "time": {"from": "now-1h", "to": "now"},
         "templating": {"list": [{"name": "datasource", "type": "datasource", "query": "prometheus"}]},
-        "panels": panels,
+        "panels": [{"id": number} | panel for number, panel in enumerate(panels, 1)],
     }
 
 
@@ -143,22 +135,18 @@ def monitor(
     shutil.copy(out / DASHBOARD, dashboards)
     command = [prometheus, f"--config.file={out / 'prometheus.yml'}", f"--storage.tsdb.path={out / 'prometheus'}"]
     command += [f"--web.listen-address=127.0.0.1:{port}", "--storage.tsdb.retention.time=30d"]
+    address = f"http://127.0.0.1:{port}"
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context((out / "prometheus.log").open("w"))
-        database = stack.enter_context(_child(command, log))
-        address = f"http://127.0.0.1:{port}"
-        _wait_until_ready(f"{address}/-/ready", database, out / "prometheus.log")
+        database = stack.enter_context(_server(command, f"{address}/-/ready", out / "prometheus.log"))
         say(f"Prometheus: {address} (alerts: {address}/alerts)")
         grafana = shutil.which("grafana-server")
         if grafana is not None:
-            ini = metrics / "grafana" / "grafana.ini"
-            home = Path(os.environ.get("GF_PATHS_HOME", "/usr/share/grafana"))
+            home = os.environ.get("GF_PATHS_HOME", "/usr/share/grafana")
             environment = {"GF_SERVER_HTTP_ADDR": "127.0.0.1", "GF_SERVER_HTTP_PORT": str(grafana_port)}
             environment["GF_PATHS_DATA"] = str(out / "grafana")
-            log = stack.enter_context((out / "grafana.log").open("w"))
-            command = [grafana, f"--homepath={home}", f"--config={ini}", "web"]
-            process = stack.enter_context(_child(command, log, **environment))
-            _wait_until_ready(f"http://127.0.0.1:{grafana_port}/api/health", process, out / "grafana.log")
+            command = [grafana, f"--homepath={home}", f"--config={metrics}/grafana/grafana.ini", "web"]
+            health = f"http://127.0.0.1:{grafana_port}/api/health"
+            stack.enter_context(_server(command, health, out / "grafana.log", **environment))
             say(f"Grafana: http://127.0.0.1:{grafana_port}/d/{UID}")
         else:
             stack.enter_context(serve(Pictures(dashboards, address).answer, grafana_port))
@@ -168,27 +156,26 @@ def monitor(
 
 
 @contextlib.contextmanager
-def _child(command: list[str], log: Any, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+def _server(command: list[str], url: str, log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a server that answers at `url`."""
     variables = os.environ | environment
-    process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=variables)
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=variables)
+    deadline = time.monotonic() + 30
     try:
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(url, timeout=2).close()
+                # Another process on that port would answer too, after ours has failed to bind it.
+                if process.poll() is None:
+                    break
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{log.stem} did not start:\n{log.read_text()[-1500:]}")
+            time.sleep(0.2)
         yield process
     finally:
         process.terminate()
         process.wait()
-
-
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(url, timeout=2).close()
-            # Another process on that port would answer too, after ours has failed to bind it.
-            if process.poll() is None:
-                return
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"{log.stem} did not start:\n{log.read_text()[-1500:]}")
-        time.sleep(0.2)
 
 
 # -------------------------------------------------------------------------------------------------- pictures
@@ -212,26 +199,21 @@ class Pictures:
         variables = dict(urllib.parse.parse_qsl(url.query))
         if parts == ["api", "health"]:
             return Answer(json.dumps({"database": "ok", "version": "sigray", "commit": ""}), JSON)
-        if len(parts) >= 2 and parts[0] in ("d", "d-solo"):
-            dashboard = self._dashboard(parts[1])
-            if dashboard is not None:
-                panels = list(_panels(dashboard))
-                if parts[0] == "d-solo":
-                    panels = [panel for panel in panels if str(panel.get("id")) == variables.get("panelId")]
-                elif dashboard["uid"] == "rayDefaultDashboard":  # Ray's Metrics page embeds it: training first
-                    panels = [*_panels(grafana_dashboard()), *panels]
-                if panels:
-                    return Answer(self._page(dashboard, panels, variables))
+        dashboard = self._dashboard(parts[1]) if len(parts) >= 2 and parts[0] in ("d", "d-solo") else None
+        if dashboard is not None:
+            panels = list(_panels(dashboard))
+            if parts[0] == "d-solo":
+                panels = [panel for panel in panels if str(panel.get("id")) == variables.get("panelId")]
+            elif dashboard["uid"] == "rayDefaultDashboard":  # Ray's Metrics page embeds it: training first
+                panels = [*_panels(grafana_dashboard()), *panels]
+            if panels:
+                return Answer(self._page(dashboard, panels, variables))
         return Answer("not found\n", TEXT, 404)
 
     def _dashboard(self, uid: str) -> dict[str, Any] | None:
-        if uid == UID:
-            return grafana_dashboard()
-        for path in sorted(self._folder.glob("*.json")):
-            content = json.loads(path.read_text())
-            if content.get("uid") == uid:
-                return dict(content)
-        return None
+        files = (json.loads(path.read_text()) for path in sorted(self._folder.glob("*.json")))
+        found = itertools.chain([grafana_dashboard()], files)
+        return next((content for content in found if content.get("uid") == uid), None)
 
     def _page(self, dashboard: dict[str, Any], panels: list[dict[str, Any]], variables: dict[str, str]) -> str:
         begin = _unix_time(variables.get("from", "now-1h"))
@@ -243,9 +225,8 @@ class Pictures:
                 body.append(f"<h2>{html.escape(panel['title'])}</h2>")
                 continue
             series, problem = self._series(panel, variables, begin, end)
-            if not series and not problem and not is_solo:
-                continue  # Ray has many panels of things that a cluster may lack
-            body.append(_figure(panel, series, problem, begin, end))
+            if series or problem or is_solo:  # Ray has many panels of things that a cluster may lack
+                body.append(_figure(panel, series, problem, begin, end))
         if not any(part.startswith("<figure") for part in body):
             body.append("<p>No panel of this dashboard has data yet.</p>")
         is_dark = variables.get("theme") == "dark"
@@ -272,8 +253,7 @@ class Pictures:
                 problem = f"Prometheus at {self._prometheus} does not answer: {error}"
                 continue
             for one in found:
-                points = [(float(at), float(value)) for at, value in one["values"]]
-                points = [point for point in points if math.isfinite(point[1])]
+                points = [(float(at), float(value)) for at, value in one["values"] if math.isfinite(float(value))]
                 if points:
                     series.append((_legend(target.get("legendFormat", ""), one["metric"]), points))
         return series, problem
@@ -338,14 +318,12 @@ def _figure(panel: dict[str, Any], series: Series, problem: str, begin: float, e
         return top + tall * (1 - (value - low) / (high - low))
 
     parts = []
-    for number in range(5):
-        value = low + (high - low) * number / 4
-        parts.append(
-            f'<line class="grid" x1="{left}" x2="{_WIDTH - right}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
-            f'<text x="{left - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{_number(value, unit)}</text>'
-        )
-    for number in range(4):
-        at = begin + (end - begin) * (number + 0.5) / 4
+    for value in (low + (high - low) * number / 4 for number in range(5)):
+        level = f"{y(value):.1f}"
+        parts.append(f'<line class="grid" x1="{left}" x2="{_WIDTH - right}" y1="{level}" y2="{level}"/>')
+        place = f'x="{left - 6}" y="{y(value) + 4:.1f}"'
+        parts.append(f'<text {place} text-anchor="end">{_number(value, unit)}</text>')
+    for at in (begin + (end - begin) * (number + 0.5) / 4 for number in range(4)):
         clock = time.strftime("%H:%M", time.localtime(at))
         parts.append(f'<text x="{x(at):.1f}" y="{_HEIGHT - 6}" text-anchor="middle">{clock}</text>')
     keys = []
@@ -388,9 +366,8 @@ body {{ margin: 8px; background: {background}; color: {ink}; font: 14px/1.4 syst
   display: grid; grid-template-columns: {columns}; gap: 8px }}
 h2 {{ grid-column: 1 / -1; margin: 8px 0 0; font-size: 15px; border-bottom: 1px solid {rule} }}
 figure {{ margin: 0; padding: 6px; border: 1px solid {rule}; border-radius: 3px; min-width: 0 }}
-figcaption {{ font-weight: 600 }}
+figcaption {{ font-weight: 600 }} polyline {{ stroke-width: 1.5 }} .grid {{ stroke: {rule} }}
 svg {{ width: 100%; height: auto }} svg text {{ fill: {ink}; font-size: 11px }}
-polyline {{ stroke-width: 1.5 }} .grid {{ stroke: {rule} }}
 ul {{ margin: 2px 0 0; padding: 0; list-style: none; font-size: 12px; max-height: 5em; overflow: auto }}
 li {{ display: inline-block; margin-right: 12px }}
 i {{ display: inline-block; width: 10px; height: 3px; margin: 0 5px 3px 0 }}

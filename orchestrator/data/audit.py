@@ -79,28 +79,20 @@ def audit_table(run: RunAudit) -> Group:
 
     Epochs and steps count from 1.
     """
-    names = ("samples", "used", "missing", "doubled", "replaced", "steps")
+    names = ("epoch", "samples", "used", "missing", "doubled", "replaced", "steps")
     has_names = run.datasets != [""]  # the only dataset of a run has no name
     columns: list[Column] = [("dataset", "left")] if has_names else []
-    columns += [("epoch", "right"), *((name, "right") for name in names), ("", "left")]
-    made = table(*columns)
+    made = table(*columns, *((name, "right") for name in names), ("", "left"))
     details: list[Text] = []
     for epoch in run.audit.epochs:
         steps = run.steps_of(epoch)
         is_wrong = epoch.num_missing or epoch.num_doubled
         state = "complete" if epoch.is_over else "under way"
-        add(
-            made,
-            *([epoch.dataset] if has_names else []),
-            f"{epoch.epoch + 1}",
-            f"{epoch.num_samples:,}",
-            f"{epoch.num_used:,}",
-            f"{epoch.num_missing:,}" if epoch.is_over else "-",
-            f"{epoch.num_doubled:,}",
-            f"{epoch.num_replaced:,}",
-            f"{steps.start + 1:,}-{steps.stop:,}",
-            f"{state}, not exact" if is_wrong else state,
-        )
+        missing = f"{epoch.num_missing:,}" if epoch.is_over else "-"
+        cells = [f"{epoch.epoch + 1}", f"{epoch.num_samples:,}", f"{epoch.num_used:,}", missing]
+        cells += [f"{epoch.num_doubled:,}", f"{epoch.num_replaced:,}", f"{steps.start + 1:,}-{steps.stop:,}"]
+        cells.append(f"{state}, not exact" if is_wrong else state)
+        add(made, *([epoch.dataset] if has_names else []), *cells)
         of = f"{epoch.dataset}, epoch" if has_names else "epoch"
         for name, first in (("missing", epoch.missing), ("doubled", epoch.doubled)):
             if count := getattr(epoch, f"num_{name}"):

@@ -13,6 +13,7 @@ captions that are shown are read again.
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import os
 import re
@@ -32,7 +33,7 @@ from PIL import Image
 from sigray.orchestrator.config import ConfigError, RunConfig, load_config, override
 from sigray.orchestrator.formatting import NBSP, TIMES
 from sigray.orchestrator.tables import printable
-from sigray.workers.config import DataConfig, ModelConfig, Patterns, TrainConfig
+from sigray.workers.config import DataConfig, Patterns
 from sigray.workers.data.decode import Decoder, Refused, captions_at, decode_pixels, sample_random
 from sigray.workers.data.manifest import ShardCount, ShardFile, is_pair, list_shards, scan_shards
 from sigray.workers.data.tar import ByteSource, DataError, MappedFile, TarSample, read_tar
@@ -52,7 +53,8 @@ Progress = Callable[[str, int, int], None]
 """progress(stage, done, total)"""
 
 _MARK_EVERY = 256
-_MAGIC = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
+_MAGIC = {rb"\xff\xd8\xff": "JPEG", rb"\x89PNG": "PNG", b"GIF8": "GIF", b"BM": "BMP", rb"II\*\0|MM\0\*": "TIFF"}
+_MAGIC |= {b"RIFF....WEBP": "WebP", rb"\s*<": "HTML, XML or SVG"}
 _OVERRIDE = re.compile(rf"({'|'.join(RunConfig.model_fields)})(\.[A-Za-z0-9_\-]+)+=")
 
 
@@ -74,14 +76,8 @@ def data_section(words: list[str]) -> DataConfig:
     if not named:
         raise ConfigError("give the shards: a path, a glob, a brace pattern, a folder, or s3://bucket/prefix")
     # A whole config gives the checks and their messages; its other sections do not matter.
-    whole = RunConfig.model_validate(
-        {
-            "run": {"name": "inspect"},
-            "data": DataConfig(shards=named),
-            "model": ModelConfig(name="ViT-B-16-SigLIP"),
-            "train": TrainConfig(num_samples=1, global_batch_size=1),
-        }
-    )
+    content = {"run": {"name": "inspect"}, "data": {"shards": named}, "model": {"name": "ViT-B-16-SigLIP"}}
+    whole = RunConfig.model_validate(content | {"train": {"num_samples": 1, "global_batch_size": 1}})
     return override(whole, overrides, " ".join(["sigray data", *words])).data
 
 
@@ -320,8 +316,7 @@ class _ShardReader:
         found.captions = {source: Captions() for source in self.data.captions}
         keys: list[str] = []
         try:
-            source = open_url(found.url, self.data)
-            try:
+            with contextlib.closing(open_url(found.url, self.data)) as source:
                 found.is_opened = True
                 found.num_bytes = source.num_bytes
                 for sample in read_tar(source):
@@ -335,8 +330,6 @@ class _ShardReader:
                 else:
                     found.is_whole = True
                     found.num_bytes_read = found.num_bytes
-            finally:
-                source.close()
         except UnicodeDecodeError:
             found.problem = "damaged: a member's name is not UTF-8"
         except (DataError, OSError) as error:
@@ -409,11 +402,10 @@ class _ShardReader:
                 continue
             is_captioned = True
             captions.num_present += 1
-            for text in texts:
-                captions.num_characters.append(len(text))
-                captions.num_words.append(len(text.split()))
-                captions.hashes.append(hash(text))
-                captions.places.append(sample.position)
+            captions.num_characters.extend(map(len, texts))
+            captions.num_words.extend(len(text.split()) for text in texts)
+            captions.hashes.extend(map(hash, texts))
+            captions.places.extend(sample.position for _ in texts)
         return is_captioned
 
     def _picture(self, sample: TarSample, reason: str, size: str) -> Picture:
@@ -429,10 +421,8 @@ class _ShardReader:
             jpeg = base64.b64encode(content.getvalue()).decode()
         captions = []
         for source in self.data.captions:
-            try:
+            with contextlib.suppress(Refused):
                 captions += [(source, printable(text, 400)) for text in captions_at(source, sample.members)[:4]]
-            except Refused:
-                continue
         if captions:
             drawn = printable(self.decoder.choose_caption(sample.members, random), 400)
             captions.sort(key=lambda caption: caption[1] != drawn)
@@ -441,16 +431,10 @@ class _ShardReader:
 
 def _format(begin: bytes) -> str:
     """Return the format that an image's first bytes name."""
-    for magic, name in _MAGIC.items():
-        if begin.startswith(magic):
-            return name
-    if begin[:4] == b"RIFF" and begin[8:12] == b"WEBP":
-        return "WebP"
     if begin[4:8] == b"ftyp":
         return begin[8:12].decode("ascii", "replace").upper()  # AVIF, HEIC
-    if begin.lstrip()[:1] == b"<":
-        return "HTML, XML or SVG"
-    return "empty" if not begin else "unknown"
+    found = (name for magic, name in _MAGIC.items() if re.match(magic, begin, re.DOTALL))
+    return next(found, "unknown" if begin else "empty")
 
 
 def _training_problems(found: Inspection) -> list[tuple[str, str]]:
@@ -463,35 +447,24 @@ def _training_problems(found: Inspection) -> list[tuple[str, str]]:
             """Answer header passes with what has been read already."""
             for file in files:
                 shard = by_url[file.url]
-                is_known = file.num_bytes == shard.num_bytes
-                yield (
-                    ShardCount(shard.num_samples, tuple(shard.marks), shard.num_pairs, tuple(sorted(shard.endings)))
-                    if is_known
-                    else header_pass(file)
-                )
+                known = ShardCount(shard.num_samples, tuple(shard.marks), shard.num_pairs, tuple(sorted(shard.endings)))
+                yield known if file.num_bytes == shard.num_bytes else header_pass(file)
 
         try:
             manifest = scan_shards(list(by_url), found.data, parallel_map=counts)
         except DataError as error:
             problems.append(("all shards", str(error)))
         else:
-            problems += [
-                (
-                    shard.url,
-                    f"holds {by_url[shard.url].num_samples:,} samples, but a sidecar beside it (index.json, sizes.json "
-                    f"or _stats.json) says {shard.num_samples:,}: training believes the sidecar; delete it",
-                )
-                for shard in manifest.shards
-                if shard.num_samples != by_url[shard.url].num_samples
-            ]
+            for shard in manifest.shards:
+                num_samples = by_url[shard.url].num_samples
+                if shard.num_samples != num_samples:
+                    problem = f"holds {num_samples:,} samples, but a sidecar beside it (index.json, sizes.json or "
+                    problem += f"_stats.json) says {shard.num_samples:,}: training believes the sidecar; delete it"
+                    problems.append((shard.url, problem))
     num_refused = found.refused()[0].total()
+    most = found.data.max_bad_fraction
     # The same base as the training side's (workers/data/loader.py).
-    if num_refused > found.data.max_bad_fraction * max(found.num_decoded, 1024):
-        problems.append(
-            (
-                "all shards",
-                f"{num_refused:,} of {found.num_decoded:,} decoded samples are broken, more than "
-                f"data.max_bad_fraction={found.data.max_bad_fraction}: training would stop",
-            )
-        )
+    if num_refused > most * max(found.num_decoded, 1024):
+        problem = f"{num_refused:,} of {found.num_decoded:,} decoded samples are broken, more than "
+        problems.append(("all shards", f"{problem}data.max_bad_fraction={most}: training would stop"))
     return problems

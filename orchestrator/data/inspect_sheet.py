@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import zlib
 from array import array
@@ -62,19 +63,14 @@ def _overview(found: Inspection) -> dict[str, str]:
     num_bad = sum(bool(shard.problem) for shard in shards)
     num_part = sum(shard.is_opened and not shard.is_whole and not shard.problem for shard in shards)
     num_closed = len(shards) - len(whole) - num_bad - num_part
-    parts = [f"{len(whole):,} read whole"]
-    parts += [f"{num_part:,} in part"] if num_part else []
-    parts += [f"{num_closed:,} not opened"] if num_closed else []
-    parts += [f"{num_bad:,} that cannot be read to the end"] if num_bad else []
+    others = {"in part": num_part, "not opened": num_closed, "that cannot be read to the end": num_bad}
+    parts = [f"{len(whole):,} read whole", *(f"{count:,} {state}" for state, count in others.items() if count)]
     rows = {"shards": f"{len(shards):,}: {', '.join(parts)}", "samples": f"{found.num_samples:,}"}
     rows["bytes"] = byte_count(sum(shard.num_bytes_read for shard in shards))
     if whole:
         sizes = [shard.num_samples for shard in whole]
-        rows["samples per shard"] = (
-            f"{min(sizes):,} least, {statistics.median(sizes):,g} median, {max(sizes):,} most"
-            if len(sizes) > 1
-            else f"{sizes[0]:,}"
-        )
+        spread = f"{min(sizes):,} least, {statistics.median(sizes):,g} median, {max(sizes):,} most"
+        rows["samples per shard"] = spread if len(sizes) > 1 else f"{sizes[0]:,}"
         if num_part + num_closed:
             share = len(whole) / (len(shards) - num_bad)
             num_bytes = byte_count(sum(shard.num_bytes for shard in whole) / share)
@@ -83,23 +79,16 @@ def _overview(found: Inspection) -> dict[str, str]:
         num_pairs = sum(shard.num_pairs for shard in shards)
         share_text = _percent(num_pairs, found.num_samples)
         rows["pairs"] = f"{num_pairs:,} samples ({share_text}) have an image and a caption member"
-    rows["decoded"] = _extent(found)
+    rows["decoded"] = f"every sample, in {found.seconds:.1f} s"
+    if found.num_decoded != found.num_samples or found.is_over_time:
+        limit = ", until the time limit" * found.is_over_time
+        selection = f"{found.num_decoded:,} samples, spread evenly over the samples read, in {found.seconds:.1f} s"
+        rows["decoded"] = f"{selection}{limit}; --all reads and decodes everything"
     return rows
 
 
-def _extent(found: Inspection) -> str:
-    if found.num_decoded == found.num_samples and not found.is_over_time:
-        return f"every sample, in {found.seconds:.1f} s"
-    text = f"{found.num_decoded:,} samples, spread evenly over the samples read, in {found.seconds:.1f} s"
-    if found.is_over_time:
-        text += ", until the time limit"
-    return f"{text}; --all reads and decodes everything"
-
-
 def _keys_table(found: Inspection) -> Table:
-    endings: Counter[str] = Counter()
-    for shard in found.shards:
-        endings.update(shard.endings)
+    endings: Counter[str] = sum((shard.endings for shard in found.shards), Counter())
     made = table(("ending", "left"), ("samples", "right"), ("share", "right"), ("used as", "left"))
     sources: dict[str, list[str]] = {}
     for source in found.data.captions:
@@ -115,9 +104,7 @@ def _keys_table(found: Inspection) -> Table:
 
 def _formats_table(found: Inspection) -> Table:
     made = table(("format", "left"), ("in", "left"), ("samples", "right"), ("share", "right"))
-    formats: Counter[tuple[str, str]] = Counter()
-    for shard in found.shards:
-        formats.update(shard.formats)
+    formats: Counter[tuple[str, str]] = sum((shard.formats for shard in found.shards), Counter())
     for (kind, ending), count in formats.most_common(_MAX_ROWS):
         add(made, kind, f".{ending}", f"{count:,}", _percent(count, formats.total()))
     return made
@@ -125,9 +112,8 @@ def _formats_table(found: Inspection) -> Table:
 
 def _sizes_table(found: Inspection) -> Table:
     made = _quantiles_table("px, upright")
-    heights, widths, sizes = (
-        _joined(getattr(shard, name) for shard in found.shards) for name in ("heights", "widths", "image_bytes")
-    )
+    names = ("heights", "widths", "image_bytes")
+    heights, widths, sizes = (_joined(getattr(shard, name) for shard in found.shards) for name in names)
     if len(heights):
         _add_quantiles(made, "width", widths)
         _add_quantiles(made, "height", heights)
@@ -148,19 +134,10 @@ def _captions_tables(found: Inspection) -> dict[str, Table]:
         parts = [shard.captions[source] for shard in found.shards if shard.captions]
         num_present = sum(part.num_present for part in parts)
         hashes = _joined(part.hashes for part in parts)
-        reasons: Counter[str] = Counter()
-        for part in parts:
-            reasons.update(part.reasons)
-        add(
-            made,
-            source,
-            _percent(weight, total_weight),
-            f"{num_present:,}",
-            _percent(num_present, found.num_decoded),
-            f"{len(hashes):,}",
-            f"{len(np.unique(hashes)):,}",
-            ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common()),
-        )
+        reasons: Counter[str] = sum((part.reasons for part in parts), Counter())
+        missing = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common())
+        shares = (_percent(weight, total_weight), f"{num_present:,}", _percent(num_present, found.num_decoded))
+        add(made, source, *shares, f"{len(hashes):,}", f"{len(np.unique(hashes)):,}", missing)
         if len(hashes):
             _add_quantiles(lengths, f"{source}, characters", _joined(part.num_characters for part in parts))
             _add_quantiles(lengths, f"{source}, words", _joined(part.num_words for part in parts))
@@ -189,11 +166,8 @@ def _repeated_captions_table(found: Inspection) -> Table:
 def _read_caption(url: str, place: int, source: str, hashed: int, data: DataConfig) -> str:
     """Read the caption with a hash again, from the sample at a byte of a shard."""
     try:
-        tar = open_url(url, data, place)
-        try:
+        with contextlib.closing(open_url(url, data, place)) as tar:
             texts = captions_at(source, next(read_tar(tar)).members)
-        finally:
-            tar.close()
     except (ValueError, OSError, StopIteration, Refused):
         return "(could not be read again)"
     return next((text for text in texts if hash(text) == hashed), "(changed meanwhile)")
@@ -270,10 +244,10 @@ def write_sheet(found: Inspection, path: Path) -> None:
         OSError: if it cannot be written.
     """
     counts, _ = found.refused()
-    broken: dict[str, list[Picture]] = {reason: [] for reason, _ in counts.most_common()}
-    for picture in (picture for shard in found.shards for picture in shard.broken):
-        if len(broken[picture.reason]) < BROKEN_PER_REASON:
-            broken[picture.reason].append(picture)
+    every = [picture for shard in found.shards for picture in shard.broken]
+    broken: list[Picture] = []
+    for reason, _ in counts.most_common():
+        broken += [picture for picture in every if picture.reason == reason][:BROKEN_PER_REASON]
     body = render(
         "sigray.orchestrator.data",
         "sheet.html.j2",
@@ -281,8 +255,8 @@ def write_sheet(found: Inspection, path: Path) -> None:
         overview=_overview(found),
         problems=found.problems,
         pictures=[picture for shard in found.shards for picture in shard.pictures],
-        broken=[picture for pictures in broken.values() for picture in pictures],
-        counts=counts,
+        broken=broken,
+        counts=[(reason, f"{count:,}") for reason, count in counts.most_common()],
         num_decoded=found.num_decoded,
         crop=found.data.crop,
         px=PICTURE_PX,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,6 @@ from sigray.orchestrator.data.inspect import Progress
 from sigray.workers.config import DataConfig
 from sigray.workers.data.decode import Refused, captions_at
 from sigray.workers.data.manifest import read_samples, scan_shards
-from sigray.workers.data.tar import TarSample
 from sigray.workers.model.tokenizer import train_tokenizer
 from sigray.workers.storage import Storage
 
@@ -66,9 +65,11 @@ def train_caption_tokenizer(
     for done, shard in enumerate(manifest.shards):
         progress("shards", done, len(manifest.shards))
         for sample in read_samples(shard, data):
-            texts = list(_all_captions(sample, data))
-            captions += texts
-            num_unusable += not texts
+            num_before = len(captions)
+            for source in data.captions:
+                with contextlib.suppress(Refused):
+                    captions += captions_at(source, sample.members)
+            num_unusable += len(captions) == num_before
     progress("shards", len(manifest.shards), len(manifest.shards))
     progress("training", 0, 1)
     tokenizer = train_tokenizer(captions, vocab_size=vocab_size, kind=kind, lower_case=lower_case)
@@ -78,11 +79,3 @@ def train_caption_tokenizer(
     lengths = [len(encoding.ids) for encoding in tokenizer.encode_batch(some)]
     median, upper = np.quantile(lengths, [0.5, 0.95], method="higher").tolist()
     return TrainedTokenizer(path, tokenizer.get_vocab_size(), len(captions), num_unusable, median, upper)
-
-
-def _all_captions(sample: TarSample, data: DataConfig) -> Iterator[str]:
-    for source in data.captions:
-        try:
-            yield from captions_at(source, sample.members)
-        except Refused:
-            continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +116,7 @@ def measure_towers(
     size, context_length, _ = shapes(model)
     running = [tower for tower in TOWERS if not (stored_embeddings and tower in model.locked)]
     training = [tower for tower in TOWERS if tower not in model.locked]
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     module = build_meta_model(model)
     if activation_checkpointing:
         checkpoint_activations(module, model, functools.partial(checkpoint, use_reentrant=False))
@@ -133,13 +134,12 @@ def measure_towers(
 
         def embed(towers: list[Tower]) -> list[torch.Tensor]:
             counter.start()
-            with torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16" else nullcontext():
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
                 found = module(
                     normalize_pixels(images, model) if "visual" in towers else None,
                     tokens if "text" in towers else None,
                 )
             names = {"visual": "image_features", "text": "text_features"}
-            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
             return [found[names[tower]].to(dtype) for tower in towers]
 
         def forward_flops() -> dict[str, float]:
@@ -148,15 +148,14 @@ def measure_towers(
             return {name: count for name, count in found.items() if count}
 
         embed_peak = 0
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        gradients = sum(parameter.nbytes for parameter in parameters)
         if cached:
             with torch.no_grad():
                 embed(running)
             flops = forward_flops()
             embed_peak = counter.peak
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        gradients = sum(map(_num_bytes, parameters))
-        if cached:  # as in the second micro-batch and later
-            for parameter in parameters:
+            for parameter in parameters:  # as in the second micro-batch and later
                 parameter.grad = torch.empty_like(parameter)
         counter.watch(parameters)
         features = embed(training if cached else running)
@@ -180,18 +179,15 @@ def measure_towers(
         counter.start()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()  # makes its state
-        state = sum(_num_bytes(value) for values in optimizer.state.values() for value in values.values())
+        state = sum(value.nbytes for values in optimizer.state.values() for value in values.values())
         update_peak = counter.peak - state
-    held = {"visual": "visual" in running, "text": "text" in running}
+    numbers: dict[str, int] = {tower: num_parameters(module.get_submodule(tower)) for tower in TOWERS}
+    held = {tower: tower in running for tower in numbers}
     tensors = [*module.named_parameters(), *module.named_buffers()]
     _measured[key] = TowerCosts(
         embed_dim=dim,
-        parameters={
-            "visual": num_parameters(module.get_submodule("visual")),
-            "text": num_parameters(module.get_submodule("text")),
-            "trained": sum(parameter.numel() for parameter in parameters),
-        },
-        weights=sum(_num_bytes(tensor) for name, tensor in tensors if held.get(name.split(".")[0], True)),
+        parameters=numbers | {"trained": sum(parameter.numel() for parameter in parameters)},
+        weights=sum(tensor.nbytes for name, tensor in tensors if held.get(name.split(".")[0], True)),
         optimizer_state=state,
         gradients=gradients,
         embed_peak=embed_peak,
@@ -235,12 +231,11 @@ class Counter(TorchDispatchMode):
 
     def watch(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Count the gradients of these parameters in each peak."""
-
-        def count(parameter: torch.Tensor) -> None:
-            self._gradients += _num_bytes(parameter)
-
         for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(count)
+            parameter.register_post_accumulate_grad_hook(self._add_gradient)
+
+    def _add_gradient(self, parameter: torch.Tensor) -> None:
+        self._gradients += parameter.nbytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -297,7 +292,3 @@ _FLOPS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     torch.ops.aten._native_multi_head_attention: _attention_layer_flops,
 }
-
-
-def _num_bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

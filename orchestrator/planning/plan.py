@@ -11,6 +11,7 @@ and compares predictions with measurements.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 import os
@@ -123,9 +124,8 @@ class Plan:
 
     @property
     def cost(self) -> float | None:
-        if self.price_per_hour is None:
-            return None
-        return self.days * 24 * self.num_devices * self.price_per_hour
+        price = self.price_per_hour
+        return None if price is None else self.days * 24 * self.num_devices * price
 
     def as_dict(self) -> dict[str, Any]:
         """Return the whole plan, for `--json`."""
@@ -188,7 +188,8 @@ def plan(
             f"{near + num_devices} would"
         )
     part = batch // num_devices
-    micro = _micro_batch_size(config, part, kind)
+    limit = config.micro_batch_size(config.cluster.worker_range[1])  # pairs of a training worker
+    micro = part if limit is None else micro_batch(part, max(1, limit // _devices_per_worker(config, kind)))
     precision = config.train.precision
     towers = measure_towers(
         config.model,
@@ -200,22 +201,18 @@ def plan(
         activation_checkpointing=config.train.activation_checkpointing,
         stored_embeddings=stored_embeddings,
     )
-    num_micro = part // micro
-    gathered = 0
-    if config.sharding.weights == "split":
-        gathered = gathered_bytes(config.model)
-        parts = ("weights", "optimizer_state", "gradients", "gradients_at_peak")
-        whole = {name: getattr(towers, name) for name in parts}
+    gathered = gathered_bytes(config.model) if config.sharding.weights == "split" else 0
+    if gathered:
         # The memory of an update grows with the weights that it updates.
-        towers = dataclasses.replace(
-            towers,
-            **{name: size // num_devices for name, size in whole.items()},
-            peak=towers.peak - whole["gradients_at_peak"] + whole["gradients_at_peak"] // num_devices,
-            update_peak=towers.update_peak // num_devices,
-        )
+        names = ("weights", "optimizer_state", "gradients", "gradients_at_peak", "update_peak")
+        split = {name: getattr(towers, name) // num_devices for name in names}
+        peak = towers.peak - towers.gradients_at_peak + split["gradients_at_peak"]
+        towers = dataclasses.replace(towers, peak=peak, **split)
     dim = towers.embed_dim
     f = 2 if precision == "bf16" else _FLOAT32
-    sample_bytes = _sample_bytes(config, dim * f, stored_embeddings)
+    size, context_length, _ = shapes(config.model)
+    image_bytes = dim * f if stored_embeddings else size * size * 3  # a stored image is a row of features
+    sample_bytes = image_bytes + context_length * 4
     always = {
         "weights": towers.weights,
         "optimizer state": towers.optimizer_state,
@@ -229,28 +226,23 @@ def plan(
         always["checkpoint copy"] = (towers.weights + towers.optimizer_state) // num_devices
     edge = config.loss.tile_size or default_tile_size(torch.device(accelerator if accelerator == "cuda" else CPU))
     loss = loss_bytes(config.loss, part, dim, num_devices, f, product_bytes(precision, accelerator), edge)
-    phases = [
-        Phase(phase.name, always | phase.items)
-        for phase in _phases(
-            towers, 2 * part * dim * f, loss, cached=micro < part, averages=num_devices > 1 and not gathered
-        )
-    ]
-
+    averages = num_devices > 1 and not gathered
+    phases = _phases(towers, 2 * part * dim * f, loss, cached=micro < part, averages=averages)
     flops = {name: count / micro for name, count in towers.flops.items()}
     # Three products of the sigmoid loss, four of the softmax, over all pairs (docs/numerics.md).
     flops["loss"] = (3 if config.loss.name == "sigmoid" else 4) * 2.0 * batch * dim
-    compute_s = part * sum(flops.values()) / (kind.peak(precision) * kind.utilisation)
+    compute_s = part * sum(flops.values()) / (kind.peaks[precision] * kind.utilisation)
     wire = wire_bytes(config.loss, part, dim, num_devices, f, towers.gradients)
     if gathered:
         # Each pass gathers all weights: forward and backward, with micro-batches forward twice. Each backward pass
         # scatters its gradients.
+        num_micro = part // micro
         passes = 2 if num_micro == 1 else 3 * num_micro
         wire["gathered weights"] = passes * (num_devices - 1) * towers.weights
         wire["gradients of weights"] = num_micro * (num_devices - 1) * towers.gradients
     wire_s = sum(wire.values()) / kind.link(num_devices)
     rate = batch / (compute_s + wire_s)
-    num_lanes = config.data.num_lanes * (len(config.data.shards) if isinstance(config.data.shards, dict) else 1)
-    ahead = config.data.prefetch_batches + -(-config.data.block_size * num_lanes // batch)
+    ahead = config.data.prefetch_batches + -(-config.data.block_size * config.data.total_lanes // batch)
     return Plan(
         device=kind,
         num_devices=num_devices,
@@ -260,7 +252,7 @@ def plan(
             "text tower": towers.parameters["text"],
             "trained": towers.parameters["trained"],
         },
-        phases=phases,
+        phases=[Phase(name, always | items) for name, items in phases.items()],
         memory=int(kind.memory),
         flops_per_sample=flops,
         compute_s=compute_s,
@@ -274,41 +266,28 @@ def plan(
     )
 
 
-def _phases(towers: TowerCosts, features: int, loss: int, *, cached: bool, averages: bool) -> list[Phase]:
-    """Return the memory of each part of a step, beyond what stays all the time.
+def _phases(towers: TowerCosts, size: int, loss: int, *, cached: bool, averages: bool) -> dict[str, dict[str, int]]:
+    """Return the bytes of each part of a step by item, beyond what stays all the time.
 
     Args:
-        features: bytes of all features of a device; their gradients take their place, with as many bytes.
+        size: bytes of all features of a device; their gradients take their place, with as many bytes.
         loss: as `loss_bytes`.
         cached: whether a device has several micro-batches.
         averages: whether gradients are averaged over devices, through one flat buffer.
     """
+    features = {"features": size}
+    start = {"embed": {"activations": towers.embed_peak} | features} if cached else {}
     activations = towers.peak - towers.gradients_at_peak
-    update = towers.gradients if averages else 0
-    ends = [
-        Phase("towers", {"activations": activations, "gradients": towers.gradients_at_peak, "features": features}),
-        Phase("update", {"gradients": towers.gradients, "all-reduce and optimizer": max(update, towers.update_peak)}),
-    ]
-    if not cached:
-        return [Phase("loss", {"activations": towers.graph, "loss and ring": loss}), *ends]
-    return [
-        Phase("embed", {"activations": towers.embed_peak, "features": features}),
-        Phase("loss", {"features": features, "loss and ring": loss}),
-        *ends,
-    ]
-
-
-def _sample_bytes(config: RunConfig, feature_bytes: int, stored_embeddings: bool) -> int:
-    """Return the bytes of a pair from the data-shard workers.
-
-    A stored image is a row of features.
-    """
-    size, context_length, _ = shapes(config.model)
-    return (feature_bytes if stored_embeddings else size * size * 3) + context_length * 4
+    update = max(towers.gradients if averages else 0, towers.update_peak)
+    return start | {
+        "loss": (features if cached else {"activations": towers.graph}) | {"loss and ring": loss},
+        "towers": {"activations": activations, "gradients": towers.gradients_at_peak} | features,
+        "update": {"gradients": towers.gradients, "all-reduce and optimizer": update},
+    }
 
 
 def _assumptions(config: RunConfig, kind: DeviceKind) -> list[str]:
-    peak = kind.peak(config.train.precision) / 1e12
+    peak = kind.peaks[config.train.precision] / 1e12
     lines = [
         f"{kind.name}: {kind.utilisation:.0%} of {peak:,.1f} TFLOP/s ({kind.source})",
         "days are of training alone: no starts, checkpoints, evaluations, waits for data",
@@ -337,7 +316,6 @@ def check_fits(found: Plan, config: RunConfig) -> None:
     if found.fits:
         return
     peak = found.peak
-    usable = FITS * found.memory
     best = largest_micro_batch(config, found.device, found.num_devices)
     most = max(peak.items, key=lambda name: peak.items[name])
     now = found.batch["micro-batch"] * _devices_per_worker(config, found.device)
@@ -346,19 +324,17 @@ def check_fits(found: Plan, config: RunConfig) -> None:
         if best is not None
         else "no micro-batch is small enough: take more or larger devices, a smaller model or a smaller global batch"
     )
-    if not config.train.activation_checkpointing:
-        checkpointed = _changed(config, activation_checkpointing=True)
-        if plan(checkpointed, found.device, found.num_devices).fits:
-            advice += ", and so does train.activation_checkpointing=true alone"
+    checkpointed = _changed(config, activation_checkpointing=True)
+    if not config.train.activation_checkpointing and plan(checkpointed, found.device, found.num_devices).fits:
+        advice += ", and so does train.activation_checkpointing=true alone"
     raise DoesNotFit(
         f"one {found.device.name} needs {peak.total / GIB:.1f} GiB at the peak of a step ({peak.name}; most of "
         f"it {most}, {peak.items[most] / GIB:.1f} GiB) and has {found.memory / GIB:.1f} GiB, of which "
-        f"{usable / GIB:.1f} can be filled: {advice}"
+        f"{FITS * found.memory / GIB:.1f} can be filled: {advice}"
     )
 
 
 def _changed(config: RunConfig, **train: Any) -> RunConfig:
-    """Return the config with other values in its train section."""
     return config.model_copy(update={"train": config.train.model_copy(update=train)})
 
 
@@ -387,8 +363,8 @@ def largest_batch(config: RunConfig, kind: DeviceKind, num_devices: int, *, step
     """
 
     def fits(number: int) -> bool:
-        changed = _changed(config, micro_batch_size=None, global_batch_size=number * step * num_devices)
-        return plan(changed, kind, num_devices).fits
+        batch = number * step * num_devices
+        return plan(_changed(config, micro_batch_size=None, global_batch_size=batch), kind, num_devices).fits
 
     high = 1
     while fits(high):
@@ -399,12 +375,8 @@ def largest_batch(config: RunConfig, kind: DeviceKind, num_devices: int, *, step
 
 def _largest(values: list[int], holds: Callable[[int], bool]) -> int | None:
     """Return the largest value that satisfies a monotone predicate, None if none does."""
-    low = 0
-    high = len(values)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if holds(values[middle]) else (low, middle)
-    return values[low - 1] if low else None
+    number = bisect.bisect_left(values, True, key=lambda value: not holds(value))
+    return values[number - 1] if number else None
 
 
 def check_memory(config: RunConfig) -> None:
@@ -458,12 +430,6 @@ def default_num_devices(config: RunConfig, name: str) -> int:
 
 def _devices_per_worker(config: RunConfig, kind: DeviceKind) -> int:
     return config.cluster.num_devices or kind.per_host
-
-
-def _micro_batch_size(config: RunConfig, part: int, kind: DeviceKind) -> int:
-    """Return m for `part` pairs on a device."""
-    size = config.micro_batch_size(config.cluster.worker_range[1])
-    return part if size is None else micro_batch(part, max(1, size // _devices_per_worker(config, kind)))
 
 
 def product_bytes(precision: Precision, accelerator: str) -> int:
@@ -553,6 +519,9 @@ def tables(found: Plan) -> Group:
         return ", ".join(f"{key} {value / scale:,.{digits}f}" for key, value in values.items())
 
     batch = found.batch
+    hours = found.days * 24
+    less_than_a_day = f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
+    duration = f"{found.days:,.2f} days" if found.days >= 1 else less_than_a_day
     rows = {
         "memory": f"{'fits' if found.fits else 'does not fit'}: at most {amount(peak.total)} {name} of "
         f"{amount(found.memory)}, of which {amount(FITS * found.memory)} can be filled",
@@ -562,7 +531,7 @@ def tables(found: Plan) -> Group:
         "GFLOP per sample": listed(found.flops_per_sample, 1e9, 2),
         "step": f"{found.step_s:,.3g} s: computing {found.compute_s:,.3g} s, links {found.wire_s:,.2g} s",
         "speed": f"{found.samples_per_s:,.0f} samples/s",
-        "run": f"{found.num_steps:,} steps, {_duration(found.days)}",
+        "run": f"{found.num_steps:,} steps, {duration}",
     }
     if found.num_devices > 1:
         rows["a device sends, MB per step"] = listed(found.wire, 1e6, 1)
@@ -573,10 +542,3 @@ def tables(found: Plan) -> Group:
         rows["cost"] = f"{found.cost:,.2f} at {found.price_per_hour:g} per hour and device"
     lines = (Text(f"- {line}") for line in found.assumptions)
     return Group(memory, Text(), rows_table(rows.items()), Text(), *lines)
-
-
-def _duration(days: float) -> str:
-    if days >= 1:
-        return f"{days:,.2f} days"
-    hours = days * 24
-    return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"

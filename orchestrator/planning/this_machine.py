@@ -24,14 +24,12 @@ def this_cpu(num_workers: int, threads: int) -> DeviceKind:
     Args:
         threads: of each training worker.
     """
-    speed = {dtype: _product_speed(dtype, threads) for dtype in ("float32", "bfloat16")}
+    fp32, bf16 = (_product_speed(dtype, threads) for dtype in (torch.float32, torch.bfloat16))
     return DeviceKind(
         name=CPU,
         accelerators=("cpu", "xla_cpu"),
         memory=machine_memory() / num_workers,
-        peak_bf16=speed["bfloat16"],
-        peak_fp32=speed["float32"],
-        peak_tf32=speed["float32"],
+        peaks={"bf16": bf16, "tf32": fp32, "fp32": fp32},
         utilisation=_UTILISATION,
         framework=_FRAMEWORK,
         ring_bytes_per_s=_RING_BYTES_PER_S,
@@ -52,13 +50,12 @@ def machine_memory() -> int:
     return min(total, int(limit)) if limit.isdigit() else total
 
 
-def _product_speed(dtype: str, threads: int) -> float:
+def _product_speed(dtype: torch.dtype, threads: int) -> float:
     """Return the FLOP/s of products as a Base tower has them, the best of several."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        kind = getattr(torch, dtype)
-        a, b = torch.ones(1024, 768, dtype=kind), torch.ones(768, 768, dtype=kind)
+        a, b = torch.ones(1024, 768, dtype=dtype), torch.ones(768, 768, dtype=dtype)
         best = math.inf
         until = time.perf_counter() + 0.1
         while time.perf_counter() < until:

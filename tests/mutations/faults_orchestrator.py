@@ -224,9 +224,9 @@ FAULTS = [
     ),
     Fault(
         "tf32 is as slow as fp32",
-        "sigray.orchestrator.device_kinds:DeviceKind.peak",
-        '"tf32": self.peak_tf32',
-        '"tf32": self.peak_fp32',
+        "sigray.orchestrator.device_kinds:_kind",
+        '("bf16", "tf32", "fp32"), tflops',
+        '("bf16", "tf32", "fp32"), (*tflops[:1], *tflops[2:], *tflops[2:])',
         (f"{_PLAN}::test_a_step_is_counted_by_hand",),
     ),
     Fault(

@@ -382,7 +382,7 @@ def test_the_speed_of_data_workers_is_the_measured():
 def test_speed_of_this_machine_is_measured():
     kind = this_cpu(2, 1)
     assert kind.memory == machine_memory() / 2
-    assert 1e9 < kind.peak_fp32 < 1e14  # between a phone's core and a large server
+    assert 1e9 < kind.peaks["fp32"] < 1e14  # between a phone's core and a large server
 
 
 # Refusals
