@@ -83,8 +83,8 @@ def draw_sweep(
         trials: of a live page, the live state of trials by number.
     """
     return render(
-        "sigray.tuning",
         "report.html.j2",
+        package="sigray.tuning",
         now=now,
         name=study.config.name,
         status=status or sweep_status(study, table),

@@ -10,7 +10,6 @@ Only descendants of drivers that this command started are signalled (`processes.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
 import sys
@@ -113,11 +112,24 @@ def chaos(
     disturbed = supervised(DISTURBED, disturbed_overrides(base, chosen, num_faults))
     faults = [draw(seed, number, chosen, every_s) for number in range(num_faults)]
     try:
-        with _sigterm_as_interrupt():
-            _run_undisturbed(undisturbed, say)
+        # SIGTERM ends this process as Ctrl-C does, so that its run ends too.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            if _is_finished(undisturbed.config):
+                say(f"undisturbed: done before, in {undisturbed.config.folder}")
+            else:
+                say(f"undisturbed: {undisturbed.config.folder}")
+                with undisturbed:
+                    undisturbed.follow(lambda: False)
             _run_disturbed(disturbed, faults, result, say)
+        finally:
+            signal.signal(signal.SIGTERM, before)
         result.undisturbed_s = _read_summary(undisturbed.config)["total_s"]
-        _compare(undisturbed.config, disturbed.config, result)
+        why_rounding = rounding(disturbed.config)
+        expected = read_outcome(undisturbed.config)
+        result.differences = differences(expected, read_outcome(disturbed.config), is_exact=not why_rounding)
+        result.differences += audit_differences(disturbed.config)
+        result.verdict = verdict(result.differences, len(expected.losses), why_rounding)
     except (RuntimeError, ValueError) as error:
         result.verdict = f"not compared: {error}"
         raise
@@ -127,12 +139,7 @@ def chaos(
 
 
 def common_overrides(config: RunConfig, out: Path, name: str) -> list[str]:
-    """Return the overrides of both runs, besides the user's.
-
-    Args:
-        config: of the user.
-        out: folder of both runs.
-    """
+    """Return the overrides of both runs, in the folder `out`, besides the user's."""
     forced = {"run.dir": str(out), "run.name": name, "train.ledger": True, "cluster.address": None}
     if config.run.storage is not None:
         forced["run.storage"] = f"{config.run.storage.rstrip('/')}/{out.name}"
@@ -154,28 +161,15 @@ def _as_overrides(values: dict[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]  # JSON is YAML
 
 
-def _run_undisturbed(run: Supervised, say: Callable[[str], None]) -> None:
-    if _is_finished(run.config):
-        say(f"undisturbed: done before, in {run.config.folder}")
-        return
-    say(f"undisturbed: {run.config.folder}")
-    with run:
-        run.follow(lambda: False)
-
-
-def _run_disturbed(
-    run: Supervised, faults: Sequence[ScheduledFault], result: Result, say: Callable[[str], None]
-) -> None:
+def _run_disturbed(run: Supervised, faults: list[ScheduledFault], result: Result, say: Callable[[str], None]) -> None:
     say(f"disturbed: {run.config.folder}, {len(faults)} faults of {', '.join(result.kinds)}")
     with run:
         try:
-            for fault in inject_all(run, faults):
+            for fault in _inject_all(run, faults):
                 result.faults.append(fault)
+                when = f"fault {len(result.faults)} of {len(faults)} after {format_duration(fault.time_s)}"
                 hit = f", pid {fault.pid}" if fault.pid is not None else ""
-                say(
-                    f"fault {len(result.faults)} of {len(faults)} after {format_duration(fault.time_s)}, "
-                    f"step {fault.step:,}: {KINDS[fault.kind].what}{hit}"
-                )
+                say(f"{when}, step {fault.step:,}: {KINDS[fault.kind].what}{hit}")
             run.follow(lambda: False)
         finally:
             result.disturbed_s = round(run.since_s, 1)
@@ -183,31 +177,26 @@ def _run_disturbed(
             result.num_attempts, result.steps_repeated = run.reader.num_attempts, run.reader.num_repeated
 
 
-def inject_all(run: Supervised, faults: Sequence[ScheduledFault]) -> Iterator[Fault]:
+def _inject_all(run: Supervised, faults: Sequence[ScheduledFault]) -> Iterator[Fault]:
     """Inject one fault after the other; the run makes progress between two of them.
 
     Ends early if the run does.
     """
+    reader = run.reader
     num_attempts = num_lines = 0
+
+    def has_progress() -> bool:
+        return reader.num_attempts >= num_attempts and reader.num_lines > num_lines and reader.num_in_attempt > 0
+
     for fault in faults:
-        if not _follow_to_progress(run, num_attempts, num_lines):
-            return
-        hit = _inject(run, fault)
+        hit = _inject(run, fault) if run.follow(has_progress) else None
         if hit is None:
             return
         run.touch()
-        yield Fault(round(run.since_s, 1), fault.kind, hit.pid, run.reader.step)
+        yield Fault(round(run.since_s, 1), fault.kind, hit.pid, reader.step)
         _follow_to_end_of(hit, run)
-        num_attempts = run.reader.num_attempts + (1 if KINDS[fault.kind].ends_attempt else 0)
-        num_lines = run.reader.num_lines
-
-
-def _follow_to_progress(run: Supervised, num_attempts: int, num_lines: int) -> bool:
-    """Follow the run until it is past these numbers of attempts and lines."""
-    reader = run.reader
-    return run.follow(
-        lambda: reader.num_attempts >= num_attempts and reader.num_lines > num_lines and reader.num_in_attempt > 0
-    )
+        num_attempts = reader.num_attempts + KINDS[fault.kind].ends_attempt
+        num_lines = reader.num_lines
 
 
 def _inject(run: Supervised, fault: ScheduledFault) -> Hit | None:
@@ -216,9 +205,9 @@ def _inject(run: Supervised, fault: ScheduledFault) -> Hit | None:
     hits: list[Hit] = []
 
     def is_done() -> bool:
-        hit = KINDS[fault.kind].inject(run, fault.choice) if time.monotonic() >= due else None
-        hits.extend([hit] if hit is not None else [])
-        return hit is not None
+        if time.monotonic() >= due and (hit := KINDS[fault.kind].inject(run, fault.choice)):
+            hits.append(hit)
+        return bool(hits)
 
     return hits[0] if run.follow(is_done) else None
 
@@ -231,15 +220,6 @@ def _follow_to_end_of(hit: Hit, run: Supervised) -> None:
         hit.undo()
 
 
-def _compare(undisturbed: RunConfig, disturbed: RunConfig, result: Result) -> None:
-    """Set differences and verdict."""
-    why_rounding = rounding(disturbed)
-    expected = read_outcome(undisturbed)
-    result.differences = differences(expected, read_outcome(disturbed), is_exact=not why_rounding)
-    result.differences += audit_differences(disturbed)
-    result.verdict = verdict(result.differences, len(expected.losses), why_rounding)
-
-
 def _is_finished(config: RunConfig) -> bool:
     """Return whether this very run is finished already."""
     try:
@@ -250,16 +230,6 @@ def _is_finished(config: RunConfig) -> bool:
 
 def _read_summary(config: RunConfig) -> dict[str, Any]:
     return json.loads((config.folder / SUMMARY).read_text())
-
-
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM end this process as Ctrl-C does, so that its run ends too."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def result_table(result: Result) -> Group:

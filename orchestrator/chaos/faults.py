@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sigray.orchestrator.chaos.processes import Process, is_alive, send
+from sigray.orchestrator.chaos.processes import is_alive, send
 from sigray.orchestrator.chaos.supervised import Supervised
 from sigray.orchestrator.config import ConfigError, RunConfig
 from sigray.orchestrator.run_folder import RunFolder
@@ -70,47 +70,41 @@ class Kind:
     inject: Callable[[Supervised, float], Hit | None]
 
 
-def impossible(config: RunConfig) -> dict[str, str]:
-    """Return the kinds that this run cannot have, with reasons."""
-    reasons = {}
-    if not config.eval.sets:
-        reasons["evaluation"] = "the run has no eval.sets"
-    if "://" in config.storage_uri:
-        reasons["storage"] = "only a local storage can be made to refuse"
-    if config.checkpoint.keep_newest < 2:
-        reasons["truncate"] = f"checkpoint.keep_newest={config.checkpoint.keep_newest} keeps none to fall back to"
-    return reasons
-
-
 def choose_kinds(config: RunConfig, wanted: Sequence[str] | None) -> list[str]:
     """Return the kinds to draw from; None: all kinds that the run can have.
 
     Raises:
         ConfigError: for a kind that does not exist or that the run cannot have.
     """
-    reasons = impossible(config)
+    impossible = {}
+    if not config.eval.sets:
+        impossible["evaluation"] = "the run has no eval.sets"
+    if "://" in config.storage_uri:
+        impossible["storage"] = "only a local storage can be made to refuse"
+    if config.checkpoint.keep_newest < 2:
+        impossible["truncate"] = f"checkpoint.keep_newest={config.checkpoint.keep_newest} keeps none to fall back to"
     if wanted is None:
-        return [kind for kind in KINDS if kind not in reasons]
+        return [kind for kind in KINDS if kind not in impossible]
     for kind in wanted:
         if kind not in KINDS:
             raise ConfigError(f"--kinds: {kind!r} is none of {', '.join(KINDS)}")
-        if kind in reasons:
-            raise ConfigError(f"--kinds: {kind} is not possible here: {reasons[kind]}")
+        if kind in impossible:
+            raise ConfigError(f"--kinds: {kind} is not possible here: {impossible[kind]}")
     if not wanted:
         raise ConfigError(f"--kinds is empty: some of {', '.join(KINDS)} expected")
     return list(dict.fromkeys(wanted))
 
 
-def _signalled(
-    number: signal.Signals, is_wanted: Callable[[Process], bool]
-) -> Callable[[Supervised, float], Hit | None]:
-    """Return an injection that kills or stops a process.
+def _signalled(number: signal.Signals, command: str) -> Callable[[Supervised, float], Hit | None]:
+    """Return an injection that signals a process whose command matches.
 
     It is over when the process is gone: the run must find and replace a stopped one.
     """
 
     def inject(run: Supervised, choice: float) -> Hit | None:
-        process = run.find(lambda process: is_wanted(process) and process.state != "T", choice)
+        family = run.family.look()
+        found = [process for process in family if re.match(command, process.command) and process.state != "T"]
+        process = found[int(choice * len(found))] if found else None
         if process is None or not send(process, number):
             return None
         return Hit(process.pid, lambda: not is_alive(process))
@@ -118,42 +112,23 @@ def _signalled(
     return inject
 
 
-def _is_worker(name: str) -> Callable[[Process], bool]:
-    """Ray titles a process by its actor or task, and by the method while one runs."""
-    return lambda process: re.match(rf"ray::{name}\b", process.command) is not None
-
-
-def _is_program(name: str) -> Callable[[Process], bool]:
-    return lambda process: process.program == name
-
-
-def _kill_driver(run: Supervised, choice: float) -> Hit | None:
-    return Hit(run.kill())
-
-
 def _truncate(run: Supervised, choice: float) -> Hit | None:
     """Cut the newest checkpoint's weights in half and kill the driver.
 
     The run must then resume from the checkpoint before.
     """
-    folder = RunFolder(run.config)
-    whole = _whole_checkpoints(folder)
-    if len(whole) < 2:
-        return None
-    content = folder.storage.read(whole[-1])
-    folder.storage.write(whole[-1], content[: len(content) // 2])
-    return Hit(run.kill())
-
-
-def _whole_checkpoints(folder: RunFolder) -> list[str]:
-    """Return paths of the weights that no earlier fault has cut, oldest first."""
-    whole = []
-    for info in list_checkpoints(folder.storage):
+    storage = RunFolder(run.config).storage
+    whole = []  # weights that no earlier fault has cut, oldest first
+    for info in list_checkpoints(storage):
         path = f"{CHECKPOINTS}/{info.name}/model.safetensors"
         with contextlib.suppress(FileNotFoundError):  # deleted since: newer checkpoints exist
-            if len(folder.storage.read(path)) == info.files["model.safetensors"]["bytes"]:
+            if len(storage.read(path)) == info.files["model.safetensors"]["bytes"]:
                 whole.append(path)
-    return whole
+    if len(whole) < 2:
+        return None
+    content = storage.read(whole[-1])
+    storage.write(whole[-1], content[: len(content) // 2])
+    return Hit(run.kill())
 
 
 def refused_steps(config: RunConfig, step: int) -> list[int]:
@@ -168,39 +143,41 @@ def _refuse_storage(run: Supervised, choice: float) -> Hit | None:
     """Put files at the paths of the next checkpoints' folders: each write there fails."""
     folder = Path(run.config.storage_uri) / CHECKPOINTS
     folder.mkdir(exist_ok=True)
-    placed: list[tuple[int, Path]] = []
+    placed: dict[int, Path] = {}
     for step in refused_steps(run.config, run.reader.step):
         path = folder / f"step-{step:010d}"
         with contextlib.suppress(FileExistsError):
             path.touch(exist_ok=False)
-            placed.append((step, path))
+            placed[step] = path
 
     reached: list[float] = []
 
     def is_over() -> bool:
-        if run.reader.step >= placed[0][0]:
+        if run.reader.step >= min(placed):
             reached.append(time.monotonic())
         return bool(reached) and time.monotonic() - reached[0] > _REFUSE_S
 
     def undo() -> None:
-        for _, path in placed:
+        for path in placed.values():
             with contextlib.suppress(FileNotFoundError, IsADirectoryError):
                 path.unlink()
 
     return Hit(None, is_over, undo) if placed else None
 
 
-_TRAINER, _DATA_WORKER = _is_worker("RayTrainWorker"), _is_worker("DataWorkerActor")
-_EVALUATION = _is_worker("(?:evaluate_checkpoint|FeatureWorker)")
+# Ray titles a process by its actor or task, and by the method while one runs.
+_TRAINER, _DATA_WORKER = r"ray::RayTrainWorker\b", r"ray::DataWorkerActor\b"
+_EVALUATION = r"ray::(?:evaluate_checkpoint|FeatureWorker)\b"
+_RAYLET, _GCS_SERVER = r"([^ ]*/)?raylet( |$)", r"([^ ]*/)?gcs_server( |$)"
 KINDS: dict[str, Kind] = {
     "trainer": Kind("kill a training worker", True, _signalled(signal.SIGKILL, _TRAINER)),
     "trainer-hang": Kind("stop a training worker for good", True, _signalled(signal.SIGSTOP, _TRAINER)),
     "data-worker": Kind("kill a data-shard worker", False, _signalled(signal.SIGKILL, _DATA_WORKER)),
     "data-worker-hang": Kind("stop a data-shard worker for good", False, _signalled(signal.SIGSTOP, _DATA_WORKER)),
     "evaluation": Kind("kill an evaluation", False, _signalled(signal.SIGKILL, _EVALUATION)),
-    "driver": Kind("kill the driver and its Ray", True, _kill_driver),
-    "node": Kind("kill the raylet", True, _signalled(signal.SIGKILL, _is_program("raylet"))),
-    "gcs": Kind("kill Ray's gcs_server", True, _signalled(signal.SIGKILL, _is_program("gcs_server"))),
+    "driver": Kind("kill the driver and its Ray", True, lambda run, _: Hit(run.kill())),
+    "node": Kind("kill the raylet", True, _signalled(signal.SIGKILL, _RAYLET)),
+    "gcs": Kind("kill Ray's gcs_server", True, _signalled(signal.SIGKILL, _GCS_SERVER)),
     "storage": Kind("have the storage refuse checkpoints for a while", False, _refuse_storage),
     "truncate": Kind("cut the newest checkpoint in half, kill the driver", True, _truncate),
 }

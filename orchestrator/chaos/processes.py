@@ -5,6 +5,7 @@ A pid alone may name another process by the time of the signal.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -25,11 +26,6 @@ class Process:
     started: int  # clock ticks since boot; no other process ever has the same pid and start
     state: str  # as ps has it: T is stopped, Z is dead but not yet waited for
     command: str
-
-    @property
-    def program(self) -> str:
-        """The first word of the command, without folders."""
-        return self.command.split(" ", 1)[0].rpartition("/")[2]
 
 
 def read_process(pid: int) -> Process | None:
@@ -67,8 +63,7 @@ class Family:
     """
 
     def __init__(self, pid: int) -> None:
-        process = read_process(pid)
-        self._known = {pid: process} if process is not None else {}
+        self._known = {pid: process} if (process := read_process(pid)) else {}
 
     def look(self) -> list[Process]:
         """Return the live members.
@@ -92,16 +87,12 @@ class Family:
 
 def send(process: Process, number: signal.Signals) -> bool:
     """Signal a process, never a later one with its pid; return whether it existed."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         handle = os.pidfd_open(process.pid)
-    except ProcessLookupError:
-        return False
-    try:
-        if not is_alive(process):  # checked after the handle was opened, so the handle names this process
-            return False
-        signal.pidfd_send_signal(handle, number)
-    except ProcessLookupError:
-        return False
-    finally:
-        os.close(handle)
-    return True
+        try:
+            if is_alive(process):  # checked after the handle was opened, so the handle names this process
+                signal.pidfd_send_signal(handle, number)
+                return True
+        finally:
+            os.close(handle)
+    return False

@@ -10,11 +10,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from sigray.orchestrator.chaos.processes import EXIT_S, Family, Process
+from sigray.orchestrator.chaos.processes import EXIT_S, Family
 from sigray.orchestrator.config import ConfigError, RunConfig
 
 _POLL_S = 0.25
-_MAX_IDLE_DRIVERS = 3  # in a row that end without a step
 _NUM_LOG_LINES = 25  # that an error shows
 
 
@@ -37,20 +36,17 @@ class LogReader:
         """Read the next piece of output; it may end within a line."""
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
-            if match := re.match(r"steps +([\d,]+) to [\d,]+\s*$", line):
-                first_step = _number(match[1])
+            line = line.replace(",", "")
+            if match := re.match(r"steps +(\d+) to \d+\s*$", line):
+                first_step = int(match[1])
                 self.num_attempts += 1
                 self.num_repeated += max(0, self.step - first_step)
                 self.num_in_attempt = 0
                 self.step = first_step
-            elif match := re.match(r"step +([\d,]+)  samples ", line):
+            elif match := re.match(r"step +(\d+)  samples ", line):
                 self.num_lines += 1
                 self.num_in_attempt += 1
-                self.step = _number(match[1])
-
-
-def _number(text: str) -> int:
-    return int(text.replace(",", ""))
+                self.step = int(match[1])
 
 
 class Supervised:
@@ -79,7 +75,7 @@ class Supervised:
         say: Callable[[str], None],
         *,
         stuck_s: float,
-        max_idle_drivers: int = _MAX_IDLE_DRIVERS,
+        max_idle_drivers: int = 3,
     ) -> None:
         self.config = config
         self.reader = LogReader()
@@ -134,11 +130,6 @@ class Supervised:
         """Restart the clock of `stuck_s`."""
         self._touched = time.monotonic()
 
-    def find(self, is_wanted: Callable[[Process], bool], choice: float) -> Process | None:
-        """Return one of the family's processes, None if no process is wanted."""
-        found = [process for process in self.family.look() if is_wanted(process)]
-        return found[int(choice * len(found))] if found else None
-
     def kill(self) -> int:
         """Kill the driver and its Ray; return the driver's pid."""
         self.family.look()
@@ -151,9 +142,8 @@ class Supervised:
         hidden = ("RAY_ADDRESS", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
         environment = {key: value for key, value in os.environ.items() if key not in hidden}
         environment |= {"COLUMNS": "160", "TERM": "dumb"}
-        with self._log.open("a") as output:
+        with self._log.open("a", buffering=1) as output:
             output.write("" if options else f"\n--- driver {self.num_restarts + 1}\n")
-            output.flush()
             # A session of its own: Ctrl-C reaches only this process, which then ends the run.
             self._process = subprocess.Popen(
                 [*self._command, *options],

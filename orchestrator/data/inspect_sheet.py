@@ -249,8 +249,8 @@ def write_sheet(found: Inspection, path: Path) -> None:
     for reason, _ in counts.most_common():
         broken += [picture for picture in every if picture.reason == reason][:BROKEN_PER_REASON]
     body = render(
-        "sigray.orchestrator.data",
         "sheet.html.j2",
+        package="sigray.orchestrator.data",
         patterns=patterns(found.data),
         overview=_overview(found),
         problems=found.problems,

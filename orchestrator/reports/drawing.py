@@ -23,11 +23,8 @@ Points = list[tuple[float, float]]  # samples seen, value
 INK, RULE = "sigray:ink", "sigray:rule"
 SERIES = tuple(f"sigray:{name}" for name in ("first", "second", "third", "fourth", "fifth", "sixth"))
 FIRST, SECOND = SERIES[:2]
-_ON_PAPER = {
-    INK: "#5a6069",
-    RULE: "#dcdad3",
-    **dict(zip(SERIES, ("#1f66b8", "#b8541a", "#1a7f4b", "#8a3f9e", "#8a6400", "#b3372f"), strict=True)),
-}
+_LIGHT = ("#5a6069", "#dcdad3", "#1f66b8", "#b8541a", "#1a7f4b", "#8a3f9e", "#8a6400", "#b3372f")  # as in page.css
+_ON_PAPER = dict(zip((INK, RULE, *SERIES), _LIGHT, strict=True))
 # In an SVG each colour is a placeholder for a variable of page.css. matplotlib omits its default, black (#000000).
 _IN_SVG = {name: f"#{number:06x}" for number, name in enumerate(_ON_PAPER, start=1)}
 _CSS = {color: f"var(--{name.partition(':')[2].replace('ink', 'soft')})" for name, color in _IN_SVG.items()}
@@ -62,8 +59,7 @@ def svg(draw: Callable[[Figure], None]) -> Any:
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     _draw(draw, _IN_SVG, buffer, format="svg", transparent=True, metadata=nothing)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
+    svg = "<svg" + buffer.getvalue().partition("<svg")[2]
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it styles `*`: the whole page
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"| id="(?![mp][0-9a-f]{10}")[^"]*"', "", svg)
     for color, css in _CSS.items():
@@ -88,21 +84,13 @@ def _draw(draw: Callable[[Figure], None], colors: dict[str, str], target: Any, *
         "svg.fonttype": "none",  # text stays text: in the page's font, and searchable
         "svg.hashsalt": "sigray",  # equal runs give equal bytes
         "font.size": 9.5,
-        "text.color": INK,
-        "axes.edgecolor": RULE,
-        "axes.labelcolor": INK,
-        "xtick.color": RULE,
-        "ytick.color": RULE,
-        "xtick.labelcolor": INK,
-        "ytick.labelcolor": INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "axes.axisbelow": True,
-        "grid.color": RULE,
-        "grid.linewidth": 0.6,
         "legend.fontsize": 9.0,
+        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
+        **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), RULE),
+        **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+        **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
+        "axes.grid.axis": "y",
+        "grid.linewidth": 0.6,
     }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.2, 2.9))

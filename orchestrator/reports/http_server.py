@@ -64,10 +64,9 @@ def serve(answer: Callable[[str], Answer], port: int, *, host: str = "127.0.0.1"
         server = ThreadingHTTPServer((host, port), Handler)
     except OSError as error:
         raise OSError(f"port {port} of {host}: {error.strerror}") from error
-    thread = threading.Thread(target=server.serve_forever, name="pages", daemon=True)
-    thread.start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        server.server_close()
+    with server:
+        threading.Thread(target=server.serve_forever, name="pages", daemon=True).start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()

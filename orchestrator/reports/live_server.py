@@ -23,6 +23,7 @@ import urllib.parse
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,7 @@ def look_at_run(storage: Storage, address: str) -> Look:
     home = _home(run)
     run.is_driven = is_driven(home)
     newest = newest_checkpoint(home)
-    line = run.metrics[-1] if run.metrics else {}
-    times = [storage.modified(name) for name in (METRICS, EVENTS)]
-    if newest is not None:
-        times.append(newest[1])
+    times = [*map(storage.modified, (METRICS, EVENTS)), newest[1] if newest else None]
     events = _events(storage)
     content = {
         "name": run.name,
@@ -106,7 +104,7 @@ def look_at_run(storage: Storage, address: str) -> Look:
         "planned_samples": run.planned_samples,
         "left_s": run.left_s if run.is_driven else None,
         "updated_at": max((at for at in times if at), default=None),
-        "metrics": line,
+        "metrics": run.newest_line,
         "checkpoint": {"name": newest[0].name, "step": newest[0].step, "at": newest[1]} if newest else None,
         "num_restarts": sum(event["kind"] == "restart" for event in events),
         "events": events[:_MAX_EVENTS],
@@ -116,13 +114,8 @@ def look_at_run(storage: Storage, address: str) -> Look:
         "has_report": storage.exists(REPORT),
         "unreadable": run.unreadable,
     }
-    return Look(
-        run.status,
-        _place(run),
-        content["updated_at"],
-        content,
-        lambda: draw_run(run, _draw_moment(run, content, address)),
-    )
+    draw = partial(_draw, run, content, address)
+    return Look(run.status, _place(run), content["updated_at"], content, draw)
 
 
 def _home(run: RunFiles) -> Storage:
@@ -153,7 +146,7 @@ def _place(run: RunFiles) -> str:
     return f"{steps}, {words.count(run.samples_seen)}" + (f" of {words.count(planned)}" if planned else "") + " pairs"
 
 
-def _draw_moment(run: RunFiles, content: dict[str, Any], address: str) -> Markup:
+def _draw(run: RunFiles, content: dict[str, Any], address: str) -> Markup:
     line, left_s, checkpoint = content["metrics"], content["left_s"], content["checkpoint"]
     tiles = [
         ("time left, about", words.duration(left_s) if left_s is not None else None),
@@ -165,7 +158,7 @@ def _draw_moment(run: RunFiles, content: dict[str, Any], address: str) -> Markup
         ("restarts", str(content["num_restarts"])),
     ]
     saved = (f"Newest checkpoint: step {words.count(checkpoint['step'])}", checkpoint["at"]) if checkpoint else None
-    return draw_moment(
+    now = draw_moment(
         percent=round(100 * run.samples_seen / run.planned_samples, 1) if run.planned_samples else None,
         place=_place(run),
         updated_at=content["updated_at"],
@@ -174,11 +167,12 @@ def _draw_moment(run: RunFiles, content: dict[str, Any], address: str) -> Markup
         links=[("the report, with held-out images", f"{address}/{REPORT}")] if content["has_report"] else [],
         events=content["events"],
     )
+    return draw_run(run, now)
 
 
 def draw_moment(**values: Any) -> Markup:
     """Return the current state for a live page; see now.html.j2."""
-    return render("sigray.orchestrator.reports", "now.html.j2", clock=clock, **values)
+    return render("now.html.j2", clock=clock, **values)
 
 
 def _figure(line: dict[str, Any], key: str, say: Callable[[float], str] = words.decimal) -> str | None:
@@ -192,13 +186,16 @@ RUNS = Kind("runs", CONFIG, re.escape(REPORT), look_at_run)
 # ------------------------------------------------------------------------------------------------- all of them
 
 
+_Found = tuple[str, dict[str, Any], Callable[[], Markup]]  # title, content, and what draws it
+
+
 @dataclass
 class _Kept:
     """The last answer for an address."""
 
-    until: float  # of time.monotonic
     content: dict[str, Any]
     answer: dict[str, Any]  # with title and html
+    until: float = 0.0  # of time.monotonic
 
 
 class Pages:
@@ -229,13 +226,15 @@ class Pages:
             parts = parts[is_api:]
             with self._lock:
                 if len(parts) <= 1:
-                    return self._list(parts, is_api)
+                    return self._page("/" + "".join(parts), lambda: self._list(parts), "", is_api)
                 kind = self._kinds.get(parts[0])
                 if kind is None:
                     return _NOT_FOUND
                 name = "/".join(parts[1:])
                 file = re.fullmatch(rf"(.+?)/({kind.files})", name)
-                return self._file(kind, file[1], file[2]) if file and not is_api else self._page(kind, name, is_api)
+                if file and not is_api:
+                    return self._file(kind, file[1], file[2])
+                return self._page(f"/{kind.name}/{name}", partial(self._look, kind, name), kind.css, is_api)
         except (OSError, ValueError, KeyError) as error:  # an unreachable storage, a foreign file
             return Answer(f"{error}\n", TEXT, 502)
 
@@ -248,54 +247,45 @@ class Pages:
                 return storage
         return None
 
-    def _page(self, kind: Kind, name: str, is_api: bool) -> Answer:
-        address = f"/{kind.name}/{name}"
+    def _page(self, address: str, look: Callable[[], _Found | None], css: str, is_api: bool) -> Answer:
+        """Return the kept answer, or look again if the kept answer is too old."""
         kept = self._kept.get(address)
         begin = time.monotonic()
         if kept is None or begin >= kept.until:
-            storage = self._find(kind, name)
-            if storage is None:
+            found = look()
+            if found is None:
                 self._kept.pop(address, None)
                 return _NOT_FOUND
-            look = kind.look(storage, address)
-            if kept is None or kept.content != look.content:
-                kept = self._keep(address, look.content, f"{name} ({look.status})", look.draw())
-            kept.until = _rest(begin)
-        return self._as(kept, kind.css, is_api)
-
-    def _list(self, parts: list[str], is_api: bool) -> Answer:
-        if parts and parts[0] not in self._kinds:
-            return _NOT_FOUND
-        kinds = [self._kinds[name] for name in parts or self._kinds]
-        address = "/" + "".join(parts)
-        kept = self._kept.get(address)
-        begin = time.monotonic()
-        if kept is None or begin >= kept.until:
-            content: dict[str, Any] = {kind.name: self._entries(kind) for kind in kinds}
-            title = " and ".join(kind.name.capitalize() if not n else kind.name for n, kind in enumerate(kinds))
-            html = render(
-                "sigray.orchestrator.reports",
-                "index.html.j2",
-                title=title,
-                places=self._given,
-                kinds={name: entries[:_MAX_ENTRIES] for name, entries in content.items()},
-                left_out={name: max(len(entries) - _MAX_ENTRIES, 0) for name, entries in content.items()},
-                clock=clock,
-            )
-            kept = self._keep(address, content, title, html)
-            kept.until = _rest(begin)
-        return self._as(kept, "", is_api)
-
-    def _keep(self, address: str, content: dict[str, Any], title: str, html: Markup) -> _Kept:
-        answer = {**content, "title": title, "html": html}
-        self._kept[address] = _Kept(0.0, content, answer)
-        return self._kept[address]
-
-    def _as(self, kept: _Kept, css: str, is_api: bool) -> Answer:
+            title, content, draw = found
+            if kept is None or kept.content != content:
+                kept = self._kept[address] = _Kept(content, {**content, "title": title, "html": draw()})
+            kept.until = time.monotonic() + max(_KEEP_S, _REST * (time.monotonic() - begin))
         if is_api:
             return Answer(json.dumps(kept.answer), JSON)
-        whole = page(kept.answer["title"], Markup(kept.answer["html"]), css=css, is_live=True)
-        return Answer(whole, HTML, policy=content_policy())
+        whole = page(kept.answer["title"], kept.answer["html"], css=css, is_live=True)
+        return Answer(whole, policy=content_policy())
+
+    def _look(self, kind: Kind, name: str) -> _Found | None:
+        storage = self._find(kind, name)
+        if storage is None:
+            return None
+        found = kind.look(storage, f"/{kind.name}/{name}")
+        return f"{name} ({found.status})", found.content, found.draw
+
+    def _list(self, parts: list[str]) -> _Found | None:
+        names = parts or list(self._kinds)
+        if names[0] not in self._kinds:
+            return None
+        content: dict[str, Any] = {name: self._entries(self._kinds[name]) for name in names}
+        title = " and ".join(names).capitalize()
+
+        def draw() -> Markup:
+            kinds = {name: entries[:_MAX_ENTRIES] for name, entries in content.items()}
+            left_out = {name: max(len(entries) - _MAX_ENTRIES, 0) for name, entries in content.items()}
+            places = ", ".join(self._given)
+            return render("index.html.j2", title=title, places=places, kinds=kinds, left_out=left_out, clock=clock)
+
+        return title, content, draw
 
     def _entries(self, kind: Kind) -> list[dict[str, Any]]:
         """Return the folders of a kind in all places, newest first."""
@@ -309,8 +299,8 @@ class Pages:
                 look = kind.look(storage, address)
             except (OSError, ValueError, KeyError) as error:
                 look = Look("unreadable", str(error), None, {}, Markup)
-            found = {"status": look.status, "says": look.says, "updated_at": look.updated_at}
-            return {"name": name, "address": address, **found}
+            state = {"status": look.status, "says": look.says, "updated_at": look.updated_at}
+            return {"name": name, "address": address, **state}
 
         found = [
             (storage, name)
@@ -327,14 +317,7 @@ class Pages:
         storage = self._find(kind, name)
         if storage is None or not storage.exists(file) or not _is_inside(Storage(f"{storage.uri}/{file}"), storage):
             return _NOT_FOUND
-        kinds = {"html": HTML, "png": "image/png"}
-        return Answer(storage.read(file), kinds.get(file.rpartition(".")[2], TEXT))
-
-
-def _rest(begin: float) -> float:
-    """Return until when to keep an answer whose work began at `begin`."""
-    now = time.monotonic()
-    return now + max(_KEEP_S, _REST * (now - begin))
+        return Answer(storage.read(file), {".html": HTML, ".png": "image/png"}.get(Path(file).suffix, TEXT))
 
 
 def _is_inside(storage: Storage, place: Storage) -> bool:

@@ -19,15 +19,32 @@ _MAX_POINTS = 1000  # of a curve; a longer one keeps the lowest and highest poin
 def charts(run: RunFiles) -> list[dict[str, Any]]:
     """Return the charts for which the run has data."""
     found = []
-    for title, chart in (
-        ("Loss", _loss(run)),
-        *((f"Zero-shot: {name}", _zero_shot(run, name)) for name in run.zero_shot),
-        ("Logit scale and bias", _logit(run)),
-        ("Learning rate", _learning_rate(run)),
-        ("Throughput", _throughput(run)),
-    ):
-        if chart is not None:
-            found.append({"title": title, "caption": chart[0], "svg": chart[1]})
+
+    def add(title: str, caption: str, svg: Any) -> None:
+        found.append({"title": title, "caption": caption, "svg": svg})
+
+    if loss := curve(run.metrics, "train/loss"):
+        is_log = drawing.spans_decades([value for _, value in loss])
+        caption = _from_to("Loss per image, lower is better", loss)
+        add("Loss", caption, _panels(("sigmoid loss per image", loss), is_log=is_log))
+    for name in run.zero_shot:
+        if chart := _zero_shot(run, name):
+            add(f"Zero-shot: {name}", *chart)
+    scale, bias = curve(run.metrics, "train/logit_scale"), curve(run.metrics, "train/logit_bias")
+    if scale and bias:
+        first = _from_to(f"A logit is scale {words.TIMES} cosine + bias. Scale", scale)
+        caption = f"{first[:-1]}; {_from_to('bias', bias)}"
+        add("Logit scale and bias", caption, _panels(("scale", scale), ("bias", bias)))
+    if lr := curve(run.metrics, "train/learning_rate"):
+        samples, top = max(lr, key=lambda point: point[1])
+        caption = f"Highest after {words.count(samples)} pairs: {words.decimal(top)}."
+        add("Learning rate", caption, _panels(("learning rate", lr), from_zero=True))
+    rate, wait = curve(run.metrics, "throughput/samples_per_s"), curve(run.metrics, "data/wait_pct")
+    if rate and wait:
+        speed, wait_pct = (median(value for _, value in points) for points in (rate, wait))
+        caption = f"Median {words.count(speed)} pairs per second; training waited for data "
+        caption += f"{words.percent(wait_pct / 100)} of the time."
+        add("Throughput", caption, _panels(("pairs/s", rate), ("data wait, %", wait), from_zero=True))
     return found
 
 
@@ -48,52 +65,11 @@ def _panels(*panels: tuple[str, drawing.Points], from_zero: bool = False, is_log
     return drawing.svg(draw)
 
 
-def _loss(run: RunFiles) -> tuple[str, Any] | None:
-    points = curve(run.metrics, "train/loss")
-    if not points:
-        return None
-    is_log = drawing.spans_decades([value for _, value in points])
-    caption = _from_to("Loss per image, lower is better", points)
-    return caption, _panels(("sigmoid loss per image", points), is_log=is_log)
-
-
-def _logit(run: RunFiles) -> tuple[str, Any] | None:
-    scale = curve(run.metrics, "train/logit_scale")
-    bias = curve(run.metrics, "train/logit_bias")
-    if not scale or not bias:
-        return None
-    first = _from_to(f"A logit is scale {words.TIMES} cosine + bias. Scale", scale)
-    return f"{first[:-1]}; {_from_to('bias', bias)}", _panels(("scale", scale), ("bias", bias))
-
-
-def _learning_rate(run: RunFiles) -> tuple[str, Any] | None:
-    points = curve(run.metrics, "train/learning_rate")
-    if not points:
-        return None
-    samples, top = max(points, key=lambda point: point[1])
-    caption = f"Highest after {words.count(samples)} pairs: {words.decimal(top)}."
-    return caption, _panels(("learning rate", points), from_zero=True)
-
-
-def _throughput(run: RunFiles) -> tuple[str, Any] | None:
-    rate = curve(run.metrics, "throughput/samples_per_s")
-    wait = curve(run.metrics, "data/wait_pct")
-    if not rate or not wait:
-        return None
-    speed, waiting = (median(value for _, value in points) for points in (rate, wait))
-    caption = (
-        f"Median {words.count(speed)} pairs per second; training waited for data {words.percent(waiting / 100)} of the "
-        "time."
-    )
-    return caption, _panels(("pairs/s", rate), ("data wait, %", wait), from_zero=True)
-
-
 def _zero_shot(run: RunFiles, name: str) -> tuple[str, Any] | None:
     curves = {k: curve(run.evaluations, "zero_shot", name, f"top{k}") for k in guesses(run.zero_shot[name])}
     curves = {k: points for k, points in curves.items() if points}
     if not curves:
         return None
-    chances = {k: find_number(run.zero_shot, name, f"chance{k}") for k in curves}
     baseline = run.baseline(name)
 
     def draw(figure: Figure) -> None:
@@ -103,8 +79,7 @@ def _zero_shot(run: RunFiles, name: str) -> tuple[str, Any] | None:
         levels = [value for points in curves.values() for _, value in points]
         for (k, points), color, marker in zip(curves.items(), (drawing.FIRST, drawing.SECOND), "os", strict=False):
             drawing.plot(axes, points, color, marker=marker, label=f"top-{k}")
-            chance = chances[k]
-            if chance:
+            if chance := find_number(run.zero_shot, name, f"chance{k}"):
                 levels.append(chance)
                 axes.axhline(chance, color=color, linewidth=1.2, linestyle=(0, (4, 3)), label=f"chance top-{k}")
         if baseline:
@@ -123,9 +98,8 @@ def _zero_shot(run: RunFiles, name: str) -> tuple[str, Any] | None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{100 * rate:g} %"))
         axes.set_ylabel("images with the right name")
         drawing.samples_axis(axes)
-        figure.legend(
-            loc="upper center", ncols=3 if baseline else 2, frameon=False, handlelength=1.6, columnspacing=1.2
-        )
+        num_columns = 3 if baseline else 2
+        figure.legend(loc="upper center", ncols=num_columns, frameon=False, handlelength=1.6, columnspacing=1.2)
         figure.subplots_adjust(top=0.83)
 
     parts = [f"top-{k} {words.percent(points[-1][1])}" for k, points in curves.items()]
@@ -182,8 +156,8 @@ def curve(lines: Iterable[dict[str, Any]], *keys: str) -> drawing.Points:
 
 
 def _from_to(what: str, points: drawing.Points) -> str:
-    first_samples, first = points[0]
-    last = points[-1][1]
+    samples, value = points[0]
+    first = f"{words.decimal(value)} after {words.count(samples)} pairs"
     if len(points) == 1:
-        return f"{what}: {words.decimal(first)} after {words.count(first_samples)} pairs, the only line of metrics."
-    return f"{what}: from {words.decimal(first)} after {words.count(first_samples)} pairs to {words.decimal(last)}."
+        return f"{what}: {first}, the only line of metrics."
+    return f"{what}: from {first} to {words.decimal(points[-1][1])}."

@@ -7,6 +7,7 @@ is optional.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -51,22 +52,26 @@ class RunFiles:
         return self.evaluations[-1] if self.evaluations else self.summary
 
     @property
+    def newest_line(self) -> dict[str, Any]:
+        """The newest line of metrics, empty before the first."""
+        return self.metrics[-1] if self.metrics else {}
+
+    @property
     def zero_shot(self) -> dict[str, dict[str, Any]]:
-        return find_mapping(self.newest, "zero_shot")
+        return find_dict(self.newest, "zero_shot")
 
     @property
     def retrieval(self) -> dict[str, dict[str, Any]]:
-        return find_mapping(self.newest, "retrieval")
+        return find_dict(self.newest, "retrieval")
 
     @property
     def samples_seen(self) -> int:
-        return int(max(find_number(line, "samples_seen") or 0 for line in [self.summary, *self.metrics[-1:]]))
+        return int(max(find_number(source, "samples_seen") or 0 for source in (self.summary, self.newest_line)))
 
     @property
     def step(self) -> int:
         """Steps done."""
-        done = [find_number(self.summary, "steps"), *(find_number(line, "step") for line in self.metrics[-1:])]
-        return int(max(step or 0 for step in done))
+        return int(max(find_number(self.summary, "steps") or 0, find_number(self.newest_line, "step") or 0))
 
     @property
     def left_s(self) -> float | None:
@@ -81,10 +86,8 @@ class RunFiles:
 
     @property
     def global_batch_size(self) -> int | None:
-        sizes = (
-            find_number(self.summary, "facts", "global_batch_size"),
-            find_number(self.config, "train", "global_batch_size"),
-        )
+        sources = ((self.summary, "facts"), (self.config, "train"))
+        sizes = (find_number(source, section, "global_batch_size") for source, section in sources)
         return next((int(size) for size in sizes if size), None)
 
     @property
@@ -105,8 +108,7 @@ class RunFiles:
         """
         if self.is_driven:
             return "running" if self.metrics else "starting"
-        trained = find_number(self.metrics[-1], "step") if self.metrics else None
-        is_stale = (find_number(self.summary, "steps") or 0) < (trained or 0)
+        is_stale = (find_number(self.summary, "steps") or 0) < self.step
         return "unfinished" if is_stale else find_text(self.summary, "status") or "unfinished"
 
     def baseline(self, name: str) -> float | None:
@@ -114,11 +116,9 @@ class RunFiles:
 
         It does not depend on the checkpoint, so any file may have it.
         """
-        for source in [*reversed(self.evaluations), self.summary]:
-            value = find_number(source, "zero_shot", name, "pixel_baseline_top1")
-            if value is not None:
-                return value
-        return None
+        sources = (*reversed(self.evaluations), self.summary)
+        values = (find_number(source, "zero_shot", name, "pixel_baseline_top1") for source in sources)
+        return next((value for value in values if value is not None), None)
 
 
 def read_run_files(storage: Storage) -> RunFiles:
@@ -176,13 +176,9 @@ def _lines(text: str) -> list[dict[str, Any]]:
     """Return the lines of metrics without a line that a crash cut short."""
     lines = []
     for each in text.splitlines():
-        try:
-            line = json.loads(each)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and find_number(line, "samples_seen") is not None:
-            lines.append(line)
-    return lines
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(each))
+    return [line for line in lines if find_number(line, "samples_seen") is not None]
 
 
 def _find(content: Any, *keys: str) -> Any:
@@ -204,7 +200,7 @@ def find_text(content: Any, *keys: str) -> str | None:
     return str(value) if isinstance(value, str | int | float) and value != "" else None
 
 
-def find_mapping(content: Any, *keys: str) -> dict[str, Any]:
+def find_dict(content: Any, *keys: str) -> dict[str, Any]:
     value = _find(content, *keys)
     return {str(key): item for key, item in value.items()} if isinstance(value, dict) else {}
 

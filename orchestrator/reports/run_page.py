@@ -16,20 +16,12 @@ from __future__ import annotations
 import base64
 import math
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sigray.orchestrator import formatting as words
 from sigray.orchestrator.reports.run_charts import charts, guesses, language_bars
-from sigray.orchestrator.reports.run_files import (
-    RunFiles,
-    find_list,
-    find_mapping,
-    find_number,
-    find_text,
-    read_run_files,
-)
+from sigray.orchestrator.reports.run_files import RunFiles, find_dict, find_list, find_number, find_text, read_run_files
 from sigray.orchestrator.reports.template import page, render
 from sigray.orchestrator.run_folder import REPORT
 from sigray.workers.storage import Storage
@@ -37,18 +29,12 @@ from sigray.workers.storage import Storage
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-_ORDINALS = ("1st", "2nd", "3rd", "4th", "5th")
+_PLACES = ("right", "2nd guess", "3rd guess", "4th guess", "5th guess")
 _IMAGE_PX = 128  # side of a held-out image on the page
 
 
 def write_report(folder: Path) -> Path:
-    """Write report.html from the run's files.
-
-    Args:
-        folder: a run's local folder.
-
-    Returns:
-        The path of the page.
+    """Write report.html into a run's local folder; return its path.
 
     Raises:
         ConfigError: if the folder holds no file of a run.
@@ -66,7 +52,6 @@ def draw_run(run: RunFiles, now: Markup | None = None) -> Markup:
         now: the current state, of a live page. Only a written page shows held-out images.
     """
     return render(
-        "sigray.orchestrator.reports",
         "report.html.j2",
         now=now,
         name=run.name,
@@ -124,38 +109,31 @@ def _progress(run: RunFiles) -> str:
 def _finding(run: RunFiles) -> str:
     """Return the newest evaluation's main result, on the first set that has classes."""
     for name in run.zero_shot:
-        best = _best_of(run, name)
-        if best:
-            return f"the model has the right name of {best.share} of the {name} images {best.place}: {best.against}"
+        if best := _best_of(run, name):
+            return f"the model has the right name of {best[0]} of the {name} images {best[1]}"
     for name, figures in run.retrieval.items():
         found, blind = find_number(figures, "image_to_text_r10"), find_number(figures, "image_to_text_chance10")
         if found is not None and blind:
             share = f"{words.percent(found)} of the {name} images"
             against = _against(found, blind, find_number(figures, "num_images"))
             return f"the model has the right caption of {share} among its ten closest: {against}"
-    if run.config and not find_mapping(run.config, "eval", "sets"):
+    if run.config and not find_dict(run.config, "eval", "sets"):
         return "no held-out set is configured, so the quality of the model is not known"
     return "no checkpoint was evaluated, so the quality of the model is not known"
 
 
-@dataclass
-class _Best:
-    """The main figure of a zero-shot set, in words."""
+def _best_of(run: RunFiles, name: str) -> tuple[str, str] | None:
+    """Return the share of right images and its meaning, of five guesses.
 
-    share: str
-    place: str
-    against: str
-
-
-def _best_of(run: RunFiles, name: str) -> _Best | None:
-    """Return the result of five guesses, or of one if five cover half of the names."""
+    If five guesses cover half of the names, the first guess counts.
+    """
     figures = run.zero_shot[name]
     num_classes, num_images = find_number(figures, "num_classes"), find_number(figures, "num_images")
     of = f" of {words.counted(num_classes, 'name')}" if num_classes else ""
     for k, place in ((5, f"among its five best{of}"), (1, f"as its first guess{of}")):
         rate, chance = find_number(figures, f"top{k}"), find_number(figures, f"chance{k}")
         if rate is not None and chance and (k == 1 or chance < 0.5):
-            return _Best(words.percent(rate), place, _against(rate, chance, num_images))
+            return words.percent(rate), f"{place}: {_against(rate, chance, num_images)}"
     return None
 
 
@@ -172,10 +150,9 @@ def _beats(rate: float, level: float, num_images: float | None) -> bool:
 
 def _remarks(run: RunFiles) -> list[str]:
     """Return sentences on the other sets, and on the pixel nearest neighbour."""
-    remarks: list[str] = []
-    named = [(name, best) for name in run.zero_shot if (best := _best_of(run, name))]
-    remarks += [f"For {name} it is {best.share} {best.place}: {best.against}." for name, best in named[1:]]
-    for name, _ in named:
+    named = {name: best for name in run.zero_shot if (best := _best_of(run, name))}
+    remarks = [f"For {name} it is {share} {meaning}." for name, (share, meaning) in list(named.items())[1:]]
+    for name in named:
         baseline = run.baseline(name)
         top1 = find_number(run.zero_shot, name, "top1")
         if baseline and top1 is not None and top1 < baseline:
@@ -248,31 +225,25 @@ def _cards(run: RunFiles) -> list[dict[str, Any]]:
 
 def _verdict(run: RunFiles, name: str) -> str:
     figures = run.zero_shot[name]
-    sentences = []
     num_images, top1 = find_number(figures, "num_images"), find_number(figures, "top1")
     parts = []
     for k in guesses(figures):
         rate, chance = find_number(figures, f"top{k}"), find_number(figures, f"chance{k}")
         if rate is not None and chance:
             parts.append(f"top-{k} is {_against(rate, chance, num_images)}")
-    if parts:
-        sentences.append(f"{', '.join(parts)}.".capitalize())
+    said = f"{', '.join(parts)}. ".capitalize() if parts else ""
     baseline = run.baseline(name)
     if baseline == 0:
-        sentences.append(
-            "The pixel neighbour gets none right: it cannot if no name of the set was trained on. Similar pixels do "
-            "not help here."
-        )
+        said += "The pixel neighbour gets none right: it cannot if no name of the set was trained on. "
+        said += "Similar pixels do not help here."
     elif baseline is not None and top1 is not None:
         if _beats(top1, baseline, num_images):
-            sentences.append("Above the pixel neighbour: the model has learned more than similar pixels.")
+            said += "Above the pixel neighbour: the model has learned more than similar pixels."
         elif top1 >= baseline:
-            sentences.append("Level with the pixel neighbour: no proof yet of more than similar pixels.")
+            said += "Level with the pixel neighbour: no proof yet of more than similar pixels."
         else:
-            sentences.append(
-                "Below the pixel neighbour: the name of the most similar training image would be right more often."
-            )
-    return " ".join(sentences)
+            said += "Below the pixel neighbour: the name of the most similar training image would be right more often."
+    return said.rstrip()
 
 
 def _retrieval(run: RunFiles) -> list[dict[str, Any]]:
@@ -290,7 +261,7 @@ def _retrieval(run: RunFiles) -> list[dict[str, Any]]:
                 against = _against(rate, chance, asked) if rate is not None and chance else ""
                 if "times" in against and chance:
                     against = f"{against.replace(' times ', words.TIMES + words.NBSP)} ({words.percent(chance)})"
-                cells.append({"rate": words.percent(rate) if rate is not None else "not measured", "against": against})
+                cells.append(_cell(rate, against))
             ways.append({"name": way.replace("_", " "), "cells": cells})
         rows.append({"name": name, "size": ", ".join(size), "ways": ways})
     return rows
@@ -299,64 +270,50 @@ def _retrieval(run: RunFiles) -> list[dict[str, Any]]:
 def _languages(run: RunFiles) -> list[dict[str, Any]]:
     """Return a table, a sentence and a bar chart of the languages of each set."""
     sets = []
-    for name in find_mapping(run.newest, "languages"):
-        figures = find_mapping(run.newest, "languages", name)
+    for name, languages in find_dict(run.newest, "languages").items():
         columns = [
             ("image to text R@1", "retrieval", "image_to_text_r1", "image_to_text_chance1"),
             ("text to image R@1", "retrieval", "text_to_image_r1", "text_to_image_chance1"),
             ("named right", "zero_shot", "top1", "chance1"),
         ]
-        columns = [
-            column for column in columns if any(find_number(row, *column[1:3]) is not None for row in figures.values())
-        ]
+        figures = find_dict(languages)
+        columns = [one for one in columns if any(find_number(row, *one[1:3]) is not None for row in figures.values())]
         rows, bars = [], []
         for language, row in figures.items():
             cells = []
             for _, kind, key, chance_key in columns:
                 rate, chance = find_number(row, kind, key), find_number(row, kind, chance_key)
-                against = words.multiple(rate, chance) if rate is not None and chance else ""
-                cells.append({"rate": words.percent(rate) if rate is not None else "not measured", "against": against})
-            rows.append({"language": language, "num": find_number(row, "retrieval", "num_images"), "cells": cells})
+                cells.append(_cell(rate, words.multiple(rate, chance) if rate is not None and chance else ""))
+            rows.append({"language": language, "cells": cells})
             rate, chance = (find_number(row, "retrieval", f"image_to_text_{key}1") for key in ("r", "chance"))
             if rate is not None and chance:
                 bars.append((language, rate, chance))
         if bars:
+            worst, best = (extreme(bars, key=lambda bar: bar[1]) for extreme in (min, max))
             mean = sum(rate for _, rate, _ in bars) / len(bars)
             far = sum(rate >= 50 * chance for _, rate, chance in bars)
-            (best, best_rate, _), (worst, worst_rate, _) = (
-                max(bars, key=lambda bar: bar[1]),
-                min(bars, key=lambda b: b[1]),
-            )
             said = (
                 f"Image to text R@1 over {words.counted(len(bars), 'language')}: mean {words.percent(mean)}, from "
-                f"{words.percent(worst_rate)} ({worst}) to {words.percent(best_rate)} ({best}); "
+                f"{words.percent(worst[1])} ({worst[0]}) to {words.percent(best[1])} ({best[0]}); "
                 f"{far} of them at 50 times chance or more."
             )
-            sets.append(
-                {
-                    "name": name,
-                    "head": [title for title, *_ in columns],
-                    "rows": rows,
-                    "said": said,
-                    "svg": language_bars(bars),
-                }
-            )
+            head = [title for title, *_ in columns]
+            sets.append({"name": name, "head": head, "rows": rows, "said": said, "svg": language_bars(bars)})
     return sets
+
+
+def _cell(rate: float | None, against: str) -> dict[str, str]:
+    return {"rate": words.percent(rate) if rate is not None else "not measured", "against": against}
 
 
 def _sheets(run: RunFiles) -> list[dict[str, Any]]:
     """Return held-out images of each set with their five best names."""
     sheets = []
-    for name in find_mapping(run.newest, "sheets"):
+    for name in find_dict(run.newest, "sheets"):
         entries = [_sheet_entry(entry) for entry in find_list(run.newest, "sheets", name)]
         right, near = (sum(entry["kind"] in kinds for entry in entries) for kinds in (("right",), ("right", "near")))
-        shown = len(entries)
-        count = ""
-        if shown:
-            is_right, has = "is" if right == 1 else "are", "has" if near == 1 else "have"
-            count = (
-                f"{right} of {shown} shown {is_right} right at top-1; {near} {has} the right name among the five best."
-            )
+        count = f"{right} of {len(entries)} shown {'is' if right == 1 else 'are'} right at top-1; "
+        count += f"{near} {'has' if near == 1 else 'have'} the right name among the five best."
         sheets.append({"name": name, "count": count, "entries": entries})
     return sheets
 
@@ -365,10 +322,7 @@ def _sheet_entry(entry: Any) -> dict[str, Any]:
     best = [item for item in find_list(entry, "best") if isinstance(item, dict)]
     place = next((number for number, item in enumerate(best) if item.get("right")), None)
     kind = "right" if place == 0 else "near" if place is not None else "wrong"
-    if place is None:
-        verdict = "wrong" if best else "not scored"
-    else:
-        verdict = "right" if place == 0 else f"{_ORDINALS[min(place, 4)]} guess"
+    missed = "wrong" if best else "not scored"
     png = find_text(entry, "png_base64") or ""
     width = _png_width(png)
     return {
@@ -378,7 +332,7 @@ def _sheet_entry(entry: Any) -> dict[str, Any]:
         "is_enlarged": width <= _IMAGE_PX,
         "truth": find_text(entry, "truth") or "unknown",
         "kind": kind,
-        "verdict": verdict,
+        "verdict": _PLACES[min(place, 4)] if place is not None else missed,
         "best": [
             {
                 "name": find_text(item, "name") or "",
@@ -401,28 +355,21 @@ def _png_width(png_base64: str) -> int:
 
 def _facts(run: RunFiles) -> list[tuple[str, str]]:
     """Return hardware, recipe and versions as rows; the last names what is missing."""
-    summary, config = run.summary, run.config
-    environment = {key: str(value) for key, value in find_mapping(summary, "environment").items()}
-    newest = run.metrics[-1] if run.metrics else {}
-
-    def settings(*keys: tuple[str, str]) -> str:
-        known = [(key, find_text(config, section, key)) for section, key in keys]
-        return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in known if value)
-
+    environment = {key: str(value) for key, value in find_dict(run.summary, "environment").items()}
+    refused, peak_gib = (find_number(run.newest_line, key) for key in ("data/refused_samples", "memory/peak_gib"))
+    settings = (("optim", "lr"), ("optim", "schedule"), ("train", "precision"), ("run", "seed"))
+    recipe = {key: find_text(run.config, section, key) for section, key in settings}
     rows = [
         ("Hardware", environment.pop("hardware", None)),
-        ("Device", find_text(summary, "facts", "device")),
+        ("Device", find_text(run.summary, "facts", "device")),
         ("Batch", _batch(run)),
         ("Steps", _steps(run)),
         ("Time", _time(run)),
         ("Model", _model(run)),
-        ("Recipe", settings(("optim", "lr"), ("optim", "schedule"), ("train", "precision"), ("run", "seed"))),
+        ("Recipe", ", ".join(f"{key} {value}" for key, value in recipe.items() if value)),
         ("Training data", _data(run)),
-        ("Refused samples", None if (n := find_number(newest, "data/refused_samples")) is None else words.count(n)),
-        (
-            "Peak memory",
-            f"{n:.2f}{words.NBSP}GiB in the first worker" if (n := find_number(newest, "memory/peak_gib")) else None,
-        ),
+        ("Refused samples", words.count(refused) if refused is not None else None),
+        ("Peak memory", f"{peak_gib:.2f}{words.NBSP}GiB in the first worker" if peak_gib else None),
         ("Date", environment.pop("date", None)),
         ("Commit", environment.pop("commit", None)),
         ("Versions", ", ".join(f"{key}{words.NBSP}{value}" for key, value in environment.items())),
@@ -459,7 +406,7 @@ def _time(run: RunFiles) -> str:
 
 
 def _model(run: RunFiles) -> str:
-    parameters = find_mapping(run.summary, "facts", "parameters_m")
+    parameters = find_dict(run.summary, "facts", "parameters_m")
     sizes = {key: value for key in ("all", "visual", "text") if (value := find_number(parameters, key)) is not None}
     name = find_text(run.config, "model", "name") or ("towers written out in the config" if run.config else "")
     parts = [name] if name else []

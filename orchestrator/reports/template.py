@@ -13,12 +13,12 @@ from markupsafe import Markup
 _LIVE_S = 5  # between two requests of a live page
 
 
-def render(package: str, template: str, **values: Any) -> Markup:
+def render(template: str, *, package: str = "sigray.orchestrator.reports", **values: Any) -> Markup:
     """Fill a template of a package."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return Markup(environment.from_string(_file(package, template)).render(**values))
+    return Markup(environment.from_string(_file(template, package)).render(**values))
 
 
 def page(title: str, body: Markup, *, css: str = "", is_live: bool = False) -> str:
@@ -29,30 +29,21 @@ def page(title: str, body: Markup, *, css: str = "", is_live: bool = False) -> s
         css: besides the style of all pages.
         is_live: the page requests /api + its own path repeatedly and shows the "html" of the answer.
     """
-    return render(
-        "sigray.orchestrator.reports",
-        "page.html.j2",
-        title=title,
-        body=body,
-        css=Markup(_file("sigray.orchestrator.reports", "page.css") + css),
-        script=Markup(_script()) if is_live else "",
-    )
+    css = Markup(_file("page.css") + css)
+    return render("page.html.j2", title=title, body=body, css=css, script=Markup(_script()) if is_live else "")
 
 
 def content_policy() -> str:
-    """Return the Content-Security-Policy of live pages.
-
-    It allows our script, our styles and pictures inside the page.
-    """
+    """Return the Content-Security-Policy of live pages: own script, styles, pictures."""
     digest = base64.b64encode(hashlib.sha256(_script().encode()).digest()).decode()
     own = f"script-src 'sha256-{digest}'; connect-src 'self'; style-src 'unsafe-inline'; img-src data:"
     return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
 def _script() -> str:
-    return _file("sigray.orchestrator.reports", "live.js").replace("LIVE_MS", str(1000 * _LIVE_S))
+    return _file("live.js").replace("LIVE_MS", str(1000 * _LIVE_S))
 
 
 @cache
-def _file(package: str, name: str) -> str:
+def _file(name: str, package: str = "sigray.orchestrator.reports") -> str:
     return importlib.resources.files(package).joinpath(name).read_text(encoding="utf-8")
