@@ -306,6 +306,11 @@ def read_mapping(path: str | Path, expected: str) -> dict[str, Any]:
     return content
 
 
+def override(config: RunConfig, overrides: list[str], source: str) -> RunConfig:
+    """Return a config with dotted overrides applied; raises as `load_config`."""
+    return parse_config(config.model_dump(mode="json"), source, overrides)
+
+
 def parse_config(content: dict[str, Any], source: str, overrides: Iterable[str] = ()) -> RunConfig:
     """Apply overrides to a mapping and check it; raises as `load_config`."""
     for text in overrides:
@@ -379,10 +384,9 @@ def override_of(override: str) -> tuple[str, Any]:
     if not equals or not re.fullmatch(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*", key):
         raise ConfigError(f"{override!r} is not an override: section.key=value expected, as optim.lr=5e-4")
     try:
-        value = yaml.safe_load(text)
+        return key, yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{override!r}: the value is not YAML: {error}") from error
-    return key, value
 
 
 def put(content: dict[str, Any], key: str, value: Any) -> None:

@@ -16,9 +16,7 @@ from sigray.orchestrator.cli.command import CONFIG, OVERRIDES, argument, command
     argument("--seed", type=int, default=0, metavar="N", help="seed of their kinds and times (default 0)"),
     argument("--every-s", type=positive, default=20.0, metavar="S", help="mean seconds between faults (default 20)"),
     argument("--kinds", metavar="A,B", help="kinds of faults, separated by commas"),
-    argument(
-        "--stuck-s", type=positive, default=900.0, metavar="S", help="give up after S seconds without a step (900)"
-    ),
+    argument("--stuck-s", type=positive, default=900, metavar="S", help="give up after S seconds without a step (900)"),
 )
 def chaos(options: Namespace, console: Console) -> None:
     """Kill parts of a run at random, and prove that its weights stay the same.

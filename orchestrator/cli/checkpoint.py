@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from sigray.orchestrator.cli.command import OVERRIDES, argument, command, say
-from sigray.orchestrator.config import ConfigError, RunConfig, parse_config
+from sigray.orchestrator.config import ConfigError, RunConfig, override
 
 CHECKPOINT = argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run, or RUN/checkpoints/step-...")
 
@@ -22,7 +22,7 @@ def evaluate(options: Namespace, console: Console) -> None:
       sigray eval runs/a eval.sets.mine.shards=tars/test            a set that the run does not have
     """
     run, saved, checkpoint = _find_checkpoint(options.checkpoint)
-    config = parse_config(saved.model_dump(mode="json"), run, options.overrides)
+    config = override(saved, options.overrides, run)
     if not config.eval.sets:
         raise ConfigError(f"{run} has no eval.sets: add one by eval.sets.NAME.shards=PATTERN")
     from sigray.orchestrator.run.driver import evaluate

@@ -40,14 +40,11 @@ def inspect(options: Namespace, console: Console) -> None:
     sheet: Path | None = options.sheet
     if sheet is not None and not sheet.absolute().parent.is_dir():
         raise ConfigError(f"--sheet {sheet}: the folder {sheet.absolute().parent} does not exist")
+    num_samples = None if options.all else options.samples or NUM_SAMPLES
+    max_s = None if options.all or options.samples else MAX_S
+    num_pictures = NUM_PICTURES if sheet else 0
     with progress_bars(console) as progress:
-        found = inspect_data(
-            data,
-            num_samples=None if options.all else options.samples or NUM_SAMPLES,
-            max_s=None if options.all or options.samples else MAX_S,
-            num_pictures=NUM_PICTURES if sheet else 0,
-            progress=progress,
-        )
+        found = inspect_data(data, num_samples=num_samples, max_s=max_s, num_pictures=num_pictures, progress=progress)
     console.print(inspection_tables(found))
     if sheet is not None:
         write_sheet(found, sheet)

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from sigray.orchestrator.cli.command import CONFIG, OVERRIDES, RUN, argument, command, say
-from sigray.orchestrator.config import RunConfig, load_config, parse_config
+from sigray.orchestrator.config import RunConfig, load_config, override
 from sigray.orchestrator.formatting import format_duration
 
 
@@ -43,7 +43,7 @@ def resume(options: Namespace, console: Console) -> int:
     from sigray.orchestrator.run_folder import read_run
 
     saved = read_run(options.run_folder)
-    config = parse_config(saved.model_dump(mode="json"), options.run_folder, options.overrides)
+    config = override(saved, options.overrides, options.run_folder)
     from sigray.orchestrator.run.driver import train
 
     return _finish(train(config, console, resume_from=saved), config, console)
