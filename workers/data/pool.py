@@ -14,6 +14,7 @@ another worker, which reads that lane's window and continues.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -23,12 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import ray
-from ray.util.scheduling_strategies import (
-    DoesNotExist,
-    NodeAffinitySchedulingStrategy,
-    NodeLabelSchedulingStrategy,
-    NotIn,
-)
+from ray.util import scheduling_strategies as strategies
 
 from sigray.workers.config import DataConfig, ModelConfig
 from sigray.workers.data import s3
@@ -66,7 +62,7 @@ def as_raised(error: Any) -> BaseException:
 
 def start_here(actor_class: Any, *arguments: Any) -> Any:
     """Start a small actor without a CPU on the driver's machine: it lasts as long."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    here = strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(actor_class).options(num_cpus=0, scheduling_strategy=here).remote(*arguments)
 
 
@@ -79,17 +75,17 @@ def placement(nodes: list[dict[str, Any]]) -> Any:
         nodes: as `ray.nodes()` gives them.
     """
     alive = [node for node in nodes if node["Alive"]]
-    training = [node["NodeID"] for node in alive if _has_accelerator(node)]
+    training = [
+        node["NodeID"]
+        for node in alive
+        if _ACCELERATOR_LABEL in node["Labels"] or node["Resources"].get("GPU") or node["Resources"].get("TPU")
+    ]
     if len(training) in (0, len(alive)):
         return "SPREAD"
     # The first label is Ray's own and holds for hosts that join later too. It is missing if resources were declared by
     # hand.
-    wanted: Any = {_ACCELERATOR_LABEL: DoesNotExist(), _NODE_ID_LABEL: NotIn(*training)}
-    return NodeLabelSchedulingStrategy(hard={}, soft=wanted)
-
-
-def _has_accelerator(node: dict[str, Any]) -> bool:
-    return _ACCELERATOR_LABEL in node["Labels"] or any(node["Resources"].get(name) for name in ("GPU", "TPU"))
+    wanted: Any = {_ACCELERATOR_LABEL: strategies.DoesNotExist(), _NODE_ID_LABEL: strategies.NotIn(*training)}
+    return strategies.NodeLabelSchedulingStrategy(hard={}, soft=wanted)
 
 
 def listed(reference: Any) -> list[Any]:
@@ -104,12 +100,10 @@ def keep_freed_memory() -> None:
     glibc maps every large array again, and the first touch of each page costs. Its largest threshold is 32 MiB; a block
     of 128 samples at 224 px has 18.
     """
-    try:
+    with contextlib.suppress(OSError):  # no glibc
         libc = ctypes.CDLL("libc.so.6")
-    except OSError:  # no glibc
-        return
-    libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-    libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 class DataWorkerActor(DataWorker):
@@ -165,7 +159,6 @@ class DataPool:
     ) -> None:
         self._arguments = (manifest, data, model)
         self._seed, self._run = seed, run
-        self._actors: list[Any] = []
         self._starting: list[tuple[Any, Any]] = []  # actors, and references that resolve when they are up
         self._retired: list[tuple[float, Any]] = []  # since when, and the actor
         self.registry: Any = start_here(StreamRegistry, window)
@@ -211,9 +204,8 @@ class DataPool:
 
     def close(self) -> None:
         """Stop all workers."""
-        starting = [actor for actor, _ in self._starting]
-        retired = [actor for _, actor in self._retired]
-        for actor in [*self._actors, *starting, *retired, self.registry]:
+        others = [*(actor for actor, _ in self._starting), *(actor for _, actor in self._retired)]
+        for actor in [*self._actors, *others, self.registry]:
             ray.kill(actor)
 
     def _publish(self) -> None:
@@ -307,7 +299,11 @@ class PoolBlocks:
         """As `loader.BlockSource`."""
         self._refresh_actors()
         self._check_stragglers()
-        self._await_subscribers(number)
+        if self._subscriber is not None and number > self._newest:
+            # Slower subscribers may still need what this block would evict.
+            while not ray.get(self._registry.may_request.remote(self._subscriber, number)):
+                time.sleep(_SUBSCRIBERS_S)
+            self._newest = number
         actor = self._taken_over.get(lane) or self._home(lane)
         if actor in self._remote:
             places = ()
@@ -353,17 +349,11 @@ class PoolBlocks:
                     self._replace(request.actor)
                 outstanding = [self.request(lane, number)]
             elif len(outstanding) == 1 and self._may_send_backup():
-                other = self._next_to(outstanding[0].actor)
+                straggler = outstanding[0].actor
+                place = self._actors.index(straggler) if straggler in self._actors else 0
+                other = self._actors[(place + 1) % len(self._actors)]
                 outstanding.append(_Request(other, other.block.remote(lane, number)))
                 self._num_backups += 1
-
-    def _await_subscribers(self, number: int) -> None:
-        """Wait for slower subscribers that still need what this block would evict."""
-        if self._subscriber is None or number <= self._newest:
-            return
-        while not ray.get(self._registry.may_request.remote(self._subscriber, number)):
-            time.sleep(_SUBSCRIBERS_S)
-        self._newest = number
 
     def _note(self, lane: int, block: Block, answered: _Request, outstanding: list[_Request]) -> None:
         """Note the decode time, stragglers, and workers on other machines."""
@@ -398,23 +388,14 @@ class PoolBlocks:
     def _home(self, lane: int) -> Any:
         return self._actors[lane % len(self._actors)]
 
-    def _next_to(self, actor: Any) -> Any:
-        """Another worker than this one, the next in the list."""
-        place = self._actors.index(actor) if actor in self._actors else 0
-        return self._actors[(place + 1) % len(self._actors)]
-
     def _refresh_actors(self) -> None:
-        if not self._actors:
-            self._use(listed(self._registry.actors.remote()))
-        if self._refresh is not None and ray.wait([self._refresh], timeout=0)[0]:
-            self._use(listed(self._refresh))
-            self._refresh = None
-        if self._refresh is None and time.monotonic() - self._refreshed_at > _REFRESH_S:
+        if self._refresh is None and (not self._actors or time.monotonic() - self._refreshed_at > _REFRESH_S):
             self._refreshed_at = time.monotonic()
             self._refresh = self._registry.actors.remote()
-
-    def _use(self, actors: list[Any]) -> None:
-        if actors != self._actors:
-            self._actors = actors
-            self._remote = set()
-            self._taken_over, self._stragglers = {}, {}
+        if self._refresh is not None and (not self._actors or ray.wait([self._refresh], timeout=0)[0]):
+            actors = listed(self._refresh)
+            self._refresh = None
+            if actors != self._actors:
+                self._actors = actors
+                self._remote = set()
+                self._taken_over, self._stragglers = {}, {}
