@@ -191,7 +191,7 @@ INLINE Vector clamped(Vector a, Vector b) {
 }
 
 /* ROWS rows of pixels -> ROWS / 2 rows of units, `line` bytes each, of `count` pixels, a multiple of GROUP. */
-INLINE void resize_rows(const uint8_t *const *rows, int64_t width, const Axis *axis, const int64_t pairs, int64_t count,
+INLINE void resize_rows(const int64_t pairs, const uint8_t *const *rows, int64_t width, const Axis *axis, int64_t count,
                         Vector *units, uint8_t *out, int64_t line) {
     const Vector half = OP(set1_epi32)(1 << (axis->precision - 1));
     const __m128i shift = _mm_cvtsi32_si128(axis->precision);
@@ -234,7 +234,7 @@ INLINE void resize_rows(const uint8_t *const *rows, int64_t width, const Axis *a
 }
 
 /* Rows of units -> a row of `size` bytes. */
-INLINE void resize_column(const uint8_t *units, int64_t line, const int32_t *weights, const int64_t pairs,
+INLINE void resize_column(const int64_t pairs, const uint8_t *units, int64_t line, const int32_t *weights,
                           int precision, uint8_t *out, int64_t size) {
     const Vector half = OP(set1_epi32)(1 << (precision - 1));
     const __m128i shift = _mm_cvtsi32_si128(precision);
@@ -265,37 +265,15 @@ INLINE void resize_column(const uint8_t *units, int64_t line, const int32_t *wei
 }
 
 /* The compiler unrolls a loop over a constant number of pairs: the usual numbers, for reductions of 1 to 3. */
-#define FOR_PAIRS(PAIRS, CALL)                                                                                         \
+#define FOR_PAIRS(PAIRS, CALL, ...)                                                                                    \
     switch (PAIRS) {                                                                                                   \
-    case 3: CALL(3); break;                                                                                            \
-    case 4: CALL(4); break;                                                                                            \
-    case 5: CALL(5); break;                                                                                            \
-    case 6: CALL(6); break;                                                                                            \
-    case 7: CALL(7); break;                                                                                            \
-    default: CALL(PAIRS);                                                                                              \
+    case 3: CALL(3, __VA_ARGS__); break;                                                                               \
+    case 4: CALL(4, __VA_ARGS__); break;                                                                               \
+    case 5: CALL(5, __VA_ARGS__); break;                                                                               \
+    case 6: CALL(6, __VA_ARGS__); break;                                                                               \
+    case 7: CALL(7, __VA_ARGS__); break;                                                                               \
+    default: CALL(PAIRS, __VA_ARGS__);                                                                                 \
     }
-
-static void resize_all_rows(const uint8_t *pixels, int64_t stride, int64_t height, int64_t width, const Axis *axis,
-                            int64_t begin, int64_t end, int64_t count, Vector *units, uint8_t *out, int64_t line) {
-    for (int64_t y = begin; y < end; y += ROWS, out += ROWS / 2 * line) {
-        const uint8_t *rows[ROWS];
-        for (int i = 0; i < ROWS; i++) rows[i] = pixels + MIN(y + i, height - 1) * stride;
-#define CALL(PAIRS) resize_rows(rows, width, axis, PAIRS, count, units, out, line)
-        FOR_PAIRS(axis->pairs, CALL)
-#undef CALL
-    }
-}
-
-static void resize_all_columns(const uint8_t *units, int64_t line, const Axis *axis, int64_t count, uint8_t *out,
-                               int64_t size) {
-    for (int64_t y = 0; y < count; y++, out += size) {
-        const uint8_t *from = units + (axis->first[y] - axis->first[0]) / 2 * line;
-        const int32_t *weights = axis->weights + y * axis->pairs;
-#define CALL(PAIRS) resize_column(from, line, weights, PAIRS, axis->precision, out, size)
-        FOR_PAIRS(axis->pairs, CALL)
-#undef CALL
-    }
-}
 
 /* Resize (height, width, 3) pixels, rows `stride` bytes apart, to (to_height, to_width), and write the part
    (out_height, out_width) from (top, left) on. Returns -1 if memory is missing. */
@@ -322,8 +300,17 @@ int resize_rgb(const uint8_t *pixels, int64_t stride, int64_t height, int64_t wi
     memset(across.weights + out_width * across.pairs, 0, 4 * (groups - out_width) * across.pairs);
     memset(units + num_units, 0, unit_size - num_units * sizeof(Vector)); /* after the last pixel, at weight 0 */
     int64_t begin = down.first[0], end = MIN(height, down.first[out_height - 1] + 2 * down.pairs);
-    resize_all_rows(pixels, stride, height, width, &across, begin, end, groups, units, lines, line);
-    resize_all_columns(lines, line, &down, out_height, out, 3 * out_width);
+    uint8_t *to = lines;
+    for (int64_t y = begin; y < end; y += ROWS, to += ROWS / 2 * line) {
+        const uint8_t *rows[ROWS];
+        for (int i = 0; i < ROWS; i++) rows[i] = pixels + MIN(y + i, height - 1) * stride;
+        FOR_PAIRS(across.pairs, resize_rows, rows, width, &across, groups, units, to, line)
+    }
+    for (int64_t y = 0; y < out_height; y++, out += 3 * out_width) {
+        const uint8_t *from = lines + (down.first[y] - down.first[0]) / 2 * line;
+        const int32_t *weights = down.weights + y * down.pairs;
+        FOR_PAIRS(down.pairs, resize_column, from, line, weights, down.precision, out, 3 * out_width)
+    }
     free(memory);
     return 0;
 }
