@@ -14,7 +14,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -31,16 +31,8 @@ from sigray.workers.storage import Storage
 
 FOLDER = "ledger"
 _NAME = re.compile(r"(\d{10})-(\d{10})-rank-(\d+)\.parquet")
-_SCHEMA = pa.schema(
-    [
-        ("step", pa.int64()),
-        ("epoch", pa.int64()),
-        ("shard", pa.int64()),
-        ("index", pa.int64()),
-        ("key", pa.string()),
-        ("replaced", pa.bool_()),
-    ]
-)
+_INTEGERS = ("step", "epoch", "shard", "index")
+_SCHEMA = pa.schema({**dict.fromkeys(_INTEGERS, pa.int64()), "key": pa.string(), "replaced": pa.bool_()})
 
 
 def ledger_files(first_step: int, steps_done: int, world_size: int) -> list[str]:
@@ -52,8 +44,6 @@ class Ledger(BackgroundWriter):
     """Writes one rank's rows, which it collects since the last checkpoint.
 
     Args:
-        storage: of the run.
-        rank: of this training worker.
         first_step: of the attempt; rank 0 deletes the files from this step on.
         warn: called from another thread when the storage refuses.
         owner: of the run's lease, see `workers/checkpoint/lease.py`.
@@ -85,16 +75,9 @@ class Ledger(BackgroundWriter):
 
 
 def _parquet(rows: list[tuple[np.ndarray, np.ndarray, list[str], np.ndarray]]) -> bytes:
-    steps, samples, keys, replaced = zip(*rows, strict=True)
-    epoch, shard, index = np.concatenate(samples).T
-    columns = {
-        "step": np.concatenate(steps),
-        "epoch": epoch,
-        "shard": shard,
-        "index": index,
-        "key": list(itertools.chain.from_iterable(keys)),
-        "replaced": np.concatenate(replaced),
-    }
+    steps, samples, batch_keys, replaced = zip(*rows, strict=True)
+    keys = list(itertools.chain.from_iterable(batch_keys))
+    columns = [np.concatenate(steps), *np.concatenate(samples).T, keys, np.concatenate(replaced)]
     content = io.BytesIO()
     pq.write_table(pa.table(columns, schema=_SCHEMA), content, compression="zstd")
     return content.getvalue()
@@ -107,13 +90,13 @@ class EpochAudit:
     dataset: str
     epoch: int
     num_samples: int  # in the dataset
-    num_used: int = 0  # rows
-    num_replaced: int = 0
-    is_over: bool = False  # every sample must have been used
-    missing: list[str] = field(default_factory=list)  # URL and index of the first ones
-    num_missing: int = 0
-    doubled: list[str] = field(default_factory=list)
-    num_doubled: int = 0
+    num_used: int  # rows
+    num_replaced: int
+    is_over: bool  # every sample must have been used
+    num_missing: int
+    num_doubled: int
+    missing: list[str]  # URL and index of the first ones
+    doubled: list[str]
 
 
 @dataclass
@@ -132,12 +115,7 @@ class Audit:
 
 
 def audit(storage: Storage, manifest: Manifest, order: StreamOrder, global_batch_size: int) -> Audit:
-    """Count the rows of a run's ledger.
-
-    Args:
-        storage: of the run.
-        manifest, order: of the run; the order only says which epochs are over.
-        global_batch_size: of the run.
+    """Count the rows of a run's ledger; its order only says which epochs are over.
 
     Raises:
         DataError: the run has no ledger, or the ledger names a sample that the manifest does not have.
@@ -154,7 +132,7 @@ def audit(storage: Storage, manifest: Manifest, order: StreamOrder, global_batch
     rows_of_step: Counter[int] = Counter()
     for name in names:
         table = pq.read_table(io.BytesIO(storage.read(f"{FOLDER}/{name}")), schema=_SCHEMA)
-        steps, epochs, shards, indices = (table[column].to_numpy() for column in ("step", "epoch", "shard", "index"))
+        steps, epochs, shards, indices = (table[column].to_numpy() for column in _INTEGERS)
         if not ((shards < len(sizes)).all() and (indices < sizes[shards]).all()):
             raise DataError(f"{storage.uri}/{FOLDER}/{name} names samples that the run's manifest does not have")
         rows_of_step.update(dict(zip(*(part.tolist() for part in np.unique(steps, return_counts=True)), strict=True)))
@@ -171,16 +149,13 @@ def audit(storage: Storage, manifest: Manifest, order: StreamOrder, global_batch
     ]
     found = []
     for (dataset, epoch), counts in sorted(uses.items()):
-        num_seen = order.num_of_dataset(dataset, num_steps * global_batch_size)
         num_samples = order.datasets[dataset].num_samples
-        result = EpochAudit(datasets[dataset], epoch, num_samples, int(counts.sum()), replaced[dataset, epoch])
-        result.is_over = num_seen >= (epoch + 1) * num_samples
-        inside = dataset_of_shard.repeat(sizes) == dataset
-        missing = np.flatnonzero(inside & (counts == 0)) if result.is_over else np.empty(0, int)
-        doubled = np.flatnonzero(counts > 1)
-        result.num_missing, result.num_doubled = len(missing), len(doubled)
-        result.missing, result.doubled = (_names(manifest, first_number, rows[:10]) for rows in (missing, doubled))
-        found.append(result)
+        is_over = order.num_of_dataset(dataset, num_steps * global_batch_size) >= (epoch + 1) * num_samples
+        wrong_rows = is_over & (counts == 0) & (dataset_of_shard.repeat(sizes) == dataset), counts > 1
+        missing, doubled = map(np.flatnonzero, wrong_rows)
+        numbers = int(counts.sum()), replaced[dataset, epoch], is_over, len(missing), len(doubled)
+        first = (_names(manifest, first_number, rows[:10]) for rows in (missing, doubled))
+        found.append(EpochAudit(datasets[dataset], epoch, num_samples, *numbers, *first))
     return Audit(num_steps, found, wrong, read_left_out(storage))
 
 
