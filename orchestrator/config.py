@@ -23,8 +23,7 @@ from sigray.workers import config as workers
 from sigray.workers.config import Accelerator, LocalOrUri, NonNegativeInt, PositiveInt, Section
 
 AnySection = TypeVar("AnySection", bound=Section)
-FILES = "sigray-files"
-"""Folder of the files that a submitted job carries, each named by its hash."""
+FILES = "sigray-files"  # folder of the files that a submitted job carries, each named by its hash
 
 
 class ConfigError(ValueError):

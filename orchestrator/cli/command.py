@@ -12,10 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 Run = Callable[[Namespace, Console], int | None]
-Argument = Callable[[Any], object]
-"""Adds an argument to a parser."""
-Command = Callable[[Any], None]
-"""Adds a parser to argparse's subparsers."""
+Argument = Callable[[Any], object]  # adds an argument to a parser
+Command = Callable[[Any], None]  # adds a parser to argparse's subparsers
 
 
 def command(*arguments: Argument, name: str | None = None, usage: str | None = None) -> Callable[[Run], Command]:

@@ -48,9 +48,7 @@ GROUPS = {
 
 
 def main(
-    arguments: Sequence[str] | None = None,
-    more: Sequence[Command] = (),
-    more_pages: Callable[[], list[Any]] = list,
+    arguments: Sequence[str] | None = None, more: Sequence[Command] = (), more_pages: Callable[[], list[Any]] = list
 ) -> int:
     """Run a command and return the exit code.
 
