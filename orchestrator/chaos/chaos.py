@@ -244,9 +244,7 @@ def result_table(result: Result) -> Group:
         ("time undisturbed", format_duration(result.undisturbed_s)),
         ("time disturbed", format_duration(result.disturbed_s)),
     ]
-    notes = []
+    notes = [f"Outlived the run: {', '.join(result.left_behind)}"] if result.left_behind else []
     if len(result.faults) < result.num_wanted:
-        notes.append("The run ended before all faults came: raise train.num_samples, or lower --every-s.")
-    if result.left_behind:
-        notes.append(f"Outlived the run: {', '.join(result.left_behind)}")
+        notes.insert(0, "The run ended before all faults came: raise train.num_samples, or lower --every-s.")
     return Group(rows_table(rows, justify="right"), *(Text(note) for note in notes))

@@ -31,8 +31,7 @@ def read_outcome(config: RunConfig) -> Outcome:
     folder = RunFolder(config)
     checkpoints = list_checkpoints(folder.storage)
     losses = [(int(line["step"]), line["train/loss"]) for line in folder.metrics()]
-    newest = checkpoints[-1] if checkpoints else None
-    return Outcome(newest.step if newest else 0, newest.files if newest else {}, losses)
+    return Outcome(checkpoints[-1].step, checkpoints[-1].files, losses) if checkpoints else Outcome(0, {}, losses)
 
 
 def audit_differences(config: RunConfig) -> list[str]:
@@ -64,9 +63,8 @@ def differences(undisturbed: Outcome, disturbed: Outcome, *, is_exact: bool) -> 
     if undisturbed.step != disturbed.step:
         found.append(f"the last checkpoint is of step {disturbed.step:,}, undisturbed {undisturbed.step:,}")
     elif is_exact:
-        for name, expected in undisturbed.files.items():
-            if disturbed.files.get(name) != expected:
-                found.append(f"{name} of step {disturbed.step:,} has other bytes")
+        changed = [name for name, expected in undisturbed.files.items() if disturbed.files.get(name) != expected]
+        found += [f"{name} of step {disturbed.step:,} has other bytes" for name in changed]
     expected_losses, losses = dict(undisturbed.losses), dict(disturbed.losses)
     counts = Counter(step for step, _ in disturbed.losses)
     found += [f"step {step:,} is logged {count} times" for step, count in counts.items() if count > 1]

@@ -26,20 +26,18 @@ function show(content) {
 }
 
 async function look() {
-  let answers = true;
   if (!document.hidden) {
+    let answers = false;
     try {
       const answer = await fetch("/api" + location.pathname, { cache: "no-cache" });
-      answers = answer.ok;
-      if (answers) {
+      if (answer.ok) {
         skewMs = Date.now() - Date.parse(answer.headers.get("Date"));
         const text = await answer.text();
         if (text !== shown) show(JSON.parse(text));
         shown = text;
+        answers = true;
       }
-    } catch {
-      answers = false;
-    }
+    } catch {}  // the server is away
     document.body.classList.toggle("away", !answers);
     showTimes();
   }
