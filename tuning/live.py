@@ -11,7 +11,7 @@ from rich.text import Text
 
 from sigray.orchestrator.run.progress import Display
 from sigray.tuning.study import Study
-from sigray.tuning.table import Row, Table
+from sigray.tuning.table import Table
 
 _MAX_ROWS = 40  # on a terminal
 
@@ -26,17 +26,12 @@ def value_text(value: Any) -> str:
 
 
 class LiveTable:
-    """Show the table of a sweep while it fills.
-
-    Args:
-        display: of the sweep.
-        study: of the sweep.
-    """
+    """Show the table of a sweep while it fills."""
 
     def __init__(self, display: Display, study: Study) -> None:
         self._display, self._study = display, study
         self._live: Live | None = None
-        self._printed: dict[int, tuple[int, int, str]] = {}  # results, decisions and status of each trial
+        self._printed: dict[int, tuple[int, str]] = {}  # number of decisions and status of each trial
 
     def start(self, table: Table, at_once: int, num_streams: int) -> None:
         """Print the plan of the sweep and start the live table."""
@@ -54,19 +49,23 @@ class LiveTable:
             f"streams  {num_streams}, each read by the trials that have the same data and seed\n"
             f"output   {config.folder / 'trials'}/trial-*.log"
         )
-        for row in table.rows.values():
-            self._printed[row.number] = _state(row)
+        self._printed = {number: (len(row.decided), row.status) for number, row in table.rows.items()}
         if self._display.console.is_terminal:
             self._live = Live(console=self._display.console, refresh_per_second=2, transient=True)
             self._live.start()
 
     def show(self, table: Table, lines: dict[int, dict[str, float]], running: Iterable[int]) -> None:
         """Print what is new in the table, and redraw the live table."""
-        running = set(running)
-        for number, row in sorted(table.rows.items()):
-            if self._printed.get(number) != _state(row):
-                self._print(row, self._printed.get(number, (0, 0, "")))
-                self._printed[number] = _state(row)
+        for number, row in table.rows.items():
+            num_decided, status = self._printed.get(number, (0, ""))
+            self._printed[number] = (len(row.decided), row.status)
+            name = f"trial {number} ({words(row.values)}, seed {row.seed})"
+            for result in row.decided[num_decided:]:
+                word = {"go on": "goes on", "stop": "stops"}[str(result.answer)]
+                why = f": {result.why}" if result.why else ""
+                self._display.say(f"{name} at {result.samples_seen:,} samples: {result.value:.2%}, {word}{why}")
+            if row.status == "failed" and status != "failed":
+                self._display.say(f"{name} failed, the sweep goes on: {row.error}")
         if self._live is not None:
             self._live.update(results_table(table, self._study, lines, running))
 
@@ -74,20 +73,6 @@ class LiveTable:
         if self._live is not None:
             self._live.stop()
             self._live = None
-
-    def _print(self, row: Row, before: tuple[int, int, str]) -> None:
-        name = f"trial {row.number} ({words(row.values)}, seed {row.seed})"
-        decided = [result for result in row.results if result.answer is not None]
-        for result in decided[before[1] :]:
-            word = {"go on": "goes on", "stop": "stops"}[str(result.answer)]
-            why = f": {result.why}" if result.why else ""
-            self._display.say(f"{name} at {result.samples_seen:,} samples: {result.value:.2%}, {word}{why}")
-        if row.status == "failed" and before[2] != "failed":
-            self._display.say(f"{name} failed, the sweep goes on: {row.error}")
-
-
-def _state(row: Row) -> tuple[int, int, str]:
-    return len(row.results), sum(result.answer is not None for result in row.results), row.status
 
 
 def results_table(
@@ -100,13 +85,11 @@ def results_table(
     shown.add_column("trial", justify="right")
     for name in names:
         shown.add_column(name.rpartition(".")[2], justify="right")
-    for column in ("seed", "budget", "status", "samples", "figure", "loss", "samples/s"):
-        if (column == "seed" and len(study.config.seeds) == 1) or (
-            column == "budget" and len(study.config.budgets) == 1
-        ):
-            continue
+    has_seeds, has_budgets = len(study.config.seeds) > 1, len(study.config.budgets) > 1
+    optional = ["seed"] * has_seeds + ["budget"] * has_budgets
+    for column in (*optional, "status", "samples", "figure", "loss", "samples/s"):
         shown.add_column(column, justify="left" if column == "status" else "right")
-    rows = sorted(table.rows.values(), key=lambda row: row.number)
+    rows = list(table.rows.values())
     if len(rows) > _MAX_ROWS:
         best = sorted(rows, key=lambda row: -(row.results[-1].value if row.results else 0))
         first = [row for row in rows if row.number in running]
@@ -116,8 +99,7 @@ def results_table(
         status = "running" if row.number in running and not row.is_over else row.status
         seen = max(line.get("samples_seen", 0), row.samples_seen)
         cells = [str(row.number), *(value_text(row.values.get(name, "")) for name in names)]
-        cells += [str(row.seed)] if len(study.config.seeds) > 1 else []
-        cells += [f"{row.budget:,}"] if len(study.config.budgets) > 1 else []
+        cells += [str(row.seed)] * has_seeds + [f"{row.budget:,}"] * has_budgets
         cells += [status, f"{seen:,.0f}" if seen else ""]
         cells.append(f"{row.results[-1].value:.2%}" if row.results else "")
         cells.append(f"{line['train/loss']:.4f}" if "train/loss" in line else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 
@@ -27,7 +28,7 @@ def look_at_sweep(storage: Storage, address: str) -> Look:
     looks = _trials_at_work(storage, home, table)
     pages = f"/{RUNS.name}/{address.partition('/sweeps/')[2]}/trials"
     trials = {}
-    for number, row in sorted(table.rows.items()):
+    for number, row in table.rows.items():
         look = looks.get(number)
         trials[number] = Trial(
             f"{pages}/{trial_name(number)}" if row.results or look else "",
@@ -44,15 +45,13 @@ def look_at_sweep(storage: Storage, address: str) -> Look:
         "updated_at": updated_at,
         "trials": {
             number: {
-                "values": table.rows[number].values,
-                "seed": table.rows[number].seed,
-                "status": trial.status,
-                "samples_seen": trial.samples_seen,
-                "results": [
-                    (result.samples_seen, result.value, result.answer) for result in table.rows[number].results
-                ],
+                "values": row.values,
+                "seed": row.seed,
+                "status": trials[number].status,
+                "samples_seen": trials[number].samples_seen,
+                "results": [(result.samples_seen, result.value, result.answer) for result in row.results],
             }
-            for number, trial in trials.items()
+            for number, row in table.rows.items()
         },
         "has_report": has_report,
     }
@@ -80,12 +79,10 @@ def _trials_at_work(storage: Storage, home: Storage, table: Table) -> dict[int, 
     for row in table.rows.values():
         for place in (storage, home) if not row.is_over else ():
             folder = Storage(f"{place.uri}/trials/{trial_name(row.number)}")
-            if folder.exists(CONFIG):
-                try:
+            with contextlib.suppress(ConfigError):
+                if folder.exists(CONFIG):
                     looks[row.number] = look_at_run(folder, "")
-                except ConfigError:
-                    continue
-                break
+                    break
     return looks
 
 

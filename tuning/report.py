@@ -374,7 +374,8 @@ def _lines_panel(
             marker = "os^Dv*"[number % 6]
             axes.plot(at, means, color=color, marker=marker, linewidth=1.8, markersize=5, label=label)
             if any(len(values) > 1 for _, values in points):
-                low, high = ([bound(values) for _, values in points] for bound in (min, max))
+                low = [min(values) for _, values in points]
+                high = [max(values) for _, values in points]
                 axes.fill_between(at, low, high, color=color, alpha=0.18, linewidth=0)
         if chance:
             axes.axhline(chance, color=drawing.INK, linewidth=1.0, linestyle=(0, (4, 3)))

@@ -172,7 +172,7 @@ def random_uniform(*place: object) -> float:
 
 # ------------------------------------------------------------------------------------------- expressions
 
-_MATH = (math.log, math.log2, math.log10, math.exp, math.sqrt, min, max, round, math.floor, math.ceil, abs)
+_MATH: Any = (math.log, math.log2, math.log10, math.exp, math.sqrt, min, max, round, math.floor, math.ceil, abs)
 _FUNCTIONS: dict[str, Callable[..., Any]] = {function.__name__: function for function in _MATH}
 _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add,

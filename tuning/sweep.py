@@ -26,7 +26,6 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +37,7 @@ from sigray.orchestrator.resources import evaluation_resources, worker_resources
 from sigray.orchestrator.run.driver import train
 from sigray.orchestrator.run.preflight import scan
 from sigray.orchestrator.run.progress import Display
-from sigray.orchestrator.run.ray_session import ray_session, stop_on_signal
+from sigray.orchestrator.run.ray_session import cluster_address, ray_session, stop_on_signal
 from sigray.orchestrator.run.trial import TRIAL_CPUS, rung_step
 from sigray.tuning.capacity import Demand, Node, count_trials
 from sigray.tuning.feasible import feasible
@@ -95,8 +94,9 @@ def sweep(study: Study, console: Console | None = None, *, overwrite: bool = Fal
         if is_begun:
             _check_same(study, storage)
             display.say(f"{storage.uri} holds this sweep already: resuming it (--overwrite starts again)")
-        if _address(study):
-            stack.enter_context(ray_session(_base(study), display))
+        base = _base(study)
+        if cluster_address(base):
+            stack.enter_context(ray_session(base, display))
         driver = _Sweep(study, storage, display, lease)
         try:
             if not is_begun:
@@ -113,8 +113,8 @@ def sweep(study: Study, console: Console | None = None, *, overwrite: bool = Fal
         config.folder.mkdir(parents=True, exist_ok=True)
         (config.folder / STUDY).write_text(config.to_yaml())
         if not driver.is_done:
-            if not _address(study):
-                stack.enter_context(ray_session(_base(study), display, driver.num_local_trials))
+            if not cluster_address(base):
+                stack.enter_context(ray_session(base, display, driver.num_local_trials))
             stack.enter_context(driver)
             driver.run()
         write_report(study, storage, driver.table)
@@ -127,8 +127,7 @@ def sweep(study: Study, console: Console | None = None, *, overwrite: bool = Fal
 def plan(study: Study, console: Console) -> Any:
     """A table for the terminal of the trials known in advance, infeasible ones marked."""
     with tempfile.TemporaryDirectory(prefix="sigray-plan-") as folder:
-        storage = Storage(folder)
-        driver = _Sweep(study, storage, Display(console))
+        driver = _Sweep(study, Storage(folder), Display(console))
         driver.prepare()
         return results_table(driver.table, study)
 
@@ -160,7 +159,7 @@ class _Sweep:
         self._search = Search(self.study)
         self._writer = Writer(self.storage)
         self.table = self._writer.table
-        for row in self._in_order():
+        for row in self.table.rows.values():
             why = "" if row.is_over else self._check(row)
             if why:
                 raise ConfigError(f"trial {row.number} cannot continue: {why}")
@@ -177,7 +176,7 @@ class _Sweep:
         Raises:
             ConfigError: if one of them cannot run any more; then none is marked.
         """
-        failed = [row for row in self._in_order() if row.status == "failed"]
+        failed = [row for row in self.table.rows.values() if row.status == "failed"]
         for row in failed:
             why = self._check(row)
             if why:
@@ -209,16 +208,9 @@ class _Sweep:
         proposal = self._search.propose(number, outcomes)
         if proposal is None:
             return False
-        self._add(
-            {
-                "event": "trial",
-                "number": number,
-                "seed": proposal.seed,
-                "budget": proposal.budget,
-                "values": proposal.point.values,
-                "overrides": proposal.point.overrides,
-            }
-        )
+        point = proposal.point
+        event = {"event": "trial", "number": number, "seed": proposal.seed, "budget": proposal.budget}
+        self._add(event | {"values": point.values, "overrides": point.overrides})
         row = self.table.rows[number]
         why = self._check(row)
         if why:
@@ -277,12 +269,9 @@ class _Sweep:
     def run(self) -> None:
         """Let Ray Tune run the trials until all are over or the sweep is interrupted."""
         # We show our own table. Ray Tune shall write no log folders, handle no Ctrl-C and change no working directory.
-        for name, value in {
-            "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-            "TUNE_DISABLE_SIGINT_HANDLER": "1",
-            "RAY_CHDIR_TO_TRIAL_DIR": "0",
-        }.items():
-            os.environ[name] = value
+        os.environ.update(
+            TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", TUNE_DISABLE_SIGINT_HANDLER="1", RAY_CHDIR_TO_TRIAL_DIR="0"
+        )
         from ray import tune
 
         from sigray.tuning.tune_adapter import Trials, Watch
@@ -323,7 +312,8 @@ class _Sweep:
             return None
         while True:
             at_work = set(self._running.values())
-            row = next((row for row in self._in_order() if not row.is_over and row.number not in at_work), None)
+            waiting = (row for row in self.table.rows.values() if not row.is_over and row.number not in at_work)
+            row = next(waiting, None)
             if row is not None:
                 break
             if len(self.table.rows) == self._search.num_trials:
@@ -336,7 +326,6 @@ class _Sweep:
 
     def trial_ended(self, trial_id: str, error: str | None) -> None:
         """Record the end of a trial's process; `error` says why if it died too often."""
-
         number = self._running.pop(trial_id, None)
         self.look(at_once=True)
         if number is not None and not self.table.rows[number].is_over and not self.is_stopping:
@@ -367,9 +356,6 @@ class _Sweep:
     def num_streams(self) -> int:
         return len({self._stream_key(config) for config in self._configs.values()})
 
-    def _in_order(self) -> Iterator[Row]:
-        yield from (row for _, row in sorted(self.table.rows.items()))
-
     def _ask_to_stop(self) -> None:
         self.is_stopping = True
         self.display.say(
@@ -383,9 +369,13 @@ class _Sweep:
             self._capacity_at = time.monotonic()
             parallel = self.study.config.parallel
             most = min(self._search.num_trials, parallel or self._search.num_trials)
-            if not _address(self.study):
+            if not cluster_address(_base(self.study)):
                 most = min(most, self.num_local_trials)
-            count = count_trials(_nodes(self._foreign), self._pools_demand(), self._trial_demand(), most)
+            data = _base(self.study).data
+            pool = [{"CPU": data.cpus_per_worker}] * _num_data_workers(data.num_workers)
+            # Two streams are open at once while one seed ends and the next begins.
+            pools = Demand([], pool * min(2, max(1, self.num_streams)))
+            count = count_trials(_nodes(self._foreign), pools, self._trial_demand(), most)
             # A cluster may grow, or start empty: then a waiting trial names its pending reason.
             self._capacity = parallel or max(1, count)
         return self._capacity
@@ -402,12 +392,6 @@ class _Sweep:
         evaluation = _base(self.study).eval
         return [evaluation_resources(evaluation)] * evaluation.num_workers
 
-    def _pools_demand(self) -> Demand:
-        data = _base(self.study).data
-        pool = [{"CPU": data.cpus_per_worker}] * _num_data_workers(data.num_workers)
-        # Two streams are open at once while one seed ends and the next begins.
-        return Demand([], pool * min(2, max(1, self.num_streams)))
-
     def _assign_stream(self, number: int) -> None:
         """Assign a stream to a trial; start its data-shard workers with the first trial."""
         import ray
@@ -419,13 +403,9 @@ class _Sweep:
         if key not in self._pools:
             self._close_finished_pools()
             window = self._window(config, key)
-            data = config.data.model_copy(
-                update={
-                    "num_workers": _num_data_workers(config.data.num_workers),
-                    # For two groups of subscribers at different positions of the stream.
-                    "shared_blocks": max(config.data.shared_blocks, 2 * window),
-                }
-            )
+            num_workers = _num_data_workers(config.data.num_workers)
+            blocks = max(config.data.shared_blocks, 2 * window)  # two groups of subscribers at different positions
+            data = config.data.model_copy(update={"num_workers": num_workers, "shared_blocks": blocks})
             self._pools[key] = DataPool(self._manifest(config), data, config.model, seed=config.run.seed, window=window)
         ray.get(self._judge.assign.remote(number, [self._pools[key].registry], config.model_dump(mode="json")))
 
@@ -450,11 +430,8 @@ class _Sweep:
         """Close the pools of streams that no trial will read any more."""
         if self._search.needs_results:
             return
-        wanted = {
-            self._stream_key(self._configs[row.number])
-            for row in self.table.rows.values()
-            if not row.is_over and row.number in self._configs
-        }
+        waiting = [row.number for row in self.table.rows.values() if not row.is_over]
+        wanted = {self._stream_key(self._configs[number]) for number in waiting if number in self._configs}
         for key in self._pools.keys() - wanted:
             pool = self._pools.pop(key)
             self._note_costs(pool)
@@ -476,17 +453,9 @@ class _SweepTrial:
     """A trial as `train` sees it, see `sigray.orchestrator.run.trial.Trial`."""
 
     def __init__(
-        self,
-        judge: Any,
-        number: int,
-        config: RunConfig,
-        metric: str,
-        rungs: list[int],
-        passed: list[int],
-        pool: SharedPool,
+        self, judge: Any, number: int, metric: str, rungs: list[int], batch: int, passed: list[int], pool: SharedPool
     ) -> None:
         self._judge, self._number, self._metric, self.pool = judge, number, metric, pool
-        batch = config.train.global_batch_size
         self._rung_of_step = {rung_step(samples, batch): rung for rung, samples in enumerate(rungs)}
         self.rungs = tuple(rungs)
         self.passed = frozenset(step for step, rung in self._rung_of_step.items() if rung in passed)
@@ -502,14 +471,13 @@ class _SweepTrial:
 
         value = figure_of(evaluation, self._metric)
         rung = self._rung_of_step[evaluation["step"]]
-        more = {
-            "loss": line.get("train/loss"),
-            "figures": {task: evaluation[task] for task in ("zero_shot", "retrieval", "multilingual")},
-        }
-        asked = self._judge.decide.remote(self._number, rung, evaluation["samples_seen"], value, more)
+        seen = evaluation["samples_seen"]
+        loss = line.get("train/loss")
+        figures = {task: evaluation[task] for task in ("zero_shot", "retrieval", "multilingual")}
+        asked = self._judge.decide.remote(self._number, rung, seen, value, {"loss": loss, "figures": figures})
         answer: Answer = ray.get(asked)
         if answer != "wait":
-            tune.report({"samples_seen": evaluation["samples_seen"], "figure": value, "loss": more["loss"]})
+            tune.report({"samples_seen": seen, "figure": value, "loss": loss})
         return answer
 
 
@@ -529,7 +497,7 @@ def _run_trial(config: dict[str, Any], *, judge: Any, study: Study) -> None:
     run = parse_config(content, trial_name(number))
     rungs = study.config.rungs_of(run.train.num_samples)
     pool = SharedPool(stream[0], trial_name(number))
-    trial = _SweepTrial(judge, number, run, study.config.metric, rungs, passed, pool)
+    trial = _SweepTrial(judge, number, study.config.metric, rungs, run.train.global_batch_size, passed, pool)
     log = run.folder.parent / f"{trial_name(number)}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", buffering=1) as file:
@@ -555,12 +523,11 @@ def _train(run: RunConfig, console: Console, trial: _SweepTrial) -> None:
     while True:
         try:
             train(run, console, trial=trial)
+            return
         except RunHeld:
             if time.monotonic() > deadline:
                 raise
             time.sleep(1)
-        else:
-            return
 
 
 def figure_of(evaluation: dict[str, Any], metric: str) -> float:
@@ -575,10 +542,6 @@ def figure_of(evaluation: dict[str, Any], metric: str) -> float:
 
 def _base(study: Study) -> RunConfig:
     return parse_config(study.base, study.config.name)
-
-
-def _address(study: Study) -> str | None:
-    return study.base["cluster"]["address"] or os.environ.get("RAY_ADDRESS") or None
 
 
 def _num_data_workers(num_workers: int | tuple[int, int]) -> int:
@@ -628,13 +591,7 @@ def _nodes(foreign: dict[str, dict[str, float]]) -> list[Node]:
     """The nodes of the cluster with the resources that other jobs do not hold."""
     import ray
 
-    nodes = []
-    for node in ray.nodes():
-        if node["Alive"]:
-            used = foreign.get(node["NodeID"], {})
-            free = {name: amount - used.get(name, 0) for name, amount in node["Resources"].items()}
-            nodes.append(Node(free, node.get("Labels") or {}))
-    return nodes
+    return [Node(_less(node, foreign), node.get("Labels") or {}) for node in ray.nodes() if node["Alive"]]
 
 
 def _used_by_others() -> dict[str, dict[str, float]]:
@@ -643,10 +600,10 @@ def _used_by_others() -> dict[str, dict[str, float]]:
     from ray._private.state import available_resources_per_node  # Ray has no public function for this
 
     free = available_resources_per_node()
-    return {
-        node["NodeID"]: {
-            name: amount - free.get(node["NodeID"], {}).get(name, 0) for name, amount in node["Resources"].items()
-        }
-        for node in ray.nodes()
-        if node["Alive"]
-    }
+    return {node["NodeID"]: _less(node, free) for node in ray.nodes() if node["Alive"]}
+
+
+def _less(node: dict[str, Any], amounts: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The resources of one of Ray's nodes, less amounts by node id and resource."""
+    less = amounts.get(node["NodeID"], {})
+    return {name: amount - less.get(name, 0) for name, amount in node["Resources"].items()}

@@ -86,6 +86,10 @@ class Row:
         return json.dumps([self.budget, self.overrides], sort_keys=True)
 
     @property
+    def decided(self) -> list[Result]:
+        return [result for result in self.results if result.answer is not None]
+
+    @property
     def samples_seen(self) -> int:
         return self.results[-1].samples_seen if self.results else 0
 
