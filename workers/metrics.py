@@ -16,29 +16,17 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric.
+    """One metric."""
 
-    Attributes:
-        name: in Prometheus, without Ray's `ray_`.
-        title: of its panel.
-        unit: one that Grafana knows ("short" for a plain number).
-        group: the panel's row.
-        meaning: one sentence.
-        kind: gauge, or counter if it only grows.
-        key: in a line of metrics (`metrics.jsonl`); "" if the metric is set by name.
-        tags: labels besides `run`.
-        expr: PromQL of the panel; {name} is the exported name.
-    """
-
-    name: str
-    title: str
-    unit: str
-    group: str
-    meaning: str
-    kind: Literal["gauge", "counter"] = "gauge"
-    key: str = ""
-    tags: tuple[str, ...] = ()
-    expr: str = "{name}"
+    name: str  # in Prometheus, without Ray's `ray_`
+    title: str  # of its panel
+    unit: str  # one that Grafana knows ("short" for a plain number)
+    group: str  # the panel's row
+    meaning: str  # one sentence
+    kind: Literal["gauge", "counter"] = "gauge"  # a counter only grows
+    key: str = ""  # in a line of metrics (`metrics.jsonl`); "" if the metric is set by name
+    tags: tuple[str, ...] = ()  # labels besides `run`
+    expr: str = "{name}"  # PromQL of the panel; {name} is the exported name
 
     @property
     def exported(self) -> str:
@@ -90,8 +78,7 @@ METRICS = (
     Metric("sigray_checkpoint_every_s", "Checkpoint interval", "s", "Safety", "checkpoint.save_every_s of the config."),
     Metric("sigray_heard_time_s", "Silence", "s", "Safety", "Since the last heartbeat of the training workers.",
            expr="time() - {name}"),
-    Metric("sigray_restarts", "Restarts", "short", "Safety", "Attempts that ended before the run.",
-           "counter"),
+    Metric("sigray_restarts", "Restarts", "short", "Safety", "Attempts that ended before the run.", "counter"),
     Metric("sigray_bad_steps", "Bad steps", "short", "Safety", "Losses or gradients that were not finite, or leapt.",
            "counter"),
     Metric("sigray_training_workers", "Training workers", "short", "Safety", "Of this attempt."),
@@ -135,8 +122,6 @@ class RunMetrics(_Exporter):
     miss the time of the last heartbeat, so the driver calls `repeat` until it ends.
 
     Args:
-        run: its name.
-        save_every_s: checkpoint.save_every_s.
         clock: seconds of Unix time.
     """
 
@@ -195,11 +180,7 @@ class RunMetrics(_Exporter):
 
 
 class WorkerMetrics(_Exporter):
-    """A data-shard worker's counters.
-
-    Args:
-        run: name of the run.
-    """
+    """A data-shard worker's counters."""
 
     def __init__(self, run: str) -> None:
         super().__init__(run)

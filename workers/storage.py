@@ -94,11 +94,7 @@ class Storage:
         self.is_local = "://" not in text
         self.uri = os.path.abspath(text) if self.is_local else text.rstrip("/")
         try:
-            if self.is_local:
-                self.filesystem = fs.LocalFileSystem()
-                self.root = self.uri
-            else:
-                self.filesystem, self.root = fs.FileSystem.from_uri(self.uri)
+            self.filesystem, self.root = fs.FileSystem.from_uri(self.uri)
         except (OSError, ValueError) as error:
             raise StorageError(f"{self.uri}: {error}") from error
 
@@ -193,7 +189,7 @@ class Storage:
     def upload(self, local_file: Path, path: str) -> None:
         """Copy a local file into the folder."""
         final = self._at(path)
-        self.filesystem.create_dir(str(Path(final).parent), recursive=True)
+        self._make_folder(Path(final).parent)
         fs.copy_files(str(local_file), final, destination_filesystem=self.filesystem)
 
     def download(self, path: str, local_file: Path) -> None:

@@ -61,11 +61,9 @@ class Embedder:
         torch.set_num_threads(num_threads)
         self._model = model
         self._data = data
-        self._batch_size = embeddings.batch_size
+        self._embeddings = embeddings
         self._image_size = shapes(model)[0]
         self._store = EmbeddingStore(embeddings.store)
-        self._num_views = embeddings.num_views
-        self._dtype = embeddings.dtype
         self._dim = tower_config(model)["embed_dim"]
         self._device = open_device(accelerator, 0, precision, num_devices)
         module = build_initial_model(model).requires_grad_(False).eval()
@@ -79,24 +77,16 @@ class Embedder:
             StorageError: the store cannot be written.
         """
         results: list[tuple[TarSample, Tensor | str]] = []
-        num_views = self._num_views if part == "train" else 1
+        num_views = self._embeddings.num_views if part == "train" else 1
         decoder = Decoder(self._data, self._image_size)
         samples = read_samples(shard, self._data)
-        while batch := list(islice(samples, max(1, self._batch_size // num_views))):
+        while batch := list(islice(samples, max(1, self._embeddings.batch_size // num_views))):
             results += self._embed_batch(batch, decoder, num_views if part == "train" else None)
-        store_format = StoreFormat(self._dtype, self._dim, num_views)
+        store_format = StoreFormat(self._embeddings.dtype, self._dim, num_views)
         refused = Counter(result for _, result in results if isinstance(result, str))
         content = write_tar(results, store_format, kept_members(self._data))
-        stored = StoredShard(
-            part,
-            shard.url,
-            shard.num_bytes,
-            shard.fingerprint,
-            num_samples=len(results),
-            num_refused=refused.total(),
-            num_bytes=len(content),
-            refused=dict(refused),
-        )
+        source = (shard.url, shard.num_bytes, shard.fingerprint)
+        stored = StoredShard(part, *source, len(results), refused.total(), len(content), dict(refused))
         self._store.write(stored_name(shard), stored, content)
         return stored
 
@@ -131,7 +121,7 @@ class Embedder:
     def _forward(self, images: np.ndarray) -> Tensor:
         """(b, S, S, 3) uint8 -> (b, D) float32 of unit norm, on the host."""
         # Always the same shape: one program under XLA, and sums in the same order whatever samples were refused.
-        full = -(-self._batch_size // self._num_views) * self._num_views
+        full = -(-self._embeddings.batch_size // self._embeddings.num_views) * self._embeddings.num_views
         padded = np.zeros((max(full, len(images)), *images.shape[1:]), np.uint8)
         padded[: len(images)] = images
         pixels, _ = self._device.to_device(torch.from_numpy(padded), torch.zeros(len(padded), 1, dtype=torch.int32))

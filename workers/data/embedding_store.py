@@ -37,7 +37,6 @@ from sigray.workers.data.manifest import (
     Manifest,
     ParallelMap,
     Shard,
-    ShardFile,
     caption_member,
     in_threads,
     read_samples,
@@ -76,7 +75,6 @@ class StoreFormat:
 
     @property
     def numpy_dtype(self) -> Any:
-        """Return the numpy type; uint16 for bfloat16."""
         return _NUMPY[self.dtype]
 
     @property
@@ -282,7 +280,7 @@ class EmbeddingStore:
         return Manifest(tuple(shards), store=asdict(self.format()))
 
 
-def stored_name(source: Shard | ShardFile) -> str:
+def stored_name(source: Shard) -> str:
     """Return the name, without ending, of the tar with a shard's embeddings."""
     stem = source.url.rpartition("/")[2].removesuffix(".tar")
     what = f"{source.url} {source.num_bytes} {source.fingerprint}"

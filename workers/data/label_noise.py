@@ -46,10 +46,8 @@ class Noise:
         self._fraction = config.fraction
         self._seed = seed
         self._vocab_size = vocab_size
-        kinds = _KINDS[config.kind]
-        self._images = _IMAGE in kinds
-        self._texts = _TEXT in kinds
-        self.moves_captions = _ALIGNMENT in kinds
+        self._kinds = _KINDS[config.kind]
+        self.moves_captions = _ALIGNMENT in self._kinds
 
     def caption_rows(self, samples: np.ndarray) -> np.ndarray:
         """Return (B,): for each pair of the global batch, the pair whose caption it gets.
@@ -73,11 +71,11 @@ class Noise:
             images: (b, S, S, 3) uint8.
             tokens: (b, T) int32, already those of `caption_rows`.
         """
-        if self._images:
+        if _IMAGE in self._kinds:
             for row in np.flatnonzero(self._is_chosen(samples, _IMAGE)):
                 random = self._random(samples[row], _IMAGE)
                 images[row] = np.frombuffer(random.bytes(images[row].size), np.uint8).reshape(images[row].shape)
-        if self._texts:
+        if _TEXT in self._kinds:
             for row in np.flatnonzero(self._is_chosen(samples, _TEXT)):
                 random = self._random(samples[row], _TEXT)
                 length = random.randint(1, tokens.shape[1] + 1)

@@ -671,7 +671,6 @@ class S3Stream:
 
     Args:
         info: the object, as listed: an object of another ETag is an error.
-        s3: settings of the store.
         start: first byte.
         part_bytes: of one ranged GET.
         draw: random numbers from 0 to 1, for the waits between tries.
@@ -680,7 +679,6 @@ class S3Stream:
 
     Attributes:
         position: of the next byte.
-        num_bytes: of the object.
         retries: number of repeated requests, by kind of failure.
         num_parts: parts to prefetch in threads now; 0: the reader reads directly.
     """
@@ -745,8 +743,7 @@ class S3Stream:
     def close(self) -> None:
         """Stop the downloads; views that were read stay valid."""
         # If the reader never waited for a thread, the store is fast or the reader slow: the next one reads directly.
-        needs_none = not self._has_waited and not self._is_first_part
-        self._fetcher.store.num_parts = 0 if needs_none else self.num_parts
+        self._fetcher.store.num_parts = self.num_parts if self._has_waited or self._is_first_part else 0
         self._end()
         self._disconnect()
         self._release_view()

@@ -25,6 +25,7 @@ from sigray.workers.model.inputs import open_clip_folder, tower_config
 
 if TYPE_CHECKING:
     import tokenizers
+    from tokenizers.normalizers import Sequence as Normalizer
 
 Tokenizer = Callable[[list[str]], np.ndarray]
 """n captions -> (n, T) int32."""
@@ -47,7 +48,12 @@ def build_tokenizer(model: ModelConfig, context_length: int, vocab_size: int) ->
         ValueError: the file is missing, or has more tokens than the text tower has rows.
     """
     if model.tokenizer == "open_clip":
-        return _open_clip_tokenizer(model, context_length)
+        if is_plain(model.name, tower_config(model)["text_cfg"]):
+            return _ClipTokenizer(context_length)
+        import open_clip
+
+        encode = open_clip.get_tokenizer(model.name, context_length=context_length)
+        return lambda captions: encode(captions).numpy().astype(np.int32)
     from tokenizers import Tokenizer as HFTokenizer
 
     path = Path(model.tokenizer)
@@ -69,16 +75,6 @@ def build_tokenizer(model: ModelConfig, context_length: int, vocab_size: int) ->
     return tokenize
 
 
-def _open_clip_tokenizer(model: ModelConfig, context_length: int) -> Tokenizer:
-    text = tower_config(model)["text_cfg"]
-    if is_plain(model.name, text):
-        return _ClipTokenizer(context_length)
-    import open_clip
-
-    encode = open_clip.get_tokenizer(model.name, context_length=context_length)
-    return lambda captions: encode(captions).numpy().astype(np.int32)
-
-
 def is_plain(name: str | None, text: dict[str, Any]) -> bool:
     """Return whether open_clip uses its own BPE, without options, for a model.
 
@@ -88,11 +84,8 @@ def is_plain(name: str | None, text: dict[str, Any]) -> bool:
         name: of the model; None for the user's own towers.
         text: the config of its text tower.
     """
-    if name is None:
-        return True
-    return not (
-        text.get("hf_tokenizer_name") or text.get("tokenizer_kwargs") or ":" in name or "siglip" in name.lower()
-    )
+    has_options = text.get("hf_tokenizer_name") or text.get("tokenizer_kwargs")
+    return name is None or not (has_options or ":" in name or "siglip" in name.lower())
 
 
 class _ClipTokenizer:
@@ -191,9 +184,7 @@ def train_tokenizer(
     return tokenizer
 
 
-def _train_bpe(
-    captions: list[str], vocab_size: int, normalizer: tokenizers.normalizers.Sequence
-) -> tokenizers.Tokenizer:
+def _train_bpe(captions: list[str], vocab_size: int, normalizer: Normalizer) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer as HFTokenizer
     from tokenizers import models, pre_tokenizers, trainers
 
@@ -210,9 +201,7 @@ def _train_bpe(
     return tokenizer
 
 
-def _train_unigram(
-    captions: list[str], vocab_size: int, normalizer: tokenizers.normalizers.Sequence
-) -> tokenizers.Tokenizer:
+def _train_unigram(captions: list[str], vocab_size: int, normalizer: Normalizer) -> tokenizers.Tokenizer:
     """Train Unigram pieces by rounds of segmentation and pruning.
 
     The library's UnigramTrainer sums floats in the order of a hash map: three runs gave three files (0.23.3). This
