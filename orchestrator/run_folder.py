@@ -15,6 +15,7 @@ Copies of config.yaml and manifest.json stand beside the checkpoints, so a run c
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
@@ -29,7 +30,6 @@ from sigray.workers.storage import Storage
 
 CONFIG, MANIFEST, METRICS, SUMMARY = "config.yaml", "manifest.json", "metrics.jsonl", "summary.json"
 EVENTS, EVALUATIONS, REPORT = "events.jsonl", "evaluations", "report.html"
-_RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 class RunFolder:
@@ -64,13 +64,6 @@ class RunFolder:
             (self.path / name).write_text(text)
             self.storage.write(name, text.encode())
 
-    def forget_ray_checkpoints(self) -> None:
-        """Delete Ray Train's record of an earlier attempt.
-
-        Our own commit files say which checkpoints exist.
-        """
-        self.storage.delete(_RAY_SNAPSHOT)
-
     def manifest(self) -> Manifest:
         """Return the manifest that the run began with."""
         return Manifest.from_json(json.loads(self.storage.read(MANIFEST)))
@@ -102,10 +95,8 @@ class RunFolder:
         path = self.path / METRICS
         lines = []
         for line in path.read_text().splitlines() if path.exists() else []:
-            try:
+            with contextlib.suppress(ValueError):
                 lines.append(json.loads(line))
-            except ValueError:
-                continue
         return lines
 
     def save_evaluation(self, result: dict[str, Any]) -> None:

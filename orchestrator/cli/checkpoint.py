@@ -53,8 +53,8 @@ def export(options: Namespace, console: Console) -> None:
     run, config, checkpoint = _find_checkpoint(options.checkpoint)
     from sigray.orchestrator.run.export import export_run
 
-    made = export_run(config, checkpoint, options.format, options.out, overwrite=options.overwrite)
-    say(console, f"checkpoint {checkpoint.name} of {run}", *made.remarks, f"exported: {made.path}")
+    path, remarks = export_run(config, checkpoint, options.format, options.out, overwrite=options.overwrite)
+    say(console, f"checkpoint {checkpoint.name} of {run}", *remarks, f"exported: {path}")
 
 
 def _find_checkpoint(place: str) -> tuple[str, RunConfig, Any]:

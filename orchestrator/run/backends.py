@@ -22,7 +22,7 @@ from sigray.orchestrator.resources import worker_resources
 if TYPE_CHECKING:
     from ray.train import ScalingConfig
 
-_PROCESS_GROUP_TIMEOUT_S = 1800
+_PROCESS_GROUP_TIMEOUT = timedelta(seconds=1800)
 _START_ERROR = "SIGRAY_START_ERROR"
 _SLICE_LABEL, _WORKER_ID_LABEL = "ray.io/tpu-slice-name", "ray.io/tpu-worker-id"
 
@@ -40,15 +40,14 @@ def scaling_config(cluster: ClusterConfig, num_workers: int) -> ScalingConfig:
     """Return how Ray Train places a worker group; a TPU slice is reserved as a whole."""
     import ray.train
 
-    reserves_slices = cluster.tpu_type is not None
-    slices = {"topology": cluster.tpu_topology, "accelerator_type": cluster.tpu_type} if reserves_slices else {}
     config: Any = ray.train.ScalingConfig  # mypy sees the class of Ray Train v1
     return config(
         num_workers=num_workers,
         use_gpu=cluster.accelerator == "cuda",
-        use_tpu=reserves_slices or cluster.accelerator == "tpu",
+        use_tpu=cluster.tpu_type is not None or cluster.accelerator == "tpu",
         resources_per_worker=worker_resources(cluster),
-        **slices,
+        topology=cluster.tpu_topology,
+        accelerator_type=cluster.tpu_type,
     )
 
 
@@ -119,13 +118,8 @@ def _place() -> tuple[str, int]:
 def _start(rank: int, world_size: int, address: str) -> None:
     import torch.distributed as dist
 
-    dist.init_process_group(
-        "gloo",
-        init_method=address,
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=_PROCESS_GROUP_TIMEOUT_S),
-    )
+    timeout = _PROCESS_GROUP_TIMEOUT
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def _remember_start_error(message: str) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from sigray.orchestrator.config import RunConfig, check_resume
+from sigray.orchestrator.reports.run_page import write_report
 from sigray.orchestrator.run.evaluations import Evaluations, add_baselines, submit_evaluation
 from sigray.orchestrator.run.monitor import RunMonitor
 from sigray.orchestrator.run.preflight import check_model_and_sets, check_run
@@ -107,25 +108,21 @@ def train(
         supervisor = Supervisor(config, group, lease, records, evaluations, rungs, display)
 
         def sum_up(status: str) -> dict[str, Any]:
-            summary = summarize(
-                config,
-                folder,
-                manifest,
-                status=status,
-                facts=records.facts,
-                evaluation=evaluations.newest,
-                train_s=supervisor.train_s,
-                total_s=time.monotonic() - begin,
-            )
+            seconds = {"train_s": supervisor.train_s, "total_s": time.monotonic() - begin}
+            summary = summarize(config, folder, manifest, status, records.facts, evaluations.newest, **seconds)
             folder.save_summary(summary)
-            _write_report(folder)
+            write_report(folder.path)
             folder.upload_records()
             return summary
 
         try:
             status = supervisor.run()
             if profile is not None:
-                _save_timeline(folder)
+                import ray
+
+                path = folder.path / "profile" / "ray_timeline.json"  # mainly for the data-shard workers
+                path.parent.mkdir(exist_ok=True)
+                ray.timeline(filename=str(path))
             if status == "finished":
                 evaluations.finish()
                 if evaluations.newest is not None:
@@ -153,20 +150,5 @@ def evaluate(config: RunConfig, info: CheckpointInfo, console: Console) -> dict[
         add_baselines(config, result)
     if (folder.path / CONFIG).exists():
         folder.save_evaluation(result)
-        _write_report(folder)
+        write_report(folder.path)
     return result
-
-
-def _write_report(folder: RunFolder) -> None:
-    from sigray.orchestrator.reports.run_page import write_report
-
-    write_report(folder.path)
-
-
-def _save_timeline(folder: RunFolder) -> None:
-    """Save Ray's timeline of a profiled run, mainly for its data-shard workers."""
-    import ray
-
-    path = folder.path / "profile" / "ray_timeline.json"
-    path.parent.mkdir(exist_ok=True)
-    ray.timeline(filename=str(path))

@@ -20,7 +20,7 @@ from sigray.orchestrator.run.progress import Display
 from sigray.orchestrator.run.ray_session import ray_session
 from sigray.orchestrator.run.summary import environment
 from sigray.workers.data.embedding_store import Part, StoredShard, stored_name
-from sigray.workers.data.manifest import Manifest, Shard
+from sigray.workers.data.manifest import Shard
 from sigray.workers.data.tar import DataError
 from sigray.workers.evaluation.datasets import check_set, probe_set, scan_set
 
@@ -39,9 +39,8 @@ def embed(config: RunConfig, console: Console) -> str:
     """
     begin = time.monotonic()
     display = Display(console)
-    source = scan(
-        config.model_copy(update={"embeddings": config.embeddings.model_copy(update={"store": None})}), display
-    )
+    without_store = config.embeddings.model_copy(update={"store": None})
+    source = scan(config.model_copy(update={"embeddings": without_store}), display)
     sets = list(config.eval.sets.items())
     sets += [(name, probe_set(spec)) for name, spec in sets if spec.linear_probe is not None]
     for name, spec in sets:
@@ -49,10 +48,13 @@ def embed(config: RunConfig, console: Console) -> str:
     held_out = [scan_set(spec, config.data) for _, spec in sets]
     store, key, store_format = open_store(config)
     store.begin(key, store_format)
-    wanted = _wanted(source, held_out)
+    wanted: dict[tuple[Part, str], Shard] = {("train", shard.url): shard for shard in source.shards}
+    wanted |= {("eval", shard.url): shard for manifest in held_out for shard in manifest.shards}
     done = {part: store.complete(part) for part in ("train", "eval")}
-    missing = [(part, shard) for part, shard in wanted if stored_name(shard) not in done[part]]
-    num_images = sum(shard.num_samples for _, shard in wanted)
+    missing = [(part, shard) for (part, _), shard in wanted.items() if stored_name(shard) not in done[part]]
+    # The largest come first, so that no worker ends long after the others.
+    missing.sort(key=lambda item: (-item[1].num_samples, item[1].url))
+    num_images = sum(shard.num_samples for shard in wanted.values())
     if missing:
         to_do = sum(shard.num_samples for _, shard in missing)
         display.say(
@@ -72,18 +74,6 @@ def embed(config: RunConfig, console: Console) -> str:
     )
 
 
-def _wanted(source: Manifest, held_out: list[Manifest]) -> list[tuple[Part, Shard]]:
-    """Return the shards of a complete store.
-
-    The largest come first, so that no worker ends long after the others.
-    """
-    wanted: dict[tuple[Part, str], Shard] = {("train", shard.url): shard for shard in source.shards}
-    wanted |= {("eval", shard.url): shard for manifest in held_out for shard in manifest.shards}
-    return sorted(
-        ((part, shard) for (part, _), shard in wanted.items()), key=lambda item: (-item[1].num_samples, item[1].url)
-    )
-
-
 def _embed_all(config: RunConfig, missing: list[tuple[Part, Shard]], display: Display) -> int:
     """Embed all shards in actors of the cluster; return the number of actors."""
     import ray
@@ -94,16 +84,16 @@ def _embed_all(config: RunConfig, missing: list[tuple[Part, Shard]], display: Di
     cluster = config.cluster
     resources = worker_resources(cluster)
     num_workers = min(cluster.worker_range[1], len(missing))
-    actor_class: Any = ray.remote(Embedder)
+    actor_class: Any = ray.remote(
+        num_cpus=resources.pop("CPU"),
+        num_gpus=resources.pop("GPU", 0),
+        resources=resources,
+        # The work is a function of the shard: a repetition gives the same file.
+        max_restarts=-1,
+        max_task_retries=-1,
+    )(Embedder)
     actors = [
-        actor_class.options(
-            num_cpus=resources.get("CPU", 0),
-            num_gpus=resources.get("GPU", 0),
-            resources={name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")},
-            # The work is a function of the shard: a repetition gives the same file.
-            max_restarts=-1,
-            max_task_retries=-1,
-        ).remote(
+        actor_class.remote(
             config.model,
             config.data,
             config.embeddings,
@@ -115,7 +105,7 @@ def _embed_all(config: RunConfig, missing: list[tuple[Part, Shard]], display: Di
         for _ in range(num_workers)
     ]
     progress = _Progress(sum(shard.num_samples for _, shard in missing), config.data.max_bad_fraction, display)
-    waiting = list(reversed(missing))
+    waiting = missing[::-1]
     running: dict[Any, Any] = {}
 
     def submit(actor: Any) -> None:

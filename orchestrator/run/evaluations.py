@@ -58,10 +58,16 @@ class Evaluations:
                 return
             self._running = None
             try:
-                self._keep(ray.get(reference))
-                self._num_failures = 0
+                result = ray.get(reference)
             except ray.exceptions.RayError as error:
                 self._failed(info, error)
+            else:
+                self._num_failures = 0
+                self._records.evaluation(result)
+                self._mark_best(result)
+                if self.newest is None or result["step"] >= self.newest["step"]:
+                    self.newest = result
+                self._rungs.evaluated(result)
         while self._queue and self._running is None:
             info = self._queue.pop(0)
             if is_committed(self._folder.storage, info):
@@ -97,13 +103,6 @@ class Evaluations:
         if self._num_failures == _MAX_TRIES:
             raise RunFailed(f"the evaluation of {info.name} failed each time: {reason}") from error
         self._queue.insert(0, info)
-
-    def _keep(self, result: dict[str, Any]) -> None:
-        self._records.evaluation(result)
-        self._mark_best(result)
-        if self.newest is None or result["step"] >= self.newest["step"]:
-            self.newest = result
-        self._rungs.evaluated(result)
 
     def _mark_best(self, result: dict[str, Any]) -> None:
         """Mark the checkpoint as best if its figure exceeds that of the best so far."""
@@ -141,6 +140,6 @@ def add_baselines(config: RunConfig, result: dict[str, Any]) -> None:
     from sigray.workers.evaluation.evaluate import pixel_baseline
 
     if config.eval.pixel_baseline:
-        baselines = ray.get(ray.remote(num_cpus=1)(pixel_baseline).remote(config.data, config.eval))
-        for name, baseline in baselines.items():
+        task = ray.remote(num_cpus=1)(pixel_baseline).remote(config.data, config.eval)
+        for name, baseline in ray.get(task).items():
             result["zero_shot"][name]["pixel_baseline_top1"] = baseline

@@ -10,12 +10,11 @@ import importlib.resources
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sigray.orchestrator.config import ConfigError, RunConfig
-from sigray.orchestrator.run_folder import SUMMARY, RunFolder
+from sigray.orchestrator.run_folder import EVALUATIONS, SUMMARY, RunFolder
 from sigray.workers.checkpoint.index import CheckpointInfo
 from sigray.workers.data.manifest import Manifest
 from sigray.workers.data.tar import DataError
@@ -27,22 +26,14 @@ _MAX_TEXTS = 2000  # to compare
 _SOME_TEXTS = ("a photo of a cat", "two dogs, one ball", "rain")
 
 
-@dataclass(frozen=True)
-class Exported:
-    """Result of `export_run`: the folder, and remarks about it."""
-
-    path: Path
-    remarks: list[str]
-
-
-def export_run(config: RunConfig, info: CheckpointInfo, form: str, out: Path | None, *, overwrite: bool) -> Exported:
-    """Write a checkpoint in one of the formats of `workers/model/export.py`.
+def export_run(
+    config: RunConfig, info: CheckpointInfo, form: str, out: Path | None, *, overwrite: bool
+) -> tuple[Path, list[str]]:
+    """Write a checkpoint as `workers/model/export.py` can; return folder and remarks.
 
     An open_clip export is loaded again and its features are compared.
 
     Args:
-        config: of the run.
-        info: the checkpoint.
         form: open_clip, safetensors or onnx.
         out: the folder to write; None: RUN/export/FORM.
         overwrite: delete an earlier export first.
@@ -98,7 +89,7 @@ def export_run(config: RunConfig, info: CheckpointInfo, form: str, out: Path | N
         if path.exists():
             shutil.rmtree(path)
         staging.rename(path)
-    return Exported(path, remarks)
+    return path, remarks
 
 
 def model_card(
@@ -117,33 +108,19 @@ def model_card(
     """
     from jinja2 import Environment, StrictUndefined
 
+    from sigray.workers.model.export import preprocessing
+
     template = importlib.resources.files("sigray.orchestrator.run").joinpath("card.md.j2").read_text(encoding="utf-8")
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["percent"] = lambda rate: f"{rate:.2%}"
-    datasets = [
-        {
-            "name": name or "training data",
-            "samples": sum(shard.num_samples for shard in shards),
-            "shards": len(shards),
-            "megabytes": sum(shard.num_bytes for shard in shards) / 1e6,
-            "first": shards[0].url.rpartition("/")[2],
-            "last": shards[-1].url.rpartition("/")[2],
-        }
-        for name, shards in manifest.datasets().items()
-    ]
-    from sigray.workers.model.export import preprocessing
-
     return environment.from_string(template).render(
         config=config,
         info=info,
         form=form,
-        datasets=datasets,
-        num_samples=manifest.num_samples,
-        zero_shot=figures.get("zero_shot", {}),
-        retrieval=figures.get("retrieval", {}),
-        languages=figures.get("languages", {}),
+        manifest=manifest,
+        **{name: figures.get(name, {}) for name in ("zero_shot", "retrieval", "languages")},
         million_parameters=num_parameters / 1e6,
         preprocessing=preprocessing(config.model),
         remarks=remarks,
@@ -166,16 +143,10 @@ def _texts_of(config: RunConfig) -> list[str]:
 
 def _figures(run: RunFolder, info: CheckpointInfo) -> dict[str, Any]:
     """Return the evaluation of this checkpoint from the run's records, if any."""
-    name = f"evaluations/step-{info.step:010d}.json"
-    for content in (_read(run, name), _read(run, SUMMARY)):
-        if content.get("samples_seen") == info.samples_seen:
-            return content
+    for name in (f"{EVALUATIONS}/step-{info.step:010d}.json", SUMMARY):
+        local = run.path / name
+        with contextlib.suppress(OSError, ValueError):
+            content = json.loads(local.read_text() if local.exists() else run.storage.read(name))
+            if content.get("samples_seen") == info.samples_seen:
+                return content
     return {}
-
-
-def _read(run: RunFolder, name: str) -> dict[str, Any]:
-    local = run.path / name
-    try:
-        return json.loads(local.read_text() if local.exists() else run.storage.read(name))
-    except (OSError, ValueError):
-        return {}

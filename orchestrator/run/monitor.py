@@ -78,34 +78,30 @@ class RayHooks:
         """Post the handle of this training worker, by which the driver can kill it."""
         import ray
 
-        self._post("joined", ray.get_runtime_context().current_actor)
+        self._call("post", "joined", ray.get_runtime_context().current_actor)
 
     def started(self, facts: dict[str, Any]) -> None:
-        self._post("started", facts)
+        self._call("post", "started", facts)
 
     def record(self, metrics: dict[str, float]) -> Request:
-        import ray
-
-        return ray.get(self._monitor.record.remote(metrics))
+        return self._call("record", metrics)
 
     def checkpointed(self, info: CheckpointInfo) -> None:
-        self._post("checkpoint", asdict(info))
+        self._call("post", "checkpoint", asdict(info))
 
     def ask(self, step: int) -> Answer:
-        import ray
-
-        return ray.get(self._monitor.ask.remote(step))
+        return self._call("ask", step)
 
     def warn(self, message: str) -> None:
-        self._post("warning", message)
+        self._call("post", "warning", message)
 
     def failed(self, error: BaseException) -> None:
         """Post the error of this training worker; Ray Train passes on only one."""
         # In a list: Ray takes an argument that is an error of its own for a failure to compute the argument.
         with contextlib.suppress(Exception):  # Ray Train reports an error that cannot be sent
-            self._post("failed", [error])
+            self._call("post", "failed", [error])
 
-    def _post(self, kind: str, content: Any) -> None:
+    def _call(self, method: str, *arguments: Any) -> Any:
         import ray
 
-        ray.get(self._monitor.post.remote(kind, content))
+        return ray.get(getattr(self._monitor, method).remote(*arguments))

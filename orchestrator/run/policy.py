@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -82,7 +83,7 @@ _BROKEN_CONNECTIONS = (
 )
 
 
-def classify_failure(errors: Iterable[BaseException]) -> tuple[Failure, BaseException]:
+def classify_failure(errors: Sequence[BaseException]) -> tuple[Failure, BaseException]:
     """Return the cause of an attempt's end, and the error that shows the cause.
 
     Permanent errors outrank transient ones. A worker death outranks the connection errors that it caused.
@@ -90,15 +91,14 @@ def classify_failure(errors: Iterable[BaseException]) -> tuple[Failure, BaseExce
     Args:
         errors: of all training workers.
     """
-    errors = list(errors)
     broken = [error for error in errors if any(text in str(error) for text in _BROKEN_CONNECTIONS)]
-    names = [
-        (error, {kind.__name__ for kind in type(error).__mro__} - ({"ValueError"} if error in broken else set()))
-        for error in errors
-    ]
 
     def first(kinds: set[str]) -> BaseException | None:
-        return next((error for error, of_one in names if of_one & kinds), None)
+        for error in errors:
+            names = {kind.__name__ for kind in type(error).__mro__} - ({"ValueError"} if error in broken else set())
+            if names & kinds:
+                return error
+        return None
 
     for name, failure in _PERMANENT.items():
         if (error := first({name})) is not None:
@@ -156,15 +156,14 @@ def after_failure(attempts: Sequence[Attempt], max_failures_per_hour: int) -> Re
 
     Args:
         attempts: failed attempts, oldest first; the decision is about the newest.
-        max_failures_per_hour: cluster.max_failures_per_hour.
     """
     newest = attempts[-1]
     if newest.failure in (Failure.INPUT, Failure.BAD_STEP, Failure.MEMORY):
         return GiveUp()
-    if len(attempts) > 1 and newest.failure is Failure.ERROR:
-        before = attempts[-2]
-        if (before.last_step, before.message) == (newest.last_step, newest.message):
-            return GiveUp("the same error came twice at the same step")
+    if newest.failure is Failure.ERROR and any(
+        (before.last_step, before.message) == (newest.last_step, newest.message) for before in attempts[-2:-1]
+    ):
+        return GiveUp("the same error came twice at the same step")
     counted = [
         attempt
         for attempt in attempts
@@ -174,11 +173,8 @@ def after_failure(attempts: Sequence[Attempt], max_failures_per_hour: int) -> Re
         return GiveUp(
             f"{len(counted)} failures within an hour, cluster.max_failures_per_hour={max_failures_per_hour} are allowed"
         )
-    num_stuck = 0
-    for attempt in reversed(attempts):
-        if attempt.last_step > attempt.first_step:
-            break
-        num_stuck += 1
+    stuck = itertools.takewhile(lambda attempt: attempt.last_step <= attempt.first_step, reversed(attempts))
+    num_stuck = sum(1 for _ in stuck)
     return Retry(min(_FIRST_PAUSE_S * 2 ** (num_stuck - 1), _LONGEST_PAUSE_S) if num_stuck else 0.0)
 
 
@@ -195,9 +191,7 @@ def choose_size(sizes: Sequence[int], fitting: int, waited_s: float, patience_s:
         patience_s: cluster.shrink_after_s.
     """
     best = next((size for size in sizes if size <= fitting), None)
-    if best == sizes[0] or waited_s >= patience_s:
-        return best
-    return None
+    return best if best == sizes[0] or waited_s >= patience_s else None
 
 
 def after_bad_step(step: int, left_out: Sequence[int], on_bad_loss: str) -> Retry | GiveUp:
@@ -206,7 +200,6 @@ def after_bad_step(step: int, left_out: Sequence[int], on_bad_loss: str) -> Retr
     Args:
         step: the bad step, counted from 1.
         left_out: earlier steps whose batches are left out.
-        on_bad_loss: train.on_bad_loss.
     """
     if on_bad_loss == "stop":
         return GiveUp("train.on_bad_loss=rewind would go back and leave the batch of that step out")

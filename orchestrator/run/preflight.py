@@ -53,28 +53,21 @@ def scan(config: RunConfig, display: Display) -> Manifest:
     """
     from sigray.workers.data.pool import in_tasks
 
+    said_at = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal said_at
+        if not done:
+            display.say(f"reading the headers of {total:,} shards")
+        elif time.monotonic() - said_at > _LINE_S:
+            said_at = time.monotonic()
+            display.say(f"read the headers of {done:,} of {total:,} shards")
+
     parallel_map = in_tasks if cluster_address(config) else in_threads
-    manifest = scan_shards(config.data.shards, config.data, _ScanProgress(display), parallel_map)
+    manifest = scan_shards(config.data.shards, config.data, show, parallel_map)
     if config.embeddings.store is None:
         return manifest
     return check_store(config).manifest(manifest, config.data, parallel_map)
-
-
-class _ScanProgress:
-    """Say that headers of shards are read, and how many have been read."""
-
-    def __init__(self, display: Display) -> None:
-        self._display = display
-        self._said_at = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        if not done:
-            self._display.say(f"reading the headers of {total:,} shards")
-        elif time.monotonic() - self._said_at > _LINE_S:
-            self._display.say(f"read the headers of {done:,} of {total:,} shards")
-        else:
-            return
-        self._said_at = time.monotonic()
 
 
 def check_batch(config: RunConfig, manifest: Manifest) -> None:
@@ -143,9 +136,8 @@ def open_store(config: RunConfig) -> tuple[EmbeddingStore, dict[str, Any], Store
         raise ConfigError("embeddings.store is not set: give the folder or s3:// prefix of the store")
     torch.manual_seed(config.run.seed)
     tower = build_initial_model(config.model).eval().get_submodule("visual")
-    key = store_key(
-        config.model, config.data, config.embeddings, sha256=tower_sha256(tower), precision=config.train.precision
-    )
+    sha256 = tower_sha256(tower)
+    key = store_key(config.model, config.data, config.embeddings, sha256=sha256, precision=config.train.precision)
     size = shapes(config.model)[0]
     dim = tower_config(config.model)["embed_dim"]
     with torch.inference_mode():
@@ -155,8 +147,5 @@ def open_store(config: RunConfig) -> tuple[EmbeddingStore, dict[str, Any], Store
             f"model: the image tower gives {shape} for one image, the text tower {dim} numbers: set "
             f"model.towers.embed_dim={shape[-1]}"
         )
-    return (
-        EmbeddingStore(config.embeddings.store),
-        key,
-        StoreFormat(config.embeddings.dtype, dim, config.embeddings.num_views),
-    )
+    store_format = StoreFormat(config.embeddings.dtype, dim, config.embeddings.num_views)
+    return EmbeddingStore(config.embeddings.store), key, store_format

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console, Group
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -65,9 +65,11 @@ class Display:
         self._num_samples = facts["num_steps"] * facts["global_batch_size"]
         self._first = None
         if self.console.is_terminal:
-            self._stop_progress()
-            self._progress = Progress(TextColumn("{task.description}"), BarColumn(), _TimeLeft(), console=self.console)
-            self._bar = self._progress.add_task("starting", total=self._num_samples, left_s=None)
+            self.close()
+            # Time left by the rate since the start: rich's own estimate jumps at each checkpoint.
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
+            self._progress = Progress(*columns, console=self.console)
+            self._bar = self._progress.add_task("starting", total=self._num_samples, left="")
             self._progress.update(self._bar, completed=facts["first_step"] * facts["global_batch_size"])
             self._progress.start()
 
@@ -83,17 +85,19 @@ class Display:
         now = time.monotonic()
         if self._first is None:
             self._first = (now, samples)
-        rate = (samples - self._first[1]) / (now - self._first[0]) if samples > self._first[1] else None
-        left_s = (self._num_samples - samples) / rate if rate else None
+        left = ""
+        if samples > self._first[1]:
+            rate = (samples - self._first[1]) / (now - self._first[0])
+            left = f"{format_duration((self._num_samples - samples) / rate)} left"
         text = (
             f"step {line['step']:>6,.0f}  samples {samples:>9,.0f}  loss {line['train/loss']:7.4f}  "
             f"scale {line['train/logit_scale']:6.2f}  bias {line['train/logit_bias']:7.2f}  "
             f"{line['throughput/samples_per_s']:6,.0f} samples/s  data wait {line['data/wait_pct']:4.1f} %"
         )
         if self._progress is not None:
-            self._progress.update(self._bar, description=text, completed=samples, left_s=left_s)
+            self._progress.update(self._bar, description=text, completed=samples, left=left)
         else:
-            self._print(text + (f"  {format_duration(left_s)} left" if left_s is not None else ""))
+            self._print(f"{text}  {left}" if left else text)
 
     def evaluation(self, result: dict[str, Any]) -> None:
         """Print a line per zero-shot set of an evaluated checkpoint."""
@@ -105,23 +109,9 @@ class Display:
             )
 
     def close(self) -> None:
-        self._stop_progress()
-
-    def _stop_progress(self) -> None:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-
-
-class _TimeLeft(ProgressColumn):
-    """Time left by the rate since the start.
-
-    Rich's own estimate jumps at each checkpoint.
-    """
-
-    def render(self, task: Task) -> Text:
-        left_s = task.fields.get("left_s")
-        return Text(f"{format_duration(left_s)} left" if left_s is not None else "")
 
 
 def figures_table(result: dict[str, Any]) -> Group:

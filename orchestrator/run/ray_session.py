@@ -104,14 +104,11 @@ def _own_resources(config: RunConfig, num_trials: int) -> tuple[float, dict[str,
         + num_runs * config.eval.num_workers * config.eval.cpus_per_worker
         + num_trials * TRIAL_CPUS
     )
-    resources: dict[str, float] = {}
-    for of_worker, num_workers in (
-        (cluster.resources_per_worker, num_training_workers),
-        (data.resources_per_worker, num_data_workers),
-    ):
-        for name, amount in of_worker.items():
-            resources[name] = resources.get(name, 0) + amount * num_workers
-    return num_cpus, resources
+    training, decoding = cluster.resources_per_worker, data.resources_per_worker
+    return num_cpus, {
+        name: training.get(name, 0) * num_training_workers + decoding.get(name, 0) * num_data_workers
+        for name in training | decoding
+    }
 
 
 def _ray_processes() -> dict[int, str]:
@@ -165,19 +162,13 @@ def stop_on_signal(stop: Callable[[], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with contextlib.ExitStack() as earlier_handlers:
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        def handle(number: int, frame: Any) -> None:
+            earlier_handlers.close()
+            stop()
 
-    def handle(number: int, frame: Any) -> None:
-        restore()
-        stop()
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            earlier_handlers.callback(signal.signal, number, signal.getsignal(number))
+            signal.signal(number, handle)
         yield
-    finally:
-        restore()

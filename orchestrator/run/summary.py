@@ -18,10 +18,10 @@ def summarize(
     config: RunConfig,
     folder: RunFolder,
     manifest: Manifest,
-    *,
     status: str,
     facts: dict[str, Any],
     evaluation: dict[str, Any] | None,
+    *,
     train_s: float,
     total_s: float,
 ) -> dict[str, Any]:
@@ -35,7 +35,6 @@ def summarize(
     """
     lines = folder.metrics()
     newest = lines[-1] if lines else {}
-    evaluation = evaluation or {}
     return {
         "name": config.run.name,
         "status": status,
@@ -47,9 +46,7 @@ def summarize(
         "facts": facts,
         "data": data_facts(manifest),
         "embeddings": _embedding_facts(config),
-        "zero_shot": evaluation.get("zero_shot", {}),
-        "retrieval": evaluation.get("retrieval", {}),
-        "linear_probe": evaluation.get("linear_probe", {}),
+        **{task: (evaluation or {}).get(task, {}) for task in ("zero_shot", "retrieval", "linear_probe")},
         "environment": environment(),
     }
 
@@ -107,5 +104,5 @@ def _processor() -> str:
     """Return the model name of the processor."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())

@@ -17,19 +17,8 @@ from sigray.orchestrator.batch import micro_batch, usable_sizes
 from sigray.orchestrator.config import RunConfig
 from sigray.orchestrator.formatting import format_duration
 from sigray.orchestrator.resources import worker_resources
+from sigray.orchestrator.run import policy
 from sigray.orchestrator.run.evaluations import Evaluations
-from sigray.orchestrator.run.policy import (
-    Attempt,
-    Failure,
-    GiveUp,
-    Retry,
-    RunFailed,
-    after_bad_step,
-    after_failure,
-    choose_size,
-    classify_failure,
-    wanted_data_workers,
-)
 from sigray.orchestrator.run.progress import Display
 from sigray.orchestrator.run.ray_session import stop_on_signal
 from sigray.orchestrator.run.trackers import RunRecords
@@ -41,7 +30,6 @@ from sigray.workers.checkpoint.writer import leave_out, read_left_out
 
 if TYPE_CHECKING:
     from sigray.workers.data.pool import DataPool, SharedPool
-    from sigray.workers.training.step import BadStep
 
 _POLL_S = 0.5
 _PLACEMENT_TIMEOUT_S = 1.0  # of a placement group whose resources are free
@@ -69,7 +57,7 @@ class Supervisor:
     train_s: float = 0.0
     _stop: threading.Event = field(default_factory=threading.Event)
     _training_since: float | None = None
-    _failed: list[Attempt] = field(default_factory=list)
+    _failed: list[policy.Attempt] = field(default_factory=list)
     _errors: list[BaseException] = field(default_factory=list)  # of this attempt, from each worker that sent one
     _first_step: int = 0  # of this attempt
     _last_step: int = 0  # of the newest line of metrics
@@ -80,8 +68,7 @@ class Supervisor:
         self._storage = self.group.folder.storage
         self._heartbeat = Heartbeat(self.config.cluster.hang_timeout_s, self.display)
         self._autoscaler = PoolAutoscaler(self._pool, self.config.data.num_workers, self.display)
-        least, most = self.config.cluster.worker_range
-        self._sizes = usable_sizes(least, most, self.config.train.global_batch_size)
+        self._sizes = usable_sizes(*self.config.cluster.worker_range, self.config.train.global_batch_size)
 
     def run(self) -> str:
         """Run all attempts; return "finished" or "stopped".
@@ -104,8 +91,16 @@ class Supervisor:
         self._monitor.request.remote("stop")
 
     def _run_attempts(self) -> None:
-        self._find_open_rung()
-        self._report_unusable_sizes()
+        for info in list_checkpoints(self._storage)[-1:] if self.rungs.steps else []:
+            if self.rungs.was_left_open(info.step):
+                self._take_checkpoint(info)
+        least, most = self.config.cluster.worker_range
+        unusable = [size for size in range(least, most + 1) if size not in self._sizes]
+        if unusable:
+            self.display.say(
+                f"not with {', '.join(map(str, unusable))} training workers: "
+                f"train.global_batch_size={self.config.train.global_batch_size} does not divide by that"
+            )
         while not self._stop.is_set():
             # A trial that released its workers at a rung waits here for the decision.
             while self.rungs.pending is not None and not self._stop.is_set():
@@ -119,8 +114,12 @@ class Supervisor:
                     return
                 continue  # the attempt ended to grow, or to release its workers at a rung
             decision = self._decide()
-            if isinstance(decision, GiveUp):
-                raise _explain_failure(classify_failure(self._errors)[1], decision.reason, self._advice())
+            if isinstance(decision, policy.GiveUp):
+                error = policy.classify_failure(self._errors)[1]
+                if isinstance(error, ValueError):
+                    raise error
+                why = f": {decision.reason}" if decision.reason else ""
+                raise policy.RunFailed(f"training failed{why} ({self._advice()}):\n{error}")
             end = time.monotonic() + decision.pause_s
             while time.monotonic() < end and not self._stop.is_set():
                 self._wait()
@@ -132,12 +131,6 @@ class Supervisor:
 
     def _is_done(self) -> bool:
         return bool(self.records.facts) and self._saved_step >= self.records.facts["num_steps"]
-
-    def _find_open_rung(self) -> None:
-        """Take up a rung that an earlier driver saved and did not decide about."""
-        for info in list_checkpoints(self._storage)[-1:] if self.rungs.steps else []:
-            if self.rungs.was_left_open(info.step):
-                self._take_checkpoint(info)
 
     # ------------------------------------------------------------------------------------------ one attempt
 
@@ -226,7 +219,9 @@ class Supervisor:
 
     def _save_if_draining(self) -> None:
         """Request a checkpoint if Ray knows that a node will be preempted."""
-        for node, deadline_ms in _draining_nodes().items():
+        from ray._private.state import state  # as Ray Train's own watcher; Ray has no public way
+
+        for node, deadline_ms in state.get_draining_nodes().items():  # Unix time; 0: unknown
             if node not in self._draining:
                 self._draining.add(node)
                 left = f" in {format_duration(deadline_ms / 1000 - time.time())}" if deadline_ms else ""
@@ -234,15 +229,6 @@ class Supervisor:
                 self._monitor.request.remote("save")
 
     # ------------------------------------------------------------------------------------- size of the group
-
-    def _report_unusable_sizes(self) -> None:
-        least, most = self.config.cluster.worker_range
-        unusable = sorted(set(range(least, most + 1)) - set(self._sizes))
-        if unusable:
-            self.display.say(
-                f"not with {', '.join(map(str, unusable))} training workers: "
-                f"train.global_batch_size={self.config.train.global_batch_size} does not divide by that"
-            )
 
     def _wait_for_capacity(self) -> int | None:
         """Return how many training workers to start; None if the run shall stop."""
@@ -254,7 +240,7 @@ class Supervisor:
         while not self._stop.is_set():
             fitting = next((size for size in self._sizes if _fits(resources, size)), 0)
             waited_s = time.monotonic() - begin
-            size = choose_size(self._sizes, fitting, waited_s, cluster.shrink_after_s)
+            size = policy.choose_size(self._sizes, fitting, waited_s, cluster.shrink_after_s)
             if size is not None:
                 if before not in (None, size):
                     self.display.say(f"training workers: {before} -> {size}")
@@ -267,37 +253,39 @@ class Supervisor:
 
     def _grow(self, size: int, running_s: float) -> None:
         """If more training workers fit, have this attempt write a checkpoint and end."""
-        larger = [other for other in self._sizes if other > size]
-        if not larger or running_s < self.config.cluster.grow_after_s:
+        if running_s < self.config.cluster.grow_after_s:
             return
         resources = worker_resources(self.config.cluster)
-        wanted = next((other for other in larger if _fits(resources, other - size)), None)
+        wanted = next((other for other in self._sizes if other > size and _fits(resources, other - size)), None)
         if wanted is not None:
             self.display.say(f"capacity for {wanted} training workers: saving a checkpoint, then starting them")
             self._monitor.request.remote("stop")
 
     # ------------------------------------------------------------------------------------------ after a failure
 
-    def _decide(self) -> Retry | GiveUp:
+    def _decide(self) -> policy.Retry | policy.GiveUp:
         """Decide what to do after the errors of an attempt."""
         from sigray.workers.training.step import BadStep
 
-        failure, error = classify_failure(self._errors)
+        failure, error = policy.classify_failure(self._errors)
         self.records.prometheus.ended(isinstance(error, BadStep))
         if isinstance(error, BadStep):
-            return self._decide_bad_step(error)
-        self._failed.append(Attempt(time.monotonic(), self._first_step, self._last_step, failure, str(error)))
-        decision = after_failure(self._failed, self.config.cluster.max_failures_per_hour)
-        if isinstance(decision, Retry):
+            left_out = read_left_out(self._storage)
+            decision = policy.after_bad_step(error.step, left_out, self.config.train.on_bad_loss)
+            if isinstance(decision, policy.Retry):
+                leave_out(self._storage, error.step)
+                self.display.say(
+                    f"{error}: going back to the last checkpoint, the batch of step {error.step} is left out"
+                )
+            return decision
+        self._failed.append(policy.Attempt(time.monotonic(), self._first_step, self._last_step, failure, str(error)))
+        decision = policy.after_failure(self._failed, self.config.cluster.max_failures_per_hour)
+        if isinstance(decision, policy.Retry):
+            # gloo starts its message with the place in its source.
+            lines = re.sub(r"^\[[^]]*\] ", "", str(error).strip()).splitlines()
+            first = lines[0].rstrip(".") if lines else type(error).__name__
             pause = f" in {format_duration(decision.pause_s)}" if decision.pause_s else ""
-            self.display.say(f"{failure.value}: {_first_line(error)}. Starting the workers again{pause}")
-        return decision
-
-    def _decide_bad_step(self, error: BadStep) -> Retry | GiveUp:
-        decision = after_bad_step(error.step, read_left_out(self._storage), self.config.train.on_bad_loss)
-        if isinstance(decision, Retry):
-            leave_out(self._storage, error.step)
-            self.display.say(f"{error}: going back to the last checkpoint, the batch of step {error.step} is left out")
+            self.display.say(f"{failure.value}: {first}. Starting the workers again{pause}")
         return decision
 
     def _advice(self) -> str:
@@ -305,7 +293,7 @@ class Supervisor:
         if not self._saved_step:
             return "no checkpoint yet"
         advice = f"go on from step {self._saved_step:,} with `sigray resume {self._storage.uri}`"
-        if self._failed and self._failed[-1].failure is Failure.MEMORY:
+        if self._failed and self._failed[-1].failure is policy.Failure.MEMORY:
             facts = self.records.facts
             limit = max(1, facts["micro_batch_size"] // 2)
             smaller = micro_batch(facts["batch_per_worker"], limit, self.config.cluster.num_devices or 1)
@@ -335,7 +323,6 @@ class Heartbeat:
         self._last_at: float | None = None
 
     def joined(self, worker: Any) -> None:
-        """Take the handle of a training worker."""
         self._workers.append(worker)
 
     def beat(self) -> None:
@@ -375,7 +362,7 @@ class PoolAutoscaler:
         if isinstance(self._limits, int) or isinstance(self._pool, SharedPool):
             return
         self._lines.append(line)
-        wanted = wanted_data_workers(self._lines, self._pool.size, *self._limits)
+        wanted = policy.wanted_data_workers(self._lines, self._pool.size, *self._limits)
         if wanted != self._pool.size:
             self._display.say(
                 f"data-shard workers: {self._pool.size} -> {wanted} (data wait {line['data/wait_pct']:.0f} %)"
@@ -410,23 +397,3 @@ def _pending_reason(config: RunConfig, num_workers: int) -> str:
 
     autoscaler = find_autoscaler(ray.get_runtime_context().gcs_address)
     return pending_reason(demand_of(config.cluster, num_workers), cluster_hosts(), autoscaler).sentence
-
-
-def _draining_nodes() -> dict[str, int]:
-    """Return the deadline of each draining node, in Unix time (ms); 0: unknown."""
-    from ray._private.state import state  # as Ray Train's own watcher; Ray has no public way
-
-    return state.get_draining_nodes()
-
-
-def _explain_failure(error: BaseException, reason: str, advice: str) -> Exception:
-    """Return the cause of a failed run in the user's terms."""
-    if isinstance(error, ValueError):
-        return error
-    why = f": {reason}" if reason else ""
-    return RunFailed(f"training failed{why} ({advice}):\n{error}")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = re.sub(r"^\[[^]]*\] ", "", str(error).strip()).splitlines()  # gloo starts with the place in its source
-    return lines[0].rstrip(".") if lines else type(error).__name__

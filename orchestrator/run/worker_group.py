@@ -64,7 +64,8 @@ class WorkerGroup:
                 hooks.failed(error)
                 raise
 
-        self.folder.forget_ray_checkpoints()
+        # Ray Train's record of an earlier attempt. Our own commit files say which checkpoints exist.
+        self.folder.storage.delete("checkpoint_manager_snapshot.json")
         failure_config: Any = ray.train.FailureConfig  # mypy sees the class of Ray Train v1
         root, _, name = self.folder.storage.root.rpartition("/")
         return DataParallelTrainer(
