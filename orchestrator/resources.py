@@ -27,16 +27,6 @@ def evaluation_resources(evaluation: EvalConfig) -> dict[str, float]:
     return resources if evaluation.accelerator == "cpu" else {**resources, "GPU": 1.0}
 
 
-def pod_type(cluster: ClusterConfig) -> str | None:
-    """Return the type of the reserved TPU slice, such as v4-32; None without one."""
-    if cluster.tpu_type is None:
-        return None
-    from ray._private.accelerators.tpu import infer_tpu_pod_type_from_topology  # as Ray's own reservation
-
-    assert cluster.tpu_topology is not None
-    return infer_tpu_pod_type_from_topology(cluster.tpu_topology, cluster.tpu_type)
-
-
 def check_slices(cluster: ClusterConfig) -> None:
     """Check by Ray's own table of topologies that the workers fill whole slices.
 

@@ -85,9 +85,8 @@ class RunFolder:
         """
         lines = [line for line in self.metrics() if line["step"] <= last_step]
         if last_step and (not lines or lines[-1]["step"] < last_step):
-            known = {line["step"] for line in lines}
-            lines += [line for line in read_metrics(self.storage, last_step) if line["step"] not in known]
-            lines.sort(key=lambda line: line["step"])
+            by_step = {line["step"]: line for line in [*read_metrics(self.storage, last_step), *lines]}
+            lines = [by_step[step] for step in sorted(by_step)]
         (self.path / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def metrics(self) -> list[dict[str, float]]:

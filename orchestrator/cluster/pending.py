@@ -205,9 +205,14 @@ def _why_not(demand: Demand, hosts: Sequence[Host], autoscaler: Autoscaler) -> s
 
 def demand_of(cluster: ClusterConfig, num_workers: int) -> Demand:
     """Return the demand of this many training workers of a config."""
-    from sigray.orchestrator.resources import pod_type, worker_resources
+    from sigray.orchestrator.resources import worker_resources
 
-    return Demand(num_workers, worker_resources(cluster), pod_type(cluster))
+    pod_type = None
+    if cluster.tpu_type is not None and cluster.tpu_topology is not None:
+        from ray._private.accelerators.tpu import infer_tpu_pod_type_from_topology  # as Ray's own reservation
+
+        pod_type = infer_tpu_pod_type_from_topology(cluster.tpu_topology, cluster.tpu_type)
+    return Demand(num_workers, worker_resources(cluster), pod_type)
 
 
 def cluster_hosts() -> list[Host]:

@@ -76,11 +76,9 @@ class _GlooBackend(Backend):
             places = worker_group.execute(_place)
             order = sorted(range(len(places)), key=lambda index: (places[index], index))
             host, port = worker_group.execute_single(order[0], get_address_and_port)
-            starts = [
-                worker_group.execute_single_async(index, _start, rank, len(order), f"tcp://{host}:{port}")
-                for rank, index in enumerate(order)
-            ]
-            ray.get(starts)
+            address = f"tcp://{host}:{port}"
+            start = worker_group.execute_single_async
+            ray.get([start(index, _start, rank, len(order), address) for rank, index in enumerate(order)])
         except Exception as error:
             # Without Ray's text, which names processes: a repeated error must have the same message.
             error = getattr(error, "cause", None) or error

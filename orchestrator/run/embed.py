@@ -83,7 +83,6 @@ def _embed_all(config: RunConfig, missing: list[tuple[Part, Shard]], display: Di
 
     cluster = config.cluster
     resources = worker_resources(cluster)
-    num_workers = min(cluster.worker_range[1], len(missing))
     actor_class: Any = ray.remote(
         num_cpus=resources.pop("CPU"),
         num_gpus=resources.pop("GPU", 0),
@@ -102,7 +101,7 @@ def _embed_all(config: RunConfig, missing: list[tuple[Part, Shard]], display: Di
             num_devices=cluster.devices_per_worker,
             num_threads=cluster.cpus_per_worker,
         )
-        for _ in range(num_workers)
+        for _ in missing[: cluster.worker_range[1]]
     ]
     progress = _Progress(sum(shard.num_samples for _, shard in missing), config.data.max_bad_fraction, display)
     waiting = missing[::-1]
@@ -126,7 +125,7 @@ def _embed_all(config: RunConfig, missing: list[tuple[Part, Shard]], display: Di
                 raise as_raised(error) from None
             submit(actor)
         progress.show()
-    return num_workers
+    return len(actors)
 
 
 class _Progress:

@@ -164,14 +164,12 @@ def after_failure(attempts: Sequence[Attempt], max_failures_per_hour: int) -> Re
         (before.last_step, before.message) == (newest.last_step, newest.message) for before in attempts[-2:-1]
     ):
         return GiveUp("the same error came twice at the same step")
-    counted = [
-        attempt
-        for attempt in attempts
-        if attempt.failure is not Failure.PREEMPTED and newest.ended_at - attempt.ended_at < HOUR_S
-    ]
-    if newest.failure is not Failure.PREEMPTED and len(counted) > max_failures_per_hour:
+    num_counted = sum(
+        one.failure is not Failure.PREEMPTED and newest.ended_at - one.ended_at < HOUR_S for one in attempts
+    )
+    if newest.failure is not Failure.PREEMPTED and num_counted > max_failures_per_hour:
         return GiveUp(
-            f"{len(counted)} failures within an hour, cluster.max_failures_per_hour={max_failures_per_hour} are allowed"
+            f"{num_counted} failures within an hour, cluster.max_failures_per_hour={max_failures_per_hour} are allowed"
         )
     stuck = itertools.takewhile(lambda attempt: attempt.last_step <= attempt.first_step, reversed(attempts))
     num_stuck = sum(1 for _ in stuck)

@@ -69,8 +69,8 @@ class Display:
             # Time left by the rate since the start: rich's own estimate jumps at each checkpoint.
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
             self._progress = Progress(*columns, console=self.console)
-            self._bar = self._progress.add_task("starting", total=self._num_samples, left="")
-            self._progress.update(self._bar, completed=facts["first_step"] * facts["global_batch_size"])
+            done = facts["first_step"] * facts["global_batch_size"]
+            self._bar = self._progress.add_task("starting", total=self._num_samples, completed=done, left="")
             self._progress.start()
 
     def waiting(self, elapsed_s: float) -> None:
@@ -133,8 +133,8 @@ def figures_table(result: dict[str, Any]) -> Group:
         ]
         parts += [Text(f"{name}: retrieval, {figures['num_images']:,} images", style="bold"), _table(rows)]
     for name, figures in result.get("linear_probe", {}).items():
-        row = _figure("top-1", figures["top1"], figures["chance1"])
-        parts += [Text(f"{name}: linear probe, fitted on {figures['num_fit']:,} images", style="bold"), _table([row])]
+        rows = [_figure("top-1", figures["top1"], figures["chance1"])]
+        parts += [Text(f"{name}: linear probe, fitted on {figures['num_fit']:,} images", style="bold"), _table(rows)]
     return Group(*parts)
 
 

@@ -33,8 +33,7 @@ def summarize(
         evaluation: result of the newest evaluated checkpoint.
         train_s, total_s: seconds since the training workers were up, and since the driver began.
     """
-    lines = folder.metrics()
-    newest = lines[-1] if lines else {}
+    newest = (folder.metrics() or [{}])[-1]
     return {
         "name": config.run.name,
         "status": status,

@@ -308,9 +308,6 @@ class Heartbeat:
 
     Ray Train then ends the attempt. The first event of the training loop starts the clock. Before it, imports,
     compilation and the first read of the weights may take longer than any step.
-
-    Args:
-        timeout_s: cluster.hang_timeout_s.
     """
 
     def __init__(self, timeout_s: float, display: Display) -> None:

@@ -129,5 +129,4 @@ class Rungs:
         """Return the sweep's decision after an evaluation; "stop" without a sweep."""
         if self._trial is None:
             return "stop"
-        lines = self._folder.metrics()
-        return self._trial.decide(evaluation, lines[-1] if lines else {})
+        return self._trial.decide(evaluation, (self._folder.metrics() or [{}])[-1])

@@ -199,7 +199,7 @@ FAULTS = [
     # values that the driver computes and passes on
     Fault(
         "the steps that are left out do not reach the decision about the next bad one",
-        _SUPERVISOR + "Supervisor._decide_bad_step",
+        _SUPERVISOR + "Supervisor._decide",
         "read_left_out(self._storage)",
         "[]",
         (f"{_DRIVER}goes_back_until_ten_steps_are_left_out[10]",),

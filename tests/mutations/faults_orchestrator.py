@@ -134,15 +134,15 @@ FAULTS = [
     Fault(
         "failures of all times are counted",
         "sigray.orchestrator.run.policy:after_failure",
-        "and newest.ended_at - attempt.ended_at < HOUR_S",
+        "and newest.ended_at - one.ended_at < HOUR_S",
         "",
         (f"{_POLICY}::test_failures_are_counted_by_the_hour_and_preemptions_are_not",),
     ),
     Fault(
         "one failure less than allowed ends a run",
         "sigray.orchestrator.run.policy:after_failure",
-        "len(counted) > max_failures_per_hour",
-        "len(counted) >= max_failures_per_hour",
+        "num_counted > max_failures_per_hour",
+        "num_counted >= max_failures_per_hour",
         (f"{_POLICY}::test_failures_are_counted_by_the_hour_and_preemptions_are_not",),
     ),
     Fault(
