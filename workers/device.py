@@ -39,6 +39,11 @@ from sigray.workers.config import Accelerator, LossConfig, Precision
 from sigray.workers.model.towers import tower_blocks
 from sigray.workers.sharding import gather
 
+Features = tuple[Tensor, Tensor, Tensor, Tensor]
+"""image_features, text_features, logit_scale, logit_bias of a worker.
+The features are those of all rows; logit_scale is already exponentiated."""
+LateChecks = list[Callable[[], None]]
+
 _PORTABLE = 1  # cudaHostRegisterPortable
 _MAX_QUEUED_COPIES = 3  # enough work for the device while the host launches the many small kernels of a text tower
 
@@ -167,24 +172,14 @@ class Device:
         return features
 
     def loss(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor,
-        config: LossConfig,
-        *,
-        seed: int,
-        micro_batch_size: int,
-        late_checks: list[Callable[[], None]],
+        self, features: Features, config: LossConfig, *, seed: int, micro_batch_size: int, late_checks: LateChecks
     ) -> Tensor:
         """The loss of this worker's pairs against the pairs of all workers.
 
         Its mean over workers is the loss of the global batch.
 
         Args:
-            image_features, text_features: of all rows of this worker, laid out, micro-batches one after another.
-            logit_scale, logit_bias: scalars; the scale already exponentiated.
+            features: laid out, micro-batches one after another; the last two are scalars.
             config: which loss.
             seed: of random negatives, the same on all workers.
             micro_batch_size: rows of a micro-batch.
@@ -193,7 +188,6 @@ class Device:
         Raises:
             NonFiniteFeatures: on every rank, if the host looks for NaN at once (on CPU; never under XLA).
         """
-        features = image_features, text_features, logit_scale, logit_bias
         if config.name == "softmax":
             return ring_softmax_loss(*features, tile_size=config.tile_size, late_checks=late_checks)
         negatives = Negatives(config.negatives, config.negatives_fraction, seed)
@@ -264,14 +258,11 @@ class Device:
         """Sum numbers of the host over the workers; the same on all of them."""
         if not dist.is_initialized():
             return list(values)
-        tensor = torch.tensor(list(values), dtype=torch.float64, device=self._host_numbers)
+        tensor = torch.tensor(
+            list(values), dtype=torch.float64, device="cuda" if self.torch_device.type == "cuda" else "cpu"
+        )
         dist.all_reduce(tensor)
         return tensor.tolist()
-
-    @property
-    def _host_numbers(self) -> torch.device:
-        """Device on which the process group takes numbers of the host."""
-        return self.torch_device
 
     def check_collectives(self) -> None:
         """Sum known numbers over the other workers and devices.
@@ -391,11 +382,6 @@ class XlaDevice(Device):
         ]
         return [send([tensor], self.torch_device, spec)[0] for tensor, spec in zip(tensors, specs, strict=True)]
 
-    def autocast(self) -> contextlib.AbstractContextManager[object]:
-        if self.precision == "bf16":
-            return torch.autocast("xla", dtype=torch.bfloat16)
-        return contextlib.nullcontext()
-
     def seed(self, number: int) -> None:
         import torch_xla
 
@@ -419,25 +405,15 @@ class XlaDevice(Device):
         return self._mark(features.view(self._program_devices, -1, features.shape[1]))
 
     def loss(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor,
-        config: LossConfig,
-        *,
-        seed: int,
-        micro_batch_size: int,
-        late_checks: list[Callable[[], None]],
+        self, features: Features, config: LossConfig, *, seed: int, micro_batch_size: int, late_checks: LateChecks
     ) -> Tensor:
-        features = image_features, text_features, logit_scale, logit_bias
         slices = self._slices
         if config.name == "softmax":
             return sharded_softmax_loss(*features, slices=slices, tile_size=config.tile_size)
         negatives = Negatives(config.negatives, config.negatives_fraction, seed)
         indices = None
         if negatives.keep == "random":
-            indices = self._indices(image_features, micro_batch_size * self._num_hosts, slices.ranks.rank)
+            indices = self._indices(features[0], micro_batch_size * self._num_hosts, slices.ranks.rank)
         return sharded_sigmoid_loss(
             *features, slices=slices, negatives=negatives, indices=indices, tile_size=config.tile_size
         )
@@ -485,10 +461,6 @@ class XlaDevice(Device):
 
     def read(self, tensors: Sequence[Tensor]) -> list[float]:
         return [tensor.item() for tensor in tensors]
-
-    @property
-    def _host_numbers(self) -> torch.device:
-        return torch.device("cpu")
 
     def check_collectives(self) -> None:
         (probe,) = self.to_device(torch.arange(1.0, self.num_devices + 1))

@@ -23,13 +23,11 @@ class LogWindow:
     """The steps between two lines of metrics; only `close` reads the device."""
 
     def __init__(self, loader: Loader, device: Device, job: TrainJob) -> None:
-        self._loader = loader
-        self._device = device
+        self._loader, self._device = loader, device
         self._global_batch_size = job.train.global_batch_size
         self._max_loss_ratio = job.train.max_loss_ratio
         self._has_bias = job.loss.name == "sigmoid"
-        self._results: list[StepResult] = []
-        self._steps: list[int] = []  # of the results, counted from 1
+        self._results: dict[int, StepResult] = {}  # by step, counted from 1
         self._good_losses: deque[float] = deque(maxlen=_NUM_RECENT)
         self.restart_clock()
 
@@ -37,12 +35,10 @@ class LogWindow:
         """Leave out the time so far: to copy a checkpoint is not training time."""
         self._begin = time.perf_counter()
         self._num_timed = 0
-        self._wait_s = self._loader.wait_s
-        self._decode_s = self._loader.decode_s
+        self._wait_s, self._decode_s = self._loader.wait_s, self._loader.decode_s
 
     def add(self, step: int, result: StepResult) -> None:
-        self._steps.append(step)
-        self._results.append(result)
+        self._results[step] = result
         self._num_timed += 1
 
     def close(self, steps_done: int) -> dict[str, float]:
@@ -55,23 +51,20 @@ class LogWindow:
         """
         if not self._results:
             return {}
-        newest = self._results[-1]
-        losses = self._device.read([result.loss for result in self._results])
-        norms = self._device.read([result.grad_norm for result in self._results])
+        results = list(self._results.values())
+        newest = results[-1]
+        losses = self._device.read([result.loss for result in results])
+        norms = self._device.read([result.grad_norm for result in results])
         scale, bias = self._device.read([newest.logit_scale, newest.logit_bias])
         features = newest.feature_means.tolist()
-        host = [
-            self._loader.num_ready,
-            self._loader.wait_s - self._wait_s,
-            self._loader.decode_s - self._decode_s,
-            self._loader.refused.total(),
-        ]
+        loader = self._loader
+        times_s = loader.wait_s - self._wait_s, loader.decode_s - self._decode_s
         world_size = dist.get_world_size() if dist.is_initialized() else 1
-        sums = self._device.sum_over_ranks([*features, *losses, *host])
+        sums = self._device.sum_over_ranks([*features, *losses, loader.num_ready, *times_s, loader.refused.total()])
         features = [total / world_size for total in sums[: len(features)]]
         *losses, num_ready, wait_s, decode_s, num_refused = sums[len(features) :]
         means = [total / world_size for total in losses]
-        for step, loss, norm in zip(self._steps, means, norms, strict=True):
+        for step, loss, norm in zip(self._results, means, norms, strict=True):
             reason = why_bad(loss, norm, self._good_losses, self._max_loss_ratio)
             if reason:
                 raise BadStep(step, f"step {step}: {reason}. Lower optim.lr, or train in fp32")
@@ -96,8 +89,7 @@ class LogWindow:
             "memory/peak_gib": self._device.peak_memory_gib(),
             "compile/num_programs": self._device.num_programs(),
         }
-        self._results = []
-        self._steps = []
+        self._results = {}
         self.restart_clock()
         return metrics
 

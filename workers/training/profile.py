@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -103,32 +104,12 @@ def split_steps(events: Iterable[dict[str, Any]]) -> list[dict[str, float]]:
             for event in spans
             if event["tid"] == step["tid"] and event["ts"] < end and event["ts"] + event["dur"] > begin
         ]
-        found.append({part: us / 1e6 for part, us in _innermost(begin, end, inside).items()})
+        parts = dict.fromkeys(PARTS, 0.0)
+        for left, right in pairwise(sorted({begin, end, *(edge for span in inside for edge in span[:2])})):
+            names = [name for start, stop, name in inside if start <= left and right <= stop]
+            parts[names[-1].removeprefix(PREFIX) if names else "other"] += (right - left) / 1e6
+        found.append(parts)
     return found
-
-
-def _innermost(begin: float, end: float, spans: list[tuple[float, float, str]]) -> dict[str, float]:
-    """Seconds of [begin, end] per part, by the innermost span; outer spans come first."""
-    lengths = dict.fromkeys(PARTS, 0.0)
-    open_spans: list[tuple[float, str]] = []  # end and part, the innermost last
-    at = begin
-
-    def advance(to: float) -> None:
-        nonlocal at
-        lengths[open_spans[-1][1] if open_spans else "other"] += max(0.0, to - at)
-        at = max(at, to)
-
-    for start, stop, name in spans:
-        while open_spans and open_spans[-1][0] <= start:
-            advance(open_spans[-1][0])
-            open_spans.pop()
-        advance(start)
-        open_spans.append((stop if not open_spans else min(stop, open_spans[-1][0]), name.removeprefix(PREFIX)))
-    while open_spans:
-        advance(open_spans[-1][0])
-        open_spans.pop()
-    advance(end)
-    return lengths
 
 
 class StepProfiler:
@@ -136,14 +117,14 @@ class StepProfiler:
 
     Args:
         wanted: which steps; None: nothing is profiled.
-        device: of this worker.
+        device, rank: of this worker.
         storage: of the run.
-        rank: of this worker.
     """
 
     def __init__(self, wanted: Profile | None, device: Device, storage: Storage, rank: int) -> None:
         self._wanted, self._device, self._storage, self._rank = wanted, device, storage, rank
         self._ends: list[float] = []
+        self._recording = ExitStack()
 
     def __enter__(self) -> StepProfiler:
         if self._wanted is None:
@@ -159,7 +140,7 @@ class StepProfiler:
 
     def __exit__(self, kind: Any, *_: object) -> None:
         if self._wanted is not None:
-            self._stop_recording()
+            self._recording.close()
             self._profile.stop()
 
     def step_done(self) -> None:
@@ -168,16 +149,10 @@ class StepProfiler:
             return
         self._ends.append(time.perf_counter())
         if len(self._ends) == self._wanted.warm_up:
-            self._recording = recording(self._device.settle_span)
-            self._recording.__enter__()
+            self._recording.enter_context(recording(self._device.settle_span))
         elif len(self._ends) == self._wanted.total:
-            self._stop_recording()
+            self._recording.close()
         self._profile.step()
-
-    def _stop_recording(self) -> None:
-        if hasattr(self, "_recording"):
-            self._recording.__exit__(None, None, None)
-            del self._recording
 
     def _save(self, trace: profile) -> None:
         assert self._wanted is not None

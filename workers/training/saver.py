@@ -58,12 +58,8 @@ class Saver:
         num_steps: int,
     ) -> None:
         self.must_stop = False
-        self._job = job
-        self._trainer = trainer
-        self._device = device
-        self._world_size = world_size
-        self._num_steps = num_steps
-        self._saved_step = first_step
+        self._job, self._trainer, self._device = job, trainer, device
+        self._world_size, self._num_steps, self._saved_step = world_size, num_steps, first_step
         self._ledger = Ledger(storage, rank, first_step, job.hooks.warn, job.owner) if job.train.ledger else None
         self._metrics: list[dict[str, float]] = []
         self._writer: CheckpointWriter | None = None
@@ -109,7 +105,9 @@ class Saver:
         with span("checkpoint"):
             self.save(steps_done)
         if is_rung and not self.must_stop:
-            self._wait()
+            if self._writer is not None:
+                self._writer.wait()
+            self.report_committed()
             self.must_stop = self._stops_at_rung(steps_done)
         return True
 
@@ -145,16 +143,9 @@ class Saver:
 
     def abandon(self) -> None:
         """Training failed: drop what is not committed."""
-        if self._ledger is not None:
-            self._ledger.abandon()
-        if self._writer is not None:
-            self._writer.abandon()
-
-    def _wait(self) -> None:
-        """Wait until the newest checkpoint is durable, and report it; raises as `close`."""
-        if self._writer is not None:
-            self._writer.wait()
-        self.report_committed()
+        for writer in (self._ledger, self._writer):
+            if writer is not None:
+                writer.abandon()
 
     def _is_rung(self, steps_done: int) -> bool:
         return steps_done in self._job.rungs and steps_done != self._num_steps

@@ -8,7 +8,7 @@ but the loss and the gradients only by rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from sigray.losses import NonFiniteFeatures, cached_backward, feature_means
 from sigray.losses.spans import span
 from sigray.workers.config import LossConfig, ModelConfig, OptimConfig, Tower
 from sigray.workers.data.loader import Batch
-from sigray.workers.device import Device
+from sigray.workers.device import Device, LateChecks
 from sigray.workers.model.towers import (
     TOWERS,
     build_model,
@@ -63,8 +63,7 @@ class Trainer:
 
     Args:
         model: config of the towers.
-        optim: config of the optimizer.
-        loss: config of the loss.
+        optim, loss: config of optimizer and loss.
         device: of this worker.
         num_samples: length of the run, for the schedule.
         global_batch_size: B, over all ranks.
@@ -121,7 +120,7 @@ class Trainer:
         size = self._micro_batch_size or len(batch.images)
         self.optimizer.zero_grad(set_to_none=True)
         means: list[Tensor] = []
-        late_checks: list[Callable[[], None]] = []
+        late_checks: LateChecks = []
 
         def global_loss(image_features: Tensor, text_features: Tensor) -> Tensor:
             with span("loss: tiles"):
@@ -167,8 +166,7 @@ class Trainer:
         """Features of a micro-batch by tower, laid out and rounded for the loss."""
         # Dropout depends on (seed, step, rank, micro-batch) alone: a second pass over the micro-batch draws the same
         # numbers, and a resumed run needs no saved random state.
-        seeds = np.random.SeedSequence([self._seed, batch.step, self._device.random_rank, micro_batch])
-        self._device.seed(int(seeds.generate_state(1)[0]))
+        self._device.seed(_mixed_seed([self._seed, batch.step, self._device.random_rank, micro_batch]))
         with span("to device"):
             images, tokens = self._device.to_device(batch.images[rows], batch.tokens[rows])
         with span("forward"), self._device.autocast():
@@ -186,23 +184,12 @@ class Trainer:
         return tuple(features.get(tower) for tower in TOWERS)
 
     def _global_loss(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        step: int,
-        micro_batch_size: int,
-        late_checks: list[Callable[[], None]],
+        self, image_features: Tensor, text_features: Tensor, step: int, micro_batch_size: int, late_checks: LateChecks
     ) -> Tensor:
-        seeds = np.random.SeedSequence([self._seed, step])  # the same on all ranks
+        features = image_features, text_features, self._log_logit_scale.exp(), self._logit_bias
+        seed = _mixed_seed([self._seed, step])  # the same on all ranks
         return self._device.loss(
-            image_features,
-            text_features,
-            self._log_logit_scale.exp(),
-            self._logit_bias,
-            self._loss,
-            seed=int(seeds.generate_state(1)[0]),
-            micro_batch_size=micro_batch_size,
-            late_checks=late_checks,
+            features, self._loss, seed=seed, micro_batch_size=micro_batch_size, late_checks=late_checks
         )
 
     def _set_learning_rate(self, step: int) -> float:
@@ -210,3 +197,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self._device.number(lr * group.get("lr_scale", 1.0))
         return lr
+
+
+def _mixed_seed(numbers: list[int]) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -46,12 +46,9 @@ def train_loop_per_worker(job: TrainJob) -> None:
     torch.set_num_threads(max(1, job.cpus_per_worker))
     # Ray Train and torchrun both set it; the workers of a host see all of its GPUs.
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    is_split = job.sharding.weights == "split"
     device = open_device(
-        job.accelerator,
-        local_rank,
-        job.train.precision,
-        job.devices_per_worker,
-        splits_weights=job.sharding.weights == "split",
+        job.accelerator, local_rank, job.train.precision, job.devices_per_worker, splits_weights=is_split
     )
     global_batch_size = job.train.global_batch_size
     num_steps = -(-job.train.num_samples // global_batch_size)
