@@ -22,10 +22,9 @@ from typing import Any
 import numpy as np
 
 from sigray.workers.config import SUBFOLDERS, DataConfig, EvalSet
-from sigray.workers.data.decode import Decoder, Members, Refused
+from sigray.workers.data.decode import Decoder, Members, Refused, captions_at
 from sigray.workers.data.manifest import Manifest, Shard, read_samples, scan_shards
 from sigray.workers.data.tar import DataError, TarSample
-from sigray.workers.evaluation.per_language import translations
 
 CLASS = "cls"
 """Member with the class, as in webdataset's own classification sets.
@@ -151,6 +150,20 @@ def load(samples: Iterable[TarSample], spec: EvalSet, data: DataConfig, image_si
     return loaded
 
 
+def translations(members: Members, spec: EvalSet) -> list[str | None]:
+    """A sample's caption in each language of the set; None for an unusable caption.
+
+    The caption comes from `language_captions`; of a list, the first one counts.
+    """
+    found: list[str | None] = []
+    for language in spec.languages:
+        try:
+            found.append(captions_at(spec.language_captions.replace("{language}", language), members)[0])
+        except Refused:
+            found.append(None)
+    return found
+
+
 def load_set(spec: EvalSet, data: DataConfig, image_size: int, name: str = "NAME") -> LoadedSet:
     """Read and decode a whole set, in memory.
 
@@ -221,8 +234,7 @@ def image_folder(patterns: Any) -> str | None:
         DataError: for such a folder among other patterns.
     """
     listed = [patterns] if isinstance(patterns, str) else patterns if isinstance(patterns, list) else []
-    folders = [path for path in listed if os.path.isdir(path) and not any(Path(path).glob("*.tar"))]
-    folders = [path for path in folders if _subfolders(path)]
+    folders = [path for path in listed if _subfolders(path) and not any(Path(path).glob("*.tar"))]
     if folders and len(listed) > 1:
         raise DataError(f"{folders[0]} is a folder of images: it must be the only pattern of its set")
     return folders[0] if folders else None

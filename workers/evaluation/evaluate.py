@@ -12,18 +12,18 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from sigray.workers.config import DataConfig, EvalConfig
+from sigray.workers.config import DataConfig, EvalConfig, EvalSet
 from sigray.workers.data.tar import DataError
 from sigray.workers.evaluation.datasets import LoadedSet, classes_of, load_set, probe_set
 from sigray.workers.evaluation.features import EvaluationJob, SetFeatures, WorkerGroup
 from sigray.workers.evaluation.linear_probe import linear_probe
-from sigray.workers.evaluation.per_language import figures_by_language, mean_over_languages
 
 _PIXEL_BASELINE_SIZE = 16
 
@@ -41,8 +41,8 @@ def evaluate_checkpoint(job: EvaluationJob) -> dict[str, Any]:
         captions.
     """
     evaluation = job.evaluation
-    result: dict[str, Any] = {"step": job.info.step, "samples_seen": job.info.samples_seen}
-    result |= {"zero_shot": {}, "retrieval": {}, "linear_probe": {}, "languages": {}, "multilingual": {}, "sheets": {}}
+    kinds = ("zero_shot", "retrieval", "linear_probe", "languages", "multilingual", "sheets")
+    result: dict[str, Any] = {"step": job.info.step, "samples_seen": job.info.samples_seen, **{k: {} for k in kinds}}
     with WorkerGroup(job) as workers:
         for name, spec in evaluation.sets.items():
             found = workers.images(name, spec, evaluation.num_sheet_images if spec.classes else 0)
@@ -51,27 +51,19 @@ def evaluate_checkpoint(job: EvaluationJob) -> dict[str, Any]:
                 classes = classes_of(spec)
                 labels = class_labels(found.class_ids, classes, name)
                 logits = features @ workers.prompts([entry["name"] for entry in classes], spec.templates).T
-                result["zero_shot"][name] = zero_shot_accuracy(logits, labels) | {"num_refused": found.num_refused}
+                result["zero_shot"][name] = zero_shot_accuracy(logits, labels) | {"num_refused": found.refused.total()}
                 result["sheets"][name] = _sheet(found, logits, labels, classes)
             if spec.retrieval:
-                number_of = {caption: number for number, caption in enumerate(sorted(set(found.captions)))}
-                owner = torch.tensor([number_of[caption] for caption in found.captions])
-                result["retrieval"][name] = retrieval_recall(features @ workers.texts(list(number_of)).T, owner)
+                numbers, owner = _numbered(found.captions)
+                result["retrieval"][name] = retrieval_recall(features @ workers.texts(list(numbers)).T, owner)
             if spec.linear_probe is not None:
                 fit = workers.images(name, probe_set(spec))
                 result["linear_probe"][name] = linear_probe(fit.features, fit.class_ids, features, found.class_ids)
             if spec.languages:
-                result["languages"][name] = figures_by_language(
-                    features,
-                    found.translations,
-                    found.class_ids,
-                    spec,
-                    workers.texts,
-                    retrieval_recall,
-                    zero_shot_accuracy,
-                )
-                if result["languages"][name]:
-                    result["multilingual"][name] = mean_over_languages(result["languages"][name])
+                figures = figures_by_language(features, found.translations, found.class_ids, spec, workers.texts)
+                result["languages"][name] = figures
+                if figures:
+                    result["multilingual"][name] = mean_over_languages(figures)
     return result
 
 
@@ -130,6 +122,66 @@ def retrieval_recall(similarity: Tensor, owner: Tensor) -> dict[str, float]:
         ways = math.comb(num_images, min(k, num_images))
         result[f"text_to_image_chance{k}"] = sum(1 - miss / ways for miss in misses) / num_captions
     return result
+
+
+def _numbered(names: Sequence[str]) -> tuple[dict[str, int], Tensor]:
+    """Number the distinct names in sorted order; returns (n,) int64 too, each name's."""
+    numbers = {name: number for number, name in enumerate(sorted(set(names)))}
+    return numbers, torch.tensor([numbers[name] for name in names])
+
+
+def figures_by_language(
+    features: Tensor,
+    captions: Sequence[Sequence[str | None]],
+    class_ids: Sequence[str],
+    spec: EvalSet,
+    encode: Callable[[list[str]], Tensor],
+) -> dict[str, dict[str, Any]]:
+    """Figures of each language in which any image has a caption.
+
+    In classification, the captions of a class's images name the class. So the source of the captions must hold names,
+    as emoji36's json:captions.{language}.name, and not sentences.
+
+    Args:
+        features: (images, D) of unit norm.
+        captions: of each image, by language, from `datasets.translations`.
+        class_ids: of each image.
+        encode: texts to (texts, D) of unit norm.
+
+    Returns:
+        language -> {"retrieval": ..., "zero_shot": ...}
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for number, language in enumerate(spec.languages):
+        rows = [row for row, by_language in enumerate(captions) if by_language[number] is not None]
+        if not rows:
+            continue
+        texts = [str(captions[row][number]) for row in rows]
+        distinct, owner = _numbered(texts)
+        encoded = encode(list(distinct))
+        result[language] = {"retrieval": retrieval_recall(features[rows] @ encoded.T, owner)}
+        if spec.classes:
+            classes, labels = _numbered([class_ids[row] for row in rows])
+            # The first image of a class names it.
+            names = {class_ids[row]: text for row, text in zip(reversed(rows), reversed(texts), strict=True)}
+            of_classes = encoded[[distinct[names[class_id]] for class_id in classes]]
+            result[language]["zero_shot"] = zero_shot_accuracy(features[rows] @ of_classes.T, labels)
+    return result
+
+
+def mean_over_languages(figures: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Mean of each retrieval rate over the languages.
+
+    As the paper reports XM3600 (section 4.3). Also `num_languages`, and the smallest `num_images` and `num_captions` of
+    any language.
+
+    Args:
+        figures: of at least one language, from `figures_by_language`.
+    """
+    retrieval = [of_language["retrieval"] for of_language in figures.values()]
+    counts = ("num_images", "num_captions")
+    means = {key: sum(of[key] for of in retrieval) / len(retrieval) for key in retrieval[0] if key not in counts}
+    return means | {key: min(of[key] for of in retrieval) for key in counts} | {"num_languages": len(retrieval)}
 
 
 def pixel_baseline(data: DataConfig, evaluation: EvalConfig) -> dict[str, float]:

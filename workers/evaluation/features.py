@@ -22,6 +22,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from torch import Tensor
 
@@ -64,29 +65,23 @@ class Encoder:
         self, module: Any, model: ModelConfig, tokenizer: Tokenizer, batch_size: int, device: Device | None = None
     ) -> None:
         self._device = device or open_device("cpu", 0, "fp32")
-        self._module = self._device.place(module.eval())
-        self._model = model
-        self._tokenizer = tokenizer
-        self._batch_size = batch_size
+        self._module: Any = self._device.place(module.eval())
+        self._model, self._tokenizer, self._batch_size = model, tokenizer, batch_size
 
     @torch.inference_mode()
     def images(self, images: np.ndarray) -> Tensor:
         """(n, S, S, 3) uint8 -> (n, D) of unit norm, on the host."""
-        return torch.cat([self._batch_of_images(batch) for batch in torch.from_numpy(images).split(self._batch_size)])
-
-    def _batch_of_images(self, images: Tensor) -> Tensor:
-        pixels = normalize_pixels(images.to(self._device.torch_device), self._model)
-        module: Any = self._module
-        return module.encode_image(pixels, normalize=True).cpu()
+        features = []
+        for batch in torch.from_numpy(images).split(self._batch_size):
+            pixels = normalize_pixels(batch.to(self._device.torch_device), self._model)
+            features.append(self._module.encode_image(pixels, normalize=True).cpu())
+        return torch.cat(features)
 
     @torch.inference_mode()
     def texts(self, texts: list[str]) -> Tensor:
         """n strings -> (n, D) of unit norm, on the host."""
-        module: Any = self._module
-        batches = torch.from_numpy(self._tokenizer(texts)).split(self._batch_size)
-        return torch.cat(
-            [module.encode_text(batch.to(self._device.torch_device), normalize=True).cpu() for batch in batches]
-        )
+        batches = torch.from_numpy(self._tokenizer(texts)).to(self._device.torch_device).split(self._batch_size)
+        return torch.cat([self._module.encode_text(batch, normalize=True).cpu() for batch in batches])
 
 
 @dataclass
@@ -100,23 +95,17 @@ class SetFeatures:
     refused: Counter[str]  # samples that are not usable, by reason
     shown: dict[int, np.ndarray] = field(default_factory=dict)  # row -> (S, S, 3) uint8, for the sheet
 
-    @property
-    def num_refused(self) -> int:
-        return self.refused.total()
-
 
 class FeatureWorker:
     """The towers of one checkpoint; with a store, image features come from the store."""
 
     def __init__(self, job: EvaluationJob) -> None:
-        model = job.model
-        evaluation = job.evaluation
-        store = job.embeddings.store
+        model, evaluation = job.model, job.evaluation
         torch.set_num_threads(evaluation.cpus_per_worker)
         self._data, self._batch_size = job.data, evaluation.batch_size
         self._image_size, context_length, vocab_size = shapes(model)
         self._dim = tower_config(model)["embed_dim"]
-        self._store = EmbeddingStore(store) if store is not None else None
+        self._store = EmbeddingStore(job.embeddings.store) if job.embeddings.store is not None else None
         if self._store is None:
             module = build_trained_model(Storage(job.storage_uri), job.info, model)
         else:
@@ -197,11 +186,8 @@ class WorkerGroup:
 
     def __exit__(self, *_: object) -> None:
         torch.set_num_threads(self._threads_before)
-        if actors := [*self._helpers, *self._starting.values()]:
-            import ray
-
-            for actor in actors:
-                ray.kill(actor)
+        for actor in [*self._helpers, *self._starting.values()]:
+            ray.kill(actor)
 
     def images(self, name: str, spec: EvalSet, num_shown: int = 0) -> SetFeatures:
         """The features of a set.
@@ -223,8 +209,7 @@ class WorkerGroup:
     def texts(self, texts: list[str]) -> Tensor:
         """n strings -> (n, D) of unit norm."""
         size = self._evaluation.batch_size
-        batches = [(texts[start : start + size],) for start in range(0, len(texts), size)]
-        return torch.cat(self._map("texts", batches))
+        return torch.cat(self._map("texts", [(texts[start : start + size],) for start in range(0, len(texts), size)]))
 
     def prompts(self, names: list[str], templates: list[str]) -> Tensor:
         """C names -> (C, D): normalised mean of prompt features (CLIP, section 3.1.4)."""
@@ -262,8 +247,6 @@ class WorkerGroup:
 
         Parts of a worker that died or sent no result in time are computed again.
         """
-        import ray
-
         timeout_s = 0.0 if waiting else max(_TIMEOUT_S, _TIMEOUT_FACTOR * self._longest_s)
         finished, unfinished = ray.wait(list(running), timeout=timeout_s)
         lost = set() if finished or waiting else {running[unfinished[0]][1]}
@@ -285,12 +268,9 @@ class WorkerGroup:
                 self._start()
 
     def _start(self) -> None:
-        import ray
-
-        evaluation = self._evaluation
         actor_class: Any = ray.remote(FeatureWorker)
-        num_gpus = 1 if evaluation.accelerator == "cuda" else 0
-        actor = actor_class.options(num_cpus=evaluation.cpus_per_worker, num_gpus=num_gpus).remote(self._job)
+        num_gpus = 1 if self._evaluation.accelerator == "cuda" else 0
+        actor = actor_class.options(num_cpus=self._evaluation.cpus_per_worker, num_gpus=num_gpus).remote(self._job)
         self._starting[actor.pid.remote()] = actor
 
     def _add_started(self) -> None:
@@ -301,8 +281,6 @@ class WorkerGroup:
         """
         if not self._starting:
             return
-        import ray
-
         for reference in ray.wait(list(self._starting), num_returns=len(self._starting), timeout=0)[0]:
             actor = self._starting.pop(reference)
             try:

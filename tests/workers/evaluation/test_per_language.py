@@ -11,8 +11,7 @@ from sigray.orchestrator.config import parse_config
 from sigray.workers.config import DataConfig, EvalSet, ModelConfig
 from sigray.workers.data.decode import Decoder, sample_random
 from sigray.workers.evaluation.datasets import load_set
-from sigray.workers.evaluation.evaluate import retrieval_recall, zero_shot_accuracy
-from sigray.workers.evaluation.per_language import figures_by_language
+from sigray.workers.evaluation.evaluate import figures_by_language
 from sigray.workers.model.bottleneck import BottleneckEmbedding, fold_bottleneck
 from sigray.workers.model.export import compare_open_clip, export_open_clip
 from sigray.workers.model.towers import build_model, check_model, num_parameters
@@ -119,8 +118,6 @@ def test_figures_by_language_by_hand(tmp_path):
         loaded.class_ids,
         spec,
         lambda texts: torch.tensor([table[text] for text in texts]),
-        retrieval_recall,
-        zero_shot_accuracy,
     )
     assert list(figures) == ["en", "de"]
     assert figures["en"]["zero_shot"]["top1"] == figures["en"]["retrieval"]["image_to_text_r1"] == 1
