@@ -19,6 +19,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Accelerator = Literal["cpu", "cuda", "tpu", "xla_cpu"]
 Precision = Literal["fp32", "tf32", "bf16"]
+TOWER_FILE_ENDINGS = (".onnx", ".pt", ".ts")
 
 
 def _absolute(path: str) -> str:
@@ -33,7 +34,7 @@ Patterns = LocalOrUri | list[LocalOrUri]
 
 def _image_tower(name: str) -> str:
     """The absolute path of a file, or a factory by its present name."""
-    if name.endswith((".onnx", ".pt", ".ts")):
+    if name.endswith(TOWER_FILE_ENDINGS):
         return os.path.abspath(name)
     # Runs from before the package was called `sigray` have the former name in their config.yaml, and must resume.
     return re.sub(r"^workers\.image_towers:", "sigray.workers.model.image_towers:", name)
@@ -251,7 +252,7 @@ class ModelConfig(Section):
                 raise ValueError(
                     f"towers needs the keys {sorted(required)}: missing {sorted(missing)}, unknown {sorted(unknown)}"
                 )
-        if self.image_tower and self.image_tower.endswith((".onnx", ".pt", ".ts")) and "visual" not in self.locked:
+        if self.image_tower and self.image_tower.endswith(TOWER_FILE_ENDINGS) and "visual" not in self.locked:
             raise ValueError(f"image_tower={self.image_tower} is a file and cannot be trained: set locked=[visual]")
         both = sorted(set(self.locked) & self.trained_blocks.keys())
         if both:

@@ -503,11 +503,9 @@ def open_device(
     """This worker's device.
 
     Args:
-        accelerator: of the config.
         local_rank: number of this worker on its machine.
         precision: tf32 and bf16 let CUDA and TPU round the inputs of float32 products, fp32 does not.
         num_devices: XLA devices of this worker; None: all that it sees.
-        splits_weights: see `Device`.
 
     Raises:
         RuntimeError: if the config says cuda and this process sees no GPU, or if XLA devices are missing.

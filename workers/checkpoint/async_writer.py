@@ -23,7 +23,6 @@ class BackgroundWriter:
     later write overtakes it. What `submit` was given must not change until it is written.
 
     Args:
-        name: of the thread.
         warn: called from the thread when a write is refused, and when it succeeds after that.
         fence: checked before each write.
     """

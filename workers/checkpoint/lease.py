@@ -81,7 +81,6 @@ class Fence:
     """Refuses writes to a run after another driver took the lease.
 
     Args:
-        storage: of the run.
         owner: of the lease under which these training workers started; None: the run has no lease.
     """
 
@@ -107,9 +106,6 @@ class Fence:
 
 class RunLease:
     """Context manager that holds the lease of a run and renews it in the background.
-
-    Args:
-        storage: of the run.
 
     Attributes:
         owner: a random name, in the lease while this driver holds it.

@@ -19,6 +19,7 @@ import queue
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,17 +48,9 @@ _BEST = "best_checkpoint.json"
 _LEFT_OUT = "left_out.json"
 # Data types by safetensors' names, in the order in which the library sorts tensors, last first.
 _DTYPES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int64: "I64",
-}
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
+}  # fmt: skip
 _DEVICE_OPTIONS = ("fused", "foreach", "capturable", "lr")
 _POLL_S = 0.1  # between two checks for files of other ranks
 
@@ -134,8 +127,6 @@ class CheckpointWriter:
     checkpoints. This needs host memory for one more copy of the state.
 
     Args:
-        storage: the run's.
-        module, optimizer: whose state is saved.
         config: checkpoint section of the run.
         model: model section of the run, for commit.json.
         first_step: steps done when this attempt began.
@@ -199,7 +190,10 @@ class CheckpointWriter:
             began = time.monotonic()
             self._storage.write(history, lines.encode())
             self._write(weights, optimizer, steps_done, samples_seen, after)
-            self._delete_superseded()
+            try:
+                delete_superseded(self._storage, self._config)
+            except OSError as error:
+                self._warn(f"old checkpoints could not be deleted; retrying at the next checkpoint: {error}")
             self.written_s += time.monotonic() - began
 
         self._writer.submit(f"the checkpoint of step {steps_done:,}", write)
@@ -249,24 +243,17 @@ class CheckpointWriter:
         folder = f"{FOLDER}/{name}"
         # A damaged checkpoint of this name may still have its commit.json.
         self._storage.delete(f"{folder}/{COMMIT}")
-        files = {
-            _WEIGHTS: self._storage.write_hashed(f"{folder}/{_WEIGHTS}", lambda file: write_safetensors(weights, file))
+        writers = {
+            _WEIGHTS: partial(write_safetensors, weights),
+            _OPTIMIZER: partial(_save_without_checksum, optimizer),
         }
-        files[_OPTIMIZER] = self._storage.write_hashed(
-            f"{folder}/{_OPTIMIZER}", lambda file: _save_without_checksum(optimizer, file)
-        )
+        files = {file: self._storage.write_hashed(f"{folder}/{file}", write) for file, write in writers.items()}
         while not all(map(self._storage.exists, after)):
             time.sleep(_POLL_S)
         self._fence.check()  # again: the files may have taken minutes
         info = CheckpointInfo(name, step, samples_seen, files, self._model)
         self._storage.write(f"{folder}/{COMMIT}", json.dumps(asdict(info), indent=1).encode())
         self._committed.put(info)
-
-    def _delete_superseded(self) -> None:
-        try:
-            delete_superseded(self._storage, self._config)
-        except OSError as error:
-            self._warn(f"old checkpoints could not be deleted; retrying at the next checkpoint: {error}")
 
 
 def help_to_save(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -284,7 +271,7 @@ def help_to_save(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def load_weights(
-    storage: Storage, info: CheckpointInfo, module: nn.Module, load_tower: Callable[[], None] = lambda: None
+    storage: Storage, info: CheckpointInfo, module: nn.Module, load_tower: Callable[[], object] = lambda: None
 ) -> None:
     """Load a checkpoint's weights into the model.
 

@@ -87,7 +87,6 @@ def cut(
     """The parts of a set, in order.
 
     Args:
-        name: of the set, for errors.
         batch_size: samples of a part.
         num_shown: number of samples, evenly spread, for the sheet.
         is_stored: whether the set's embeddings come from a store.

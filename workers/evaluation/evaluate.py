@@ -125,7 +125,7 @@ def retrieval_recall(similarity: Tensor, owner: Tensor) -> dict[str, float]:
 
 
 def _numbered(names: Sequence[str]) -> tuple[dict[str, int], Tensor]:
-    """Number the distinct names in sorted order; returns (n,) int64 too, each name's."""
+    """Number the distinct names in order; returns {name: number} and (n,) int64 of all names."""
     numbers = {name: number for number, name in enumerate(sorted(set(names)))}
     return numbers, torch.tensor([numbers[name] for name in names])
 
@@ -145,7 +145,6 @@ def figures_by_language(
     Args:
         features: (images, D) of unit norm.
         captions: of each image, by language, from `datasets.translations`.
-        class_ids: of each image.
         encode: texts to (texts, D) of unit norm.
 
     Returns:

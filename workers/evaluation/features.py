@@ -193,7 +193,6 @@ class WorkerGroup:
         """The features of a set.
 
         Args:
-            name: of the set.
             num_shown: number of images, evenly spread, to keep for the sheet. Unusable images are not replaced by
                 others.
 

@@ -29,10 +29,8 @@ def linear_probe(
     """Fit on some images, measure on others.
 
     Args:
-        fit_features: (n, D) of unit norm.
-        fit_ids: n class ids.
-        features: (m, D).
-        class_ids: m class ids; an image whose class is not among those to fit on counts as wrong.
+        fit_features, features: (n, D) and (m, D), of unit norm.
+        fit_ids, class_ids: n and m class ids; an image whose class is not among those to fit on counts as wrong.
 
     Returns:
         top1, chance1 (of the classes to fit on), num_classes, num_fit, num_images, num_unknown (images of classes that
@@ -73,13 +71,9 @@ def fit_logistic(
     weights = torch.zeros(num_classes, features.shape[1] + 1, dtype=torch.float64) if start is None else start.clone()
     weights.requires_grad_(True)
     optimizer = torch.optim.LBFGS(
-        [weights],
-        max_iter=_MAX_ITERATIONS,
-        tolerance_grad=_TOLERANCE,
-        tolerance_change=0,
-        history_size=10,
+        [weights], max_iter=_MAX_ITERATIONS, tolerance_grad=_TOLERANCE, tolerance_change=0, history_size=10,
         line_search_fn="strong_wolfe",
-    )
+    )  # fmt: skip
 
     def closure() -> Tensor:
         optimizer.zero_grad()

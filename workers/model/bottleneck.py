@@ -36,9 +36,8 @@ class BottleneckEmbedding(nn.Module):
 
     def folded(self) -> Tensor:
         """(N, W): the product as one table, rounded once."""
-        return (self.table.weight.detach().double() @ self.expand.weight.detach().double().T).to(
-            self.table.weight.dtype
-        )
+        table, expand = self.table.weight.detach(), self.expand.weight.detach()
+        return (table.double() @ expand.double().T).to(table.dtype)
 
 
 def use_bottleneck(module: nn.Module, bottleneck: int) -> None:
@@ -64,7 +63,6 @@ def fold_bottleneck(module: nn.Module) -> dict[str, Tensor]:
     weights = dict(module.state_dict())
     embedding = getattr(module.get_submodule("text"), "token_embedding", None)
     if isinstance(embedding, BottleneckEmbedding):
-        for name in [name for name in weights if name.startswith(f"{EMBEDDING}.")]:
-            del weights[name]
+        weights = {name: value for name, value in weights.items() if not name.startswith(f"{EMBEDDING}.")}
         weights[f"{EMBEDDING}.weight"] = embedding.folded()
     return weights

@@ -61,8 +61,6 @@ def export_open_clip(module: nn.Module, model: ModelConfig, folder: Path) -> Non
     """Write a folder that plain open_clip loads by its `local-dir:` schema.
 
     Args:
-        module: the trained model.
-        model: its config.
         folder: exists.
 
     Raises:
@@ -88,11 +86,10 @@ def export_open_clip(module: nn.Module, model: ModelConfig, folder: Path) -> Non
 def export_safetensors(module: nn.Module, model: ModelConfig, folder: Path) -> None:
     """As `export_open_clip`: the weights by open_clip's names, and the model section."""
     _save_tokenizer(model, folder)
-    content = {
-        "model": model.model_dump(mode="json", exclude={"init_from", "init_fresh", "token_bottleneck"})
-        | {"tokenizer": _tokenizer_name(folder)}
-    }
-    (folder / CONFIG).write_text(json.dumps(content | {"preprocessing": preprocessing(model)}, indent=2) + "\n")
+    section = model.model_dump(mode="json", exclude={"init_from", "init_fresh", "token_bottleneck"})
+    section["tokenizer"] = _tokenizer_name(folder)
+    content = {"model": section, "preprocessing": preprocessing(model)}
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
     _save_weights(module, folder / WEIGHTS)
 
 
@@ -108,21 +105,15 @@ def export_onnx(module: nn.Module, model: ModelConfig, folder: Path) -> None:
         import onnxscript  # noqa: F401  torch.onnx imports it, but late
     except ImportError as error:
         raise RuntimeError(f"{error}; ONNX needs the extra: pip install 'sigray[export]'") from error
-    logging.getLogger("torch.onnx").setLevel(
-        logging.ERROR
-    )  # it warns about torchvision's operators, which no tower uses
+    # It warns about torchvision's operators, which no tower uses.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     size, context_length, _ = shapes(model)
     _save_tokenizer(model, folder)
-    towers = {
-        IMAGE_ONNX: (_UnitNorm(module.get_submodule("visual")), torch.zeros(2, 3, size, size), "pixels"),
-        TEXT_ONNX: (
-            _UnitNorm(module.get_submodule("text")),
-            torch.zeros(2, context_length, dtype=torch.int64),
-            "tokens",
-        ),
-    }
-    for name, (tower, example, input_name) in towers.items():
-        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tower.state_dict().values())
+    texts = torch.zeros(2, context_length, dtype=torch.int64)
+    inputs = {"visual": (IMAGE_ONNX, "pixels", torch.zeros(2, 3, size, size)), "text": (TEXT_ONNX, "tokens", texts)}
+    for tower_name, (name, input_name, example) in inputs.items():
+        tower = _UnitNorm(module.get_submodule(tower_name))
+        num_bytes = sum(tensor.nbytes for tensor in tower.state_dict().values())
         torch.onnx.export(
             tower.eval(),
             (example,),
@@ -167,9 +158,6 @@ def compare_open_clip(
     Args:
         texts: whose tokens and features are compared.
         num_images: number of images of random pixels.
-
-    Returns:
-        Differences from the trained model.
     """
     import open_clip
 

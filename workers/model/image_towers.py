@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sigray.workers.config import TOWER_FILE_ENDINGS
+
 
 def load_image_tower(name: str) -> nn.Module:
     """The tower that `model.image_tower` names, with its weights.
@@ -28,16 +30,17 @@ def load_image_tower(name: str) -> nn.Module:
     Raises:
         ValueError: if the factory or file is missing or of another type.
     """
-    if not is_file(name):
+    if not name.endswith(TOWER_FILE_ENDINGS):
         return _from_factory(name)
     if not Path(name).is_file():
         raise ValueError(f"model.image_tower: there is no file {name}")
-    return OnnxTower(name) if name.endswith(".onnx") else _from_torchscript(name)
-
-
-def is_file(name: str) -> bool:
-    """Whether a name is a path and not a factory."""
-    return name.endswith((".onnx", ".pt", ".ts"))
+    if name.endswith(".onnx"):
+        return OnnxTower(name)
+    try:
+        return torch.jit.load(name, map_location="cpu")
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model.image_tower: {name} is not a TorchScript file: {reason}") from error
 
 
 def tower_sha256(tower: nn.Module) -> str:
@@ -134,12 +137,3 @@ def _from_factory(name: str) -> nn.Module:
     if not isinstance(tower, nn.Module):
         raise ValueError(f"model.image_tower={name!r} gave a {type(tower).__name__}, a torch.nn.Module expected")
     return tower
-
-
-def _from_torchscript(name: str) -> nn.Module:
-    try:
-        return torch.jit.load(name, map_location="cpu")
-    except RuntimeError as error:
-        raise ValueError(
-            f"model.image_tower: {name} is not a TorchScript file: {str(error).splitlines()[0]}"
-        ) from error

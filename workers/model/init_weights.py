@@ -96,12 +96,8 @@ def build_trained_model(storage: Storage, info: CheckpointInfo, model: ModelConf
         ValueError: if model.image_tower or model.init_from is needed and missing.
     """
     module = build_bare_model(model)
-
-    def load_tower() -> None:
-        if model.init_from is not None:
-            load_initial_weights(module, model)
-
-    load_weights(storage, info, module, load_tower)
+    is_initial = model.init_from is not None
+    load_weights(storage, info, module, lambda: load_initial_weights(module, model) if is_initial else None)
     return module
 
 
@@ -138,13 +134,11 @@ def _match(module: nn.Module, model: ModelConfig) -> tuple[InitialWeights, dict[
             found.matched.append(name)
     found.unused = [name for name in state if name not in own]
     if found.other_shape:
-        lines = [
-            f"  {name}: {list(old)} in the file, {list(new)} here" for name, (old, new) in found.other_shape.items()
-        ]
+        shapes = found.other_shape.items()
+        lines = [f"  {name}: {list(old)} in the file, {list(new)} here" for name, (old, new) in shapes]
         more = [f"  and {len(lines) - 2 * _MAX_NAMES} more"] if len(lines) > 2 * _MAX_NAMES else []
         parts = sorted({name.partition(".")[0] for name in found.other_shape})
-        fresh_parts = [rf"{part}\..*" if part in TOWERS else part for part in parts]
-        shown = "', '".join(fresh_parts)
+        shown = "', '".join(rf"{part}\..*" if part in TOWERS else part for part in parts)
         raise ValueError(
             f"model.init_from={model.init_from}: {len(lines)} tensors have another shape:\n"
             + "\n".join(lines[: 2 * _MAX_NAMES] + more)

@@ -88,14 +88,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, options: dict[str, Any
         # big_vision's defaults (optax.py, scale_by_adafactor), except the cap of beta2, which is the config's. Weight
         # decay is times the whole learning rate, as AdamW's here; big_vision's is times the schedule alone.
         return AdafactorBigVision(
-            groups,
-            lr=optim.lr,
-            momentum=optim.beta1,
-            beta2_cap=optim.beta2,
-            decay_rate=0.8,
-            min_dim_size_to_factor=32,
-            momentum_dtype=torch.bfloat16,
-            clipping_threshold=None,
-            unscaled_wd=False,
-        )
+            groups, lr=optim.lr, momentum=optim.beta1, beta2_cap=optim.beta2, decay_rate=0.8, min_dim_size_to_factor=32,
+            momentum_dtype=torch.bfloat16, clipping_threshold=None, unscaled_wd=False,
+        )  # fmt: skip
     return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, **options)

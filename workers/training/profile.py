@@ -34,19 +34,9 @@ from sigray.workers.storage import Storage
 
 FOLDER = "profile"
 PARTS = (
-    "data wait",
-    "to device",
-    "forward",
-    "loss: tiles",
-    "loss: ring",
-    "backward",
-    "device program",
-    "gradient all-reduce",
-    "optimizer",
-    "metrics",
-    "checkpoint",
-    "other",
-)
+    "data wait", "to device", "forward", "loss: tiles", "loss: ring", "backward", "device program",
+    "gradient all-reduce", "optimizer", "metrics", "checkpoint", "other",
+)  # fmt: skip
 """In the order of a step. "other" is the time outside all spans."""
 _STEP = "ProfilerStep#"
 
@@ -117,8 +107,6 @@ class StepProfiler:
 
     Args:
         wanted: which steps; None: nothing is profiled.
-        device, rank: of this worker.
-        storage: of the run.
     """
 
     def __init__(self, wanted: Profile | None, device: Device, storage: Storage, rank: int) -> None:

@@ -62,14 +62,10 @@ class Trainer:
     """Model, optimizer and the step that updates them.
 
     Args:
-        model: config of the towers.
-        optim, loss: config of optimizer and loss.
-        device: of this worker.
         num_samples: length of the run, for the schedule.
         global_batch_size: B, over all ranks.
         micro_batch_size: pairs per forward pass; None: all b of this rank.
         activation_checkpointing: whether the blocks of the towers keep their inputs only.
-        compile_blocks: whether the blocks are compiled.
         stored_embeddings: whether batches hold embeddings of the locked image tower in place of images.
         seed: of the run; determines the weights and the random state of every step.
 
