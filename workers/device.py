@@ -219,9 +219,8 @@ class Device:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return
         # FSDP2 has averaged the gradients of split weights in the backward pass.
-        gradients = [
-            grad for p in module.parameters() if (grad := p.grad) is not None and not isinstance(grad, DTensor)
-        ]
+        found = (parameter.grad for parameter in module.parameters())
+        gradients = [gradient for gradient in found if gradient is not None and not isinstance(gradient, DTensor)]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         self._all_reduce(flat)
         flat.div_(dist.get_world_size())
@@ -302,12 +301,9 @@ class XlaDevice(Device):
     The first dimension of batches and features is split over `mesh`. If PJRT joins the hosts (a TPU slice), the program
     spans all of them, and its gradients are complete. If it does not (the CPU client knows one process only), each host
     has its own program. Then gloo adds the gradients in host memory.
-
-    Attributes:
-        mesh: of all devices of the program, one axis.
     """
 
-    mesh: Any = None
+    mesh: Any = None  # of all devices of the program, one axis
 
     @property
     def num_devices(self) -> int:
@@ -332,11 +328,6 @@ class XlaDevice(Device):
     @property
     def pins_memory(self) -> bool:
         return False
-
-    @property
-    def _slices(self) -> Slices:
-        is_alone = self._num_hosts > 1 or not dist.is_initialized() or dist.get_world_size() == 1
-        return Slices(self._program_devices, self._mark, self._settle, None if is_alone else dist.group.WORLD)
 
     def _mark(self, tensor: Tensor) -> Tensor:
         import torch_xla.distributed.spmd as spmd
@@ -407,7 +398,8 @@ class XlaDevice(Device):
     def loss(
         self, features: Features, config: LossConfig, *, seed: int, micro_batch_size: int, late_checks: LateChecks
     ) -> Tensor:
-        slices = self._slices
+        is_alone = self._num_hosts > 1 or not dist.is_initialized() or dist.get_world_size() == 1
+        slices = Slices(self._program_devices, self._mark, self._settle, None if is_alone else dist.group.WORLD)
         if config.name == "softmax":
             return sharded_softmax_loss(*features, slices=slices, tile_size=config.tile_size)
         negatives = Negatives(config.negatives, config.negatives_fraction, seed)

@@ -78,14 +78,10 @@ def _is_held(lease: Lease | None) -> bool:
 
 @dataclass(frozen=True)
 class Fence:
-    """Refuses writes to a run after another driver took the lease.
-
-    Args:
-        owner: of the lease under which these training workers started; None: the run has no lease.
-    """
+    """Refuses writes to a run after another driver took the lease."""
 
     storage: Storage
-    owner: str | None
+    owner: str | None  # of the lease under which these training workers started; None: the run has no lease
 
     def check(self) -> None:
         """Compare the owners; call this before each write.
@@ -107,16 +103,13 @@ class Fence:
 class RunLease:
     """Context manager that holds the lease of a run and renews it in the background.
 
-    Attributes:
-        owner: a random name, in the lease while this driver holds it.
-
     Raises:
         RunHeld: on entering, if another driver holds the lease.
     """
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        self.owner = uuid.uuid4().hex
+        self.owner = uuid.uuid4().hex  # in the lease while this driver holds it
         self._is_lost = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)

@@ -162,9 +162,8 @@ class CheckpointWriter:
 
     def is_due(self, steps_done: int) -> bool:
         """Whether to call `save`; while a checkpoint is being written, the next one waits."""
-        return not self._writer.is_busy and is_due(
-            self._config, steps_done, self._saved_step, time.monotonic() - self._saved_at
-        )
+        since_saved_s = time.monotonic() - self._saved_at
+        return not self._writer.is_busy and is_due(self._config, steps_done, self._saved_step, since_saved_s)
 
     def save(
         self, steps_done: int, samples_seen: int, *, metrics: Sequence[dict[str, float]] = (), after: Iterable[str] = ()

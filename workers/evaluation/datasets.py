@@ -46,8 +46,7 @@ class Part:
     source: Shard | tuple[ImageFile, ...]
     start: int
     stop: int
-    shown: tuple[int, ...] = ()
-    """Numbers, in the shard or folder, of samples whose image the sheet shows."""
+    shown: tuple[int, ...] = ()  # numbers, in the shard or folder, of samples whose image the sheet shows
 
     def samples(self, data: DataConfig) -> Iterator[TarSample]:
         """Read the samples.

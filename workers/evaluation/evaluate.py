@@ -125,7 +125,7 @@ def retrieval_recall(similarity: Tensor, owner: Tensor) -> dict[str, float]:
 
 
 def _numbered(names: Sequence[str]) -> tuple[dict[str, int], Tensor]:
-    """Number the distinct names in order; returns {name: number} and (n,) int64 of all names."""
+    """Number the distinct names; returns the numbers by name, and (n,) int64."""
     numbers = {name: number for number, name in enumerate(sorted(set(names)))}
     return numbers, torch.tensor([numbers[name] for name in names])
 
@@ -217,16 +217,13 @@ def _sheet(found: SetFeatures, logits: Tensor, labels: Tensor, classes: list[dic
     sheet = []
     for number, image in found.shown.items():
         top = logits[number].topk(min(5, len(classes)))
+        truth = int(labels[number])
+        best = [
+            {"name": classes[c]["name"], "cosine": round(s, 4), "right": c == truth}
+            for c, s in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "PNG")
-        sheet.append(
-            {
-                "png_base64": base64.b64encode(buffer.getvalue()).decode(),
-                "truth": classes[int(labels[number])]["name"],
-                "best": [
-                    {"name": classes[c]["name"], "cosine": round(s, 4), "right": c == int(labels[number])}
-                    for c, s in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-                ],
-            }
-        )
+        png = base64.b64encode(buffer.getvalue()).decode()
+        sheet.append({"png_base64": png, "truth": classes[truth]["name"], "best": best})
     return sheet

@@ -32,14 +32,8 @@ from sigray.workers.model.tokenizer import build_tokenizer
 
 Format = Literal["open_clip", "safetensors", "onnx"]
 
-OPEN_CLIP_CONFIG = "open_clip_config.json"
-OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
-WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
-IMAGE_ONNX = "image.onnx"
-TEXT_ONNX = "text.onnx"
-
 _MAX_ONNX_BYTES = 2**31 - 2**26  # of weights inside a protobuf file; larger weights go into a second file
 
 
@@ -47,10 +41,8 @@ _MAX_ONNX_BYTES = 2**31 - 2**26  # of weights inside a protobuf file; larger wei
 class Comparison:
     """Differences between an exported model and the trained one."""
 
-    image_difference: float
-    """Largest absolute difference of an image feature."""
-    text_difference: float
-    """Largest absolute difference of a text feature, from the same tokens."""
+    image_difference: float  # largest absolute difference of an image feature
+    text_difference: float  # largest absolute difference of a text feature, from the same tokens
     num_texts: int
     other_tokens: tuple[str, ...] | None
     """Texts that the exported tokenizer turns into other tokens.
@@ -70,17 +62,11 @@ def export_open_clip(module: nn.Module, model: ModelConfig, folder: Path) -> Non
     towers["vision_cfg"].pop("timm_model_pretrained", None)
     towers["text_cfg"] |= _save_tokenizer(model, folder)
     towers["text_cfg"] = {key: value for key, value in towers["text_cfg"].items() if value is not None}
-    config = {
-        "model_cfg": {
-            **towers,
-            "custom_text": True,
-            "init_logit_scale": model.init_logit_scale,
-            "init_logit_bias": model.init_logit_bias,
-        },
-        "preprocess_cfg": {**preprocessing(model), "fill_color": 255},
-    }
-    (folder / OPEN_CLIP_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    _save_weights(module, folder / OPEN_CLIP_WEIGHTS)
+    initial = {"init_logit_scale": model.init_logit_scale, "init_logit_bias": model.init_logit_bias}
+    preprocess = preprocessing(model) | {"fill_color": 255}
+    config = {"model_cfg": {**towers, "custom_text": True, **initial}, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _save_weights(module, folder / "open_clip_model.safetensors")
 
 
 def export_safetensors(module: nn.Module, model: ModelConfig, folder: Path) -> None:
@@ -90,7 +76,7 @@ def export_safetensors(module: nn.Module, model: ModelConfig, folder: Path) -> N
     section["tokenizer"] = _tokenizer_name(folder)
     content = {"model": section, "preprocessing": preprocessing(model)}
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
-    _save_weights(module, folder / WEIGHTS)
+    _save_weights(module, folder / "model.safetensors")
 
 
 def export_onnx(module: nn.Module, model: ModelConfig, folder: Path) -> None:
@@ -110,14 +96,14 @@ def export_onnx(module: nn.Module, model: ModelConfig, folder: Path) -> None:
     size, context_length, _ = shapes(model)
     _save_tokenizer(model, folder)
     texts = torch.zeros(2, context_length, dtype=torch.int64)
-    inputs = {"visual": (IMAGE_ONNX, "pixels", torch.zeros(2, 3, size, size)), "text": (TEXT_ONNX, "tokens", texts)}
-    for tower_name, (name, input_name, example) in inputs.items():
+    inputs = {"image": ("visual", "pixels", torch.zeros(2, 3, size, size)), "text": ("text", "tokens", texts)}
+    for name, (tower_name, input_name, example) in inputs.items():
         tower = _UnitNorm(module.get_submodule(tower_name))
         num_bytes = sum(tensor.nbytes for tensor in tower.state_dict().values())
         torch.onnx.export(
             tower.eval(),
             (example,),
-            folder / name,
+            folder / f"{name}.onnx",
             input_names=[input_name],
             output_names=["features"],
             # torch.export specialises on size 1; the exported graph accepts 1 as well.
@@ -141,13 +127,8 @@ EXPORTERS = {"open_clip": export_open_clip, "safetensors": export_safetensors, "
 
 def preprocessing(model: ModelConfig) -> dict[str, Any]:
     """Preprocessing by open_clip's keys: the shorter side to S, the centre, mean, std."""
-    return {
-        "size": shapes(model)[0],
-        "mean": list(model.image_mean),
-        "std": list(model.image_std),
-        "interpolation": "bicubic",
-        "resize_mode": "shortest",
-    }
+    pixels = {"size": shapes(model)[0], "mean": list(model.image_mean), "std": list(model.image_std)}
+    return pixels | {"interpolation": "bicubic", "resize_mode": "shortest"}
 
 
 def compare_open_clip(

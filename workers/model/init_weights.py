@@ -34,12 +34,9 @@ class InitialWeights:
     matched: list[str] = field(default_factory=list)
     resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     """Positional embeddings: shape in the file, shape in the model."""
-    asked_fresh: list[str] = field(default_factory=list)
-    """Fresh because of model.init_fresh."""
-    missing: list[str] = field(default_factory=list)
-    """Fresh because the file lacks them."""
-    unused: list[str] = field(default_factory=list)
-    """In the file, not in the model."""
+    asked_fresh: list[str] = field(default_factory=list)  # because of model.init_fresh
+    missing: list[str] = field(default_factory=list)  # fresh because the file lacks them
+    unused: list[str] = field(default_factory=list)  # in the file, not in the model
     other_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     """Shape in the file, shape in the model."""
 

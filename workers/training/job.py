@@ -67,7 +67,5 @@ class TrainJob:
     owner: str | None  # of the run's lease
     blocks: BlockSource
     hooks: Hooks
-    rungs: frozenset[int] = frozenset()
-    """Steps after which the ranks save and ask the driver whether to continue."""
-    profile: Profile | None = None
-    """Which steps to profile; the run ends after them."""
+    rungs: frozenset[int] = frozenset()  # steps after which the ranks save and ask the driver whether to continue
+    profile: Profile | None = None  # which steps to profile; the run ends after them

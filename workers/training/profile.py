@@ -43,15 +43,10 @@ _STEP = "ProfilerStep#"
 
 @dataclass(frozen=True)
 class Profile:
-    """Which steps to profile.
+    """Which steps to profile."""
 
-    Attributes:
-        warm_up: steps before them, in each attempt.
-        steps: number of profiled steps; one more step follows, which ends with a checkpoint.
-    """
-
-    warm_up: int
-    steps: int
+    warm_up: int  # number of steps before them, in each attempt
+    steps: int  # number of profiled steps; one more step follows, which ends with a checkpoint
 
     @property
     def total(self) -> int:
@@ -60,17 +55,12 @@ class Profile:
 
 @dataclass(frozen=True)
 class RankProfile:
-    """Result of one rank.
-
-    Attributes:
-        plain_step_s: median of the steps before, without the profiler; None: too few.
-        steps: seconds of each profiled step by part; they add up to its wall time.
-    """
+    """Result of one rank."""
 
     rank: int
     device: str
-    plain_step_s: float | None
-    steps: list[dict[str, float]]
+    plain_step_s: float | None  # median of the steps before, without the profiler; None: too few
+    steps: list[dict[str, float]]  # seconds of each profiled step by part; they add up to its wall time
 
 
 def split_steps(events: Iterable[dict[str, Any]]) -> list[dict[str, float]]:

@@ -44,15 +44,11 @@ class StepResult:
 
 
 class BadStep(FloatingPointError):
-    """A step whose loss or gradients are not finite, or whose loss leaps.
-
-    Attributes:
-        step: counted from 1.
-    """
+    """A step whose loss or gradients are not finite, or whose loss leaps."""
 
     def __init__(self, step: int, message: str) -> None:
         super().__init__(step, message)  # both, so that it can be pickled
-        self.step = step
+        self.step = step  # counted from 1
 
     def __str__(self) -> str:
         return str(self.args[1])
@@ -71,7 +67,6 @@ class Trainer:
 
     Attributes:
         module: the open_clip model, with the same weights on every rank.
-        optimizer: of the trainable parameters.
     """
 
     def __init__(
