@@ -257,9 +257,8 @@ class Device:
         """Sum numbers of the host over the workers; the same on all of them."""
         if not dist.is_initialized():
             return list(values)
-        tensor = torch.tensor(
-            list(values), dtype=torch.float64, device="cuda" if self.torch_device.type == "cuda" else "cpu"
-        )
+        device = "cpu" if self.torch_device.type == "xla" else self.torch_device  # gloo does not know XLA's tensors
+        tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
         dist.all_reduce(tensor)
         return tensor.tolist()
 
