@@ -414,7 +414,7 @@ def _check_gke_tpu(group: dict[str, Any], container: dict[str, Any], place: str,
     per_host, hosts = int(limits.get("google.com/tpu", 0)), int(group.get("numOfHosts", 1))
     if not per_host and accelerator is None:
         return
-    slice_type = tpu_node_selectors_to_type(topology, accelerator)
+    slice_type = tpu_node_selectors_to_type(str(topology), str(accelerator))
     if slice_type is None:
         check.add(f"{place}.nodeSelector", f"{accelerator!r} {topology!r} is no TPU slice that Ray {RAY_VERSION} knows")
         return
