@@ -3,7 +3,6 @@
 They know no config, logger or Ray; `sigray.native` is all of sigray that they import.
 """
 
-# ruff: noqa: F401
 from sigray.losses.gradcache import cached_backward
 from sigray.losses.logit_means import feature_means, mean_logits
 from sigray.losses.negatives import Negatives
@@ -11,3 +10,19 @@ from sigray.losses.ring import NonFiniteFeatures, ring_sigmoid_loss, ring_softma
 from sigray.losses.sharded import Slices, sharded_sigmoid_loss, sharded_softmax_loss
 from sigray.losses.sigmoid import sigmoid_loss, sigmoid_loss_plain
 from sigray.losses.softmax import softmax_loss_plain
+
+__all__ = [
+    "Negatives",
+    "NonFiniteFeatures",
+    "Slices",
+    "cached_backward",
+    "feature_means",
+    "mean_logits",
+    "ring_sigmoid_loss",
+    "ring_softmax_loss",
+    "sharded_sigmoid_loss",
+    "sharded_softmax_loss",
+    "sigmoid_loss",
+    "sigmoid_loss_plain",
+    "softmax_loss_plain",
+]
