@@ -142,8 +142,9 @@ def frozen_trial(space: Any, outcome: Outcome) -> Any:
             continue
         bounds = dimension.uniform or dimension.loguniform
         if bounds is not None:
+            low, high = bounds
             is_log = dimension.loguniform is not None
-            distributions[name] = optuna.distributions.FloatDistribution(*bounds, log=is_log)
+            distributions[name] = optuna.distributions.FloatDistribution(low, high, log=is_log)
         else:
             distributions[name] = optuna.distributions.CategoricalDistribution(list(range(len(dimension.values))))
             value = dimension.values.index(value)

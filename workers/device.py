@@ -5,8 +5,7 @@ The step and the loop use `Device`: one torch device per worker, run eagerly, wi
 compiled program runs on all devices (GSPMD).
 
 `orchestrator/run/backends.py` starts the process groups; no other file imports torch_xla or calls torch.cuda
-(tests/test_layout.py). torch-xla 2.9 is its last release: a successor would change these two files. The file is long
-because the two devices stand side by side, method by method.
+(tests/test_layout.py). torch-xla 2.9 is its last release: a successor would change these two files.
 """
 
 from __future__ import annotations
