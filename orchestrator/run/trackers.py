@@ -23,13 +23,11 @@ class RunRecords:
     def __init__(self, config: RunConfig, folder: RunFolder, manifest: Manifest, display: Display) -> None:
         self._folder, self._manifest, self._display = folder, manifest, display
         self.prometheus = RunMetrics(config.run.name, config.checkpoint.save_every_s)
-        self._tensorboard: Any = None  # a SummaryWriter
+        self._tensorboard: TensorBoard | None = None
         self.facts: dict[str, Any] = {}
 
     def started(self, facts: dict[str, Any]) -> None:
         """Begin an attempt: forget the metrics of steps that it repeats."""
-        from torch.utils.tensorboard import SummaryWriter
-
         first_step = facts["first_step"]
         if self.facts:
             self._display.say(f"the training workers were restarted and go on from step {first_step:,}", "restart")
@@ -38,10 +36,8 @@ class RunRecords:
         self.facts = facts
         self.prometheus.started(facts)
         self._folder.restore_metrics(first_step)
-        self._close_tensorboard()
-        # Its x axis is samples seen; this writer supersedes earlier events from the next sample on.
-        purge_from = first_step * facts["global_batch_size"] + 1
-        self._tensorboard = SummaryWriter(str(self._folder.path / "tensorboard"), purge_step=purge_from)
+        self.close_trackers()
+        self._tensorboard = TensorBoard(self._folder, first_step * facts["global_batch_size"] + 1)
         self._display.start(str(self._folder.path), facts, data_facts(self._manifest))
 
     def metrics(self, line: dict[str, float], num_data_workers: int | None) -> None:
@@ -53,28 +49,49 @@ class RunRecords:
         self._folder.append_metrics(line)
         self._display.metrics(line)
         self.prometheus.line(line, num_data_workers)
-        for key, value in line.items():
-            if "/" in key:
-                self._add_scalar(key, value, line["samples_seen"])
+        if self._tensorboard is not None:
+            self._tensorboard.metrics(line)
 
     def evaluation(self, result: dict[str, Any]) -> None:
         self._folder.save_evaluation(result)
         self.prometheus.evaluation(result)
         self._display.evaluation(result)
+        if self._tensorboard is not None:
+            self._tensorboard.evaluation(result)
+
+    def close(self) -> None:
+        self._display.close()
+        self.close_trackers()
+
+    def close_trackers(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+class TensorBoard:
+    """Write metrics and evaluations as TensorBoard events, x axis in samples seen.
+
+    Args:
+        folder: of the run.
+        purge_from: samples seen from which on this writer supersedes earlier events.
+    """
+
+    def __init__(self, folder: RunFolder, purge_from: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=purge_from)
+
+    def metrics(self, line: dict[str, float]) -> None:
+        for key, value in line.items():
+            if "/" in key:
+                self._writer.add_scalar(key, value, int(line["samples_seen"]))
+
+    def evaluation(self, result: dict[str, Any]) -> None:
         for task in ("zero_shot", "retrieval"):
             for name, figures in result[task].items():
                 for key, value in figures.items():
                     if not key.startswith("num_"):
-                        self._add_scalar(f"{task}_{name}/{key}", value, result["samples_seen"])
-
-    def _add_scalar(self, key: str, value: float, samples_seen: float) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.add_scalar(key, value, int(samples_seen))
+                        self._writer.add_scalar(f"{task}_{name}/{key}", value, result["samples_seen"])
 
     def close(self) -> None:
-        self._display.close()
-        self._close_tensorboard()
-
-    def _close_tensorboard(self) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._writer.close()
