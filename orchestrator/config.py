@@ -86,7 +86,7 @@ class ClusterConfig(Section):
     and too little memory end the run at once."""
     hang_timeout_s: Annotated[float, Field(gt=0)] = 1800
     """Heartbeat timeout of the training workers, in seconds.
-    Training workers that send no line of metrics and no checkpoint for this long are killed and restarted."""
+    Training workers that send no event (metrics, checkpoint, warning) for this long are killed and restarted."""
     dashboard: bool = False
     """Serve Ray's dashboard on 127.0.0.1:8265, if the run starts its own Ray."""
 

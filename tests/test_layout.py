@@ -144,7 +144,7 @@ SLOW_IMPORTS = ["torch", "open_clip", "transformers", "timm", "torchvision", "to
         ),
         ("from sigray.orchestrator.run.monitor import RunMonitor, RayHooks", ["torch"]),
     ],
-    ids=["data worker", "list of workers", "Ray Train's controller", "monitor"],
+    ids=["data worker", "stream registry", "Ray Train's controller", "monitor"],
 )
 def test_processes_that_need_no_towers_start_without_them(process, absent):
     """A run starts some ten processes on one machine; the imports decide how long that takes."""

@@ -76,7 +76,7 @@ METRICS = (
     Metric("sigray_checkpoint_time_s", "Checkpoint age", "s", "Safety", "Since the newest durable checkpoint.",
            expr="time() - {name}"),
     Metric("sigray_checkpoint_every_s", "Checkpoint interval", "s", "Safety", "checkpoint.save_every_s of the config."),
-    Metric("sigray_heard_time_s", "Silence", "s", "Safety", "Since the last heartbeat of the training workers.",
+    Metric("sigray_heard_time_s", "Silence", "s", "Safety", "Since the last line of metrics of the training workers.",
            expr="time() - {name}"),
     Metric("sigray_restarts", "Restarts", "short", "Safety", "Attempts that ended before the run.", "counter"),
     Metric("sigray_bad_steps", "Bad steps", "short", "Safety", "Losses or gradients that were not finite, or leapt.",

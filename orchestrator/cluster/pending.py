@@ -1,9 +1,10 @@
 """Why training workers are pending, and whether the cluster can meet the demand.
 
-`pending_reason` is arithmetic over observations: the resources of hosts, their free resources, and the node types of an
-autoscaler. The rest of the file observes. Hosts come from Ray. The autoscaler comes from its own process, whose command
-line names the cluster file that `ray up` left on the head. If the driver runs elsewhere (KubeRay gives the autoscaler
-a container of its own), the autoscaler is unknown, and the sentence says so.
+The supervisor of a run decides how long to wait; this module says why. `pending_reason` is arithmetic over
+observations: the resources of hosts, their free resources, and the node types of an autoscaler. The rest of the file
+observes. Hosts come from Ray. The autoscaler comes from its own process, whose command line names the cluster file that
+`ray up` left on the head. If the driver runs elsewhere (KubeRay gives the autoscaler a container of its own), the
+autoscaler is unknown, and the sentence says so.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def pending_reason(demand: Demand, hosts: Sequence[Host], autoscaler: Autoscaler
     if _max_workers(demand, hosts, autoscaler) >= demand.num_workers:
         names = " or ".join(kind.name for kind in autoscaler.types if _workers_per_node(demand, kind))
         return PendingReason(f"{begin}waiting for the autoscaler ({names})", True)
-    return PendingReason(f"{begin}cannot be met by this cluster.yaml: {_why_not(demand, hosts, autoscaler)}", False)
+    return PendingReason(f"{begin}cannot be met by this cluster file: {_why_not(demand, hosts, autoscaler)}", False)
 
 
 def _fit(demand: Demand, resources: dict[str, float]) -> int:

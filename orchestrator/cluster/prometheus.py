@@ -50,7 +50,7 @@ def alert_rules() -> dict[str, Any]:
     # name, condition, severity, how long the condition must hold, text
     table = [
         ("SigrayStalled", f"time() - {name['sigray_heard_time_s']} > {_STALLED_S}", "critical", "0s",
-         f"no heartbeat from its training workers for {_STALLED_S} s"),
+         f"no metrics from its training workers for {_STALLED_S} s"),
         ("SigrayDataStarved", f"avg_over_time({wait}[5m]) > {_DATA_WAIT_PCT}", "warning", "5m",
          f"{wait_text}: add data-shard workers (data.num_workers)"),
         ("SigrayNotANumber", f"{loss} != {loss} or increase({name['sigray_bad_steps']}[15m]) > 0", "critical", "0s",

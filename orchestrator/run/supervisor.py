@@ -333,8 +333,8 @@ class Heartbeat:
         if self._last_at is None or time.monotonic() - self._last_at < self._timeout_s:
             return
         self._display.say(
-            f"no heartbeat from the training workers for {format_duration(self._timeout_s)}: killing them (if a step "
-            "takes so long, raise cluster.hang_timeout_s)"
+            f"no heartbeat from the training workers for {format_duration(self._timeout_s)}: killing them (if "
+            "train.log_every_steps steps take so long, lower that key or raise cluster.hang_timeout_s)"
         )
         self._last_at = time.monotonic()  # the killed workers get the same time to end
         for worker in self._workers:

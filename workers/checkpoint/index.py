@@ -49,7 +49,10 @@ def list_checkpoints(storage: Storage) -> list[CheckpointInfo]:
 
 
 def newest_checkpoint(storage: Storage) -> tuple[CheckpointInfo, float] | None:
-    """The newest checkpoint with a readable commit.json, and its Unix time of commit."""
+    """The newest checkpoint with a readable commit.json, and its Unix time of commit.
+
+    For pages. A resume verifies the files too: `load_newest` of `workers/checkpoint/writer.py`.
+    """
     for name in reversed(storage.list(FOLDER)):
         written = storage.modified(f"{FOLDER}/{name}/{COMMIT}")
         if written is not None:

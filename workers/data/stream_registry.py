@@ -1,6 +1,6 @@
 """The registry of a stream: its data-shard workers, its subscribers' positions.
 
-A file of its own, without torch: the actor starts at once and takes 0.06 GB, with torch 0.35.
+A module without heavy imports: the actor starts at once and takes 0.06 GB.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def evicts_needed_block(number: int, others: Iterable[int], window: int) -> bool
 class StreamRegistry:
     """The data-shard workers that are up, and each subscriber's position: a Ray actor.
 
-    It holds the workers as a reference to their list, itself in a list, which Ray does not resolve. Their handles would
-    bring their class, and torch with it.
+    It holds the workers as a reference to their list, itself in a list, which Ray does not resolve: their handles would
+    import the worker's class with its decoder.
 
     Args:
         window: blocks of a lane within which subscribers stay together; None: each reads as fast as it can.

@@ -2,8 +2,8 @@
 
     set up -> restore -> [ batch -> step -> log -> checkpoint ] until the last step or a request to stop
 
-The loop uses torch.distributed and knows nothing of Ray. `orchestrator/run/driver.py` runs it in Ray Train's worker
-group; the tests and `benchmarks/overhead.py` run it in a bare process group.
+The loop uses torch.distributed and knows nothing of Ray. `orchestrator/run/worker_group.py` hands it to Ray
+Train; the tests and `benchmarks/overhead.py` run it in a bare process group.
 """
 
 from __future__ import annotations

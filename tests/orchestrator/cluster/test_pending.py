@@ -131,16 +131,16 @@ def tpu_hosts(count: int, name: str, kind: str = "v4-32") -> list[Host]:
          "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 4, 0 free: waiting until the others are "
          "released", True),
         (GPU, [], Autoscaler(True, (NodeType("data", {"CPU": 16.0, "data": 16.0}, 8),)),
-         "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 0: cannot be met by this cluster.yaml: no "
+         "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 0: cannot be met by this cluster file: no "
          "node type offers GPU", False),
         (GPU, [host(GPU_HOST)], Autoscaler(True, (dataclasses.replace(GPU_TYPE, max_nodes=3),)),
-         "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 1: cannot be met by this cluster.yaml: its node "
+         "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 1: cannot be met by this cluster file: its node "
          "types fit at most 3 (max_workers)", False),
         (GPU, [], Autoscaler(True, (dataclasses.replace(GPU_TYPE, max_nodes=3),) * 2, 3),
-         "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 0: cannot be met by this cluster.yaml: its node "
+         "needs 4 training workers of 12 CPU, 1 GPU, 1 training, has 0: cannot be met by this cluster file: its node "
          "types fit at most 3 (max_workers)", False),
         (Demand(1, {"GPU": 8.0}), [], Autoscaler(True, (GPU_TYPE,)),
-         "needs 1 training worker of 8 GPU, has 0: cannot be met by this cluster.yaml: no node type has more than "
+         "needs 1 training worker of 8 GPU, has 0: cannot be met by this cluster file: no node type has more than "
          "1 GPU",
          False),
         (SLICE, tpu_hosts(2, "a"), Autoscaler(True, (NodeType("tpu", {"CPU": 240, "TPU": 4}, 1, 4, "v4-32"),)),
@@ -150,7 +150,7 @@ def tpu_hosts(count: int, name: str, kind: str = "v4-32") -> list[Host]:
          "needs 4 TPU hosts of v4-32, has 2: no autoscaler runs: start hosts by "
          "hand", False),
         (SLICE, [], Autoscaler(True, (NodeType("tpu", {"CPU": 240, "TPU": 4}, 1, 2, "v4-16"),)),
-         "needs 4 TPU hosts of v4-32, has 0: cannot be met by this cluster.yaml: no node type is a v4-32", False),
+         "needs 4 TPU hosts of v4-32, has 0: cannot be met by this cluster file: no node type is a v4-32", False),
         (SLICE, tpu_hosts(4, "a"), BY_HAND,
          "needs 4 TPU hosts of v4-32, has them: waiting for Ray to place them", True),
     ],
