@@ -157,8 +157,8 @@ class SigmoidPass:
                 cosines = diagonal.clone() if is_exact else row_dots(tile.image[pairs[0]], tile.text[pairs[1]])
                 diagonal.fill_(-torch.inf)
             if self._mask is not None:
-                dropped = self._mask(tile.x, self._first_image + tile.rows.start, first_text + tile.columns.start)
-                tile.x.masked_fill_(dropped, -torch.inf)
+                first = self._first_image + tile.rows.start, first_text + tile.columns.start
+                tile.x.masked_fill_(self._mask(tile.x, *first), -torch.inf)  # without a name, the mask is free at once
             negative_terms_(tile.x, self._scale, self._bias, self._row_sums[:, tile.rows])
             if diagonal is not None:
                 sums = self._row_sums[:, tile.rows.start + pairs[0].start : tile.rows.start + pairs[0].stop]

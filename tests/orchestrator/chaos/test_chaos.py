@@ -310,7 +310,8 @@ def supervised(config: RunConfig, folder: Path, lives: str, **options) -> tuple[
     """Exit codes by letters, a for 0; in capitals after a step."""
     said: list[str] = []
     command = [sys.executable, "-S", "-c", RUN, str(folder), lives]
-    return Supervised(config, command, folder / "log", said.append, stuck_s=1.5, **options), said
+    options = {"stuck_s": 30.0} | options
+    return Supervised(config, command, folder / "log", said.append, **options), said
 
 
 def test_a_driver_that_ends_is_started_again(config, tmp_path):
@@ -337,7 +338,7 @@ def test_a_driver_that_ends_is_started_again(config, tmp_path):
         ("Bc", {}, ConfigError, "refuses .*\n(.*\n)*the last words"),
         ("Bbbb", {}, RuntimeError, "ended with exit code 1:\n(.*\n)*the last words"),
         ("B", {"max_idle_drivers": 0}, RuntimeError, "ended with exit code 1"),
-        ("H", {}, RuntimeError, "no step for 2 s"),
+        ("H", {"stuck_s": 1.5}, RuntimeError, "no step for 2 s"),
     ],
 )
 def test_a_run_that_does_not_get_on_is_an_error(lives, options, kind, message, config, tmp_path):
