@@ -248,7 +248,7 @@ def test_a_sweep_leaves_what_its_user_expects(study, outputs):
     best = load_config(folder / "best.yaml")
     assert best.train.num_samples == RUNGS[-1]
     page = (folder / "report.html").read_text()
-    assert "Of 3\u00a0configurations" in page
+    assert "Best of 3\u00a0configurations: " in page
     assert "failed</b> (trial\u00a0crashes)" in page
     assert "1 failed, " in outputs[1]
     assert "best: trial=" in outputs[1]
