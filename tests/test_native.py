@@ -27,11 +27,13 @@ def answer(source: Path, **options) -> int | None:
 def test_a_change_of_source_or_flags_is_another_library(source, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert answer(source) == answer(source) == 42
+    source.write_text("int answer(void) { return 43; }\n")
+    assert answer(source) == 43
     source.write_text("int answer(void) { return NUMBER; }\n")
     assert answer(source, flags=["-DNUMBER=1"]) == 1
     assert answer(source, flags=["-DNUMBER=2"]) == 2
-    assert len(list((tmp_path / "cache" / "sigray").glob("answer-*.so"))) == 3
-    assert len(list((tmp_path / "cache" / "sigray").iterdir())) == 3
+    assert len(list((tmp_path / "cache" / "sigray").glob("answer-*.so"))) == 4
+    assert len(list((tmp_path / "cache" / "sigray").iterdir())) == 4
 
 
 def test_several_processes_at_once_get_a_whole_library(source, tmp_path):
