@@ -110,7 +110,7 @@ def test_a_node_gets_all_that_the_installation_needs(place, tmp_path):
 
 # ------------------------------------------------------------------------------- files of a user's with our names
 
-OWN = {"losses.py": "", "workers/__init__.py": "", "workers/" + "data.py": "", "tuning.py": "", "orchestrator.py": ""}
+OWN = {"losses.py": "", "workers/__init__.py": "", "workers/data.py": "", "tuning.py": "", "orchestrator.py": ""}
 BARE = """
 import json, losses, pathlib, torch, tuning, workers.data
 from sigray.orchestrator.config import load_config
