@@ -148,7 +148,6 @@ print(sigray.train(sigray.load_config("run.yaml"), rich.console.Console())["samp
 """
 
 
-@pytest.mark.timeout(900)
 def test_such_a_script_trains_under_ray(own_ray, tmp_path):
     write_own(tmp_path, "")
     write_small_run(tmp_path, **STEPS)
@@ -198,7 +197,6 @@ with open({path!r}, "a") as _file:
 WORKERS = {("default_worker.py", "sigray.workers.training.train"), ("default_worker.py", "sigray.workers.data.worker")}
 
 
-@pytest.mark.timeout(1200)
 def test_a_wheel_trains_sweeps_and_submits(installed, head, tmp_path):
     """With a config of one's own, beside files of our names: a process that imports one of them fails the run."""
     write_own(tmp_path, "raise RuntimeError('a file of the user')")

@@ -27,8 +27,8 @@ from tests.helpers.bare import train_bare
 from tests.helpers.data import TOWERS, write_dataset
 from tests.helpers.hosts import ROOT, Hosts
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import LIMIT_S
 
-pytestmark = pytest.mark.timeout(900)
 NUM_STEPS, BATCH = 600, 24
 KEYS = {"AWS_ACCESS_KEY_ID": "ak", "AWS_SECRET_ACCESS_KEY": "sk1234567890", "AWS_DEFAULT_REGION": "us-east-1"}
 
@@ -87,11 +87,11 @@ def hosts(own_ray: None, namespaces: None) -> Iterator[Hosts]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def wait_for(what: str, condition: Callable[[], Any], timeout_s: float, process: Any = None, every_s: float = 1) -> Any:
-    deadline = time.monotonic() + timeout_s
+def wait_for(what: str, condition: Callable[[], Any], process: Any = None, every_s: float = 1) -> Any:
+    deadline = time.monotonic() + LIMIT_S
     while not (found := condition()):
         assert process is None or process.poll() is None, f"{what}: the process ended"
-        assert time.monotonic() < deadline, f"{what}: not after {timeout_s:.0f} s"
+        assert time.monotonic() < deadline, f"{what}: not after {LIMIT_S:.0f} s"
         time.sleep(every_s)
     return found
 
@@ -126,7 +126,7 @@ def test_a_run_on_three_hosts_survives_the_loss_of_one(hosts, tmp_path, capsys):
             "    boto3.client('s3').upload_file(path, 'sigray', 'tars/' + path.rsplit('/', 1)[1])\n"
         )
         put = f"{exports} python {hosts.folder}/put.py {' '.join(map(str, shards))}"
-        wait_for("S3", lambda: "Error" not in hosts.run("head", put, check=False), 60, processes[0])
+        wait_for("S3", lambda: "Error" not in hosts.run("head", put, check=False), processes[0])
         say("S3 is up")
 
         # ray up, over ssh.
@@ -134,7 +134,7 @@ def test_a_run_on_three_hosts_survives_the_loss_of_one(hosts, tmp_path, capsys):
         config = hosts.folder / "run.yaml"
         config.write_text(yaml.safe_dump(run_config("s3://sigray/tars/", "s3://sigray/runs")))
         hosts.run("user", "ray get-auth-token --generate > /dev/null")
-        up = hosts.run("user", f"ray up -y {hosts.folder}/cluster.yaml", timeout_s=150)
+        up = hosts.run("user", f"ray up -y {hosts.folder}/cluster.yaml")
         say("ray up has returned")
         assert "0.0.0.0" not in up
 
@@ -145,7 +145,7 @@ def test_a_run_on_three_hosts_survives_the_loss_of_one(hosts, tmp_path, capsys):
             return hosts.run("head", f"python {hosts.folder}/alive.py", check=False).split()
 
         want = {hosts.addresses[name] for name in ("head", "t1", "t2")}
-        wait_for("three nodes", lambda: want <= set(alive()), 150)
+        wait_for("three nodes", lambda: want <= set(alive()))
         say("three nodes are alive")
 
         # Nothing but sshd and what Ray's own nodes need of each other listens beyond loopback; the dashboard does not.
@@ -167,13 +167,13 @@ def test_a_run_on_three_hosts_survives_the_loss_of_one(hosts, tmp_path, capsys):
             found = [line.split()[1] for line in log().splitlines() if line.startswith("step ")]
             return int(found[-1]) if found else 0
 
-        wait_for("step 120", lambda: step() >= 120, 240, following, every_s=0.1)
+        wait_for("step 120", lambda: step() >= 120, following, every_s=0.1)
         say(f"step {step()}: pulling the cable of t2")
         hosts.cut("t2")
-        wait_for("the loss of t2", lambda: "Starting the workers again" in log(), 120, following)
+        wait_for("the loss of t2", lambda: "Starting the workers again" in log(), following)
         say("the run has noticed")
         hosts.mend("t2")
-        wait_for("a restart", lambda: "go on from step" in log(), 240, following)
+        wait_for("a restart", lambda: "go on from step" in log(), following)
         say("training goes on")
 
         # Placement: data-shard workers where the resource is, training workers on the two others.
@@ -182,9 +182,9 @@ def test_a_run_on_three_hosts_survives_the_loss_of_one(hosts, tmp_path, capsys):
         assert "ray::DataWorkerActor" not in listed
         assert "ray::DataWorkerActor" in hosts.run("head", "ps -eo args")
 
-        metrics = wait_for("metrics", lambda: scraped(hosts, "ray_sigray_train_loss"), 60, following)
+        metrics = wait_for("metrics", lambda: scraped(hosts, "ray_sigray_train_loss"), following)
         assert metrics[0]["metric"]["run"] == "demo"
-        assert following.wait(timeout=300) == 0, log()
+        assert following.wait(timeout=LIMIT_S) == 0, log()
         say("the run has ended")
         assert f"finished at {NUM_STEPS * BATCH:,} samples" in log()
         assert float(scraped(hosts, "ray_sigray_restarts_total")[0]["value"][1]) >= 1
@@ -198,7 +198,7 @@ def test_a_run_on_three_hosts_survives_the_loss_of_one(hosts, tmp_path, capsys):
             "print(boto3.client('s3').get_object(Bucket='sigray', Key=key)['Body'].read().decode())\n"
         )
         commit = json.loads(hosts.run("head", f"{exports} python {hosts.folder}/get.py"))
-        down = hosts.run("user", f"ray down -y {hosts.folder}/cluster.yaml", timeout_s=120)
+        down = hosts.run("user", f"ray down -y {hosts.folder}/cluster.yaml")
         assert "No nodes remaining" in down or "Requested" in down or "terminated" in down.lower(), down
         say("ray down has returned")
     finally:

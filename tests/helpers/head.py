@@ -61,7 +61,7 @@ def ray_head(home: Path, num_cpus: int = 4, **environment: str) -> Iterator[Head
     with (home / "ray.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=variables | environment, start_new_session=True)
         try:
-            deadline = time.monotonic() + 90
+            deadline = time.monotonic() + 300
             while True:
                 asked = subprocess.run(
                     [str(BIN / "sigray"), "status", "--address", address], env=variables, capture_output=True, text=True

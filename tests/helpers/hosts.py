@@ -150,7 +150,7 @@ class Hosts:
         clean = ["env", "-i", "HOME=/root", "TERM=dumb", "LANG=C.UTF-8", "USER=root"]
         return [*inside, *clean, "bash", "--login", "-c", f"cd {ROOT} && {text}"]
 
-    def run(self, host: str, text: str, timeout_s: float = 120, check: bool = True) -> str:
+    def run(self, host: str, text: str, timeout_s: float = 300, check: bool = True) -> str:
         """What a shell command prints on a host, errors included."""
         command = self.command(host, text)
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s)
@@ -171,7 +171,7 @@ class Hosts:
         return int(listed.split()[0])
 
     def _wait_until_up(self, host: str) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         probe = f"exec 3<>/dev/tcp/{self.addresses[host]}/22"
         while subprocess.run(
             ["ip", "netns", "exec", f"{self._prefix}-{host}", "bash", "-c", probe], capture_output=True

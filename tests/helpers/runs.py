@@ -15,6 +15,7 @@ from tests.helpers.data import COLOURS, TOWERS, write_dataset
 
 SIGRAY = str(Path(sys.executable).parent / "sigray")
 NUM_STEPS, BATCH = 120, 24
+LIMIT_S = 900.0  # of one command; it ends what hangs, also on a machine on which other tests run
 
 
 class SmallRun:
@@ -80,7 +81,7 @@ class Sigray:
     def output(self) -> str:
         return self.log.read_text()
 
-    def wait_until(self, condition: Any, timeout_s: float = 200) -> None:
+    def wait_until(self, condition: Any, timeout_s: float = LIMIT_S) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert self.process.poll() is None, self.output()
@@ -88,7 +89,7 @@ class Sigray:
             time.sleep(0.02)
 
     def wait(self) -> int:
-        return self.process.wait(timeout=200)
+        return self.process.wait(timeout=LIMIT_S)
 
 
 EXAMPLES = sorted(Path("examples").glob("*.yaml"))

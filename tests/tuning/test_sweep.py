@@ -37,6 +37,7 @@ from sigray.workers.storage import Storage
 from tests.helpers.bare import train_bare
 from tests.helpers.data import COLOURS, TOWERS, write_dataset
 from tests.helpers.processes import descendants_named
+from tests.helpers.runs import LIMIT_S
 
 SWEEP = "import sys; from sigray.tuning.cli import main; sys.exit(main(sys.argv[1:]))"
 RUNGS = (192, 384, 768)
@@ -98,7 +99,7 @@ class Driver:
             command = [sys.executable, "-c", SWEEP, "sweep", *map(str, arguments)]
             self.process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
 
-    def wait_until(self, condition: Any, timeout_s: float = 200) -> None:
+    def wait_until(self, condition: Any, timeout_s: float = LIMIT_S) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert self.process.poll() is None, self.log.read_text()
@@ -127,11 +128,10 @@ def outputs(own_ray: None, study: Study) -> tuple[str, str]:
     first.wait_until(lambda: any(row.results and row.results[0].answer for row in table_now(study).rows.values()))
     first.kill()
     second = Driver(folder / "second.log", "--resume", study.config.folder)
-    assert second.process.wait(timeout=250) == 0, second.log.read_text()
+    assert second.process.wait(timeout=LIMIT_S) == 0, second.log.read_text()
     return first.log.read_text(), second.log.read_text()
 
 
-@pytest.mark.timeout(900)
 def test_killed_at_three_moments_gives_the_same_table(own_ray, patience, tmp_path):
     """Before any result, between a result and the next, and when a trial is over already."""
     path = write_study(tmp_path)
@@ -152,7 +152,7 @@ def test_killed_at_three_moments_gives_the_same_table(own_ray, patience, tmp_pat
         driver.kill()
         assert any(not row.is_over for row in rows()), "it was over before it was killed"
     last = Driver(tmp_path / "last.log", path)
-    assert last.process.wait(timeout=400) == 0, last.log.read_text()
+    assert last.process.wait(timeout=LIMIT_S) == 0, last.log.read_text()
     expected = as_csv(without_ray(study, tmp_path / "bare"), len(RUNGS))
     assert (study.config.folder / "trials.csv").read_text() == expected
 

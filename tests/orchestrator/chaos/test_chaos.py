@@ -205,7 +205,7 @@ time.sleep(60)
 """
 
 
-def wait_until(condition, timeout_s=20):
+def wait_until(condition, timeout_s=120):
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
@@ -393,7 +393,6 @@ def test_only_whole_checkpoints_are_cut_and_one_is_left(config, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- a run
 
 
-@pytest.mark.timeout(600)  # 110 s on two idle cores
 def test_a_run_in_which_things_die_ends_as_if_nothing_had_happened(own_ray, tmp_path, capsys):
     small = SmallRun(tmp_path)
     # Each start of a Ray costs 25 s on two cores, so each kind comes once. Waits are short: 120 steps take 10 s.

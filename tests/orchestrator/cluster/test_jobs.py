@@ -24,6 +24,7 @@ from sigray.orchestrator.reports.live_server import RUNS, Pages
 from sigray.tuning.cli import main
 from tests.helpers.data import TOWERS, write_dataset
 from tests.helpers.head import BIN, Head, ray_head
+from tests.helpers.runs import LIMIT_S
 
 CANARY = "c4n4ryS3cretThatNobodyMayKeep"
 
@@ -152,7 +153,7 @@ def head(own_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[He
         yield up
 
 
-def sigray(head: Head, command: str, *words: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+def sigray(head: Head, command: str, *words: str, timeout: float = LIMIT_S) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(BIN / "sigray"), command, "--address", head.address, *words],
         env=os.environ | {"RAY_AUTH_MODE": "disabled", "SIGRAY_CANARY": CANARY},
@@ -175,7 +176,7 @@ def test_a_job_from_its_submission_to_its_end(head, run_config):
         "train",
         str(run_config),
     ]
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + LIMIT_S
     while "No available agent" in (submitted := sigray(head, "submit", *first)).stderr:  # a busy head needs longer
         assert time.monotonic() < deadline, submitted.stderr
     assert (submitted.returncode, submitted.stdout) == (0, "job first\n"), submitted.stderr
@@ -229,7 +230,7 @@ def test_a_job_from_its_submission_to_its_end(head, run_config):
     # Stopped with a checkpoint, so the same run can continue.
     words = ["train", str(run_config), "run.name=long", "train.num_samples=1600000"]
     assert sigray(head, "submit", "--job=long", "--no-follow", "--", *words).returncode == 0
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LIMIT_S
     while "step     10" not in log_of(head, "long"):
         assert time.monotonic() < deadline, log_of(head, "long")
         time.sleep(0.5)

@@ -98,7 +98,6 @@ def drain(address: str, node_id: str, seconds: int) -> None:
     subprocess.run([*command, "--deadline-remaining-seconds", str(seconds)], check=True, timeout=60)
 
 
-@pytest.mark.timeout(400)
 def test_it_shrinks_and_grows(output):
     assert "a training worker or its machine died: " in output
     assert "training workers: 2 -> 1" in output
@@ -115,7 +114,6 @@ def test_it_shrinks_and_grows(output):
     assert "Traceback" not in output
 
 
-@pytest.mark.timeout(400)
 def test_growing_repeats_no_step(output):
     """The group that stops to grow writes a checkpoint first."""
     begins = [int(step.replace(",", "")) for step in re.findall(r"steps +([\d,]+) to 100,000", output)]
@@ -127,7 +125,6 @@ def test_growing_repeats_no_step(output):
     assert begins[2] == done[-1]
 
 
-@pytest.mark.timeout(400)
 def test_the_losses_are_those_of_a_run_in_which_nothing_changed(small, output):
     """Two sums of the same numbers in another order: in float32 the losses part by rounding."""
     config = load_config(
@@ -141,7 +138,6 @@ def test_the_losses_are_those_of_a_run_in_which_nothing_changed(small, output):
     assert losses == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.timeout(400)
 def test_the_ledger_is_exact(small, output, capsys):
     from sigray.orchestrator.cli.main import main
 

@@ -154,7 +154,6 @@ def test_a_run_that_is_too_short_is_refused(config):
     assert wanted.train == config.train
 
 
-@pytest.mark.timeout(400)
 def test_the_command(own_ray, tmp_path):
     """`sigray profile` under Ray: table, picture, traces, and a timeline with the data-shard workers' blocks."""
     small = SmallRun(tmp_path)

@@ -21,7 +21,6 @@ from tests.helpers.bare import train_bare
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import BATCH, Sigray, SmallRun
 
-pytestmark = pytest.mark.timeout(500)
 NUM_STEPS = 50
 SLICE = [
     "cluster.accelerator=xla_cpu",
@@ -82,7 +81,7 @@ def hosts(cluster: Any) -> list[Any]:
 def first_output(small: SmallRun, cluster: Any, hosts: list[Any]) -> str:
     """Output of the run until Ctrl-C; then the slice is free again for the next one."""
     run = sigray(small, cluster, "first.log", "train", small.config, *SLICE)
-    run.wait_until(lambda: small.num_lines() >= 20, timeout_s=300)
+    run.wait_until(lambda: small.num_lines() >= 20)
     run.process.send_signal(signal.SIGINT)
     assert run.wait() == 130, run.output()
     return run.output()

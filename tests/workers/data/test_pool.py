@@ -136,7 +136,6 @@ def undisturbed(manifest: Manifest, data: DataConfig, model: ModelConfig, folder
     return committed(folder)["digests"]
 
 
-@pytest.mark.timeout(600)
 def test_ledger_of_a_stream_in_which_everything_dies(ray_driver, minutes, pools, model, tmp_path):
     """Two epochs; 50 kills of data-shard workers and of the reader; 1 to 4 training workers, 1 to 3 data workers."""
     import ray

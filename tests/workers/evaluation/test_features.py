@@ -178,7 +178,6 @@ def stop_and_kill(number: int, pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.timeout(900)  # seven processes import torch, on a machine that may be busy
 @pytest.mark.parametrize("name", ["live", "stored"])
 def test_figures_are_the_same_with_any_number_of_workers(
     name, folder, checkpoints, store, ray_driver, monkeypatch, tmp_path
