@@ -92,6 +92,11 @@ class WeightedShards(Section):
     """Weight of this dataset among the samples seen."""
 
 
+def caption_member(source: str) -> str:
+    """Return the ending of a caption source's member: `json` for `json:captions.en`."""
+    return source.partition(":")[0]
+
+
 class DataConfig(Section):
     shards: Patterns | dict[str, WeightedShards]
     """WebDataset tars: patterns, or several named datasets to mix.

@@ -35,7 +35,9 @@ from sigray.orchestrator.formatting import NBSP, TIMES
 from sigray.orchestrator.tables import printable
 from sigray.workers.config import DataConfig, Patterns
 from sigray.workers.data.decode import Decoder, Refused, captions_at, decode_pixels, sample_random
-from sigray.workers.data.manifest import ShardCount, ShardFile, is_pair, list_shards, scan_shards
+from sigray.workers.data.manifest import is_pair, scan_shards
+from sigray.workers.data.shard_counts import ShardCount
+from sigray.workers.data.shard_list import ShardFile, list_shards
 from sigray.workers.data.tar import ByteSource, DataError, MappedFile, TarSample, read_tar
 
 NUM_SAMPLES = 2000

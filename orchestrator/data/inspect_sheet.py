@@ -27,9 +27,8 @@ from sigray.orchestrator.data.inspect import (
 from sigray.orchestrator.formatting import byte_count
 from sigray.orchestrator.reports.template import page, render
 from sigray.orchestrator.tables import add, printable, rows_table, table
-from sigray.workers.config import DataConfig
+from sigray.workers.config import DataConfig, caption_member
 from sigray.workers.data.decode import Refused, captions_at
-from sigray.workers.data.manifest import caption_member
 from sigray.workers.data.tar import read_tar
 from sigray.workers.storage import Storage
 

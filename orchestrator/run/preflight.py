@@ -10,7 +10,8 @@ from sigray.orchestrator.planning.plan import check_memory
 from sigray.orchestrator.resources import check_slices
 from sigray.orchestrator.run.progress import Display
 from sigray.orchestrator.run.ray_session import cluster_address
-from sigray.workers.data.manifest import Manifest, in_threads, list_shards, scan_shards
+from sigray.workers.data.manifest import Manifest, scan_shards
+from sigray.workers.data.shard_list import in_threads, list_shards
 from sigray.workers.data.tar import DataError
 
 if TYPE_CHECKING:

@@ -189,7 +189,7 @@ FAULTS = [
     ),
     Fault(
         "the marks that a machine remembers are lost",
-        "sigray.workers.data.manifest:_cached_counts",
+        "sigray.workers.data.shard_counts:_cached_counts",
         'tuple(entry["marks"])',
         "()",
         (f"{_W}manifest.py::test_marks_lead_to_the_same_samples",),

@@ -31,17 +31,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from sigray.workers.config import DataConfig, EmbeddingsConfig, ModelConfig, Precision
+from sigray.workers.config import DataConfig, EmbeddingsConfig, ModelConfig, Precision, caption_member
 from sigray.workers.data.decode import Refused
-from sigray.workers.data.manifest import (
-    Manifest,
-    ParallelMap,
-    Shard,
-    caption_member,
-    in_threads,
-    read_samples,
-    scan_shards,
-)
+from sigray.workers.data.manifest import Manifest, Shard, read_samples, scan_shards
+from sigray.workers.data.shard_list import ParallelMap, in_threads
 from sigray.workers.data.tar import DataError, TarSample
 from sigray.workers.model.inputs import shapes
 from sigray.workers.storage import Storage

@@ -23,11 +23,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from sigray.workers.config import DataConfig, ModelConfig
+from sigray.workers.config import DataConfig, ModelConfig, caption_member
 from sigray.workers.data.buffers import Mappings, Place
 from sigray.workers.data.decode import Decoder, Refused, sample_random
 from sigray.workers.data.embedding_store import EmbeddingReader, StoreFormat
-from sigray.workers.data.manifest import Manifest, caption_member, read_samples
+from sigray.workers.data.manifest import Manifest, read_samples
 from sigray.workers.data.order import LaneSlice, SampleRef, StreamOrder, Window
 from sigray.workers.data.tar import DataError, TarSample
 from sigray.workers.model.inputs import shapes

@@ -1,0 +1,120 @@
+"""Know a shard's sample count without a pass: from this machine's cache, else from sidecars beside the tars.
+
+A sidecar is a wids index, img2dataset's `_stats.json` or `sizes.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sigray.workers.config import DataConfig, S3Config, caption_member
+from sigray.workers.data.shard_list import ShardFile, in_threads
+
+_WIDS_INDEX = ("index.json", "shardindex.json", "wids-meta.json")
+
+
+@dataclass(frozen=True)
+class ShardCount:
+    """Result of a pass over a shard's headers; a sidecar gives `num_samples` only."""
+
+    num_samples: int
+    marks: tuple[int, ...] = ()
+    num_pairs: int = 0  # samples with an image and a caption member
+    endings: tuple[str, ...] = ()
+
+
+def known_counts(files: list[ShardFile], data: DataConfig) -> dict[ShardFile, ShardCount]:
+    """Return the counts from this machine's cache, else from sidecars."""
+    known: dict[ShardFile, ShardCount] = {}
+    for folder, in_folder in _by_folder(files).items():
+        known |= _cached_counts(in_folder, _read_json(str(_cache_path(folder, data)), data.s3))
+        if unknown := [file for file in in_folder if file not in known]:
+            known |= _sidecar_counts(folder, unknown, data.s3)
+    return known
+
+
+def _by_folder(files: Iterable[ShardFile]) -> dict[str, list[ShardFile]]:
+    folders: dict[str, list[ShardFile]] = {}
+    for file in files:
+        folders.setdefault(file.url.rpartition("/")[0], []).append(file)
+    return folders
+
+
+def _cache_path(folder: str, data: DataConfig) -> Path:
+    """Return the cache file of a folder and of the members that make a pair."""
+    what = json.dumps([folder, data.image_keys, [caption_member(source) for source in data.captions]])
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache, "sigray", "shards", f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.json")
+
+
+def _cache_key(file: ShardFile) -> str:
+    return f"{file.url} {file.num_bytes} {file.fingerprint}"
+
+
+def _cached_counts(files: list[ShardFile], cache: dict[str, Any]) -> dict[ShardFile, ShardCount]:
+    found = {}
+    with suppress(TypeError, KeyError):  # a damaged cache: the rest is counted again
+        for file in files:
+            if (entry := cache.get(_cache_key(file))) is not None:
+                lists = {"marks": tuple(entry["marks"]), "endings": tuple(entry["endings"])}
+                found[file] = ShardCount(**{**entry, **lists})
+    return found
+
+
+def cache_counts(counts: dict[ShardFile, ShardCount], data: DataConfig) -> None:
+    """Cache the results of header passes; an unwritable cache is not an error."""
+    for folder, files in _by_folder(counts).items():
+        path = _cache_path(folder, data)
+        saved = _read_json(str(path), data.s3)
+        entries = {_cache_key(file): asdict(counts[file]) for file in files if counts[file].endings}
+        if entries.keys() <= saved.keys():
+            continue
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+            temporary.write_text(json.dumps(saved | entries))
+            temporary.replace(path)
+
+
+def _sidecar_counts(folder: str, files: list[ShardFile], s3: S3Config) -> dict[ShardFile, ShardCount]:
+    """Return counts from sidecars: wids index, sizes.json, NAME_stats.json."""
+    counts: dict[str, int] = {}
+    for name in _WIDS_INDEX:
+        entries = _read_json(f"{folder}/{name}", s3).get("shardlist")
+        for entry in entries if isinstance(entries, list) else []:
+            if isinstance(entry, dict) and isinstance(entry.get("nsamples"), int):
+                counts[str(entry.get("url", "")).rpartition("/")[2]] = entry["nsamples"]
+    counts |= {name: size for name, size in _read_json(f"{folder}/sizes.json", s3).items() if isinstance(size, int)}
+    names = {file: file.url.rpartition("/")[2] for file in files}
+    unknown = {
+        name: file.url.removesuffix(".tar") + "_stats.json" for file, name in names.items() if name not in counts
+    }
+    # img2dataset writes a file for each tar: if the first tar has none, no tar has one.
+    if unknown and "successes" in _read_json(next(iter(unknown.values())), s3):
+        contents = in_threads(lambda url: _read_json(url, s3), list(unknown.values()))
+        for name, content in zip(unknown, contents, strict=True):
+            if isinstance(content.get("successes"), int):
+                counts[name] = content["successes"]
+    return {file: ShardCount(counts[name]) for file, name in names.items() if name in counts}
+
+
+def _read_json(url: str, s3: S3Config) -> dict[str, Any]:
+    """Read a small JSON object; {} if it is missing or damaged."""
+    with suppress(OSError, ValueError):
+        if url.startswith("s3://"):
+            from sigray.workers.data.s3 import read_object
+
+            content = json.loads(read_object(url, s3))
+        else:
+            content = json.loads(Path(url).read_bytes())
+        if isinstance(content, dict):
+            return content
+    return {}
