@@ -65,7 +65,7 @@ METRICS = (
     _line("compile/num_programs", "Compiled programs", "short", "Speed", "Recompilations let it grow after step 2."),
     _line("data/refused_samples", "Samples refused", "short", "Data", "By this attempt, over all training workers."),
     Metric("sigray_data_refused_by_reason", "Refusals by reason", "short", "Data",
-           "Samples that a data-shard worker could not use.", "counter", tags=("reason",),
+           "Samples that a data-shard worker could not use, and captions that it cut.", "counter", tags=("reason",),
            expr="sum by (run, reason) ({name})"),
     Metric("sigray_data_decoded_samples", "Decoded", "short", "Data", "Samples per second over all data-shard workers.",
            "counter", expr=_RATE),
@@ -191,7 +191,7 @@ class WorkerMetrics(_Exporter):
 
         Args:
             decoded: samples since the worker began.
-            refused: samples by reason, since then.
+            refused: samples by reason, and cut captions, since then.
             traffic: of S3, since then: "bytes", and retries by kind of failure.
         """
         self._add("sigray_data_decoded_samples", "", decoded)

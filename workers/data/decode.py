@@ -18,15 +18,18 @@ instead of 13, times within 1 %.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import io
 import itertools
 import json
 import math
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -50,6 +53,11 @@ _CAPTION_REASONS = ("caption is not UTF-8", "unreadable json caption", "empty ca
 # `crop: center` cuts a longer image to this aspect before resizing: 1 x 89,000,000 pixels would become
 # 224 x 20,000,000,000.
 _MAX_ASPECT = 8
+
+# The tokenizer cuts a caption to its model's context, `cut_caption`; this bounds what is decoded before.
+_MAX_TEXT_BYTES = 1 << 18
+# Parsed JSON takes up to 27 times its bytes, 0.45 GB here: less than the largest image.
+_MAX_JSON_BYTES = 1 << 24
 
 
 class Refused(Exception):
@@ -266,6 +274,8 @@ def _resize_and_cut_centre(pixels: np.ndarray, out: np.ndarray) -> None:
 def captions_at(source: str, members: Members) -> list[str]:
     """Return the non-empty captions that a source of data.captions has for a sample.
 
+    A caption ends after 256 KiB. Of a list in JSON, whatever is not a text is left out.
+
     Raises:
         Refused: the source has no usable caption.
     """
@@ -273,29 +283,47 @@ def captions_at(source: str, members: Members) -> list[str]:
     content = members.get(source if path == source else "json")
     if content is None:
         raise Refused("no caption")
-    try:
-        text = str(content, "utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise Refused("caption is not UTF-8") from error
-    texts = [text] if path == source else _strings_in_json(text, path)
-    texts = [stripped for text in texts if (stripped := text.strip())]
+    texts = [_decode_text(content, _MAX_TEXT_BYTES)] if path == source else _texts_in_json(content, path)
+    texts = [stripped for text in texts if (stripped := text[:_MAX_TEXT_BYTES].strip())]
     if not texts:
         raise Refused("empty caption")
     return texts
 
 
-def _strings_in_json(text: str, path: str) -> list[str]:
-    """Return the string or the strings at a dotted path."""
+def _decode_text(content: bytes | memoryview, max_bytes: int) -> str:
+    """Return a text without the character that the bound cuts in two."""
     try:
-        value = json.loads(text)
-        for name in path.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        if value is None:
-            raise Refused("no caption")
-        texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, list):
-            raise TypeError(f"neither a string nor a list: {type(texts)}")
-        "".join(texts).encode()  # json accepts half of a surrogate pair ("\ud83d"), tokenizers do not
-    except (ValueError, TypeError, RecursionError) as error:  # RecursionError: a hundred thousand opening brackets
+        is_whole = len(content) <= max_bytes
+        text, _ = codecs.utf_8_decode(content if is_whole else content[:max_bytes], "strict", is_whole)
+    except UnicodeDecodeError as error:
+        raise Refused("caption is not UTF-8") from error
+    return text.removeprefix("\ufeff")
+
+
+def read_json(content: bytes | memoryview) -> Any:
+    """Return the value of a sample's JSON member.
+
+    Python's parser, not `parse_json`: half of a surrogate pair in another field must not refuse the sample.
+
+    Raises:
+        Refused: "caption is not UTF-8", "unreadable json caption".
+    """
+    try:
+        if len(content) > _MAX_JSON_BYTES:
+            raise ValueError(f"{len(content)} bytes")
+        return json.loads(_decode_text(content, _MAX_JSON_BYTES))
+    except (ValueError, RecursionError) as error:  # RecursionError: a hundred thousand opening brackets
         raise Refused("unreadable json caption") from error
+
+
+def _texts_in_json(content: bytes | memoryview, path: str) -> list[str]:
+    """Return the text or the texts at a dotted path."""
+    value = read_json(content)
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    values = value if isinstance(value, list) else [value]
+    # Half of a surrogate pair is JSON, but tokenizers refuse it.
+    texts = [text for text in values if isinstance(text, str) and not re.search("[\ud800-\udfff]", text)]
+    if values and not texts:
+        raise Refused("no caption" if all(each is None for each in values) else "unreadable json caption")
     return texts

@@ -31,7 +31,7 @@ from sigray.workers.data import s3
 from sigray.workers.data.buffers import Place
 from sigray.workers.data.manifest import Manifest
 from sigray.workers.data.stream_registry import StreamRegistry
-from sigray.workers.data.worker import Block, DataWorker
+from sigray.workers.data.worker import CUT, Block, DataWorker
 from sigray.workers.metrics import WorkerMetrics
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,8 @@ class DataWorkerActor(DataWorker):
         block = super().block(lane, number, places)
         if time.monotonic() - self._updated_at > _METRICS_S:
             self._updated_at = time.monotonic()
-            self._metrics.update(self.num_decoded, self.refused, Counter(s3.TRAFFIC))
+            reasons = self.refused + Counter({CUT: self.num_cut})
+            self._metrics.update(self.num_decoded, reasons, Counter(s3.TRAFFIC))
         return block
 
     def is_up(self) -> bool:

@@ -31,7 +31,10 @@ from sigray.workers.data.manifest import Manifest, read_samples
 from sigray.workers.data.order import LaneSlice, SampleRef, StreamOrder, Window
 from sigray.workers.data.tar import DataError, TarSample
 from sigray.workers.model.inputs import shapes
-from sigray.workers.model.tokenizer import build_tokenizer
+from sigray.workers.model.tokenizer import build_tokenizer, cut_caption
+
+CUT = "caption cut"
+"""Not a refusal: the sample is used, with the start of its caption."""
 
 _NUM_PREFETCHING = 2  # windows of remote shards that are read while the windows before are decoded
 
@@ -46,7 +49,10 @@ class Block:
     keys: list[str]  # of the pairs in the rows
     replaced: np.ndarray  # (K,) bool: the row holds another pair, because its own sample was refused
     refused: Counter[str] = field(default_factory=Counter)  # samples replaced in this block, by reason
-    refused_keys: dict[str, str] = field(default_factory=dict)  # the first of each reason: shard url and key
+    num_cut: int = 0  # captions that were cut before they were tokenized
+    refused_keys: dict[str, str] = field(
+        default_factory=dict
+    )  # the first of each reason, and of CUT: shard url and key
     decode_s: float = 0.0  # time in which the worker decoded it
     has_straggler: bool = False  # it comes from a backup; the worker that received the places has not answered
 
@@ -89,11 +95,12 @@ class DataWorker:
     Attributes:
         num_decoded: samples of decoded blocks; a block decoded again counts again.
         num_served: samples of requested blocks.
+        num_cut: captions of decoded blocks that were cut.
         refused: samples of decoded blocks that could not be used, by reason.
     """
 
     def __init__(self, manifest: Manifest, data: DataConfig, model: ModelConfig, *, seed: int) -> None:
-        self.num_decoded = self.num_served = 0
+        self.num_decoded = self.num_served = self.num_cut = 0
         self.refused: Counter[str] = Counter()
         self._manifest, self._data, self._seed = manifest, data, seed
         self._order = build_order(manifest, data, seed)
@@ -132,6 +139,7 @@ class DataWorker:
             block.decode_s = time.perf_counter() - begin
             self.num_decoded += len(block.samples)
             self.refused.update(block.refused)
+            self.num_cut += block.num_cut
             if len(blocks) > self._data.shared_blocks:
                 # The block decoded first, not the one used longest ago: the slowest subscriber requests that one next.
                 blocks.popitem(last=False)
@@ -169,14 +177,21 @@ class DataWorker:
                     self._cache.put(ref, sample, rows[row])
             except Refused as reason:
                 block.refused[str(reason)] += 1
-                url = self._manifest.shards[ref.shard].url
-                block.refused_keys.setdefault(str(reason), f"{url} {sample.key}")
+                block.refused_keys.setdefault(str(reason), self._named(ref, sample))
                 block.replaced[row] = True
                 sample, caption = self._replacement(lane, index, ref, rows[row])
                 captions.append(caption)
+            cut = cut_caption(captions[-1], self._context_length)
+            if len(cut) < len(captions[-1]):
+                block.num_cut += 1
+                block.refused_keys.setdefault(CUT, self._named(ref, sample))
+                captions[-1] = cut
             block.keys.append(sample.key)
         block.tokens[:] = self._tokenizer(captions)
         return block
+
+    def _named(self, ref: SampleRef, sample: TarSample) -> str:
+        return f"{self._manifest.shards[ref.shard].url} {sample.key}"
 
     def _decode(self, sample: TarSample, ref: SampleRef, out: np.ndarray, cached: np.ndarray | None = None) -> str:
         """Write the image to `out`, return the caption; drawn with the numbers of `ref`.

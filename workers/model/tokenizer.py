@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     import tokenizers
     from tokenizers.normalizers import Sequence as Normalizer
 
+BYTES_PER_TOKEN = 64
+"""UTF-8 bytes of a caption that are tokenized, for each token of the context.
+
+SentencePiece's pieces have at most 16 characters, 64 bytes; CLIP's longest token has 32 bytes. Captions have from 1
+byte a token (Chinese, CLIP's tokens) to 12, so a cut caption still fills its context, unless it is mostly spaces.
+"""
+
 Tokenizer = Callable[[list[str]], np.ndarray]
 """n captions -> (n, T) int32."""
 
@@ -35,6 +42,7 @@ _WORD_END = "</w>"
 _CLIP_SPECIAL = ("<start_of_text>", "<end_of_text>")
 _NUM_WORDS = 2**16  # whose tokens are cached
 _MAX_SIMPLE = 1024  # characters of a caption whose words are cached, to bound the cache's memory
+_MAX_WORD = 64  # characters of a word whose tokens are cached, for the same reason
 _SPECIAL = ["[PAD]", "[UNK]", "[EOS]"]  # 0, 1, 2
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # the library's names of the tokens for byte fallback
 _SEED_FACTOR = 4  # Unigram training starts from so many pieces for each that it keeps
@@ -42,11 +50,28 @@ _KEPT_PER_ROUND = 0.75  # of the pieces, as in SentencePiece
 
 
 def build_tokenizer(model: ModelConfig, context_length: int, vocab_size: int) -> Tokenizer:
-    """Return the tokenizer that a model config names.
+    """Return the tokenizer that a model config names; it cuts long captions first.
 
     Raises:
         ValueError: the file is missing, or has more tokens than the text tower has rows.
     """
+    tokenize = _named_tokenizer(model, context_length, vocab_size)
+    return lambda captions: tokenize([cut_caption(caption, context_length) for caption in captions])
+
+
+def cut_caption(caption: str, context_length: int) -> str:
+    """Return the first characters of a caption, `BYTES_PER_TOKEN` bytes a token.
+
+    Some tokenizers take quadratic time: a word of 60,000 letters took minutes.
+    """
+    max_bytes = BYTES_PER_TOKEN * context_length
+    if 4 * len(caption) <= max_bytes:
+        return caption
+    content = caption.encode()
+    return caption if len(content) <= max_bytes else content[:max_bytes].decode(errors="ignore")
+
+
+def _named_tokenizer(model: ModelConfig, context_length: int, vocab_size: int) -> Tokenizer:
     if model.tokenizer == "open_clip":
         if is_plain(model.name, tower_config(model)["text_cfg"]):
             return _ClipTokenizer(context_length)
@@ -98,6 +123,7 @@ class _ClipTokenizer:
 
     def __init__(self, context_length: int) -> None:
         import regex
+        from tokenizers.models import BPE
 
         self._context_length = context_length
         content = gzip.decompress((open_clip_folder() / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
@@ -109,7 +135,9 @@ class _ClipTokenizer:
         letters = list(self._letters.values())
         pieces = [*letters, *(letter + _WORD_END for letter in letters), *map("".join, merges), *_CLIP_SPECIAL]
         self._ids = {piece: number for number, piece in enumerate(pieces)}
-        self._ranks = {pair: rank for rank, pair in enumerate(merges)}
+        # The library merges the first pair, then the next. CLIP merges all equal pairs at once, in quadratic time. The
+        # result is the same: no two merges give one token, so every merge of a token comes after the token's own.
+        self._words = BPE(vocab=self._ids, merges=merges, end_of_word_suffix=_WORD_END)
         words = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
         self._pattern = regex.compile("|".join([*_CLIP_SPECIAL, words]), regex.IGNORECASE)
         self._cached_text = functools.lru_cache(_NUM_WORDS)(self._encode)
@@ -121,8 +149,9 @@ class _ClipTokenizer:
         for row, caption in zip(rows, captions, strict=True):
             is_simple = caption.isascii() and caption.isprintable() and "&" not in caption
             if is_simple and len(caption) <= _MAX_SIMPLE:
-                words = map(self._cached_text, caption.lower().split())
-                ids = list(itertools.islice(itertools.chain.from_iterable(words), self._context_length))
+                words = caption.lower().split()
+                tokens = (self._cached_text(word) if len(word) <= _MAX_WORD else self._encode(word) for word in words)
+                ids = list(itertools.islice(itertools.chain.from_iterable(tokens), self._context_length))
             else:
                 ids = self._encode(_cleaned(caption))
             ids = [begin, *ids[: self._context_length - 2], end]
@@ -130,24 +159,13 @@ class _ClipTokenizer:
         return rows
 
     def _encode(self, text: str) -> list[int]:
-        return [number for word in self._pattern.findall(text) for number in self._cached_word(word)]
+        words = self._pattern.findall(text)
+        return [n for word in words for n in (self._cached_word if len(word) <= _MAX_WORD else self._encode_word)(word)]
 
     def _encode_word(self, word: str) -> list[int]:
-        """Merge the neighbours that are first in the vocabulary, until no pair is left."""
         if word in _CLIP_SPECIAL:
             return [self._ids[word]]
-        pieces = [self._letters[byte] for byte in word.encode()]
-        pieces[-1] += _WORD_END
-        while pairs := [pair for pair in itertools.pairwise(pieces) if pair in self._ranks]:
-            best = min(pairs, key=self._ranks.__getitem__)
-            merged: list[str] = []
-            for piece in pieces:
-                if merged and (merged[-1], piece) == best:
-                    merged[-1] += piece
-                else:
-                    merged.append(piece)
-            pieces = merged
-        return [self._ids[piece] for piece in pieces]
+        return [token.id for token in self._words.tokenize("".join(self._letters[byte] for byte in word.encode()))]
 
 
 def _cleaned(text: str) -> str:

@@ -21,7 +21,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
 from sigray.workers.config import DataConfig
-from sigray.workers.data.decode import Decoder, Refused, decode_pixels, random_box, sample_random
+from sigray.workers.data.decode import Decoder, Refused, captions_at, decode_pixels, random_box, sample_random
 
 MAX_PIXELS = 10**6
 SIZES = [
@@ -522,7 +522,13 @@ def test_byte_order_mark_is_no_part_of_a_caption():
         ({"json": ""}, "unreadable json caption"),
         ({"json": '{"x": 7}'}, "unreadable json caption"),
         ({"json": '{"x": {"en": "a"}}'}, "unreadable json caption"),
-        ({"json": '{"x": ["a", 7]}'}, "unreadable json caption"),
+        ({"json": '{"x": [7, {"en": "a"}, ["b"]]}'}, "unreadable json caption"),
+        ({"json": '{"x": ["half a pair \\ud83d", null]}'}, "unreadable json caption"),
+        ({"json": '{"x": [null, null]}'}, "no caption"),
+        ({"json": '{"x": [null, " "]}'}, "empty caption"),
+        ({"json": '{"x": "' + "y" * (17 << 20) + '"}'}, "unreadable json caption"),
+        ({"txt": " \n" * (1 << 20)}, "empty caption"),
+        ({"txt": b"caf\xe9" + b"e" * (1 << 20)}, "caption is not UTF-8"),
         ({"json": '{"x": "half a pair \\ud83d"}'}, "unreadable json caption"),
         ({"json": "[" * 200_000, "txt": " "}, "unreadable json caption"),
         ({"json": '{"x": ' + "7" * 9000 + "}"}, "unreadable json caption"),
@@ -535,3 +541,38 @@ def test_reasons_for_no_caption(members, reason, random):
     with pytest.raises(Refused) as refused:
         choose(members, {"txt": 1, "json:x": 2}, random)
     assert str(refused.value) == reason
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.sampled_from(["a cat", "\u5e0c", "half a pair \ud83d", "", " \n"]),
+            st.none(),
+            st.integers(),
+            st.just({"en": "a"}),
+            st.just(["b"]),
+        ),
+        max_size=6,
+    )
+)
+def test_captions_of_a_list_are_its_texts(values):
+    content = json.dumps({"captions": {"en": values}}).encode()
+    expected = [text for text in values if text in ("a cat", "\u5e0c")]
+    try:
+        assert captions_at("json:captions.en", {"json": content}) == expected
+    except Refused:
+        assert not expected
+
+
+@pytest.mark.parametrize("letter", ["x", "\u00e9", "\u5e0c", "\U0001f600"])
+@pytest.mark.parametrize("start", ["", "1", "12", "123"])
+def test_a_long_text_ends_at_a_character(letter, start):
+    """The bytes after the bound are not decoded, wherever the bound falls in a character."""
+    content = f"{start}{letter * (1 << 18)}".encode() + b"\xff"
+    (text,) = captions_at("txt", {"txt": content})
+    assert text == content[: 1 << 18].decode(errors="ignore")
+    assert (1 << 18) - 4 < len(text.encode()) <= 1 << 18
+
+
+def test_half_a_pair_in_another_field_does_not_matter():
+    assert choose({"json": '{"alt": "\\ud83d", "x": "a cat"}'}, {"json:x": 1}) == "a cat"

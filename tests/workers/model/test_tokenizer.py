@@ -3,8 +3,10 @@
 import functools
 import hashlib
 import os
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from sigray.workers.config import ModelConfig
 from sigray.workers.model.inputs import tower_config
-from sigray.workers.model.tokenizer import build_tokenizer, is_plain, train_tokenizer
+from sigray.workers.model.tokenizer import BYTES_PER_TOKEN, build_tokenizer, cut_caption, is_plain, train_tokenizer
 from tests.helpers.captions import captions
 from tests.helpers.data import TOWERS
 
@@ -222,3 +224,55 @@ def test_a_named_models_tokens_are_open_clips():
     expected = open_clip.get_tokenizer("ViT-B-32", context_length=12)(captions)
     actual = build_tokenizer(ModelConfig(name="ViT-B-32"), 12, 49408)(captions)
     np.testing.assert_array_equal(actual, expected.numpy())
+
+
+LONG = {
+    "one word": "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=60_000)),
+    "one letter": "a" * 60_000,
+    "signs": "".join(random.Random(1).choices("!?.,;:-_#*()", k=60_000)),
+    "spaces": "a" + " " * 60_000 + "dog",
+    "combining marks": "a" + "\u0301" * 10_000,
+    "entities": "&amp;amp;lt;" * 5_000,
+    "nothing printed": "\0\x1b\u200f\u202e" * 15_000,
+    "Chinese": "".join(map(chr, random.Random(2).choices(range(0x4E00, 0x9FFF), k=20_000))),
+    "Arabic": "\u0645\u0631\u062d\u0628\u0627" * 6_000,
+    "mojibake": "\u00c3\u00a9\u00e2\u20ac\u2122" * 10_000,
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("kind", ["open_clip", "bpe", "unigram"])
+def test_a_long_caption_costs_little_time(tmp_path, kind, name):
+    """Uncut, the word of 60,000 letters takes CLIP's merges an hour."""
+    tokenizer = long_tokenizer(kind, tmp_path)
+    begin = time.process_time()
+    tokens = tokenizer([LONG[name]])
+    assert time.process_time() - begin < 2
+    assert tokens.shape == (1, 64)
+
+
+def long_tokenizer(kind, folder):
+    if kind == "open_clip":
+        return build_tokenizer(ModelConfig(towers=TOWERS), 64, 49408)
+    path = folder / "tokenizer.json"
+    train_tokenizer(["a cat and a dog", "a house"], vocab_size=300, kind=kind).save(str(path))
+    return build_tokenizer(ModelConfig(towers=TOWERS, tokenizer=str(path)), 64, 300)
+
+
+@given(text=st.text(max_size=400), context_length=st.integers(1, 8))
+def test_a_cut_caption_is_the_longest_start_that_fits(text, context_length):
+    cut = cut_caption(text, context_length)
+    assert text.startswith(cut)
+    assert len(cut.encode()) <= BYTES_PER_TOKEN * context_length
+    assert cut == text or len((cut + text[len(cut)]).encode()) > BYTES_PER_TOKEN * context_length
+
+
+@pytest.mark.parametrize("text", ["Internationalization unbelievably ", LONG["Chinese"], LONG["Arabic"], "\U0001f602"])
+def test_a_cut_caption_fills_its_context(text):
+    """So no token is lost: open_clip would have cut the rest itself."""
+    from open_clip import SimpleTokenizer
+
+    peer = SimpleTokenizer(context_length=64)
+    assert max(map(len, peer.encoder)) <= BYTES_PER_TOKEN
+    text = " ".join([text[:30]] * 5000)[:5000]
+    np.testing.assert_array_equal(long_tokenizer("open_clip", None)([text]), peer([text]).numpy())
