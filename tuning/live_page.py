@@ -10,22 +10,22 @@ from markupsafe import Markup
 
 from sigray.orchestrator import formatting as words
 from sigray.orchestrator.config import ConfigError
+from sigray.orchestrator.reports.foreign_folder import ForeignFolder
 from sigray.orchestrator.reports.live_server import RUNS, Kind, Look, draw_moment, look_at_run
 from sigray.orchestrator.run_folder import CONFIG, REPORT
 from sigray.tuning.report import BEST, TRIALS, Trial, draw_sweep, sweep_css, sweep_status
 from sigray.tuning.study import STUDY, read_study, trial_name
 from sigray.tuning.table import RESULTS, Table, read_table
 from sigray.workers.checkpoint.lease import is_driven
-from sigray.workers.storage import Storage
 
 
-def look_at_sweep(storage: Storage, address: str) -> Look:
+def look_at_sweep(storage: ForeignFolder, address: str, for_list: bool = False) -> Look:
     """Read a sweep from its local folder or its storage."""
-    study = read_study(storage.uri)
-    home = Storage(study.config.storage_uri)
+    study = read_study(storage)
+    home = storage.at(study.config.storage_uri) or storage
     table = read_table(home)
     status = "running" if is_driven(home) else sweep_status(study, table)
-    looks = _trials_at_work(storage, home, table)
+    looks = {} if for_list else _trials_at_work(storage, home, table)
     pages = f"/{RUNS.name}/{address.partition('/sweeps/')[2]}/trials"
     trials = {}
     for number, row in table.rows.items():
@@ -73,15 +73,15 @@ def look_at_sweep(storage: Storage, address: str) -> Look:
     return Look(status, _place(table), updated_at, content, draw)
 
 
-def _trials_at_work(storage: Storage, home: Storage, table: Table) -> dict[int, Look]:
+def _trials_at_work(storage: ForeignFolder, home: ForeignFolder, table: Table) -> dict[int, Look]:
     """Trials that have begun and are not over, if their folders can be found."""
     looks = {}
     for row in table.rows.values():
         for place in (storage, home) if not row.is_over else ():
-            folder = Storage(f"{place.uri}/trials/{trial_name(row.number)}")
+            folder = place.below(f"trials/{trial_name(row.number)}")
             with contextlib.suppress(ConfigError):
                 if folder.exists(CONFIG):
-                    looks[row.number] = look_at_run(folder, "")
+                    looks[row.number] = look_at_run(folder, "", True)
                     break
     return looks
 

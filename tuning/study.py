@@ -10,7 +10,7 @@ import copy
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -19,6 +19,9 @@ from sigray.orchestrator.config import ConfigError, RunConfig, override_of, pars
 from sigray.tuning.decide import Rules, Scheduler, geometric_rungs
 from sigray.tuning.space import Dimension
 from sigray.workers.config import LocalOrUri, NonNegativeInt, PositiveInt, Section
+
+if TYPE_CHECKING:
+    from sigray.workers.storage import Storage
 
 STUDY = "study.yaml"  # in the folder of a sweep
 _FIGURES = {
@@ -310,10 +313,11 @@ def load_study(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) ->
     return parse_study(content, str(path))
 
 
-def read_study(uri: str, overrides: list[str] | tuple[str, ...] = ()) -> Study:
+def read_study(place: str | Storage, overrides: list[str] | tuple[str, ...] = ()) -> Study:
     """The study of a sweep that began, from its folder or storage.
 
     Args:
+        place: the folder or its storage; what is read of somebody else's is bounded by its class.
         overrides: as of `load_study`.
 
     Raises:
@@ -322,9 +326,10 @@ def read_study(uri: str, overrides: list[str] | tuple[str, ...] = ()) -> Study:
     from sigray.workers.storage import Storage
 
     try:
-        home = Storage(uri)
+        home = place if isinstance(place, Storage) else Storage(place)
         content = yaml.safe_load(home.read(STUDY))
     except OSError as error:
+        uri = place if isinstance(place, str) else place.uri
         raise ConfigError(
             f"{uri} is no sweep: it holds no {STUDY}. Give the folder that `sigray sweep` named"
         ) from error
@@ -332,7 +337,7 @@ def read_study(uri: str, overrides: list[str] | tuple[str, ...] = ()) -> Study:
     if not home.is_local or not content.get("storage"):
         content["dir" if home.is_local else "storage"] = parent  # the folder may have moved
     _put_overrides(content, [override_of(text) for text in overrides])
-    return parse_study(content, f"{uri}/{STUDY}")
+    return parse_study(content, f"{home.uri}/{STUDY}")
 
 
 def _put_overrides(content: dict[str, Any], given: list[tuple[str, Any]]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -92,6 +93,12 @@ class Storage:
         if "@" in text.partition("://")[2].partition("/")[0]:  # pyarrow would accept them, and every message show them
             raise StorageError("the URL of a storage holds credentials: give them by the environment, or by a role")
         self.is_local = "://" not in text
+        if not self.is_local and (found := re.search(r"[?#\s\x00-\x1f].*", text, re.DOTALL)):
+            # pyarrow takes options from a query, endpoint_override too: a name in a config could choose the host.
+            raise StorageError(
+                f"the URL of a storage holds {found[0][:60]!r}: give scheme, bucket and prefix only; "
+                "AWS_ENDPOINT_URL and AWS_REGION set endpoint and region"
+            )
         self.uri = os.path.abspath(text) if self.is_local else text.rstrip("/")
         try:
             self.filesystem, self.root = fs.FileSystem.from_uri(self.uri)

@@ -29,7 +29,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from sigray.orchestrator.reports.http_server import JSON, TEXT, Answer, serve
+from sigray.orchestrator.reports.http_server import EMBEDDED, JSON, TEXT, Answer, serve
 from sigray.workers.metrics import BY_NAME, METRICS
 
 UID = "sigrayTraining"
@@ -207,7 +207,7 @@ class Pictures:
             elif dashboard["uid"] == "rayDefaultDashboard":  # Ray's Metrics page embeds it: training first
                 panels = [*_panels(grafana_dashboard()), *panels]
             if panels:
-                return Answer(self._page(dashboard, panels, variables))
+                return Answer(self._page(dashboard, panels, variables), policy=EMBEDDED)
         return Answer("not found\n", TEXT, 404)
 
     def _dashboard(self, uid: str) -> dict[str, Any] | None:

@@ -82,6 +82,7 @@ def _draw(draw: Callable[[Figure], None], colors: dict[str, str], target: Any, *
         mapping[name] = color
     style: dict[Any, Any] = {
         "svg.fonttype": "none",  # text stays text: in the page's font, and searchable
+        "text.parse_math": False,  # a name with two dollar signs is no formula
         "svg.hashsalt": "sigray",  # equal runs give equal bytes
         "font.size": 9.5,
         "legend.fontsize": 9.0,

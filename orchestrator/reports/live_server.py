@@ -11,27 +11,33 @@ makes it a run. The server gives out only the files of a folder that a `Kind` na
 
 A page is drawn again only if its content has changed. The curves of a run take a second or two, so a page rests for ten
 times as long: all viewers together cost a tenth of a core.
+
+The folders may be of unknown origin (`foreign_folder.py`). Threads in the background read them for the list, small
+folders first. The list waits for at most 1.5 s and names the folders that take longer. Each page has a lock of its own,
+and no other lock is held while a folder is read.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
+from pydantic_core import to_json
 
 from sigray.orchestrator import formatting as words
+from sigray.orchestrator.reports.foreign_folder import MAX_NAMES, ForeignFolder, LinkError
 from sigray.orchestrator.reports.http_server import HTML, JSON, TEXT, Answer
-from sigray.orchestrator.reports.run_files import RunFiles, find_text, read_run_files
+from sigray.orchestrator.reports.run_files import RunFiles, find_number, find_text, parsed_lines, read_run_files
 from sigray.orchestrator.reports.run_page import draw_run
 from sigray.orchestrator.reports.template import content_policy, page, render
 from sigray.orchestrator.run_folder import CONFIG, EVENTS, METRICS, REPORT
@@ -45,6 +51,10 @@ _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a name; it cannot lead o
 _MAX_PARTS = 4
 _MAX_ENTRIES = 100  # of a kind in the list
 _MAX_EVENTS = 40
+_EVENTS_BYTES = 1 << 20
+_MAX_TEXT = 300
+_MAX_FILE_BYTES = 64 << 20  # of a report with its images
+_WAIT_S = 1.5  # for which the list waits for folders
 _KEEP_S = 3.0  # for which an answer is kept at least
 _REST = 10  # an answer is kept this many times as long as it took to make
 _NOT_FOUND = Answer("not found\n", TEXT, 404)
@@ -69,33 +79,37 @@ class Kind:
         name: first part of their addresses.
         mark: the file that makes a folder one of them.
         files: pattern of the files that the server gives out.
-        look: receives the folder and its address; raises ConfigError if it cannot read the folder.
+        look: receives the folder, its address, and whether only the list needs the answer; raises ConfigError if it
+            cannot read the folder.
         css: of their pages, besides the style of all pages.
     """
 
     name: str
     mark: str
     files: str
-    look: Callable[[Storage, str], Look]
+    look: Callable[[ForeignFolder, str, bool], Look]
     css: str = ""
 
 
 def clock(at: float) -> str:
-    """Return a time for browsers that run no script."""
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
+    """Return a time for browsers that run no script, between the years 1970 and 9999."""
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(min(max(at, 0), 253_402_300_799)))
 
 
 # ------------------------------------------------------------------------------------------------- a run
 
 
-def look_at_run(storage: Storage, address: str) -> Look:
+def look_at_run(storage: ForeignFolder, address: str, for_list: bool = False) -> Look:
     """Read a run from its local folder or its storage."""
-    run = read_run_files(storage)
-    home = _home(run)
+    run = read_run_files(storage, for_list=for_list)
+    place, name = (find_text(run.config, "run", key) for key in ("storage", "name"))
+    # Lease and checkpoints are in the run's storage, if the config names one.
+    elsewhere = storage.at(f"{place.rstrip('/')}/{name}") if place else storage
+    home = elsewhere or storage
     run.is_driven = is_driven(home)
     newest = newest_checkpoint(home)
     times = [*map(storage.modified, (METRICS, EVENTS)), newest[1] if newest else None]
-    events = _events(storage)
+    events = [] if for_list else _events(storage)
     content = {
         "name": run.name,
         "status": run.status,
@@ -104,7 +118,7 @@ def look_at_run(storage: Storage, address: str) -> Look:
         "planned_samples": run.planned_samples,
         "left_s": run.left_s if run.is_driven else None,
         "updated_at": max((at for at in times if at), default=None),
-        "metrics": run.newest_line,
+        "metrics": {key: value for key in run.newest_line if (value := find_number(run.newest_line, key)) is not None},
         "checkpoint": {"name": newest[0].name, "step": newest[0].step, "at": newest[1]} if newest else None,
         "num_restarts": sum(event["kind"] == "restart" for event in events),
         "events": events[:_MAX_EVENTS],
@@ -112,30 +126,22 @@ def look_at_run(storage: Storage, address: str) -> Look:
         "zero_shot": run.zero_shot,
         "retrieval": run.retrieval,
         "has_report": storage.exists(REPORT),
+        "storage": place and place[:_MAX_TEXT],
+        "is_storage_read": elsewhere is not None,
         "unreadable": run.unreadable,
     }
-    draw = partial(_draw, run, content, address)
-    return Look(run.status, _place(run), content["updated_at"], content, draw)
+    says = "; ".join([_place(run), *run.unreadable[:1]])
+    return Look(run.status, says, content["updated_at"], content, partial(_draw, run, content, address))
 
 
-def _home(run: RunFiles) -> Storage:
-    """Return the storage of a run's lease and checkpoints.
-
-    It is the folder itself, unless the config names a storage.
-    """
-    place, name = (find_text(run.config, "run", key) for key in ("storage", "name"))
-    return Storage(f"{place.rstrip('/')}/{name}") if place else run.storage
-
-
-def _events(storage: Storage) -> list[dict[str, Any]]:
-    """Return the events, newest first."""
+def _events(storage: ForeignFolder) -> list[dict[str, Any]]:
+    """Return the newest events, newest first."""
+    lines = storage.read_lines(EVENTS, _EVENTS_BYTES)[0] if storage.exists(EVENTS) else []
     events = []
-    for text in storage.read(EVENTS).decode(errors="replace").splitlines() if storage.exists(EVENTS) else []:
-        try:
-            event = json.loads(text)
-            events.append({"time": float(event["time"]), "kind": str(event["kind"]), "text": str(event["text"])})
-        except (ValueError, KeyError, TypeError):
-            continue  # a crash cut it short
+    for event in parsed_lines(lines):
+        at, kind, text = find_number(event, "time"), find_text(event, "kind"), find_text(event, "text")
+        if at is not None and kind and text:
+            events.append({"time": at, "kind": kind, "text": text})
     return events[::-1]
 
 
@@ -158,12 +164,15 @@ def _draw(run: RunFiles, content: dict[str, Any], address: str) -> Markup:
         ("restarts", str(content["num_restarts"])),
     ]
     saved = (f"Newest checkpoint: step {words.count(checkpoint['step'])}", checkpoint["at"]) if checkpoint else None
+    facts = [saved or ("No checkpoint yet", None)]
+    if not content["is_storage_read"]:
+        facts = [(f"Lease and checkpoints are in {content['storage']}, which is below no place of these pages", None)]
     now = draw_moment(
         percent=round(100 * run.samples_seen / run.planned_samples, 1) if run.planned_samples else None,
         place=_place(run),
         updated_at=content["updated_at"],
         tiles=[(label, value) for label, value in tiles if value is not None],
-        facts=[saved or ("No checkpoint yet", None)],
+        facts=facts,
         links=[("the report, with held-out images", f"{address}/{REPORT}")] if content["has_report"] else [],
         events=content["events"],
     )
@@ -193,9 +202,42 @@ _Found = tuple[str, dict[str, Any], Callable[[], Markup]]  # title, content, and
 class _Kept:
     """The last answer for an address."""
 
-    content: dict[str, Any]
-    answer: dict[str, Any]  # with title and html
+    content: Any = None
+    answer: dict[str, Any] = field(default_factory=dict)  # with title and html
+    problem: str = ""  # if the last look failed
     until: float = 0.0  # of time.monotonic
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass
+class _Entry:
+    """A folder in the list; no state: it is none of the kind."""
+
+    folder: ForeignFolder
+    state: dict[str, Any] | None
+    is_settled: bool  # it changes only with the files
+
+
+class _Job:
+    """Work in the background, and its last result."""
+
+    def __init__(self, pool: ThreadPoolExecutor, work: Callable[[Any], Any], before: Any) -> None:
+        self._before = before
+        self.until = float("inf")  # of time.monotonic: the result is kept
+        self._future = pool.submit(self._run, work)
+
+    def _run(self, work: Callable[[Any], Any]) -> Any:
+        begin = time.monotonic()
+        try:
+            return work(self._before)
+        finally:
+            self.until = time.monotonic() + _rest(begin)
+
+    def result(self, deadline: float) -> Any:
+        """Return the result, at the deadline that of the job before."""
+        with suppress(TimeoutError):
+            return self._future.result(max(0.0, deadline - time.monotonic()))
+        return self._before
 
 
 class Pages:
@@ -214,112 +256,174 @@ class Pages:
         self._places = [Storage(Path(place).expanduser() if "://" not in place else place) for place in places]
         self._kinds = {kind.name: kind for kind in kinds}
         self._kept: dict[str, _Kept] = {}
-        self._lock = threading.Lock()  # matplotlib draws one figure at a time
+        self._jobs: dict[tuple[str, ...], _Job] = {}
+        self._pool = ThreadPoolExecutor(8, "pages")  # an entry takes a few round trips if the place is a bucket
+        self._lock = threading.Lock()  # of the two dicts
+        self._drawing = threading.Lock()  # matplotlib draws one figure at a time
 
     def answer(self, path: str) -> Answer:
         """Answer a path; its query is ignored."""
         try:
             parts = [part for part in urllib.parse.unquote(urllib.parse.urlsplit(path).path).split("/") if part]
-            if not all(_PART.fullmatch(part) for part in parts):
-                return _NOT_FOUND
-            is_api = parts[:1] == ["api"]
-            parts = parts[is_api:]
-            with self._lock:
-                if len(parts) <= 1:
-                    return self._page("/" + "".join(parts), lambda: self._list(parts), "", is_api)
-                kind = self._kinds.get(parts[0])
-                if kind is None:
-                    return _NOT_FOUND
-                name = "/".join(parts[1:])
-                file = re.fullmatch(rf"(.+?)/({kind.files})", name)
-                if file and not is_api:
-                    return self._file(kind, file[1], file[2])
-                return self._page(f"/{kind.name}/{name}", partial(self._look, kind, name), kind.css, is_api)
-        except (OSError, ValueError, KeyError) as error:  # an unreachable storage, a foreign file
-            return Answer(f"{error}\n", TEXT, 502)
+        except ValueError:
+            return _NOT_FOUND
+        if not all(_PART.fullmatch(part) for part in parts):
+            return _NOT_FOUND
+        is_api = parts[:1] == ["api"]
+        parts = parts[is_api:]
+        if len(parts) <= 1:
+            return self._page("/" + "".join(parts), lambda: self._list(parts), "", is_api)
+        kind = self._kinds.get(parts[0])
+        if kind is None:
+            return _NOT_FOUND
+        name = "/".join(parts[1:])
+        file = re.fullmatch(rf"(.+?)/({kind.files})", name)
+        if file and not is_api:
+            return self._file(kind, file[1], file[2])
+        return self._page(f"/{kind.name}/{name}", partial(self._look, kind, name), kind.css, is_api)
 
-    def _find(self, kind: Kind, name: str) -> Storage | None:
+    def _find(self, kind: Kind, name: str) -> ForeignFolder | None:
         if name.count("/") >= _MAX_PARTS:
             return None
-        for place in self._places:
-            storage = Storage(f"{place.uri}/{name}")
-            if _is_inside(storage, place) and storage.exists(kind.mark):
-                return storage
-        return None
+        folders = (ForeignFolder(place, name, self._places) for place in self._places)
+        return next((folder for folder in folders if folder.exists(kind.mark)), None)
 
     def _page(self, address: str, look: Callable[[], _Found | None], css: str, is_api: bool) -> Answer:
         """Return the kept answer, or look again if the kept answer is too old."""
-        kept = self._kept.get(address)
-        begin = time.monotonic()
-        if kept is None or begin >= kept.until:
-            found = look()
-            if found is None:
-                self._kept.pop(address, None)
-                return _NOT_FOUND
-            title, content, draw = found
-            if kept is None or kept.content != content:
-                kept = self._kept[address] = _Kept(content, {**content, "title": title, "html": draw()})
-            kept.until = time.monotonic() + max(_KEEP_S, _REST * (time.monotonic() - begin))
+        with self._lock:
+            kept = self._kept.setdefault(address, _Kept())
+        with kept.lock:
+            begin = time.monotonic()
+            if begin >= kept.until:
+                try:
+                    found = look()
+                    if found is None:
+                        with self._lock:
+                            self._kept.pop(address, None)
+                        return _NOT_FOUND
+                    title, content, draw = found
+                    if kept.problem or kept.content != content:
+                        kept.answer = {**content, "title": title, "html": draw()}
+                    kept.content = content
+                    kept.problem = ""
+                except Exception as error:  # an unreachable storage, content that nothing foresaw
+                    kept.problem = _reason(error)
+                kept.until = time.monotonic() + _rest(begin)
+            if kept.problem:
+                return Answer(f"{kept.problem}\n", TEXT, 502)
+            answer = kept.answer
         if is_api:
-            return Answer(json.dumps(kept.answer), JSON)
-        whole = page(kept.answer["title"], kept.answer["html"], css=css, is_live=True)
-        return Answer(whole, policy=content_policy())
+            return Answer(to_json(answer, inf_nan_mode="null"), JSON)
+        return Answer(page(answer["title"], answer["html"], css=css, is_live=True), policy=content_policy())
 
     def _look(self, kind: Kind, name: str) -> _Found | None:
-        storage = self._find(kind, name)
-        if storage is None:
+        folder = self._find(kind, name)
+        if folder is None:
             return None
-        found = kind.look(storage, f"/{kind.name}/{name}")
-        return f"{name} ({found.status})", found.content, found.draw
+        found = kind.look(folder, f"/{kind.name}/{name}", False)
+
+        def draw() -> Markup:
+            with self._drawing:
+                return found.draw()
+
+        return f"{name} ({found.status})", found.content, draw
 
     def _list(self, parts: list[str]) -> _Found | None:
         names = parts or list(self._kinds)
         if names[0] not in self._kinds:
             return None
-        content: dict[str, Any] = {name: self._entries(self._kinds[name]) for name in names}
+        deadline = time.monotonic() + _WAIT_S
+        listings = [self._begin((place.uri,), partial(self._names, place)) for place in self._places]
+        folders: list[tuple[Storage, str]] = []
+        notes = []
+        for place, listing in zip(self._places, listings, strict=True):
+            found, note = listing.result(deadline) or ([], f"{place.uri} has not answered yet")
+            folders += [(place, name) for name in found]
+            notes += [note] if note else []
+        content: dict[str, Any] = {}
+        for kind in (self._kinds[name] for name in names):
+            jobs = [
+                (name, self._begin((kind.name, place.uri, name), partial(self._entry, kind, place, name)))
+                for place, name in folders
+            ]
+            entries = [(name, job.result(deadline)) for name, job in jobs]
+            late = [name for name, entry in entries if entry is None]
+            if late:
+                more = f" and {len(late) - 10:,} more" if len(late) > 10 else ""
+                notes.append(f"not read yet: {', '.join(late[:10])}{more}")
+            first = {name: entry.state for name, entry in reversed(entries) if entry is not None and entry.state}
+            content[kind.name] = sorted(first.values(), key=lambda one: -(one["updated_at"] or 0))
+        content["notes"] = notes
         title = " and ".join(names).capitalize()
 
         def draw() -> Markup:
-            kinds = {name: entries[:_MAX_ENTRIES] for name, entries in content.items()}
-            left_out = {name: max(len(entries) - _MAX_ENTRIES, 0) for name, entries in content.items()}
+            kinds = {name: content[name][:_MAX_ENTRIES] for name in names}
+            left_out = {name: max(len(content[name]) - _MAX_ENTRIES, 0) for name in names}
             places = ", ".join(self._given)
-            return render("index.html.j2", title=title, places=places, kinds=kinds, left_out=left_out, clock=clock)
+            return render(
+                "index.html.j2", title=title, places=places, kinds=kinds, left_out=left_out, notes=notes, clock=clock
+            )
 
         return title, content, draw
 
-    def _entries(self, kind: Kind) -> list[dict[str, Any]]:
-        """Return the folders of a kind in all places, newest first."""
+    def _begin(self, key: tuple[str, ...], work: Callable[[Any], Any]) -> _Job:
+        """Return a job: the kept one, or a new one if it is too old."""
+        with self._lock:
+            job = self._jobs.get(key)
+            if job is None or time.monotonic() >= job.until:
+                job = self._jobs[key] = _Job(self._pool, work, job.result(float("inf")) if job else None)
+            return job
 
-        def entry(place: tuple[Storage, str]) -> dict[str, Any] | None:
-            storage, name = place
-            address = f"/{kind.name}/{name}"
-            try:
-                if not storage.exists(kind.mark):
-                    return None
-                look = kind.look(storage, address)
-            except (OSError, ValueError, KeyError) as error:
-                look = Look("unreadable", str(error), None, {}, Markup)
-            state = {"status": look.status, "says": look.says, "updated_at": look.updated_at}
-            return {"name": name, "address": address, **state}
+    def _names(self, place: Storage, _: Any) -> tuple[list[str], str]:
+        """Return the names in a place, small folders first, and a note on others."""
+        root = ForeignFolder(place)
 
-        found = [
-            (storage, name)
-            for place in self._places
-            for name in place.list("")
-            if _PART.fullmatch(name) and _is_inside(storage := Storage(f"{place.uri}/{name}"), place)
-        ]
-        with ThreadPoolExecutor(8) as pool:  # an entry takes a few round trips if the place is a bucket
-            entries = [one for one in pool.map(entry, found) if one is not None]
-        first = {one["name"]: one for one in reversed(entries)}
-        return sorted(first.values(), key=lambda one: -(one["updated_at"] or 0))
+        def num_bytes(name: str) -> int:
+            with suppress(OSError):
+                return root.below(name).num_bytes()
+            return 0
+
+        try:
+            names = root.list("")
+        except OSError as error:
+            return [], f"{place.uri}: {_reason(error)}"
+        note = f"{place.uri} has {len(names):,} entries or more: others are left out" if len(names) >= MAX_NAMES else ""
+        return sorted(filter(_PART.fullmatch, names), key=num_bytes), note
+
+    def _entry(self, kind: Kind, place: Storage, name: str, before: _Entry | None) -> _Entry:
+        """Return the entry of a folder: the one before, if none of its files has changed."""
+        if before is not None and before.is_settled and not before.folder.is_changed():
+            return before
+        folder = ForeignFolder(place, name, self._places)
+        address = f"/{kind.name}/{name}"
+        try:
+            if not folder.exists(kind.mark):
+                return _Entry(folder, None, True)
+            look = kind.look(folder, address, True)
+        except Exception as error:  # content that nothing foresaw: the entry says it
+            look = Look("unreadable", _reason(error), None, {}, Markup)
+        state = {"status": look.status, "says": look.says, "updated_at": look.updated_at}
+        is_settled = look.status not in ("running", "starting")
+        return _Entry(folder, {"name": name, "address": address, **state}, is_settled)
 
     def _file(self, kind: Kind, name: str, file: str) -> Answer:
-        storage = self._find(kind, name)
-        if storage is None or not storage.exists(file) or not _is_inside(Storage(f"{storage.uri}/{file}"), storage):
+        try:
+            folder = self._find(kind, name)
+            if folder is None or not folder.exists(file):
+                return _NOT_FOUND
+            content = folder.read(file, _MAX_FILE_BYTES)
+        except LinkError:
             return _NOT_FOUND
-        return Answer(storage.read(file), {".html": HTML, ".png": "image/png"}.get(Path(file).suffix, TEXT))
+        except OSError as error:
+            return Answer(f"{_reason(error)}\n", TEXT, 502)
+        return Answer(content, {".html": HTML, ".png": "image/png"}.get(Path(file).suffix, TEXT))
 
 
-def _is_inside(storage: Storage, place: Storage) -> bool:
-    """Return whether a folder is in a place: links out of it are not followed."""
-    return not storage.is_local or Path(storage.uri).resolve().is_relative_to(Path(place.uri).resolve())
+def _rest(begin: float) -> float:
+    """Return the seconds for which the result of work that began at a time is kept."""
+    return max(_KEEP_S, _REST * (time.monotonic() - begin))
+
+
+def _reason(error: Exception) -> str:
+    text = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
+    return text[:_MAX_TEXT]

@@ -8,21 +8,26 @@ is optional.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-import yaml
-
 from sigray.orchestrator.config import ConfigError
+from sigray.orchestrator.reports.foreign_folder import ForeignFolder
 from sigray.orchestrator.run_folder import CONFIG, EVALUATIONS, METRICS, SUMMARY
 from sigray.workers.checkpoint.index import read_metrics
-from sigray.workers.storage import Storage
+from sigray.workers.parse import ParseError, parse_json, parse_yaml
 
 _RATE_LINES = 10  # of metrics, whose median speed gives the time left
+_LIST_BYTES = 64 << 10  # of metrics, for an entry of the list
+_LINE_BYTES = 64 << 10
+_MAX_EVALUATIONS = 1000
+_MAX_SETS = 20  # of an evaluation; each has charts
+_MAX_TEXT = 300  # characters of a name
+_MAX_PROBLEMS = 10
+_LARGEST = 1e100  # a larger number is none: arithmetic with it would overflow
 
 
 @dataclass
@@ -32,11 +37,11 @@ class RunFiles:
     Attributes:
         storage: the folder.
         metrics, evaluations: by step.
-        unreadable: names of files that could not be read.
+        unreadable: sentences on what could not be read.
         is_driven: whether a driver has the run now; False for a written page.
     """
 
-    storage: Storage
+    storage: ForeignFolder
     name: str
     config_text: str
     config: dict[str, Any]
@@ -58,11 +63,11 @@ class RunFiles:
 
     @property
     def zero_shot(self) -> dict[str, dict[str, Any]]:
-        return find_dict(self.newest, "zero_shot")
+        return sets_of(self.newest, "zero_shot")
 
     @property
     def retrieval(self) -> dict[str, dict[str, Any]]:
-        return find_dict(self.newest, "retrieval")
+        return sets_of(self.newest, "retrieval")
 
     @property
     def samples_seen(self) -> int:
@@ -121,64 +126,92 @@ class RunFiles:
         return next((value for value in values if value is not None), None)
 
 
-def read_run_files(storage: Storage) -> RunFiles:
+def read_run_files(storage: ForeignFolder, *, for_list: bool = False) -> RunFiles:
     """Read a run folder, locally or in S3.
+
+    Args:
+        for_list: read only what an entry of the list shows: the newest metrics, no evaluations.
 
     Raises:
         ConfigError: if the folder holds no file of a run.
     """
     unreadable: list[str] = []
 
-    def text(path: str) -> str:
+    def load(path: str, parse: Callable[[bytes], Any]) -> tuple[dict[str, Any], bytes]:
+        text = b""
         try:
-            return storage.read(path).decode("utf-8", errors="replace")
+            text = storage.read(path)
+            content = parse(text)
+            if isinstance(content, dict):
+                return content, text
+            unreadable.append(f"{path} is left out: a mapping expected")
         except FileNotFoundError:
-            return ""
+            pass
+        except (OSError, ParseError) as error:
+            unreadable.append(f"{path} is left out: {error}")
+        return {}, text
 
-    def load(path: str, parse: Callable[[str], Any]) -> dict[str, Any]:
-        try:
-            content = parse(storage.read(path).decode("utf-8"))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, yaml.YAMLError):
-            content = None
-        if not isinstance(content, dict):
-            unreadable.append(path)
-            return {}
-        return content
-
-    files = [f"{EVALUATIONS}/{name}" for name in storage.list(EVALUATIONS) if name.endswith(".json")]
+    files: list[str] = []
+    try:
+        files = [f"{EVALUATIONS}/{name}" for name in storage.list(EVALUATIONS) if name.endswith(".json")]
+    except OSError as error:
+        unreadable.append(f"{EVALUATIONS}: {error}")
     if not files and not any(storage.exists(name) for name in (CONFIG, METRICS, SUMMARY)):
         raise ConfigError(
             f"{storage.uri} is not a run: it holds no {CONFIG}. Give the local folder that `sigray train` named"
         )
-    config = load(CONFIG, yaml.safe_load)
-    summary = load(SUMMARY, json.loads)
-    evaluations = [content for file in files if (content := load(file, json.loads))]
-    lines = _lines(text(METRICS))
+    config, config_text = load(CONFIG, parse_yaml)
+    summary, _ = load(SUMMARY, parse_json)
+    lines = []
+    try:
+        found, left_out = storage.read_lines(METRICS, *[_LIST_BYTES] * for_list)
+        lines = [content for content in parsed_lines(found) if find_number(content, "samples_seen") is not None]
+        if left_out and not for_list:
+            unreadable.append(f"{METRICS}: its first {left_out:,} bytes are left out")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        unreadable.append(f"{METRICS} is left out: {error}")
+    evaluations = []
+    if not for_list:
+        if len(files) > _MAX_EVALUATIONS:
+            unreadable.append(f"{EVALUATIONS}: only {_MAX_EVALUATIONS:,} of {len(files):,} files are read")
+        # The newest first: the bound of all bytes leaves out the oldest.
+        evaluations = [
+            content for file in files[: -_MAX_EVALUATIONS - 1 : -1] if (content := load(file, parse_json)[0])
+        ]
     if not storage.is_local:  # metrics.jsonl comes at the end; each checkpoint brings the lines before it
         known = {line.get("step") for line in lines}
         lines += [line for line in read_metrics(storage) if line["step"] not in known]
         lines.sort(key=lambda line: line["samples_seen"])
+    if len(unreadable) > _MAX_PROBLEMS:
+        unreadable[_MAX_PROBLEMS:] = [f"{len(unreadable) - _MAX_PROBLEMS:,} more are left out"]
+    name = find_text(summary, "name") or find_text(config, "run", "name") or storage.uri.rpartition("/")[2]
     return RunFiles(
         storage=storage,
-        name=find_text(summary, "name") or find_text(config, "run", "name") or storage.uri.rpartition("/")[2],
-        config_text=text(CONFIG),
+        name=name[:_MAX_TEXT],
+        config_text=config_text.decode(errors="replace"),
         config=config,
         metrics=lines,
         evaluations=sorted(evaluations, key=lambda evaluation: find_number(evaluation, "step") or 0),
         summary=summary,
-        unreadable=unreadable,
+        unreadable=[text[:_MAX_TEXT] for text in unreadable],
     )
 
 
-def _lines(text: str) -> list[dict[str, Any]]:
-    """Return the lines of metrics without a line that a crash cut short."""
-    lines = []
-    for each in text.splitlines():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(each))
-    return [line for line in lines if find_number(line, "samples_seen") is not None]
+def parsed_lines(lines: list[bytes]) -> list[Any]:
+    """Return the values of lines of JSON, without a line that a crash cut short."""
+    found = []
+    for line in lines:
+        with contextlib.suppress(ParseError):
+            found.append(parse_json(line, max_bytes=_LINE_BYTES))
+    return found
+
+
+def sets_of(evaluation: dict[str, Any], task: str) -> dict[str, dict[str, Any]]:
+    """Return the figures of the evaluated sets by name, of the first sets only."""
+    figures = list(find_dict(evaluation, task).items())[:_MAX_SETS]
+    return {name[:_MAX_TEXT]: found for name, found in figures}
 
 
 def _find(content: Any, *keys: str) -> Any:
@@ -190,7 +223,7 @@ def _find(content: Any, *keys: str) -> Any:
 def find_number(content: Any, *keys: str) -> float | None:
     """Return the finite number at a path of keys, None if there is none."""
     value = _find(content, *keys)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
     return value if is_number else None
 
 

@@ -20,8 +20,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sigray.orchestrator import formatting as words
+from sigray.orchestrator.reports.foreign_folder import ForeignFolder
 from sigray.orchestrator.reports.run_charts import charts, guesses, language_bars
-from sigray.orchestrator.reports.run_files import RunFiles, find_dict, find_list, find_number, find_text, read_run_files
+from sigray.orchestrator.reports.run_files import (
+    RunFiles,
+    find_dict,
+    find_list,
+    find_number,
+    find_text,
+    read_run_files,
+    sets_of,
+)
 from sigray.orchestrator.reports.template import page, render
 from sigray.orchestrator.run_folder import REPORT
 from sigray.workers.storage import Storage
@@ -39,10 +48,10 @@ def write_report(folder: Path) -> Path:
     Raises:
         ConfigError: if the folder holds no file of a run.
     """
-    run = read_run_files(Storage(folder))
-    path = folder / REPORT
-    path.write_text(page(f"{run.name} ({run.status})", draw_run(run)), encoding="utf-8")
-    return path
+    storage = Storage(folder)
+    run = read_run_files(ForeignFolder(storage))
+    storage.write(REPORT, page(f"{run.name} ({run.status})", draw_run(run)).encode())
+    return folder / REPORT
 
 
 def draw_run(run: RunFiles, now: Markup | None = None) -> Markup:
@@ -270,7 +279,7 @@ def _retrieval(run: RunFiles) -> list[dict[str, Any]]:
 def _languages(run: RunFiles) -> list[dict[str, Any]]:
     """Return a table, a sentence and a bar chart of the languages of each set."""
     sets = []
-    for name, languages in find_dict(run.newest, "languages").items():
+    for name, languages in sets_of(run.newest, "languages").items():
         columns = [
             ("image to text R@1", "retrieval", "image_to_text_r1", "image_to_text_chance1"),
             ("text to image R@1", "retrieval", "text_to_image_r1", "text_to_image_chance1"),

@@ -364,9 +364,9 @@ FAULTS = [
     ),
     Fault(
         "links out of the folder of runs are served",
-        "sigray.orchestrator.reports.live_server:_is_inside",
-        "return not storage.is_local or Path",
-        "return True or Path",
+        "sigray.orchestrator.reports.foreign_folder:ForeignFolder._opened",
+        "os.open(part, _FLAGS, dir_fd=descriptor)",
+        "os.open(part, _FLAGS & ~os.O_NOFOLLOW, dir_fd=descriptor)",
         (f"{_PAGES}::test_nothing_outside_a_run_is_served",),
     ),
     Fault(

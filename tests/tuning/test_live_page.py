@@ -42,6 +42,7 @@ def test_a_sweep_at_work_and_at_its_end(study, tmp_path, monkeypatch):
     monkeypatch.setattr("sigray.workers.checkpoint.lease._SETTLE_S", 0.01)
     monkeypatch.setattr("sigray.orchestrator.reports.live_server._KEEP_S", 0.0)
     monkeypatch.setattr("sigray.orchestrator.reports.live_server._REST", 0)
+    monkeypatch.setattr("sigray.orchestrator.reports.live_server._WAIT_S", 60.0)
     storage = Storage(study.config.storage_uri)
     writer = Writer(storage)
     writer.add(trial(0, **point(2, "sigmoid")), trial(1, **point(20, "sigmoid")), trial(2, **point(2, "softmax")))
@@ -105,7 +106,9 @@ def test_the_command_serves_until_it_is_told_to_end(study, tmp_path):
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == f"pages of runs and sweeps: http://127.0.0.1:{port}\n"
-        told = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/api/"))
+        told = {"notes": ["not read yet"]}
+        while told["notes"]:
+            told = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/api/"))
         assert [entry["name"] for entry in told["sweeps"]] == ["tiny"]
         taken = subprocess.run(command, capture_output=True, text=True)
         assert taken.returncode == 2

@@ -30,6 +30,7 @@ def quick(monkeypatch):
     monkeypatch.setattr("sigray.workers.checkpoint.lease._SETTLE_S", 0.01)
     monkeypatch.setattr("sigray.orchestrator.reports.live_server._KEEP_S", 0.0)
     monkeypatch.setattr("sigray.orchestrator.reports.live_server._REST", 0)
+    monkeypatch.setattr("sigray.orchestrator.reports.live_server._WAIT_S", 60.0)
 
 
 Get = Callable[..., tuple[int, str]]
@@ -254,7 +255,7 @@ def test_half_a_file_is_no_error(served, tmp_path):
             file.write('{"time": 17')
     told = api(served(tmp_path), "/runs/demo")
     assert told["status"] == "unfinished"
-    assert told["unreadable"] == ["summary.json"]
+    assert [text.partition(" ")[0] for text in told["unreadable"]] == ["summary.json"]
     assert told["step"] == 332
 
 
@@ -293,8 +294,12 @@ def test_a_run_in_s3_is_followed_by_its_checkpoints(served, tmp_path, monkeypatc
         assert [entry["name"] for entry in api(get, "/")["runs"]] == ["demo"]
         assert get("/runs/../demo")[0] == 404
 
-        # On the driver's machine the local folder has the lines, and its config says where the checkpoints are.
+        # On the driver's machine the local folder has the lines, and its config says where the checkpoints are. The
+        # config alone opens no storage: it must be below a place.
         folder = made(tmp_path / "local" / "demo")
         write_run(folder, config=config, metrics=[metrics_line(30)], evaluations=[], summary=None)
         told = api(served(tmp_path / "local"), "/runs/demo")
+        assert (told["checkpoint"], told["storage"], told["is_storage_read"]) == (None, uri, False)
+        assert f"Lease and checkpoints are in {uri}" in told["html"]
+        told = api(served(tmp_path / "local", uri), "/runs/demo")
         assert (told["status"], told["step"], told["checkpoint"]["step"]) == ("unfinished", 30, 20)

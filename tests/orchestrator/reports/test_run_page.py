@@ -197,8 +197,8 @@ def test_damaged_and_partial_files_are_named_and_left_out(tmp_path: Path) -> Non
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 340, "samples_se')
     page = page_of(folder)
-    assert "config.yaml could not be read and is left out." in page.text
-    assert "evaluations/step-0000000332.json could not be read and is left out." in page.text
+    assert "config.yaml is left out: not YAML: " in page.text
+    assert "evaluations/step-0000000332.json is left out: not JSON: " in page.text
     assert "10.1 %" not in page.text
     assert "Not finished after 84,992 pairs: the model has the right name of 5.0 %" in page.text
 
