@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from sigray.workers.model.schema import check_towers
+
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -40,6 +42,12 @@ def _image_tower(name: str) -> str:
     return re.sub(r"^workers\.image_towers:", "sigray.workers.model.image_towers:", name)
 
 
+def _model_name(name: str) -> str:
+    source, colon, folder = name.partition(":")
+    return f"{source}:{os.path.abspath(folder)}" if colon and source == "local-dir" else name
+
+
+ModelName = Annotated[str, AfterValidator(_model_name)]
 ImageTowerName = Annotated[str, AfterValidator(_image_tower)]
 TokenizerName = Annotated[str, AfterValidator(lambda name: name if name == "open_clip" else _absolute(name))]
 
@@ -207,8 +215,10 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    name: str | None = None
-    """An open_clip model config such as ViT-B-16-SigLIP. Give either this or `towers`."""
+    name: ModelName | None = None
+    """An open_clip model config such as ViT-B-16-SigLIP. Give either this or `towers`.
+    `local-dir:FOLDER` or `hf-hub:ORG/NAME` takes the config from a folder or repository that has an
+    open_clip_config.json. Weights come from init_from."""
     towers: dict[str, Any] | None = None
     """An open_clip model config written out: embed_dim, vision_cfg, text_cfg."""
     image_tower: ImageTowerName | None = None
@@ -257,6 +267,10 @@ class ModelConfig(Section):
                 raise ValueError(
                     f"towers needs the keys {sorted(required)}: missing {sorted(missing)}, unknown {sorted(unknown)}"
                 )
+            try:
+                check_towers(self.towers)
+            except ValueError as error:
+                raise ValueError(f"towers.{error}") from None
         if self.image_tower and self.image_tower.endswith(TOWER_FILE_ENDINGS) and "visual" not in self.locked:
             raise ValueError(f"image_tower={self.image_tower} is a file and cannot be trained: set locked=[visual]")
         both = sorted(set(self.locked) & self.trained_blocks.keys())

@@ -40,6 +40,8 @@ def check_run(config: RunConfig, display: Display, *, saved: Manifest | None, is
     if not is_trial:
         check_model_and_sets(config)
         check_memory(config)
+        if saved is None:
+            check_pooling(config.model)
     if config.model.init_from is not None and saved is None:
         from sigray.workers.model.init_weights import check_initial_weights
 

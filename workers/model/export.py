@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from sigray.workers.config import ModelConfig
 from sigray.workers.model.bottleneck import fold_bottleneck
 from sigray.workers.model.inputs import shapes, tower_config
-from sigray.workers.model.tokenizer import build_tokenizer
+from sigray.workers.model.tokenizer import build_open_clip_tokenizer, build_tokenizer, is_plain, load_tokenizer_file
 
 Format = Literal["open_clip", "safetensors", "onnx"]
 
@@ -199,16 +199,13 @@ def _save_tokenizer(model: ModelConfig, folder: Path) -> dict[str, Any]:
     if model.tokenizer == "open_clip":
         if model.name is None:
             return no_file  # its BPE, for any towers
-        import open_clip
-
-        tokenizer = open_clip.get_tokenizer(model.name)
-        if hasattr(tokenizer, "save_pretrained"):
-            tokenizer.save_pretrained(str(folder))
+        if not is_plain(model):
+            tokenizer = build_open_clip_tokenizer(model, context_length)
+            if hasattr(tokenizer, "save_pretrained"):
+                tokenizer.save_pretrained(str(folder))
         return {}
     build_tokenizer(model, context_length, vocab_size)  # checks the file
-    from tokenizers import Tokenizer as HFTokenizer
-
-    file = HFTokenizer.from_file(model.tokenizer)
+    file = load_tokenizer_file(model.tokenizer)
     pad = file.token_to_id("[PAD]") or 0
     file.enable_truncation(context_length)
     file.enable_padding(length=context_length, pad_id=pad, pad_token=file.id_to_token(pad))

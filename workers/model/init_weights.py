@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from sigray.workers.checkpoint.index import CheckpointInfo
 from sigray.workers.checkpoint.writer import load_weights
 from sigray.workers.config import ModelConfig
+from sigray.workers.model.untrusted import read_tensors
 from sigray.workers.model.towers import TOWERS, build_bare_model, build_meta_model, build_model
 from sigray.workers.sharding import shard_like
 from sigray.workers.storage import Storage
@@ -156,19 +156,14 @@ def _read(path: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise ValueError(f"model.init_from: {path} is not a file; every training worker needs to see it")
     try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises one of a dozen types
-        raise ValueError(
-            f"model.init_from: {path} cannot be read as safetensors, or by torch.load with weights_only: {error}"
-        ) from error
+        content = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"model.init_from: {error}") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):  # of open_clip's own training
         content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
         raise ValueError(f"model.init_from: {path} holds no mapping of names to tensors")
     state = {name.removeprefix("module."): tensor for name, tensor in content.items()}
     if "positional_embedding" in state:  # open_clip's CLIP class has the text tower's parts at the top

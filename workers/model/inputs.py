@@ -6,15 +6,14 @@ Without torch, and without building the model.
 from __future__ import annotations
 
 import copy
-import importlib.util
-import json
-from pathlib import Path
 from typing import Any
 
 from sigray.workers.config import ModelConfig
+from sigray.workers.model.schema import check_towers
+from sigray.workers.model.untrusted import read_open_clip_config
 
 # Keys of open_clip's config files that choose a class, not a shape; the class is always CustomTextCLIP here.
-_CLASS_KEYS = {"custom_text", "multimodal_cfg", "init_logit_scale", "init_logit_bias"}
+_CLASS_KEYS = {"custom_text", "init_logit_scale", "init_logit_bias"}
 
 
 def tower_config(model: ModelConfig) -> dict[str, Any]:
@@ -23,35 +22,17 @@ def tower_config(model: ModelConfig) -> dict[str, Any]:
     Keys: embed_dim, vision_cfg, text_cfg and perhaps quick_gelu.
 
     Raises:
-        ValueError: if open_clip knows no model of that name.
+        ValueError: if there is no model of that name, or its towers cannot be used.
     """
     if model.towers is not None:
         return copy.deepcopy(model.towers)
-    path = open_clip_folder() / "model_configs" / f"{model.name}.json"
-    if path.is_file():
-        config = json.loads(path.read_text())
-    else:
-        import open_clip
-
-        config = open_clip.get_model_config(model.name)
-        if config is None:
-            near = [name for name in open_clip.list_models() if name.split("-")[0] == str(model.name).split("-")[0]]
-            raise ValueError(f"model.name: open_clip knows no model {model.name!r}; near it: {', '.join(near[:12])}")
-    return {key: value for key, value in config.items() if key not in _CLASS_KEYS}
-
-
-def open_clip_folder() -> Path:
-    """Folder of open_clip's files, without importing open_clip.
-
-    The import loads transformers, timm and torch._dynamo: 3 s and 0.1 GB of a process.
-
-    Raises:
-        ImportError: if open_clip is not installed.
-    """
-    spec = importlib.util.find_spec("open_clip")
-    if spec is None or spec.origin is None:
-        raise ImportError("open_clip is not installed: pip install open-clip-torch")
-    return Path(spec.origin).parent
+    assert model.name is not None
+    config = {key: value for key, value in read_open_clip_config(model.name).items() if key not in _CLASS_KEYS}
+    try:
+        check_towers(config)
+    except ValueError as error:
+        raise ValueError(f"model.name={model.name}: {error}") from None
+    return config
 
 
 def shapes(model: ModelConfig) -> tuple[int, int, int]:

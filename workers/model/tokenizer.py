@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from sigray.workers.config import ModelConfig
-from sigray.workers.model.inputs import open_clip_folder, tower_config
+from sigray.workers.model.inputs import tower_config
+from sigray.workers.model.untrusted import LOCAL_DIR, open_clip_folder, reason, refuse_code
 
 if TYPE_CHECKING:
     import tokenizers
@@ -37,6 +38,7 @@ byte a token (Chinese, CLIP's tokens) to 12, so a cut caption still fills its co
 Tokenizer = Callable[[list[str]], np.ndarray]
 """n captions -> (n, T) int32."""
 
+CLIP_VOCAB_SIZE = 49408
 _NUM_MERGES = 49152 - 256 - 2  # of CLIP's vocabulary; its file holds more
 _WORD_END = "</w>"
 _CLIP_SPECIAL = ("<start_of_text>", "<end_of_text>")
@@ -53,7 +55,7 @@ def build_tokenizer(model: ModelConfig, context_length: int, vocab_size: int) ->
     """Return the tokenizer that a model config names; it cuts long captions first.
 
     Raises:
-        ValueError: the file is missing, or has more tokens than the text tower has rows.
+        ValueError: the file is missing or no tokenizers file, or a token has no row in the text tower's table.
     """
     tokenize = _named_tokenizer(model, context_length, vocab_size)
     return lambda captions: tokenize([cut_caption(caption, context_length) for caption in captions])
@@ -73,22 +75,21 @@ def cut_caption(caption: str, context_length: int) -> str:
 
 def _named_tokenizer(model: ModelConfig, context_length: int, vocab_size: int) -> Tokenizer:
     if model.tokenizer == "open_clip":
-        if is_plain(model.name, tower_config(model)["text_cfg"]):
-            return _ClipTokenizer(context_length)
-        import open_clip
-
-        encode = open_clip.get_tokenizer(model.name, context_length=context_length)
-        return lambda captions: encode(captions).numpy().astype(np.int32)
-    from tokenizers import Tokenizer as HFTokenizer
-
-    path = Path(model.tokenizer)
-    if not path.is_file():
-        raise ValueError(f"model.tokenizer: {path.absolute()} does not exist; give a tokenizer.json or 'open_clip'")
-    tokenizer = HFTokenizer.from_file(str(path))
-    if tokenizer.get_vocab_size() > vocab_size:
+        if not is_plain(model):
+            encode = build_open_clip_tokenizer(model, context_length)
+            return lambda captions: encode(captions).numpy().astype(np.int32)
+        if vocab_size < CLIP_VOCAB_SIZE:
+            raise ValueError(
+                f"model.tokenizer: open_clip's BPE has {CLIP_VOCAB_SIZE} tokens, text_cfg.vocab_size is {vocab_size}: "
+                f"set it to {CLIP_VOCAB_SIZE}, or give a tokenizer.json"
+            )
+        return _ClipTokenizer(context_length)
+    tokenizer = load_tokenizer_file(model.tokenizer)
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= vocab_size:
         raise ValueError(
-            f"model.tokenizer: {path} has {tokenizer.get_vocab_size()} tokens, "
-            f"the text tower's text_cfg.vocab_size is {vocab_size}"
+            f"model.tokenizer: the highest token of {model.tokenizer} is {highest}, text_cfg.vocab_size is {vocab_size}: "
+            f"set it to {highest + 1} or more"
         )
     pad = tokenizer.token_to_id("[PAD]") or 0
     tokenizer.enable_truncation(context_length)
@@ -100,17 +101,75 @@ def _named_tokenizer(model: ModelConfig, context_length: int, vocab_size: int) -
     return tokenize
 
 
-def is_plain(name: str | None, text: dict[str, Any]) -> bool:
+def load_tokenizer_file(path: str) -> tokenizers.Tokenizer:
+    """Return the content of a tokenizer.json.
+
+    Raises:
+        ValueError: the file is missing, or not of the tokenizers library.
+    """
+    from tokenizers import Tokenizer as HFTokenizer
+
+    if not Path(path).is_file():
+        raise ValueError(f"model.tokenizer: {Path(path).absolute()} does not exist; give a tokenizer.json or 'open_clip'")
+    try:
+        return HFTokenizer.from_file(path)
+    except Exception as error:  # the library raises no other type
+        raise ValueError(
+            f"model.tokenizer: {path} is no tokenizers file ({reason(error)}): give a tokenizer.json as "
+            "`sigray data tokenizer` or the tokenizers library writes"
+        ) from error
+
+
+def check_pooling(model: ModelConfig) -> None:
+    """Refuse to pool a text at its highest token, as CLIP does, if that token is no end of text.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    text = tower_config(model)["text_cfg"]
+    if model.tokenizer == "open_clip" or text.get("hf_model_name") or text.get("pool_type", "argmax") != "argmax":
+        return
+    tokenizer = load_tokenizer_file(model.tokenizer)
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    ends = {tuple(tokenizer.encode(caption).ids[-1:]) for caption in ("a", "two words")}
+    if ends != {(highest,)}:
+        raise ValueError(
+            f"model.towers: text_cfg.pool_type=argmax (the default) reads a text at its highest token, and {highest}, "
+            f"the highest of {model.tokenizer}, does not end each text: set text_cfg.pool_type=last, with "
+            "no_causal_mask=true as in examples/emoji_cpu.yaml"
+        )
+
+
+def is_plain(model: ModelConfig) -> bool:
     """Return whether open_clip uses its own BPE, without options, for a model.
 
-    The rule is that of `get_tokenizer` in open_clip 3.3.
-
-    Args:
-        name: of the model; None for the user's own towers.
-        text: the config of its text tower.
+    The rule is that of `get_tokenizer` in open_clip 3.3. The user's own towers have its BPE or a file.
     """
-    has_options = text.get("hf_tokenizer_name") or text.get("tokenizer_kwargs")
-    return name is None or not (has_options or ":" in name or "siglip" in name.lower())
+    text = tower_config(model)["text_cfg"]
+    return model.name is None or not (text.get("hf_tokenizer_name") or text.get("tokenizer_kwargs"))
+
+
+def build_open_clip_tokenizer(model: ModelConfig, context_length: int) -> Any:
+    """Return the tokenizer of a named model that has options or files, as `open_clip.get_tokenizer`.
+
+    Raises:
+        ValueError: its files are missing, or name code.
+    """
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    text = tower_config(model)["text_cfg"]
+    options = text.get("tokenizer_kwargs") or {}
+    folder = str(model.name).removeprefix(f"{LOCAL_DIR}:")
+    # open_clip takes the files beside its config, whatever the config names.
+    source = text.get("hf_tokenizer_name") and (folder if folder != model.name else text["hf_tokenizer_name"])
+    try:
+        if not source:
+            return SimpleTokenizer(context_length=context_length, **options)
+        refuse_code(source)
+        mode = text.get("tokenizer_mode")
+        return HFTokenizer(source, context_length, tokenizer_mode=mode, trust_remote_code=False, **options)
+    except Exception as error:  # transformers raises one of a dozen types
+        raise ValueError(f"model.name={model.name}: its tokenizer cannot be loaded: {reason(error)}") from error
 
 
 class _ClipTokenizer:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from sigray.workers.config import ModelConfig, Tower
 from sigray.workers.model.bottleneck import use_bottleneck
 from sigray.workers.model.image_towers import StoredTower, load_image_tower
 from sigray.workers.model.inputs import shapes, tower_config
+from sigray.workers.model.untrusted import read_tensors, reason, refuse_code
 
 TOWERS: tuple[Tower, ...] = ("visual", "text")
 
@@ -44,12 +46,15 @@ def build_model(model: ModelConfig, *, stored_embeddings: bool = False) -> nn.Mo
         # A small tower, replaced below: open_clip cannot leave it out.
         size = config["vision_cfg"].get("image_size", 224)
         config["vision_cfg"] = {"image_size": size, "patch_size": size, "width": 64, "head_width": 64, "layers": 1}
+    if config["text_cfg"].get("hf_model_name"):
+        refuse_code(str(config["text_cfg"]["hf_model_name"]))
     try:
         module = CustomTextCLIP(
             **config, init_logit_scale=model.init_logit_scale, init_logit_bias=model.init_logit_bias, output_dict=True
         )
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"model.towers: open_clip cannot build this model: {error}") from error
+    except Exception as error:  # open_clip, timm and transformers raise one of a dozen types
+        key = f"model.name={model.name}" if model.name else "model.towers"
+        raise ValueError(f"{key}: open_clip cannot build this model: {reason(error)}") from error
     if stored_embeddings:
         module.visual = StoredTower()
     elif model.image_tower is not None:
@@ -137,6 +142,7 @@ def check_model(model: ModelConfig) -> nn.Module:
     """
     size, context_length, _ = shapes(model)
     module = build_meta_model(model)
+    _check_text_weights(tower_config(model)["text_cfg"])
     with torch.device("meta"):
         try:
             output = module(torch.empty(2, 3, size, size), torch.zeros(2, context_length, dtype=torch.int32))
@@ -147,6 +153,14 @@ def check_model(model: ModelConfig) -> nn.Module:
         if len(shape) != 2:
             raise ValueError(f"model: {key} of two pairs have shape {shape}, (2, embed_dim) expected; check pool_type")
     return module
+
+
+def _check_text_weights(text: dict[str, Any]) -> None:
+    """Read the pickled weights of a folder, which the training workers would find unsafe much later."""
+    folder = Path(str(text.get("hf_model_name") or ""))
+    if text.get("hf_model_name") and text.get("hf_model_pretrained", True) and not any(folder.glob("*.safetensors")):
+        for path in sorted(folder.glob("*.bin")):
+            read_tensors(str(path))
 
 
 def normalize_pixels(images: Tensor, model: ModelConfig) -> Tensor:

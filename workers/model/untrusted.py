@@ -1,0 +1,149 @@
+"""Reads models of somebody else: their config and weights, never their code.
+
+transformers would import Python files that a folder brings, or ask on the terminal whether it may, if `config.json` or
+`tokenizer_config.json` names them. So these files are read here first. open_clip would pass any option of a config on,
+so its configs are read here too, and never by open_clip.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sigray.workers.parse import ParseError, parse_json
+
+LOCAL_DIR = "local-dir"
+HF_HUB = "hf-hub"
+CONFIG = "open_clip_config.json"
+_OTHERS_CONFIGS = ("config.json", "tokenizer_config.json", "adapter_config.json")
+_NAMES_CODE = {"auto_map", "custom_code", "base_model_name_or_path"}  # the last one: of an adapter
+_GLOBAL = re.compile(r"(?:GLOBAL|[Uu]nsupported (?:class|function)|unrecognized (?:class|function)) (\S+)")
+
+
+def open_clip_folder() -> Path:
+    """Folder of open_clip's files, without importing open_clip.
+
+    The import loads transformers, timm and torch._dynamo: 3 s and 0.1 GB of a process.
+
+    Raises:
+        ImportError: if open_clip is not installed.
+    """
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None or spec.origin is None:
+        raise ImportError("open_clip is not installed: pip install open-clip-torch")
+    return Path(spec.origin).parent
+
+
+def read_open_clip_config(name: str) -> dict[str, Any]:
+    """The config that `model.name` stands for: of open_clip itself, of a folder, or of a repository.
+
+    Raises:
+        ValueError: if there is none, or the file is no JSON mapping.
+    """
+    source, _, place = name.partition(":")
+    if source in (LOCAL_DIR, HF_HUB):
+        content = _read_json(place, CONFIG)
+        if content is None:
+            raise ValueError(f"model.name: {name} has no {CONFIG}")
+        config = content.get("model_cfg", content)
+        if not isinstance(config, dict):
+            raise ValueError(f"model.name: {name}: model_cfg in {CONFIG} is no mapping")
+        return config
+    paths = {path.stem: path for path in (open_clip_folder() / "model_configs").glob("*.json")}
+    if name not in paths:
+        near = difflib.get_close_matches(name, paths, n=8, cutoff=0.5)
+        raise ValueError(
+            f"model.name: open_clip knows no model {name!r:.100}; near it: {', '.join(near) or 'none'}. A folder is "
+            f"{LOCAL_DIR}:FOLDER, a repository {HF_HUB}:ORG/NAME"
+        )
+    return parse_json(paths[name].read_bytes())
+
+
+def refuse_code(source: str) -> None:
+    """Refuse a model or tokenizer of transformers that brings code.
+
+    Args:
+        source: a folder, or a repository of the Hugging Face hub.
+
+    Raises:
+        ValueError: names the file and what it wanted to load.
+    """
+    for file in _OTHERS_CONFIGS:
+        for key, value in _entries(_read_json(source, file) or {}):
+            is_kernel = str(key).endswith("attn_implementation") and "/" in str(value)  # code of a repository
+            if key in _NAMES_CODE or is_kernel:
+                raise ValueError(
+                    f"{source}/{file} names {key} {value!r:.200}, code or weights from elsewhere: sigray reads a model's "
+                    "config and weights and runs no code that comes with them"
+                )
+
+
+def read_tensors(path: str) -> Any:
+    """Content of a .safetensors file, or of any other file by torch.load with weights_only.
+
+    Raises:
+        ValueError: if it cannot be read; names what an unsafe file wanted to load.
+    """
+    import torch
+
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises one of a dozen types
+        raise ValueError(f"{path} cannot be read, as safetensors or by torch.load with weights_only: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """First line of an error, or what a file of weights wanted to load."""
+    text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
+    names = _GLOBAL.search(text)
+    if names is not None:
+        return f"it names {names[1].strip('`.,')}, which could run code; a .safetensors file cannot name any"
+    return (text.strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _entries(content: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield all keys with their values, of mappings in mappings and lists too."""
+    for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+        yield key, value
+        if isinstance(value, dict | list):
+            yield from _entries(value)
+
+
+def _read_json(source: str, file: str) -> dict[str, Any] | None:
+    """A file of a folder or a repository; None if there is none."""
+    path = Path(source) / file if Path(source).is_dir() else _from_hub(source, file)
+    if path is None or not path.exists():
+        return None
+    if not path.is_file():
+        raise ValueError(f"{path} is no file")
+    try:
+        content = parse_json(path.read_bytes())
+    except ParseError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a JSON mapping expected")
+    return content
+
+
+@functools.cache
+def _from_hub(repository: str, file: str) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, file))
+    except Exception as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
+        raise ValueError(
+            f"{repository!r:.200} is no folder, and {file} cannot be fetched from the Hugging Face hub: {reason(error)}"
+        ) from error
