@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from pathlib import Path
 
 from rich.console import Console
 
@@ -58,10 +59,16 @@ def plan(options: Namespace, console: Console) -> None:
     """
     config = load_config(options.config, options.overrides)
     from sigray.orchestrator.planning.plan import check_fits, default_num_devices, plan, run_device, tables
+    from sigray.orchestrator.run.preflight import check_tokenizer
+    from sigray.workers.model.tokenizer import is_plain
 
     device = options.device or run_device(config)
     if device is None:
         raise ConfigError("which device? Give --device or cluster.device: " + ", ".join([CPU, *DEVICES]))
+    tokenizer = config.model.tokenizer
+    # Without network, and without the file if it is elsewhere.
+    if is_plain(config.model) if tokenizer == "open_clip" else Path(tokenizer).is_file():
+        check_tokenizer(config.model)
     num_devices = options.devices or default_num_devices(config, device)
     predicted = plan(config, device, num_devices, price_per_hour=options.price_per_hour)
     if options.json:

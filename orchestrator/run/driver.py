@@ -142,7 +142,7 @@ def train(
 def evaluate(config: RunConfig, info: CheckpointInfo, console: Console) -> dict[str, Any]:
     """Evaluate one checkpoint as a Ray task; keep the result with the run."""
     display, folder = Display(console), RunFolder(config)
-    check_model_and_sets(config)
+    check_model_and_sets(config, is_begun=True)
     with ray_session(config, display):
         import ray
 

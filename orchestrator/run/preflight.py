@@ -10,6 +10,7 @@ from sigray.orchestrator.planning.plan import check_memory
 from sigray.orchestrator.resources import check_slices
 from sigray.orchestrator.run.progress import Display
 from sigray.orchestrator.run.ray_session import cluster_address
+from sigray.workers.config import ModelConfig
 from sigray.workers.data.manifest import Manifest, scan_shards
 from sigray.workers.data.shard_list import in_threads, list_shards
 from sigray.workers.data.tar import DataError
@@ -38,10 +39,8 @@ def check_run(config: RunConfig, display: Display, *, saved: Manifest | None, is
             shown = "\n  ".join(changed[:20])
             raise DataError(f"the shards changed since the run began, so its order cannot be continued:\n  {shown}")
     if not is_trial:
-        check_model_and_sets(config)
+        check_model_and_sets(config, is_begun=saved is not None)
         check_memory(config)
-        if saved is None:
-            check_pooling(config.model)
     if config.model.init_from is not None and saved is None:
         from sigray.workers.model.init_weights import check_initial_weights
 
@@ -92,16 +91,17 @@ def check_batch(config: RunConfig, manifest: Manifest) -> None:
             )
 
 
-def check_model_and_sets(config: RunConfig) -> None:
-    """Check shapes, tokenizer, sets, towers, optimizer and TPU slice."""
+def check_model_and_sets(config: RunConfig, *, is_begun: bool = False) -> None:
+    """Check shapes, tokenizer, sets, towers, optimizer and TPU slice.
+
+    Args:
+        is_begun: whether the run exists, so that its model stays as it is.
+    """
     from sigray.workers.evaluation.datasets import check_set, classes_of, probe_set
-    from sigray.workers.model.inputs import shapes
-    from sigray.workers.model.tokenizer import build_tokenizer
     from sigray.workers.model.towers import check_model
     from sigray.workers.training.optim import parameter_groups
 
-    _, context_length, vocab_size = shapes(config.model)
-    build_tokenizer(config.model, context_length, vocab_size)
+    check_tokenizer(config.model, is_begun=is_begun)
     is_stored = config.embeddings.store is not None
     for name, spec in config.eval.sets.items():
         for each in [spec, *([probe_set(spec)] if spec.linear_probe is not None else [])]:
@@ -111,6 +111,17 @@ def check_model_and_sets(config: RunConfig) -> None:
             classes_of(spec)
     parameter_groups(check_model(config.model), config.optim)
     check_slices(config.cluster)
+
+
+def check_tokenizer(model: ModelConfig, *, is_begun: bool = False) -> None:
+    """Check the tokenizer against the text tower; arguments as `check_model_and_sets`."""
+    from sigray.workers.model.inputs import shapes
+    from sigray.workers.model.tokenizer import build_tokenizer, check_pooling
+
+    _, context_length, vocab_size = shapes(model)
+    build_tokenizer(model, context_length, vocab_size)
+    if not is_begun:
+        check_pooling(model)
 
 
 def check_store(config: RunConfig) -> EmbeddingStore:

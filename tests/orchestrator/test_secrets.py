@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sigray.orchestrator.config import ConfigError, load_config
 from sigray.orchestrator.secrets import secrets_of
 from sigray.tuning.cli import main
-from sigray.workers.model.inputs import open_clip_folder
+from sigray.workers.model.untrusted import open_clip_folder
 from sigray.workers.storage import Storage, StorageError
 from tests.helpers.data import TOWERS
 from tests.helpers.runs import EXAMPLES

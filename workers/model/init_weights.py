@@ -11,14 +11,13 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from sigray.workers.checkpoint.index import CheckpointInfo
 from sigray.workers.checkpoint.writer import load_weights
 from sigray.workers.config import ModelConfig
-from sigray.workers.model.untrusted import read_tensors
 from sigray.workers.model.towers import TOWERS, build_bare_model, build_meta_model, build_model
+from sigray.workers.model.untrusted import read_tensors
 from sigray.workers.sharding import shard_like
 from sigray.workers.storage import Storage
 

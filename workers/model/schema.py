@@ -1,7 +1,7 @@
-"""What an open_clip config of towers may hold: sizes within limits, and names of nothing that brings code.
+"""Limits of an open_clip config: sizes, and no names of files or code.
 
-A config may come from somebody else, as `model.towers` or with `model.name: local-dir:FOLDER`. open_clip itself checks
-the names of its keys when it builds the towers.
+Another person may have written the config: as `model.towers`, or in the folder of `model.name: local-dir:FOLDER`.
+open_clip itself checks the names of its keys when it builds the towers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _LARGEST = {
 _MAX_PATCHES = 2**14
 _MAX_MLP_RATIO = 1000.0
 _TOKENIZER_OPTIONS = {"clean", "strip_sep_token", "language", "additional_special_tokens"}
-"""Keys of text_cfg.tokenizer_kwargs. The others of open_clip name code or files, or cut texts at random."""
+"""Keys of text_cfg.tokenizer_kwargs.
+The other keys that open_clip passes on name code or files, or cut texts at random."""
 
 
 def check_towers(towers: dict[str, Any]) -> None:
@@ -70,7 +71,9 @@ def _check_sizes(section: str, content: dict[str, Any]) -> None:
         if key not in content or (key == "patch_size" and content[key] is None):  # null in open_clip's ResNets
             continue
         value = content[key]
-        is_list = isinstance(value, list | tuple) and len(value) == {"layers": 4, "image_size": 2, "patch_size": 2}.get(key)
+        is_list = isinstance(value, list | tuple) and len(value) == {"layers": 4, "image_size": 2, "patch_size": 2}.get(
+            key
+        )
         numbers = value if is_list else [value]
         if not all(type(number) is int and 1 <= number <= largest for number in numbers):
             raise ValueError(f"{section}{key}={value!r:.80}: a whole number from 1 to {largest} expected")

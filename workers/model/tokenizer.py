@@ -88,8 +88,8 @@ def _named_tokenizer(model: ModelConfig, context_length: int, vocab_size: int) -
     highest = max(tokenizer.get_vocab().values(), default=0)
     if highest >= vocab_size:
         raise ValueError(
-            f"model.tokenizer: the highest token of {model.tokenizer} is {highest}, text_cfg.vocab_size is {vocab_size}: "
-            f"set it to {highest + 1} or more"
+            f"model.tokenizer: the highest token of {model.tokenizer} is {highest}, but text_cfg.vocab_size is "
+            f"{vocab_size}: set it to {highest + 1} or more"
         )
     pad = tokenizer.token_to_id("[PAD]") or 0
     tokenizer.enable_truncation(context_length)
@@ -110,7 +110,9 @@ def load_tokenizer_file(path: str) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer as HFTokenizer
 
     if not Path(path).is_file():
-        raise ValueError(f"model.tokenizer: {Path(path).absolute()} does not exist; give a tokenizer.json or 'open_clip'")
+        raise ValueError(
+            f"model.tokenizer: {Path(path).absolute()} does not exist; give a tokenizer.json or 'open_clip'"
+        )
     try:
         return HFTokenizer.from_file(path)
     except Exception as error:  # the library raises no other type
@@ -121,7 +123,7 @@ def load_tokenizer_file(path: str) -> tokenizers.Tokenizer:
 
 
 def check_pooling(model: ModelConfig) -> None:
-    """Refuse to pool a text at its highest token, as CLIP does, if that token is no end of text.
+    """Refuse pooling at the highest token, as in CLIP, if it ends no text.
 
     Raises:
         ValueError: with the remedy.
@@ -150,7 +152,9 @@ def is_plain(model: ModelConfig) -> bool:
 
 
 def build_open_clip_tokenizer(model: ModelConfig, context_length: int) -> Any:
-    """Return the tokenizer of a named model that has options or files, as `open_clip.get_tokenizer`.
+    """Return a named model's tokenizer with its options or files.
+
+    It is that of `open_clip.get_tokenizer`.
 
     Raises:
         ValueError: its files are missing, or name code.

@@ -146,8 +146,10 @@ def check_model(model: ModelConfig) -> nn.Module:
     with torch.device("meta"):
         try:
             output = module(torch.empty(2, 3, size, size), torch.zeros(2, context_length, dtype=torch.int32))
-        except RuntimeError as error:
-            raise ValueError(f"model: the towers cannot run on {size} x {size} pixel images: {error}") from error
+        except Exception as error:  # a tower may fail in any way
+            raise ValueError(
+                f"model: the towers cannot run on {size} x {size} pixel images: {reason(error)}"
+            ) from error
     for key in ("image_features", "text_features"):
         shape = tuple(output[key].shape)
         if len(shape) != 2:
@@ -156,7 +158,7 @@ def check_model(model: ModelConfig) -> nn.Module:
 
 
 def _check_text_weights(text: dict[str, Any]) -> None:
-    """Read the pickled weights of a folder, which the training workers would find unsafe much later."""
+    """Read a folder's .bin files now: training workers would refuse them later."""
     folder = Path(str(text.get("hf_model_name") or ""))
     if text.get("hf_model_name") and text.get("hf_model_pretrained", True) and not any(folder.glob("*.safetensors")):
         for path in sorted(folder.glob("*.bin")):

@@ -1,4 +1,4 @@
-"""Reads models of somebody else: their config and weights, never their code.
+"""Reads models of other people: their config and weights, never their code.
 
 transformers would import Python files that a folder brings, or ask on the terminal whether it may, if `config.json` or
 `tokenizer_config.json` names them. So these files are read here first. open_clip would pass any option of a config on,
@@ -40,14 +40,14 @@ def open_clip_folder() -> Path:
 
 
 def read_open_clip_config(name: str) -> dict[str, Any]:
-    """The config that `model.name` stands for: of open_clip itself, of a folder, or of a repository.
+    """The config of `model.name`: open_clip's, a folder's or a repository's.
 
     Raises:
         ValueError: if there is none, or the file is no JSON mapping.
     """
     source, _, place = name.partition(":")
     if source in (LOCAL_DIR, HF_HUB):
-        content = _read_json(place, CONFIG)
+        content = _read_json(Path(place) / CONFIG if source == LOCAL_DIR else _from_hub(place, CONFIG))
         if content is None:
             raise ValueError(f"model.name: {name} has no {CONFIG}")
         config = content.get("model_cfg", content)
@@ -74,17 +74,21 @@ def refuse_code(source: str) -> None:
         ValueError: names the file and what it wanted to load.
     """
     for file in _OTHERS_CONFIGS:
-        for key, value in _entries(_read_json(source, file) or {}):
+        # A folder of this name goes before the repository, as in transformers.
+        path = Path(source) / file if Path(source).is_dir() else _from_hub(source, file)
+        for key, value in _entries(_read_json(path) or {}):
             is_kernel = str(key).endswith("attn_implementation") and "/" in str(value)  # code of a repository
             if key in _NAMES_CODE or is_kernel:
                 raise ValueError(
-                    f"{source}/{file} names {key} {value!r:.200}, code or weights from elsewhere: sigray reads a model's "
-                    "config and weights and runs no code that comes with them"
+                    f"{source}/{file} names {key} {value!r:.200}, code or weights from elsewhere: sigray reads a "
+                    "model's config and weights and runs no code that comes with them"
                 )
 
 
 def read_tensors(path: str) -> Any:
-    """Content of a .safetensors file, or of any other file by torch.load with weights_only.
+    """Content of a .safetensors file, or of a file for torch.load.
+
+    torch.load runs with weights_only.
 
     Raises:
         ValueError: if it cannot be read; names what an unsafe file wanted to load.
@@ -98,7 +102,9 @@ def read_tensors(path: str) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises one of a dozen types
-        raise ValueError(f"{path} cannot be read, as safetensors or by torch.load with weights_only: {reason(error)}") from error
+        raise ValueError(
+            f"{path} cannot be read as safetensors, or by torch.load with weights_only: {reason(error)}"
+        ) from error
 
 
 def reason(error: Exception) -> str:
@@ -118,9 +124,8 @@ def _entries(content: Any) -> Iterator[tuple[Any, Any]]:
             yield from _entries(value)
 
 
-def _read_json(source: str, file: str) -> dict[str, Any] | None:
-    """A file of a folder or a repository; None if there is none."""
-    path = Path(source) / file if Path(source).is_dir() else _from_hub(source, file)
+def _read_json(path: Path | None) -> dict[str, Any] | None:
+    """Content of a JSON file that holds a mapping; None if there is no file."""
     if path is None or not path.exists():
         return None
     if not path.is_file():
@@ -145,5 +150,5 @@ def _from_hub(repository: str, file: str) -> Path | None:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return None
         raise ValueError(
-            f"{repository!r:.200} is no folder, and {file} cannot be fetched from the Hugging Face hub: {reason(error)}"
+            f"{file} of {repository!r:.200} cannot be fetched from the Hugging Face hub: {reason(error)}"
         ) from error

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sigray.workers.config import ModelConfig
-from sigray.workers.model.inputs import tower_config
 from sigray.workers.model.tokenizer import BYTES_PER_TOKEN, build_tokenizer, cut_caption, is_plain, train_tokenizer
 from tests.helpers.captions import captions
 from tests.helpers.data import TOWERS
@@ -210,10 +209,13 @@ def test_the_models_that_open_clip_reads_with_its_own_bpe(monkeypatch):
         monkeypatch.setattr(factory, kind, lambda *_, kind=kind, **options: (kind, options))
     kinds = set()
     for name in open_clip.list_models():
-        text = tower_config(ModelConfig(name=name))["text_cfg"]
+        if name.startswith("coca"):  # refused
+            continue
         kind, options = open_clip.get_tokenizer(name, context_length=9)
         kinds.add(kind)
-        assert is_plain(name, text) == (kind == "SimpleTokenizer" and options == {"context_length": 9}), name
+        assert is_plain(ModelConfig(name=name)) == (kind == "SimpleTokenizer" and options == {"context_length": 9}), (
+            name
+        )
     assert kinds >= {"SimpleTokenizer", "HFTokenizer"}
 
 

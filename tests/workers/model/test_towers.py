@@ -63,7 +63,7 @@ def test_tokenizer_file_missing_or_too_large(tmp_path):
     from tokenizers.models import WordLevel
 
     Tokenizer(WordLevel({str(number): number for number in range(120)})).save(str(tmp_path / "big.json"))
-    with pytest.raises(ValueError, match=r"120 tokens, the text tower's text_cfg\.vocab_size is 100"):
+    with pytest.raises(ValueError, match=r"big.json is 119, but text_cfg\.vocab_size is 100: set it to 120 or more"):
         build_tokenizer(model.model_copy(update={"tokenizer": str(tmp_path / "big.json")}), 8, 100)
 
 
