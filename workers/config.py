@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from sigray.workers.model.schema import check_towers
+from sigray.workers.urls import local_or_s3, local_path
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -24,20 +25,25 @@ Precision = Literal["fp32", "tf32", "bf16"]
 TOWER_FILE_ENDINGS = (".onnx", ".pt", ".ts")
 
 
-def _absolute(path: str) -> str:
-    return path if "://" in path else os.path.abspath(path)
+def _patterns(named: Any) -> Any:
+    """Check patterns of shards; datasets check their own."""
+    if not named:
+        raise ValueError(f"{named!r} names no shards: give a path, a folder, a pattern, or a list of these")
+    if isinstance(named, dict):
+        return named
+    return local_or_s3(named) if isinstance(named, str) else [local_or_s3(pattern) for pattern in named]
 
 
-# Made absolute when the config is read: Ray starts its workers in another folder, and so may a resume.
-LocalOrUri = Annotated[str, AfterValidator(_absolute)]
-LocalPath = Annotated[str, AfterValidator(os.path.abspath)]
-Patterns = LocalOrUri | list[LocalOrUri]
+LocalOrUri = Annotated[str, AfterValidator(local_or_s3)]
+LocalPath = Annotated[str, AfterValidator(local_path)]
+# Checked outside the union, so that an error names the key and not the members of the union.
+Patterns = Annotated[str | list[str], AfterValidator(_patterns)]
 
 
 def _image_tower(name: str) -> str:
     """The absolute path of a file, or a factory by its present name."""
     if name.endswith(TOWER_FILE_ENDINGS):
-        return os.path.abspath(name)
+        return local_path(name)
     # Runs from before the package was called `sigray` have the former name in their config.yaml, and must resume.
     return re.sub(r"^workers\.image_towers:", "sigray.workers.model.image_towers:", name)
 
@@ -49,7 +55,7 @@ def _model_name(name: str) -> str:
 
 ModelName = Annotated[str, AfterValidator(_model_name)]
 ImageTowerName = Annotated[str, AfterValidator(_image_tower)]
-TokenizerName = Annotated[str, AfterValidator(lambda name: name if name == "open_clip" else _absolute(name))]
+TokenizerName = Annotated[str, AfterValidator(lambda name: name if name == "open_clip" else local_path(name))]
 
 
 def _pattern(text: str) -> str:
@@ -61,7 +67,7 @@ def _pattern(text: str) -> str:
 
 
 SUBFOLDERS = "subfolders"
-ClassesName = Annotated[str, AfterValidator(lambda name: name if name == SUBFOLDERS else _absolute(name))]
+ClassesName = Annotated[str, AfterValidator(lambda name: name if name == SUBFOLDERS else local_path(name))]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Tower = Literal["visual", "text"]
 
@@ -105,14 +111,46 @@ def caption_member(source: str) -> str:
     return source.partition(":")[0]
 
 
+def _ending(text: str) -> str:
+    """Return an ending in lower case and without a dot in front, as tars are read."""
+    ending = text.strip().lower().removeprefix(".")
+    if not ending or re.search(r"[/*?;:]", ending):
+        raise ValueError(f"{text!r} can be no member's ending: write what follows the first dot of its name, as in jpg")
+    return ending
+
+
+def _image_keys(keys: list[str]) -> list[str]:
+    if not keys:
+        raise ValueError("[] names no ending of an image member: write [jpg] or several")
+    return list(dict.fromkeys(map(_ending, keys)))
+
+
+def _caption_source(source: str) -> str:
+    member, colon, path = source.partition(":")
+    ending = _ending(member)
+    if colon and (ending != "json" or not all(path.split("."))):
+        raise ValueError(f"{source!r} can match no member: write an ending, as in txt, or json:KEY, or json:KEY.KEY")
+    return ending + colon + path
+
+
+def _caption_sources(weights: dict[str, float]) -> dict[str, float]:
+    sources = {_caption_source(source): weight for source, weight in weights.items()}
+    if len(sources) < len(weights):
+        raise ValueError(f"{list(weights)[:10]} name a source twice: case, and a dot in front, make no difference")
+    return sources
+
+
 class DataConfig(Section):
-    shards: Patterns | dict[str, WeightedShards]
+    shards: Annotated[str | list[str] | dict[str, WeightedShards], AfterValidator(_patterns)]
     """WebDataset tars: patterns, or several named datasets to mix.
-    A pattern is a path, a glob, a brace pattern, a folder or an s3://bucket/prefix; a list of patterns is allowed. A
+    A pattern is a path, a glob, a brace pattern, a folder, or one of these in s3://bucket/; or a list. A
     mix: {photos: {shards: PATTERN, weight: 3}, drawings: {shards: PATTERN, weight: 1}}."""
-    image_keys: list[str] = ["jpg", "jpeg", "png", "webp"]
-    """Endings of a sample's image member; the first ending present is used."""
-    captions: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] = {"txt": 1.0}
+    image_keys: Annotated[list[str], AfterValidator(_image_keys)] = ["jpg", "jpeg", "png", "webp"]
+    """Endings of a sample's image member; the first ending present is used.
+    An ending is what follows the first dot of a member's name, in lower case: that of a.seg.PNG is seg.png."""
+    captions: Annotated[
+        dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1), AfterValidator(_caption_sources)
+    ] = {"txt": 1.0}
     """Sources of a sample's caption, with weights.
     A source is a member's ending (txt) or a field of a JSON member (json:captions.en). Each epoch draws one of the
     sources that a sample has."""
@@ -209,8 +247,6 @@ class DataConfig(Section):
             value = getattr(self, name)
             if isinstance(value, tuple) and not 0 < value[0] <= value[1]:
                 raise ValueError(f"{name}={list(value)}: [smallest, largest] expected")
-        if isinstance(self.shards, dict) and not self.shards:
-            raise ValueError("shards={}: at least one dataset expected")
         return self
 
 
@@ -429,7 +465,7 @@ class EvalSet(Section):
     The classifier of image features is measured on `shards`. All features are held in memory."""
     languages: list[str] = []
     """Languages to measure one by one, with the captions of language_captions."""
-    language_captions: str = "json:captions.{language}.name"
+    language_captions: Annotated[str, AfterValidator(_caption_source)] = "json:captions.{language}.name"
     """Source, as in data.captions, of a sample's caption in a language.
     If the set has classes, the caption is the name of the class in that language."""
 

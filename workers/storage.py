@@ -18,6 +18,8 @@ from typing import Any
 import xxhash
 from pyarrow import fs
 
+from sigray.workers.urls import local_or_s3
+
 _PIECE = 2**20  # bytes that are hashed and then written, while they are in the processor's cache
 
 
@@ -92,18 +94,19 @@ class Storage:
         text = os.fspath(uri)
         if "@" in text.partition("://")[2].partition("/")[0]:  # pyarrow would accept them, and every message show them
             raise StorageError("the URL of a storage holds credentials: give them by the environment, or by a role")
-        self.is_local = "://" not in text
-        if not self.is_local and (found := re.search(r"[?#\s\x00-\x1f].*", text, re.DOTALL)):
+        if "://" in text and (found := re.search(r"[?#\s\x00-\x1f].*", text, re.DOTALL)):
             # pyarrow takes options from a query, endpoint_override too: a name in a config could choose the host.
             raise StorageError(
                 f"the URL of a storage holds {found[0][:60]!r}: give scheme, bucket and prefix only; "
                 "AWS_ENDPOINT_URL and AWS_REGION set endpoint and region"
             )
-        self.uri = os.path.abspath(text) if self.is_local else text.rstrip("/")
         try:
+            place = local_or_s3(text)
+            self.is_local = not place.startswith("s3://")
+            self.uri = place if self.is_local else place.rstrip("/")
             self.filesystem, self.root = fs.FileSystem.from_uri(self.uri)
         except (OSError, ValueError) as error:
-            raise StorageError(f"{self.uri}: {error}") from error
+            raise StorageError(f"storage {text}: {error}") from error
 
     def check_writable(self) -> None:
         """Write, read and delete a small file.

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sigray.orchestrator.config import ConfigError, RunConfig, load_config, override
+from sigray.orchestrator.config import ConfigError, RunConfig, load_config, parse_config
 from sigray.orchestrator.formatting import NBSP, TIMES
 from sigray.orchestrator.tables import printable
 from sigray.workers.config import DataConfig, Patterns
@@ -79,8 +79,8 @@ def data_section(words: list[str]) -> DataConfig:
         raise ConfigError("give the shards: a path, a glob, a brace pattern, a folder, or s3://bucket/prefix")
     # A whole config gives the checks and their messages; its other sections do not matter.
     content = {"run": {"name": "inspect"}, "data": {"shards": named}, "model": {"name": "ViT-B-16-SigLIP"}}
-    whole = RunConfig.model_validate(content | {"train": {"num_samples": 1, "global_batch_size": 1}})
-    return override(whole, overrides, " ".join(["sigray data", *words])).data
+    content |= {"train": {"num_samples": 1, "global_batch_size": 1}}
+    return parse_config(content, " ".join(["sigray data", *words]), overrides).data
 
 
 def patterns(data: DataConfig) -> list[str]:

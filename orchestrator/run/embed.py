@@ -45,7 +45,7 @@ def embed(config: RunConfig, console: Console) -> str:
     sets += [(name, probe_set(spec)) for name, spec in sets if spec.linear_probe is not None]
     for name, spec in sets:
         check_set(name, spec, config.data, is_stored=True)
-    held_out = [scan_set(spec, config.data) for _, spec in sets]
+    held_out = [scan_set(name, spec, config.data) for name, spec in sets]
     store, key, store_format = open_store(config)
     store.begin(key, store_format)
     wanted: dict[tuple[Part, str], Shard] = {("train", shard.url): shard for shard in source.shards}

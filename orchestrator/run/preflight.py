@@ -36,7 +36,7 @@ def check_run(config: RunConfig, display: Display, *, saved: Manifest | None, is
     if saved is not None:
         changed = saved.differences(manifest)
         if changed:
-            shown = "\n  ".join(changed[:20])
+            shown = "\n  ".join(changed[:10] + [f"and {len(changed) - 10} more"] * (len(changed) > 10))
             raise DataError(f"the shards changed since the run began, so its order cannot be continued:\n  {shown}")
     if not is_trial:
         check_model_and_sets(config, is_begun=saved is not None)
@@ -106,7 +106,7 @@ def check_model_and_sets(config: RunConfig, *, is_begun: bool = False) -> None:
     for name, spec in config.eval.sets.items():
         for each in [spec, *([probe_set(spec)] if spec.linear_probe is not None else [])]:
             if check_set(name, each, config.data, is_stored=is_stored) is None:
-                list_shards(each.shards, config.data.s3)
+                list_shards(each.shards, config.data.s3, f"eval.sets.{name}")
         if spec.classes:
             classes_of(spec)
     parameter_groups(check_model(config.model), config.optim)

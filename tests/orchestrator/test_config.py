@@ -135,6 +135,55 @@ def test_micro_batches_of_a_range_of_workers(configured, expected):
     assert {size: config.micro_batch_size(size) for size in expected} == expected
 
 
+PLACES = ["data.shards", "run.dir", "run.storage", "embeddings.store", "eval.sets.a.shards", "eval.sets.a.linear_probe"]
+PLACES += ["data.shards.b.shards", "model.init_from", "model.tokenizer", "eval.sets.a.classes", "data.shard_cache"]
+
+
+@pytest.mark.parametrize("url", ["gs://b/x.tar", "pipe:cat x.tar", "https://h/x.tar"])
+@pytest.mark.parametrize("key", PLACES)
+def test_another_kind_of_url_is_refused_with_its_key(tmp_path, key, url):
+    content = SMALL | {"eval": {"sets": {"a": {"shards": "x", "classes": "c.json"}}}}
+    if key.startswith("data.shards."):
+        content |= {"data": {"shards": {"b": {"shards": "x", "weight": 1}}}}
+    with pytest.raises(ConfigError, match=rf"  {key}: '{url}': \w+:(//)? is not read here: give a local path") as error:
+        load_config(write(tmp_path, content), [f"{key}={url}"])
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_endings_are_mended_where_they_are_unambiguous(tmp_path):
+    keys = ["data.image_keys=[.JPG, jpg, Seg.png]", "data.captions={.TXT: 1, 'JSON:captions.En': 2}"]
+    data = load_config(write(tmp_path, SMALL), keys).data
+    assert data.image_keys == ["jpg", "seg.png"]
+    assert data.captions == {"txt": 1, "json:captions.En": 2}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.image_keys=[a/jpg]", r"data.image_keys: 'a/jpg' can be no member's ending"),
+        ("data.image_keys=['*.jpg']", r"data.image_keys: '\*.jpg' can be no member's ending"),
+        ("data.image_keys=['jpg;png']", r"data.image_keys: 'jpg;png' can be no member's ending"),
+        ("data.image_keys=['']", r"data.image_keys: '' can be no member's ending"),
+        ("data.image_keys=[]", r"data.image_keys: \[\] names no ending"),
+        ("data.captions={TXT: 1, .txt: 2}", r"data.captions: \['TXT', '.txt'\] name a source twice"),
+        ("data.captions={'json:': 1}", r"data.captions: 'json:' can match no member"),
+        ("data.captions={'json:a..b': 1}", r"data.captions: 'json:a..b' can match no member"),
+        ("data.captions={'txt:a': 1}", r"data.captions: 'txt:a' can match no member"),
+        ("data.captions={'.': 1}", r"data.captions: '.' can be no member's ending"),
+        (
+            "eval.sets={a: {shards: x, language_captions: 'json:{language}.'}}",
+            "language_captions: .* can match no member",
+        ),
+        ("data.shards=[]", r"data.shards: \[\] names no shards"),
+        ("data.shards=''", r"data.shards: '' names no shards"),
+        ("run.storage=''", r"run.storage: is empty: give a local path"),
+    ],
+)
+def test_what_can_never_match_is_refused(tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, SMALL), [override])
+
+
 def test_schema_describes_every_key():
     schema = RunConfig.model_json_schema()
     assert schema["additionalProperties"] is False

@@ -103,6 +103,8 @@ def scan_shards(
     data: DataConfig,
     progress: Callable[[int, int], None] = lambda done, total: None,
     parallel_map: ParallelMap = in_threads,
+    *,
+    key: str = "data.shards",
 ) -> Manifest:
     """Return the manifest of the shards that the patterns name.
 
@@ -112,6 +114,7 @@ def scan_shards(
         progress: called as progress(done, total) before the first header pass and after each; total counts only
             shards without a known count.
         parallel_map: runs the header passes.
+        key: of the patterns in the config, for errors.
 
     Raises:
         DataError: as `list_shards`; shards are missing, unreadable, damaged or cut short, all named in one message; no
@@ -119,7 +122,8 @@ def scan_shards(
     """
     datasets = {name: part.shards for name, part in patterns.items()} if isinstance(patterns, dict) else {"": patterns}
     broken: list[str] = []
-    files = {name: find_shards(part, data.s3, broken) for name, part in datasets.items()}
+    keys = {name: f"{key}.{name}" if name else key for name in datasets}
+    files = {name: find_shards(part, data.s3, keys[name], broken) for name, part in datasets.items()}
     everything = [file for part in files.values() for file in part]
     for url, count in Counter(file.url for file in everything).items():
         if count > 1:
@@ -271,5 +275,5 @@ def _check_pairs(name: str, files: list[ShardFile], counts: dict[ShardFile, Shar
 
 
 def _unreadable(broken: list[str]) -> DataError:
-    shown = "\n  ".join(broken[:20]) + (f"\n  and {len(broken) - 20} more" if len(broken) > 20 else "")
+    shown = "\n  ".join(broken[:10]) + (f"\n  and {len(broken) - 10} more" if len(broken) > 10 else "")
     return DataError(f"shards that cannot be read, {len(broken)}:\n  {shown}")

@@ -334,18 +334,21 @@ def _client(url: str, s3: S3Config) -> Iterator[Any]:
         raise _explained(error, url, s3) from error
 
 
-def list_objects(url_prefix: str, s3: S3Config) -> list[ObjectInfo]:
-    """Return all objects whose URL begins with a prefix, in the order of their keys.
+def list_objects(url_prefix: str, s3: S3Config, *, is_flat: bool = False) -> Iterator[ObjectInfo]:
+    """Yield all objects whose URL begins with a prefix, page by page.
+
+    Args:
+        is_flat: leave out the keys with a slash after the prefix.
 
     Raises:
         DataError: the store cannot be reached or refuses.
     """
     bucket, prefix = split_s3_url(url_prefix)
     with _client(url_prefix, s3) as client:
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        found = [item for page in pages for item in page.get("Contents", [])]
-    infos = [ObjectInfo(f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"].strip('"')) for item in found]
-    return sorted(infos, key=lambda info: info.url)
+        paginate = client.get_paginator("list_objects_v2").paginate
+        for page in paginate(Bucket=bucket, Prefix=prefix, **({"Delimiter": "/"} if is_flat else {})):
+            for item in page.get("Contents", []):
+                yield ObjectInfo(f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"].strip('"'))
 
 
 def stat(url: str, s3: S3Config) -> ObjectInfo:
@@ -367,15 +370,15 @@ def stat(url: str, s3: S3Config) -> ObjectInfo:
     return ObjectInfo(url, answer["ContentLength"], answer["ETag"].strip('"'))
 
 
-def read_object(url: str, s3: S3Config) -> bytes:
-    """Return the content of a small object.
+def read_object(url: str, s3: S3Config, max_bytes: int | None = None) -> bytes:
+    """Return the content of a small object, or its first bytes.
 
     Raises:
         DataError: as `stat`.
     """
     bucket, key = split_s3_url(url)
     with _client(url, s3) as client:
-        return client.get_object(Bucket=bucket, Key=key)["Body"].read()
+        return client.get_object(Bucket=bucket, Key=key)["Body"].read(max_bytes)
 
 
 def _explained(error: Exception, url: str, s3: S3Config) -> DataError:

@@ -1,6 +1,6 @@
-"""Know a shard's sample count without a pass: from this machine's cache, else from sidecars beside the tars.
+"""Sample counts without a pass over the shard: of this machine's cache, or of sidecars.
 
-A sidecar is a wids index, img2dataset's `_stats.json` or `sizes.json`.
+A sidecar lies beside the tars: a wids index, img2dataset's `_stats.json` or `sizes.json`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterable
 from contextlib import suppress
@@ -17,8 +18,12 @@ from typing import Any
 
 from sigray.workers.config import DataConfig, S3Config, caption_member
 from sigray.workers.data.shard_list import ShardFile, in_threads
+from sigray.workers.data.tar import BLOCK
+from sigray.workers.parse import parse_json
 
 _WIDS_INDEX = ("index.json", "shardindex.json", "wids-meta.json")
+_CACHE_VERSION = 2  # of what a pass over the headers counts
+_MAX_BYTES = 256 << 20  # of a sidecar or cache; a wids index of 200,000 shards has 40 MB
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ def _by_folder(files: Iterable[ShardFile]) -> dict[str, list[ShardFile]]:
 
 def _cache_path(folder: str, data: DataConfig) -> Path:
     """Return the cache file of a folder and of the members that make a pair."""
-    what = json.dumps([folder, data.image_keys, [caption_member(source) for source in data.captions]])
+    what = json.dumps([_CACHE_VERSION, folder, data.image_keys, [caption_member(source) for source in data.captions]])
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache, "sigray", "shards", f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.json")
 
@@ -61,8 +66,8 @@ def _cache_key(file: ShardFile) -> str:
 
 def _cached_counts(files: list[ShardFile], cache: dict[str, Any]) -> dict[ShardFile, ShardCount]:
     found = {}
-    with suppress(TypeError, KeyError):  # a damaged cache: the rest is counted again
-        for file in files:
+    for file in files:
+        with suppress(TypeError, KeyError):  # a damaged entry: the shard is counted again
             if (entry := cache.get(_cache_key(file))) is not None:
                 lists = {"marks": tuple(entry["marks"]), "endings": tuple(entry["endings"])}
                 found[file] = ShardCount(**{**entry, **lists})
@@ -85,25 +90,37 @@ def cache_counts(counts: dict[ShardFile, ShardCount], data: DataConfig) -> None:
 
 
 def _sidecar_counts(folder: str, files: list[ShardFile], s3: S3Config) -> dict[ShardFile, ShardCount]:
-    """Return counts from sidecars: wids index, sizes.json, NAME_stats.json."""
-    counts: dict[str, int] = {}
+    """Return counts from sidecars: wids index, sizes.json, NAME_stats.json.
+
+    What cannot be a tar's count, and what sidecars disagree about, is left to a pass over the headers. Another wrong
+    count is an error when the shard is read.
+    """
+    by_url = {file.url: file for file in files}
+    told: dict[ShardFile, set[int]] = {}
+
+    def note(name: Any, count: Any, num_bytes: Any = None) -> None:
+        """Note the count of a tar; `name` is a URL, or relative to the folder."""
+        is_url = str(name).startswith("/") or "://" in str(name)
+        file = by_url.get(str(name) if is_url else f"{folder}/{str(name).removeprefix('./')}")
+        if file is None or type(count) is not int or not 0 <= count <= file.num_bytes // BLOCK:
+            return
+        if num_bytes is None or num_bytes == file.num_bytes:
+            told.setdefault(file, set()).add(count)
+
     for name in _WIDS_INDEX:
         entries = _read_json(f"{folder}/{name}", s3).get("shardlist")
         for entry in entries if isinstance(entries, list) else []:
-            if isinstance(entry, dict) and isinstance(entry.get("nsamples"), int):
-                counts[str(entry.get("url", "")).rpartition("/")[2]] = entry["nsamples"]
-    counts |= {name: size for name, size in _read_json(f"{folder}/sizes.json", s3).items() if isinstance(size, int)}
-    names = {file: file.url.rpartition("/")[2] for file in files}
-    unknown = {
-        name: file.url.removesuffix(".tar") + "_stats.json" for file, name in names.items() if name not in counts
-    }
+            if isinstance(entry, dict):
+                note(entry.get("url"), entry.get("nsamples"), entry.get("filesize"))
+    for name, count in _read_json(f"{folder}/sizes.json", s3).items():
+        note(name, count)
+    unknown = {file.url: file.url.removesuffix(".tar") + "_stats.json" for file in files if file not in told}
     # img2dataset writes a file for each tar: if the first tar has none, no tar has one.
     if unknown and "successes" in _read_json(next(iter(unknown.values())), s3):
         contents = in_threads(lambda url: _read_json(url, s3), list(unknown.values()))
-        for name, content in zip(unknown, contents, strict=True):
-            if isinstance(content.get("successes"), int):
-                counts[name] = content["successes"]
-    return {file: ShardCount(counts[name]) for file, name in names.items() if name in counts}
+        for url, content in zip(unknown, contents, strict=True):
+            note(url, content.get("successes"))
+    return {file: ShardCount(*counts) for file, counts in told.items() if len(counts) == 1}
 
 
 def _read_json(url: str, s3: S3Config) -> dict[str, Any]:
@@ -112,9 +129,13 @@ def _read_json(url: str, s3: S3Config) -> dict[str, Any]:
         if url.startswith("s3://"):
             from sigray.workers.data.s3 import read_object
 
-            content = json.loads(read_object(url, s3))
+            text = read_object(url, s3, _MAX_BYTES + 1)
+        elif stat.S_ISREG(os.stat(url).st_mode):  # the read of a FIFO would wait for ever
+            with open(url, "rb") as file:
+                text = file.read(_MAX_BYTES + 1)
         else:
-            content = json.loads(Path(url).read_bytes())
+            return {}
+        content = parse_json(text, max_bytes=_MAX_BYTES)
         if isinstance(content, dict):
             return content
     return {}

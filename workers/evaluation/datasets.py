@@ -100,7 +100,7 @@ def cut(
             some = tuple(files[start : start + batch_size])
             parts.append(Part(some, start, start + len(some)))
     else:
-        for shard in scan_set(spec, data).shards:
+        for shard in scan_set(name, spec, data).shards:
             # A stream without marks can only be read from its start, so its shards stay whole.
             step = batch_size if shard.marks or not shard.url.startswith("s3://") else shard.num_samples
             parts += [
@@ -187,7 +187,7 @@ def probe_set(spec: EvalSet) -> EvalSet:
     return spec.model_copy(update=change)
 
 
-def scan_set(spec: EvalSet, data: DataConfig) -> Manifest:
+def scan_set(name: str, spec: EvalSet, data: DataConfig) -> Manifest:
     """The tars of a set. Captions are required only if the set measures retrieval.
 
     Raises:
@@ -195,7 +195,7 @@ def scan_set(spec: EvalSet, data: DataConfig) -> Manifest:
     """
     if not spec.retrieval and spec.classes is not None:
         data = data.model_copy(update={"captions": {"json": 1.0, CLASS: 1.0}})
-    return scan_shards(spec.shards, data)
+    return scan_shards(spec.shards, data, key=f"eval.sets.{name}")
 
 
 def check_set(name: str, spec: EvalSet, data: DataConfig, *, is_stored: bool = False) -> list[ImageFile] | None:

@@ -112,12 +112,12 @@ def num_part_threads() -> int:
 def test_objects_are_listed_with_size_and_etag() -> None:
     for number in (2, 0, 1):
         put(f"listed/shard-{number}.tar", bytes(number))
-    found = list_objects(f"s3://{BUCKET}/listed/shard-", S3Config())
+    found = list(list_objects(f"s3://{BUCKET}/listed/shard-", S3Config()))
     assert [info.url[-5:] for info in found] == ["0.tar", "1.tar", "2.tar"]
     assert [info.num_bytes for info in found] == [0, 1, 2]
     assert found[2] == info_of("listed/shard-2.tar")
     assert found[2].etag == hashlib.md5(bytes(2)).hexdigest()
-    assert list_objects(f"s3://{BUCKET}/nothing", S3Config()) == []
+    assert not list(list_objects(f"s3://{BUCKET}/nothing", S3Config()))
     assert read_object(found[2].url, S3Config()) == bytes(2)
     with pytest.raises(DataError, match="no such object"):
         read_object(f"s3://{BUCKET}/nothing", S3Config())
@@ -320,7 +320,7 @@ def test_listing_and_stat_name_the_cause_and_the_remedy(store: str, monkeypatch:
     with pytest.raises(DataError, match="no bucket 'no-such-bucket'"):
         stat("s3://no-such-bucket/key", S3Config())
     with pytest.raises(DataError, match="no bucket 'no-such-bucket'"):
-        list_objects("s3://no-such-bucket/key", S3Config())
+        list(list_objects("s3://no-such-bucket/key", S3Config()))
     with pytest.raises(DataError, match="no such object"):
         stat(f"s3://{BUCKET}/missing", S3Config())
     with pytest.raises(DataError, match="names no bucket"):

@@ -1,6 +1,7 @@
 """Counts from the cache of this machine and from sidecars."""
 
 import json
+import os
 
 import pytest
 
@@ -84,3 +85,49 @@ def test_sidecars_do_not_hide_that_nothing_is_usable(tmp_path, own_cache):
     (tmp_path / "sizes.json").write_text('{"a.tar": 1}')
     with pytest.raises(DataError, match=r"no usable pair in 1 shards .*members found end in txt"):
         scan(str(tmp_path))
+
+
+FOREIGN = {
+    "negative": ("sizes.json", '{"a.tar": -1}'),
+    "bool": ("sizes.json", '{"a.tar": true}'),
+    "float": ("sizes.json", '{"a.tar": 5.0}'),
+    "NaN": ("sizes.json", '{"a.tar": NaN}'),
+    "text": ("sizes.json", '{"a.tar": "5"}'),
+    "more than the tar can hold": ("sizes.json", '{"a.tar": 999999999999999999999999}'),
+    "thousands of digits": ("sizes.json", '{"a.tar": %s}' % ("9" * 5000)),
+    "deep": ("sizes.json", '{"a.tar": %s}' % ("[" * 100_000)),
+    "list": ("sizes.json", "[5]"),
+    "latin-1": ("sizes.json", '{"a.tar": 7, "café": 1}'.encode("latin-1")),
+    "cut short": ("sizes.json", '{"a.tar": 7'),
+    "no list": ("index.json", '{"shardlist": {"url": "a.tar", "nsamples": 7}}'),
+    "no entries": ("index.json", '{"shardlist": [7, null, "a.tar", {"url": ["a.tar"], "nsamples": 7}]}'),
+    "another folder": ("index.json", '{"shardlist": [{"url": "/elsewhere/a.tar", "nsamples": 7}]}'),
+    "another store": ("index.json", '{"shardlist": [{"url": "s3://b/a.tar", "nsamples": 7}]}'),
+    "another size": ("index.json", '{"shardlist": [{"url": "a.tar", "nsamples": 7, "filesize": 512}]}'),
+    "twice": ("index.json", '{"shardlist": [{"url": "a.tar", "nsamples": 7}, {"url": "./a.tar", "nsamples": 6}]}'),
+    "no number": ("a_stats.json", '{"successes": null}'),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_cannot_be_a_count_is_counted(tmp_path, own_cache, kind):
+    write_tar(tmp_path / "a.tar", [drawn_sample(n) for n in range(5)])
+    name, content = FOREIGN[kind]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    manifest, num_read = num_header_passes(str(tmp_path))
+    assert (manifest.num_samples, num_read) == (5, 1)
+
+
+def test_sidecars_that_disagree_are_left_to_the_headers(tmp_path, own_cache):
+    write_tar(tmp_path / "a.tar", [drawn_sample(n) for n in range(5)])
+    (tmp_path / "sizes.json").write_text('{"a.tar": 6}')
+    (tmp_path / "index.json").write_text('{"shardlist": [{"url": "a.tar", "nsamples": 5}]}')
+    assert num_header_passes(str(tmp_path))[0].num_samples == 5
+
+
+def test_a_sidecar_that_is_no_file_is_not_read(tmp_path, own_cache):
+    write_tar(tmp_path / "a.tar", [drawn_sample(n) for n in range(5)])
+    (tmp_path / "sizes.json").mkdir()
+    os.mkfifo(tmp_path / "index.json")
+    (tmp_path / "wids-meta.json").symlink_to(tmp_path / "wids-meta.json")
+    assert num_header_passes(str(tmp_path))[0].num_samples == 5
