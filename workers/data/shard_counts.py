@@ -1,4 +1,4 @@
-"""Sample counts without a pass over the shard: of this machine's cache, or of sidecars.
+"""Sample counts without a pass over the shards: from a cache or from sidecars.
 
 A sidecar lies beside the tars: a wids index, img2dataset's `_stats.json` or `sizes.json`.
 """
