@@ -407,7 +407,7 @@ def put(content: dict[str, Any], key: str, value: Any) -> None:
 
 def _explain(error: dict[str, Any], model: type[Section], noun: str) -> list[str]:
     parts = [str(part) for part in error["loc"]]
-    if parts[-1] in ("str", "list[str]") and isinstance(error["input"], dict):
+    if parts[-1:] in (["str"], ["list[str]"]) and isinstance(error["input"], dict):
         return []  # another member of the union takes a mapping, and says what is wrong inside
     parts = [part for part in parts if not part.startswith("dict[str,")]  # pydantic's name of a member of a union
     key = ".".join(parts)
