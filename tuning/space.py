@@ -30,6 +30,7 @@ from pydantic import Field, model_validator
 from sigray.orchestrator.config import ConfigError, put
 from sigray.workers.config import Section
 
+MAX_POINTS = 10_000  # of a search, for each seed and budget
 _KINDS = ("grid", "cases", "choice", "uniform", "loguniform", "expr")
 
 
@@ -138,6 +139,9 @@ def crossed_points(
         pick_rest: for the other dimensions.
     """
     crossed = {name: dimension.values for name, dimension in space.items() if dimension.kind in ("grid", "cases")}
+    num_points = math.prod(map(len, crossed.values()))
+    if num_points > MAX_POINTS:
+        raise ConfigError(f"space: its grids have {num_points:,} combinations; at most {MAX_POINTS:,} are allowed")
     points: dict[str, Point] = {}
     for combination in itertools.product(*crossed.values()):
         chosen = dict(zip(crossed, combination, strict=True))
@@ -197,6 +201,7 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
 _LEAVES = (ast.Constant, ast.Name, ast.Attribute, ast.Expression, ast.expr_context, ast.boolop)
 _COMPOUNDS = (ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Call, ast.List, ast.Tuple)
 _LONGEST, _LARGEST_POWER = 500, 64
+_LARGEST = 1e300  # integers have no end of their own: five nested powers take gigabytes and hours
 
 
 def evaluate(expression: str, content: Mapping[str, Any]) -> Any:
@@ -247,6 +252,10 @@ def _value(node: ast.AST, content: Mapping[str, Any]) -> Any:
         return _OPERATORS[type(node.op)](_value(node.operand, content))
     if isinstance(node, ast.BinOp):
         left, right = _value(node.left, content), _value(node.right, content)
+        if not all(isinstance(side, int | float) for side in (left, right)):  # [0] * 10**10
+            raise ValueError("arithmetic takes numbers only")
+        if max(abs(left), abs(right)) > _LARGEST:
+            raise ValueError(f"a number above {_LARGEST}")
         if isinstance(node.op, ast.Pow) and abs(right) > _LARGEST_POWER:
             raise ValueError(f"a power of {right}; {_LARGEST_POWER} is the largest")
         return _OPERATORS[type(node.op)](left, right)

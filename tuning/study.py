@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from sigray.orchestrator.config import ConfigError, RunConfig, override_of, parse_config, put, read_mapping, validate
 from sigray.tuning.decide import Rules, Scheduler, geometric_rungs
-from sigray.tuning.space import Dimension
+from sigray.tuning.space import MAX_POINTS, Dimension
 from sigray.workers.config import LocalOrUri, NonNegativeInt, PositiveInt, Section
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class SearchConfig(Section):
 
     grid: every combination of grid and cases. random: num_trials draws of the other dimensions, each crossed with the
     grids. optuna: num_trials proposals of its TPE sampler, each from the results of earlier trials."""
-    num_trials: PositiveInt | None = None
+    num_trials: Annotated[int, Field(gt=0, le=MAX_POINTS)] | None = None
     """Number of draws or proposals for each seed."""
     seed: NonNegativeInt = 0
     """Seed of the draws, independent of the seeds of the runs."""
@@ -331,7 +331,7 @@ def read_study(place: str | Storage, overrides: list[str] | tuple[str, ...] = ()
     except OSError as error:
         uri = place if isinstance(place, str) else place.uri
         raise ConfigError(
-            f"{uri} is no sweep: it holds no {STUDY}. Give the folder that `sigray sweep` named"
+            f"{uri} is no sweep: it holds no {STUDY} to read ({error}). Give the folder that `sigray sweep` named"
         ) from error
     parent, _, content["name"] = home.uri.rpartition("/")
     if not home.is_local or not content.get("storage"):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import html
-import itertools
 import json
 import math
 import os
@@ -29,12 +28,17 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from sigray.orchestrator.reports.foreign_folder import ForeignFolder
 from sigray.orchestrator.reports.http_server import EMBEDDED, JSON, TEXT, Answer, serve
 from sigray.workers.metrics import BY_NAME, METRICS
+from sigray.workers.parse import parse_json, parse_yaml
+from sigray.workers.storage import Storage
 
 UID = "sigrayTraining"
 RULES, DASHBOARD = "sigray_alerts.yml", "sigray_grafana_dashboard.json"
 SESSION = "/tmp/ray/session_latest"
+_JOB_KEYS = ("job_name", "file_sd_configs", "static_configs")
+_INTERVALS = ("scrape_interval", "evaluation_interval")
 _STALLED_S, _DATA_WAIT_PCT, _MISSED_SAVES = 600, 20, 3
 _COLOURS = ("#3274d9", "#e0752d", "#56a64b", "#a352cc", "#e02f44", "#8f8f8f", "#00a3a3", "#b877d9")
 _WIDTH, _HEIGHT, _NUM_POINTS = 640, 300, 240
@@ -94,9 +98,9 @@ def grafana_dashboard() -> dict[str, Any]:
 
 def generate(out: Path) -> list[Path]:
     """Write alert rules and dashboard into a folder; return their paths."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / RULES).write_text(yaml.safe_dump(alert_rules(), sort_keys=False, width=200))
-    (out / DASHBOARD).write_text(json.dumps(grafana_dashboard(), indent=1))
+    storage = Storage(out)  # it replaces a file, and so writes through no link
+    storage.write(RULES, yaml.safe_dump(alert_rules(), sort_keys=False, width=200).encode())
+    storage.write(DASHBOARD, json.dumps(grafana_dashboard(), indent=1).encode())
     return [out / RULES, out / DASHBOARD]
 
 
@@ -128,11 +132,10 @@ def monitor(
     if prometheus is None:
         raise RuntimeError("no prometheus on PATH: run `apt-get install prometheus`")
     generate(out)
-    content = yaml.safe_load(config.read_text())
-    content["rule_files"] = [str((out / RULES).absolute())]
-    (out / "prometheus.yml").write_text(yaml.safe_dump(content))
+    content = _scrapes(config) | {"rule_files": [str((out / RULES).absolute())]}
+    Storage(out).write("prometheus.yml", yaml.safe_dump(content).encode())
     dashboards = Path(os.environ.get("RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR", metrics / "grafana" / "dashboards"))
-    shutil.copy(out / DASHBOARD, dashboards)
+    Storage(dashboards).write(DASHBOARD, (out / DASHBOARD).read_bytes())
     command = [prometheus, f"--config.file={out / 'prometheus.yml'}", f"--storage.tsdb.path={out / 'prometheus'}"]
     command += [f"--web.listen-address=127.0.0.1:{port}", "--storage.tsdb.retention.time=30d"]
     address = f"http://127.0.0.1:{port}"
@@ -155,11 +158,29 @@ def monitor(
         yield database
 
 
+def _scrapes(config: Path) -> dict[str, Any]:
+    """Return only the targets and intervals of Ray's Prometheus config.
+
+    The session may be of another user: a config can also name files with passwords, and hosts to send metrics to.
+
+    Raises:
+        RuntimeError: the config cannot be read.
+    """
+    try:
+        content = parse_yaml(ForeignFolder(Storage(config.parent)).read(config.name))
+        jobs = content["scrape_configs"]
+        kept = [{key: job[key] for key in _JOB_KEYS if key in job} for job in jobs]
+        return {"global": {key: content["global"][key] for key in _INTERVALS}, "scrape_configs": kept}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RuntimeError(f"{config} is no Prometheus config of Ray ({error}): set --session") from error
+
+
 @contextlib.contextmanager
 def _server(command: list[str], url: str, log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run a server that answers at `url`."""
     variables = os.environ | environment
-    with log.open("w") as file:
+    log.unlink(missing_ok=True)  # it may be a link
+    with log.open("x") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=variables)
     deadline = time.monotonic() + 30
     try:
@@ -211,9 +232,14 @@ class Pictures:
         return Answer("not found\n", TEXT, 404)
 
     def _dashboard(self, uid: str) -> dict[str, Any] | None:
-        files = (json.loads(path.read_text()) for path in sorted(self._folder.glob("*.json")))
-        found = itertools.chain([grafana_dashboard()], files)
-        return next((content for content in found if content.get("uid") == uid), None)
+        if uid == UID:
+            return grafana_dashboard()
+        folder = ForeignFolder(Storage(self._folder))
+        for name in folder.list(""):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # another file than a dashboard
+                if name.endswith(".json") and (content := parse_json(folder.read(name))).get("uid") == uid:
+                    return dict(content)
+        return None
 
     def _page(self, dashboard: dict[str, Any], panels: list[dict[str, Any]], variables: dict[str, str]) -> str:
         begin = _unix_time(variables.get("from", "now-1h"))

@@ -13,7 +13,7 @@ import itertools
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from typing import Any
 
 from sigray.workers.storage import Storage
 
@@ -76,10 +76,7 @@ class ForeignFolder(Storage):
             OSError: it is no regular file, or larger than the bound.
         """
         max_bytes = max_bytes or (_YAML_BYTES if path.endswith(".yaml") else MAX_BYTES)
-        content, size = self._read_end(path, max_bytes)
-        if size > max_bytes:
-            raise OSError(f"{path} has {size:,} bytes; pages read at most {max_bytes:,}")
-        return content
+        return self._read_end(path, max_bytes, must_fit=True)[0]
 
     def read_lines(self, path: str, max_bytes: int = MAX_BYTES) -> tuple[list[bytes], int]:
         """Return the last lines of a file, and how many bytes before them are left out."""
@@ -119,10 +116,21 @@ class ForeignFolder(Storage):
         except (FileNotFoundError, NotADirectoryError):
             return []
 
-    def _read_end(self, path: str, max_bytes: int) -> tuple[bytes, int]:
+    def _read_end(self, path: str, max_bytes: int, must_fit: bool = False) -> tuple[bytes, int]:
         """Return the last bytes of a file, and its size."""
-        with self._file(path) as file:
+        with contextlib.ExitStack() as stack:
+            file: Any
+            if self.is_local:
+                self._note(path)
+                descriptor = stack.enter_context(self._opened(path))
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise OSError(f"{path} is no regular file")
+                file = stack.enter_context(open(descriptor, "rb", buffering=0, closefd=False))
+            else:
+                file = stack.enter_context(self.filesystem.open_input_file(self._at(path)))
             size = file.seek(0, os.SEEK_END)
+            if must_fit and size > max_bytes:
+                raise OSError(f"{path} has {size:,} bytes; pages read at most {max_bytes:,}")
             begin = max(0, size - max_bytes)
             file.seek(begin)
             self._left -= size - begin
@@ -130,28 +138,15 @@ class ForeignFolder(Storage):
                 raise OSError(f"{self.uri} holds more than {_MAX_LOOK_BYTES >> 20} MiB to read")
             return file.read(size - begin), size
 
-    @contextlib.contextmanager
-    def _file(self, path: str) -> Iterator[IO[bytes] | Any]:
-        if not self.is_local:
-            with self.filesystem.open_input_file(self._at(path)) as file:
-                yield file
-            return
-        self._note(path)
-        with self._opened(path) as descriptor:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise OSError(f"{path} is no regular file")
-            with open(descriptor, "rb", buffering=0, closefd=False) as file:
-                yield file
-
     def _note(self, path: str) -> Version:
         return self.seen.setdefault((self, path), self._version(path))
 
     def _version(self, path: str) -> Version:
-        """Return what changes with a file or folder, its time last; None if it does not exist."""
-        folder, _, name = path.rpartition("/")
+        """Return what changes with a file or folder, its time last; None if it is absent."""
+        folder, _, name = f"/{path}".rpartition("/")
         try:
-            with self._opened(folder) as descriptor:
-                found = os.stat(name, dir_fd=descriptor, follow_symlinks=False) if name else os.fstat(descriptor)
+            with self._opened(folder if name != ".." else path) as descriptor:
+                found = os.stat(name or ".", dir_fd=descriptor, follow_symlinks=False)
                 return found.st_mode, found.st_ino, found.st_size, found.st_ctime_ns, found.st_mtime_ns
         except (FileNotFoundError, NotADirectoryError, LinkError):
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -62,6 +63,19 @@ def test_rules_and_panels_name_metrics_that_exist():
         used = set(re.findall(r"ray_sigray_\w+", text))
         assert used
         assert used <= known
+
+
+def test_what_is_written_goes_through_no_link(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("keep")
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("sigray_alerts.yml", "sigray_grafana_dashboard.json"):
+        (out / name).symlink_to(victim)
+    for path in generate(out):
+        assert path.parent == out
+        assert path.stat().st_size > 100
+    assert victim.read_text() == "keep"
 
 
 @needs_promtool
@@ -209,13 +223,22 @@ def prometheus(tmp_path):
             {"id": 24, "type": "graph", "title": "Loss of Ray's panel",
              "targets": [{"expr": 'ray_sigray_train_loss{SessionName=~"$SessionName"}', "legendFormat": "{{run}}"}]}]},
     ]}  # fmt: skip
-    (session / "metrics" / "grafana" / "dashboards" / "default.json").write_text(json.dumps(ray))
+    dashboards = session / "metrics" / "grafana" / "dashboards"
+    (dashboards / "default.json").write_text(json.dumps(ray))
+    # What another user may have put there: it is left out, and nothing waits for it.
+    os.mkfifo(dashboards / "a.json")
+    (dashboards / "b.json").write_text("[" * 100_000)
+    (tmp_path / "secret").write_text(json.dumps({"uid": "other", "title": "secret", "panels": []}))
+    (dashboards / "c.json").symlink_to(tmp_path / "secret")
     target = f"127.0.0.1:{server.server_address[1]}"
     (session / "metrics" / "prometheus" / "prometheus.yml").write_text(
         yaml.safe_dump(
             {
                 "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-                "scrape_configs": [{"job_name": "ray", "static_configs": [{"targets": [target]}]}],
+                "scrape_configs": [
+                    {"job_name": "ray", "static_configs": [{"targets": [target]}], "proxy_url": "http://x"}
+                ],
+                "remote_write": [{"url": "http://x", "basic_auth": {"username": "x", "password_file": "/etc/passwd"}}],
             }
         )
     )
@@ -253,6 +276,9 @@ def test_monitor_scrapes_alerts_and_draws(prometheus, tmp_path):
         assert page.index("Silence") < page.index("Loss of Ray&#x27;s panel")
         with pytest.raises(urllib.error.HTTPError):
             fetch(f"http://127.0.0.1:{grafana}/d/other")
+    content = yaml.safe_load((tmp_path / "out" / "prometheus.yml").read_text())
+    assert set(content) == {"global", "scrape_configs", "rule_files"}
+    assert set(content["scrape_configs"][0]) == {"job_name", "static_configs"}
 
 
 def test_pictures_say_that_prometheus_is_away(tmp_path):
