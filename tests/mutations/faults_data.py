@@ -356,7 +356,7 @@ FAULTS = [
     ),
     Fault(
         "captions are padded with token 0",
-        "sigray.workers.model.tokenizer:build_tokenizer",
+        "sigray.workers.model.tokenizer:_named_tokenizer",
         ", pad_id=pad",
         "",
         (_PADS,),
@@ -367,6 +367,27 @@ FAULTS = [
         ", pad_id=pad,",
         ",",
         (_PADS,),
+    ),
+    Fault(
+        "the number of tokens counts and not the highest",
+        "sigray.workers.model.tokenizer:_named_tokenizer",
+        "max(tokenizer.get_vocab().values(), default=0)",
+        "tokenizer.get_vocab_size() - 1",
+        ("tests/workers/model/test_towers.py::test_the_highest_token_counts_and_not_their_number",),
+    ),
+    Fault(
+        "code in a mapping inside a mapping is not found",
+        "sigray.workers.model.untrusted:_entries",
+        "isinstance(value, dict | list)",
+        "isinstance(value, list)",
+        ("tests/workers/model/test_untrusted.py::test_no_code_of_a_folder_or_file_runs_and_the_refusal_names_it",),
+    ),
+    Fault(
+        "a folder's tokenizer may name code",
+        "sigray.workers.model.tokenizer:build_open_clip_tokenizer",
+        "        refuse_code(source)\n",
+        "",
+        ("tests/workers/model/test_untrusted.py::test_no_code_of_a_folder_or_file_runs_and_the_refusal_names_it",),
     ),
     Fault(
         "case is folded where it was not asked for",

@@ -482,6 +482,11 @@ def test_the_command_prints_and_exits_with_0_or_2(small_yaml, capsys):
     assert re.search(r"one l4 needs \d+\.\d GiB .* has 22\.4 GiB", shown.err)
 
 
+def test_a_tokenizer_with_more_tokens_than_the_tower_is_refused(small_yaml, capsys):
+    assert main(["plan", small_yaml, "--device", "l4", "model.towers.text_cfg.vocab_size=4096"]) == 2
+    assert "BPE has 49408 tokens, text_cfg.vocab_size is 4096: set it to 49408" in capsys.readouterr().err
+
+
 def test_json_is_the_whole_plan(small_yaml, capsys):
     assert main(["plan", small_yaml, "--device", "tpu-v4", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)

@@ -104,7 +104,11 @@ def add_folders(attacker: Attacker) -> None:
     for folder, readers, pattern in (
         (mapped, towers, r"mapped/config.json names auto_map {'AutoConfig'"),
         (attacker.transformers_folder("known", **MAPPED), towers, "known/config.json names auto_map"),
-        (attacker.transformers_folder("nested", deep=[MAPPED]), towers, "nested/config.json names auto_map"),
+        (
+            attacker.transformers_folder("nested", deep=[{"deeper": MAPPED}]),
+            towers,
+            "nested/config.json names auto_map",
+        ),
         (
             attacker.transformers_folder("adapter"),
             towers,
