@@ -21,6 +21,7 @@ from sigray.orchestrator.device_kinds import DEVICES, DeviceName
 from sigray.orchestrator.secrets import secrets_of
 from sigray.workers import config as workers
 from sigray.workers.config import Accelerator, LocalOrUri, NonNegativeInt, PositiveInt, Section
+from sigray.workers.parse import ParseError, parse_yaml
 
 AnySection = TypeVar("AnySection", bound=Section)
 FILES = "sigray-files"  # folder of the files that a submitted job carries, each named by its hash
@@ -295,11 +296,18 @@ def read_mapping(path: str | Path, expected: str) -> dict[str, Any]:
         ConfigError: for a missing or unreadable file, or another content.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: {(error.strerror or str(error)).lower()}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+        text = Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise ConfigError(f"{path}: {(getattr(error, 'strerror', None) or str(error)).lower()}") from error
+    return parse_mapping(text, str(path), expected)
+
+
+def parse_mapping(text: bytes | str, path: str, expected: str) -> dict[str, Any]:
+    """Return the mapping of a YAML text; raises as `read_mapping`, naming `path`."""
+    try:
+        content = parse_yaml(text)
+    except ParseError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: {expected}")
     return content
@@ -383,9 +391,9 @@ def override_of(override: str) -> tuple[str, Any]:
     if not equals or not re.fullmatch(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*", key):
         raise ConfigError(f"{override!r} is not an override: section.key=value expected, as optim.lr=5e-4")
     try:
-        return key, yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: the value is not YAML: {error}") from error
+        return key, parse_yaml(text)
+    except ParseError as error:
+        raise ConfigError(f"{override!r}: {error}") from None
 
 
 def put(content: dict[str, Any], key: str, value: Any) -> None:

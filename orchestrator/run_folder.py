@@ -21,15 +21,16 @@ import shutil
 import time
 from typing import Any
 
-import yaml
-
-from sigray.orchestrator.config import ConfigError, RunConfig, parse_config
-from sigray.workers.checkpoint.index import read_metrics
+from sigray.orchestrator.config import ConfigError, RunConfig, parse_config, parse_mapping
+from sigray.workers.checkpoint.index import metrics_line, read_metrics
 from sigray.workers.data.manifest import Manifest
+from sigray.workers.data.tar import DataError
+from sigray.workers.parse import ParseError, as_type, parse_json
 from sigray.workers.storage import Storage
 
 CONFIG, MANIFEST, METRICS, SUMMARY = "config.yaml", "manifest.json", "metrics.jsonl", "summary.json"
 EVENTS, EVALUATIONS, REPORT = "events.jsonl", "evaluations", "report.html"
+_MAX_MANIFEST_BYTES = 1 << 30  # of four million shards
 
 
 class RunFolder:
@@ -65,8 +66,16 @@ class RunFolder:
             self.storage.write(name, text.encode())
 
     def manifest(self) -> Manifest:
-        """Return the manifest that the run began with."""
-        return Manifest.from_json(json.loads(self.storage.read(MANIFEST)))
+        """Return the manifest that the run began with.
+
+        Raises:
+            DataError: for a file with another content.
+        """
+        content = self.storage.read(MANIFEST)
+        try:
+            return as_type(Manifest, parse_json(content, max_bytes=_MAX_MANIFEST_BYTES))
+        except ParseError as error:
+            raise DataError(f"{self.storage.uri}/{MANIFEST}: {error}") from None
 
     def append_metrics(self, metrics: dict[str, float]) -> None:
         with (self.path / METRICS).open("a") as file:
@@ -93,9 +102,9 @@ class RunFolder:
         """Return all lines of metrics, without a line that a crash cut short."""
         path = self.path / METRICS
         lines = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
+        for line in path.read_bytes().splitlines() if path.exists() else []:
+            with contextlib.suppress(ParseError):
+                lines.append(metrics_line(line))
         return lines
 
     def save_evaluation(self, result: dict[str, Any]) -> None:
@@ -123,9 +132,10 @@ def read_run(run: str) -> RunConfig:
     """
     storage = Storage(run)
     try:
-        content = yaml.safe_load(storage.read(CONFIG))
+        content = storage.read(CONFIG)
     except OSError as error:
         raise ConfigError(
             f"{run} is not a run: it holds no {CONFIG}. Give the folder that `sigray train` printed"
         ) from error
-    return parse_config(content, f"{run}/{CONFIG}")
+    source = f"{run}/{CONFIG}"
+    return parse_config(parse_mapping(content, source, "the config of a run expected"), source)

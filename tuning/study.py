@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from sigray.orchestrator.config import ConfigError, RunConfig, override_of, parse_config, put, read_mapping, validate
+from sigray.orchestrator.config import (
+    ConfigError,
+    RunConfig,
+    override_of,
+    parse_config,
+    parse_mapping,
+    put,
+    read_mapping,
+    validate,
+)
 from sigray.tuning.decide import Rules, Scheduler, geometric_rungs
 from sigray.tuning.space import MAX_POINTS, Dimension
 from sigray.workers.config import LocalOrUri, NonNegativeInt, PositiveInt, Section
@@ -296,14 +305,15 @@ def load_study(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) ->
     content = read_mapping(path, "a mapping expected")
     given = [override_of(text) for text in overrides]
     scale = dict(given).get("scale", content.get("scale", "demo"))
-    scales = content.get("scales") or {}
+    scales = _mapping(content, "scales", path)
     if scale != "demo":
-        if scale not in scales:
+        if str(scale) not in scales:
             raise ConfigError(f"{path}: scale={scale}: there are demo, {', '.join(scales) or 'and no others'}")
-        for key, value in scales[scale].items():
-            merged = isinstance(content.get(key), dict) and key in ("overrides", "space")
-            content[key] = content[key] | value if merged else value
-    _put_overrides(content, given)
+        variant = _mapping(scales, str(scale), path)
+        for key, value in variant.items():
+            is_merged = key in ("overrides", "space")
+            content[key] = _mapping(content, key, path) | _mapping(variant, key, path) if is_merged else value
+    _put_overrides(content, given, path)
     base = content.get("base")
     if isinstance(base, str):
         # Relative to the working directory if given on the command line, else to the study's file.
@@ -327,27 +337,37 @@ def read_study(place: str | Storage, overrides: list[str] | tuple[str, ...] = ()
 
     try:
         home = place if isinstance(place, Storage) else Storage(place)
-        content = yaml.safe_load(home.read(STUDY))
+        text = home.read(STUDY)
     except OSError as error:
         uri = place if isinstance(place, str) else place.uri
         raise ConfigError(
             f"{uri} is no sweep: it holds no {STUDY} to read ({error}). Give the folder that `sigray sweep` named"
         ) from error
+    source = f"{home.uri}/{STUDY}"
+    content = parse_mapping(text, source, "a study expected")
     parent, _, content["name"] = home.uri.rpartition("/")
     if not home.is_local or not content.get("storage"):
         content["dir" if home.is_local else "storage"] = parent  # the folder may have moved
-    _put_overrides(content, [override_of(text) for text in overrides])
-    return parse_study(content, f"{home.uri}/{STUDY}")
+    _put_overrides(content, [override_of(text) for text in overrides], source)
+    return parse_study(content, source)
 
 
-def _put_overrides(content: dict[str, Any], given: list[tuple[str, Any]]) -> None:
+def _mapping(content: dict[str, Any], key: str, source: str | Path) -> dict[str, Any]:
+    """Return the mapping at a key, empty without one."""
+    value = content.get(key) or {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{source}: {key}: a mapping expected (found {value!r:.60})")
+    return value
+
+
+def _put_overrides(content: dict[str, Any], given: list[tuple[str, Any]], source: str | Path) -> None:
     """Apply overrides to the study, or to its run."""
     for key, value in given:
         first, _, rest = key.partition(".")
         if first in RunConfig.model_fields:
-            content["overrides"] = (content.get("overrides") or {}) | {key: value}
+            content["overrides"] = _mapping(content, "overrides", source) | {key: value}
         elif first in ("overrides", "space") and rest:
-            content[first] = (content.get(first) or {}) | {rest: value}
+            content[first] = _mapping(content, first, source) | {rest: value}
         else:
             put(content, key, value)
 
@@ -358,9 +378,10 @@ def parse_study(content: dict[str, Any], source: str) -> Study:
     Its base must be the content of a run.
     """
     config = validate(StudyConfig, content, source, "study", "is no study")
-    assert isinstance(config.base, dict)
+    if not isinstance(config.base, dict):
+        raise ConfigError(f"{source}: base={config.base!r}: the content of a run expected")
     run = copy.deepcopy(config.base)
-    run["run"] = (run.get("run") or {}) | {"name": config.name}
+    run["run"] = _mapping(run, "run", f"{source}: the base run") | {"name": config.name}
     put(run, "train.num_samples", config.budgets[-1])
     for key, value in config.overrides.items():
         put(run, key, value)

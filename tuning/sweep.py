@@ -29,7 +29,6 @@ import traceback
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from rich.console import Console
 
 from sigray.orchestrator.config import ConfigError, RunConfig, check_resume, parse_config
@@ -44,7 +43,7 @@ from sigray.tuning.feasible import feasible
 from sigray.tuning.judge import Judge
 from sigray.tuning.live import LiveTable, results_table, words
 from sigray.tuning.search import Search
-from sigray.tuning.study import STUDY, Study, parse_study, trial_name
+from sigray.tuning.study import STUDY, Study, read_study, trial_name
 from sigray.tuning.table import RESULTS, Row, Table, Writer
 from sigray.workers.checkpoint.lease import RunHeld, RunLease
 from sigray.workers.data.manifest import Manifest
@@ -555,7 +554,7 @@ def _check_same(study: Study, storage: Storage) -> None:
     Raises:
         ConfigError: naming what differs.
     """
-    saved = parse_study(yaml.safe_load(storage.read(STUDY)), f"{storage.uri}/{STUDY}")
+    saved = read_study(storage.uri)
     before, after = saved.config.model_dump(mode="json"), study.config.model_dump(mode="json")
     lines = [
         f"{key}: the sweep was started with {before[key]}, now {after[key]}"

@@ -21,12 +21,14 @@ import io
 import json
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from sigray.orchestrator.config import ConfigError
 from sigray.tuning.decide import Progress
 from sigray.tuning.search import Outcome
 from sigray.tuning.space import Point
+from sigray.workers.parse import Count, ParseError, as_type, parse_json
 from sigray.workers.storage import Storage
 
 RESULTS = "results.jsonl"
@@ -37,8 +39,8 @@ Status = Literal["waiting", "begun", "finished", "stopped", "failed", "infeasibl
 class Result:
     """A trial at a rung."""
 
-    rung: int
-    samples_seen: int
+    rung: Count
+    samples_seen: Count
     value: float
     loss: float | None = None
     figures: dict[str, Any] = field(default_factory=dict)  # zero_shot and retrieval, as of the evaluation
@@ -50,9 +52,9 @@ class Result:
 class Row:
     """A trial with its results."""
 
-    number: int
-    seed: int
-    budget: int
+    number: Count
+    seed: Count
+    budget: Count
     values: dict[str, Any]
     overrides: dict[str, Any]
     results: list[Result] = field(default_factory=list)
@@ -110,6 +112,30 @@ class Row:
         return Outcome(Point(self.values, self.overrides), usable, self.is_over, self.status == "finished")
 
 
+@dataclass(frozen=True)
+class _Number:
+    number: Count
+
+
+@dataclass(frozen=True)
+class _Reason:
+    why: str | None = None
+
+
+@dataclass(frozen=True)
+class _Decision:
+    rung: Count
+    answer: str
+    why: str
+
+
+@dataclass(frozen=True)
+class _Stream:
+    decoded: float
+    served: float
+    cpu_s: float
+
+
 @dataclass
 class Table:
     """The rows by number, in rising order, and the costs of the streams."""
@@ -121,26 +147,33 @@ class Table:
         """Apply one event.
 
         Raises:
-            ValueError: for an unknown event.
+            ParseError: for an unknown event.
         """
         kind = event.get("event")
         if kind == "trial":
-            fields = {key: event[key] for key in ("number", "seed", "budget", "values", "overrides")}
-            self.rows[event["number"]] = Row(**fields)
+            row = as_type(Row, {key: event[key] for key in event.keys() - {"results", "error", "is_infeasible"}})
+            self.rows[row.number] = row
         elif kind == "stream":
-            self.streams.append({key: event[key] for key in ("decoded", "served", "cpu_s")})
+            self.streams.append(asdict(as_type(_Stream, event)))
         elif kind in ("infeasible", "failed", "retry"):
-            row = self.rows[event["number"]]
-            row.error = event.get("why")  # "retry" has no reason
+            row = self._row(event)
+            row.error = as_type(_Reason, event).why  # "retry" has no reason
             row.is_infeasible = kind == "infeasible"
         elif kind == "result":
-            fields = {key: event[key] for key in ("rung", "samples_seen", "value", "loss", "figures")}
-            self.rows[event["number"]].results.append(Result(**fields))
+            self._row(event).results.append(as_type(Result, event))
         elif kind == "decision":
-            result = self.rows[event["number"]].results[event["rung"]]
-            result.answer, result.why = event["answer"], event["why"]
+            decision, results = as_type(_Decision, event), self._row(event).results
+            if decision.rung >= len(results):
+                raise ParseError(f"trial {event['number']} has no result at rung {decision.rung}")
+            results[decision.rung].answer, results[decision.rung].why = decision.answer, decision.why
         else:
-            raise ValueError(f"unknown event {kind!r}")
+            raise ParseError(f"unknown event {kind!r:.60}")
+
+    def _row(self, event: dict[str, Any]) -> Row:
+        row = self.rows.get(as_type(_Number, event).number)
+        if row is None:
+            raise ParseError(f"there is no trial {event['number']}")
+        return row
 
     @property
     def samples_spent(self) -> int:
@@ -162,16 +195,21 @@ class Writer:
         table: the content of the file; empty if the file is missing.
 
     Raises:
-        ValueError: if the file has unknown events.
+        ConfigError: if the file has unknown events.
     """
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        lines = storage.read(RESULTS).decode().splitlines() if storage.exists(RESULTS) else []
-        self._events = [json.loads(line) for line in lines]
+        lines = storage.read(RESULTS).splitlines() if storage.exists(RESULTS) else []
+        self._events: list[dict[str, Any]] = []
         self.table = Table()
-        for event in self._events:
-            self.table.add(event)
+        for number, line in enumerate(lines, 1):
+            try:
+                event = as_type(dict[str, Any], parse_json(line))
+                self.table.add(event)
+            except ParseError as error:
+                raise ConfigError(f"{storage.uri}/{RESULTS}, line {number}: {error}") from None
+            self._events.append(event)
 
     def add(self, *events: dict[str, Any]) -> None:
         """Add events; they are durable on return."""

@@ -1,15 +1,17 @@
 """JSON and YAML that somebody else may have written.
 
-Both parsers return plain values or raise `ParseError`, whatever the content. The caller adds the name of the file and
-raises the error of its border: DataError, CheckpointError or ConfigError.
+Both parsers return plain values or raise `ParseError`, whatever the content; `as_type` makes records of the values. The
+caller adds the name of the file and raises the error of its border: DataError, CheckpointError or ConfigError.
 """
 
 from __future__ import annotations
 
+import functools
 import re
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 from yaml.composer import Composer
 from yaml.constructor import SafeConstructor
@@ -24,6 +26,8 @@ _MAX_DIGITS = 100
 _BOM = b"\xef\xbb\xbf"
 _DIGITS = re.compile(r"0[0-9_]+")
 _SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Record = TypeVar("Record")
 _KINDS = {"bool": "a truth value", "int": "a number", "float": "a number", "null": "null"}
 
 
@@ -50,6 +54,26 @@ def parse_json(content: bytes | str | memoryview, *, max_bytes: int = MAX_JSON_B
         return from_json(data.removeprefix(_BOM), cache_strings="keys")
     except ValueError as error:
         raise ParseError(f"not JSON: {error}") from None
+
+
+def as_type(kind: type[Record], content: Any) -> Record:
+    """Return a parsed value as a dataclass, or as a container of them; unknown keys are ignored.
+
+    Raises:
+        ParseError: gives the first key of another type, and its value.
+    """
+    try:
+        return _adapter(kind).validate_python(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        key, value = ".".join(map(str, first["loc"])), repr(first["input"])
+        found = f" (found {value[:60]})" if first["type"] != "missing" else ""
+        raise ParseError(f"{f'{key}: ' if key else ''}{first['msg'].lower()}{found}") from None
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def parse_yaml(content: bytes | str) -> Any:

@@ -19,9 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from sigray.orchestrator.config import ConfigError
+from sigray.orchestrator.config import ConfigError, parse_mapping
 from sigray.orchestrator.secrets import AMAZON_KEY, PRIVATE_KEY
 
 RAY_VERSION = "2.60.0"
@@ -75,16 +73,12 @@ def check_cluster_file(path: str | Path) -> ClusterCheck:
         ConfigError: the file cannot be read or is of an unknown kind.
     """
     try:
-        text = Path(path).read_text()
-        content = yaml.safe_load(text)
+        text = Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: {(error.strerror or str(error)).lower()}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a mapping expected")
+    content = parse_mapping(text, str(path), "a mapping expected")
     check = ClusterCheck(str(path))
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.decode().splitlines(), 1):
         for what, pattern in _SECRETS.items():
             if pattern.search(line):
                 check.add(f"line {number}", f"{what} in the file: use the environment, a role or a file mount")

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sigray.orchestrator.config import ClusterConfig
+from sigray.workers.parse import parse_yaml
 
 _LABELS = ("ray.io/node-group", "ray.io/tpu-slice-name", "ray.io/tpu-pod-type")  # of Host's last three fields
 _ROUNDING = 1e-6
@@ -241,14 +240,14 @@ def find_autoscaler(gcs_address: str, processes: Path = Path("/proc")) -> Autosc
     """
     for file in processes.glob("[0-9]*/cmdline"):
         # The process may just have ended, or the file may not be Ray's. A pending reason must not fail a run.
-        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, ArithmeticError):
             words = file.read_bytes().decode(errors="replace").split("\0")
             is_monitor = any(word.endswith("/monitor.py") and "/autoscaler/" in word for word in words)
             if not is_monitor or f"--gcs-address={gcs_address}" not in words:
                 continue
             for word in words:
                 if word.startswith("--autoscaling-config="):
-                    return autoscaler_of(yaml.safe_load(Path(word.partition("=")[2]).expanduser().read_text()))
+                    return autoscaler_of(parse_yaml(Path(word.partition("=")[2]).expanduser().read_bytes()))
             return Autoscaler(runs=False)
     return None
 

@@ -17,7 +17,7 @@ from typing import Any
 from sigray.orchestrator.config import ConfigError
 from sigray.orchestrator.reports.foreign_folder import ForeignFolder
 from sigray.orchestrator.run_folder import CONFIG, EVALUATIONS, METRICS, SUMMARY
-from sigray.workers.checkpoint.index import read_metrics
+from sigray.workers.checkpoint.index import CheckpointError, read_metrics
 from sigray.workers.parse import ParseError, parse_json, parse_yaml
 
 _RATE_LINES = 10  # of metrics, whose median speed gives the time left
@@ -182,7 +182,10 @@ def read_run_files(storage: ForeignFolder, *, for_list: bool = False) -> RunFile
         ]
     if not storage.is_local:  # metrics.jsonl comes at the end; each checkpoint brings the lines before it
         known = {line.get("step") for line in lines}
-        lines += [line for line in read_metrics(storage) if line["step"] not in known]
+        try:
+            lines += [line for line in read_metrics(storage) if line["step"] not in known]
+        except CheckpointError as error:
+            unreadable.append(str(error))
         lines.sort(key=lambda line: line["samples_seen"])
     if len(unreadable) > _MAX_PROBLEMS:
         unreadable[_MAX_PROBLEMS:] = [f"{len(unreadable) - _MAX_PROBLEMS:,} more are left out"]

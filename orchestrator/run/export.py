@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.resources
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,6 +17,7 @@ from sigray.orchestrator.run_folder import EVALUATIONS, SUMMARY, RunFolder
 from sigray.workers.checkpoint.index import CheckpointInfo
 from sigray.workers.data.manifest import Manifest
 from sigray.workers.data.tar import DataError
+from sigray.workers.parse import ParseError, parse_json
 
 CARD = "README.md"
 MAX_DIFFERENCE = 1e-5
@@ -145,8 +145,8 @@ def _figures(run: RunFolder, info: CheckpointInfo) -> dict[str, Any]:
     """Return the evaluation of this checkpoint from the run's records, if any."""
     for name in (f"{EVALUATIONS}/step-{info.step:010d}.json", SUMMARY):
         local = run.path / name
-        with contextlib.suppress(OSError, ValueError):
-            content = json.loads(local.read_text() if local.exists() else run.storage.read(name))
-            if content.get("samples_seen") == info.samples_seen:
+        with contextlib.suppress(OSError, ParseError):
+            content = parse_json(local.read_bytes() if local.exists() else run.storage.read(name))
+            if isinstance(content, dict) and content.get("samples_seen") == info.samples_seen:
                 return content
     return {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from sigray.orchestrator.config import ConfigError, RunConfig, parse_config
 from sigray.orchestrator.reports.drawing import INK, RULE, SERIES, png
+from sigray.workers.parse import as_type, parse_json
 from sigray.workers.storage import Storage
 from sigray.workers.training.profile import FOLDER, PARTS, Profile, RankProfile
 
@@ -109,7 +109,7 @@ def read_profiles(storage: Storage, path: Path) -> list[RankProfile]:
             (path / FOLDER).mkdir(parents=True, exist_ok=True)
             storage.download(f"{FOLDER}/{name}", path / FOLDER / name)
         if name.endswith("-steps.json"):
-            found.append(RankProfile(**json.loads(storage.read(f"{FOLDER}/{name}"))))
+            found.append(as_type(RankProfile, parse_json(storage.read(f"{FOLDER}/{name}"))))
     return sorted(found, key=lambda one: one.rank)
 
 

@@ -62,7 +62,7 @@ def _embedding_facts(config: RunConfig) -> dict[str, float]:
     from sigray.workers.data.embedding_store import EmbeddingStore
 
     history = EmbeddingStore(config.embeddings.store).history()
-    return {name: sum(entry[name] for entry in history) for name in ("num_images", "seconds")}
+    return {name: sum(getattr(entry, name) for entry in history) for name in ("num_images", "seconds")}
 
 
 def environment() -> dict[str, str]:

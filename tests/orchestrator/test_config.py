@@ -51,7 +51,7 @@ def write(tmp_path, content):
         ("run.name=../up", r"run.name='../up': "),
         ("train", r"'train' is not an override: section.key=value expected"),
         ("train.num_samples.x=1", r"'num_samples' is a value, not a section"),
-        ("optim.lr=[", r"the value is not YAML"),
+        ("optim.lr=[", r"not YAML"),
     ],
 )
 def test_one_clear_message(tmp_path, override, message):
@@ -74,7 +74,7 @@ def test_missing_file_and_not_yaml(tmp_path):
     with pytest.raises(ConfigError, match="none.yaml: no such file or directory"):
         load_config(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("run: [")
-    with pytest.raises(ConfigError, match="bad.yaml is not YAML"):
+    with pytest.raises(ConfigError, match="bad.yaml: not YAML"):
         load_config(tmp_path / "bad.yaml")
 
 

@@ -6,16 +6,18 @@ half a gigabyte to import torch.
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Any
 
+from sigray.workers.parse import Count, ParseError, as_type, parse_json
 from sigray.workers.storage import Storage
 
 FOLDER = "checkpoints"
 METRICS_FOLDER = "metrics"
 COMMIT = "commit.json"
+_METRICS_NAME = re.compile(r"\d{10}-(\d{10})\.jsonl")
 
 
 class CheckpointError(ValueError):
@@ -31,8 +33,8 @@ class CheckpointInfo:
     """Content of commit.json."""
 
     name: str
-    step: int  # steps done
-    samples_seen: int
+    step: Count  # steps done
+    samples_seen: Count
     files: dict[str, dict[str, Any]]  # name -> bytes, xxh3_128
     model: dict[str, Any]  # the run's model section
 
@@ -75,19 +77,48 @@ def read_info(storage: Storage, name: str) -> CheckpointInfo:
         DamagedCheckpoint: if it is missing or unreadable.
     """
     try:
-        return CheckpointInfo(**json.loads(storage.read(f"{FOLDER}/{name}/{COMMIT}")))
-    except (FileNotFoundError, ValueError, TypeError) as error:
+        info = as_type(CheckpointInfo, parse_json(storage.read(f"{FOLDER}/{name}/{COMMIT}")))
+        if info.name != name:
+            raise ParseError(f"{COMMIT} is of {info.name!r}")
+        as_type(_Model, info.model)
+    except (FileNotFoundError, ParseError) as error:
         raise DamagedCheckpoint(f"{storage.uri}/{FOLDER}/{name} is not a complete checkpoint: {error}") from error
+    return info
+
+
+@dataclass(frozen=True)
+class _Model:
+    locked: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Position:
+    step: Count
+
+
+def metrics_line(text: bytes | str) -> dict[str, float]:
+    """Return a line of metrics; raise ParseError for another content."""
+    line = parse_json(text)
+    as_type(_Position, line)
+    return line
 
 
 def read_metrics(storage: Storage, last_step: float = math.inf) -> list[dict[str, float]]:
-    """Lines of metrics saved with the checkpoints up to a step."""
+    """Lines of metrics saved with the checkpoints up to a step.
+
+    Raises:
+        CheckpointError: names the file with another content.
+    """
     lines: dict[int, dict[str, float]] = {}
     for name in storage.list(METRICS_FOLDER):
-        if int(name[11:21]) <= last_step:
-            for line in storage.read(f"{METRICS_FOLDER}/{name}").splitlines():
-                content = json.loads(line)
-                lines[int(content["step"])] = content
+        match = _METRICS_NAME.fullmatch(name)
+        if match and int(match[1]) <= last_step:
+            for number, text in enumerate(storage.read(f"{METRICS_FOLDER}/{name}").splitlines(), 1):
+                try:
+                    line = metrics_line(text)
+                except ParseError as error:
+                    raise CheckpointError(f"{storage.uri}/{METRICS_FOLDER}/{name}, line {number}: {error}") from None
+                lines[int(line["step"])] = line
     return [lines[step] for step in sorted(lines)]
 
 

@@ -16,7 +16,11 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
+from pydantic import Field, FiniteFloat
+
+from sigray.workers.parse import ParseError, as_type, parse_json
 from sigray.workers.storage import Storage
 
 LEASE_FILE = "lease.json"
@@ -40,8 +44,8 @@ class Lease:
     owner: str  # a random name
     host: str
     boot: str  # id of the machine's boot: a pid means something within one boot only
-    pid: int
-    expires: float  # Unix time
+    pid: Annotated[int, Field(gt=0, lt=2**31)]
+    expires: FiniteFloat  # Unix time
 
 
 def is_free(lease: Lease | None, now: float, host: str, boot: str, is_alive: Callable[[int], bool]) -> bool:
@@ -60,10 +64,10 @@ def is_free(lease: Lease | None, now: float, host: str, boot: str, is_alive: Cal
 
 
 def read_lease(storage: Storage) -> Lease | None:
-    """The lease of a run or sweep; None if lease.json is missing or incomplete."""
+    """The lease of a run or sweep; None if lease.json is missing or no lease."""
     try:
-        return Lease(**json.loads(storage.read(LEASE_FILE)))
-    except (FileNotFoundError, ValueError, TypeError):
+        return as_type(Lease, parse_json(storage.read(LEASE_FILE)))
+    except (FileNotFoundError, ParseError):
         return None
 
 
@@ -93,8 +97,8 @@ class Fence:
         if self.owner is None:
             return
         try:
-            owner = json.loads(self.storage.read(LEASE_FILE))["owner"]
-        except (FileNotFoundError, ValueError):
+            owner = as_type(dict[str, Any], parse_json(self.storage.read(LEASE_FILE))).get("owner")
+        except (FileNotFoundError, ParseError):
             return  # the driver has ended, or is just writing its lease
         if owner != self.owner:
             raise RunTakenOver(f"another driver has taken over {self.storage.uri}: this worker writes nothing more")

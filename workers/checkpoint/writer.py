@@ -18,7 +18,7 @@ import json
 import queue
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,7 @@ from sigray.workers.checkpoint.index import (
 )
 from sigray.workers.checkpoint.lease import Fence
 from sigray.workers.config import CheckpointConfig
+from sigray.workers.parse import Count, ParseError, as_type, parse_json
 from sigray.workers.sharding import gather, shard_like
 from sigray.workers.storage import Storage, fingerprint
 
@@ -350,6 +351,17 @@ def load_newest(
     return None
 
 
+@dataclass(frozen=True)
+class _Best:
+    name: str
+    figure: float
+
+
+@dataclass(frozen=True)
+class _LeftOut:
+    steps: list[Count]
+
+
 def mark_best(storage: Storage, name: str, figure: float) -> None:
     """Keep this checkpoint until another one is better."""
     storage.write(_BEST, json.dumps({"name": name, "figure": figure}).encode())
@@ -358,10 +370,10 @@ def mark_best(storage: Storage, name: str, figure: float) -> None:
 def read_best(storage: Storage) -> tuple[str, float] | None:
     """Name and figure of the best checkpoint so far; None if there is none."""
     try:
-        best = json.loads(storage.read(_BEST))
-        return best["name"], best["figure"]
-    except (FileNotFoundError, ValueError, KeyError):
+        best = as_type(_Best, parse_json(storage.read(_BEST)))
+    except (FileNotFoundError, ParseError):
         return None
+    return best.name, best.figure
 
 
 def leave_out(storage: Storage, step: int) -> None:
@@ -370,11 +382,17 @@ def leave_out(storage: Storage, step: int) -> None:
 
 
 def read_left_out(storage: Storage) -> list[int]:
-    """Steps given to `leave_out`, counted from 1."""
+    """Steps given to `leave_out`, counted from 1.
+
+    Raises:
+        CheckpointError: for a file with another content.
+    """
     try:
-        return json.loads(storage.read(_LEFT_OUT))["steps"]
+        return as_type(_LeftOut, parse_json(storage.read(_LEFT_OUT))).steps
     except FileNotFoundError:
         return []
+    except ParseError as error:
+        raise CheckpointError(f"{storage.uri}/{_LEFT_OUT}: {error}") from None
 
 
 def delete_superseded(storage: Storage, config: CheckpointConfig) -> None:
@@ -396,9 +414,10 @@ def _verified(storage: Storage, info: CheckpointInfo, file: str) -> bytes:
         content = storage.read(path)
     except FileNotFoundError as error:
         raise DamagedCheckpoint(f"{storage.uri}/{path} is missing") from error
-    if fingerprint(content) != info.files[file]:
+    expected = info.files.get(file, {})
+    if fingerprint(content) != expected:
         raise DamagedCheckpoint(
-            f"{storage.uri}/{path} is damaged: {len(content)} bytes, {info.files[file]['bytes']} expected, or another "
+            f"{storage.uri}/{path} is damaged: {len(content)} bytes, {expected.get('bytes')} expected, or another "
             "XXH3 hash"
         )
     return content

@@ -27,9 +27,10 @@ import struct
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field, FiniteFloat
 
 from sigray.workers.config import DataConfig, EmbeddingsConfig, ModelConfig, Precision, caption_member
 from sigray.workers.data.decode import Refused
@@ -37,6 +38,7 @@ from sigray.workers.data.manifest import Manifest, Shard, read_samples, scan_sha
 from sigray.workers.data.shard_list import ParallelMap, in_threads
 from sigray.workers.data.tar import DataError, TarSample
 from sigray.workers.model.inputs import shapes
+from sigray.workers.parse import Count, ParseError, Record, as_type, parse_json
 from sigray.workers.storage import Storage
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ _SAFETENSORS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _NUMPY = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32}  # numpy knows no bfloat16
 
 Part = Literal["train", "eval"]
+_Size = Annotated[int, Field(gt=0, lt=2**20)]
 
 
 class StoreError(ValueError):
@@ -63,8 +66,8 @@ class StoreFormat:
     """Format of a store's embeddings: V views of D numbers."""
 
     dtype: Literal["bf16", "fp16", "fp32"]
-    dim: int
-    num_views: int
+    dim: _Size
+    num_views: _Size
 
     @property
     def numpy_dtype(self) -> Any:
@@ -114,12 +117,26 @@ class StoredShard:
 
     part: Part
     source: str
-    source_bytes: int
+    source_bytes: Count
     source_fingerprint: str
-    num_samples: int
-    num_refused: int
-    num_bytes: int
-    refused: dict[str, int] = dataclasses.field(default_factory=dict)
+    num_samples: Count
+    num_refused: Count
+    num_bytes: Count
+    refused: dict[str, Count] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Index:
+    key: dict[str, Any]
+    format: StoreFormat
+
+
+@dataclass(frozen=True)
+class HistoryEntry:
+    """What one `sigray embed` did."""
+
+    num_images: Count
+    seconds: FiniteFloat
 
 
 def store_key(
@@ -187,12 +204,14 @@ class EmbeddingStore:
         Raises:
             StoreError: the keys differ; the message has the differences.
         """
-        saved = self._read()["key"]
+        saved = self._index().key
+        members = saved.get("members")
+        members = set(map(str, members)) if isinstance(members, list) else set()
         lines = [
             f"{name}: the store has {saved.get(name)!r}, this config {key.get(name)!r}"
             for name in sorted(saved.keys() | key.keys())
             # A store may have more members than this config needs.
-            if (not set(key[name]) <= set(saved[name]) if name == "members" else saved.get(name) != key.get(name))
+            if (not set(key[name]) <= members if name == "members" else saved.get(name) != key.get(name))
         ]
         if lines:
             shown = "\n  ".join(lines)
@@ -202,29 +221,34 @@ class EmbeddingStore:
             )
 
     def format(self) -> StoreFormat:
-        return StoreFormat(**self._read()["format"])
+        return self._index().format
 
-    def _read(self) -> dict[str, Any]:
+    def _index(self) -> _Index:
         try:
-            content = json.loads(self.storage.read(_INDEX))
+            version = self._read(dict[str, Any], _INDEX).get("version")
         except FileNotFoundError:
             raise StoreError(
                 f"embeddings.store={self.uri} holds no store yet: make it with `sigray embed` and this config"
             ) from None
-        except ValueError as error:
-            raise StoreError(f"{self.uri}/{_INDEX} is damaged: {error}") from error
-        if content.get("version") != VERSION:
+        if version != VERSION:
             raise StoreError(
-                f"embeddings.store={self.uri} is of version {content.get('version')}, this sigray reads {VERSION}: "
+                f"embeddings.store={self.uri} is of version {version}, this sigray reads {VERSION}: "
                 "make it again in another folder"
             )
-        return content
+        return self._read(_Index, _INDEX)
+
+    def _read(self, kind: type[Record], path: str) -> Record:
+        content = self.storage.read(path)
+        try:
+            return as_type(kind, parse_json(content))
+        except ParseError as error:
+            raise StoreError(f"{self.uri}/{path} is damaged: {error}") from None
 
     def complete(self, part: Part) -> dict[str, StoredShard]:
         """Return the complete tars of a part, by name without ending."""
         names = [name.removesuffix(".json") for name in self.storage.list(part) if name.endswith(".json")]
-        contents = in_threads(lambda name: self.storage.read(f"{part}/{name}.json"), names)
-        return {name: StoredShard(**json.loads(content)) for name, content in zip(names, contents, strict=True)}
+        shards = in_threads(lambda name: self._read(StoredShard, f"{part}/{name}.json"), names)
+        return dict(zip(names, shards, strict=True))
 
     def write(self, name: str, shard: StoredShard, content: bytes) -> None:
         """Add one complete tar."""
@@ -235,10 +259,10 @@ class EmbeddingStore:
         """Keep what one `sigray embed` did: {"num_images", "seconds", ...}."""
         self.storage.write(f"{_HISTORY}/{len(self.storage.list(_HISTORY)):05d}.json", json.dumps(entry).encode())
 
-    def history(self) -> list[dict[str, Any]]:
+    def history(self) -> list[HistoryEntry]:
         """Return what each complete `sigray embed` did, in order."""
         names = self.storage.list(_HISTORY)
-        return [json.loads(self.storage.read(f"{_HISTORY}/{name}")) for name in names if name.endswith(".json")]
+        return [self._read(HistoryEntry, f"{_HISTORY}/{name}") for name in names if name.endswith(".json")]
 
     def url(self, part: Part, name: str) -> str:
         return f"{self.uri}/{part}/{name}.tar"

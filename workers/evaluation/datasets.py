@@ -25,6 +25,7 @@ from sigray.workers.config import SUBFOLDERS, DataConfig, EvalSet
 from sigray.workers.data.decode import Decoder, Members, Refused, captions_at
 from sigray.workers.data.manifest import Manifest, Shard, read_samples, scan_shards
 from sigray.workers.data.tar import DataError, TarSample
+from sigray.workers.parse import as_type, parse_json
 
 CLASS = "cls"
 """Member with the class, as in webdataset's own classification sets.
@@ -281,6 +282,12 @@ def classes_of(spec: EvalSet) -> list[dict[str, str]]:
     return [{"id": name, "name": name.replace("_", " ")} for name in _subfolders(folder)]
 
 
+@dataclass(frozen=True)
+class _Class:
+    id: str | int
+    name: str
+
+
 def read_classes(path: str) -> list[dict[str, str]]:
     """The classes of a file: JSON, or a .txt with a name in each line.
 
@@ -290,15 +297,16 @@ def read_classes(path: str) -> list[dict[str, str]]:
         DataError: if the file is missing or is not a list of {id, name}.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        content = Path(path).read_bytes()
         if path.endswith(".txt"):
-            return [{"id": str(number), "name": line.strip()} for number, line in enumerate(text.splitlines())]
-        classes = json.loads(text)
-        if not classes or not all({"id", "name"} <= entry.keys() for entry in classes):
-            raise ValueError("a non-empty list of {id, name} expected")
-    except (OSError, ValueError, AttributeError) as error:
+            lines = content.decode().splitlines()
+            return [{"id": str(number), "name": line.strip()} for number, line in enumerate(lines)]
+        classes = as_type(list[_Class], parse_json(content))
+    except (OSError, ValueError) as error:
         raise DataError(f"eval classes {path}: {error}") from error
-    return classes
+    if not classes:
+        raise DataError(f"eval classes {path}: a non-empty list of {{id, name}} expected")
+    return [{"id": str(one.id), "name": one.name} for one in classes]
 
 
 def _subfolders(folder: str) -> list[str]:
