@@ -162,7 +162,8 @@ class Table:
         elif kind == "result":
             self._row(event).results.append(as_type(Result, event))
         elif kind == "decision":
-            decision, results = as_type(_Decision, event), self._row(event).results
+            decision = as_type(_Decision, event)
+            results = self._row(event).results
             if decision.rung >= len(results):
                 raise ParseError(f"trial {event['number']} has no result at rung {decision.rung}")
             results[decision.rung].answer, results[decision.rung].why = decision.answer, decision.why

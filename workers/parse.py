@@ -1,4 +1,4 @@
-"""JSON and YAML that somebody else may have written.
+"""Foreign JSON and YAML: parse it, or raise one kind of error.
 
 Both parsers return plain values or raise `ParseError`, whatever the content; `as_type` makes records of the values. The
 caller adds the name of the file and raises the error of its border: DataError, CheckpointError or ConfigError.
@@ -32,13 +32,13 @@ _KINDS = {"bool": "a truth value", "int": "a number", "float": "a number", "null
 
 
 class ParseError(ValueError):
-    """Content that is no JSON or no YAML, or exceeds a bound; the message is a short reason without the file's name."""
+    """Unusable content; the message is a short reason without the file's name."""
 
 
 def parse_json(content: bytes | str | memoryview, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """Return the value of a JSON text: UTF-8, at most 200 levels deep, integers of at most 4300 digits.
+    """Return the value of a JSON text.
 
-    NaN and Infinity are read: our metrics may hold them, and img2dataset writes them. A key that comes twice has its
+    The text is UTF-8, at most 200 levels deep, with integers of at most 4300 digits. NaN and Infinity are read: our metrics may hold them, and img2dataset writes them. A key that comes twice has its
     last value. Half of a surrogate pair is refused: nothing could encode the text again.
 
     Raises:
@@ -57,7 +57,9 @@ def parse_json(content: bytes | str | memoryview, *, max_bytes: int = MAX_JSON_B
 
 
 def as_type(kind: type[Record], content: Any) -> Record:
-    """Return a parsed value as a dataclass, or as a container of them; unknown keys are ignored.
+    """Return a parsed value as a dataclass, or a container of dataclasses.
+
+    Unknown keys are ignored.
 
     Raises:
         ParseError: gives the first key of another type, and its value.
@@ -66,8 +68,8 @@ def as_type(kind: type[Record], content: Any) -> Record:
         return _adapter(kind).validate_python(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        key, value = ".".join(map(str, first["loc"])), repr(first["input"])
-        found = f" (found {value[:60]})" if first["type"] != "missing" else ""
+        key = ".".join(map(str, first["loc"]))
+        found = f" (found {first['input']!r:.60})" if first["type"] != "missing" else ""
         raise ParseError(f"{f'{key}: ' if key else ''}{first['msg'].lower()}{found}") from None
 
 
@@ -77,7 +79,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def parse_yaml(content: bytes | str) -> Any:
-    """Return the value of a YAML 1.1 text in which every value is what it looks like.
+    """Return the value of a YAML 1.1 text without ambiguous values.
 
     Values are null, truth values, numbers, texts, lists, and mappings with texts as keys; a date is a text. Refused are
     tags other than `!!str`, keys that come twice, and numbers that YAML 1.1 reads in base 8 or 60.
@@ -109,7 +111,7 @@ def parse_yaml(content: bytes | str) -> Any:
 
 
 class _Loader(Composer, CParser, SafeConstructor, Resolver):
-    """CSafeLoader with bounds on depth and aliases, without tags, and with numbers that are unambiguous.
+    """CSafeLoader with bounds, without tags and ambiguous numbers.
 
     libyaml gives the events, at ten times the speed of PyYAML's own scanner. PyYAML's composer recurses, so the bounds
     stand there.

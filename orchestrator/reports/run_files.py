@@ -183,7 +183,8 @@ def read_run_files(storage: ForeignFolder, *, for_list: bool = False) -> RunFile
     if not storage.is_local:  # metrics.jsonl comes at the end; each checkpoint brings the lines before it
         known = {line.get("step") for line in lines}
         try:
-            lines += [line for line in read_metrics(storage) if line["step"] not in known]
+            saved = [line for line in read_metrics(storage) if line["step"] not in known]
+            lines += [line for line in saved if find_number(line, "samples_seen") is not None]
         except CheckpointError as error:
             unreadable.append(str(error))
         lines.sort(key=lambda line: line["samples_seen"])

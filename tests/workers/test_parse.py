@@ -1,4 +1,4 @@
-"""JSON and YAML of somebody else: a plain value or ParseError, whatever the content."""
+"""Foreign JSON and YAML: a plain value or ParseError, whatever the content."""
 
 from __future__ import annotations
 
