@@ -38,8 +38,9 @@ class ParseError(ValueError):
 def parse_json(content: bytes | str | memoryview, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """Return the value of a JSON text.
 
-    The text is UTF-8, at most 200 levels deep, with integers of at most 4300 digits. NaN and Infinity are read: our metrics may hold them, and img2dataset writes them. A key that comes twice has its
-    last value. Half of a surrogate pair is refused: nothing could encode the text again.
+    The text is UTF-8, at most 200 levels deep, with integers of at most 4300 digits. NaN and Infinity are read: our
+    metrics may hold them, and img2dataset writes them. A key that comes twice has its last value. Half of a surrogate
+    pair is refused: nothing could encode the text again.
 
     Raises:
         ParseError: for any other content.
