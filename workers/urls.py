@@ -35,7 +35,7 @@ def _place(text: str, expected: str) -> str:
         raise ValueError(f"is empty: give {expected}")
     if "\0" in text:
         raise ValueError(f"{shown} cannot be a name: it holds a NUL")
-    if not _is_utf8(text):
+    if not is_utf8(text):
         raise ValueError(f"{shown} cannot be a name: it holds bytes that are no UTF-8")
     kind = _KIND.match(text)
     if kind is None or os.path.lexists(text):
@@ -51,7 +51,8 @@ def _place(text: str, expected: str) -> str:
     raise ValueError(f"{shown}: {kind[0]} is not read here: give {expected}{local}")
 
 
-def _is_utf8(text: str) -> bool:
+def is_utf8(text: str) -> bool:
+    """Return whether a name has no bytes that Python could only escape."""
     try:
         text.encode()
     except UnicodeEncodeError:

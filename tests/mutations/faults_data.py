@@ -201,6 +201,27 @@ FAULTS = [
         "if True:",
         (f"{_W}manifest.py::test_reading_starts_anywhere",),
     ),
+    Fault(
+        "braces in a real name are a pattern",
+        "sigray.workers.data.shard_list:_expanded",
+        '"{" not in pattern or exists(pattern)',
+        '"{" not in pattern',
+        (f"{_W}shard_list.py::test_a_name_that_exists_is_itself",),
+    ),
+    Fault(
+        "the prefix train takes the shards of train_old",
+        "sigray.workers.data.shard_list:_in_s3",
+        "list_objects(f\"{name.removesuffix('/')}/\", s3)",
+        "list_objects(name, s3)",
+        (f"{_W}shard_list.py::test_patterns_of_keys",),
+    ),
+    Fault(
+        "a count in a sidecar may be true or false",
+        "sigray.workers.data.shard_counts:_sidecar_counts",
+        "type(count) is not int",
+        "not isinstance(count, int)",
+        (f"{_W}shard_counts.py::test_what_cannot_be_a_count_is_counted",),
+    ),
     # S3.
     Fault(
         "If-Match is not sent",

@@ -22,7 +22,6 @@ from sigray.workers.data.tar import BLOCK
 from sigray.workers.parse import parse_json
 
 _WIDS_INDEX = ("index.json", "shardindex.json", "wids-meta.json")
-_CACHE_VERSION = 2  # of what a pass over the headers counts
 _MAX_BYTES = 256 << 20  # of a sidecar or cache; a wids index of 200,000 shards has 40 MB
 
 
@@ -55,7 +54,7 @@ def _by_folder(files: Iterable[ShardFile]) -> dict[str, list[ShardFile]]:
 
 def _cache_path(folder: str, data: DataConfig) -> Path:
     """Return the cache file of a folder and of the members that make a pair."""
-    what = json.dumps([_CACHE_VERSION, folder, data.image_keys, [caption_member(source) for source in data.captions]])
+    what = json.dumps([folder, data.image_keys, [caption_member(source) for source in data.captions]])
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache, "sigray", "shards", f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.json")
 

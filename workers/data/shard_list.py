@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from sigray.workers.config import Patterns, S3Config
 from sigray.workers.data.tar import DataError
+from sigray.workers.urls import is_utf8
 
 MAX_NAMES = 1_000_000  # that a pattern may list or expand to; LAION-5B is 232,000 tars with two sidecars each
 _NUM_QUEUED = 10_000  # calls that wait for a thread; each takes a kilobyte
@@ -71,7 +72,8 @@ def list_shards(patterns: Patterns, s3: S3Config, key: str = "data.shards") -> d
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         try:
             for url, file in _in_s3(pattern, s3) if pattern.startswith("s3://") else _in_folders(pattern):
-                _check_utf8(url)
+                if not is_utf8(url):
+                    raise DataError(f"{os.fsencode(url)!r}: the name is not UTF-8: rename the file")
                 if url in found:
                     raise DataError(f"{url} is named twice by the patterns: every shard must be named once")
                 if len(found) == MAX_NAMES:
@@ -198,18 +200,8 @@ def _bounded(items: Iterable[Item], pattern: str) -> Iterator[Item]:
 
 
 def _too_many(pattern: str) -> DataError:
-    return DataError(f"{_short(pattern)} lists more than {MAX_NAMES:,} names: use a longer prefix or a smaller range")
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 200 else f"{text[:200]}...")
-
-
-def _check_utf8(url: str) -> None:
-    try:
-        url.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{os.fsencode(url)!r}: the name is not UTF-8: rename the file") from None
+    shown = repr(pattern if len(pattern) <= 200 else f"{pattern[:200]}...")
+    return DataError(f"{shown} lists more than {MAX_NAMES:,} names: use a longer prefix or a smaller range")
 
 
 def find_shards(patterns: Patterns, s3: S3Config, key: str, broken: list[str]) -> list[ShardFile]:
