@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from sigray.orchestrator.config import ConfigError, RunConfig, check_resume, parse_config
+from sigray.orchestrator.plain_console import PlainConsole
 from sigray.orchestrator.resources import evaluation_resources, worker_resources
 from sigray.orchestrator.run.driver import train
 from sigray.orchestrator.run.preflight import scan
@@ -80,7 +81,7 @@ def sweep(study: Study, console: Console | None = None, *, overwrite: bool = Fal
     from sigray.tuning.report import write_report
 
     # Ray Tune prints to standard output: while it runs that is redirected to a file, and our console is not.
-    display = Display(Console(file=(console or Console()).file))
+    display = Display(PlainConsole(file=(console or PlainConsole()).file))
     config = study.config
     storage = Storage(config.storage_uri)
     storage.check_writable()
@@ -501,7 +502,7 @@ def _run_trial(config: dict[str, Any], *, judge: Any, study: Study) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", buffering=1) as file:
         try:
-            _train(run, Console(file=file, width=160), trial)
+            _train(run, PlainConsole(file=file, width=160), trial)
         except ray.exceptions.RayActorError:
             raise  # the judge or the driver died: no fault of the trial
         except Exception as error:

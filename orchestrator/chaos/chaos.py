@@ -100,7 +100,7 @@ def chaos(
     result = Result(str(path), list(overrides), seed, chosen, num_faults)
 
     def say(message: str) -> None:
-        console.print(message, highlight=False, markup=False, soft_wrap=True)
+        console.print(message, soft_wrap=True)
 
     def supervised(name: str, words: list[str], **options: Any) -> Supervised:
         words = [*overrides, *common_overrides(base, out, name), *words]

@@ -76,14 +76,14 @@ RUN = argument("run_folder", metavar="RUN", help="folder of a run, or its storag
 
 
 def say(console: Console, *lines: object) -> None:
-    """Print lines as they are: no markup, no coloured numbers, no line breaks."""
-    console.print("\n".join(map(str, lines)), highlight=False, markup=False, soft_wrap=True)
+    """Print lines without line breaks."""
+    console.print("\n".join(map(str, lines)), soft_wrap=True)
 
 
 @contextlib.contextmanager
 def progress_bars(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """Yield `progress(stage, done, total)`: bars, or lines without a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
 

@@ -8,8 +8,6 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.console import Console
-
 from sigray.orchestrator.cli.chaos import chaos
 from sigray.orchestrator.cli.checkpoint import evaluate, export
 from sigray.orchestrator.cli.cluster import check, logs, status, stop, submit
@@ -19,6 +17,7 @@ from sigray.orchestrator.cli.pages import monitor, pages, report
 from sigray.orchestrator.cli.plan import config, plan
 from sigray.orchestrator.cli.profile import profile
 from sigray.orchestrator.cli.train import embed, resume, train
+from sigray.orchestrator.plain_console import PlainConsole
 
 _DESCRIPTION = """\
 Train SigLIP-style image-text models from WebDataset tars on a Ray cluster.
@@ -67,10 +66,10 @@ def main(
     if rest:
         options.overrides += rest
     try:
-        return options.run(options, Console()) or 0
+        return options.run(options, PlainConsole()) or 0
     except tuple(EXIT_CODES) as error:  # a message, no traceback
         message = str(error) or ("interrupted" if isinstance(error, KeyboardInterrupt) else "")
-        Console(stderr=True).print(f"sigray: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+        PlainConsole(stderr=True).print(f"sigray: {message}", style="red", soft_wrap=True)
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
 
 

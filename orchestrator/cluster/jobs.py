@@ -220,13 +220,13 @@ def stop(client: Any, job: str, console: Console) -> None:
     except RuntimeError as error:
         raise _no_such_job(job) from error
     if status.is_terminal():
-        console.print(f"{job} has already ended: {status.value.lower()}", highlight=False)
+        console.print(f"{job} has already ended: {status.value.lower()}")
         return
     client.stop_job(job)
-    console.print(f"{job} is writing a last checkpoint (up to {_STOP_S} s)", highlight=False)
+    console.print(f"{job} is writing a last checkpoint (up to {_STOP_S} s)")
     while not (status := client.get_job_info(job).status).is_terminal():
         time.sleep(0.5)
-    console.print(f"{job}: {status.value.lower()}", highlight=False)
+    console.print(f"{job}: {status.value.lower()}")
 
 
 @contextlib.contextmanager

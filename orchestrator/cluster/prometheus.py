@@ -123,7 +123,7 @@ def monitor(
     Raises:
         RuntimeError: Prometheus is not installed, does not start, or the head runs no Ray.
     """
-    say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    say = functools.partial(console.print, soft_wrap=True)
     metrics = Path(session, "metrics")
     config = metrics / "prometheus" / "prometheus.yml"
     if not config.exists():

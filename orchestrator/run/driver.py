@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from sigray.orchestrator.config import RunConfig, check_resume
+from sigray.orchestrator.plain_console import PlainConsole
 from sigray.orchestrator.reports.run_page import write_report
 from sigray.orchestrator.run.evaluations import Evaluations, add_baselines, submit_evaluation
 from sigray.orchestrator.run.monitor import RunMonitor
@@ -68,7 +69,7 @@ def train(
         RunFailed: if training itself failed.
     """
     begin = time.monotonic()
-    display = Display(console or Console())
+    display = Display(console or PlainConsole())
     folder = RunFolder(config)
     folder.storage.check_writable()
     with contextlib.ExitStack() as stack:

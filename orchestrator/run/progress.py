@@ -38,7 +38,7 @@ class Display:
         self.keep(message, kind)
 
     def _print(self, message: str) -> None:
-        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(Text(message), soft_wrap=True)  # no markup, on a console of the caller either
 
     def start(self, title: str, facts: dict[str, Any], data: dict[str, Any]) -> None:
         """Print the start-up block, and show progress from here on."""
@@ -67,7 +67,7 @@ class Display:
         if self.console.is_terminal:
             self.close()
             # Time left by the rate since the start: rich's own estimate jumps at each checkpoint.
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[left]}"))
             self._progress = Progress(*columns, console=self.console)
             done = facts["first_step"] * facts["global_batch_size"]
             self._bar = self._progress.add_task("starting", total=self._num_samples, completed=done, left="")
