@@ -274,6 +274,20 @@ FAULTS = [
         (f"{_DECODE}pictures_stand_as_exif_says[6-JPEG]",),
     ),
     Fault(
+        "the memory of an image's decoder is not bounded",
+        "sigray.workers.data.decode:_decode_with_pillow",
+        " or num_bytes > max(9 * max_pixels, _MAX_DECODE_BYTES)",
+        "",
+        (f"{_DECODE}memory_is_bounded_too",),
+    ),
+    Fault(
+        "a list of captions with a null is refused",
+        "sigray.workers.data.decode:_texts_in_json",
+        "if values and not texts",
+        "if len(texts) < len(values)",
+        (f"{_DECODE}captions_of_a_list_are_its_texts",),
+    ),
+    Fault(
         "a picture is cut at its corner, not in the centre",
         "sigray.workers.data.decode:_resize_and_cut_centre",
         "corner=corner",

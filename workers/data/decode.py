@@ -27,6 +27,7 @@ import json
 import math
 import re
 import struct
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,20 @@ Image.MAX_IMAGE_PIXELS = None
 # What Pillow may open. Pillow knows forty formats more, among them EPS, for which it starts Ghostscript.
 _FORMATS = ("PNG", "WEBP", "JPEG", "GIF", "BMP", "TIFF")
 _JPEG_START = b"\xff\xd8\xff"
+_ORIENTATION = 0x0112  # EXIF tag
+
+# Memory of one image: Pillow holds 4 bytes a pixel, the result has 3. WebP's decoder holds two frames and a copy of
+# one; a TIFF is turned into a second image. (Measured with 40 million pixels of each format.)
+_MAX_DECODE_BYTES = 768 << 20  # 9 bytes a pixel of the default of data.max_image_pixels: a progressive JPEG
+_BYTES_PER_PIXEL = {"WEBP": 16, "TIFF": 8}
+_BYTES_PER_CMYK = 12  # of a JPEG with several scans: the decoder keeps the coefficients of all scans
+_STRIP_PIXELS = 1 << 20
+_MAX_SCANS = 100  # of a JPEG; progressive photos have about 10
+_TIFF_OFFSETS = (273, 324)
+_MAX_TIFF_PARTS = 1 << 18  # strips or tiles, for each of which Pillow makes an object
+# Threads of a process, as those of `sigray data inspect`, decode one large image at a time.
+_LARGE_PIXELS = 1 << 24
+_LARGE_IMAGE = threading.Lock()
 
 # From the most to the least specific reason.
 _CAPTION_REASONS = ("caption is not UTF-8", "unreadable json caption", "empty caption", "no caption")
@@ -184,17 +199,22 @@ def random_box(
 def decode_pixels(content: bytes | memoryview, max_pixels: int) -> np.ndarray:
     """Decode an image upright to (H, W, 3) uint8, perhaps a read-only or strided view.
 
+    Takes at most 768 MiB of memory, or 9 bytes for each of more `max_pixels`.
+
     Raises:
         Refused: "unreadable image", "image too large".
     """
     try:
         if content[:3] == _JPEG_START:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-            if height * width > max_pixels:
+            num_scans = _num_scans(content)
+            if height * width > max_pixels or num_scans > _MAX_SCANS:
                 raise Refused("image too large")
             if colours not in ("CMYK", "YCCK"):  # libjpeg does not convert those to RGB
-                # Strict by default: damaged entropy bytes raise. libjpeg alone warns, and fills with grey.
-                return _upright(simplejpeg.decode_jpeg(content, "RGB"), _jpeg_orientation(content))
+                with _LARGE_IMAGE if height * width > _LARGE_PIXELS else contextlib.nullcontext():
+                    # Strict by default: damaged entropy bytes raise. libjpeg alone warns, and fills with grey.
+                    return _upright(simplejpeg.decode_jpeg(content, "RGB"), _jpeg_orientation(content))
+            return _decode_with_pillow(content, max_pixels, _BYTES_PER_CMYK if num_scans > 1 else 0)
         return _decode_with_pillow(content, max_pixels)
     except Refused:
         raise
@@ -202,48 +222,110 @@ def decode_pixels(content: bytes | memoryview, max_pixels: int) -> np.ndarray:
         raise Refused("unreadable image") from error
 
 
-def _decode_with_pillow(content: bytes | memoryview, max_pixels: int) -> np.ndarray:
+def _decode_with_pillow(content: bytes | memoryview, max_pixels: int, least_bytes: int = 0) -> np.ndarray:
+    if sum(count for tag, count, _ in _tiff_entries(content) if tag in _TIFF_OFFSETS) > _MAX_TIFF_PARTS:
+        raise Refused("image too large")
     with Image.open(io.BytesIO(content), formats=_FORMATS) as file:  # an animation opens at its first frame
-        if file.width * file.height > max_pixels:
+        num_pixels = file.width * file.height
+        bytes_per_pixel = max(least_bytes, _BYTES_PER_PIXEL.get(str(file.format), 7))
+        num_copies = 2 if file.format in ("TIFF", "WEBP") else 1
+        num_bytes = num_pixels * bytes_per_pixel + num_copies * len(content)
+        if num_pixels > max_pixels or num_bytes > max(9 * max_pixels, _MAX_DECODE_BYTES):
             raise Refused("image too large")
-        file.load()
-        image: Image.Image = file
-        with contextlib.suppress(Exception):  # unreadable EXIF does not turn the picture
-            image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):  # Pillow's conversion clips 16-bit grey to white
-            deep = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        with _LARGE_IMAGE if num_pixels > _LARGE_PIXELS else contextlib.nullcontext():
+            file.load()
+            return _upright(_to_rgb(file), _pillow_orientation(file))
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    """Convert a loaded image in strips: each of Pillow's conversions is a copy of 4 bytes a pixel."""
+    width, height = image.size
+    is_deep = image.mode.startswith("I")  # Pillow's conversion clips 16-bit grey to white
+    pixels = np.empty((height, width, 1 if is_deep else 3), np.uint8)
+    num_rows = max(1, _STRIP_PIXELS // max(1, width))
+    for top in range(0, height, num_rows):
+        strip = image if num_rows >= height else image.crop((0, top, width, min(height, top + num_rows)))
+        rows = pixels[top : top + num_rows]
+        if is_deep:
+            deep = np.asarray(strip).clip(0, 65535).astype(np.uint32)
             grey = ((deep * 255 + 32767) // 65535).astype(np.uint8)
             grey[deep == image.info.get("transparency", -1)] = 255
-            return np.broadcast_to(grey[:, :, None], (*grey.shape, 3))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.asarray(image.convert("RGB"))
+            rows[:] = grey[:, :, None]
+            continue
+        if strip.has_transparency_data:
+            strip = strip.convert("RGBA")
+            strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
+        rows[:] = np.asarray(strip.convert("RGB"))
+    return np.broadcast_to(pixels, (height, width, 3))
+
+
+def _pillow_orientation(file: Image.Image) -> int:
+    """Return the orientation by which Pillow's exif_transpose would turn an image.
+
+    A marker stands for the image: the function copies what it turns, and turns nothing if the EXIF cannot be written
+    again. Pillow turns a TIFF itself while it loads the TIFF.
+    """
+    marker = Image.new("L", (1, 1))
+    marker.info = {} if file.format == "TIFF" else dict(file.info)
+    with contextlib.suppress(Exception):  # unreadable EXIF does not turn the picture
+        orientation = marker.getexif().get(_ORIENTATION, 1)
+        ImageOps.exif_transpose(marker)
+        return int(orientation) if orientation in range(1, 9) else 1
+    return 1
+
+
+def _num_scans(content: bytes | memoryview) -> int:
+    """Return the number of a JPEG's scans, each of which costs as much time as the first.
+
+    A file's bytes are searched only if its header allows several scans: to search a photo takes a tenth of the time to
+    decode it.
+    """
+    num_colours = 0
+    for kind, start, _ in _jpeg_segments(content):
+        if kind in (0xC0, 0xC1) and start + 6 <= len(content):
+            num_colours = content[start + 5]
+        elif kind == 0xDA and content[start] == num_colours:
+            return 1
+    return bytes(content).count(b"\xff\xda")
+
+
+def _jpeg_segments(content: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
+    """Yield kind, first and last byte of the segments before a JPEG's first scan, and of the header of that scan."""
+    place = 2
+    kind = 0
+    while kind != 0xDA and place + 4 < len(content) and content[place] == 0xFF:
+        kind = content[place + 1]
+        end = place + 2 + int.from_bytes(content[place + 2 : place + 4], "big")
+        yield kind, place + 4, end
+        place = end
 
 
 def _jpeg_orientation(content: bytes | memoryview) -> int:
     """Return the EXIF orientation, 1 to 8, of the first segments; 1 if there is none."""
-    place = 2
-    while content[place] == 0xFF and (0xE0 <= content[place + 1] <= 0xEF or content[place + 1] == 0xFE):
-        end = place + 2 + int.from_bytes(content[place + 2 : place + 4], "big")
-        if content[place + 1] == 0xE1 and content[place + 4 : place + 10] == b"Exif\0\0":
-            return _exif_orientation(content[place + 10 : end])
-        place = end
+    for kind, start, end in _jpeg_segments(content):
+        if not (0xE0 <= kind <= 0xEF or kind == 0xFE):
+            break
+        if kind == 0xE1 and content[start : start + 6] == b"Exif\0\0":
+            values = (value for tag, _, value in _tiff_entries(content[start + 6 : end]) if tag == _ORIENTATION)
+            value = next(values, 1)
+            return value if 1 <= value <= 8 else 1
     return 1
 
 
-def _exif_orientation(tiff: bytes | memoryview) -> int:
-    if tiff[:2] != b"II" and tiff[:2] != b"MM":
-        return 1
-    order = "<" if tiff[:2] == b"II" else ">"
-    with contextlib.suppress(struct.error):  # cut short
-        (start,) = struct.unpack_from(f"{order}I", tiff, 4)
-        (num_entries,) = struct.unpack_from(f"{order}H", tiff, start)
-        for entry in range(start + 2, start + 2 + 12 * num_entries, 12):
-            tag, _, _, value = struct.unpack_from(f"{order}HHIH", tiff, entry)
-            if tag == 0x0112:
-                return value if 1 <= value <= 8 else 1
-    return 1
+def _tiff_entries(tiff: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
+    """Yield tag, count and the first 16 bits of the value of the first directory's entries; none if it is no TIFF."""
+    order = {b"II": "<", b"MM": ">"}.get(bytes(tiff[:2]))
+    if order is None:
+        return
+    with contextlib.suppress(struct.error, OverflowError):  # cut short
+        is_big = struct.unpack_from(f"{order}H", tiff, 2) == (43,)
+        (start,) = struct.unpack_from(f"{order}{'Q' if is_big else 'I'}", tiff, 8 if is_big else 4)
+        (num_entries,) = struct.unpack_from(f"{order}{'Q' if is_big else 'H'}", tiff, start)
+        start += 8 if is_big else 2
+        entry = struct.Struct(f"{order}{'HHQH6x' if is_big else 'HHIH2x'}")
+        for number in range(num_entries):
+            tag, _, count, value = entry.unpack_from(tiff, start + number * entry.size)
+            yield tag, count, value
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:

@@ -7,7 +7,6 @@ import math
 import mmap
 import struct
 import warnings
-import zlib
 from collections import Counter
 
 import numpy as np
@@ -22,6 +21,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from sigray.workers.config import DataConfig
 from sigray.workers.data.decode import Decoder, Refused, captions_at, decode_pixels, random_box, sample_random
+from tests.helpers.hostile import jpeg_with_scans, png, tiff_with_strips
 
 MAX_PIXELS = 10**6
 SIZES = [
@@ -237,15 +237,6 @@ def test_drawing_captions_does_not_shift_the_crop():
 # ---------------------------------------------------------------------------------------------- kinds of files
 
 
-def png(width: int, height: int, depth: int, colour: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG written out: Pillow cannot write all kinds that it reads. `rows` begin with their filter byte each."""
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
-    )
-
-
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 30}])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_jpeg_pixels_are_pillows(mode, options):
@@ -264,6 +255,43 @@ def test_cmyk_jpeg_keeps_its_colours():
     ycck = content[:place] + b"\x02" + content[place + 1 :]
     assert simplejpeg.decode_jpeg_header(ycck)[2] == "YCCK"
     np.testing.assert_array_equal(decode_pixels(ycck, MAX_PIXELS), decoded_by_pillow(ycck))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_strips_are_the_whole_image(monkeypatch, mode, orientation):
+    """A large image is converted in strips, to bound the memory of the copies."""
+    image = photo(37, 53).convert("L" if mode == "I;16" else mode)
+    image = Image.fromarray(np.asarray(image).astype(np.uint16) * 201) if mode == "I;16" else image
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(image, "PNG", exif=exif, **({"transparency": 3} if mode in ("P", "L", "I;16") else {}))
+    whole = decode_pixels(content, MAX_PIXELS)
+    monkeypatch.setattr("sigray.workers.data.decode._STRIP_PIXELS", 200)
+    np.testing.assert_array_equal(decode_pixels(content, MAX_PIXELS), whole)
+    assert whole.shape == ((53, 37, 3) if orientation == 6 else (37, 53, 3))
+
+
+def test_bounds_on_scans_and_strips():
+    """A progressive photo has ten scans, and each further one costs a pass over the image."""
+    assert refusal(jpeg_with_scans(80)) == "unreadable image"  # decoded: the last scan may not come again
+    assert refusal(jpeg_with_scans(100)) == "image too large"
+    assert refusal(tiff_with_strips(1 << 19)) == "image too large"
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "bytes_per_pixel", "num_copies"),
+    [("WEBP", "RGB", 16, 2), ("TIFF", "RGB", 8, 2), ("JPEG", "CMYK", 12, 1)],
+)
+def test_memory_is_bounded_too(monkeypatch, kind, mode, bytes_per_pixel, num_copies):
+    """What the decoder and the conversions allocate, not pixels alone; the bound is low here."""
+    content = encoded(photo(200, 100, mode), kind, **({"progressive": True} if kind == "JPEG" else {}))
+    needed = 20_000 * bytes_per_pixel + num_copies * len(content)
+    monkeypatch.setattr("sigray.workers.data.decode._MAX_DECODE_BYTES", needed - 1)
+    with pytest.raises(Refused, match="image too large"):
+        decode_pixels(content, 20_000)
+    monkeypatch.setattr("sigray.workers.data.decode._MAX_DECODE_BYTES", needed)
+    assert decode_pixels(content, 20_000).shape == (200, 100, 3)
 
 
 def test_16_bit_grey_is_scaled_not_clipped():
