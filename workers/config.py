@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from sigray.workers.model.schema import check_towers
+from sigray.workers.tower_limits import check_towers
 from sigray.workers.urls import local_or_s3, local_path
 
 PositiveInt = Annotated[int, Field(gt=0)]

@@ -9,7 +9,7 @@ import copy
 from typing import Any
 
 from sigray.workers.config import ModelConfig
-from sigray.workers.model.schema import check_towers
+from sigray.workers.tower_limits import check_towers
 from sigray.workers.model.untrusted import read_open_clip_config
 
 # Keys of open_clip's config files that choose a class, not a shape; the class is always CustomTextCLIP here.
