@@ -17,9 +17,8 @@ from typing import Any
 
 from sigray.workers.storage import Storage
 
-MAX_BYTES = 16 << 20  # of a file
-_YAML_BYTES = 256 << 10  # 1.3 s to parse; a resolved config has 10 kB
-_MAX_LOOK_BYTES = 64 << 20  # of all files that one look at a folder reads; parsed, they take up to 21 times as much
+MAX_BYTES = 16 << 20  # parsed, it takes up to 21 times as much
+_YAML_BYTES = 256 << 10  # a resolved config has 10 kB
 MAX_NAMES = 10_000  # of a listing
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # NONBLOCK: a FIFO has no writer to wait for
 Version = tuple[int, ...] | None
@@ -36,25 +35,29 @@ class ForeignFolder(Storage):
         place: a folder that the user named; it may be a link.
         name: the path below it, without `..`.
         places: all such folders.
+        max_bytes: of a file; all files that the look reads may have four times as much.
 
     Attributes:
         seen: what the look has read or looked for, with the version.
     """
 
-    def __init__(self, place: Storage, name: str = "", places: Sequence[Storage] = ()) -> None:
+    def __init__(
+        self, place: Storage, name: str = "", places: Sequence[Storage] = (), max_bytes: int = MAX_BYTES
+    ) -> None:
         self._place, self._name = place, name
         self._places = places or [place]
         self.seen: dict[tuple[ForeignFolder, str], Version] = {}
         self.is_local, self.filesystem = place.is_local, place.filesystem
         self.uri, self.root = (f"{base}/{name}" if name else base for base in (place.uri, place.root))
-        self._left = _MAX_LOOK_BYTES
+        self._max_bytes = max_bytes
+        self._left = 4 * max_bytes
 
     def below(self, name: str) -> ForeignFolder:
         """Return a folder inside of this folder."""
         return self._other(self._place, f"{self._name}/{name}" if self._name else name)
 
     def _other(self, place: Storage, name: str) -> ForeignFolder:
-        other = ForeignFolder(place, name, self._places)
+        other = ForeignFolder(place, name, self._places, self._max_bytes)
         other.seen = self.seen
         return other
 
@@ -75,12 +78,12 @@ class ForeignFolder(Storage):
             LinkError: a part of the path is a link.
             OSError: it is no regular file, or larger than the bound.
         """
-        max_bytes = max_bytes or (_YAML_BYTES if path.endswith(".yaml") else MAX_BYTES)
+        max_bytes = max_bytes or (_YAML_BYTES if path.endswith(".yaml") else self._max_bytes)
         return self._read_end(path, max_bytes, must_fit=True)[0]
 
-    def read_lines(self, path: str, max_bytes: int = MAX_BYTES) -> tuple[list[bytes], int]:
+    def read_lines(self, path: str, max_bytes: int | None = None) -> tuple[list[bytes], int]:
         """Return the last lines of a file, and how many bytes before them are left out."""
-        content, size = self._read_end(path, max_bytes)
+        content, size = self._read_end(path, max_bytes or self._max_bytes)
         if size > len(content):
             content = content.partition(b"\n")[2]
         return content.splitlines(), size - len(content)
@@ -135,7 +138,7 @@ class ForeignFolder(Storage):
             file.seek(begin)
             self._left -= size - begin
             if self._left < 0:
-                raise OSError(f"{self.uri} holds more than {_MAX_LOOK_BYTES >> 20} MiB to read")
+                raise OSError(f"{self.uri} holds more than {4 * self._max_bytes >> 20} MiB to read")
             return file.read(size - begin), size
 
     def _note(self, path: str) -> Version:

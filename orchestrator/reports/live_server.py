@@ -54,6 +54,7 @@ _MAX_EVENTS = 40
 _EVENTS_BYTES = 1 << 20
 _MAX_TEXT = 300
 _MAX_FILE_BYTES = 64 << 20  # of a report with its images
+_ENTRY_BYTES = 4 << 20  # of a file, for the list
 _WAIT_S = 1.5  # for which the list waits for folders
 _KEEP_S = 3.0  # for which an answer is kept at least
 _REST = 10  # an answer is kept this many times as long as it took to make
@@ -257,7 +258,8 @@ class Pages:
         self._kinds = {kind.name: kind for kind in kinds}
         self._kept: dict[str, _Kept] = {}
         self._jobs: dict[tuple[str, ...], _Job] = {}
-        self._pool = ThreadPoolExecutor(8, "pages")  # an entry takes a few round trips if the place is a bucket
+        # An entry takes a few round trips if the place is a bucket, else processor time that a page may need.
+        self._pool = ThreadPoolExecutor(2 if all(place.is_local for place in self._places) else 8, "pages")
         self._lock = threading.Lock()  # of the two dicts
         self._drawing = threading.Lock()  # matplotlib draws one figure at a time
 
@@ -340,19 +342,20 @@ class Pages:
             found, note = listing.result(deadline) or ([], f"{place.uri} has not answered yet")
             folders += [(place, name) for name in found]
             notes += [note] if note else []
-        content: dict[str, Any] = {}
-        for kind in (self._kinds[name] for name in names):
-            jobs = [
-                (name, self._begin((kind.name, place.uri, name), partial(self._entry, kind, place, name)))
-                for place, name in folders
-            ]
-            entries = [(name, job.result(deadline)) for name, job in jobs]
-            late = [name for name, entry in entries if entry is None]
-            if late:
-                more = f" and {len(late) - 10:,} more" if len(late) > 10 else ""
-                notes.append(f"not read yet: {', '.join(late[:10])}{more}")
-            first = {name: entry.state for name, entry in reversed(entries) if entry is not None and entry.state}
-            content[kind.name] = sorted(first.values(), key=lambda one: -(one["updated_at"] or 0))
+        jobs = [
+            (kind, name, self._begin((kind, place.uri, name), partial(self._entry, self._kinds[kind], place, name)))
+            for place, name in folders
+            for kind in names
+        ]
+        entries = [(kind, name, job.result(deadline)) for kind, name, job in jobs]
+        late = list(dict.fromkeys(name for _, name, entry in entries if entry is None))
+        if late:
+            more = f" and {len(late) - 10:,} more" if len(late) > 10 else ""
+            notes.append(f"not read yet: {', '.join(late[:10])}{more}")
+        states = {(kind, name): entry.state for kind, name, entry in reversed(entries) if entry and entry.state}
+        content: dict[str, Any] = {name: [state for key, state in states.items() if key[0] == name] for name in names}
+        for found in content.values():
+            found.sort(key=lambda state: -(state["updated_at"] or 0))
         content["notes"] = notes
         title = " and ".join(names).capitalize()
 
@@ -394,7 +397,7 @@ class Pages:
         """Return the entry of a folder: the one before, if none of its files has changed."""
         if before is not None and before.is_settled and not before.folder.is_changed():
             return before
-        folder = ForeignFolder(place, name, self._places)
+        folder = ForeignFolder(place, name, self._places, _ENTRY_BYTES)
         address = f"/{kind.name}/{name}"
         try:
             if not folder.exists(kind.mark):

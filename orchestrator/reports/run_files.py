@@ -164,7 +164,7 @@ def read_run_files(storage: ForeignFolder, *, for_list: bool = False) -> RunFile
     summary, _ = load(SUMMARY, parse_json)
     lines = []
     try:
-        found, left_out = storage.read_lines(METRICS, *[_LIST_BYTES] * for_list)
+        found, left_out = storage.read_lines(METRICS, _LIST_BYTES if for_list else None)
         lines = [content for content in parsed_lines(found) if find_number(content, "samples_seen") is not None]
         if left_out and not for_list:
             unreadable.append(f"{METRICS}: its first {left_out:,} bytes are left out")

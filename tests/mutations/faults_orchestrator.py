@@ -9,6 +9,7 @@ _FOLDER = "tests/orchestrator/test_run_folder.py"
 _FORMATTING = "tests/orchestrator/test_formatting.py"
 _LEASE = "tests/workers/checkpoint/test_lease.py"
 _MONITORING = "tests/orchestrator/cluster/test_prometheus.py"
+_HOSTILE = "tests/orchestrator/reports/test_hostile_folders.py"
 _PAGES = "tests/orchestrator/reports/test_live_server.py"
 _PLAN = "tests/orchestrator/planning/test_plan.py"
 _POLICY = "tests/orchestrator/run/test_policy.py"
@@ -368,6 +369,27 @@ FAULTS = [
         "os.open(part, _FLAGS, dir_fd=descriptor)",
         "os.open(part, _FLAGS & ~os.O_NOFOLLOW, dir_fd=descriptor)",
         (f"{_PAGES}::test_nothing_outside_a_run_is_served",),
+    ),
+    Fault(
+        "a device or FIFO of a served folder is read",
+        "sigray.orchestrator.reports.foreign_folder:ForeignFolder._read_end",
+        "if not stat.S_ISREG(",
+        "if not stat.S_IMODE(",
+        (f"{_HOSTILE}::test_a_read_is_bounded_and_takes_regular_files_only",),
+    ),
+    Fault(
+        "a site of any name may read the pages",
+        "sigray.orchestrator.reports.http_server:_is_ours",
+        "return name in names or",
+        "return bool(name) or",
+        ("tests/orchestrator/reports/test_http_server.py::test_another_host_is_refused",),
+    ),
+    Fault(
+        "the name of a run chooses the host of its storage",
+        "sigray.workers.storage:Storage.__init__",
+        "[?#",
+        "[#",
+        ("tests/workers/test_storage.py::test_a_uri_holds_no_options_and_no_credentials",),
     ),
     Fault(
         "workers may be fewer or more than the hosts of a slice",
