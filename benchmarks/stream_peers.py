@@ -290,7 +290,7 @@ def over_rounds(arrivals: list[float]) -> float:
 
 def floor_process(paths: list[Path], news: Any) -> None:
     from sigray.workers.data.pool import keep_freed_memory
-    from sigray.workers.data.tar import MappedFile, read_tar
+    from sigray.workers.data.tar import LocalFile, read_tar
 
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -298,7 +298,7 @@ def floor_process(paths: list[Path], news: Any) -> None:
 
     def members() -> Iterator[dict[str, Any]]:
         for path in itertools.cycle(paths):
-            for sample in read_tar(MappedFile(path)):
+            for sample in read_tar(LocalFile(path)):
                 yield sample.members
 
     samples = members()

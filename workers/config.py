@@ -197,6 +197,9 @@ class DataConfig(Section):
     max_bad_fraction: Fraction = 0.01
     """Largest fraction of refused samples (unreadable image, no caption).
     Above it the run stops and names the reasons."""
+    allow_unclosed: bool = False
+    """Accept a tar that ends after a member, without the two closing blocks of a tar.
+    A download that broke off there cannot be told from a whole tar."""
     s3: S3Config = S3Config()
     """How s3:// shards are reached."""
     shard_cache: LocalPath | None = None

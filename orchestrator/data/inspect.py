@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -35,10 +35,9 @@ from sigray.orchestrator.formatting import NBSP, TIMES
 from sigray.orchestrator.tables import printable
 from sigray.workers.config import DataConfig, Patterns
 from sigray.workers.data.decode import Decoder, Refused, captions_at, decode_pixels, sample_random
-from sigray.workers.data.manifest import is_pair, scan_shards
-from sigray.workers.data.shard_counts import ShardCount
+from sigray.workers.data.manifest import is_pair, scan_shards, shard_count
 from sigray.workers.data.shard_list import ShardFile, list_shards
-from sigray.workers.data.tar import ByteSource, DataError, MappedFile, TarSample, read_tar
+from sigray.workers.data.tar import ByteSource, DataError, LocalFile, Tally, TarSample, read_tar
 
 NUM_SAMPLES = 2000
 """Samples to decode by default."""
@@ -131,8 +130,8 @@ class ShardFindings:
     marks: list[int] = field(default_factory=list)
     endings: Counter[str] = field(default_factory=Counter)
     keys: bytes = b""  # compressed: most are consecutive numbers
-    key_hashes: array[int] = field(default_factory=lambda: array("q"))
-    double_members: list[str] = field(default_factory=list)  # keys of samples with two members of one name
+    tally: Tally = field(default_factory=Tally)
+    refused_by_reader: dict[str, list[str]] = field(default_factory=dict)  # keys by reason
     # Of the decoded samples.
     num_decoded: int = 0
     formats: Counter[tuple[str, str]] = field(default_factory=Counter)  # (format, ending)
@@ -283,13 +282,39 @@ def _share(total: int, rank: int, count: int) -> int:
     return total // count + (rank < total % count)
 
 
+class _Stopped(Exception):
+    """The time is up."""
+
+
+class _Stoppable:
+    """A source whose `read` raises `_Stopped` when the time is up.
+
+    A tar may have gigabytes of headers before its next sample.
+    """
+
+    def __init__(self, source: ByteSource, stop: threading.Event) -> None:
+        self._source = source
+        self._stop = stop
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def read(self, count: int) -> bytes | memoryview:
+        if self._stop.is_set():
+            raise _Stopped
+        return self._source.read(count)
+
+    def reopen(self) -> _Stoppable:
+        return _Stoppable(self._source.reopen(), self._stop)
+
+
 def open_url(url: str, data: DataConfig, start: int = 0) -> ByteSource:
     """Open a shard at a byte; no manifest exists yet that could say what it should be."""
     if url.startswith("s3://"):
         from sigray.workers.data.s3 import S3Stream, stat
 
         return S3Stream(stat(url, data.s3), data.s3, start)
-    return MappedFile(url, start)
+    return LocalFile(url, start)
 
 
 @dataclass
@@ -321,19 +346,18 @@ class _ShardReader:
             with contextlib.closing(open_url(found.url, self.data)) as source:
                 found.is_opened = True
                 found.num_bytes = source.num_bytes
-                for sample in read_tar(source):
-                    if self.stop.is_set():
-                        break
+                stoppable = cast(ByteSource, _Stoppable(source, self.stop))
+                unclosed = self.data.allow_unclosed
+                for sample in read_tar(stoppable, allow_unclosed=unclosed, tally=found.tally):
                     keys.append(sample.key)
                     self._count(sample)
                     if self._is_due(sample, self.num_samples, found.num_decoded):
                         self._decode(sample)
                     found.num_bytes_read = source.position
-                else:
-                    found.is_whole = True
-                    found.num_bytes_read = found.num_bytes
-        except UnicodeDecodeError:
-            found.problem = "damaged: a member's name is not UTF-8"
+                found.is_whole = True
+                found.num_bytes_read = found.num_bytes
+        except _Stopped:
+            pass
         except (DataError, OSError) as error:
             reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
             found.problem = reason.removeprefix(f"{found.url}: ")
@@ -350,16 +374,15 @@ class _ShardReader:
         found.num_samples += 1
         found.num_pairs += is_pair(sample, self.data)
         found.endings.update(sample.members.keys())
-        found.key_hashes.append(hash(sample.key))
-        if sample.has_duplicates:
-            found.double_members.append(sample.key)
+        if sample.refusal:
+            found.refused_by_reader.setdefault(sample.refusal, []).append(sample.key)
 
     def _decode(self, sample: TarSample) -> None:
         found = self.found
         found.num_decoded += 1
         is_captioned = self._count_captions(sample)
         # In the order in which a data-shard worker would find them.
-        reasons = ["duplicate key"] if sample.has_duplicates else []
+        reasons = [sample.refusal] if sample.refusal else []
         if not is_captioned:
             try:
                 self.decoder.choose_caption(sample.members, None)
@@ -449,7 +472,7 @@ def _training_problems(found: Inspection) -> list[tuple[str, str]]:
             """Answer header passes with what has been read already."""
             for file in files:
                 shard = by_url[file.url]
-                known = ShardCount(shard.num_samples, tuple(shard.marks), shard.num_pairs, tuple(sorted(shard.endings)))
+                known = shard_count(shard.num_samples, shard.marks, shard.num_pairs, shard.endings, shard.tally)
                 yield known if file.num_bytes == shard.num_bytes else header_pass(file)
 
         try:

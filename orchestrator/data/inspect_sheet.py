@@ -29,7 +29,7 @@ from sigray.orchestrator.reports.template import page, render
 from sigray.orchestrator.tables import add, printable, rows_table, table
 from sigray.workers.config import DataConfig, caption_member
 from sigray.workers.data.decode import Refused, captions_at
-from sigray.workers.data.tar import read_tar
+from sigray.workers.data.tar import WHY_UNUSABLE, read_tar
 from sigray.workers.storage import Storage
 
 _MAX_ROWS = 20
@@ -45,6 +45,7 @@ def inspection_tables(found: Inspection) -> Group:
         tables |= {"images": _formats_table(found), "image sizes": _sizes_table(found), **_captions_tables(found)}
     tables |= {
         "most frequent captions": _repeated_captions_table(found),
+        "not used, of all that was read": _unusable_table(found),
         "duplicate keys": _duplicates_table(found),
         "broken samples, of those decoded": _broken_table(found),
         f"problems, {len(found.problems)}": _problems_table(found),
@@ -172,16 +173,28 @@ def _read_caption(url: str, place: int, source: str, hashed: int, data: DataConf
     return next((text for text in texts if hash(text) == hashed), "(changed meanwhile)")
 
 
+def _unusable_table(found: Inspection) -> Table:
+    """Return what training cannot use, whatever the config says."""
+    made = table(("what", "left"), ("number", "right"), ("why, or the first", "left"))
+    counts: Counter[str] = sum((Counter(shard.tally.unusable()) for shard in found.shards), Counter())
+    for what, count in counts.most_common():
+        add(made, what, f"{count:,}", WHY_UNUSABLE.get(what, ""))
+    refused: dict[str, list[str]] = {}
+    for shard in found.shards:
+        for reason, keys in shard.refused_by_reader.items():
+            refused.setdefault(reason, []).extend(f"{shard.name} {key}" for key in keys)
+    for reason, keys in refused.items():
+        add(made, f"samples refused: {reason}", f"{len(keys):,}", ", ".join(keys[:KEYS_PER_REASON]))
+    return made
+
+
 def _duplicates_table(found: Inspection) -> Table:
     made = table(("", "left"), ("samples", "right"), ("first", "left"))
-    doubles = [f"{shard.name} {key}" for shard in found.shards for key in shard.double_members]
-    if doubles:
-        add(made, "two members of one name: training refuses them", f"{len(doubles):,}", ", ".join(doubles[:3]))
-    read = [shard for shard in found.shards if shard.key_hashes]
-    hashes = _joined(shard.key_hashes for shard in read)
+    read = [shard for shard in found.shards if shard.tally.key_hashes]
+    hashes = _joined(shard.tally.key_hashes for shard in read)
     if not len(hashes):
         return made
-    sizes = [len(shard.key_hashes) for shard in read]
+    sizes = [len(shard.tally.key_hashes) for shard in read]
     shards = np.repeat(np.arange(len(read)), sizes)
     order = np.argsort(hashes, kind="stable")  # equal keys of one shard are neighbours
     is_again = hashes[order][1:] == hashes[order][:-1]

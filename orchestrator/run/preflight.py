@@ -31,7 +31,7 @@ def check_run(config: RunConfig, display: Display, *, saved: Manifest | None, is
     Raises:
         ConfigError, DataError, OSError: for what the user can fix.
     """
-    manifest = scan(config, display)
+    manifest = scan(config, display, is_old=saved is not None and saved.is_old)
     check_batch(config, manifest)
     if saved is not None:
         changed = saved.differences(manifest)
@@ -48,10 +48,13 @@ def check_run(config: RunConfig, display: Display, *, saved: Manifest | None, is
     return manifest
 
 
-def scan(config: RunConfig, display: Display) -> Manifest:
+def scan(config: RunConfig, display: Display, *, is_old: bool = False) -> Manifest:
     """Return the manifest of a run's shards, or of their embeddings in a store.
 
     Headers of unknown shards are read: in tasks of the cluster that the run joins, else in threads of this process.
+
+    Args:
+        is_old: count by the rules of a run that began until November 2026.
     """
     from sigray.workers.data.pool import in_tasks
 
@@ -66,7 +69,7 @@ def scan(config: RunConfig, display: Display) -> Manifest:
             display.say(f"read the headers of {done:,} of {total:,} shards")
 
     parallel_map = in_tasks if cluster_address(config) else in_threads
-    manifest = scan_shards(config.data.shards, config.data, show, parallel_map)
+    manifest = scan_shards(config.data.shards, config.data, show, parallel_map, is_old=is_old)
     if config.embeddings.store is None:
         return manifest
     return check_store(config).manifest(manifest, config.data, parallel_map)

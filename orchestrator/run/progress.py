@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sigray.orchestrator.formatting import format_duration
+from sigray.workers.data.manifest import listed
 
 _WAITING_LINE_S = 20  # between two lines while the training workers start
 
@@ -56,11 +58,13 @@ class Display:
             + f", text {parameters['text']:.1f} M)",
             "data": f"{data['samples']:,} pairs in {data['shards']} shards, {data['bytes'] / 1e6:,.1f} MB; "
             f"{facts['epochs']:.1f} epochs",
+            "not used": listed(Counter(data.get("unusable", {}))),
             "steps": f"{facts['first_step']:,} to {facts['num_steps']:,}",
         }
         grid = Table.grid(padding=(0, 2))
         for key, value in rows.items():
-            grid.add_row(Text(key, style="bold"), Text(value))
+            if value:
+                grid.add_row(Text(key, style="bold"), Text(value))
         self.console.print(grid)
         self._num_samples = facts["num_steps"] * facts["global_batch_size"]
         self._first = None

@@ -50,9 +50,11 @@ def summarize(
     }
 
 
-def data_facts(manifest: Manifest) -> dict[str, int]:
-    """Return the number of shards, samples and bytes of a manifest."""
-    return {"shards": len(manifest.shards), "samples": manifest.num_samples, "bytes": manifest.num_bytes}
+def data_facts(manifest: Manifest) -> dict[str, Any]:
+    """Return the numbers of a manifest, and what its tars hold that is not used."""
+    facts = {"shards": len(manifest.shards), "samples": manifest.num_samples, "bytes": manifest.num_bytes}
+    unusable = manifest.unusable()
+    return facts | ({"unusable": dict(unusable)} if unusable else {})
 
 
 def _embedding_facts(config: RunConfig) -> dict[str, float]:

@@ -126,7 +126,7 @@ FAULTS = [
     Fault(
         "a sample with doubled members is used",
         "sigray.workers.data.worker:DataWorker._decode",
-        "if sample.has_duplicates:",
+        "if sample.refusal:",
         "if False:",
         (f"{_PLANE}a_sample_with_doubled_members_stands_in_for_none",),
     ),
@@ -169,16 +169,44 @@ FAULTS = [
     Fault(
         "a size from a pax header is kept for the next member",
         "sigray.workers.data.tar:read_members",
-        "\n        long_name = None\n        long_size = None",
-        "\n        long_name = None",
+        "names, records = {}, {}",
+        "names = {}",
         (f"{_W}tar.py::test_a_size_of_pax_is_one_members",),
     ),
     Fault(
         "a sample's second member of one name replaces the first",
         "sigray.workers.data.tar:read_tar",
-        "sample.has_duplicates = True",
-        "sample.members[ending] = member.content",
+        "        if ending in contents:",
+        "        if False:",
         (f"{_PLANE}a_sample_with_doubled_members_stands_in_for_none",),
+    ),
+    Fault(
+        "a hard link has the first content of its target's name",
+        "sigray.workers.data.tar:find_links",
+        "files[name] = place",
+        "files.setdefault(name, place)",
+        (f"{_W}tar.py::test_a_hard_link_has_the_newest_earlier_content",),
+    ),
+    Fault(
+        "a tar ends at its first closing blocks",
+        "sigray.workers.data.tar:_skip_padding",
+        "            return block\n",
+        '            return b""\n',
+        (f"{_W}tar.py::test_a_hard_link_has_the_newest_earlier_content",),
+    ),
+    Fault(
+        "samples whose members are all unusable are not counted",
+        "sigray.workers.data.tar:Tally.unusable",
+        "_LOST: len(lost)",
+        "_LOST: 0",
+        (f"{_W}tar.py::test_every_member_that_cannot_be_used_is_counted",),
+    ),
+    Fault(
+        "an old manifest is read by the new rules",
+        "sigray.workers.data.manifest:read_samples",
+        "shard.rules < RULES",
+        "False",
+        (f"{_W}manifest.py::test_a_manifest_of_november_2026_is_read_by_its_rules",),
     ),
     Fault(
         "a shard with other content passes for the same",
@@ -190,8 +218,8 @@ FAULTS = [
     Fault(
         "the marks that a machine remembers are lost",
         "sigray.workers.data.shard_counts:_cached_counts",
-        'tuple(entry["marks"])',
-        "()",
+        "tuple(entry[name]) for",
+        'tuple(entry[name] if name != "marks" else ()) for',
         (f"{_W}manifest.py::test_marks_lead_to_the_same_samples",),
     ),
     Fault(

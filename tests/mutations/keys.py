@@ -100,6 +100,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "data.cache_mib": (f"{_HERE}test_decoded_images_are_kept_for_the_next_epoch[0]",),
     "data.worker_timeout_s": _ASKED,
     "data.max_bad_fraction": (f"{_HERE}test_bad_samples_above_the_rate_stop_the_run",),
+    "data.allow_unclosed": (f"{_HERE}test_a_tar_without_closing_blocks_is_accepted",),
     "data.s3.endpoint": _BUCKET,
     "data.s3.region": _BUCKET,
     "data.s3.profile": _BUCKET,

@@ -2,7 +2,7 @@
 
     H, W  height and width of the encoded image, upright        S  image size in pixels
 
-A sample is its members: ending -> content. Endings are in lower case; contents are bytes or views of a mapped file. An
+A sample is its members: ending -> content. Endings are in lower case; contents are bytes or views of a buffer. An
 image goes straight into its row of the batch, (S, S, 3) uint8. The random choices of a sample (the crop box, the
 caption) are a function of the run's seed and the sample's position, `sample_random`. No state passes from one sample
 to the next, so any worker gives the same result at any time.

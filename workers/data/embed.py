@@ -101,8 +101,8 @@ class Embedder:
         for number, sample in enumerate(samples):
             views = np.empty((num_views, size, size, 3), np.uint8)
             try:
-                if sample.has_duplicates:
-                    raise Refused("duplicate key")
+                if sample.refusal:
+                    raise Refused(sample.refusal)
                 for view in range(num_views):
                     random = _view_random(sample.key, view) if num_crops is not None else None
                     decoder.decode_image(sample.members, views[view], random)
@@ -112,7 +112,7 @@ class Embedder:
             rows.append(views)
         embeddings = iter(self._forward(np.concatenate(rows)).unflatten(0, (-1, num_views)) if rows else ())
         for number, sample in enumerate(samples):
-            # Members may be views of a mapped file or of a buffer that is reused.
+            # Members may be views of a buffer that is reused.
             kept = {name: bytes(sample.members[name]) for name in kept_members(self._data) if name in sample.members}
             light = TarSample(sample.key, sample.index, sample.position, kept)
             yield light, reasons[number] if number in reasons else next(embeddings)

@@ -15,16 +15,28 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sigray.workers.config import DataConfig, Patterns, WeightedShards, caption_member
 from sigray.workers.data.shard_counts import ShardCount, cache_counts, known_counts
 from sigray.workers.data.shard_list import ParallelMap, ShardFile, find_shards, in_threads, reason_of, stat_local
-from sigray.workers.data.tar import BLOCK, ByteSource, DataError, MappedFile, TarSample, cut_short, read_tar
+from sigray.workers.data.tar import (
+    BLOCK,
+    IF_WHOLE,
+    ByteSource,
+    DataError,
+    LocalFile,
+    Tally,
+    TarSample,
+    cut_short,
+    read_tar,
+)
 
+RULES = 2
+"""How tars are read: of 1, until November 2026, is `read_tar(is_old=True)`."""
 _MARK_EVERY = 256
 _NUM_CHECKED = 64  # samples of the first shard that are searched for a pair if the counts come from sidecars
 
@@ -39,6 +51,9 @@ class Shard:
     fingerprint: str
     dataset: str = ""
     marks: tuple[int, ...] = ()  # first bytes of samples 256, 512, ...; empty if the count comes from a sidecar
+    links: tuple[tuple[int, int, int], ...] | None = None  # as `ShardCount.links`
+    unusable: dict[str, int] = field(default_factory=dict, hash=False)  # members and samples by reason
+    rules: int = RULES
 
 
 @dataclass(frozen=True)
@@ -56,6 +71,15 @@ class Manifest:
     def num_bytes(self) -> int:
         return sum(shard.num_bytes for shard in self.shards)
 
+    def unusable(self) -> Counter[str]:
+        """Return the number of members and samples that cannot be used, by reason."""
+        return sum((Counter(shard.unusable) for shard in self.shards), Counter())
+
+    @property
+    def is_old(self) -> bool:
+        """Whether the counts are those of November's reader."""
+        return any(shard.rules < RULES for shard in self.shards)
+
     def datasets(self) -> dict[str, list[Shard]]:
         """Return the shards of each dataset."""
         names = dict.fromkeys(shard.dataset for shard in self.shards)
@@ -63,13 +87,17 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         # Not `asdict`, which copies every mark by itself: 11 s for 100,000 shards of 10,000 samples.
-        shards = [{**vars(shard), "marks": list(shard.marks)} for shard in self.shards]
+        shards = [{name: value for name, value in vars(shard).items() if value != {}} for shard in self.shards]
         return {"shards": shards, "store": self.store}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Manifest:
-        shards = tuple(Shard(**{**shard, "marks": tuple(shard["marks"])}) for shard in content["shards"])
-        return cls(shards, content["store"])
+        def shard_of(saved: dict[str, Any]) -> Shard:
+            links = saved.get("links")
+            lists = {"marks": tuple(saved["marks"]), "links": None if links is None else tuple(map(tuple, links))}
+            return Shard(**{"rules": 1, **saved, **lists})
+
+        return cls(tuple(map(shard_of, content["shards"])), content["store"])
 
     def differences(self, now: Manifest) -> list[str]:
         """Return what changed in the shards since this manifest was made, one line each."""
@@ -105,6 +133,7 @@ def scan_shards(
     parallel_map: ParallelMap = in_threads,
     *,
     key: str = "data.shards",
+    is_old: bool = False,
 ) -> Manifest:
     """Return the manifest of the shards that the patterns name.
 
@@ -115,6 +144,7 @@ def scan_shards(
             shards without a known count.
         parallel_map: runs the header passes.
         key: of the patterns in the config, for errors.
+        is_old: count by the rules of a run that began until November 2026.
 
     Raises:
         DataError: as `list_shards`; shards are missing, unreadable, damaged or cut short, all named in one message; no
@@ -128,12 +158,13 @@ def scan_shards(
     for url, count in Counter(file.url for file in everything).items():
         if count > 1:
             raise DataError(f"{url} is in two datasets of data.shards: every shard must be named once")
-    counts = known_counts(everything, data)
+    rules = 1 if is_old else RULES
+    counts = known_counts(everything, data, rules)
     missing = [file for file in everything if file not in counts]
     from_sidecars = [file for file in everything if file in counts and not counts[file].endings]
     if missing:
         progress(0, len(missing))
-        scanned = parallel_map(functools.partial(_read_headers, data=data), missing)
+        scanned = parallel_map(functools.partial(_read_headers, data=data, is_old=is_old), missing)
         for done, (file, result) in enumerate(zip(missing, scanned, strict=True), start=1):
             if isinstance(result, str):
                 broken.append(f"{file.url}: {result}")
@@ -145,11 +176,21 @@ def scan_shards(
     if broken:
         raise _unreadable(broken)
     for name, part in files.items():
-        _check_pairs(name, part, counts, data)
-    cache_counts(counts, data)
+        _check_pairs(name, part, counts, data, is_old)
+    cache_counts(counts, data, rules)
     return Manifest(
         tuple(
-            Shard(file.url, file.num_bytes, counts[file].num_samples, file.fingerprint, name, counts[file].marks)
+            Shard(
+                file.url,
+                file.num_bytes,
+                counts[file].num_samples,
+                file.fingerprint,
+                name,
+                counts[file].marks,
+                counts[file].links,
+                counts[file].unusable,
+                rules,
+            )
             for name, part in files.items()
             for file in part
         )
@@ -168,7 +209,10 @@ def read_samples(shard: Shard, data: DataConfig, *, start: int = 0) -> Iterator[
     num_read = index
     with closing(open_shard(shard, data, position)) as source:
         try:
-            for sample in read_tar(source, first_index=index):
+            links = None if shard.links is None else {link[0]: link[1:] for link in shard.links}
+            is_old = shard.rules < RULES
+            unclosed = data.allow_unclosed
+            for sample in read_tar(source, first_index=index, allow_unclosed=unclosed, links=links, is_old=is_old):
                 num_read = sample.index + 1
                 if sample.index >= start:
                     yield sample
@@ -197,10 +241,10 @@ def open_shard(shard: Shard | ShardFile, data: DataConfig, start: int = 0) -> By
         cache = ShardCache(data.shard_cache, int(data.shard_cache_gib * 2**30))
         while True:
             with suppress(FileNotFoundError):  # another process evicted the copy before it was opened
-                return MappedFile(cache.path_of(info, data.s3), start)
+                return LocalFile(cache.path_of(info, data.s3), start)
     try:
         now = stat_local(shard.url)
-        source = MappedFile(shard.url, start)
+        source = LocalFile(shard.url, start)
     except OSError as error:
         reason = reason_of(error, shard.url)
         raise DataError(f"{shard.url}: {reason}, though it was there when the run began") from error
@@ -212,14 +256,16 @@ def open_shard(shard: Shard | ShardFile, data: DataConfig, start: int = 0) -> By
     return source
 
 
-def _read_headers(file: ShardFile, data: DataConfig) -> ShardCount | str:
+def _read_headers(file: ShardFile, data: DataConfig, *, is_old: bool = False) -> ShardCount | str:
     """Count the samples of a shard by its headers; a text says what is damaged."""
+    tally = Tally()
     marks: list[int] = []
     endings: set[str] = set()
     num_samples = num_pairs = 0
+    unclosed = data.allow_unclosed
     try:
         with closing(open_shard(file, data)) as source:
-            for sample in read_tar(source, headers_only=True):
+            for sample in read_tar(source, headers_only=True, allow_unclosed=unclosed, tally=tally, is_old=is_old):
                 if sample.index and sample.index % _MARK_EVERY == 0:
                     marks.append(sample.position)
                 num_pairs += is_pair(sample, data)
@@ -227,7 +273,16 @@ def _read_headers(file: ShardFile, data: DataConfig) -> ShardCount | str:
                 num_samples += 1
     except (DataError, OSError) as error:
         return reason_of(error, file.url)
-    return ShardCount(num_samples, tuple(marks), num_pairs, tuple(sorted(endings)))
+    return shard_count(num_samples, marks, num_pairs, endings, tally)
+
+
+def shard_count(
+    num_samples: int, marks: Sequence[int], num_pairs: int, endings: Iterable[str], tally: Tally
+) -> ShardCount:
+    """Return the count of a shard that was read from front to back."""
+    links = tuple((header, *place) for header, place in tally.links.items())
+    seekable = tuple(marks) if tally.is_seekable else ()
+    return ShardCount(num_samples, seekable, num_pairs, tuple(sorted(endings)), links, tally.unusable())
 
 
 def _check_end(file: ShardFile, data: DataConfig) -> str | None:
@@ -237,7 +292,8 @@ def _check_end(file: ShardFile, data: DataConfig) -> str | None:
         return f"cut short: {file.num_bytes} bytes are not a whole tar"
     try:
         with closing(open_shard(file, data, file.num_bytes - size)) as source:
-            return None if bytes(source.read(size)) == bytes(size) else str(cut_short(file.num_bytes))
+            is_closed = data.allow_unclosed or bytes(source.read(size)) == bytes(size)
+            return None if is_closed else f"{cut_short(file.num_bytes)}{IF_WHOLE}"
     except (DataError, OSError) as error:
         return reason_of(error, file.url)
 
@@ -248,7 +304,9 @@ def is_pair(sample: TarSample, data: DataConfig) -> bool:
     return has_image and any(caption_member(source) in sample.members for source in data.captions)
 
 
-def _check_pairs(name: str, files: list[ShardFile], counts: dict[ShardFile, ShardCount], data: DataConfig) -> None:
+def _check_pairs(
+    name: str, files: list[ShardFile], counts: dict[ShardFile, ShardCount], data: DataConfig, is_old: bool
+) -> None:
     """Refuse a dataset without a usable pair; search a shard if no pass found endings."""
     passes = [counts[file] for file in files]
     if any(count.num_pairs for count in passes):
@@ -258,7 +316,8 @@ def _check_pairs(name: str, files: list[ShardFile], counts: dict[ShardFile, Shar
         first = next(file for file in files if not counts[file].endings)
         try:
             with closing(open_shard(first, data)) as source:
-                for sample in read_tar(source, headers_only=True):
+                unclosed = data.allow_unclosed
+                for sample in read_tar(source, headers_only=True, allow_unclosed=unclosed, is_old=is_old):
                     if is_pair(sample, data):
                         return
                     endings.update(sample.members)
@@ -266,12 +325,20 @@ def _check_pairs(name: str, files: list[ShardFile], counts: dict[ShardFile, Shar
                         break
         except DataError as error:
             raise _unreadable([f"{first.url}: {error}"]) from error
+    found = ", ".join(sorted(endings)) or "nothing"
+    if unusable := listed(sum((Counter(count.unusable) for count in passes), Counter())):
+        found += f" (not used: {unusable})"
     of_dataset = f"of data.shards.{name} " if name else ""
     raise DataError(
         f"no usable pair in {len(files)} shards {of_dataset}({files[0].url} first): a sample needs an image member "
         f"({', '.join(data.image_keys)}) and a caption member ({', '.join(map(caption_member, data.captions))}); "
-        f"members found end in {', '.join(sorted(endings)) or 'nothing'}. Set data.image_keys and data.captions"
+        f"members found end in {found}. Set data.image_keys and data.captions"
     )
+
+
+def listed(unusable: Counter[str]) -> str:
+    """Return counts as a text: 80 symbolic links, 40 samples without a usable member."""
+    return ", ".join(f"{count:,} {what}" for what, count in unusable.most_common())
 
 
 def _unreadable(broken: list[str]) -> DataError:

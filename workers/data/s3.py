@@ -697,6 +697,7 @@ class S3Stream:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[threading.Event, float], object] = threading.Event.wait,
     ) -> None:
+        self.url = info.url
         self.position = start
         self.num_bytes = info.num_bytes
         self._fetcher = _Fetcher(info, s3, draw, clock, sleep)
@@ -738,6 +739,22 @@ class S3Stream:
             return self._read_across(count)
         self.position = end
         return self._view[begin - self._view_begin : end - self._view_begin]
+
+    def content_at(self, position: int, count: int) -> bytes | memoryview:
+        """Return bytes from anywhere, if need be by a GET of their own."""
+        if position == self.position:
+            return self.read(count)
+        if self._view_begin <= position and position + count <= self._view_end:
+            return self._view[position - self._view_begin :][:count]
+        part = _Part(position, position + count, position + count, mmap.mmap(-1, max(count, 1)))
+        if count:
+            self._fetcher.fetch(part)
+        if part.error is not None:
+            raise part.error
+        return memoryview(part.buffer).toreadonly()[:count]
+
+    def reopen(self) -> S3Stream:
+        return S3Stream(self._fetcher.info, self._fetcher.s3)
 
     def skip(self, count: int) -> None:
         """Pass over bytes; parts before the new position are dropped or not requested."""

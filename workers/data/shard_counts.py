@@ -12,7 +12,7 @@ import stat
 import uuid
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,15 @@ class ShardCount:
     marks: tuple[int, ...] = ()
     num_pairs: int = 0  # samples with an image and a caption member
     endings: tuple[str, ...] = ()
+    links: tuple[tuple[int, int, int], ...] | None = None  # hard links: header, first byte and size of the content
+    unusable: dict[str, int] = field(default_factory=dict, hash=False)  # members and samples by reason
 
 
-def known_counts(files: list[ShardFile], data: DataConfig) -> dict[ShardFile, ShardCount]:
+def known_counts(files: list[ShardFile], data: DataConfig, rules: int) -> dict[ShardFile, ShardCount]:
     """Return the counts from this machine's cache, else from sidecars."""
     known: dict[ShardFile, ShardCount] = {}
     for folder, in_folder in _by_folder(files).items():
-        known |= _cached_counts(in_folder, _read_json(str(_cache_path(folder, data)), data.s3))
+        known |= _cached_counts(in_folder, _read_json(str(_cache_path(folder, data, rules)), data.s3))
         if unknown := [file for file in in_folder if file not in known]:
             known |= _sidecar_counts(folder, unknown, data.s3)
     return known
@@ -52,9 +54,10 @@ def _by_folder(files: Iterable[ShardFile]) -> dict[str, list[ShardFile]]:
     return folders
 
 
-def _cache_path(folder: str, data: DataConfig) -> Path:
-    """Return the cache file of a folder and of the members that make a pair."""
-    what = json.dumps([folder, data.image_keys, [caption_member(source) for source in data.captions]])
+def _cache_path(folder: str, data: DataConfig, rules: int) -> Path:
+    """Return the cache file of a folder, the members that make a pair, and the rules."""
+    members = [data.image_keys, [caption_member(source) for source in data.captions]]
+    what = json.dumps([folder, *members, rules])
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache, "sigray", "shards", f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.json")
 
@@ -68,15 +71,16 @@ def _cached_counts(files: list[ShardFile], cache: dict[str, Any]) -> dict[ShardF
     for file in files:
         with suppress(TypeError, KeyError):  # a damaged entry: the shard is counted again
             if (entry := cache.get(_cache_key(file))) is not None:
-                lists = {"marks": tuple(entry["marks"]), "endings": tuple(entry["endings"])}
+                lists = {name: tuple(entry[name]) for name in ("marks", "endings")}
+                lists["links"] = tuple(map(tuple, entry["links"]))
                 found[file] = ShardCount(**{**entry, **lists})
     return found
 
 
-def cache_counts(counts: dict[ShardFile, ShardCount], data: DataConfig) -> None:
+def cache_counts(counts: dict[ShardFile, ShardCount], data: DataConfig, rules: int) -> None:
     """Cache the results of header passes; an unwritable cache is not an error."""
     for folder, files in _by_folder(counts).items():
-        path = _cache_path(folder, data)
+        path = _cache_path(folder, data, rules)
         saved = _read_json(str(path), data.s3)
         entries = {_cache_key(file): asdict(counts[file]) for file in files if counts[file].endings}
         if entries.keys() <= saved.keys():

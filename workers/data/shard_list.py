@@ -12,7 +12,6 @@ import glob
 import math
 import os
 import re
-import stat
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,7 +20,7 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 from sigray.workers.config import Patterns, S3Config
-from sigray.workers.data.tar import DataError
+from sigray.workers.data.tar import DataError, check_is_file
 from sigray.workers.urls import is_utf8
 
 MAX_NAMES = 1_000_000  # that a pattern may list or expand to; LAION-5B is 232,000 tars with two sidecars each
@@ -241,8 +240,7 @@ def stat_local(url: str) -> ShardFile:
         OSError: there is no such file.
     """
     status = os.stat(url)
-    if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"{url}: is {'a folder' if stat.S_ISDIR(status.st_mode) else 'a FIFO, socket or device'}")
+    check_is_file(url, status)
     return ShardFile(url, status.st_size, f"mtime-{status.st_mtime_ns}")
 
 

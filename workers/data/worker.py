@@ -199,8 +199,8 @@ class DataWorker:
         Raises:
             Refused: if the sample cannot be used.
         """
-        if sample.has_duplicates:
-            raise Refused("duplicate key")
+        if sample.refusal:
+            raise Refused(sample.refusal)
         random = sample_random(self._seed, ref.epoch, ref.shard, ref.index)
         caption = self._decoder.choose_caption(sample.members, random)
         if cached is not None:
@@ -235,7 +235,7 @@ class _Windows:
         self._loaded: dict[int, dict[tuple[int, int], list[TarSample]]] = {}
         self._readers: dict[int, tuple[tuple[int, int], Generator[TarSample]]] = {}  # and their epoch and position
         self._prefetched: dict[int, tuple[tuple[int, int], Future[list[TarSample]]]] = {}
-        # Local shards are mapped: the kernel prefetches them.
+        # The kernel prefetches local shards.
         is_remote = any(shard.url.startswith("s3://") for shard in manifest.shards)
         self._permits = threading.Semaphore(_NUM_PREFETCHING) if is_remote else None
 

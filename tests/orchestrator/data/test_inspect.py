@@ -58,15 +58,15 @@ def broken_folder(tmp_path):
     (folder / "a-004.tar").write_bytes(sound[:5120] + b"!" + sound[5121:])
     name = b"sample00041.png"
     assert name in sound
-    (folder / "a-005.tar").write_bytes(_renamed(sound, name, b"sample000\xff1.png"))
+    (folder / "a-005.tar").write_bytes(_resized(sound, name, b"-0000001000\0"))
     return folder
 
 
-def _renamed(tar: bytes, name: bytes, new: bytes) -> bytes:
-    """The tar with one member's name changed and its checksum right."""
+def _resized(tar: bytes, name: bytes, size: bytes) -> bytes:
+    """The tar with one member's size changed and its checksum right."""
     place = tar.index(name)
     header = bytearray(tar[place : place + 512])
-    header[: len(new)] = new
+    header[124:136] = size
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     return tar[:place] + bytes(header) + tar[place + 512 :]
@@ -109,9 +109,9 @@ def test_every_fault_is_found_and_named(broken_folder, capsys, tmp_path):
     where = out[out.index("problems, 6") :]
     assert lines_with(where, "none-*.tar", "names no .tar file")
     assert lines_with(where, "a-002.tar", "cut short")
-    assert lines_with(where, "a-003.tar", "cut short: ends at byte 0")
+    assert lines_with(where, "a-003.tar", "cut short: the file is empty")
     assert lines_with(where, "a-004.tar", "damaged: no valid tar header at byte 5120")
-    assert lines_with(where, "a-005.tar", "name is not UTF-8")
+    assert lines_with(where, "a-005.tar", "damaged: a size that is no number")
     assert lines_with(where, "a-006.tar", "no such file")
     assert lines_with(out, "unreadable image", "2", "a-000.tar sample00007, a-000.tar sample00009")
     assert lines_with(out, "empty caption", "a-000.tar sample00003")
@@ -139,7 +139,7 @@ def test_gzip_in_place_of_a_tar_and_nothing_else(tmp_path, capsys):
     code, out, _ = run(capsys, tmp_path)
     assert code == 2
     assert lines_with(out, "1: 0 read whole, 1 that cannot be read to the end")
-    assert lines_with(out, "a.tar", "damaged: no valid tar header at byte 0")
+    assert lines_with(out, "a.tar", "compressed with gzip: unpack it with `mv a.tar")
 
 
 def test_two_members_of_one_name(tmp_path, capsys):
@@ -153,7 +153,7 @@ def test_two_members_of_one_name(tmp_path, capsys):
             tar.addfile(member, io.BytesIO(content))
     code, out, _ = run(capsys, tmp_path)
     assert code == 0
-    assert lines_with(out, "two members of one name", "1", "b.tar same")
+    assert lines_with(out, "samples refused: duplicate key", "1", "b.tar same")
     assert lines_with(out, "duplicate key", "25.0 %", "b.tar same")
 
 

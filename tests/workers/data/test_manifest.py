@@ -2,6 +2,8 @@
 
 import gzip
 import io
+import json
+import os
 import tarfile
 from dataclasses import replace
 
@@ -11,6 +13,7 @@ from sigray.workers.config import DataConfig
 from sigray.workers.data.manifest import Manifest, Shard, read_samples, scan_shards
 from sigray.workers.data.tar import DataError
 from tests.helpers.data import drawn_sample, write_tar
+from tests.helpers.tars import END, header, member
 
 DATA = DataConfig(shards="unused")
 
@@ -132,3 +135,92 @@ def test_datasets_keep_their_shards_apart(tmp_path, own_cache):
     doubled = DataConfig(shards={"a": parts["a"], "c": parts["a"]})
     with pytest.raises(DataError, match=r"x\.tar is in two datasets"):
         scan_shards(doubled.shards, doubled)
+
+
+def pairs(numbers, *, linked=()):
+    """Members of these samples; of the linked ones hard links to sample 0."""
+    content = b"".join(member(b"%d.%s" % (n, end), b"%d" % n) for n in numbers for end in (b"jpg", b"txt"))
+    links = (header(b"%d.%s" % (n, end), b"1", link=b"0." + end) for n in linked for end in (b"jpg", b"txt"))
+    return content + b"".join(links)
+
+
+def contents_of(samples):
+    return [(sample.key, sample.members["jpg"]) for sample in samples]
+
+
+@pytest.mark.parametrize("sidecar", [False, True])
+def test_hard_links_and_further_archives_are_read_from_every_mark(tmp_path, own_cache, monkeypatch, sidecar):
+    monkeypatch.setattr("sigray.workers.data.manifest._MARK_EVERY", 2)
+    symbol = header(b"lost.jpg", b"2", link=b"0.jpg")
+    (tmp_path / "a.tar").write_bytes(pairs([0, 1], linked=[2, 3]) + END + pairs([4], linked=[5]) + symbol + END)
+    if sidecar:
+        (tmp_path / "sizes.json").write_text('{"a.tar": 6}')
+    manifest = scan(str(tmp_path))
+    unusable = {} if sidecar else {"symbolic links": 1, "samples without a usable member": 1}
+    for again in (manifest, scan(str(tmp_path)), Manifest.from_json(json.loads(json.dumps(manifest.to_json())))):
+        shard = again.shards[0]
+        assert again == manifest
+        assert again.unusable() == unusable
+        assert shard.num_samples == 6
+        assert len(shard.marks) == (0 if sidecar else 2)
+    expected = [(str(n), b"0" if n in (2, 3, 5) else b"%d" % n) for n in range(6)]
+    for start in range(6):
+        assert contents_of(read_samples(shard, DATA, start=start)) == expected[start:]
+
+
+def test_a_global_pax_header_makes_reading_begin_at_the_front(tmp_path, own_cache, monkeypatch):
+    monkeypatch.setattr("sigray.workers.data.manifest._MARK_EVERY", 1)
+    links = b"".join(header(b"%d.%s" % (n, end), b"1") for n in (1, 2) for end in (b"jpg", b"txt"))
+    (tmp_path / "a.tar").write_bytes(pairs([0]) + member(b"g", b"18 linkpath=0.jpg\n", b"g") + links + END)
+    shard = scan(str(tmp_path)).shards[0]
+    assert contents_of(read_samples(shard, DATA, start=2)) == [("2", b"0")]
+
+
+def test_a_tar_without_closing_blocks_is_read_if_the_config_says_so(tmp_path, own_cache):
+    (tmp_path / "a.tar").write_bytes(pairs(range(3)))
+    unclosed = DataConfig(shards="unused", allow_unclosed=True)
+    for sidecar in (False, True):
+        if sidecar:
+            (tmp_path / "sizes.json").write_text('{"a.tar": 3}')
+        with pytest.raises(DataError, match="without a tar's closing blocks; if .* set data.allow_unclosed=true"):
+            scan(str(tmp_path))
+        shard = scan_shards(str(tmp_path), unclosed).shards[0]
+        assert len(list(read_samples(shard, unclosed))) == 3
+        (tmp_path / "a.tar").touch()
+
+
+def test_a_manifest_of_november_2026_is_read_by_its_rules(tmp_path, own_cache):
+    """Its marks and counts decide the order of a run that began then."""
+    tar = tmp_path / "a.tar"
+    tar.write_bytes(pairs([0, 1], linked=[2]) + member(b"3.jpg", b"3", b"7") + END + pairs([4]) + END)
+    now = scan(str(tmp_path))
+    assert now.shards[0].num_samples == 5
+    fingerprint = f"mtime-{os.stat(tar).st_mtime_ns}"
+    saved = {"url": str(tar), "num_bytes": tar.stat().st_size, "num_samples": 2, "fingerprint": fingerprint}
+    old = Manifest.from_json({"shards": [saved | {"dataset": "", "marks": []}], "store": None})
+    assert old.is_old
+    assert contents_of(read_samples(old.shards[0], DATA)) == [("0", b"0"), ("1", b"1")]
+    # A run that goes on counts by the same rules, and saves them again.
+    again = scan_shards(str(tmp_path), DATA, is_old=True)
+    assert old.differences(again) == []
+    assert Manifest.from_json(again.to_json()).is_old
+    assert not scan(str(tmp_path)).is_old  # the cache keeps both counts apart
+    assert scan(str(tmp_path)) == now
+
+
+def test_what_is_no_file_is_named_and_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "fifo.tar")
+    (tmp_path / "folder.tar").mkdir()
+    with pytest.raises(DataError) as error:
+        scan([str(tmp_path / "fifo.tar"), str(tmp_path / "folder.tar" / "")[:-1]])
+    assert "fifo.tar: is a FIFO, not a file" in str(error.value)
+
+
+def test_a_shard_that_shrinks_while_it_is_read_is_named(tmp_path, own_cache):
+    path = write_tar(tmp_path / "a.tar", [drawn_sample(n) for n in range(5)])
+    samples = read_samples(scan(str(tmp_path)).shards[0], DATA)
+    first = next(samples)
+    os.truncate(path, 1024)
+    for reads in (lambda: next(samples), lambda: first.members["png"]):
+        with pytest.raises(DataError, match=rf"^{path}: cut short: shrank from \d+ to 1024 bytes"):
+            reads()
