@@ -16,13 +16,17 @@ Copies of config.yaml and manifest.json stand beside the checkpoints, so a run c
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import json
-import shutil
+import os
+import re
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from sigray.orchestrator.config import ConfigError, RunConfig, parse_config, parse_mapping
 from sigray.workers.checkpoint.index import metrics_line, read_metrics
+from sigray.workers.checkpoint.lease import LEASE_FILE
 from sigray.workers.data.manifest import Manifest
 from sigray.workers.data.tar import DataError
 from sigray.workers.parse import ParseError, as_type, parse_json
@@ -30,7 +34,69 @@ from sigray.workers.storage import Storage
 
 CONFIG, MANIFEST, METRICS, SUMMARY = "config.yaml", "manifest.json", "metrics.jsonl", "summary.json"
 EVENTS, EVALUATIONS, REPORT = "events.jsonl", "evaluations", "report.html"
+EXPORTED = (
+    "README.md", "config.json", "tokenizer.json", "tokenizer_config.json", "open_clip_config.json",
+    "open_clip_model.safetensors", "model.safetensors", "*.onnx", "*.onnx.data",
+)  # fmt: skip
 _MAX_MANIFEST_BYTES = 1 << 30  # of four million shards
+
+
+# What a run writes, and Ray Train and TensorBoard for the run: `--overwrite` deletes nothing else.
+WRITTEN = (
+    CONFIG, MANIFEST, METRICS, EVENTS, SUMMARY, REPORT, "best_checkpoint.json", "left_out.json", LEASE_FILE,
+    "evaluations/step-*.json", "checkpoints/step-*/model.safetensors", "checkpoints/step-*/optimizer.pt",
+    "checkpoints/step-*/commit.json", "metrics/*.jsonl", "ledger/*.parquet", "profile/rank-*", "profile/step.png",
+    "profile/ray_timeline.json", "tensorboard/events.out.tfevents.*", *(f"export/*/{name}" for name in EXPORTED),
+    ".validate_storage_marker", "checkpoint_manager_snapshot.json",
+    # These names are of symlinks: the next run must not write to where they point.
+    EVALUATIONS, "checkpoints", "checkpoints/step-??????????", "metrics", "ledger", "profile", "tensorboard", "export",
+)  # fmt: skip
+_NO_RUN = "--overwrite deletes only what sigray wrote. Choose another name, or move the folder away"
+
+
+def clear_folder(place: Storage, written: Iterable[str]) -> list[str]:
+    """Delete the files of these patterns; return the others.
+
+    The lease stays: the caller holds it. A symlink is deleted, not what it points to.
+    """
+    pattern = re.compile("|".join(f"(?:{fnmatch.translate(each)})" for each in written))
+    ours, others = [], []
+    for path in place.walk():
+        # An interrupted write leaves NAME.HEX.tmp.
+        is_ours = pattern.match(re.sub(r"\.[0-9a-f]{32}\.tmp$", "", path))
+        (ours if is_ours else others).append(path)
+    place.delete_files(path for path in ours if path != LEASE_FILE)
+    return [f"{place.uri}/{path}" for path in others]
+
+
+def left_message(paths: list[str]) -> str:
+    """Return a sentence about files that were not deleted."""
+    more = f" and {len(paths) - 10:,} more" if len(paths) > 10 else ""
+    return f"files that sigray did not write are left: {', '.join(paths[:10])}{more}"
+
+
+def check_kind(place: Storage, name: str, sections: set[str]) -> None:
+    """Raise ConfigError if a YAML file lacks the sections of its kind."""
+    try:
+        has = parse_mapping(place.read(name), f"{place.uri}/{name}", "a mapping expected").keys()
+    except ConfigError as error:
+        raise ConfigError(f"{error}: {_NO_RUN}") from None
+    if not sections <= has:
+        raise ConfigError(f"{place.uri}/{name} has no {min(sections - has)}: {_NO_RUN}")
+
+
+def check_inputs(place: Storage, content: Any, key: str = "") -> None:
+    """Raise ConfigError if a path of a config is in a folder, also by symlinks."""
+    if isinstance(content, dict | list):
+        pairs = content.items() if isinstance(content, dict) else enumerate(content)
+        for name, value in pairs:
+            check_inputs(place, value, f"{key}.{name}".lstrip("."))
+    elif isinstance(content, str) and ("://" in content or os.path.isabs(content)):
+        is_remote = "://" in content
+        folder = place.uri if is_remote else os.path.realpath(place.root)
+        path = content if is_remote else os.path.realpath(content)
+        if path == folder or path.startswith(f"{folder}/"):
+            raise ConfigError(f"{key}={content} is in {place.uri}, which --overwrite clears: choose another name")
 
 
 class RunFolder:
@@ -52,11 +118,25 @@ class RunFolder:
         """Return whether a run has begun here."""
         return (self.path / CONFIG).exists() or self.storage.exists(CONFIG)
 
-    def clear(self) -> None:
-        """Delete the run with its checkpoints."""
-        if self.storage.exists(""):
-            self.storage.delete_folder("")
-        shutil.rmtree(self.path, ignore_errors=True)
+    def clear(self) -> list[str]:
+        """Delete the run without its lease; return the files of something else."""
+        return [name for place in self._places() for name in clear_folder(place, WRITTEN)]
+
+    def check_clear(self, config: RunConfig) -> None:
+        """Check that `clear` would delete a run, and no input of another.
+
+        Raises:
+            ConfigError: names the folder that holds something else.
+        """
+        for place in self._places():
+            check_inputs(place, config.model_dump(mode="json", exclude={"run"}))
+            if place.exists(CONFIG):
+                check_kind(place, CONFIG, {"run", "data", "train"})
+                if not place.exists(MANIFEST):
+                    raise ConfigError(f"{place.uri} holds a {CONFIG} but no {MANIFEST}: {_NO_RUN}")
+
+    def _places(self) -> list[Storage]:
+        return [self.storage, *([] if str(self.path) == self.storage.root else [Storage(self.path)])]
 
     def begin(self, config: RunConfig, manifest: Manifest) -> None:
         """Save config and manifest, locally and beside the checkpoints."""

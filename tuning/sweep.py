@@ -39,6 +39,7 @@ from sigray.orchestrator.run.preflight import scan
 from sigray.orchestrator.run.progress import Display
 from sigray.orchestrator.run.ray_session import cluster_address, ray_session, stop_on_signal
 from sigray.orchestrator.run.trial import TRIAL_CPUS, rung_step
+from sigray.orchestrator.run_folder import REPORT, WRITTEN, check_inputs, check_kind, clear_folder, left_message
 from sigray.tuning.capacity import Demand, Node, count_trials
 from sigray.tuning.feasible import feasible
 from sigray.tuning.judge import Judge
@@ -46,7 +47,7 @@ from sigray.tuning.live import LiveTable, results_table, words
 from sigray.tuning.search import Search
 from sigray.tuning.study import STUDY, Study, read_study, trial_name
 from sigray.tuning.table import RESULTS, Row, Table, Writer
-from sigray.workers.checkpoint.lease import RunHeld, RunLease
+from sigray.workers.checkpoint.lease import LEASE_FILE, RunHeld, RunLease
 from sigray.workers.data.manifest import Manifest
 from sigray.workers.storage import Storage
 
@@ -59,6 +60,11 @@ _CAPACITY_INTERVAL_S = 5.0  # between two looks at the cluster's free resources
 _RESTARTS = 2  # of a trial whose process died
 _LEASE_WAIT_S = 90.0  # a trial waits so long for the lease of a driver of the same run that may be dying
 _MAX_WHY = 400  # characters of a reason in the table
+# What a sweep writes: `--overwrite` deletes nothing else.
+_WRITTEN = (
+    STUDY, RESULTS, LEASE_FILE, REPORT, "trials.csv", "best.yaml", "tune.log", "figures/*.png", "trials/trial-*.log",
+    "trials", "figures", *(f"trials/trial-*/{name}" for name in WRITTEN),
+)  # fmt: skip
 _SLACK_BLOCKS = 3  # by which subscribers of a stream may differ, besides what they prefetch
 
 
@@ -88,8 +94,9 @@ def sweep(study: Study, console: Console | None = None, *, overwrite: bool = Fal
     with contextlib.ExitStack() as stack:
         lease = stack.enter_context(RunLease(storage))
         if overwrite:
-            _clear(study, storage)
-            lease.renew()
+            left = _clear(study, storage)
+            if left:
+                display.say(left_message(left))
         is_begun = storage.exists(STUDY)
         if is_begun:
             _check_same(study, storage)
@@ -577,14 +584,18 @@ def _check_same(study: Study, storage: Storage) -> None:
         )
 
 
-def _clear(study: Study, storage: Storage) -> None:
-    """Delete an earlier sweep and its runs, but no other files in the folder."""
-    for folder in {str(study.config.folder), storage.uri}:
-        home = Storage(folder)
-        for name in (STUDY, RESULTS):
-            home.delete(name)
-        if home.exists("trials"):
-            home.delete_folder("trials")
+def _clear(study: Study, storage: Storage) -> list[str]:
+    """Delete an earlier sweep and its runs; return the other files in the folder.
+
+    Raises:
+        ConfigError: before anything is deleted, if the folder holds something else.
+    """
+    places = [Storage(uri) for uri in sorted({str(study.config.folder), storage.uri})]
+    for place in places:
+        check_inputs(place, {key: value for key, value in study.base.items() if key != "run"})
+        if place.exists(STUDY):
+            check_kind(place, STUDY, {"base", "space", "metric"})
+    return [path for place in places for path in clear_folder(place, _WRITTEN)]
 
 
 def _nodes(foreign: dict[str, dict[str, float]]) -> list[Node]:

@@ -6,11 +6,12 @@ the usual AWS variables (AWS_ENDPOINT_URL included).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,29 @@ class Storage:
         """Return the sorted names in a folder; empty if the folder does not exist."""
         selector = fs.FileSelector(self._at(path), allow_not_found=True)
         return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+
+    def walk(self) -> list[str]:
+        """Return the paths of all files below the folder; a symlink counts as a file."""
+        if not isinstance(self.filesystem, fs.LocalFileSystem):
+            selector = fs.FileSelector(self.root, allow_not_found=True, recursive=True)
+            found = [info.path for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File]
+        else:
+            found = []
+            for folder, folders, names in os.walk(self.root):
+                links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+                found += [os.path.join(folder, name) for name in [*names, *links]]
+        return sorted(os.path.relpath(path, self.root) for path in found)
+
+    def delete_files(self, paths: Iterable[str]) -> None:
+        """Delete files and symlinks, and the folders that are empty then."""
+        for path in paths:
+            if not isinstance(self.filesystem, fs.LocalFileSystem):
+                self.filesystem.delete_file(self._at(path))
+                continue
+            os.unlink(self._at(path))
+            for parent in list(Path(path).parents)[:-1]:
+                with contextlib.suppress(OSError):  # it holds other files
+                    os.rmdir(self._at(str(parent)))
 
     def delete(self, path: str) -> None:
         """Delete a file, if it exists."""

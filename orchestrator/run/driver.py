@@ -27,7 +27,7 @@ from sigray.orchestrator.run.supervisor import Supervisor
 from sigray.orchestrator.run.trackers import RunRecords
 from sigray.orchestrator.run.trial import Rungs, Trial
 from sigray.orchestrator.run.worker_group import WorkerGroup
-from sigray.orchestrator.run_folder import CONFIG, RunFolder, read_run
+from sigray.orchestrator.run_folder import CONFIG, RunFolder, left_message, read_run
 from sigray.workers.checkpoint.index import CheckpointInfo
 from sigray.workers.checkpoint.lease import RunLease
 
@@ -79,6 +79,8 @@ def train(
             display.say(f"{folder.storage.uri} holds a run of this name: going on with it (--overwrite starts again)")
         if resume_from is not None:
             check_resume(resume_from, config)
+        elif overwrite:
+            folder.check_clear(config)
         session = ray_session(config, display, records_tasks=profile is not None)
         joins_cluster = cluster_address(config) is not None
         if joins_cluster:
@@ -86,8 +88,9 @@ def train(
         saved = folder.manifest() if resume_from is not None else None
         manifest = check_run(config, display, saved=saved, is_trial=trial is not None)
         if resume_from is None and folder.is_used():
-            folder.clear()
-            lease.renew()
+            left = folder.clear()
+            if left:
+                display.say(left_message(left))
         folder.begin(config, manifest)
         display.keep = folder.append_event
         if not joins_cluster:

@@ -6,6 +6,7 @@ The folder is written under a temporary name and renamed at the end, so a folder
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import importlib.resources
 import shutil
 import tempfile
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from sigray.orchestrator.config import ConfigError, RunConfig
-from sigray.orchestrator.run_folder import EVALUATIONS, SUMMARY, RunFolder
+from sigray.orchestrator.run_folder import EVALUATIONS, EXPORTED, SUMMARY, RunFolder, check_inputs
 from sigray.workers.checkpoint.index import CheckpointInfo
 from sigray.workers.data.manifest import Manifest
 from sigray.workers.data.tar import DataError
 from sigray.workers.parse import ParseError, parse_json
+from sigray.workers.storage import Storage
 
 CARD = "README.md"
 MAX_DIFFERENCE = 1e-5
@@ -50,6 +52,16 @@ def export_run(
     path = (out or config.folder / "export" / form).absolute()
     if path.exists() and not overwrite:
         raise ConfigError(f"{path} exists: give another --out, or --overwrite")
+    if path.exists():
+        place = Storage(path)
+        check_inputs(place, config.model_dump(mode="json", exclude={"run"}))
+        others = [name for name in place.walk() if not any(fnmatch.fnmatch(name, known) for known in EXPORTED)]
+        if others or path.is_symlink() or not path.is_dir():
+            more = f" and {len(others) - 10:,} more" if len(others) > 10 else ""
+            raise ConfigError(
+                f"{path} is no folder of an export: {', '.join(others[:10]) or 'it is a file or link'}{more}. Give "
+                "another --out"
+            )
     if form == "open_clip" and config.model.image_tower is not None:
         raise ConfigError(
             f"open_clip has no image tower of other packages (model.image_tower={config.model.image_tower}): "

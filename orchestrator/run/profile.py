@@ -86,12 +86,11 @@ def profile_run(config: RunConfig, profile: Profile, console: Console) -> tuple[
     wanted = profile_config(config, profile)
     from sigray.orchestrator.run.driver import train
     from sigray.orchestrator.run.policy import RunFailed
-    from sigray.orchestrator.run_folder import RunFolder
+    from sigray.orchestrator.run_folder import WRITTEN, RunFolder, clear_folder
 
     train(wanted, console, overwrite=True, profile=profile)
     folder = RunFolder(wanted)
-    if folder.storage.exists("checkpoints"):
-        folder.storage.delete_folder("checkpoints")  # only their time counts
+    clear_folder(folder.storage, [name for name in WRITTEN if name.startswith("checkpoints")])  # only their time counts
     ranks = read_profiles(folder.storage, folder.path)
     if not ranks:
         raise RunFailed(f"no rank has written a profile to {folder.storage.uri}: the run ended too early")
