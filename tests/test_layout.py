@@ -201,8 +201,19 @@ def unsafe_reads(path: Path) -> list[str]:
             is_unsafe = (
                 (name.endswith("torch.load") and said.get("weights_only") != "True")
                 or said.get("allow_pickle") == "True"
+                or said.get("trust_remote_code", "False") != "False"
                 or said.get("shell") == "True"
-                or name in ("eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load")
+                or name
+                in (
+                    "eval",
+                    "exec",
+                    "os.system",
+                    "os.popen",
+                    "torch.hub.load",
+                    "yaml.load",
+                    "yaml.unsafe_load",
+                    "yaml.full_load",
+                )
                 or name.endswith((".read_pickle", ".unsafe_load"))
             )
             if is_unsafe:
@@ -227,6 +238,8 @@ def test_nothing_that_is_read_can_run_code():
         "torch.load(path)",
         "torch.load(path, weights_only=False)",
         "numpy.load(path, allow_pickle=True)",
+        "AutoModel.from_pretrained(name, trust_remote_code=trusts)",
+        "torch.hub.load(repository, name)",
         "subprocess.run(command, shell=True)",
         "yaml.load(text)",
         "eval(text)",

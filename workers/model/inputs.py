@@ -9,8 +9,8 @@ import copy
 from typing import Any
 
 from sigray.workers.config import ModelConfig
-from sigray.workers.tower_limits import check_towers
 from sigray.workers.model.untrusted import read_open_clip_config
+from sigray.workers.tower_limits import check_towers
 
 # Keys of open_clip's config files that choose a class, not a shape; the class is always CustomTextCLIP here.
 _CLASS_KEYS = {"custom_text", "init_logit_scale", "init_logit_bias"}

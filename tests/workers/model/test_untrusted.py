@@ -168,25 +168,18 @@ def add_files(attacker: Attacker) -> None:
 
 def run(program: str, *arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
     """A program in a process of its own, in which somebody says yes to every question."""
-    variables = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    variables = {**os.environ, **environment}
     command = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.run(command, env=variables, input="y\n" * 99, capture_output=True, text=True, check=False)
 
 
-def test_no_code_of_a_folder_or_file_runs_and_the_refusal_names_it(tmp_path):
-    attacker = Attacker(tmp_path)
-    add_folders(attacker)
-    add_files(attacker)
-    cases = attacker.write("cases.json", attacker.cases)
-    done = run(READ, cases, TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1")  # the library's switch must not open our reads
-    assert done.returncode == 0, done.stderr
-    assert not attacker.canary.exists()
-    errors = json.loads(done.stdout)
-    for name, (pattern, readers) in attacker.expected.items():
-        assert errors[name].keys() == readers, (name, errors[name])
-        assert all(re.search(pattern, message) for message in errors[name].values()), errors[name]
-    done = run(CONTROL, tmp_path / "mapped", HF_MODULES_CACHE=str(tmp_path / "modules"))
-    assert attacker.canary.exists(), done.stderr
+def add_repository(attacker: Attacker) -> dict[str, bytes]:
+    """Add a model of the hub; returns the files of its repository, a/b."""
+    folder = attacker.transformers_folder("repository", model_type="evil", **MAPPED)
+    attacker.open_clip_name("repository", {"hf_model_name": "a/b", "hf_tokenizer_name": "a/b"})
+    everything = "check tokenize export train"
+    attacker.add("repository", {"name": "hf-hub:a/b"}, everything, r"a/b/config\.json names auto_map")
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @contextlib.contextmanager
@@ -222,21 +215,24 @@ def hub(files: dict[str, bytes]) -> Iterator[str]:
         server.server_close()
 
 
-def test_a_repository_is_read_as_a_folder_is(tmp_path):
-    text = {**TOWERS["text_cfg"], "hf_model_name": "a/b", "hf_tokenizer_name": "a/b"}
-    files = {
-        "open_clip_config.json": json.dumps({"model_cfg": {**TOWERS, "text_cfg": text}}).encode(),
-        "config.json": json.dumps({**BERT, "model_type": "evil", **MAPPED}).encode(),
-        "evil.py": f"open({str(tmp_path / 'canary')!r}, 'w')\n".encode(),
-    }
-    (tmp_path / "cases.json").write_text(json.dumps({"repository": {"name": "hf-hub:a/b"}}))
+def test_no_code_of_a_folder_or_file_runs_and_the_refusal_names_it(tmp_path):
+    attacker = Attacker(tmp_path)
+    add_folders(attacker)
+    add_files(attacker)
+    files = add_repository(attacker)
+    cases = attacker.write("cases.json", attacker.cases)
     with hub(files) as url:
-        done = run(READ, tmp_path / "cases.json", HF_ENDPOINT=url, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "home"))
+        # The library's switch must not open our reads.
+        variables = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
+        done = run(READ, cases, **variables)
     assert done.returncode == 0, done.stderr
-    errors = json.loads(done.stdout)["repository"]
-    assert errors.keys() == {"check", "tokenize", "export", "train"}
-    assert all("a/b/config.json names auto_map" in message for message in errors.values()), errors
-    assert not (tmp_path / "canary").exists()
+    assert not attacker.canary.exists()
+    errors = json.loads(done.stdout)
+    for name, (pattern, readers) in attacker.expected.items():
+        assert errors[name].keys() == readers, (name, errors[name])
+        assert all(re.search(pattern, message) for message in errors[name].values()), errors[name]
+    done = run(CONTROL, tmp_path / "mapped", HF_HUB_OFFLINE="1", HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert attacker.canary.exists(), done.stderr
 
 
 def test_a_module_beside_a_config_is_not_found(tmp_path):
