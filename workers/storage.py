@@ -103,11 +103,14 @@ class Storage:
             )
         try:
             place = local_or_s3(text)
-            self.is_local = not place.startswith("s3://")
-            self.uri = place if self.is_local else place.rstrip("/")
+        except ValueError as error:
+            raise StorageError(f"storage {error}") from None
+        self.is_local = not place.startswith("s3://")
+        self.uri = place if self.is_local else place.rstrip("/")
+        try:
             self.filesystem, self.root = fs.FileSystem.from_uri(self.uri)
         except (OSError, ValueError) as error:
-            raise StorageError(f"storage {text}: {error}") from error
+            raise StorageError(f"{self.uri}: {error}") from error
 
     def check_writable(self) -> None:
         """Write, read and delete a small file.

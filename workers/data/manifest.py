@@ -26,6 +26,7 @@ from sigray.workers.data.shard_list import ParallelMap, ShardFile, find_shards, 
 from sigray.workers.data.tar import (
     BLOCK,
     IF_WHOLE,
+    WHY_UNUSABLE,
     ByteSource,
     DataError,
     LocalFile,
@@ -38,6 +39,7 @@ from sigray.workers.data.tar import (
 RULES = 2
 """How tars are read: of 1, until November 2026, is `read_tar(is_old=True)`."""
 _MARK_EVERY = 256
+_MAX_ENDINGS = 1000  # of a shard that are kept for a message
 _NUM_CHECKED = 64  # samples of the first shard that are searched for a pair if the counts come from sidecars
 
 
@@ -282,7 +284,7 @@ def shard_count(
     """Return the count of a shard that was read from front to back."""
     links = tuple((header, *place) for header, place in tally.links.items())
     seekable = tuple(marks) if tally.is_seekable else ()
-    return ShardCount(num_samples, seekable, num_pairs, tuple(sorted(endings)), links, tally.unusable())
+    return ShardCount(num_samples, seekable, num_pairs, tuple(sorted(endings)[:_MAX_ENDINGS]), links, tally.unusable())
 
 
 def _check_end(file: ShardFile, data: DataConfig) -> str | None:
@@ -312,8 +314,9 @@ def _check_pairs(
     if any(count.num_pairs for count in passes):
         return
     endings = {ending for count in passes for ending in count.endings}
-    if not all(count.endings for count in passes if count.num_samples):
-        first = next(file for file in files if not counts[file].endings)
+    read = [file for file in files if counts[file].num_samples]
+    key = ""
+    for first in sorted(read, key=lambda file: bool(counts[file].endings))[:1]:
         try:
             with closing(open_shard(first, data)) as source:
                 unclosed = data.allow_unclosed
@@ -321,19 +324,42 @@ def _check_pairs(
                     if is_pair(sample, data):
                         return
                     endings.update(sample.members)
+                    key = key or sample.key
                     if sample.index == _NUM_CHECKED:
                         break
         except DataError as error:
             raise _unreadable([f"{first.url}: {error}"]) from error
-    found = ", ".join(sorted(endings)) or "nothing"
-    if unusable := listed(sum((Counter(count.unusable) for count in passes), Counter())):
-        found += f" (not used: {unusable})"
+    unusable = sum((Counter(count.unusable) for count in passes), Counter[str]())
     of_dataset = f"of data.shards.{name} " if name else ""
     raise DataError(
-        f"no usable pair in {len(files)} shards {of_dataset}({files[0].url} first): a sample needs an image member "
-        f"({', '.join(data.image_keys)}) and a caption member ({', '.join(map(caption_member, data.captions))}); "
-        f"members found end in {found}. Set data.image_keys and data.captions"
+        f"no usable pair in {len(files)} shards {of_dataset}({files[0].url} first): {_what_is_missing(data)}; "
+        f"{_what_is_there(sorted(endings), unusable, key, data)}"
     )
+
+
+def _what_is_missing(data: DataConfig) -> str:
+    members = _ten(list(dict.fromkeys(map(caption_member, data.captions))))
+    return f"a sample needs an image member ({_ten(data.image_keys)}) and a caption member ({members})"
+
+
+def _what_is_there(endings: list[str], unusable: Counter[str], key: str, data: DataConfig) -> str:
+    """Describe the members of shards without a pair, and the remedy."""
+    lost = f"not used: {listed(unusable)}" if unusable else ""
+    if not endings:
+        reasons = [f"{what}: {WHY_UNUSABLE[what]}" for what, _ in unusable.most_common(1) if what in WHY_UNUSABLE]
+        return "; ".join([lost or "the shards hold no members", *reasons])
+    wanted = {*data.image_keys, *map(caption_member, data.captions)}
+    hint = (
+        f"; a key ends at its first dot: {key[:100]}"
+        if any(e.rpartition(".")[2] in wanted - {e} for e in endings)
+        else ""
+    )
+    found = f"members found end in {_ten(endings)}{f' ({lost})' if lost else ''}"
+    return f"{found}. Set data.image_keys and data.captions{hint}"
+
+
+def _ten(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (" and others" if len(names) > 10 else "")
 
 
 def listed(unusable: Counter[str]) -> str:

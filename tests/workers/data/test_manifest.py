@@ -66,6 +66,30 @@ def test_tar_without_a_usable_pair(tmp_path):
         scan([str(path)])
 
 
+def test_endings_after_the_first_dot_are_explained(tmp_path):
+    path = tmp_path / "dots.tar"
+    with tarfile.open(path, "w") as tar:
+        for number in range(2000):
+            for ending in ("jpg", "txt"):
+                tar.addfile(tarfile.TarInfo(f"photo.v2.{number:05d}.{ending}"))
+    with pytest.raises(DataError) as error:
+        scan([str(path)])
+    message = str(error.value)
+    assert message.count("v2.") == 10
+    assert message.endswith("and others. Set data.image_keys and data.captions; a key ends at its first dot: photo")
+
+
+def test_a_tar_of_symbolic_links_is_called_so(tmp_path):
+    path = tmp_path / "links.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in ("a.jpg", "a.txt"):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.SYMTYPE, f"/data/{name}"
+            tar.addfile(member)
+    with pytest.raises(DataError, match=r"not used: 2 symbolic links, .*; symbolic links: .* cannot follow them: pack"):
+        scan([str(path)])
+
+
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_and_foreign_names_are_grouped_as_webdataset_does(tmp_path, tar_format):
     path, folder = tmp_path / "long.tar", "d" * 90 if tar_format == tarfile.USTAR_FORMAT else "ü" * 120
