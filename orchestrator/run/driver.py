@@ -114,6 +114,10 @@ def train(
         def sum_up(status: str) -> dict[str, Any]:
             seconds = {"train_s": supervisor.train_s, "total_s": time.monotonic() - begin}
             summary = summarize(config, folder, manifest, status, records.facts, evaluations.newest, **seconds)
+            summary["refused"] = records.refused_of_all()
+            if summary["refused"]:
+                rows = [f"{n['count']:,} x {reason}, first {n['first']}" for reason, n in summary["refused"].items()]
+                display.say("\n  ".join(["samples refused or cut since the last start:", *rows]))
             folder.save_summary(summary)
             write_report(folder.path)
             folder.upload_records()

@@ -86,6 +86,9 @@ class RayHooks:
     def record(self, metrics: dict[str, float]) -> Request:
         return self._call("record", metrics)
 
+    def refused(self, rank: int, reasons: dict[str, tuple[int, str]]) -> None:
+        self._call("post", "refused", (rank, reasons))
+
     def checkpointed(self, info: CheckpointInfo) -> None:
         self._call("post", "checkpoint", asdict(info))
 

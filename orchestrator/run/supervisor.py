@@ -207,6 +207,8 @@ class Supervisor:
         elif kind == "checkpoint":
             self.records.prometheus.checkpoint()
             self._take_checkpoint(CheckpointInfo(**content))
+        elif kind == "refused":
+            self.records.refused(*content)
         elif kind == "warning":
             self.display.say(content)
         elif kind == "failed":

@@ -17,6 +17,7 @@ class RunRecords:
 
     Attributes:
         facts: start-up facts of the newest attempt; empty before the first one.
+        reasons: why samples were refused or cut in the newest attempt, by rank.
         prometheus: the run's metrics in Prometheus.
     """
 
@@ -25,6 +26,7 @@ class RunRecords:
         self.prometheus = RunMetrics(config.run.name, config.checkpoint.save_every_s)
         self._tensorboard: TensorBoard | None = None
         self.facts: dict[str, Any] = {}
+        self.reasons: dict[int, dict[str, tuple[int, str]]] = {}
 
     def started(self, facts: dict[str, Any]) -> None:
         """Begin an attempt: forget the metrics of steps that it repeats."""
@@ -34,6 +36,7 @@ class RunRecords:
         else:
             self._display.keep(f"training begins at step {first_step:,}", "note")
         self.facts = facts
+        self.reasons = {}
         self.prometheus.started(facts)
         self._folder.restore_metrics(first_step)
         self.close_trackers()
@@ -51,6 +54,18 @@ class RunRecords:
         self.prometheus.line(line, num_data_workers)
         if self._tensorboard is not None:
             self._tensorboard.metrics(line)
+
+    def refused(self, rank: int, reasons: dict[str, tuple[int, str]]) -> None:
+        """Record a rank's refused and cut samples: reason -> count, the first sample."""
+        self.reasons[rank] = reasons
+
+    def refused_of_all(self) -> dict[str, dict[str, Any]]:
+        """Return count and first sample of each reason over all ranks, the most frequent reason first."""
+        merged: dict[str, dict[str, Any]] = {}
+        for reasons in self.reasons.values():
+            for reason, (count, first) in reasons.items():
+                merged.setdefault(reason, {"count": 0, "first": first})["count"] += count
+        return dict(sorted(merged.items(), key=lambda entry: -entry[1]["count"]))
 
     def evaluation(self, result: dict[str, Any]) -> None:
         self._folder.save_evaluation(result)

@@ -49,6 +49,9 @@ class Recorder:
         self.lines.append(metrics)
         return "stop" if metrics["step"] == self._last_step else "go on"
 
+    def refused(self, rank: int, reasons: dict[str, tuple[int, str]]) -> None:
+        self.reasons = reasons
+
     def checkpointed(self, info: CheckpointInfo) -> None:
         self.checkpoints.append(info)
 

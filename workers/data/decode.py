@@ -238,7 +238,7 @@ def _decode_with_pillow(content: bytes | memoryview, max_pixels: int, least_byte
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
-    """Convert a loaded image in strips: each of Pillow's conversions is a copy of 4 bytes a pixel."""
+    """Convert a loaded image in strips: each conversion copies 4 bytes a pixel."""
     width, height = image.size
     is_deep = image.mode.startswith("I")  # Pillow's conversion clips 16-bit grey to white
     pixels = np.empty((height, width, 1 if is_deep else 3), np.uint8)
@@ -275,7 +275,7 @@ def _pillow_orientation(file: Image.Image) -> int:
 
 
 def _num_scans(content: bytes | memoryview) -> int:
-    """Return the number of a JPEG's scans, each of which costs as much time as the first.
+    """Return the number of a JPEG's scans; each costs as much time as the first.
 
     A file's bytes are searched only if its header allows several scans: to search a photo takes a tenth of the time to
     decode it.
@@ -290,7 +290,7 @@ def _num_scans(content: bytes | memoryview) -> int:
 
 
 def _jpeg_segments(content: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
-    """Yield kind, first and last byte of the segments before a JPEG's first scan, and of the header of that scan."""
+    """Yield kind, start and end of a JPEG's segments, up to its first scan's header."""
     place = 2
     kind = 0
     while kind != 0xDA and place + 4 < len(content) and content[place] == 0xFF:
@@ -313,7 +313,7 @@ def _jpeg_orientation(content: bytes | memoryview) -> int:
 
 
 def _tiff_entries(tiff: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
-    """Yield tag, count and the first 16 bits of the value of the first directory's entries; none if it is no TIFF."""
+    """Yield the entries of a TIFF's first directory: tag, count, 16 bits of value."""
     order = {b"II": "<", b"MM": ">"}.get(bytes(tiff[:2]))
     if order is None:
         return

@@ -26,7 +26,7 @@ from sigray.workers.data.buffers import BufferPool, PageLock, Place, SharedBuffe
 from sigray.workers.data.label_noise import Noise
 from sigray.workers.data.order import StreamOrder
 from sigray.workers.data.tar import DataError
-from sigray.workers.data.worker import Block, ImageKind
+from sigray.workers.data.worker import CUT, Block, ImageKind
 
 
 class BlockSource(Protocol):
@@ -97,6 +97,7 @@ class Loader:
         wait_s: seconds that the consumer has waited for batches so far.
         decode_s: seconds that data-shard workers were busy with the blocks that came.
         refused: samples replaced so far, by reason.
+        reasons: the same, and captions that were cut: count and first sample by reason.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class Loader:
     ) -> None:
         self.wait_s = self.decode_s = 0.0
         self.refused: Counter[str] = Counter()
-        self._refused_keys: dict[str, str] = {}
+        self.reasons: dict[str, tuple[int, str]] = {}
         self._order, self._source, self._data = order, source, data
         self._global_batch_size = global_batch_size
         self._rank, self._world_size = rank, world_size
@@ -270,14 +271,18 @@ class Loader:
         self._num_read += len(block.samples)
         self.decode_s += block.decode_s
         self.refused.update(block.refused)
-        self._refused_keys = block.refused_keys | self._refused_keys  # the first of each reason stays
+        if block.refused_keys:
+            new = dict(self.reasons)  # not changed in place: the training thread reads it
+            for reason, first in block.refused_keys.items():
+                count, first = new.get(reason, (0, first))
+                new[reason] = (count + (block.num_cut if reason == CUT else block.refused[reason]), first)
+            self.reasons = new
         num_refused = self.refused.total()
         max_bad_fraction = self._data.max_bad_fraction
         # A rate needs a base: two bad samples in the first block say nothing yet.
         if num_refused > max_bad_fraction * max(self._num_read, 1024):
             table = "\n  ".join(
-                f"{count} x {reason}, first {self._refused_keys[reason]}"
-                for reason, count in self.refused.most_common()
+                f"{count} x {reason}, first {self.reasons[reason][1]}" for reason, count in self.refused.most_common()
             )
             raise DataError(
                 f"{num_refused} of {self._num_read} samples refused, more than data.max_bad_fraction "

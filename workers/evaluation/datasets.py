@@ -9,7 +9,6 @@ each part are the same with any number of workers.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from sigray.workers.config import SUBFOLDERS, DataConfig, EvalSet
-from sigray.workers.data.decode import Decoder, Members, Refused, captions_at
+from sigray.workers.data.decode import Decoder, Members, Refused, captions_at, read_json
 from sigray.workers.data.manifest import Manifest, Shard, read_samples, scan_shards
 from sigray.workers.data.tar import DataError, TarSample
 from sigray.workers.parse import as_type, parse_json
@@ -177,6 +176,11 @@ def load_set(spec: EvalSet, data: DataConfig, image_size: int, name: str = "NAME
 
 def check_usable(spec: EvalSet, num_usable: int, refused: Counter[str]) -> None:
     """Raise a DataError with the reasons if no sample of a set is usable."""
+    if not num_usable and refused["no class"] == refused.total() > 0:
+        raise DataError(
+            f"{spec.shards}: none of {refused.total()} samples has a class: no .json member has the key "
+            f"class_field={spec.class_field!r}, and no sample has a .{CLASS} member. Set class_field of this set"
+        )
     if not num_usable:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in refused.most_common())
         raise DataError(f"{spec.shards}: none of {refused.total()} samples is usable ({reasons or 'there are none'})")
@@ -321,8 +325,8 @@ def _ending(path: str) -> str:
 
 def _class_id(members: Members, spec: EvalSet) -> str:
     if "json" in members:
-        with suppress(KeyError, ValueError, TypeError):
-            return str(json.loads(bytes(members["json"]))[spec.class_field])
+        with suppress(KeyError, TypeError, Refused):
+            return str(read_json(members["json"])[spec.class_field])
     if CLASS in members:
         return str(members[CLASS], "utf-8", "replace").strip()
     raise Refused("no class")

@@ -76,7 +76,11 @@ def class_labels(class_ids: list[str], classes: list[dict[str, str]], set_name: 
     numbers = {entry["id"]: number for number, entry in enumerate(classes)}
     unknown = sorted(set(class_ids) - numbers.keys())
     if unknown:
-        raise DataError(f"eval.sets.{set_name}: class {unknown[0]!r} of a sample is not in the classes file")
+        raise DataError(
+            f"eval.sets.{set_name}: class {unknown[0]!r} of a sample is not in the classes file, nor are "
+            f"{len(unknown) - 1} other classes. The file's {len(classes)} ids begin with {classes[0]['id']!r}. Check "
+            "classes and class_field"
+        )
     return torch.tensor([numbers[class_id] for class_id in class_ids])
 
 

@@ -29,13 +29,16 @@ Answer = Literal["go on", "stop", "wait"]
 
 
 class Hooks(Protocol):
-    """Reports and questions to the driver; only rank 0 calls them, except `warn`."""
+    """Reports and questions to the driver, of rank 0; `warn` and `refused` of any."""
 
     def started(self, facts: dict[str, Any]) -> None:
         """Training starts; `facts` is the start-up block."""
 
     def record(self, metrics: dict[str, float]) -> Request:
         """Record one line of metrics; returns what the driver requests."""
+
+    def refused(self, rank: int, reasons: dict[str, tuple[int, str]]) -> None:
+        """Record a rank's refused and cut samples: reason -> count, the first sample."""
 
     def checkpointed(self, info: CheckpointInfo) -> None:
         """A checkpoint is durable."""

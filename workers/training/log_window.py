@@ -23,7 +23,8 @@ class LogWindow:
     """The steps between two lines of metrics; only `close` reads the device."""
 
     def __init__(self, loader: Loader, device: Device, job: TrainJob) -> None:
-        self._loader, self._device = loader, device
+        self._loader, self._device, self._job = loader, device, job
+        self._reasons: dict[str, tuple[int, str]] = {}
         self._global_batch_size = job.train.global_batch_size
         self._max_loss_ratio = job.train.max_loss_ratio
         self._has_bias = job.loss.name == "sigmoid"
@@ -58,6 +59,9 @@ class LogWindow:
         scale, bias = self._device.read([newest.logit_scale, newest.logit_bias])
         features = newest.feature_means.tolist()
         loader = self._loader
+        if loader.reasons != self._reasons:
+            self._reasons = loader.reasons
+            self._job.hooks.refused(dist.get_rank() if dist.is_initialized() else 0, self._reasons)
         times_s = loader.wait_s - self._wait_s, loader.decode_s - self._decode_s
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         sums = self._device.sum_over_ranks([*features, *losses, loader.num_ready, *times_s, loader.refused.total()])
