@@ -167,7 +167,7 @@ def _read_caption(url: str, place: int, source: str, hashed: int, data: DataConf
     """Read the caption with a hash again, from the sample at a byte of a shard."""
     try:
         with contextlib.closing(open_url(url, data, place)) as tar:
-            texts = captions_at(source, next(read_tar(tar)).members)
+            texts = captions_at(source, next(read_tar(tar, allow_unclosed=data.allow_unclosed)).members)
     except (ValueError, OSError, StopIteration, Refused):
         return "(could not be read again)"
     return next((text for text in texts if hash(text) == hashed), "(changed meanwhile)")

@@ -28,6 +28,7 @@ from sigray.workers.data.decode import Decoder, decode_pixels, sample_random
 from sigray.workers.data.manifest import read_samples, scan_shards
 from tests.helpers.data import drawn_sample, encode_image, write_dataset, write_tar
 from tests.helpers.s3 import BUCKET, s3_server
+from tests.helpers.tars import END, header
 
 CHROMIUM = shutil.which("chromium")
 
@@ -140,6 +141,26 @@ def test_gzip_in_place_of_a_tar_and_nothing_else(tmp_path, capsys):
     assert code == 2
     assert lines_with(out, "1: 0 read whole, 1 that cannot be read to the end")
     assert lines_with(out, "a.tar", "compressed with gzip: unpack it with `mv a.tar")
+
+
+def test_what_cannot_be_used_is_counted(tmp_path, capsys):
+    links = b"".join(header(b"%d.%s" % (n, end), b"2", link=b"x") for n in range(40) for end in (b"png", b"txt"))
+    (tmp_path / "a.tar").write_bytes(links + END)
+    code, out, err = run(capsys, tmp_path)
+    assert code == 2
+    assert lines_with(out, "symbolic links", "80", "a tar of data cannot follow them")
+    assert lines_with(out, "samples without a usable member", "40")
+    assert "not used: 80 symbolic links, 40 samples without a usable member" in err
+
+
+def test_the_time_limit_holds_between_two_samples(tmp_path, monkeypatch):
+    """A tar may have headers without end and no sample."""
+    (tmp_path / "a.tar").write_bytes(header(b"nothing") * 100_000 + END)
+    begin = time.monotonic()
+    found = inspect_data(data_section([str(tmp_path)]), max_s=0.2)
+    assert time.monotonic() - begin < 5
+    assert found.is_over_time or found.shards[0].is_whole
+    assert found.is_over_time != found.shards[0].is_whole
 
 
 def test_two_members_of_one_name(tmp_path, capsys):

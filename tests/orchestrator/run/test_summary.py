@@ -1,11 +1,18 @@
-"""The environment that a summary names."""
+"""The environment that a summary names, and what its tars hold that is not used."""
 
 from __future__ import annotations
 
+import io
 import shutil
 import subprocess
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
 
 from sigray.orchestrator.run import summary
+from sigray.orchestrator.run.progress import Display
+from sigray.workers.data.manifest import Manifest, Shard
 
 
 def test_only_a_commit_of_sigray_is_named(monkeypatch, tmp_path):
@@ -29,3 +36,20 @@ def test_only_a_commit_of_sigray_is_named(monkeypatch, tmp_path):
     assert summary._commit() != "unknown"
     monkeypatch.setenv("SIGRAY_COMMIT", "abc")
     assert summary._commit() == "abc"
+
+
+def test_the_first_lines_say_what_is_not_used() -> None:
+    shard = Shard("/a.tar", 20480, 5, "mtime-1", unusable={"symbolic links": 3})
+    manifest = Manifest((shard, replace(shard, url="/b.tar")))
+    facts: dict[str, Any] = {
+        "parameters_m": {"all": 1, "visual": 1, "text": 1},
+        "world_size": 1,
+        "device": "cpu",
+        "epochs": 1,
+    }
+    facts |= {"global_batch_size": 8, "batch_per_worker": 8, "micro_batch_size": 8, "first_step": 0, "num_steps": 4}
+    for each, line in ((manifest, "not used  6 symbolic links"), (Manifest((replace(shard, unusable={}),)), "")):
+        out = io.StringIO()
+        Display(Console(file=out, width=200)).start("run", facts, summary.data_facts(each))
+        assert line in out.getvalue()
+        assert ("not used" in out.getvalue()) == bool(line)

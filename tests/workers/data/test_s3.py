@@ -31,9 +31,10 @@ from sigray.workers.data.s3 import (
     read_object,
     stat,
 )
-from sigray.workers.data.tar import DataError, read_tar
+from sigray.workers.data.tar import DataError, Tally, read_tar
 from tests.helpers.faultproxy import Fault, FaultProxy, drawn, in_turn, throttled
 from tests.helpers.s3 import BUCKET, free_ports, s3_server
+from tests.helpers.tars import END, header, member
 
 PART = 1 << 16
 SMALL, LARGE = random.Random(0).randbytes(12_345), random.Random(1).randbytes(40 * PART + 4321)
@@ -434,6 +435,21 @@ def test_a_tar_is_read_from_a_stream_as_from_a_file(proxy: FaultProxy, tar_folde
         samples = list(read_tar(stream))
     assert [sample.index for sample in samples] == list(range(32))
     assert all(bytes(sample.members["txt"]).startswith((b"red", b"green", b"blue", b"black")) for sample in samples)
+
+
+def test_a_hard_link_is_read_by_a_get_of_its_own(proxy: FaultProxy) -> None:
+    parts = [member(b"%d.bin" % number, b"%d" % number * 2500) for number in range(8)]
+    parts += [header(b"link%d.bin" % number, b"1", link=b"%d.bin" % (7 - number)) for number in range(8)]
+    info = put("links.tar", b"".join(parts) + END)
+    proxy.schedule = drawn(2, 0.3, ["reset", "close", "503"], 2000)
+    tally = Tally()
+    with stream_through(proxy, info, part_bytes=2048) as stream:
+        samples = list(read_tar(stream, tally=tally))
+    expected = [b"%d" % number * 2500 for number in (*range(8), *reversed(range(8)))]
+    assert [bytes(sample.members["bin"]) for sample in samples] == expected
+    with stream_through(proxy, info, part_bytes=2048, start=samples[10].position) as stream:
+        rest = list(read_tar(stream, links=tally.links))
+    assert [bytes(sample.members["bin"]) for sample in rest] == expected[10:]
 
 
 # ---- ShardCache
