@@ -11,8 +11,8 @@ from sigray.orchestrator.resources import check_slices
 from sigray.orchestrator.run.progress import Display
 from sigray.orchestrator.run.ray_session import cluster_address
 from sigray.workers.config import ModelConfig
-from sigray.workers.data.manifest import Manifest, scan_shards
-from sigray.workers.data.shard_list import in_threads, list_shards
+from sigray.workers.data.manifest import Manifest, scan_shards, unreadable
+from sigray.workers.data.shard_list import find_shards, in_threads
 from sigray.workers.data.tar import DataError
 
 if TYPE_CHECKING:
@@ -109,7 +109,10 @@ def check_model_and_sets(config: RunConfig, *, is_begun: bool = False) -> None:
     for name, spec in config.eval.sets.items():
         for each in [spec, *([probe_set(spec)] if spec.linear_probe is not None else [])]:
             if check_set(name, each, config.data, is_stored=is_stored) is None:
-                list_shards(each.shards, config.data.s3, f"eval.sets.{name}")
+                broken: list[str] = []
+                find_shards(each.shards, config.data.s3, f"eval.sets.{name}", broken)
+                if broken:
+                    raise unreadable(f"eval.sets.{name}", broken)
         if spec.classes:
             classes_of(spec)
     parameter_groups(check_model(config.model), config.optim)

@@ -176,9 +176,9 @@ def scan_shards(
     for file, problem in zip(from_sidecars, in_threads(lambda f: _check_end(f, data), from_sidecars), strict=True):
         broken += [f"{file.url}: {problem}"] if problem else []
     if broken:
-        raise _unreadable(broken)
+        raise unreadable(key, broken)
     for name, part in files.items():
-        _check_pairs(name, part, counts, data, is_old)
+        _check_pairs(keys[name], part, counts, data, is_old)
     cache_counts(counts, data, rules)
     return Manifest(
         tuple(
@@ -307,7 +307,7 @@ def is_pair(sample: TarSample, data: DataConfig) -> bool:
 
 
 def _check_pairs(
-    name: str, files: list[ShardFile], counts: dict[ShardFile, ShardCount], data: DataConfig, is_old: bool
+    key: str, files: list[ShardFile], counts: dict[ShardFile, ShardCount], data: DataConfig, is_old: bool
 ) -> None:
     """Refuse a dataset without a usable pair; search a shard if no pass found endings."""
     passes = [counts[file] for file in files]
@@ -315,7 +315,7 @@ def _check_pairs(
         return
     endings = {ending for count in passes for ending in count.endings}
     read = [file for file in files if counts[file].num_samples]
-    key = ""
+    example = ""  # of a key
     for first in sorted(read, key=lambda file: bool(counts[file].endings))[:1]:
         try:
             with closing(open_shard(first, data)) as source:
@@ -324,16 +324,15 @@ def _check_pairs(
                     if is_pair(sample, data):
                         return
                     endings.update(sample.members)
-                    key = key or sample.key
+                    example = example or sample.key
                     if sample.index == _NUM_CHECKED:
                         break
         except DataError as error:
-            raise _unreadable([f"{first.url}: {error}"]) from error
+            raise unreadable(key, [f"{first.url}: {error}"]) from error
     unusable = sum((Counter(count.unusable) for count in passes), Counter[str]())
-    of_dataset = f"of data.shards.{name} " if name else ""
     raise DataError(
-        f"no usable pair in {len(files)} shards {of_dataset}({files[0].url} first): {_what_is_missing(data)}; "
-        f"{_what_is_there(sorted(endings), unusable, key, data)}"
+        f"no usable pair in {len(files)} shards of {key} ({files[0].url} first): {_what_is_missing(data)}; "
+        f"{_what_is_there(sorted(endings), unusable, example, data)}"
     )
 
 
@@ -342,7 +341,7 @@ def _what_is_missing(data: DataConfig) -> str:
     return f"a sample needs an image member ({_ten(data.image_keys)}) and a caption member ({members})"
 
 
-def _what_is_there(endings: list[str], unusable: Counter[str], key: str, data: DataConfig) -> str:
+def _what_is_there(endings: list[str], unusable: Counter[str], example: str, data: DataConfig) -> str:
     """Describe the members of shards without a pair, and the remedy."""
     lost = f"not used: {listed(unusable)}" if unusable else ""
     if not endings:
@@ -350,7 +349,7 @@ def _what_is_there(endings: list[str], unusable: Counter[str], key: str, data: D
         return "; ".join([lost or "the shards hold no members", *reasons])
     wanted = {*data.image_keys, *map(caption_member, data.captions)}
     hint = (
-        f"; a key ends at its first dot: {key[:100]}"
+        f"; a key ends at its first dot: {example[:100]}"
         if any(e.rpartition(".")[2] in wanted - {e} for e in endings)
         else ""
     )
@@ -367,6 +366,7 @@ def listed(unusable: Counter[str]) -> str:
     return ", ".join(f"{count:,} {what}" for what, count in unusable.most_common())
 
 
-def _unreadable(broken: list[str]) -> DataError:
+def unreadable(key: str, broken: list[str]) -> DataError:
+    """Return the error that names shards and what is wrong with each, ten at most."""
     shown = "\n  ".join(broken[:10]) + (f"\n  and {len(broken) - 10} more" if len(broken) > 10 else "")
-    return DataError(f"shards that cannot be read, {len(broken)}:\n  {shown}")
+    return DataError(f"{key}: shards that cannot be read, {len(broken)}:\n  {shown}")
