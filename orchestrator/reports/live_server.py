@@ -13,7 +13,7 @@ A page is drawn again only if its content has changed. The curves of a run take 
 times as long: all viewers together cost a tenth of a core.
 
 The folders may be of unknown origin (`foreign_folder.py`). Threads in the background read them for the list, small
-folders first. The list waits for at most 1.5 s and names the folders that take longer. Each page has a lock of its own,
+folders first. The list waits for at most 1 s and names the folders that take longer. Each page has a lock of its own,
 and no other lock is held while a folder is read.
 """
 
@@ -55,7 +55,7 @@ _EVENTS_BYTES = 1 << 20
 _MAX_TEXT = 300
 _MAX_FILE_BYTES = 64 << 20  # of a report with its images
 _ENTRY_BYTES = 4 << 20  # of a file, for the list
-_WAIT_S = 1.5  # for which the list waits for folders
+_WAIT_S = 1.0  # for which the list waits for folders
 _KEEP_S = 3.0  # for which an answer is kept at least
 _REST = 10  # an answer is kept this many times as long as it took to make
 _NOT_FOUND = Answer("not found\n", TEXT, 404)
@@ -236,8 +236,10 @@ class _Job:
 
     def result(self, deadline: float) -> Any:
         """Return the result, at the deadline that of the job before."""
-        with suppress(TimeoutError):
-            return self._future.result(max(0.0, deadline - time.monotonic()))
+        left_s = deadline - time.monotonic()
+        if left_s > 0 or self._future.done():  # a wait of 0 s would still pass the GIL to the threads that parse
+            with suppress(TimeoutError):
+                return self._future.result(left_s)
         return self._before
 
 
@@ -374,7 +376,7 @@ class Pages:
         with self._lock:
             job = self._jobs.get(key)
             if job is None or time.monotonic() >= job.until:
-                job = self._jobs[key] = _Job(self._pool, work, job.result(float("inf")) if job else None)
+                job = self._jobs[key] = _Job(self._pool, work, job.result(time.monotonic() + 60) if job else None)
             return job
 
     def _names(self, place: Storage, _: Any) -> tuple[list[str], str]:

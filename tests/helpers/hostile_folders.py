@@ -131,7 +131,7 @@ RUNS: dict[str, Draw] = {
     "yaml-bad": _text("config.yaml", "run: ["),
     "yaml-tag": _text("config.yaml", "!!python/object/apply:os.system [echo]"),
     "yaml-bomb": _text("config.yaml", _BOMB),
-    "yaml-deep": _text("config.yaml", "[" * _DEEP),
+    "yaml-deep": _text("config.yaml", "[" * 1000),
     "yaml-list": _text("config.yaml", "[1, 2]"),
     "yaml-long": _text("config.yaml", "run: {name: " + "x" * 10_000_000 + "}"),
     "yaml-types": _text("config.yaml", "{run: [1], train: 7, eval: x, model: null, optim: {lr: {}}}"),

@@ -95,7 +95,7 @@ def test_no_answer_made_a_request(answers):
         ("fifo-metrics", "metrics.jsonl is no regular file"),
         ("fifo-lease", "lease.json is no regular file"),
         ("folder-as-file", "summary.json is no regular file"),
-        ("huge-config", "config.yaml has 10,737,418,240 bytes; pages read at most 262,144"),
+        ("huge-config", "config.yaml has 10,737,418,240 bytes; pages read at most 65,536"),
         ("huge-summary", "summary.json has 10,737,418,240 bytes"),
         ("yaml-bad", "config.yaml is left out: not YAML"),
         ("yaml-bomb", "aliases"),
