@@ -84,10 +84,13 @@ def check_cluster_file(path: str | Path) -> ClusterCheck:
                 check.add(f"line {number}", f"{what} in the file: use the environment, a role or a file mount")
         if _PLACEHOLDER.search(line) and not line.lstrip().startswith("#"):
             check.notes.append(f"line {number}: fill in {line.strip().partition(' #')[0]}")
-    if "apiVersion" in content:
-        _check_manifest(content, check)
-    else:
-        _check_ray_yaml(content, check, Path(path))
+    try:
+        if "apiVersion" in content:
+            _check_manifest(content, check)
+        else:
+            _check_ray_yaml(content, check, Path(path))
+    except (AttributeError, TypeError, LookupError, ArithmeticError) as error:
+        raise ConfigError(f"{path}: a value is of another type than Ray or Kubernetes reads: {error}") from error
     return check
 
 

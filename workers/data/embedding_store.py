@@ -57,7 +57,7 @@ Part = Literal["train", "eval"]
 _Size = Annotated[int, Field(gt=0, lt=2**20)]
 
 
-class StoreError(ValueError):
+class StoreError(DataError):
     """A store that does not fit the run; the message has store, reason and remedy."""
 
 
@@ -208,13 +208,13 @@ class EmbeddingStore:
         members = saved.get("members")
         members = set(map(str, members)) if isinstance(members, list) else set()
         lines = [
-            f"{name}: the store has {saved.get(name)!r}, this config {key.get(name)!r}"
+            f"{name}: the store has {saved.get(name)!r:.200}, this config {key.get(name)!r:.200}"
             for name in sorted(saved.keys() | key.keys())
             # A store may have more members than this config needs.
             if (not set(key[name]) <= members if name == "members" else saved.get(name) != key.get(name))
         ]
         if lines:
-            shown = "\n  ".join(lines)
+            shown = "\n  ".join(lines[:10])
             raise StoreError(
                 f"embeddings.store={self.uri} was made by another tower or preprocessing:\n  {shown}\n"
                 "Set these as they were, or give another embeddings.store and run `sigray embed` again"
@@ -232,7 +232,7 @@ class EmbeddingStore:
             ) from None
         if version != VERSION:
             raise StoreError(
-                f"embeddings.store={self.uri} is of version {version}, this sigray reads {VERSION}: "
+                f"embeddings.store={self.uri} is of version {version!r:.20}, this sigray reads {VERSION}: "
                 "make it again in another folder"
             )
         return self._read(_Index, _INDEX)
