@@ -29,7 +29,7 @@ from sigray.workers.checkpoint.index import metrics_line, read_metrics
 from sigray.workers.checkpoint.lease import LEASE_FILE
 from sigray.workers.data.manifest import Manifest
 from sigray.workers.data.tar import DataError
-from sigray.workers.parse import ParseError, as_type, parse_json
+from sigray.workers.parse import ParseError, parse_json
 from sigray.workers.storage import Storage
 
 CONFIG, MANIFEST, METRICS, SUMMARY = "config.yaml", "manifest.json", "metrics.jsonl", "summary.json"
@@ -153,7 +153,7 @@ class RunFolder:
         """
         content = self.storage.read(MANIFEST)
         try:
-            return as_type(Manifest, parse_json(content, max_bytes=_MAX_MANIFEST_BYTES))
+            return Manifest.from_json(parse_json(content, max_bytes=_MAX_MANIFEST_BYTES))
         except ParseError as error:
             raise DataError(f"{self.storage.uri}/{MANIFEST}: {error}") from None
 

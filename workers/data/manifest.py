@@ -35,6 +35,7 @@ from sigray.workers.data.tar import (
     cut_short,
     read_tar,
 )
+from sigray.workers.parse import as_type
 
 RULES = 2
 """How tars are read: of 1, until November 2026, is `read_tar(is_old=True)`."""
@@ -93,13 +94,11 @@ class Manifest:
         return {"shards": shards, "store": self.store}
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Manifest:
-        def shard_of(saved: dict[str, Any]) -> Shard:
-            links = saved.get("links")
-            lists = {"marks": tuple(saved["marks"]), "links": None if links is None else tuple(map(tuple, links))}
-            return Shard(**{"rules": 1, **saved, **lists})
-
-        return cls(tuple(map(shard_of, content["shards"])), content["store"])
+    def from_json(cls, content: Any) -> Manifest:
+        """Return a saved manifest; raise ParseError for another content."""
+        saved = as_type(dict[str, Any], content)
+        shards = as_type(list[dict[str, Any]], saved.get("shards"))
+        return as_type(cls, saved | {"shards": [{"rules": 1, **shard} for shard in shards]})
 
     def differences(self, now: Manifest) -> list[str]:
         """Return what changed in the shards since this manifest was made, one line each."""
