@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-import shlex
 import stat
 import struct
 import weakref
@@ -29,6 +28,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+from sigray.workers.data.other_formats import other_format
 
 BLOCK = 512
 MAX_HEADER_BYTES = 1 << 20
@@ -62,15 +63,6 @@ WHY_UNUSABLE = {
 _NO_FILES = b"5DV"  # directories, a volume's label
 _PAX_NUMBER = re.compile(rb"[0-9]{1,100}")
 IF_WHOLE = "; if the tar is whole, set data.allow_unclosed=true"
-
-# First bytes of what is stored as .tar by mistake.
-_COMPRESSED = {b"\x1f\x8b": ("gzip", "gz", "gunzip"), b"\x28\xb5\x2f\xfd": ("zstd", "zst", "zstd -d --rm")}
-_COMPRESSED |= {b"BZh": ("bzip2", "bz2", "bunzip2"), b"\xfd7zXZ": ("xz", "xz", "unxz")}
-_COMPRESSED |= {b"\x04\x22\x4d\x18": ("lz4", "lz4", "lz4 -d --rm")}
-_OTHERS = {rb"version https://git-lfs": "a git-LFS pointer: run `git lfs pull`", rb"PK\x03\x04": "a zip archive"}
-_OTHERS |= {rb"PAR1": "a Parquet file", rb"\s*<(!doctype )?html": "an HTML page: a download that was answered by one"}
-_OTHERS |= {rb"\s*<": "XML: a download that was answered by a message?", rb"\s*[\[{][\s\"\[{\]}\d-]": "JSON"}
-_OTHERS |= {rb"[\t\n\r -~\x80-\xff]+\Z": "plain text"}
 
 
 class DataError(ValueError):
@@ -551,16 +543,8 @@ def _check_end(source: ByteSource, is_closed: bool, is_allowed: bool) -> None:
 
 def _what_is_there(source: ByteSource, block: bytes, position: int) -> str:
     """Return what a block is that is no header."""
-    if not position:
-        name = shlex.quote(source.url.rpartition("/")[2])
-        for magic, (kind, ending, command) in _COMPRESSED.items():
-            if block.startswith(magic):
-                return (
-                    f"compressed with {kind}: unpack it with `mv {name} {name}.{ending} && {command} {name}.{ending}`"
-                )
-        for pattern, kind in _OTHERS.items():
-            if re.match(pattern, block, re.IGNORECASE):
-                return f"no tar but {kind}"
+    if not position and (other := other_format(block, source.url)):
+        return other
     if len(block) == BLOCK and _is_header(block):
         return f"damaged: a size that is no number, {block[124:136]!r}, in the header at byte {position}"
     if len(block) < BLOCK:
