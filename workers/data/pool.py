@@ -31,6 +31,7 @@ from sigray.workers.data import s3
 from sigray.workers.data.buffers import Place
 from sigray.workers.data.manifest import Manifest
 from sigray.workers.data.stream_registry import StreamRegistry
+from sigray.workers.data.tar import DataError
 from sigray.workers.data.worker import CUT, Block, DataWorker
 from sigray.workers.metrics import WorkerMetrics
 
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 _REFRESH_S = 5.0  # between two requests of a training worker for the list of data-shard workers
 # A worker is a straggler, and another gets a backup request, after this many times the usual decode time of a block.
 _STRAGGLER_FACTOR = 8.0
+# A block is given up after so many requests, for each of which Ray has started its dead worker again twice.
+_MAX_CRASHES = 2
 _METRICS_S = 2.0  # between two updates of the Prometheus metrics
 _SUBSCRIBERS_S = 0.05  # between two checks whether slower subscribers have caught up
 _ACCELERATOR_LABEL, _NODE_ID_LABEL = "ray.io/accelerator-type", "ray.io/node-id"
@@ -118,6 +121,7 @@ class DataWorkerActor(DataWorker):
         self._metrics = WorkerMetrics(run)
         self._updated_at = 0.0
 
+    @ray.method(max_task_retries=2)
     def block(self, lane: int, number: int, places: Sequence[Place] = ()) -> Block:
         """As `DataWorker.block`; updates the Prometheus metrics every `_METRICS_S`."""
         block = super().block(lane, number, places)
@@ -214,7 +218,7 @@ class DataPool:
 
     def _start(self) -> Any:
         manifest, data, model = self._arguments
-        # Ray restarts a dead worker and repeats its outstanding requests.
+        # Ray restarts a dead worker and repeats its outstanding requests; a block's request twice.
         actor = ray.remote(
             num_cpus=data.cpus_per_worker,
             resources=data.resources_per_worker,
@@ -314,12 +318,12 @@ class PoolBlocks:
         """As `loader.BlockSource`.
 
         Raises:
-            DataError: as the data-shard worker raised it.
+            DataError: as the data-shard worker raised it; the block kills each worker that decodes it.
             RuntimeError: if no worker answers, replaced ones included.
         """
         outstanding: list[_Request] = [handle]
         begin = time.monotonic()
-        num_timeouts = 0
+        num_timeouts = num_crashes = 0
         while True:
             patience_s = self._timeout_s / 4 if len(outstanding) > 1 else max(1.0, _STRAGGLER_FACTOR * self._usual_s)
             references = [request.reference for request in outstanding]
@@ -330,8 +334,15 @@ class PoolBlocks:
                     block = ray.get(ready[0])
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause from error
-                except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError):
-                    # The worker was retired, or its machine is gone, and the block with it.
+                except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+                    # The worker was retired, or its machine is gone, and the block with it. Or it died again and again.
+                    num_crashes += isinstance(error, ray.exceptions.ActorUnavailableError)
+                    if num_crashes == _MAX_CRASHES:
+                        samples = ray.get(answered.actor.describe.remote(lane, number))
+                        raise DataError(
+                            f"lane {lane} block {number}: data-shard workers died {3 * num_crashes} times while they "
+                            f"decoded {samples}. Run without these shards, or give the workers more memory"
+                        ) from error
                     outstanding = outstanding or [self.request(lane, number)]
                     continue
                 self._note(lane, block, answered, outstanding)

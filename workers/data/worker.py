@@ -151,6 +151,18 @@ class DataWorker:
                 rows[row][...] = image
         return replace(block, images=block.images[:0])
 
+    def describe(self, lane: int, number: int) -> str:
+        """Name the shards and samples of a block, for messages."""
+        size = self._data.block_size
+        found: dict[int, list[int]] = {}
+        for _, shard, index in self._order.places(LaneSlice(lane, number * size, (number + 1) * size)).tolist():
+            found.setdefault(shard, []).append(index)
+        parts = [
+            f"samples {min(indices)} to {max(indices)} of {self._manifest.shards[shard].url}"
+            for shard, indices in found.items()
+        ]
+        return ", ".join(parts[:10]) + (f" and {len(parts) - 10} more shards" if len(parts) > 10 else "")
+
     def _decode_block(
         self, lane: int, number: int, images: np.ndarray, rows: np.ndarray | dict[int, np.ndarray]
     ) -> Block:

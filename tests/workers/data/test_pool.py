@@ -19,13 +19,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
 from sigray.orchestrator.cluster.pending import Autoscaler, Demand, cluster_hosts, find_autoscaler, pending_reason
 from sigray.workers.config import DataConfig, ModelConfig
 from sigray.workers.data.buffers import Place, SharedBuffer
 from sigray.workers.data.loader import BlockSource, Loader
 from sigray.workers.data.manifest import Manifest, scan_shards
-from sigray.workers.data.pool import DataPool, PoolBlocks, in_tasks, placement
+from sigray.workers.data.pool import DataPool, DataWorkerActor, PoolBlocks, in_tasks, placement, start_here
+from sigray.workers.data.stream_registry import StreamRegistry
 from sigray.workers.data.tar import DataError
 from sigray.workers.data.worker import DataWorker, build_order, image_kind
 from sigray.workers.model.tokenizer import train_tokenizer
@@ -235,6 +237,40 @@ def test_headers_are_read_on_the_cluster(ray_driver, tmp_path, monkeypatch):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(DataError, match=r"shard-001\.tar: cut short"):
         scan_shards(data.shards, data, parallel_map=in_tasks)
+
+
+def test_a_block_that_kills_its_workers_is_named(ray_driver, model, data_config):
+    """A worker that decodes it dies at once; the requests behind it are answered."""
+    num_retries = DataWorkerActor.block.__ray_max_task_retries__
+
+    class Worker:
+        def __init__(self, *arguments):
+            self._worker = DataWorker(*arguments, seed=SEED)
+
+        @ray.method(max_task_retries=num_retries)
+        def block(self, lane, number, places=()):
+            if (lane, number) == (1, 2):
+                os._exit(1)
+            return self._worker.block(lane, number)
+
+        def describe(self, lane, number):
+            return self._worker.describe(lane, number)
+
+    manifest = scan_shards(data_config.shards, data_config)
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Worker).remote(manifest, data_config, model)
+    registry = start_here(StreamRegistry)
+    ray.get(registry.publish.remote([ray.put([actor])]))
+    blocks = PoolBlocks(registry, timeout_s=300)
+    handles = {place: blocks.request(*place) for place in [(0, 0), (1, 2), (0, 1)]}
+    try:
+        assert len(blocks.wait(0, 0, handles[0, 0]).keys) == 4
+        message = r"lane 1 block 2: .* died 6 times .*samples \d+ to \d+ of .*shard-\d+\.tar"
+        with pytest.raises(DataError, match=message):
+            blocks.wait(1, 2, handles[1, 2])
+        assert len(blocks.wait(0, 1, handles[0, 1]).keys) == 4
+    finally:
+        for each in (actor, registry):
+            ray.kill(each)
 
 
 def test_a_hung_worker_is_bypassed_and_replaced(pools, model, tmp_path):

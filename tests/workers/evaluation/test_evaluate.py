@@ -81,5 +81,5 @@ def test_what_is_wrong_with_a_set_is_named(tmp_path):
     with pytest.raises(DataError, match="none of 4 samples is usable \\(4 x no caption\\)"):
         load_set(eval_set(tmp_path), data.model_copy(update={"captions": {"json:y": 1.0}}), 8)
     (tmp_path / "classes.json").write_text("{}")
-    with pytest.raises(DataError, match="classes.json: a non-empty list"):
+    with pytest.raises(DataError, match="classes.json: input should be a valid list"):
         read_classes(spec.classes)
