@@ -204,8 +204,8 @@ class TarSample:
 class Tally:
     """What a pass over a whole tar finds beside the samples.
 
-    Samples that `tar -x` would write, grouped by key = samples - samples whose key came before + samples without a
-    usable member.
+    Samples that `tar -x` would write or fail to link, grouped by key = samples - samples whose key came before +
+    samples without a usable member.
     """
 
     links: dict[int, tuple[int, int]] = field(default_factory=dict)  # as `find_links` returns them

@@ -58,6 +58,9 @@ def lay_out(folder, entries):
 
 def write(writer, tar, folder, order):
     command = WRITERS[writer]
+    if "v7" in writer or "ustar" in writer.lower():
+        # GNU tar writes a cut target of a link whose target is longer; test_manifest.py has long names of ustar.
+        order = [name for name in order if len(os.fsencode(name)) < 100]
     if command[0] in ("tar", "bsdtar"):
         names = b"".join(os.fsencode(name) + b"\0" for name in order)
         words = [*command, "-cf", str(tar), "-C", str(folder), "--null", "-T", "-"]
@@ -120,9 +123,8 @@ def test_found_and_reported_are_what_tar_extracts(tmp_path_factory, entries, wri
         rest = list(read_tar(LocalFile(tar, sample.position), first_index=number, links=tally.links))
         assert rest == samples[number:]
     num_files = sum(len(sample.members) for sample in samples) + sum(unusable.values()) - again - lost
-    assert num_files == len(extracted) + (
-        unusable.get("members without a key", 0) - sum(k is None for k in extracted.values())
-    )
+    assert num_files == len(extracted)
+    assert unusable.get("members without a key", 0) == sum(key is None for key in extracted.values())
     shutil.rmtree(folder)
 
 
