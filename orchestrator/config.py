@@ -321,7 +321,7 @@ def override(config: RunConfig, overrides: list[str], source: str) -> RunConfig:
 def parse_config(content: dict[str, Any], source: str, overrides: Iterable[str] = ()) -> RunConfig:
     """Apply overrides to a mapping and check it; raises as `load_config`."""
     for text in overrides:
-        put(content, *override_of(text))
+        put(content, *override_of(text), source)
     return validate(RunConfig, content, source, "run", "cannot be run")
 
 
@@ -396,8 +396,8 @@ def override_of(override: str) -> tuple[str, Any]:
         raise ConfigError(f"{override!r}: {error}") from None
 
 
-def put(content: dict[str, Any], key: str, value: Any) -> None:
-    """Put a value at a dotted key of a nested mapping.
+def put(content: dict[str, Any], key: str, value: Any, source: str | Path) -> None:
+    """Put a value at a dotted key of a nested mapping, the content of `source`.
 
     Raises:
         ConfigError: if a part of the key is a value and no section.
@@ -409,7 +409,7 @@ def put(content: dict[str, Any], key: str, value: Any) -> None:
             place[part] = {}
         place = place[part]
         if not isinstance(place, dict):
-            raise ConfigError(f"{key}={value!r}: {part!r} is a value, not a section")
+            raise ConfigError(f"{source}: {part!r} is a value, not a section, as {key}={value!r:.60} needs")
     place[last] = value
 
 

@@ -125,7 +125,7 @@ def make_point(space: Space, base: dict[str, Any], pick: Callable[[str, Dimensio
         value = evaluate(dimension.expr, content) if dimension.expr is not None else pick(name, dimension)
         values[name] = value
         for key, item in dimension.cases[value].items() if dimension.cases is not None else [(name, value)]:
-            put(content, key, copy.deepcopy(item))
+            put(content, key, copy.deepcopy(item), "the base run")
             overrides[key] = item
     return Point(values, overrides)
 

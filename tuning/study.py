@@ -282,7 +282,7 @@ class Study:
         """The config of one trial, not yet checked."""
         content = self.base_of(budget)
         for key, value in overrides.items():
-            put(content, key, value)
+            put(content, key, value, self.config.name)
         content["run"] |= {"name": trial_name(number), "dir": str(self.config.folder / "trials"), "seed": seed}
         if self.config.storage:
             content["run"]["storage"] = f"{self.config.storage_uri}/trials"
@@ -369,7 +369,7 @@ def _put_overrides(content: dict[str, Any], given: list[tuple[str, Any]], source
         elif first in ("overrides", "space") and rest:
             content[first] = _mapping(content, first, source) | {rest: value}
         else:
-            put(content, key, value)
+            put(content, key, value, source)
 
 
 def parse_study(content: dict[str, Any], source: str) -> Study:
@@ -382,9 +382,9 @@ def parse_study(content: dict[str, Any], source: str) -> Study:
         raise ConfigError(f"{source}: base={config.base!r}: the content of a run expected")
     run = copy.deepcopy(config.base)
     run["run"] = _mapping(run, "run", f"{source}: the base run") | {"name": config.name}
-    put(run, "train.num_samples", config.budgets[-1])
+    put(run, "train.num_samples", config.budgets[-1], source)
     for key, value in config.overrides.items():
-        put(run, key, value)
+        put(run, key, value, source)
     base = parse_config(run, f"{source}: the base run")
     _check_metric(config.metric, base, source)
     return Study(config, base.model_dump(mode="json"))
