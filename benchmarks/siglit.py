@@ -67,7 +67,7 @@ def main() -> None:
         sigray("embed", str(SIGLIT))  # what is there already is not computed again, and its time is remembered
         path = load_config(SIGLIT).embeddings.store
         assert path is not None
-        store, embed_s = f"embeddings.store={path}", sum(entry["seconds"] for entry in EmbeddingStore(path).history())
+        store, embed_s = f"embeddings.store={path}", sum(entry.seconds for entry in EmbeddingStore(path).history())
         batch = load_config(SIGLIT).train.global_batch_size
         repetitions: list[dict[str, float]] = []
         for _ in range(options.repetitions):

@@ -30,7 +30,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -74,7 +74,7 @@ def worker_tools() -> tuple[Any, Callable[[list[str]], Any]]:
     return Decoder(data, SIZE), build_tokenizer(MODEL, CONTEXT, VOCABULARY)
 
 
-def decode_pairs(samples: Iterable[dict[str, Any]], places: Iterable[int], images: np.ndarray) -> Any:
+def decode_pairs(samples: Iterable[Mapping[str, Any]], places: Iterable[int], images: np.ndarray) -> Any:
     """Members by ending to rows of `images` (n, S, S, 3) uint8; returns the tokens (n, T)."""
     from sigray.workers.data.decode import sample_random
 
@@ -296,7 +296,7 @@ def floor_process(paths: list[Path], news: Any) -> None:
     keep_freed_memory()
     images = np.empty((BATCH, SIZE, SIZE, 3), np.uint8)
 
-    def members() -> Iterator[dict[str, Any]]:
+    def members() -> Iterator[Mapping[str, Any]]:
         for path in itertools.cycle(paths):
             for sample in read_tar(LocalFile(path)):
                 yield sample.members

@@ -60,7 +60,8 @@ def clear_folder(place: Storage, written: Iterable[str]) -> list[str]:
     The lease stays: the caller holds it. A symlink is deleted, not what it points to.
     """
     pattern = re.compile("|".join(f"(?:{fnmatch.translate(each)})" for each in written))
-    ours, others = [], []
+    ours: list[str] = []
+    others: list[str] = []
     for path in place.walk():
         # An interrupted write leaves NAME.HEX.tmp.
         is_ours = pattern.match(re.sub(r"\.[0-9a-f]{32}\.tmp$", "", path))

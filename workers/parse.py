@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 import yaml
@@ -15,7 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 from yaml.composer import Composer
 from yaml.constructor import SafeConstructor
-from yaml.cyaml import CParser
+from yaml.cyaml import CParser  # type: ignore[attr-defined]
 from yaml.resolver import Resolver
 
 MAX_JSON_BYTES = 64 << 20  # an answer takes at most 21 times as much: `[[],[],...]`
@@ -74,9 +75,7 @@ def as_type(kind: type[Record], content: Any) -> Record:
         raise ParseError(f"{f'{key}: ' if key else ''}{first['msg'].lower()}{found}") from None
 
 
-@functools.cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+_adapter: Callable[[Any], TypeAdapter[Any]] = functools.cache(TypeAdapter)
 
 
 def parse_yaml(content: bytes | str) -> Any:
@@ -132,7 +131,7 @@ class _Loader(Composer, CParser, SafeConstructor, Resolver):
         self._num_nodes: dict[int, int] = {}  # by id of the composed node: itself and below, aliases expanded
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
+        event: Any = self.peek_event()  # its type in the stubs has neither mark nor tag
         line = event.start_mark.line + 1
         if self._depth == _MAX_YAML_DEPTH:
             raise ParseError(f"line {line}: more than {_MAX_YAML_DEPTH} levels deep")

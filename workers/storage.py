@@ -187,11 +187,6 @@ class Storage:
         info = self.filesystem.get_file_info(self._at(path))
         return info.mtime_ns / 1e9 if info.mtime_ns is not None else None
 
-    def list(self, path: str) -> list[str]:
-        """Return the sorted names in a folder; empty if the folder does not exist."""
-        selector = fs.FileSelector(self._at(path), allow_not_found=True)
-        return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
-
     def walk(self) -> list[str]:
         """Return the paths of all files below the folder; a symlink counts as a file."""
         if not isinstance(self.filesystem, fs.LocalFileSystem):
@@ -203,6 +198,11 @@ class Storage:
                 links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
                 found += [os.path.join(folder, name) for name in [*names, *links]]
         return sorted(os.path.relpath(path, self.root) for path in found)
+
+    def list(self, path: str) -> list[str]:
+        """Return the sorted names in a folder; empty if the folder does not exist."""
+        selector = fs.FileSelector(self._at(path), allow_not_found=True)
+        return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
 
     def delete_files(self, paths: Iterable[str]) -> None:
         """Delete files and symlinks, and the folders that are empty then."""

@@ -25,7 +25,7 @@ import io
 import json
 import struct
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -94,7 +94,7 @@ class EmbeddingReader:
         self._prefix = store_format.prefix()
         self._num_bytes = len(self._prefix) + store_format.num_bytes
 
-    def read(self, members: dict[str, Any], view: int) -> np.ndarray:
+    def read(self, members: Mapping[str, Any], view: int) -> np.ndarray:
         """Return a view, (D,) of the format's numpy type.
 
         Raises:

@@ -123,7 +123,7 @@ def _sidecar_counts(folder: str, files: list[ShardFile], s3: S3Config) -> dict[S
         contents = in_threads(lambda url: _read_json(url, s3), list(unknown.values()))
         for url, content in zip(unknown, contents, strict=True):
             note(url, content.get("successes"))
-    return {file: ShardCount(*counts) for file, counts in told.items() if len(counts) == 1}
+    return {file: ShardCount(counts.pop()) for file, counts in told.items() if len(counts) == 1}
 
 
 def _read_json(url: str, s3: S3Config) -> dict[str, Any]:

@@ -190,7 +190,8 @@ class _ClipTokenizer:
 
         self._context_length = context_length
         content = gzip.decompress((open_clip_folder() / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
-        merges = [tuple(line.split()) for line in content.split("\n")[1 : _NUM_MERGES + 1]]  # the first line is a title
+        lines = content.split("\n")[1 : _NUM_MERGES + 1]  # the first line is a title
+        merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
         # Each byte stands as a printable character; bytes without one get the characters after Latin-1.
         printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
         others = [byte for byte in range(256) if byte not in printable]
