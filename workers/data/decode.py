@@ -62,6 +62,9 @@ _MAX_TIFF_PARTS = 1 << 18  # strips or tiles, for each of which Pillow makes an 
 _LARGE_PIXELS = 1 << 24
 _LARGE_IMAGE = threading.Lock()
 
+IMAGE_REASONS = ("no image", "unreadable image", "image too large", "duplicate key")
+"""Why an embedding store may lack an embedding."""
+
 # From the most to the least specific reason.
 _CAPTION_REASONS = ("caption is not UTF-8", "unreadable json caption", "empty caption", "no caption")
 

@@ -33,7 +33,7 @@ import numpy as np
 from pydantic import Field, FiniteFloat
 
 from sigray.workers.config import DataConfig, EmbeddingsConfig, ModelConfig, Precision, caption_member
-from sigray.workers.data.decode import Refused
+from sigray.workers.data.decode import IMAGE_REASONS, Refused
 from sigray.workers.data.manifest import Manifest, Shard, read_samples, scan_shards
 from sigray.workers.data.shard_list import ParallelMap, in_threads
 from sigray.workers.data.tar import DataError, TarSample
@@ -103,7 +103,11 @@ class EmbeddingReader:
         content = members.get(EMBEDDING)
         if content is None:
             reason = members.get(REFUSED)
-            raise Refused(str(reason, "utf-8", "replace") if reason is not None else "no embedding")
+            if reason is None:
+                raise Refused("no embedding")
+            # Only what `sigray embed` writes: each further text would be a reason, and a metric, of its own.
+            text = str(reason[:64], "utf-8", "replace")
+            raise Refused(text if text in IMAGE_REASONS else "unreadable embedding")
         if len(content) != self._num_bytes or content[: len(self._prefix)] != self._prefix:
             raise Refused("unreadable embedding")
         dim = self._format.dim

@@ -248,6 +248,7 @@ def test_what_cannot_be_read_is_refused():
     for members, reason in [
         ({}, "no embedding"),
         ({"refused.txt": b"image too large"}, "image too large"),
+        ({"refused.txt": b"reason of its own " * 9}, "unreadable embedding"),
         ({"embedding.safetensors": content[:-1]}, "unreadable embedding"),
         ({"embedding.safetensors": content + b"\0"}, "unreadable embedding"),
         ({"embedding.safetensors": content.replace(b"F16", b"I16")}, "unreadable embedding"),

@@ -240,7 +240,7 @@ def test_headers_are_read_on_the_cluster(ray_driver, tmp_path, monkeypatch):
 
 
 def test_a_block_that_kills_its_workers_is_named(ray_driver, model, data_config):
-    """A worker that decodes it dies at once; the requests behind it are answered."""
+    """A worker that decodes it dies at once; the requests after it are answered."""
     num_retries = DataWorkerActor.block.__ray_max_task_retries__
 
     class Worker:
