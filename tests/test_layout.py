@@ -52,7 +52,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"training", "evaluation"},
     ],
     "orchestrator": [
-        {"batch", "device_kinds", "formatting", "secrets"},
+        {"batch", "device_kinds", "formatting", "plain_console", "secrets"},
         {"config", "tables"},
         {"resources", "run_folder"},
         {"planning", "reports"},

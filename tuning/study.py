@@ -327,7 +327,7 @@ def read_study(place: str | Storage, overrides: list[str] | tuple[str, ...] = ()
     """The study of a sweep that began, from its folder or storage.
 
     Args:
-        place: the folder or its storage; what is read of somebody else's is bounded by its class.
+        place: the folder, or a storage whose class bounds the reads.
         overrides: as of `load_study`.
 
     Raises:

@@ -60,7 +60,7 @@ class RunRecords:
         self.reasons[rank] = reasons
 
     def refused_of_all(self) -> dict[str, dict[str, Any]]:
-        """Return count and first sample of each reason over all ranks, the most frequent reason first."""
+        """Return count and first sample of each reason, the most frequent first."""
         merged: dict[str, dict[str, Any]] = {}
         for reasons in self.reasons.values():
             for reason, (count, first) in reasons.items():

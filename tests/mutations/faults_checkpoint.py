@@ -196,7 +196,7 @@ FAULTS = [
     Fault(
         "a damaged file is taken",
         "sigray.workers.checkpoint.writer:_verified",
-        "if fingerprint(content) != info.files[file]:",
+        "if fingerprint(content) != expected:",
         "if False:",
         (f"{_CHECKPOINT}a_damaged_one_is_named_and_the_one_before_is_taken",),
     ),
@@ -210,8 +210,8 @@ FAULTS = [
     Fault(
         "lines of metrics behind the checkpoint come back",
         "sigray.workers.checkpoint.index:read_metrics",
-        "if int(name[11:21]) <= last_step:",
-        "if True:",
+        "if match and int(match[1]) <= last_step:",
+        "if match:",
         (f"{_CHECKPOINT}metrics_come_back_without_what_was_not_committed",),
     ),
     Fault(

@@ -122,7 +122,9 @@ class DataWorkerActor(DataWorker):
         self._updated_at = 0.0
 
     @ray.method(max_task_retries=2)
-    def block(self, lane: int, number: int, places: Sequence[Place] = ()) -> Block:
+    def block(  # type: ignore[override]  # Ray's stub of `method` forgets the defaults
+        self, lane: int, number: int, places: Sequence[Place] = ()
+    ) -> Block:
         """As `DataWorker.block`; updates the Prometheus metrics every `_METRICS_S`."""
         block = super().block(lane, number, places)
         if time.monotonic() - self._updated_at > _METRICS_S:

@@ -57,7 +57,7 @@ CONTROL = "import sys, transformers; transformers.AutoConfig.from_pretrained(sys
 
 
 class Touch:
-    """Whoever unpickles this runs a command."""
+    """A process that unpickles this runs a command."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -167,7 +167,7 @@ def add_files(attacker: Attacker) -> None:
 
 
 def run(program: str, *arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A program in a process of its own, in which somebody says yes to every question."""
+    """A program in a process of its own, that answers yes to every question."""
     variables = {**os.environ, **environment}
     command = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.run(command, env=variables, input="y\n" * 99, capture_output=True, text=True, check=False)
