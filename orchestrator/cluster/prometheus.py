@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from sigray.orchestrator.reports.foreign_folder import ForeignFolder
+from sigray.orchestrator.reports.foreign_folder import MAX_BYTES, ForeignFolder
 from sigray.orchestrator.reports.http_server import EMBEDDED, JSON, TEXT, Answer, serve
 from sigray.workers.metrics import BY_NAME, METRICS
 from sigray.workers.parse import parse_json, parse_yaml
@@ -237,7 +237,7 @@ class Pictures:
         folder = ForeignFolder(Storage(self._folder))
         for name in folder.list(""):
             with contextlib.suppress(OSError, ValueError, AttributeError):  # another file than a dashboard
-                if name.endswith(".json") and (content := parse_json(folder.read(name))).get("uid") == uid:
+                if name.endswith(".json") and (content := parse_json(folder.read(name, MAX_BYTES))).get("uid") == uid:
                     return dict(content)
         return None
 

@@ -12,9 +12,9 @@ makes it a run. The server gives out only the files of a folder that a `Kind` na
 A page is drawn again only if its content has changed. The curves of a run take a second or two, so a page rests for ten
 times as long: all viewers together cost a tenth of a core.
 
-The folders may be of unknown origin (`foreign_folder.py`). Threads in the background read them for the list, small
-folders first. The list waits for at most 1 s and names the folders that take longer. Each page has a lock of its own,
-and no other lock is held while a folder is read.
+The folders may be of unknown origin (`foreign_folder.py`). Threads in the background read them for the list, together
+for a tenth of their time. The list waits for at most 1 s and names the folders that take longer. Each page has a lock
+of its own, and no other lock is held while a folder is read.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -54,7 +53,6 @@ _MAX_EVENTS = 40
 _EVENTS_BYTES = 1 << 20
 _MAX_TEXT = 300
 _MAX_FILE_BYTES = 64 << 20  # of a report with its images
-_ENTRY_BYTES = 4 << 20  # of a file, for the list
 _WAIT_S = 1.0  # for which the list waits for folders
 _KEEP_S = 3.0  # for which an answer is kept at least
 _REST = 10  # an answer is kept this many times as long as it took to make
@@ -80,8 +78,7 @@ class Kind:
         name: first part of their addresses.
         mark: the file that makes a folder one of them.
         files: pattern of the files that the server gives out.
-        look: receives the folder, its address, and whether only the list needs the answer; raises ConfigError if it
-            cannot read the folder.
+        look: receives the folder, its address, and whether only the list needs the answer.
         css: of their pages, besides the style of all pages.
     """
 
@@ -211,36 +208,12 @@ class _Kept:
 
 
 @dataclass
-class _Entry:
-    """A folder in the list; no state: it is none of the kind."""
-
-    folder: ForeignFolder
-    state: dict[str, Any] | None
-    is_settled: bool  # it changes only with the files
-
-
 class _Job:
     """Work in the background, and its last result."""
 
-    def __init__(self, pool: ThreadPoolExecutor, work: Callable[[Any], Any], before: Any) -> None:
-        self._before = before
-        self.until = float("inf")  # of time.monotonic: the result is kept
-        self._future = pool.submit(self._run, work)
-
-    def _run(self, work: Callable[[Any], Any]) -> Any:
-        begin = time.monotonic()
-        try:
-            return work(self._before)
-        finally:
-            self.until = time.monotonic() + _rest(begin)
-
-    def result(self, deadline: float) -> Any:
-        """Return the result, at the deadline that of the job before."""
-        left_s = deadline - time.monotonic()
-        if left_s > 0 or self._future.done():  # a wait of 0 s would still pass the GIL to the threads that parse
-            with suppress(TimeoutError):
-                return self._future.result(left_s)
-        return self._before
+    result: Any = None
+    until: float = 0.0  # of time.monotonic: the result is kept
+    future: Future[None] = field(default_factory=Future)
 
 
 class Pages:
@@ -261,7 +234,8 @@ class Pages:
         self._kept: dict[str, _Kept] = {}
         self._jobs: dict[tuple[str, ...], _Job] = {}
         # An entry takes a few round trips if the place is a bucket, else processor time that a page may need.
-        self._pool = ThreadPoolExecutor(2 if all(place.is_local for place in self._places) else 8, "pages")
+        self._num_threads = 2 if all(place.is_local for place in self._places) else 8
+        self._pool = ThreadPoolExecutor(self._num_threads, "pages")
         self._lock = threading.Lock()  # of the two dicts
         self._drawing = threading.Lock()  # matplotlib draws one figure at a time
 
@@ -338,27 +312,21 @@ class Pages:
             return None
         deadline = time.monotonic() + _WAIT_S
         listings = [self._begin((place.uri,), partial(self._names, place)) for place in self._places]
-        folders: list[tuple[Storage, str]] = []
-        notes = []
+        wait([job.future for job in listings], _WAIT_S)
+        notes, jobs = [], []
         for place, listing in zip(self._places, listings, strict=True):
-            found, note = listing.result(deadline) or ([], f"{place.uri} has not answered yet")
-            folders += [(place, name) for name in found]
+            found, note = listing.result or ([], f"{place.uri} has not answered yet")
             notes += [note] if note else []
-        jobs = [
-            (kind, name, self._begin((kind, place.uri, name), partial(self._entry, self._kinds[kind], place, name)))
-            for place, name in folders
-            for kind in names
-        ]
-        entries = [(kind, name, job.result(deadline)) for kind, name, job in jobs]
-        late = list(dict.fromkeys(name for _, name, entry in entries if entry is None))
+            jobs += [(name, self._begin((place.uri, name), partial(self._states, place, name))) for name in found]
+        wait([job.future for _, job in jobs], max(deadline - time.monotonic(), 0))
+        late = list(dict.fromkeys(name for name, job in jobs if job.result is None))
         if late:
             more = f" and {len(late) - 10:,} more" if len(late) > 10 else ""
             notes.append(f"not read yet: {', '.join(late[:10])}{more}")
-        states = {(kind, name): entry.state for kind, name, entry in reversed(entries) if entry and entry.state}
-        content: dict[str, Any] = {name: [state for key, state in states.items() if key[0] == name] for name in names}
-        for found in content.values():
-            found.sort(key=lambda state: -(state["updated_at"] or 0))
-        content["notes"] = notes
+        content: dict[str, Any] = {"notes": notes}
+        for kind in names:
+            states = {name: job.result[kind] for name, job in reversed(jobs) if job.result and kind in job.result}
+            content[kind] = sorted(states.values(), key=lambda state: -(state["updated_at"] or 0))
         title = " and ".join(names).capitalize()
 
         def draw() -> Markup:
@@ -371,62 +339,64 @@ class Pages:
 
         return title, content, draw
 
-    def _begin(self, key: tuple[str, ...], work: Callable[[Any], Any]) -> _Job:
-        """Return a job: the kept one, or a new one if it is too old."""
+    def _begin(self, key: tuple[str, ...], work: Callable[[], Any]) -> _Job:
+        """Return a job; its work begins if the last result is too old."""
+
+        def run() -> None:
+            begin = time.monotonic()
+            try:
+                job.result = work()
+            finally:
+                job.until = time.monotonic() + _rest(begin, len(self._jobs) / self._num_threads)
+
         with self._lock:
-            job = self._jobs.get(key)
-            if job is None or time.monotonic() >= job.until:
-                job = self._jobs[key] = _Job(self._pool, work, job.result(time.monotonic() + 60) if job else None)
+            job = self._jobs.setdefault(key, _Job())
+            if time.monotonic() >= job.until:
+                job.until = float("inf")
+                job.future = self._pool.submit(run)
             return job
 
-    def _names(self, place: Storage, _: Any) -> tuple[list[str], str]:
-        """Return the names in a place, small folders first, and a note on others."""
-        root = ForeignFolder(place)
-
-        def num_bytes(name: str) -> int:
-            with suppress(OSError):
-                return root.below(name).num_bytes()
-            return 0
-
+    def _names(self, place: Storage) -> tuple[list[str], str]:
+        """Return the names in a place, and a note on others."""
         try:
-            names = root.list("")
+            names = ForeignFolder(place).list("")
         except OSError as error:
             return [], f"{place.uri}: {_reason(error)}"
         note = f"{place.uri} has {len(names):,} entries or more: others are left out" if len(names) >= MAX_NAMES else ""
-        return sorted(filter(_PART.fullmatch, names), key=num_bytes), note
+        return [name for name in names if _PART.fullmatch(name)], note
 
-    def _entry(self, kind: Kind, place: Storage, name: str, before: _Entry | None) -> _Entry:
-        """Return the entry of a folder: the one before, if none of its files has changed."""
-        if before is not None and before.is_settled and not before.folder.is_changed():
-            return before
-        folder = ForeignFolder(place, name, self._places, _ENTRY_BYTES)
-        address = f"/{kind.name}/{name}"
-        try:
-            if not folder.exists(kind.mark):
-                return _Entry(folder, None, True)
-            look = kind.look(folder, address, True)
-        except Exception as error:  # content that nothing foresaw: the entry says it
-            look = Look("unreadable", _reason(error), None, {}, Markup)
-        state = {"status": look.status, "says": look.says, "updated_at": look.updated_at}
-        is_settled = look.status not in ("running", "starting")
-        return _Entry(folder, {"name": name, "address": address, **state}, is_settled)
+    def _states(self, place: Storage, name: str) -> dict[str, dict[str, Any]]:
+        """Return the entries of a folder by kind."""
+        states = {}
+        for kind in self._kinds.values():
+            folder = ForeignFolder(place, name, self._places)
+            address = f"/{kind.name}/{name}"
+            try:
+                if not folder.exists(kind.mark):
+                    continue
+                look = kind.look(folder, address, True)
+            except Exception as error:  # content that nothing foresaw: the entry says it
+                look = Look("unreadable", _reason(error), None, {}, Markup)
+            state = {"status": look.status, "says": look.says, "updated_at": look.updated_at}
+            states[kind.name] = {"name": name, "address": address, **state}
+        return states
 
     def _file(self, kind: Kind, name: str, file: str) -> Answer:
         try:
             folder = self._find(kind, name)
-            if folder is None or not folder.exists(file):
+            if folder is None:
                 return _NOT_FOUND
             content = folder.read(file, _MAX_FILE_BYTES)
-        except LinkError:
+        except (FileNotFoundError, NotADirectoryError, LinkError):
             return _NOT_FOUND
         except OSError as error:
             return Answer(f"{_reason(error)}\n", TEXT, 502)
         return Answer(content, {".html": HTML, ".png": "image/png"}.get(Path(file).suffix, TEXT))
 
 
-def _rest(begin: float) -> float:
+def _rest(begin: float, num_turns: float = 1) -> float:
     """Return the seconds for which the result of work that began at a time is kept."""
-    return max(_KEEP_S, _REST * (time.monotonic() - begin))
+    return max(_KEEP_S, _REST * num_turns * (time.monotonic() - begin))
 
 
 def _reason(error: Exception) -> str:

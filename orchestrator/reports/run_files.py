@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from sigray.orchestrator.config import ConfigError
-from sigray.orchestrator.reports.foreign_folder import ForeignFolder
+from sigray.orchestrator.reports.foreign_folder import MAX_BYTES, ForeignFolder
 from sigray.orchestrator.run_folder import CONFIG, EVALUATIONS, METRICS, SUMMARY
 from sigray.workers.checkpoint.index import CheckpointError, read_metrics
 from sigray.workers.parse import ParseError, parse_json, parse_yaml
@@ -137,56 +137,52 @@ def read_run_files(storage: ForeignFolder, *, for_list: bool = False) -> RunFile
     """
     unreadable: list[str] = []
 
-    def load(path: str, parse: Callable[[bytes], Any]) -> tuple[dict[str, Any], bytes]:
-        text = b""
+    @contextlib.contextmanager
+    def reading(path: str) -> Iterator[None]:
         try:
-            text = storage.read(path)
+            yield
+        except FileNotFoundError:
+            pass
+        except (OSError, ParseError, CheckpointError) as error:
+            unreadable.append(f"{path} is left out: {error}")
+
+    def load(path: str, parse: Callable[[bytes], Any], max_bytes: int | None = None) -> tuple[dict[str, Any], bytes]:
+        text = b""
+        with reading(path):
+            text = storage.read(path, max_bytes)
             content = parse(text)
             if isinstance(content, dict):
                 return content, text
-            unreadable.append(f"{path} is left out: a mapping expected")
-        except FileNotFoundError:
-            pass
-        except (OSError, ParseError) as error:
-            unreadable.append(f"{path} is left out: {error}")
+            raise ParseError("a mapping expected")
         return {}, text
 
     files: list[str] = []
-    try:
+    with reading(EVALUATIONS):
         files = [f"{EVALUATIONS}/{name}" for name in storage.list(EVALUATIONS) if name.endswith(".json")]
-    except OSError as error:
-        unreadable.append(f"{EVALUATIONS}: {error}")
     if not files and not any(storage.exists(name) for name in (CONFIG, METRICS, SUMMARY)):
         raise ConfigError(
             f"{storage.uri} is not a run: it holds no {CONFIG}. Give the local folder that `sigray train` named"
         )
     config, config_text = load(CONFIG, parse_yaml)
-    summary, _ = load(SUMMARY, parse_json)
+    summary, _ = load(SUMMARY, parse_json, None if for_list else MAX_BYTES)
     lines = []
-    try:
-        found, left_out = storage.read_lines(METRICS, _LIST_BYTES if for_list else None)
+    with reading(METRICS):
+        found, left_out = storage.read_lines(METRICS, _LIST_BYTES if for_list else MAX_BYTES)
         lines = [content for content in parsed_lines(found) if find_number(content, "samples_seen") is not None]
         if left_out and not for_list:
             unreadable.append(f"{METRICS}: its first {left_out:,} bytes are left out")
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        unreadable.append(f"{METRICS} is left out: {error}")
-    evaluations = []
-    if not for_list:
-        if len(files) > _MAX_EVALUATIONS:
-            unreadable.append(f"{EVALUATIONS}: only {_MAX_EVALUATIONS:,} of {len(files):,} files are read")
-        # The newest first: the bound of all bytes leaves out the oldest.
-        evaluations = [
-            content for file in files[: -_MAX_EVALUATIONS - 1 : -1] if (content := load(file, parse_json)[0])
-        ]
+    if for_list:
+        files = []
+    elif len(files) > _MAX_EVALUATIONS:
+        unreadable.append(f"{EVALUATIONS}: only {_MAX_EVALUATIONS:,} of {len(files):,} files are read")
+    # The newest first: the bound of all bytes leaves out the oldest.
+    newest = files[: -_MAX_EVALUATIONS - 1 : -1]
+    evaluations = [content for file in newest if (content := load(file, parse_json, MAX_BYTES)[0])]
     if not storage.is_local:  # metrics.jsonl comes at the end; each checkpoint brings the lines before it
         known = {line.get("step") for line in lines}
-        try:
+        with reading("metrics"):
             saved = [line for line in read_metrics(storage) if line["step"] not in known]
             lines += [line for line in saved if find_number(line, "samples_seen") is not None]
-        except CheckpointError as error:
-            unreadable.append(str(error))
         lines.sort(key=lambda line: line["samples_seen"])
     if len(unreadable) > _MAX_PROBLEMS:
         unreadable[_MAX_PROBLEMS:] = [f"{len(unreadable) - _MAX_PROBLEMS:,} more are left out"]
