@@ -21,7 +21,7 @@ import struct
 import weakref
 import zlib
 from array import array
-from collections import Counter
+from collections import Counter, UserDict
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -40,11 +40,11 @@ MAX_MEMBERS = 4096
 """A sample with more members is refused."""
 _MAX_PADDING = 1 << 22  # bytes of zeros after an archive; GNU tar pads to records of 10,240 bytes, tapes to 1 MiB
 _PREFETCH_BYTES = 1 << 22
-# name, size, checksum, kind, link, magic, prefix
-_HEADER = struct.Struct("100s 24x 12s 12x 8s c 100s 6s 82x 155s 12x")
+# name, size, kind, link, magic, prefix
+_HEADER = struct.Struct("100s 24x 12s 20x c 100s 6s 82x 155s 12x")
 _ZEROS = bytes(BLOCK)
 _FILE_KINDS = b"0\0007"  # 7: a contiguous file
-_UNUSABLE_KINDS = {b"2": "symbolic links", b"3": "devices", b"4": "devices", b"6": "FIFOs", b"S": "sparse files"}
+_PROBLEMS = {b"2": "symbolic links", b"3": "devices", b"4": "devices", b"6": "FIFOs", b"S": "sparse files", b"1": ""}
 _UNKNOWN = "files of unknown types"
 _BROKEN_LINK = "hard links without a file"
 _TOO_LARGE = f"files of more than {MAX_MEMBER_BYTES >> 20} MiB"
@@ -151,30 +151,16 @@ class Piece(NamedTuple):
     num_bytes: int
 
 
-class Members(Mapping[str, Any]):
+class Members(UserDict[str, Any]):
     """A sample's members: ending, lower case -> content.
 
     Raises:
         DataError: on access to a content, if a local file shrank or cannot be read.
     """
 
-    __slots__ = ("_contents",)
-
-    def __init__(self, contents: dict[str, Any]) -> None:
-        self._contents = contents
-
     def __getitem__(self, ending: str) -> Any:
-        content = self._contents[ending]
+        content = self.data[ending]
         return content.file.read_at(content.position, content.num_bytes) if type(content) is Piece else content
-
-    def __contains__(self, ending: object) -> bool:
-        return ending in self._contents
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._contents)
-
-    def __len__(self) -> int:
-        return len(self._contents)
 
 
 class Member(NamedTuple):
@@ -234,7 +220,9 @@ def check_is_file(url: str, status: os.stat_result) -> None:
         raise DataError(f"{url}: is {kinds.get(stat.S_IFMT(status.st_mode), 'a device')}, not a file")
 
 
-def read_members(source: ByteSource, *, allow_unclosed: bool = False, tally: Tally | None = None) -> Iterator[Member]:
+def read_members(
+    source: ByteSource, *, allow_unclosed: bool = False, tally: Tally | None = None, is_old: bool = False
+) -> Iterator[Member]:
     """Yield the files of the tars in a source, from its position on.
 
     Reads what GNU tar, bsdtar and Python's tarfile write: v7, ustar, old GNU and pax.
@@ -243,6 +231,8 @@ def read_members(source: ByteSource, *, allow_unclosed: bool = False, tally: Tal
         source: at a header.
         allow_unclosed: accept a tar that ends after a member, without two closing blocks.
         tally: receives whether a reader may begin at any member.
+        is_old: read as until November 2026: up to the first closing blocks, regular files only, pax records by lines.
+            A manifest without `Shard.rules` has the counts of that reader, and they decide the order of its run.
 
     Raises:
         DataError: a header is damaged, or the tar ends too early.
@@ -261,8 +251,10 @@ def read_members(source: ByteSource, *, allow_unclosed: bool = False, tally: Tal
             return
         header = ahead or source.read(BLOCK)
         ahead = b""
-        name, size_field, stored, kind, link, magic, prefix = _HEADER.unpack(header)
+        name, size_field, kind, link, magic, prefix = _HEADER.unpack(header)
         if not name[0] and header == _ZEROS:
+            if is_old:
+                return
             if names or records:
                 raise DataError(f"damaged: no member follows the names at byte {first}")
             ahead = _skip_padding(source, position, allow_unclosed)
@@ -270,24 +262,20 @@ def read_members(source: ByteSource, *, allow_unclosed: bool = False, tally: Tal
             is_closed = True
             common = {}
             continue
-        # Adler-32's lower half is 1 + the sum of the bytes, modulo 65521: twenty times as fast as sum().
-        total = (zlib.adler32(header) & 0xFFFF) - 1 - sum(stored) + 8 * 0x20
-        try:
-            valid = (_number(stored) - total) % 65521 == 0
-            size = _number(size_field)
-        except ValueError:
-            valid = False
-        if not valid:
+        size = _number(size_field)
+        if size < 0 or not _is_header(header):
             raise DataError(_what_is_there(source, bytes(header), position))
         is_closed = False
         if kind in b"LKxXg":
             extra = _read_extra(source, size, position)
             if kind in b"LK":
                 names[kind] = extra.partition(b"\0")[0]
+            elif is_old:
+                records |= re.findall(rb"(?:^|\n)\d+ (path|size)=([^\n]*)", extra if kind == b"x" else b"")
             elif kind == b"g":
                 found = _pax_records(extra, position)
                 common |= {key: found[key] for key in (b"path", b"size", b"linkpath") if key in found}
-                if common and tally is not None:
+                if common and tally:
                     tally.is_seekable = False
             else:
                 records |= _pax_records(extra, position)
@@ -301,22 +289,21 @@ def read_members(source: ByteSource, *, allow_unclosed: bool = False, tally: Tal
                     raise DataError(f"damaged: a size that is no number, {fields[b'size'][:40]!r}, at byte {first}")
                 size = int(fields[b"size"])
             if any(key.startswith(b"GNU.sparse.") for key in records):
-                problem = _UNUSABLE_KINDS[b"S"]
+                problem = _PROBLEMS[b"S"]
                 fields[b"path"] = records.get(b"GNU.sparse.name", fields[b"path"])
             if fields[b"path"]:
                 name = fields[b"path"]
                 prefix = b""
             link = fields[b"linkpath"]
-        if kind not in _FILE_KINDS:
-            problem = _UNUSABLE_KINDS.get(kind, _UNKNOWN)
+        if kind not in _FILE_KINDS and not is_old:
+            problem = _PROBLEMS.get(kind, _UNKNOWN)
             if kind == b"1":
-                problem = ""
                 if size and not records and source.position + BLOCK <= num_bytes:
                     # Only pax gives a hard link a content of its own. libarchive's rule without pax records: if a
                     # header follows at once, the size says nothing. GNU tar and Python never read such a content.
                     ahead = source.read(BLOCK)
-                    size = 0 if _is_header(ahead) else size
-                target = None if size else _text(link.partition(b"\0")[0])
+                    size = 0 if ahead == _ZEROS or _is_header(ahead) else size
+                target = None if size else link.partition(b"\0")[0].decode(errors="backslashreplace")
             elif kind == b"S" and header[482]:
                 while source.read(BLOCK)[504]:  # more of the map of holes
                     pass
@@ -326,13 +313,15 @@ def read_members(source: ByteSource, *, allow_unclosed: bool = False, tally: Tal
         end = begin - (-size // BLOCK) * BLOCK
         if end > num_bytes:
             raise DataError(f"cut short: a member of {size} bytes begins at byte {position} of {num_bytes}")
-        if size > MAX_MEMBER_BYTES:
+        if size > MAX_MEMBER_BYTES and not is_old:
             problem = problem or _TOO_LARGE
         name = name.partition(b"\0")[0]
         if magic == b"ustar\0" and prefix[:1] not in (b"", b"\0"):
             name = prefix.partition(b"\0")[0] + b"/" + name
-        if kind not in _NO_FILES and not name.endswith(b"/"):
-            yield Member(_text(name), first, position, begin, size, problem, target)
+        if kind in b"0\0" if is_old else kind not in _NO_FILES and not name.endswith(b"/"):
+            # Linux allows any bytes in names; every text of ours must be UTF-8.
+            text = name.decode(errors="backslashreplace")
+            yield Member(text, first, position, begin, size, problem, target)
         if size:
             ahead = b""
             source.skip(end - source.position)
@@ -362,7 +351,7 @@ def read_tar(
         allow_unclosed: as in `read_members`.
         links: contents of hard links, as `find_links` returns them; None: find them at the first link.
         tally: receives what no sample has.
-        is_old: read by the rules of `_read_members_of_2026_11`.
+        is_old: as in `read_members`.
 
     Raises:
         DataError: as `read_members`.
@@ -370,9 +359,8 @@ def read_tar(
     sample: TarSample | None = None
     contents: dict[str, Any] = {}
     index = first_index
-    members = (
-        _read_members_of_2026_11(source) if is_old else read_members(source, allow_unclosed=allow_unclosed, tally=tally)
-    )
+    tally = tally or Tally()
+    members = read_members(source, allow_unclosed=allow_unclosed, tally=tally, is_old=is_old)
     for name, position, header, begin, num_bytes, problem, target in members:
         if target is not None:
             if links is None:
@@ -380,8 +368,7 @@ def read_tar(
                     links = find_links(whole, allow_unclosed=allow_unclosed)
             if header in links:
                 begin, num_bytes = links[header]
-                if tally is not None:
-                    tally.links[header] = links[header]
+                tally.links[header] = links[header]
                 if target == name:  # `tar -c a a` writes the second as a link to the first
                     continue
             else:
@@ -390,26 +377,24 @@ def read_tar(
         slash = name.rfind("/")
         dot = name.find(".", slash + 1)
         if dot <= slash + 1 or (name.startswith("__") and re.match(r"__[^/]*__($|/)", name)):
-            if tally is not None:
-                tally.problems[_NO_KEY] += 1
+            tally.problems[_NO_KEY] += 1
             continue
         key = name[:dot]
         ending = name[dot + 1 :].lower()
         if problem:
-            if tally is not None:
-                tally.problems[problem] += 1
-                tally.lost_hashes.append(hash(key))
+            tally.problems[problem] += 1
+            tally.lost_hashes.append(hash(key))
             if sample is not None and key == sample.key and ending in contents:
                 sample.refusal = "duplicate key"
             continue
         if sample is None or key != sample.key:
             if sample is not None:
                 yield sample
-            contents = {}
-            sample = TarSample(key, index, position, Members(contents))
+            found = Members()
+            contents = found.data
+            sample = TarSample(key, index, position, found)
             index += 1
-            if tally is not None:
-                tally.key_hashes.append(hash(key))
+            tally.key_hashes.append(hash(key))
         if ending in contents:
             sample.refusal = "duplicate key"
         elif len(contents) >= MAX_MEMBERS and not is_old:
@@ -449,37 +434,23 @@ def _path(name: str) -> str:
     return posixpath.normpath(name).lstrip("/")
 
 
-def _text(name: bytes) -> str:
-    try:
-        return name.decode()
-    except UnicodeDecodeError:  # Linux allows any bytes; every text of ours must be UTF-8
-        return name.decode(errors="backslashreplace")
-
-
 def _number(field: bytes) -> int:
-    """Parse octal digits between spaces and NULs, or base 256 if the first bit is set.
-
-    Raises:
-        ValueError: anything else, as a negative number.
-    """
-    digits = field.rstrip(b"\0 ")
-    if digits.isdigit():  # int() takes signs and underscores too
-        return int(digits, 8)
-    digits = digits.lstrip(b" ")
-    if digits.isdigit() or not digits:
-        return int(digits or b"0", 8)
-    if field[0] & 0xC0 == 0x80:
-        return int.from_bytes(field, "big") & ~(0x80 << 8 * (len(field) - 1))
-    raise ValueError(field)
+    """Parse octal digits, or base 256 if the first bit is set; -1: neither."""
+    digits = field.rstrip(b"\0 ").lstrip(b" ") or b"0"
+    try:
+        if digits.isdigit():  # int() takes signs and underscores too
+            return int(digits, 8)
+    except ValueError:
+        return -1
+    return int.from_bytes(field, "big") & ~(0x80 << 8 * (len(field) - 1)) if field[0] & 0xC0 == 0x80 else -1
 
 
 def _is_header(block: bytes | memoryview) -> bool:
     stored = bytes(block[148:156])
+    number = _number(stored)
+    # Adler-32's lower half is 1 + the sum of the bytes, modulo 65521: twenty times as fast as sum().
     total = (zlib.adler32(block) & 0xFFFF) - 1 - sum(stored) + 8 * 0x20
-    try:
-        return block == _ZEROS or (_number(stored) - total) % 65521 == 0
-    except ValueError:
-        return False
+    return number >= 0 and (number - total) % 65521 == 0
 
 
 def _read_extra(source: ByteSource, size: int, position: int) -> bytes:
@@ -550,45 +521,3 @@ def _what_is_there(source: ByteSource, block: bytes, position: int) -> str:
     if len(block) < BLOCK:
         return str(cut_short(source.num_bytes))
     return f"damaged: no valid tar header at byte {position} of {source.num_bytes}"
-
-
-def _read_members_of_2026_11(source: ByteSource) -> Iterator[Member]:
-    """Yield what the reader of November 2026 yielded.
-
-    The order of a run is computed from its manifest's counts. A manifest without `Shard.rules` has the counts of this
-    reader: it ends at the first closing blocks, and takes links and contiguous files for nothing.
-    """
-    first = source.position
-    long_name = None
-    long_size = None
-    while True:
-        position = source.position
-        header = source.read(BLOCK)
-        name, size_field, _, kind, _, magic, prefix = _HEADER.unpack(header)
-        if header == _ZEROS and source.read(BLOCK) == _ZEROS:
-            return
-        if not _is_header(header) or header == _ZEROS:
-            raise DataError(f"damaged: no valid tar header at byte {position} of {source.num_bytes}")
-        size = _number(size_field) if long_size is None else long_size
-        padded = -(-size // BLOCK) * BLOCK
-        if source.position + padded > source.num_bytes:
-            raise DataError(f"cut short: a member of {size} bytes begins at byte {position} of {source.num_bytes}")
-        if kind in b"Lx":
-            extra = bytes(source.read(padded)[:size])
-            if kind == b"L":
-                long_name = extra.rstrip(b"\0")
-            else:
-                fields = dict(re.findall(rb"(?:^|\n)\d+ (path|size)=([^\n]*)", extra))
-                long_name = fields.get(b"path", long_name)
-                long_size = int(fields[b"size"]) if b"size" in fields else None
-            continue
-        end = source.position + padded
-        if kind in b"0\0":
-            name = name.partition(b"\0")[0]
-            if magic == b"ustar\0" and prefix[0]:
-                name = prefix.partition(b"\0")[0] + b"/" + name
-            yield Member(_text(name if long_name is None else long_name), first, position, source.position, size)
-        source.skip(end - source.position)
-        first = end
-        long_name = None
-        long_size = None
