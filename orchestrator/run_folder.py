@@ -59,15 +59,12 @@ def clear_folder(place: Storage, written: Iterable[str]) -> list[str]:
 
     The lease stays: the caller holds it. A symlink is deleted, not what it points to.
     """
-    pattern = re.compile("|".join(f"(?:{fnmatch.translate(each)})" for each in written))
-    ours: list[str] = []
-    others: list[str] = []
-    for path in place.walk():
-        # An interrupted write leaves NAME.HEX.tmp.
-        is_ours = pattern.match(re.sub(r"\.[0-9a-f]{32}\.tmp$", "", path))
-        (ours if is_ours else others).append(path)
-    place.delete_files(path for path in ours if path != LEASE_FILE)
-    return [f"{place.uri}/{path}" for path in others]
+    pattern = re.compile("|".join(map(fnmatch.translate, written)))
+    paths = place.walk()
+    # An interrupted write leaves NAME.HEX.tmp.
+    ours = {path for path in paths if pattern.match(re.sub(r"\.[0-9a-f]{32}\.tmp$", "", path))}
+    place.delete_files(sorted(ours - {LEASE_FILE}))
+    return [f"{place.uri}/{path}" for path in paths if path not in ours]
 
 
 def left_message(paths: list[str]) -> str:
@@ -93,10 +90,8 @@ def check_inputs(place: Storage, content: Any, key: str = "") -> None:
         for name, value in pairs:
             check_inputs(place, value, f"{key}.{name}".lstrip("."))
     elif isinstance(content, str) and ("://" in content or os.path.isabs(content)):
-        is_remote = "://" in content
-        folder = place.uri if is_remote else os.path.realpath(place.root)
-        path = content if is_remote else os.path.realpath(content)
-        if path == folder or path.startswith(f"{folder}/"):
+        path, folder = (content, place.uri) if "://" in content else map(os.path.realpath, (content, place.root))
+        if f"{path}/".startswith(f"{folder}/"):
             raise ConfigError(f"{key}={content} is in {place.uri}, which --overwrite clears: choose another name")
 
 

@@ -21,7 +21,7 @@ import io
 import json
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sigray.orchestrator.config import ConfigError
@@ -113,27 +113,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class _Number:
-    number: Count
-
-
-@dataclass(frozen=True)
-class _Reason:
-    why: str | None = None
-
-
-@dataclass(frozen=True)
 class _Decision:
     rung: Count
     answer: str
     why: str
-
-
-@dataclass(frozen=True)
-class _Stream:
-    decoded: float
-    served: float
-    cpu_s: float
 
 
 @dataclass
@@ -154,10 +137,11 @@ class Table:
             row = as_type(Row, {key: event[key] for key in event.keys() - {"results", "error", "is_infeasible"}})
             self.rows[row.number] = row
         elif kind == "stream":
-            self.streams.append(asdict(as_type(_Stream, event)))
+            costs = {key: event.get(key) for key in ("decoded", "served", "cpu_s")}
+            self.streams.append(as_type(dict[str, float], costs))
         elif kind in ("infeasible", "failed", "retry"):
             row = self._row(event)
-            row.error = as_type(_Reason, event).why  # "retry" has no reason
+            row.error = None if kind == "retry" else as_type(str, event.get("why"))
             row.is_infeasible = kind == "infeasible"
         elif kind == "result":
             self._row(event).results.append(as_type(Result, event))
@@ -171,7 +155,7 @@ class Table:
             raise ParseError(f"unknown event {kind!r:.60}")
 
     def _row(self, event: dict[str, Any]) -> Row:
-        row = self.rows.get(as_type(_Number, event).number)
+        row = self.rows.get(as_type(int, event.get("number")))
         if row is None:
             raise ParseError(f"there is no trial {event['number']}")
         return row
@@ -206,11 +190,10 @@ class Writer:
         self.table = Table()
         for number, line in enumerate(lines, 1):
             try:
-                event = as_type(dict[str, Any], parse_json(line))
-                self.table.add(event)
+                self._events.append(as_type(dict[str, Any], parse_json(line)))
+                self.table.add(self._events[-1])
             except ParseError as error:
                 raise ConfigError(f"{storage.uri}/{RESULTS}, line {number}: {error}") from None
-            self._events.append(event)
 
     def add(self, *events: dict[str, Any]) -> None:
         """Add events; they are durable on return."""

@@ -9,19 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 # Larger ones are mistakes; some would fill the memory before the plan of a run refuses them.
-_LARGEST = {
-    "embed_dim": 2**14,
-    "width": 2**14,
-    "head_width": 2**14,
-    "heads": 2**14,
-    "layers": 1000,
-    "image_size": 2**13,
-    "patch_size": 2**13,
-    "attn_pooler_queries": 2**14,
-    "attn_pooler_heads": 2**14,
-    "context_length": 2**14,
-    "vocab_size": 2**31 - 1,
-}
+_LARGEST = {"layers": 1000, "vocab_size": 2**31 - 1, "image_size": 2**13, "patch_size": 2**13} | dict.fromkeys(
+    ("embed_dim", "width", "head_width", "heads", "attn_pooler_queries", "attn_pooler_heads", "context_length"), 2**14
+)
+_LENGTHS = {"layers": 4, "image_size": 2, "patch_size": 2}  # of those that may be lists
 _MAX_PATCHES = 2**14
 _MAX_MLP_RATIO = 1000.0
 _TOKENIZER_OPTIONS = {"clean", "strip_sep_token", "language", "additional_special_tokens"}
@@ -71,10 +62,7 @@ def _check_sizes(section: str, content: dict[str, Any]) -> None:
         if key not in content or (key == "patch_size" and content[key] is None):  # null in open_clip's ResNets
             continue
         value = content[key]
-        is_list = isinstance(value, list | tuple) and len(value) == {"layers": 4, "image_size": 2, "patch_size": 2}.get(
-            key
-        )
-        numbers = value if is_list else [value]
+        numbers = value if isinstance(value, list | tuple) and len(value) == _LENGTHS.get(key) else [value]
         if not all(type(number) is int and 1 <= number <= largest for number in numbers):
             raise ValueError(f"{section}{key}={value!r:.80}: a whole number from 1 to {largest} expected")
     ratio = content.get("mlp_ratio", 1)

@@ -22,7 +22,6 @@ EMBEDDED = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-u
 """Content-Security-Policy of pages that other pages embed."""
 _ALONE = f"{EMBEDDED}; frame-ancestors 'none'; sandbox"
 _CLIENT_S = 20  # a client that sends nothing, or takes nothing, for this time is left
-_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,8 @@ def serve(answer: Callable[[str], Answer], port: int, *, host: str = "127.0.0.1"
             tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
             is_known = self.headers.get("If-None-Match") == tag
             headers = {"Content-Security-Policy": found.policy, "Content-Type": found.kind, "ETag": tag}
+            headers |= {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+            headers["Cache-Control"] = "no-cache"
             if "gzip" in self.headers.get("Accept-Encoding", "") and len(data) > 1000:
                 data = gzip.compress(data, compresslevel=3)
                 headers["Content-Encoding"] = "gzip"
@@ -87,11 +88,6 @@ def serve(answer: Callable[[str], Answer], port: int, *, host: str = "127.0.0.1"
             self.end_headers()
 
         do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = refuse
-
-        def end_headers(self) -> None:
-            for name, value in _HEADERS.items():
-                self.send_header(name, value)
-            super().end_headers()
 
         def log_message(self, *_: object) -> None:
             pass

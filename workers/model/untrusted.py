@@ -132,11 +132,11 @@ def _read_json(path: Path | None) -> dict[str, Any] | None:
         raise ValueError(f"{path} is no file")
     try:
         content = parse_json(path.read_bytes())
+        if isinstance(content, dict):
+            return content
+        raise ParseError("a JSON mapping expected")
     except ParseError as error:
         raise ValueError(f"{path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a JSON mapping expected")
-    return content
 
 
 @functools.cache
