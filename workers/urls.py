@@ -53,8 +53,4 @@ def _place(text: str, expected: str) -> str:
 
 def is_utf8(text: str) -> bool:
     """Return whether a name has no bytes that Python could only escape."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return re.search("[\ud800-\udfff]", text) is None

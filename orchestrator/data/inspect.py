@@ -304,9 +304,6 @@ class _Stoppable:
             raise _Stopped
         return self._source.read(count)
 
-    def reopen(self) -> _Stoppable:
-        return _Stoppable(self._source.reopen(), self._stop)
-
 
 def open_url(url: str, data: DataConfig, start: int = 0) -> ByteSource:
     """Open a shard at a byte; no manifest exists yet that could say what it should be."""

@@ -21,6 +21,7 @@ from sigray.orchestrator.data.inspect import (
     PICTURE_PX,
     Inspection,
     Picture,
+    ShardFindings,
     open_url,
     patterns,
 )
@@ -158,16 +159,17 @@ def _repeated_captions_table(found: Inspection) -> Table:
                 number = int(np.searchsorted(ends, first[chosen], side="right"))
                 shard = shards[number]
                 place = shard.captions[source].places[int(first[chosen] - (ends[number - 1] if number else 0))]
-                text = _read_caption(shard.url, place, source, int(hashes[first[chosen]]), found.data)
+                text = _read_caption(shard, place, source, int(hashes[first[chosen]]), found.data)
                 add(made, f"{counts[chosen]:,}", source, printable(text, 200))
     return made
 
 
-def _read_caption(url: str, place: int, source: str, hashed: int, data: DataConfig) -> str:
+def _read_caption(shard: ShardFindings, place: int, source: str, hashed: int, data: DataConfig) -> str:
     """Read the caption with a hash again, from the sample at a byte of a shard."""
     try:
-        with contextlib.closing(open_url(url, data, place)) as tar:
-            texts = captions_at(source, next(read_tar(tar, allow_unclosed=data.allow_unclosed)).members)
+        with contextlib.closing(open_url(shard.url, data, place)) as tar:
+            sample = next(read_tar(tar, allow_unclosed=data.allow_unclosed, links=shard.tally.links))
+            texts = captions_at(source, sample.members)
     except (ValueError, OSError, StopIteration, Refused):
         return "(could not be read again)"
     return next((text for text in texts if hash(text) == hashed), "(changed meanwhile)")

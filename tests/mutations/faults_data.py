@@ -182,9 +182,9 @@ FAULTS = [
     ),
     Fault(
         "a hard link has the first content of its target's name",
-        "sigray.workers.data.tar:find_links",
-        "files[name] = place",
-        "files.setdefault(name, place)",
+        "sigray.workers.data.tar:read_tar",
+        "files[_path_hash(name)] = None if problem else (begin, num_bytes)",
+        "files.setdefault(_path_hash(name), None if problem else (begin, num_bytes))",
         (f"{_W}tar.py::test_a_hard_link_has_the_newest_earlier_content",),
     ),
     Fault(
@@ -218,8 +218,8 @@ FAULTS = [
     Fault(
         "the marks that a machine remembers are lost",
         "sigray.workers.data.shard_counts:_cached_counts",
-        "tuple(entry[name]) for",
-        'tuple(entry[name] if name != "marks" else ()) for',
+        "cache[_cache_key(file)]",
+        'cache[_cache_key(file)] | {"marks": ()}',
         (f"{_W}manifest.py::test_marks_lead_to_the_same_samples",),
     ),
     Fault(

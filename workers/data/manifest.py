@@ -179,23 +179,13 @@ def scan_shards(
     for name, part in files.items():
         _check_pairs(keys[name], part, counts, data, is_old)
     cache_counts(counts, data, rules)
-    return Manifest(
-        tuple(
-            Shard(
-                file.url,
-                file.num_bytes,
-                counts[file].num_samples,
-                file.fingerprint,
-                name,
-                counts[file].marks,
-                counts[file].links,
-                counts[file].unusable,
-                rules,
-            )
-            for name, part in files.items()
-            for file in part
-        )
-    )
+    shards = []
+    for name, part in files.items():
+        for file in part:
+            count = counts[file]
+            found = (count.marks, count.links, count.unusable)
+            shards.append(Shard(file.url, file.num_bytes, count.num_samples, file.fingerprint, name, *found, rules))
+    return Manifest(tuple(shards))
 
 
 def read_samples(shard: Shard, data: DataConfig, *, start: int = 0) -> Iterator[TarSample]:
@@ -329,15 +319,12 @@ def _check_pairs(
         except DataError as error:
             raise unreadable(key, [f"{first.url}: {error}"]) from error
     unusable = sum((Counter(count.unusable) for count in passes), Counter[str]())
+    members = _ten(list(dict.fromkeys(map(caption_member, data.captions))))
     raise DataError(
-        f"no usable pair in {len(files)} shards of {key} ({files[0].url} first): {_what_is_missing(data)}; "
+        f"no usable pair in {len(files)} shards of {key} ({files[0].url} first): a sample needs an image member "
+        f"({_ten(data.image_keys)}) and a caption member ({members}); "
         f"{_what_is_there(sorted(endings), unusable, example, data)}"
     )
-
-
-def _what_is_missing(data: DataConfig) -> str:
-    members = _ten(list(dict.fromkeys(map(caption_member, data.captions))))
-    return f"a sample needs an image member ({_ten(data.image_keys)}) and a caption member ({members})"
 
 
 def _what_is_there(endings: list[str], unusable: Counter[str], example: str, data: DataConfig) -> str:
@@ -347,11 +334,8 @@ def _what_is_there(endings: list[str], unusable: Counter[str], example: str, dat
         reasons = [f"{what}: {WHY_UNUSABLE[what]}" for what, _ in unusable.most_common(1) if what in WHY_UNUSABLE]
         return "; ".join([lost or "the shards hold no members", *reasons])
     wanted = {*data.image_keys, *map(caption_member, data.captions)}
-    hint = (
-        f"; a key ends at its first dot: {example[:100]}"
-        if any(e.rpartition(".")[2] in wanted - {e} for e in endings)
-        else ""
-    )
+    has_dots = any(ending.rpartition(".")[2] in wanted - {ending} for ending in endings)
+    hint = f"; a key ends at its first dot: {example[:100]}" if has_dots else ""
     found = f"members found end in {_ten(endings)}{f' ({lost})' if lost else ''}"
     return f"{found}. Set data.image_keys and data.captions{hint}"
 

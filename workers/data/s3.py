@@ -753,9 +753,6 @@ class S3Stream:
             raise part.error
         return memoryview(part.buffer).toreadonly()[:count]
 
-    def reopen(self) -> S3Stream:
-        return S3Stream(self._fetcher.info, self._fetcher.s3)
-
     def skip(self, count: int) -> None:
         """Pass over bytes; parts before the new position are dropped or not requested."""
         self.position += count

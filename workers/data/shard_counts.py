@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 import uuid
 from collections.abc import Iterable
 from contextlib import suppress
@@ -18,8 +17,8 @@ from typing import Any
 
 from sigray.workers.config import DataConfig, S3Config, caption_member
 from sigray.workers.data.shard_list import ShardFile, in_threads
-from sigray.workers.data.tar import BLOCK
-from sigray.workers.parse import parse_json
+from sigray.workers.data.tar import BLOCK, LocalFile
+from sigray.workers.parse import ParseError, as_type, parse_json
 
 _WIDS_INDEX = ("index.json", "shardindex.json", "wids-meta.json")
 _MAX_BYTES = 256 << 20  # of a sidecar or cache; a wids index of 200,000 shards has 40 MB
@@ -69,11 +68,8 @@ def _cache_key(file: ShardFile) -> str:
 def _cached_counts(files: list[ShardFile], cache: dict[str, Any]) -> dict[ShardFile, ShardCount]:
     found = {}
     for file in files:
-        with suppress(TypeError, KeyError):  # a damaged entry: the shard is counted again
-            if (entry := cache.get(_cache_key(file))) is not None:
-                lists = {name: tuple(entry[name]) for name in ("marks", "endings")}
-                lists["links"] = tuple(map(tuple, entry["links"]))
-                found[file] = ShardCount(**{**entry, **lists})
+        with suppress(ParseError, KeyError):  # a damaged entry: the shard is counted again
+            found[file] = as_type(ShardCount, cache[_cache_key(file)])
     return found
 
 
@@ -133,12 +129,8 @@ def _read_json(url: str, s3: S3Config) -> dict[str, Any]:
             from sigray.workers.data.s3 import read_object
 
             text = read_object(url, s3, _MAX_BYTES + 1)
-        elif stat.S_ISREG(os.stat(url).st_mode):  # the read of a FIFO would wait for ever
-            with open(url, "rb") as file:
-                text = file.read(_MAX_BYTES + 1)
         else:
-            return {}
-        content = parse_json(text, max_bytes=_MAX_BYTES)
-        if isinstance(content, dict):
-            return content
+            file = LocalFile(url)  # no FIFO, whose read would wait for ever
+            text = file.read(min(file.num_bytes, _MAX_BYTES + 1))
+        return as_type(dict[str, Any], parse_json(text, max_bytes=_MAX_BYTES))
     return {}

@@ -161,13 +161,11 @@ def _expanded(pattern: str, exists: Callable[[str], bool]) -> Iterable[str]:
     if "{" not in pattern or exists(pattern):
         return [pattern]
     try:
-        num_names = _num_names(pattern)
-        names = braceexpand.braceexpand(pattern) if num_names <= MAX_NAMES else None
+        if _num_names(pattern) <= MAX_NAMES:
+            return braceexpand.braceexpand(pattern)
     except ValueError:  # unbalanced braces, a number of 5,000 digits
         return [pattern]
-    if names is None:
-        raise _too_many(pattern)
-    return names
+    raise _too_many(pattern)
 
 
 def _num_names(pattern: str) -> int:

@@ -23,11 +23,8 @@ import zlib
 from array import array
 from collections import Counter, UserDict
 from collections.abc import Iterator, Mapping
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
-
-import numpy as np
 
 from sigray.workers.data.other_formats import other_format
 
@@ -85,9 +82,6 @@ class ByteSource(Protocol):
     def skip(self, count: int) -> None:
         """Pass over bytes; a source need not transfer them."""
 
-    def reopen(self) -> ByteSource:
-        """Return another source of the same bytes, at the first one."""
-
     def close(self) -> None:
         """Free the source's resources; contents that were read stay valid."""
 
@@ -135,9 +129,6 @@ class LocalFile:
 
     def skip(self, count: int) -> None:
         self.position += count
-
-    def reopen(self) -> LocalFile:
-        return LocalFile(self.url)
 
     def close(self) -> None:
         """Do nothing: the file is closed with the last content."""
@@ -194,7 +185,9 @@ class Tally:
     samples without a usable member.
     """
 
-    links: dict[int, tuple[int, int]] = field(default_factory=dict)  # as `find_links` returns them
+    links: dict[int, tuple[int, int]] = field(
+        default_factory=dict
+    )  # a hard link's header -> first byte and size of its content
     is_seekable: bool = True  # no global pax header renames what follows
     problems: Counter[str] = field(default_factory=Counter)  # members by reason
     key_hashes: array[int] = field(default_factory=lambda: array("q"))  # of samples
@@ -202,8 +195,8 @@ class Tally:
 
     def unusable(self) -> dict[str, int]:
         """Return the number of members and samples that cannot be used, by reason."""
-        keys = np.unique(np.array(self.key_hashes, np.int64))
-        lost = np.setdiff1d(np.array(self.lost_hashes, np.int64), keys)
+        keys = set(self.key_hashes)
+        lost = set(self.lost_hashes) - keys
         samples = {_LOST: len(lost), _AGAIN: len(self.key_hashes) - len(keys)}
         return dict(sorted(self.problems.items())) | {reason: count for reason, count in samples.items() if count}
 
@@ -349,7 +342,7 @@ def read_tar(
         first_index: number of the first sample.
         headers_only: leave the contents out, and do not transfer them if that saves time.
         allow_unclosed: as in `read_members`.
-        links: contents of hard links, as `find_links` returns them; None: find them at the first link.
+        links: contents of hard links, as `Tally.links` of another pass; None: find them, from the first byte on.
         tally: receives what no sample has.
         is_old: as in `read_members`.
 
@@ -358,21 +351,21 @@ def read_tar(
     """
     sample: TarSample | None = None
     contents: dict[str, Any] = {}
+    files: dict[int, tuple[int, int] | None] = {}  # by hash of the path, which may have a mebibyte
     index = first_index
     tally = tally or Tally()
     members = read_members(source, allow_unclosed=allow_unclosed, tally=tally, is_old=is_old)
     for name, position, header, begin, num_bytes, problem, target in members:
         if target is not None:
-            if links is None:
-                with closing(source.reopen()) as whole:
-                    links = find_links(whole, allow_unclosed=allow_unclosed)
-            if header in links:
-                begin, num_bytes = links[header]
-                tally.links[header] = links[header]
-                if target == name:  # `tar -c a a` writes the second as a link to the first
-                    continue
+            place = files.get(_path_hash(target)) if links is None else links.get(header)
+            if place is not None:
+                begin, num_bytes = tally.links[header] = place
             else:
                 problem = _BROKEN_LINK
+        if links is None:
+            files[_path_hash(name)] = None if problem else (begin, num_bytes)
+        if target == name and not problem:  # `tar -c a a` writes the second as a link to the first
+            continue
         # webdataset's rule: the key ends at the first dot of the last part of the path.
         slash = name.rfind("/")
         dot = name.find(".", slash + 1)
@@ -405,33 +398,9 @@ def read_tar(
         yield sample
 
 
-def find_links(source: ByteSource, *, allow_unclosed: bool = False) -> dict[int, tuple[int, int]]:
-    """Return where the content of each hard link is, by the link's first byte.
-
-    Reads all headers.
-
-    Returns:
-        First byte and size. Links to what is not an earlier file are left out.
-    """
-    files: dict[str, tuple[int, int]] = {}
-    found: dict[int, tuple[int, int]] = {}
-    for member in read_members(source, allow_unclosed=allow_unclosed):
-        name = _path(member.name)
-        place: tuple[int, int] | None = (member.begin, member.num_bytes)
-        if member.target is not None:
-            place = files.get(_path(member.target))
-            if place is not None:
-                found[member.header] = place
-        if place is None or member.problem:
-            files.pop(name, None)
-        else:
-            files[name] = place
-    return found
-
-
-def _path(name: str) -> str:
-    """Return the path that `tar -x` writes to."""
-    return posixpath.normpath(name).lstrip("/")
+def _path_hash(name: str) -> int:
+    """Return a hash of the path that `tar -x` writes to."""
+    return hash(posixpath.normpath(name).lstrip("/"))
 
 
 def _number(field: bytes) -> int:

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import tarfile
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -179,6 +178,3 @@ class Counting(LocalFile):
     def skip(self, count):
         assert count >= 0
         super().skip(count)
-
-    def reopen(self):
-        return LocalFile(Path(self.url))
