@@ -328,16 +328,10 @@ class Pages:
             states = {name: job.result[kind] for name, job in reversed(jobs) if job.result and kind in job.result}
             content[kind] = sorted(states.values(), key=lambda state: -(state["updated_at"] or 0))
         title = " and ".join(names).capitalize()
-
-        def draw() -> Markup:
-            kinds = {name: content[name][:_MAX_ENTRIES] for name in names}
-            left_out = {name: max(len(content[name]) - _MAX_ENTRIES, 0) for name in names}
-            places = ", ".join(self._given)
-            return render(
-                "index.html.j2", title=title, places=places, kinds=kinds, left_out=left_out, notes=notes, clock=clock
-            )
-
-        return title, content, draw
+        draw = partial(
+            render, "index.html.j2", title=title, kinds=names, content=content, most=_MAX_ENTRIES, clock=clock
+        )
+        return title, content, partial(draw, places=", ".join(self._given))
 
     def _begin(self, key: tuple[str, ...], work: Callable[[], Any]) -> _Job:
         """Return a job; its work begins if the last result is too old."""

@@ -21,8 +21,7 @@ from sigray.workers.checkpoint.index import CheckpointError, read_metrics
 from sigray.workers.parse import ParseError, parse_json, parse_yaml
 
 _RATE_LINES = 10  # of metrics, whose median speed gives the time left
-_LIST_BYTES = 64 << 10  # of metrics, for an entry of the list
-_LINE_BYTES = 64 << 10
+_LINE_BYTES = 64 << 10  # at most; the list reads no more of the metrics
 _MAX_EVALUATIONS = 1000
 _MAX_SETS = 20  # of an evaluation; each has charts
 _MAX_TEXT = 300  # characters of a name
@@ -167,7 +166,7 @@ def read_run_files(storage: ForeignFolder, *, for_list: bool = False) -> RunFile
     summary, _ = load(SUMMARY, parse_json, None if for_list else MAX_BYTES)
     lines = []
     with reading(METRICS):
-        found, left_out = storage.read_lines(METRICS, _LIST_BYTES if for_list else MAX_BYTES)
+        found, left_out = storage.read_lines(METRICS, _LINE_BYTES if for_list else MAX_BYTES)
         lines = [content for content in parsed_lines(found) if find_number(content, "samples_seen") is not None]
         if left_out and not for_list:
             unreadable.append(f"{METRICS}: its first {left_out:,} bytes are left out")

@@ -175,7 +175,8 @@ def test_the_script_is_the_one_that_the_policy_allows(served, tmp_path):
     assert f"'sha256-{digest}'" in get.headers["Content-Security-Policy"]
 
 
-def test_the_list_has_the_newest_first_and_each_name_once(served, tmp_path):
+def test_the_list_has_the_newest_first_and_each_name_once(served, tmp_path, monkeypatch):
+    monkeypatch.setattr("sigray.orchestrator.reports.live_server._MAX_ENTRIES", 2)
     for place, name, step in (("a", "old", 10), ("a", "demo", 10), ("b", "demo", 20), ("b", "new", 30)):
         write_run(
             made(tmp_path / place / name),
@@ -196,6 +197,8 @@ def test_the_list_has_the_newest_first_and_each_name_once(served, tmp_path):
     assert demo["says"].startswith("step 10 of 332")  # the first place that has the name
     assert api(get, "/runs/demo")["step"] == 10
     assert 'href="/runs/new"' in get("/")[1]
+    assert 'href="/runs/old"' not in get("/")[1]
+    assert "1 older ones are not shown" in get("/")[1]
 
 
 def test_nothing_outside_a_run_is_served(served, tmp_path):
