@@ -36,7 +36,7 @@ from sigray.orchestrator.tables import printable
 from sigray.workers.config import DataConfig, Patterns
 from sigray.workers.data.decode import Decoder, Refused, captions_at, decode_pixels, sample_random
 from sigray.workers.data.manifest import is_pair, scan_shards, shard_count
-from sigray.workers.data.shard_list import ShardFile, list_shards
+from sigray.workers.data.shard_list import ShardFile, list_shards, reason_of
 from sigray.workers.data.tar import ByteSource, DataError, LocalFile, Tally, TarSample, read_tar
 
 NUM_SAMPLES = 2000
@@ -356,8 +356,7 @@ class _ShardReader:
         except _Stopped:
             pass
         except (DataError, OSError) as error:
-            reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
-            found.problem = reason.removeprefix(f"{found.url}: ")
+            found.problem = reason_of(error, found.url)
         found.keys = zlib.compress("\0".join(keys).encode())
 
     def _is_due(self, sample: TarSample, wanted: int | None, num_had: int) -> bool:

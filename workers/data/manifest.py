@@ -182,9 +182,9 @@ def scan_shards(
     shards = []
     for name, part in files.items():
         for file in part:
-            count = counts[file]
-            found = (count.marks, count.links, count.unusable)
-            shards.append(Shard(file.url, file.num_bytes, count.num_samples, file.fingerprint, name, *found, rules))
+            known = counts[file]
+            found = (known.marks, known.links, known.unusable)
+            shards.append(Shard(file.url, file.num_bytes, known.num_samples, file.fingerprint, name, *found, rules))
     return Manifest(tuple(shards))
 
 

@@ -99,8 +99,7 @@ def _sidecar_counts(folder: str, files: list[ShardFile], s3: S3Config) -> dict[S
 
     def note(name: Any, count: Any, num_bytes: Any = None) -> None:
         """Note the count of a tar; `name` is a URL, or relative to the folder."""
-        is_url = str(name).startswith("/") or "://" in str(name)
-        file = by_url.get(str(name) if is_url else f"{folder}/{str(name).removeprefix('./')}")
+        file = by_url.get(str(name)) or by_url.get(f"{folder}/{str(name).removeprefix('./')}")
         if file is None or type(count) is not int or not 0 <= count <= file.num_bytes // BLOCK:
             return
         if num_bytes is None or num_bytes == file.num_bytes:

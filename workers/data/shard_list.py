@@ -170,17 +170,15 @@ def _expanded(pattern: str, exists: Callable[[str], bool]) -> Iterable[str]:
 
 def _num_names(pattern: str) -> int:
     """Return the number of names of a brace pattern, without the names."""
-    counts: list[int] = []
 
     def product(text: str) -> int:
-        return math.prod(counts[int(number)] for number in re.findall("\0(\\d+)\0", text))
+        return math.prod(map(int, re.findall("\0(\\d+)\0", text)))
 
     def count(braces: re.Match[str]) -> str:
+        number = sum(map(product, braces[1].split(",")))
         if ends := _RANGE.fullmatch(braces[1]):
-            counts.append(abs(int(ends[2]) - int(ends[1])) // (int(ends[3] or 1) or 1) + 1)
-        else:
-            counts.append(sum(map(product, braces[1].split(","))))
-        return f"\0{len(counts) - 1}\0"
+            number = abs(int(ends[2]) - int(ends[1])) // (int(ends[3] or 1) or 1) + 1
+        return f"\0{min(number, MAX_NAMES + 1)}\0"
 
     for _ in range(_MAX_DEPTH):
         pattern, num_found = _BRACES.subn(count, pattern)

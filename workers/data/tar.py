@@ -296,7 +296,7 @@ def read_members(
                     # header follows at once, the size says nothing. GNU tar and Python never read such a content.
                     ahead = source.read(BLOCK)
                     size = 0 if ahead == _ZEROS or _is_header(ahead) else size
-                target = None if size else link.partition(b"\0")[0].decode(errors="backslashreplace")
+                target = None if size else link.partition(b"\0")[0].decode("utf-8", "backslashreplace")
             elif kind == b"S" and header[482]:
                 while source.read(BLOCK)[504]:  # more of the map of holes
                     pass
@@ -313,7 +313,7 @@ def read_members(
             name = prefix.partition(b"\0")[0] + b"/" + name
         if kind in b"0\0" if is_old else kind not in _NO_FILES and not name.endswith(b"/"):
             # Linux allows any bytes in names; every text of ours must be UTF-8.
-            text = name.decode(errors="backslashreplace")
+            text = name.decode("utf-8", "backslashreplace")
             yield Member(text, first, position, begin, size, problem, target)
         if size:
             ahead = b""

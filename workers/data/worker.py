@@ -50,9 +50,7 @@ class Block:
     replaced: np.ndarray  # (K,) bool: the row holds another pair, because its own sample was refused
     refused: Counter[str] = field(default_factory=Counter)  # samples replaced in this block, by reason
     num_cut: int = 0  # captions that were cut before they were tokenized
-    refused_keys: dict[str, str] = field(
-        default_factory=dict
-    )  # the first of each reason, and of CUT: shard url and key
+    refused_keys: dict[str, str] = field(default_factory=dict)  # first of each reason, and of CUT: shard url and key
     decode_s: float = 0.0  # time in which the worker decoded it
     has_straggler: bool = False  # it comes from a backup; the worker that received the places has not answered
 
