@@ -317,7 +317,7 @@ def _check_pairs(
                     if sample.index == _NUM_CHECKED:
                         break
         except DataError as error:
-            raise unreadable(key, [f"{first.url}: {error}"]) from error
+            raise unreadable(key, [f"{first.url}: {reason_of(error, first.url)}"]) from error
     unusable = sum((Counter(count.unusable) for count in passes), Counter[str]())
     members = _ten(list(dict.fromkeys(map(caption_member, data.captions))))
     raise DataError(
