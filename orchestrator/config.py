@@ -429,8 +429,8 @@ def _explain(error: dict[str, Any], model: type[Section], noun: str) -> list[str
         return [f"{key}: unknown key (value {error['input']!r}); {hint}allowed here: {', '.join(known)}"]
     if error["type"] == "missing":
         return [f"{key}: missing; every {noun} needs it"]
-    message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return [f"{key}={error['input']!r}: should be {message}"]
+    _, should, message = error["msg"].rpartition("should ")
+    return [f"{key}={error['input']!r}: {should}{message}"]
 
 
 def _known_keys(model: Any, path: list[str]) -> list[str]:

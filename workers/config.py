@@ -196,7 +196,7 @@ class DataConfig(Section):
     """Seconds for one block, after which its data-shard worker is replaced."""
     max_bad_fraction: Fraction = 0.01
     """Largest fraction of refused samples (unreadable image, no caption).
-    Above it the run stops and names the reasons."""
+    Above it the run stops and names the reasons. Fewer than 1,024 samples count as 1,024."""
     allow_unclosed: bool = False
     """Accept a tar that ends after a member, without the two closing blocks of a tar.
     A download that broke off there cannot be told from a whole tar."""

@@ -357,6 +357,7 @@ class _ShardReader:
             pass
         except (DataError, OSError) as error:
             found.problem = reason_of(error, found.url)
+        del found.tally.key_hashes[len(keys) :]  # of a sample that the end of a damaged shard cut off
         found.keys = zlib.compress("\0".join(keys).encode())
 
     def _is_due(self, sample: TarSample, wanted: int | None, num_had: int) -> bool:
@@ -487,5 +488,6 @@ def _training_problems(found: Inspection) -> list[tuple[str, str]]:
     # The same base as the training side's (workers/data/loader.py).
     if num_refused > most * max(found.num_decoded, 1024):
         problem = f"{num_refused:,} of {found.num_decoded:,} decoded samples are broken, more than "
-        problems.append(("all shards", f"{problem}data.max_bad_fraction={most}: training would stop"))
+        problem += f"data.max_bad_fraction={most}: training would stop; the table of broken samples has the reasons"
+        problems.append(("all shards", problem))
     return problems

@@ -54,7 +54,7 @@ WHY_UNUSABLE = {
     _BROKEN_LINK: "their files are in no earlier place of the tar",
     _NO_KEY: "a key ends at a dot; __NAME__ and .NAME are none",
     _LOST: "all their members are counted above",
-    _AGAIN: "members of a sample must be neighbours",
+    _AGAIN: "members of a sample must be neighbours: pack with `tar --sort=name`",
 }
 """Reasons and remedies of what `Tally.unusable` counts."""
 _NO_FILES = b"5DV"  # directories, a volume's label

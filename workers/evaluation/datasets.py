@@ -23,7 +23,7 @@ import numpy as np
 from sigray.workers.config import SUBFOLDERS, DataConfig, EvalSet
 from sigray.workers.data.decode import Decoder, Members, Refused, captions_at, read_json
 from sigray.workers.data.manifest import Manifest, Shard, read_samples, scan_shards
-from sigray.workers.data.tar import DataError, TarSample
+from sigray.workers.data.tar import DataError, LocalFile, TarSample
 from sigray.workers.parse import as_type, parse_json
 
 CLASS = "cls"
@@ -301,7 +301,8 @@ def read_classes(path: str) -> list[dict[str, str]]:
         DataError: if the file is missing or is not a list of {id, name}.
     """
     try:
-        content = Path(path).read_bytes()
+        file = LocalFile(path)  # refuses a FIFO, for which a read would wait
+        content = bytes(file.read(file.num_bytes))
         if path.endswith(".txt"):
             lines = content.decode().splitlines()
             return [{"id": str(number), "name": line.strip()} for number, line in enumerate(lines)]

@@ -113,6 +113,8 @@ def reason(error: Exception) -> str:
     names = _GLOBAL.search(text)
     if names is not None:
         return f"it names {names[1].strip('`.,')}, which could run code; a .safetensors file cannot name any"
+    if "Unsupported operand" in text:
+        return "it is a pickle of another writer, which could run code; write it by torch.save, or as .safetensors"
     return (text.strip().splitlines() or [type(error).__name__])[0][:300]
 
 

@@ -153,6 +153,19 @@ def test_what_cannot_be_used_is_counted(tmp_path, capsys):
     assert "not used: 80 symbolic links, 40 samples without a usable member" in err
 
 
+def test_an_unsorted_tar_that_is_cut_short(tmp_path, capsys):
+    """Its last sample, of a key that came before, is not read to its end."""
+    names = [f"{number}.{ending}" for ending in ("txt", "png") for number in range(4)]
+    (tmp_path / "a.tar").write_bytes(b"".join(header(name.encode()) for name in names))
+    code, out, err = run(capsys, tmp_path)
+    assert code == 2
+    assert "a.tar: cut short" in err
+    assert "data.allow_unclosed=true" in err
+    assert lines_with(out, "key comes again in its shard", "3", "a.tar 0")
+    code, out, _ = run(capsys, tmp_path, "data.allow_unclosed=true")
+    assert lines_with(out, "samples of a key that came before", "4", "tar --sort=name")
+
+
 def test_the_time_limit_holds_between_two_samples(tmp_path, monkeypatch):
     """A tar may have headers without end and no sample."""
     (tmp_path / "a.tar").write_bytes(header(b"nothing") * 100_000 + END)
