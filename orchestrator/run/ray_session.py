@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sigray.orchestrator.config import RunConfig
+from sigray.orchestrator.run.policy import RunFailed
 from sigray.orchestrator.run.progress import Display
 from sigray.orchestrator.run.trial import TRIAL_CPUS
 
@@ -70,15 +71,18 @@ def ray_session(
     else:
         display.say("starting Ray on this machine")
         num_cpus, resources = _own_resources(config, num_trials)
-        ray.init(
-            address="local",
-            # Ray only counts CPUs: on a small machine the data-shard workers and the training workers share cores.
-            num_cpus=max(os.cpu_count() or 1, int(num_cpus + 0.5)),
-            resources=resources,
-            include_dashboard=config.cluster.dashboard,
-            log_to_driver=False,
-            configure_logging=False,
-        )
+        try:
+            ray.init(
+                address="local",
+                # Ray only counts CPUs: on a small machine the data-shard workers and the training workers share cores.
+                num_cpus=max(os.cpu_count() or 1, int(num_cpus + 0.5)),
+                resources=resources,
+                include_dashboard=config.cluster.dashboard,
+                log_to_driver=False,
+                configure_logging=False,
+            )
+        except Exception as error:  # Ray raises the base class, as on a machine that is too busy
+            raise RunFailed(f"Ray did not start on this machine: {error}") from error
     try:
         yield
     finally:
