@@ -360,7 +360,7 @@ def test_the_plan_shows_all_trials_and_writes_nothing(study, tmp_path, capsys):
         ({"train.global_batch_size": 400}, "takes 400 samples of data.shards, which has 200"),
         ({"train.global_batch_size": 192}, "the rungs at 96 and 192 samples fall on the same step"),
         ({"train.micro_batch_size": 7}, "train.micro_batch_size=7 does not divide the 24 pairs"),
-        ({"model.towers": {**TOWERS, "embed_dim": "x"}}, "open_clip cannot build this model"),
+        ({"model.towers": {**TOWERS, "embed_dim": "x"}}, "towers.embed_dim='x': a whole number"),
         ({"optim.beta2": 2}, "optim.beta2=2: should be less than 1"),
         # 6.4 billion numbers in the embedding alone, on a device of 24 GB.
         (
