@@ -131,9 +131,19 @@ def audit(storage: Storage, manifest: Manifest, order: StreamOrder, global_batch
     replaced: Counter[tuple[int, int]] = Counter()
     rows_of_step: Counter[int] = Counter()
     for name in names:
-        table = pq.read_table(io.BytesIO(storage.read(f"{FOLDER}/{name}")), schema=_SCHEMA)
+        content = storage.read(f"{FOLDER}/{name}")
+        try:
+            table = pq.read_table(io.BytesIO(content), schema=_SCHEMA)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{storage.uri}/{FOLDER}/{name} is no ledger: {error}") from None
+        if any(column.null_count for column in table.columns):
+            raise DataError(f"{storage.uri}/{FOLDER}/{name} is no ledger: a row lacks a value")
         steps, epochs, shards, indices = (table[column].to_numpy() for column in _INTEGERS)
-        if not ((shards < len(sizes)).all() and (indices < sizes[shards]).all()):
+        first_step, steps_done = map(int, name.split("-")[:2])
+        if not ((steps >= first_step) & (steps < steps_done)).all():
+            raise DataError(f"{storage.uri}/{FOLDER}/{name} names steps of another file")
+        is_known = (epochs >= 0) & (shards >= 0) & (shards < len(sizes)) & (indices >= 0)
+        if not (is_known.all() and (indices < sizes[shards]).all()):
             raise DataError(f"{storage.uri}/{FOLDER}/{name} names samples that the run's manifest does not have")
         rows_of_step.update(dict(zip(*(part.tolist() for part in np.unique(steps, return_counts=True)), strict=True)))
         for dataset, epoch in {*zip(dataset_of_shard[shards].tolist(), epochs.tolist(), strict=True)}:

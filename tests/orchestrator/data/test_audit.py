@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -193,3 +195,30 @@ def test_nothing_to_audit(config, tmp_path, capsys, what):
     code, _, err = run(capsys, "audit", config.folder)
     assert code == 2
     assert ("is not a run" if what == "no run" else "train with train.ledger=true") in err
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        (None, None, "is no ledger"),
+        ("step", 10**12, "names steps of another file"),
+        ("step", -1, "names steps of another file"),
+        ("index", -1, "names samples"),
+        ("shard", -(10**9), "names samples"),
+        ("shard", 10**9, "names samples"),
+        ("index", None, "a row lacks a value"),
+    ],
+)
+def test_a_ledger_with_other_content_is_named(config, capsys, column, value, message):
+    write_ledger(config, 5)
+    path = config.folder / "ledger" / "0000000000-0000000005-rank-1.parquet"
+    if column is None:
+        path.write_bytes(path.read_bytes()[:-20])
+    else:
+        lines = pq.read_table(path).to_pylist()
+        lines[3][column] = value
+        pq.write_table(pa.Table.from_pylist(lines), path)
+    code, _, err = run(capsys, "audit", config.folder)
+    assert code == 2
+    assert f"{path.name} " in err
+    assert message in err
