@@ -216,7 +216,8 @@ def test_a_job_from_its_submission_to_its_end(head, run_config):
         "job_name": "job",
         "storage": f"{run_config.parent}/storage/job",
     }
-    with serve(Pages([str(head.home / "sigray-runs")], [RUNS]).answer, 0) as port:
+    places = [str(head.home / "sigray-runs"), str(run_config.parent / "storage")]
+    with serve(Pages(places, [RUNS]).answer, 0) as port:
         told = json.loads(get(f"http://127.0.0.1:{port}/api/runs/job"))
     assert (told["status"], told["step"], told["planned_samples"]) == ("finished", 4, 64)
     assert told["checkpoint"]["step"] == 4
