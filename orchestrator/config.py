@@ -295,11 +295,15 @@ def read_mapping(path: str | Path, expected: str) -> dict[str, Any]:
     Raises:
         ConfigError: for a missing or unreadable file, or another content.
     """
+    return parse_mapping(read_file(path), str(path), expected)
+
+
+def read_file(path: str | Path) -> bytes:
+    """Return the content of a file; raise ConfigError if it cannot be read."""
     try:
-        text = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise ConfigError(f"{path}: {(getattr(error, 'strerror', None) or str(error)).lower()}") from error
-    return parse_mapping(text, str(path), expected)
 
 
 def parse_mapping(text: bytes | str, path: str, expected: str) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 NBSP, TIMES = "\u00a0", "\u00d7"
 
 
@@ -66,3 +68,9 @@ def short_count(value: float) -> str:
         if value >= size:
             return f"{value / size:g}{letter}"
     return f"{value:g}"
+
+
+def first_ten(names: Sequence[str]) -> str:
+    """Return names joined by commas, ten at most, and how many more there are."""
+    more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more

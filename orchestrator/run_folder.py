@@ -25,6 +25,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from sigray.orchestrator.config import ConfigError, RunConfig, parse_config, parse_mapping
+from sigray.orchestrator.formatting import first_ten
 from sigray.workers.checkpoint.index import metrics_line, read_metrics
 from sigray.workers.checkpoint.lease import LEASE_FILE
 from sigray.workers.data.manifest import Manifest
@@ -69,8 +70,7 @@ def clear_folder(place: Storage, written: Iterable[str]) -> list[str]:
 
 def left_message(paths: list[str]) -> str:
     """Return a sentence about files that were not deleted."""
-    more = f" and {len(paths) - 10:,} more" if len(paths) > 10 else ""
-    return f"files that sigray did not write are left: {', '.join(paths[:10])}{more}"
+    return f"files that sigray did not write are left: {first_ten(paths)}"
 
 
 def check_kind(place: Storage, name: str, sections: set[str]) -> None:

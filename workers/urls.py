@@ -21,15 +21,16 @@ def local_or_s3(text: str) -> str:
     Raises:
         ValueError: the place is of another kind, is empty, or cannot be a name.
     """
-    return _place(text, "a local path or s3://BUCKET/KEY")
+    return _place(text, allows_s3=True)
 
 
 def local_path(text: str) -> str:
     """Return a place as an absolute path; raises as `local_or_s3`, also for s3://."""
-    return _place(text, "a local path")
+    return _place(text, allows_s3=False)
 
 
-def _place(text: str, expected: str) -> str:
+def _place(text: str, *, allows_s3: bool) -> str:
+    expected = "a local path or s3://BUCKET/KEY" if allows_s3 else "a local path"
     shown = repr(text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}...")
     if not text:
         raise ValueError(f"is empty: give {expected}")
@@ -42,7 +43,7 @@ def _place(text: str, expected: str) -> str:
         return os.path.abspath(text)
     scheme = kind[1].lower() + kind[2]
     rest = text[kind.end() :]
-    if scheme == "s3://" and "s3" in expected:
+    if scheme == "s3://" and allows_s3:
         return f"s3://{rest}"
     host, slash, path = rest.partition("/")
     if scheme == "file://" and slash and host in ("", "localhost"):
@@ -52,5 +53,5 @@ def _place(text: str, expected: str) -> str:
 
 
 def is_utf8(text: str) -> bool:
-    """Return whether a name has no bytes that Python could only escape."""
+    """Return whether a text has no half of a surrogate pair, which UTF-8 cannot hold."""
     return re.search("[\ud800-\udfff]", text) is None

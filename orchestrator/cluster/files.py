@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sigray.orchestrator.config import ConfigError, parse_mapping
+from sigray.orchestrator.config import ConfigError, parse_mapping, read_file
 from sigray.orchestrator.secrets import AMAZON_KEY, PRIVATE_KEY
 
 RAY_VERSION = "2.60.0"
@@ -72,10 +72,7 @@ def check_cluster_file(path: str | Path) -> ClusterCheck:
     Raises:
         ConfigError: the file cannot be read or is of an unknown kind.
     """
-    try:
-        text = Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+    text = read_file(path)
     content = parse_mapping(text, str(path), "a mapping expected")
     check = ClusterCheck(str(path))
     for number, line in enumerate(text.decode().splitlines(), 1):

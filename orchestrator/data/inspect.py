@@ -35,7 +35,7 @@ from sigray.orchestrator.formatting import NBSP, TIMES
 from sigray.orchestrator.tables import printable
 from sigray.workers.config import DataConfig, Patterns
 from sigray.workers.data.decode import Decoder, Refused, captions_at, decode_pixels, sample_random
-from sigray.workers.data.manifest import is_pair, scan_shards, shard_count
+from sigray.workers.data.manifest import is_mark, is_pair, scan_shards, shard_count
 from sigray.workers.data.shard_list import ShardFile, list_shards, reason_of
 from sigray.workers.data.tar import ByteSource, DataError, LocalFile, Tally, TarSample, read_tar
 
@@ -53,7 +53,6 @@ KEYS_PER_REASON = 3
 Progress = Callable[[str, int, int], None]
 """progress(stage, done, total)"""
 
-_MARK_EVERY = 256
 _MAGIC = {rb"\xff\xd8\xff": "JPEG", rb"\x89PNG": "PNG", b"GIF8": "GIF", b"BM": "BMP", rb"II\*\0|MM\0\*": "TIFF"}
 _MAGIC |= {b"RIFF....WEBP": "WebP", rb"\s*<": "HTML, XML or SVG"}
 _OVERRIDE = re.compile(rf"({'|'.join(RunConfig.model_fields)})(\.[A-Za-z0-9_\-]+)+=")
@@ -366,7 +365,7 @@ class _ShardReader:
 
     def _count(self, sample: TarSample) -> None:
         found = self.found
-        if sample.index and sample.index % _MARK_EVERY == 0:
+        if is_mark(sample.index):
             found.marks.append(sample.position)
         found.num_samples += 1
         found.num_pairs += is_pair(sample, self.data)

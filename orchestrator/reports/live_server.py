@@ -321,8 +321,7 @@ class Pages:
         wait([job.future for _, job in jobs], max(deadline - time.monotonic(), 0))
         late = list(dict.fromkeys(name for name, job in jobs if job.result is None))
         if late:
-            more = f" and {len(late) - 10:,} more" if len(late) > 10 else ""
-            notes.append(f"not read yet: {', '.join(late[:10])}{more}")
+            notes.append(f"not read yet: {words.first_ten(late)}")
         content: dict[str, Any] = {"notes": notes}
         for kind in names:
             states = {name: job.result[kind] for name, job in reversed(jobs) if job.result and kind in job.result}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sigray.orchestrator.config import ConfigError, RunConfig
+from sigray.orchestrator.formatting import first_ten
 from sigray.orchestrator.run_folder import EVALUATIONS, EXPORTED, SUMMARY, RunFolder, check_inputs
 from sigray.workers.checkpoint.index import CheckpointInfo
 from sigray.workers.data.manifest import Manifest
@@ -57,11 +58,8 @@ def export_run(
         check_inputs(place, config.model_dump(mode="json", exclude={"run"}))
         others = [name for name in place.walk() if not any(fnmatch.fnmatch(name, known) for known in EXPORTED)]
         if others or path.is_symlink() or not path.is_dir():
-            more = f" and {len(others) - 10:,} more" if len(others) > 10 else ""
-            raise ConfigError(
-                f"{path} is no folder of an export: {', '.join(others[:10]) or 'it is a file or link'}{more}. Give "
-                "another --out"
-            )
+            what = first_ten(others) or "it is a file or link"
+            raise ConfigError(f"{path} is no folder of an export: {what}. Give another --out")
     if form == "open_clip" and config.model.image_tower is not None:
         raise ConfigError(
             f"open_clip has no image tower of other packages (model.image_tower={config.model.image_tower}): "

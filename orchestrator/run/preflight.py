@@ -11,7 +11,7 @@ from sigray.orchestrator.resources import check_slices
 from sigray.orchestrator.run.progress import Display
 from sigray.orchestrator.run.ray_session import cluster_address
 from sigray.workers.config import ModelConfig
-from sigray.workers.data.manifest import Manifest, scan_shards, unreadable
+from sigray.workers.data.manifest import Manifest, scan_shards, ten_lines, unreadable
 from sigray.workers.data.shard_list import find_shards, in_threads
 from sigray.workers.data.tar import DataError
 
@@ -36,7 +36,7 @@ def check_run(config: RunConfig, display: Display, *, saved: Manifest | None, is
     if saved is not None:
         changed = saved.differences(manifest)
         if changed:
-            shown = "\n  ".join(changed[:10] + [f"and {len(changed) - 10} more"] * (len(changed) > 10))
+            shown = ten_lines(changed)
             raise DataError(f"the shards changed since the run began, so its order cannot be continued:\n  {shown}")
     if not is_trial:
         check_model_and_sets(config, is_begun=saved is not None)

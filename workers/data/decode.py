@@ -25,7 +25,6 @@ import io
 import itertools
 import json
 import math
-import re
 import struct
 import threading
 from collections.abc import Iterator, Mapping
@@ -38,6 +37,7 @@ from PIL import Image, ImageOps
 
 from sigray.workers.config import DataConfig
 from sigray.workers.data.resize import resize
+from sigray.workers.urls import is_utf8
 
 Members = Mapping[str, bytes | memoryview]
 
@@ -408,7 +408,7 @@ def _texts_in_json(content: bytes | memoryview, path: str) -> list[str]:
         value = value.get(name) if isinstance(value, dict) else None
     values = value if isinstance(value, list) else [value]
     # Half of a surrogate pair is JSON, but tokenizers refuse it.
-    texts = [text for text in values if isinstance(text, str) and not re.search("[\ud800-\udfff]", text)]
+    texts = [text for text in values if isinstance(text, str) and is_utf8(text)]
     if values and not texts:
         raise Refused("no caption" if all(each is None for each in values) else "unreadable json caption")
     return texts

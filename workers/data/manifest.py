@@ -257,7 +257,7 @@ def _read_headers(file: ShardFile, data: DataConfig, *, is_old: bool = False) ->
     try:
         with closing(open_shard(file, data)) as source:
             for sample in read_tar(source, headers_only=True, allow_unclosed=unclosed, tally=tally, is_old=is_old):
-                if sample.index and sample.index % _MARK_EVERY == 0:
+                if is_mark(sample.index):
                     marks.append(sample.position)
                 num_pairs += is_pair(sample, data)
                 endings.update(sample.members)
@@ -265,6 +265,11 @@ def _read_headers(file: ShardFile, data: DataConfig, *, is_old: bool = False) ->
     except (DataError, OSError) as error:
         return reason_of(error, file.url)
     return shard_count(num_samples, marks, num_pairs, endings, tally)
+
+
+def is_mark(index: int) -> bool:
+    """Return whether a manifest notes the first byte of a sample."""
+    return index > 0 and index % _MARK_EVERY == 0
 
 
 def shard_count(
@@ -305,7 +310,8 @@ def _check_pairs(
     endings = {ending for count in passes for ending in count.endings}
     read = [file for file in files if counts[file].num_samples]
     example = ""  # of a key
-    for first in sorted(read, key=lambda file: bool(counts[file].endings))[:1]:
+    if read:
+        first = min(read, key=lambda file: bool(counts[file].endings))
         try:
             with closing(open_shard(first, data)) as source:
                 unclosed = data.allow_unclosed
@@ -351,5 +357,9 @@ def listed(unusable: Counter[str]) -> str:
 
 def unreadable(key: str, broken: list[str]) -> DataError:
     """Return the error that names shards and what is wrong with each, ten at most."""
-    shown = "\n  ".join(broken[:10]) + (f"\n  and {len(broken) - 10} more" if len(broken) > 10 else "")
-    return DataError(f"{key}: shards that cannot be read, {len(broken)}:\n  {shown}")
+    return DataError(f"{key}: shards that cannot be read, {len(broken)}:\n  {ten_lines(broken)}")
+
+
+def ten_lines(lines: list[str]) -> str:
+    """Return indented lines, ten at most, and how many more there are."""
+    return "\n  ".join(lines[:10]) + (f"\n  and {len(lines) - 10} more" if len(lines) > 10 else "")

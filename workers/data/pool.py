@@ -40,8 +40,8 @@ logger = logging.getLogger(__name__)
 _REFRESH_S = 5.0  # between two requests of a training worker for the list of data-shard workers
 # A worker is a straggler, and another gets a backup request, after this many times the usual decode time of a block.
 _STRAGGLER_FACTOR = 8.0
-# A block is given up after so many requests, for each of which Ray has started its dead worker again twice.
-_MAX_CRASHES = 2
+_NUM_RETRIES = 2  # of a request for a block whose worker died
+_MAX_CRASHES = 2  # requests that failed after their retries, until the block is given up
 _METRICS_S = 2.0  # between two updates of the Prometheus metrics
 _SUBSCRIBERS_S = 0.05  # between two checks whether slower subscribers have caught up
 _ACCELERATOR_LABEL, _NODE_ID_LABEL = "ray.io/accelerator-type", "ray.io/node-id"
@@ -121,7 +121,7 @@ class DataWorkerActor(DataWorker):
         self._metrics = WorkerMetrics(run)
         self._updated_at = 0.0
 
-    @ray.method(max_task_retries=2)
+    @ray.method(max_task_retries=_NUM_RETRIES)
     def block(  # type: ignore[override]  # Ray's stub of `method` forgets the defaults
         self, lane: int, number: int, places: Sequence[Place] = ()
     ) -> Block:
@@ -341,8 +341,9 @@ class PoolBlocks:
                     num_crashes += isinstance(error, ray.exceptions.ActorUnavailableError)
                     if num_crashes == _MAX_CRASHES:
                         samples = ray.get(answered.actor.describe.remote(lane, number))
+                        num_deaths = (_NUM_RETRIES + 1) * num_crashes
                         raise DataError(
-                            f"lane {lane} block {number}: data-shard workers died {3 * num_crashes} times while they "
+                            f"lane {lane} block {number}: data-shard workers died {num_deaths} times while they "
                             f"decoded {samples}. Run without these shards, or give the workers more memory"
                         ) from error
                     outstanding = outstanding or [self.request(lane, number)]
