@@ -255,10 +255,10 @@ class FaultProxy:
             piece = answer.read(1 << 16 if left is None else min(left, 1 << 16))
             if not piece:
                 return kept
-            connection.sendall(piece)
-            if is_object:
+            if is_object:  # counted before the client can have it
                 with self._lock:
                     self.num_sent += len(piece)
+            connection.sendall(piece)
             left = None if left is None else left - len(piece)
         assert cut is not None
         self._count(cut)
