@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from sigray.orchestrator.config import RunConfig, parse_config
 from sigray.orchestrator.planning.plan import check_memory
-from sigray.orchestrator.run.preflight import check_batch, check_model_and_sets
+from sigray.orchestrator.run.preflight import check_batch, check_model_config
 from sigray.orchestrator.run.trial import rung_step
+from sigray.workers.config import DataConfig, EvalConfig
 from sigray.workers.data.manifest import Manifest
+from sigray.workers.data.tar import DataError
 
 Check = Callable[[RunConfig, Manifest, Sequence[int]], None]
 
@@ -30,11 +33,30 @@ def check_rungs(config: RunConfig, manifest: Manifest, rungs: Sequence[int]) -> 
             )
 
 
+def check_sets(config: RunConfig, manifest: Manifest, rungs: Sequence[int]) -> None:
+    """Check the held-out sets; trials with the same sets read them once."""
+    problem = _problem_of_sets(config.eval.model_dump_json(), config.data.model_dump_json(), config.embeddings.store)
+    if problem:
+        raise DataError(problem)
+
+
+@functools.cache
+def _problem_of_sets(evaluation: str, data: str, store: str | None) -> str:
+    from sigray.workers.evaluation import set_checks
+
+    try:
+        set_checks.check_sets(EvalConfig.model_validate_json(evaluation), DataConfig.model_validate_json(data), store)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 # In this order; each raises ValueError with the remedy.
 CHECKS: list[Check] = [
     lambda config, manifest, rungs: check_batch(config, manifest),
     check_rungs,
-    lambda config, manifest, rungs: check_model_and_sets(config),
+    check_sets,
+    lambda config, manifest, rungs: check_model_config(config),
     lambda config, manifest, rungs: check_memory(config),
 ]
 

@@ -52,14 +52,15 @@ def plan(options: Namespace, console: Console) -> None:
       sigray plan examples/siglit_g14_4xtpu_v4.yaml embeddings.store=null     the locked tower in every step
       sigray plan my_run.yaml --json                                for programs
 
-    Needs no cluster, no accelerator and no data. docs/plan.md says what the plan counts, what it assumes, and how far
-    it was off.
+    Needs no cluster, no accelerator and no data; checks held-out sets that are on this machine. docs/plan.md says what
+    the plan counts, what it assumes, and how far it was off.
 
     Exit codes: 0 the run fits; 2 it does not fit, and the message names the train.micro_batch_size that would.
     """
     config = load_config(options.config, options.overrides)
     from sigray.orchestrator.planning.plan import check_fits, default_num_devices, plan, run_device, tables
     from sigray.orchestrator.run.preflight import check_tokenizer
+    from sigray.workers.evaluation.set_checks import check_sets
     from sigray.workers.model.tokenizer import is_plain
 
     device = options.device or run_device(config)
@@ -69,6 +70,7 @@ def plan(options: Namespace, console: Console) -> None:
     # Without network, and without the file if it is elsewhere.
     if is_plain(config.model) if tokenizer == "open_clip" else Path(tokenizer).is_file():
         check_tokenizer(config.model)
+    check_sets(config.eval, config.data, only_here=True)
     num_devices = options.devices or default_num_devices(config, device)
     predicted = plan(config, device, num_devices, price_per_hour=options.price_per_hour)
     if options.json:

@@ -23,6 +23,7 @@ from sigray.workers.data.embedding_store import Part, StoredShard, stored_name
 from sigray.workers.data.manifest import Shard
 from sigray.workers.data.tar import DataError
 from sigray.workers.evaluation.datasets import check_set, probe_set, scan_set
+from sigray.workers.evaluation.set_checks import check_sets
 
 _LINE_S = 10.0  # seconds between two lines of progress
 _MIN_READ = 1024  # samples; with fewer, the rate of refused samples is not checked
@@ -45,6 +46,7 @@ def embed(config: RunConfig, console: Console) -> str:
     sets += [(name, probe_set(spec)) for name, spec in sets if spec.linear_probe is not None]
     for name, spec in sets:
         check_set(name, spec, config.data, is_stored=True)
+    check_sets(config.eval, config.data)
     held_out = [scan_set(name, spec, config.data) for name, spec in sets]
     store, key, store_format = open_store(config)
     store.begin(key, store_format)

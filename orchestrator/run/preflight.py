@@ -11,8 +11,8 @@ from sigray.orchestrator.resources import check_slices
 from sigray.orchestrator.run.progress import Display
 from sigray.orchestrator.run.ray_session import cluster_address
 from sigray.workers.config import ModelConfig
-from sigray.workers.data.manifest import Manifest, scan_shards, ten_lines, unreadable
-from sigray.workers.data.shard_list import find_shards, in_threads
+from sigray.workers.data.manifest import Manifest, scan_shards, ten_lines
+from sigray.workers.data.shard_list import in_threads
 from sigray.workers.data.tar import DataError
 
 if TYPE_CHECKING:
@@ -95,32 +95,29 @@ def check_batch(config: RunConfig, manifest: Manifest) -> None:
 
 
 def check_model_and_sets(config: RunConfig, *, is_begun: bool = False) -> None:
-    """Check shapes, tokenizer, sets, towers, optimizer and TPU slice.
+    """Check the model, as `check_model_config`, and samples of the held-out sets."""
+    from sigray.workers.evaluation.set_checks import check_sets
+
+    check_model_config(config, is_begun=is_begun)
+    check_sets(config.eval, config.data, config.embeddings.store)
+
+
+def check_model_config(config: RunConfig, *, is_begun: bool = False) -> None:
+    """Check shapes, tokenizer, towers, optimizer and TPU slice.
 
     Args:
         is_begun: whether the run exists, so that its model stays as it is.
     """
-    from sigray.workers.evaluation.datasets import check_set, classes_of, probe_set
     from sigray.workers.model.towers import check_model
     from sigray.workers.training.optim import parameter_groups
 
     check_tokenizer(config.model, is_begun=is_begun)
-    is_stored = config.embeddings.store is not None
-    for name, spec in config.eval.sets.items():
-        for each in [spec, *([probe_set(spec)] if spec.linear_probe is not None else [])]:
-            if check_set(name, each, config.data, is_stored=is_stored) is None:
-                broken: list[str] = []
-                find_shards(each.shards, config.data.s3, f"eval.sets.{name}", broken)
-                if broken:
-                    raise unreadable(f"eval.sets.{name}", broken)
-        if spec.classes:
-            classes_of(spec)
     parameter_groups(check_model(config.model), config.optim)
     check_slices(config.cluster)
 
 
 def check_tokenizer(model: ModelConfig, *, is_begun: bool = False) -> None:
-    """Check the tokenizer against the text tower; arguments as `check_model_and_sets`."""
+    """Check the tokenizer against the text tower; arguments as `check_model_config`."""
     from sigray.workers.model.inputs import shapes
     from sigray.workers.model.tokenizer import build_tokenizer, check_pooling
 

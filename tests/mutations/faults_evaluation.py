@@ -1,7 +1,8 @@
-"""Faults of the linear probe."""
+"""Faults of the linear probe, and of the checks of held-out sets."""
 
 from tests.mutations.fault import Fault
 
+_CHECKS = "tests/workers/evaluation/test_set_checks.py"
 _PROBE = "tests/workers/evaluation/test_linear_probe.py"
 
 FAULTS = [
@@ -25,5 +26,26 @@ FAULTS = [
         "== truth).double().mean()",
         "== truth)[truth >= 0].double().mean()",
         (f"{_PROBE}::test_clouds_apart_are_named_and_unknown_classes_are_wrong",),
+    ),
+    Fault(
+        "only the first shard of a set is looked at",
+        "sigray.workers.evaluation.set_checks:_check_set",
+        "shards[:: -(-len(shards) // _NUM_SHARDS)]",
+        "shards[:1]",
+        (f"{_CHECKS}::test_what_is_wrong_with_a_set_is_named",),
+    ),
+    Fault(
+        "a set with one unusable sample is refused",
+        "sigray.workers.evaluation.set_checks:_check_samples",
+        "if reasons[need].total() == num_read:",
+        "if reasons[need]:",
+        (f"{_CHECKS}::test_what_is_wrong_with_a_set_is_named",),
+    ),
+    Fault(
+        "a linear probe's set is not looked at",
+        "sigray.workers.evaluation.set_checks:check_sets",
+        "spec.linear_probe is not None",
+        "spec.linear_probe is None and spec.classes",
+        (f"{_CHECKS}::test_what_is_wrong_with_a_set_is_named",),
     ),
 ]

@@ -325,10 +325,10 @@ def _check_pairs(
         except DataError as error:
             raise unreadable(key, [f"{first.url}: {reason_of(error, first.url)}"]) from error
     unusable = sum((Counter(count.unusable) for count in passes), Counter[str]())
-    members = _ten(list(dict.fromkeys(map(caption_member, data.captions))))
+    members = first_ten(list(dict.fromkeys(map(caption_member, data.captions))))
     raise DataError(
         f"no usable pair in {len(files)} shards of {key} ({files[0].url} first): a sample needs an image member "
-        f"({_ten(data.image_keys)}) and a caption member ({members}); "
+        f"({first_ten(data.image_keys)}) and a caption member ({members}); "
         f"{_what_is_there(sorted(endings), unusable, example, data)}"
     )
 
@@ -342,11 +342,12 @@ def _what_is_there(endings: list[str], unusable: Counter[str], example: str, dat
     wanted = {*data.image_keys, *map(caption_member, data.captions)}
     has_dots = any(ending.rpartition(".")[2] in wanted - {ending} for ending in endings)
     hint = f"; a key ends at its first dot: {example[:100]}" if has_dots else ""
-    found = f"members found end in {_ten(endings)}{f' ({lost})' if lost else ''}"
+    found = f"members found end in {first_ten(endings)}{f' ({lost})' if lost else ''}"
     return f"{found}. Set data.image_keys and data.captions{hint}"
 
 
-def _ten(names: list[str]) -> str:
+def first_ten(names: list[str]) -> str:
+    """Return names joined by commas, ten at most."""
     return ", ".join(names[:10]) + (" and others" if len(names) > 10 else "")
 
 

@@ -132,7 +132,7 @@ def load(samples: Iterable[TarSample], spec: EvalSet, data: DataConfig, image_si
     for sample in samples:
         try:
             caption = decoder.choose_caption(sample.members, None) if spec.retrieval else ""
-            class_id = _class_id(sample.members, spec) if spec.classes else ""
+            own_class = class_id(sample.members, spec) if spec.classes else ""
             image = np.empty((image_size, image_size, 3), np.uint8)
             decoder.decode_image(sample.members, image, None)
         except Refused as reason:
@@ -141,7 +141,7 @@ def load(samples: Iterable[TarSample], spec: EvalSet, data: DataConfig, image_si
         images.append(image)
         loaded.captions.append(caption)
         loaded.places.append(sample.index)
-        loaded.class_ids.append(class_id)
+        loaded.class_ids.append(own_class)
         loaded.translations.append(translations(sample.members, spec))
     if images:
         loaded.images = np.stack(images)
@@ -198,9 +198,13 @@ def scan_set(name: str, spec: EvalSet, data: DataConfig) -> Manifest:
     Raises:
         DataError: as `scan_shards`.
     """
-    if not spec.retrieval and spec.classes is not None:
-        data = data.model_copy(update={"captions": {"json": 1.0, CLASS: 1.0}})
-    return scan_shards(spec.shards, data, key=f"eval.sets.{name}")
+    return scan_shards(spec.shards, set_data(spec, data), key=f"eval.sets.{name}")
+
+
+def set_data(spec: EvalSet, data: DataConfig) -> DataConfig:
+    """The config with the members of which a sample of the set needs one."""
+    is_without_captions = spec.classes is not None and not spec.retrieval
+    return data.model_copy(update={"captions": {"json": 1.0, CLASS: 1.0}}) if is_without_captions else data
 
 
 def check_set(name: str, spec: EvalSet, data: DataConfig, *, is_stored: bool = False) -> list[ImageFile] | None:
@@ -286,6 +290,17 @@ def classes_of(spec: EvalSet) -> list[dict[str, str]]:
     return [{"id": name, "name": name.replace("_", " ")} for name in _subfolders(folder)]
 
 
+def check_classes(class_ids: set[str], classes: list[dict[str, str]], set_name: str) -> None:
+    """Raise a DataError for a class of a sample that is not among the classes."""
+    unknown = sorted(class_ids - {entry["id"] for entry in classes})
+    if unknown:
+        raise DataError(
+            f"eval.sets.{set_name}: class {unknown[0]!r} of a sample is not in the classes file, nor are "
+            f"{len(unknown) - 1} other classes. The file's {len(classes)} ids begin with {classes[0]['id']!r}. Check "
+            "classes and class_field"
+        )
+
+
 @dataclass(frozen=True)
 class _Class:
     id: str | int
@@ -324,7 +339,8 @@ def _ending(path: str) -> str:
     return os.path.splitext(path)[1][1:].lower()
 
 
-def _class_id(members: Members, spec: EvalSet) -> str:
+def class_id(members: Members, spec: EvalSet) -> str:
+    """Return a sample's class; raise Refused without one."""
     if "json" in members:
         with suppress(KeyError, TypeError, Refused):
             return str(read_json(members["json"])[spec.class_field])

@@ -20,8 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from sigray.workers.config import DataConfig, EvalConfig, EvalSet
-from sigray.workers.data.tar import DataError
-from sigray.workers.evaluation.datasets import LoadedSet, classes_of, load_set, probe_set
+from sigray.workers.evaluation.datasets import LoadedSet, check_classes, classes_of, load_set, probe_set
 from sigray.workers.evaluation.features import EvaluationJob, SetFeatures, WorkerGroup
 from sigray.workers.evaluation.linear_probe import linear_probe
 
@@ -74,13 +73,7 @@ def class_labels(class_ids: list[str], classes: list[dict[str, str]], set_name: 
         DataError: for an image whose class is not among the classes.
     """
     numbers = {entry["id"]: number for number, entry in enumerate(classes)}
-    unknown = sorted(set(class_ids) - numbers.keys())
-    if unknown:
-        raise DataError(
-            f"eval.sets.{set_name}: class {unknown[0]!r} of a sample is not in the classes file, nor are "
-            f"{len(unknown) - 1} other classes. The file's {len(classes)} ids begin with {classes[0]['id']!r}. Check "
-            "classes and class_field"
-        )
+    check_classes(set(class_ids), classes, set_name)
     return torch.tensor([numbers[class_id] for class_id in class_ids])
 
 
