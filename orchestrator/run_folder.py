@@ -7,7 +7,7 @@
     tensorboard/         the same for TensorBoard                                 as they come
     evaluations/         one JSON per evaluated checkpoint                        as they come
     checkpoints/         unless run.storage says otherwise                        by the training workers
-    summary.json         outcome and final figures                                at the end
+    summary.json         devices and data; outcome and final figures              at the start; at the end
     report.html          the picture of the run                                   at the end
 
 Copies of config.yaml and manifest.json stand beside the checkpoints, so a run can be resumed from its storage alone.
@@ -35,6 +35,7 @@ from sigray.workers.storage import Storage
 
 CONFIG, MANIFEST, METRICS, SUMMARY = "config.yaml", "manifest.json", "metrics.jsonl", "summary.json"
 EVENTS, EVALUATIONS, REPORT = "events.jsonl", "evaluations", "report.html"
+PENDING = "pending"  # kind of an event: the run waits for room; the next event of another kind ends that
 EXPORTED = (
     "README.md", "config.json", "tokenizer.json", "tokenizer_config.json", "open_clip_config.json",
     "open_clip_model.safetensors", "model.safetensors", "*.onnx", "*.onnx.data",
@@ -192,8 +193,8 @@ class RunFolder:
         (self.path / SUMMARY).write_text(json.dumps(summary, indent=1))
 
     def upload_records(self) -> None:
-        """Copy the local records to a remote storage."""
-        if not self.storage.is_local:
+        """Copy the local records to the storage, if it is another folder."""
+        if self.storage.root != str(self.path):
             records = [self.path / name for name in (METRICS, EVENTS, SUMMARY, REPORT)]
             for file in [*records, *(self.path / EVALUATIONS).glob("*.json")]:
                 if file.exists():

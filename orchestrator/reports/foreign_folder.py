@@ -66,14 +66,23 @@ class ForeignFolder(Storage):
             LinkError: a part of the path is a link.
             OSError: it is no regular file, or larger than the bound.
         """
-        return self._read_end(path, max_bytes or _MAX_BYTES_OF.get(Path(path).suffix, MAX_BYTES), must_fit=True)[0]
+        limit = max_bytes or _MAX_BYTES_OF.get(Path(path).suffix, MAX_BYTES)
+        return b"".join(self._read_pieces(path, limit, must_fit=True)[0])
 
-    def read_lines(self, path: str, max_bytes: int = MAX_BYTES) -> tuple[list[bytes], int]:
-        """Return the last lines of a file, and how many bytes before them are left out."""
-        content, size = self._read_end(path, max_bytes)
-        if size > len(content):
-            content = content.partition(b"\n")[2]
-        return content.splitlines(), size - len(content)
+    def read_lines(self, path: str, max_bytes: int = MAX_BYTES, num_pieces: int = 1) -> tuple[list[bytes], int]:
+        """Return the last lines of a file, and how many bytes are left out.
+
+        Args:
+            num_pieces: of a longer file, so many pieces, evenly spread; the last one is its end. A line of which a
+                piece has the beginning only is among the lines.
+        """
+        # A piece is a round trip if the place is a bucket.
+        pieces, left_out = self._read_pieces(path, max_bytes, num_pieces if self.is_local else 1)
+        if left_out:
+            whole = [piece.partition(b"\n")[2] for piece in pieces]
+            left_out += sum(map(len, pieces)) - sum(map(len, whole))
+            pieces = whole
+        return [line for piece in pieces for line in piece.splitlines()], left_out
 
     def exists(self, path: str) -> bool:
         return self._stat(path) is not None if self.is_local else super().exists(path)
@@ -94,8 +103,10 @@ class ForeignFolder(Storage):
         except (FileNotFoundError, NotADirectoryError):
             return []
 
-    def _read_end(self, path: str, max_bytes: int, must_fit: bool = False) -> tuple[bytes, int]:
-        """Return the last bytes of a file, and its size."""
+    def _read_pieces(
+        self, path: str, max_bytes: int, num_pieces: int = 1, must_fit: bool = False
+    ) -> tuple[list[bytes], int]:
+        """Return the ends of equal parts of a file, and how many bytes are left out."""
         with contextlib.ExitStack() as stack:
             file: Any
             if self.is_local:
@@ -108,12 +119,17 @@ class ForeignFolder(Storage):
             size = file.seek(0, os.SEEK_END)
             if must_fit and size > max_bytes:
                 raise OSError(f"{path} has {size:,} bytes; pages read at most {max_bytes:,}")
-            begin = max(0, size - max_bytes)
-            file.seek(begin)
-            self._left -= size - begin
+            self._left -= min(size, max_bytes)
             if self._left < 0:
                 raise OSError(f"{self.uri} holds more than {4 * MAX_BYTES >> 20} MiB to read")
-            return file.read(size - begin), size
+            if size <= max_bytes:
+                num_pieces = 1
+            pieces = []
+            length = min(size, max_bytes) // num_pieces
+            for number in range(1, num_pieces + 1):
+                file.seek(size * number // num_pieces - length)
+                pieces.append(file.read(length))
+            return pieces, size - length * num_pieces
 
     def _stat(self, path: str) -> os.stat_result | None:
         folder, _, name = f"/{path}".rpartition("/")

@@ -36,7 +36,7 @@ from pydantic_core import to_json
 from sigray.orchestrator import formatting as words
 from sigray.orchestrator.reports.foreign_folder import MAX_NAMES, ForeignFolder, LinkError
 from sigray.orchestrator.reports.http_server import HTML, JSON, TEXT, Answer
-from sigray.orchestrator.reports.run_files import RunFiles, find_number, find_text, parsed_lines, read_run_files
+from sigray.orchestrator.reports.run_files import RunFiles, find_number, find_text, read_run_files
 from sigray.orchestrator.reports.run_page import draw_run
 from sigray.orchestrator.reports.template import content_policy, page, render
 from sigray.orchestrator.run_folder import CONFIG, EVENTS, METRICS, REPORT
@@ -50,7 +50,6 @@ _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a name; it cannot lead o
 _MAX_PARTS = 4
 _MAX_ENTRIES = 100  # of a kind in the list
 _MAX_EVENTS = 40
-_EVENTS_BYTES = 1 << 20
 _MAX_TEXT = 300
 _MAX_FILE_BYTES = 64 << 20  # of a report with its images
 _WAIT_S = 1.0  # for which the list waits for folders
@@ -105,9 +104,8 @@ def look_at_run(storage: ForeignFolder, address: str, for_list: bool = False) ->
     elsewhere = storage.at(f"{place.rstrip('/')}/{name}") if place else storage
     home = elsewhere or storage
     run.is_driven = is_driven(home)
-    newest = newest_checkpoint(home)
+    newest = run.checkpoint = newest_checkpoint(home)
     times = [*map(storage.modified, (METRICS, EVENTS)), newest[1] if newest else None]
-    events = [] if for_list else _events(storage)
     content = {
         "name": run.name,
         "status": run.status,
@@ -118,8 +116,8 @@ def look_at_run(storage: ForeignFolder, address: str, for_list: bool = False) ->
         "updated_at": max((at for at in times if at), default=None),
         "metrics": {key: value for key in run.newest_line if (value := find_number(run.newest_line, key)) is not None},
         "checkpoint": {"name": newest[0].name, "step": newest[0].step, "at": newest[1]} if newest else None,
-        "num_restarts": sum(event["kind"] == "restart" for event in events),
-        "events": events[:_MAX_EVENTS],
+        "num_restarts": sum(event["kind"] == "restart" for event in run.events),
+        "events": run.events[:_MAX_EVENTS],
         "num_evaluations": len(run.evaluations),
         "zero_shot": run.zero_shot,
         "retrieval": run.retrieval,
@@ -130,17 +128,6 @@ def look_at_run(storage: ForeignFolder, address: str, for_list: bool = False) ->
     }
     says = "; ".join([_place(run), *run.unreadable[:1]])
     return Look(run.status, says, content["updated_at"], content, partial(_draw, run, content, address))
-
-
-def _events(storage: ForeignFolder) -> list[dict[str, Any]]:
-    """Return the newest events, newest first."""
-    lines = storage.read_lines(EVENTS, _EVENTS_BYTES)[0] if storage.exists(EVENTS) else []
-    events = []
-    for event in parsed_lines(lines):
-        at, kind, text = find_number(event, "time"), find_text(event, "kind"), find_text(event, "text")
-        if at is not None and kind and text:
-            events.append({"time": at, "kind": kind, "text": text})
-    return events[::-1]
 
 
 def _place(run: RunFiles) -> str:

@@ -16,12 +16,16 @@ from typing import Any
 
 from sigray.orchestrator.config import ConfigError
 from sigray.orchestrator.reports.foreign_folder import MAX_BYTES, ForeignFolder
-from sigray.orchestrator.run_folder import CONFIG, EVALUATIONS, METRICS, SUMMARY
-from sigray.workers.checkpoint.index import CheckpointError, read_metrics
+from sigray.orchestrator.run_folder import CONFIG, EVALUATIONS, EVENTS, METRICS, PENDING, SUMMARY
+from sigray.workers.checkpoint.index import CheckpointError, CheckpointInfo, read_metrics
 from sigray.workers.parse import ParseError, parse_json, parse_yaml
 
 _RATE_LINES = 10  # of metrics, whose median speed gives the time left
-_LINE_BYTES = 64 << 10  # at most; the list reads no more of the metrics
+_LINE_BYTES = 64 << 10  # at most; the list reads no more of metrics and events
+_LIST_PIECES = 16  # of the metrics, for a curve of the whole run
+_LIST_FILES = 8  # of lines beside checkpoints
+_LIST_EVALUATION_BYTES = 4 << 20  # with its images
+_EVENTS_BYTES = 1 << 20
 _MAX_EVALUATIONS = 1000
 _MAX_SETS = 20  # of an evaluation; each has charts
 _MAX_TEXT = 300  # characters of a name
@@ -36,8 +40,10 @@ class RunFiles:
     Attributes:
         storage: the folder.
         metrics, evaluations: by step.
+        events: the newest first, each with time, kind and text.
         unreadable: sentences on what could not be read.
         is_driven: whether a driver has the run now; False for a written page.
+        checkpoint: the newest one and its Unix time; None for a written page.
     """
 
     storage: ForeignFolder
@@ -47,8 +53,10 @@ class RunFiles:
     metrics: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     summary: dict[str, Any]
+    events: list[dict[str, Any]]
     unreadable: list[str]
     is_driven: bool = False
+    checkpoint: tuple[CheckpointInfo, float] | None = None
 
     @property
     def newest(self) -> dict[str, Any]:
@@ -70,12 +78,14 @@ class RunFiles:
 
     @property
     def samples_seen(self) -> int:
-        return int(max(find_number(source, "samples_seen") or 0 for source in (self.summary, self.newest_line)))
+        counts = (find_number(source, "samples_seen") or 0 for source in (self.summary, self.newest_line))
+        return int(max(*counts, self.checkpoint[0].samples_seen if self.checkpoint else 0))
 
     @property
     def step(self) -> int:
-        """Steps done."""
-        return int(max(find_number(self.summary, "steps") or 0, find_number(self.newest_line, "step") or 0))
+        """Steps done; a checkpoint may be newer than the newest line."""
+        done = find_number(self.summary, "steps") or 0, find_number(self.newest_line, "step") or 0
+        return int(max(*done, self.checkpoint[0].step if self.checkpoint else 0))
 
     @property
     def left_s(self) -> float | None:
@@ -108,10 +118,12 @@ class RunFiles:
     def status(self) -> str:
         """The summary's status; "unfinished" if no summary covers the newest metrics.
 
-        While a driver has the run: "running", or "starting" before the first line.
+        While a driver has the run: "running", "starting" before the first line, or "waiting for room".
         """
+        if self.is_driven and self.events and self.events[0]["kind"] == PENDING:
+            return "waiting for room"
         if self.is_driven:
-            return "running" if self.metrics else "starting"
+            return "running" if self.samples_seen else "starting"
         is_stale = (find_number(self.summary, "steps") or 0) < self.step
         return "unfinished" if is_stale else find_text(self.summary, "status") or "unfinished"
 
@@ -129,7 +141,7 @@ def read_run_files(storage: ForeignFolder, *, for_list: bool = False) -> RunFile
     """Read a run folder, locally or in S3.
 
     Args:
-        for_list: read only what an entry of the list shows: the newest metrics, no evaluations.
+        for_list: read only what an entry of the list shows: some of the metrics, the newest evaluation.
 
     Raises:
         ConfigError: if the folder holds no file of a run.
@@ -164,25 +176,26 @@ def read_run_files(storage: ForeignFolder, *, for_list: bool = False) -> RunFile
         )
     config, config_text = load(CONFIG, parse_yaml)
     summary, _ = load(SUMMARY, parse_json, None if for_list else MAX_BYTES)
-    lines = []
+    lines: list[Any] = []
     with reading(METRICS):
-        found, left_out = storage.read_lines(METRICS, _LINE_BYTES if for_list else MAX_BYTES)
-        lines = [content for content in parsed_lines(found) if find_number(content, "samples_seen") is not None]
+        lines, left_out = read_lines(storage, for_list=for_list)
         if left_out and not for_list:
             unreadable.append(f"{METRICS}: its first {left_out:,} bytes are left out")
-    if for_list:
-        files = []
-    elif len(files) > _MAX_EVALUATIONS:
+    with reading("metrics"):  # metrics.jsonl comes to a storage at the end; each checkpoint brings the lines before it
+        step = (find_number(lines[-1], "step") or 0) if lines else -1
+        saved = read_metrics(storage, after=step, max_files=_LIST_FILES if for_list else None)
+        lines += [line for line in saved if find_number(line, "samples_seen") is not None]
+    events = []
+    with reading(EVENTS):
+        for event in parsed_lines(storage.read_lines(EVENTS, _LINE_BYTES if for_list else _EVENTS_BYTES)[0]):
+            at, kind, text = find_number(event, "time"), find_text(event, "kind"), find_text(event, "text")
+            if at is not None and kind and text:
+                events.append({"time": at, "kind": kind, "text": text})
+    most, max_bytes = (1, _LIST_EVALUATION_BYTES) if for_list else (_MAX_EVALUATIONS, MAX_BYTES)
+    if len(files) > most > 1:
         unreadable.append(f"{EVALUATIONS}: only {_MAX_EVALUATIONS:,} of {len(files):,} files are read")
     # The newest first: the bound of all bytes leaves out the oldest.
-    newest = files[: -_MAX_EVALUATIONS - 1 : -1]
-    evaluations = [content for file in newest if (content := load(file, parse_json, MAX_BYTES)[0])]
-    if not storage.is_local:  # metrics.jsonl comes at the end; each checkpoint brings the lines before it
-        known = {line.get("step") for line in lines}
-        with reading("metrics"):
-            saved = [line for line in read_metrics(storage) if line["step"] not in known]
-            lines += [line for line in saved if find_number(line, "samples_seen") is not None]
-        lines.sort(key=lambda line: line["samples_seen"])
+    evaluations = [content for file in files[: -most - 1 : -1] if (content := load(file, parse_json, max_bytes)[0])]
     if len(unreadable) > _MAX_PROBLEMS:
         unreadable[_MAX_PROBLEMS:] = [f"{len(unreadable) - _MAX_PROBLEMS:,} more are left out"]
     name = find_text(summary, "name") or find_text(config, "run", "name") or storage.uri.rpartition("/")[2]
@@ -194,8 +207,20 @@ def read_run_files(storage: ForeignFolder, *, for_list: bool = False) -> RunFile
         metrics=lines,
         evaluations=sorted(evaluations, key=lambda evaluation: find_number(evaluation, "step") or 0),
         summary=summary,
+        events=events[::-1],
         unreadable=[text[:_MAX_TEXT] for text in unreadable],
     )
+
+
+def read_lines(storage: ForeignFolder, *, for_list: bool = False) -> tuple[list[dict[str, Any]], int]:
+    """Return lines of metrics, and how many bytes are left out.
+
+    Args:
+        for_list: read few lines, evenly spread over the run.
+    """
+    limits = (_LINE_BYTES, _LIST_PIECES) if for_list else (MAX_BYTES, 1)
+    found, left_out = storage.read_lines(METRICS, *limits)
+    return [content for content in parsed_lines(found) if find_number(content, "samples_seen") is not None], left_out
 
 
 def parsed_lines(lines: list[bytes]) -> list[Any]:

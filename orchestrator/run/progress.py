@@ -22,7 +22,7 @@ class Display:
     """Show a start-up block, then a live line on a terminal, else plain lines.
 
     Attributes:
-        keep: called with each message and its kind: "note", "restart" or "failure".
+        keep: called with each message and its kind: "note", "restart", "failure" or PENDING.
     """
 
     def __init__(self, console: Console) -> None:

@@ -24,6 +24,7 @@ from sigray.orchestrator.run.ray_session import stop_on_signal
 from sigray.orchestrator.run.trackers import RunRecords
 from sigray.orchestrator.run.trial import Rungs
 from sigray.orchestrator.run.worker_group import WorkerGroup
+from sigray.orchestrator.run_folder import PENDING
 from sigray.workers.checkpoint.index import CheckpointInfo, list_checkpoints
 from sigray.workers.checkpoint.lease import RunLease
 from sigray.workers.checkpoint.writer import leave_out, read_left_out
@@ -153,6 +154,7 @@ class Supervisor:
 
         thread = threading.Thread(target=fit, name="ray-train", daemon=True)
         thread.start()
+        self.display.keep(f"starting {size} training workers", "note")  # the run waits for room no longer
         begin = time.monotonic()
         grow_checked_at = 0.0
         while thread.is_alive():
@@ -249,7 +251,8 @@ class Supervisor:
                 return size
             if waited_s > next_line_s:
                 next_line_s += _PENDING_LINE_S
-                self.display.say(f"{_pending_reason(self.config, self._sizes[-1])} ({format_duration(waited_s)})")
+                text = f"{_pending_reason(self.config, self._sizes[-1])} ({format_duration(waited_s)})"
+                self.display.say(text, PENDING)
             self._wait()
         return None
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from sigray.orchestrator.config import RunConfig
 from sigray.orchestrator.run.progress import Display
-from sigray.orchestrator.run.summary import data_facts
+from sigray.orchestrator.run.summary import data_facts, environment
 from sigray.orchestrator.run_folder import RunFolder
 from sigray.workers.data.manifest import Manifest
 from sigray.workers.metrics import RunMetrics
@@ -22,6 +23,7 @@ class RunRecords:
     """
 
     def __init__(self, config: RunConfig, folder: RunFolder, manifest: Manifest, display: Display) -> None:
+        self._name = config.run.name
         self._folder, self._manifest, self._display = folder, manifest, display
         self.prometheus = RunMetrics(config.run.name, config.checkpoint.save_every_s)
         self._tensorboard: TensorBoard | None = None
@@ -41,7 +43,11 @@ class RunRecords:
         self._folder.restore_metrics(first_step)
         self.close_trackers()
         self._tensorboard = TensorBoard(self._folder, first_step * facts["global_batch_size"] + 1)
-        self._display.start(str(self._folder.path), facts, data_facts(self._manifest))
+        data = data_facts(self._manifest)
+        self._folder.save_summary({"name": self._name, "facts": facts, "data": data, "environment": environment()})
+        with contextlib.suppress(OSError):  # for pages only; the end copies the records again
+            self._folder.upload_records()
+        self._display.start(str(self._folder.path), facts, data)
 
     def metrics(self, line: dict[str, float], num_data_workers: int | None) -> None:
         """Record a line of metrics.

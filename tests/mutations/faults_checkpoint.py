@@ -210,8 +210,8 @@ FAULTS = [
     Fault(
         "lines of metrics behind the checkpoint come back",
         "sigray.workers.checkpoint.index:read_metrics",
-        "if match and int(match[1]) <= last_step:",
-        "if match:",
+        "if match and after < int(match[1]) <= last_step",
+        "if match and after < int(match[1])",
         (f"{_CHECKPOINT}metrics_come_back_without_what_was_not_committed",),
     ),
     Fault(

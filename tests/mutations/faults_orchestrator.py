@@ -372,7 +372,7 @@ FAULTS = [
     ),
     Fault(
         "a device or FIFO of a served folder is read",
-        "sigray.orchestrator.reports.foreign_folder:ForeignFolder._read_end",
+        "sigray.orchestrator.reports.foreign_folder:ForeignFolder._read_pieces",
         "if not stat.S_ISREG(",
         "if not stat.S_IMODE(",
         (f"{_HOSTILE}::test_a_read_is_bounded_and_takes_regular_files_only",),

@@ -103,23 +103,29 @@ def metrics_line(text: bytes | str) -> dict[str, float]:
     return line
 
 
-def read_metrics(storage: Storage, last_step: float = math.inf) -> list[dict[str, float]]:
+def read_metrics(
+    storage: Storage, last_step: float = math.inf, after: float = -1, max_files: int | None = None
+) -> list[dict[str, float]]:
     """Lines of metrics saved with the checkpoints up to a step.
+
+    Args:
+        after: leave out the lines up to this step, and files without others.
+        max_files: read only so many files, the newest.
 
     Raises:
         CheckpointError: names the file with another content.
     """
     lines: dict[int, dict[str, float]] = {}
-    for name in storage.list(METRICS_FOLDER):
-        match = _METRICS_NAME.fullmatch(name)
-        if match and int(match[1]) <= last_step:
-            for number, text in enumerate(storage.read(f"{METRICS_FOLDER}/{name}").splitlines(), 1):
-                try:
-                    line = metrics_line(text)
-                except ParseError as error:
-                    raise CheckpointError(f"{storage.uri}/{METRICS_FOLDER}/{name}, line {number}: {error}") from None
-                lines[int(line["step"])] = line
-    return [lines[step] for step in sorted(lines)]
+    matches = (_METRICS_NAME.fullmatch(name) for name in storage.list(METRICS_FOLDER))
+    names = [match[0] for match in matches if match and after < int(match[1]) <= last_step]
+    for name in names[-max_files:] if max_files else names:
+        for number, text in enumerate(storage.read(f"{METRICS_FOLDER}/{name}").splitlines(), 1):
+            try:
+                line = metrics_line(text)
+            except ParseError as error:
+                raise CheckpointError(f"{storage.uri}/{METRICS_FOLDER}/{name}, line {number}: {error}") from None
+            lines[int(line["step"])] = line
+    return [lines[step] for step in sorted(lines) if step > after]
 
 
 def committed_names(storage: Storage) -> list[str]:

@@ -18,7 +18,7 @@ import yaml
 from sigray.orchestrator.config import load_config
 from sigray.orchestrator.reports.http_server import serve
 from sigray.orchestrator.reports.live_server import RUNS, Pages
-from sigray.orchestrator.run_folder import RunFolder
+from sigray.orchestrator.run_folder import PENDING, RunFolder
 from sigray.workers.checkpoint.lease import RunLease
 from sigray.workers.storage import Storage
 from tests.helpers.run_folders import CONFIG, HOSTILE, SET, SUMMARY, add_line, evaluation, made, metrics_line, write_run
@@ -92,6 +92,10 @@ def test_a_run_from_its_start_to_its_end(served, tmp_path):
         assert (told["status"], told["step"], told["checkpoint"], told["left_s"]) == ("starting", 0, None, None)
         assert "The training workers are starting." in text_of(told["html"])
 
+        run.append_event("needs 2 training workers, which no free place fits", PENDING)
+        assert api(get, "/runs/demo")["status"] == api(get, "/runs")["runs"][0]["status"] == "waiting for room"
+        run.append_event("starting 2 training workers", "note")
+        assert api(get, "/runs/demo")["status"] == "starting"
         for step in (10, 20):
             add_line(folder, step)
         make_checkpoint(storage, 20)
@@ -275,6 +279,29 @@ def test_a_long_run_is_drawn_with_few_points(served, tmp_path):
     assert len(points) <= 1002
     assert (7001 * 256, 1234.0) in points
     assert (points[0][0], points[-1][0]) == (256, 20_000 * 256)
+
+
+@pytest.mark.parametrize("num_known", [0, 1])
+def test_a_shared_folder_is_followed_by_its_checkpoints(served, tmp_path, num_known):
+    """As a bucket is: the driver keeps metrics.jsonl on its own disk. The newest line is older than the checkpoint."""
+    folder = made(tmp_path / "demo")
+    config = CONFIG | {"run": {"name": "demo", "storage": str(tmp_path)}}
+    write_run(folder, config=config, metrics=[metrics_line(5)][:num_known], evaluations=[], summary=None)
+    (folder / "metrics").mkdir()
+    lines = "".join(json.dumps(metrics_line(step)) + "\n" for step in (5, 10, 15))
+    (folder / "metrics" / "0000000000-0000000020.jsonl").write_text(lines)
+    make_checkpoint(Storage(folder), 20)
+    get = served(tmp_path)
+    with RunLease(Storage(folder)):
+        told = api(get, "/runs/demo")
+        assert (told["status"], told["step"], told["samples_seen"], told["checkpoint"]["step"]) == (
+            "running",
+            20,
+            5120,
+            20,
+        )
+        assert "Loss per image, lower is better: from 2 after 1,280 pairs to 0.6667." in text_of(told["html"])
+        assert api(get, "/runs")["runs"][0]["says"].startswith("step 20 of 332, 5,120 of 84,992 pairs")
 
 
 def test_a_run_in_s3_is_followed_by_its_checkpoints(served, tmp_path, monkeypatch):
