@@ -46,7 +46,9 @@ class RunSection(Section):
 
 class ClusterConfig(Section):
     address: str | None = None
-    """Ray cluster to join: `auto` or host:port; null: start one on this machine."""
+    """Ray cluster to join: `auto`, or host:port of its GCS.
+    Null joins the cluster of RAY_ADDRESS; without that variable, and with `local`, the run starts a Ray on this
+    machine."""
     accelerator: Accelerator = "cpu"
     """Device of the training workers: cpu, cuda, tpu or xla_cpu.
     cpu uses gloo. cuda uses nccl, one GPU per worker. tpu uses torch-xla, one host with its chips per worker. xla_cpu

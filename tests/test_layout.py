@@ -54,7 +54,7 @@ ROOMS: dict[str, list[set[str]]] = {
     "orchestrator": [
         {"batch", "device_kinds", "formatting", "plain_console", "secrets"},
         {"config", "tables"},
-        {"resources", "run_folder"},
+        {"address", "resources", "run_folder"},
         {"planning", "reports"},
         {"cluster", "data"},
         {"run", "chaos"},

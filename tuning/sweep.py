@@ -31,13 +31,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from sigray.orchestrator.address import cluster_address
 from sigray.orchestrator.config import ConfigError, RunConfig, check_resume, parse_config
 from sigray.orchestrator.plain_console import PlainConsole
 from sigray.orchestrator.resources import evaluation_resources, worker_resources
 from sigray.orchestrator.run.driver import train
+from sigray.orchestrator.run.own_ray import check_start
 from sigray.orchestrator.run.preflight import scan
 from sigray.orchestrator.run.progress import Display
-from sigray.orchestrator.run.ray_session import cluster_address, ray_session, stop_on_signal
+from sigray.orchestrator.run.ray_session import ray_session, stop_on_signal
 from sigray.orchestrator.run.trial import TRIAL_CPUS, rung_step
 from sigray.orchestrator.run_folder import REPORT, WRITTEN, check_inputs, check_kind, clear_folder, left_message
 from sigray.tuning.capacity import Demand, Node, count_trials
@@ -89,6 +91,8 @@ def sweep(study: Study, console: Console | None = None, *, overwrite: bool = Fal
     # Ray Tune prints to standard output: while it runs that is redirected to a file, and our console is not.
     display = Display(PlainConsole(file=(console or PlainConsole()).file))
     config = study.config
+    base = _base(study)
+    check_start(base, num_evaluations=base.eval.num_workers)
     storage = Storage(config.storage_uri)
     storage.check_writable()
     with contextlib.ExitStack() as stack:
@@ -101,7 +105,6 @@ def sweep(study: Study, console: Console | None = None, *, overwrite: bool = Fal
         if is_begun:
             _check_same(study, storage)
             display.say(f"{storage.uri} holds this sweep already: resuming it (--overwrite starts again)")
-        base = _base(study)
         if cluster_address(base):
             stack.enter_context(ray_session(base, display))
         driver = _Sweep(study, storage, display, lease)

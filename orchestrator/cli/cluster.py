@@ -14,7 +14,7 @@ from sigray.orchestrator.config import ConfigError
 
 CLUSTER = either(
     argument("--cluster", metavar="FILE", help="a `ray up` file; sigray reaches the head by ssh"),
-    argument("--address", metavar="URL", help="address of the dashboard (default http://127.0.0.1:8265)"),
+    argument("--address", metavar="URL", help="the dashboard, also as host:port (default http://127.0.0.1:8265)"),
 )
 
 
@@ -64,7 +64,7 @@ def submit(options: Namespace, console: Console) -> int:
     run from its newest checkpoint, submit it again. Ctrl-C leaves the job running. Hosts that get their credentials
     from a role need no --env.
 
-    Exit codes: those of `sigray train`; 1 also if the cluster does not answer; 2 if the run cannot be submitted.
+    Exit codes: those of `sigray train`; 1 also if the cluster no longer answers; 2 if the run cannot be submitted.
     """
     command, *words = options.words or [""]
     if command != "train" or not words or words[0].startswith("-"):

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sigray
+from sigray.orchestrator.address import dashboard_url
 from sigray.orchestrator.config import FILES, ConfigError, RunConfig, load_config
 from sigray.orchestrator.formatting import format_duration
 from sigray.workers.config import SUBFOLDERS
@@ -235,10 +236,11 @@ def job_client(cluster: str | None, address: str | None) -> Iterator[Any]:
 
     Args:
         cluster: path of the `ray up` file; a tunnel reaches its head.
-        address: URL of the dashboard, if there is no `ray up` file.
+        address: URL or host:port of the dashboard, if there is no `ray up` file.
 
     Raises:
-        RuntimeError: the cluster does not answer.
+        ConfigError: no dashboard answers at the address.
+        RuntimeError: the head of the `ray up` file does not answer.
     """
     import logging
 
@@ -247,7 +249,7 @@ def job_client(cluster: str | None, address: str | None) -> Iterator[Any]:
     for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
     with _tunnel(cluster) if cluster else contextlib.nullcontext(address) as given:
-        url = given or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
+        url = dashboard_url(given or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS)
         for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
             os.environ.pop(name, None)  # Ray would use it instead of `url`
         try:

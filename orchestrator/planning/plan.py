@@ -14,7 +14,6 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +25,7 @@ from rich.text import Text
 
 from sigray.losses.negatives import NUM_BINS
 from sigray.losses.tiles import default_tile_size, has_bfloat16_products
+from sigray.orchestrator.address import cluster_address
 from sigray.orchestrator.batch import MAX_DATA_WORKER_UTILISATION, micro_batch
 from sigray.orchestrator.config import ConfigError, RunConfig
 from sigray.orchestrator.device_kinds import COMPILED, CPU, DEVICES, GIB, DeviceKind
@@ -417,8 +417,8 @@ def run_device(config: RunConfig) -> str | None:
     It is cluster.device, or this machine for CPU workers of a Ray that the run starts.
     """
     cluster = config.cluster
-    has_cluster = cluster.address or os.environ.get("RAY_ADDRESS")  # whose machines are not known
-    is_here = cluster.accelerator in ("cpu", "xla_cpu") and not has_cluster
+    # The machines of a cluster to join are not known.
+    is_here = cluster.accelerator in ("cpu", "xla_cpu") and cluster_address(config) is None
     return cluster.device or (CPU if is_here else None)
 
 

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from sigray.orchestrator.address import cluster_address
 from sigray.orchestrator.config import RunConfig, check_resume
 from sigray.orchestrator.plain_console import PlainConsole
 from sigray.orchestrator.reports.run_page import write_report
 from sigray.orchestrator.run.evaluations import Evaluations, add_baselines, submit_evaluation
 from sigray.orchestrator.run.monitor import RunMonitor
+from sigray.orchestrator.run.own_ray import check_start
 from sigray.orchestrator.run.preflight import check_model_and_sets, check_run
 from sigray.orchestrator.run.progress import Display
-from sigray.orchestrator.run.ray_session import cluster_address, ray_session
+from sigray.orchestrator.run.ray_session import ray_session
 from sigray.orchestrator.run.summary import summarize
 from sigray.orchestrator.run.supervisor import Supervisor
 from sigray.orchestrator.run.trackers import RunRecords
@@ -70,6 +72,7 @@ def train(
     """
     begin = time.monotonic()
     display = Display(console or PlainConsole())
+    check_start(config)
     folder = RunFolder(config)
     folder.storage.check_writable()
     with contextlib.ExitStack() as stack:
@@ -150,6 +153,7 @@ def train(
 def evaluate(config: RunConfig, info: CheckpointInfo, console: Console) -> dict[str, Any]:
     """Evaluate one checkpoint as a Ray task; keep the result with the run."""
     display, folder = Display(console), RunFolder(config)
+    check_start(config, num_workers=0, num_evaluations=1)
     check_model_and_sets(config, is_begun=True)
     with ray_session(config, display):
         import ray

@@ -15,6 +15,7 @@ from rich.console import Console
 from sigray.orchestrator.config import RunConfig
 from sigray.orchestrator.formatting import format_duration
 from sigray.orchestrator.resources import worker_resources
+from sigray.orchestrator.run.own_ray import check_start
 from sigray.orchestrator.run.preflight import open_store, scan
 from sigray.orchestrator.run.progress import Display
 from sigray.orchestrator.run.ray_session import ray_session
@@ -40,6 +41,7 @@ def embed(config: RunConfig, console: Console) -> str:
     """
     begin = time.monotonic()
     display = Display(console)
+    check_start(config, num_workers=config.cluster.worker_range[1])
     without_store = config.embeddings.model_copy(update={"store": None})
     source = scan(config.model_copy(update={"embeddings": without_store}), display)
     sets = list(config.eval.sets.items())

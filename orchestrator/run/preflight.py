@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from sigray.orchestrator.address import cluster_address
 from sigray.orchestrator.config import ConfigError, RunConfig
 from sigray.orchestrator.planning.plan import check_memory
 from sigray.orchestrator.resources import check_slices
 from sigray.orchestrator.run.progress import Display
-from sigray.orchestrator.run.ray_session import cluster_address
 from sigray.workers.config import ModelConfig
 from sigray.workers.data.manifest import Manifest, scan_shards, ten_lines
 from sigray.workers.data.shard_list import in_threads

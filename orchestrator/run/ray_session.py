@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sigray.orchestrator.address import cluster_address
 from sigray.orchestrator.config import RunConfig
+from sigray.orchestrator.run.own_ray import own_surroundings
 from sigray.orchestrator.run.policy import RunFailed
 from sigray.orchestrator.run.progress import Display
 from sigray.orchestrator.run.trial import TRIAL_CPUS
@@ -33,11 +35,6 @@ Such a Ray has no reader of its metrics and task events, and no sender of preemp
 twice a second instead of ten times. Ray frees objects ten times a second instead of once: the object store then cycles
 through less memory, which each process has to touch page by page.
 """
-
-
-def cluster_address(config: RunConfig) -> str | None:
-    """Return the address of the cluster to join; None if the run starts its own Ray."""
-    return config.cluster.address or os.environ.get("RAY_ADDRESS") or None
 
 
 @contextlib.contextmanager
@@ -65,30 +62,36 @@ def ray_session(
     if ray.is_initialized():
         yield
         return
-    if address:
-        display.say(f"joining the Ray cluster at {address}")
-        ray.init(address=address, log_to_driver=False)
-    else:
-        display.say("starting Ray on this machine")
-        num_cpus, resources = _own_resources(config, num_trials)
+    with contextlib.ExitStack() as surroundings:
+        if address:
+            display.say(f"joining the Ray cluster at {address}")
+            try:
+                ray.init(address=address, log_to_driver=False)
+            except Exception as error:  # as with a token of another cluster
+                raise RunFailed(f"the Ray cluster at {address} cannot be joined: {error}") from error
+        else:
+            temporary = surroundings.enter_context(own_surroundings(display))
+            display.say("starting Ray on this machine")
+            num_cpus, resources = _own_resources(config, num_trials)
+            try:
+                ray.init(
+                    address="local",
+                    _temp_dir=temporary,
+                    # Ray only counts CPUs: on a small machine data-shard workers and training workers share cores.
+                    num_cpus=max(os.cpu_count() or 1, int(num_cpus + 0.5)),
+                    resources=resources,
+                    include_dashboard=config.cluster.dashboard,
+                    log_to_driver=False,
+                    configure_logging=False,
+                )
+            except Exception as error:  # Ray raises the base class, as on a machine that is too busy
+                raise RunFailed(f"Ray did not start on this machine: {error}") from error
         try:
-            ray.init(
-                address="local",
-                # Ray only counts CPUs: on a small machine the data-shard workers and the training workers share cores.
-                num_cpus=max(os.cpu_count() or 1, int(num_cpus + 0.5)),
-                resources=resources,
-                include_dashboard=config.cluster.dashboard,
-                log_to_driver=False,
-                configure_logging=False,
-            )
-        except Exception as error:  # Ray raises the base class, as on a machine that is too busy
-            raise RunFailed(f"Ray did not start on this machine: {error}") from error
-    try:
-        yield
-    finally:
-        leftovers = {} if address else _ray_processes()
-        ray.shutdown()
-        _end(leftovers)
+            yield
+        finally:
+            leftovers = {} if address else _ray_processes()
+            ray.shutdown()
+            _end(leftovers)
 
 
 def _own_resources(config: RunConfig, num_trials: int) -> tuple[float, dict[str, float]]:

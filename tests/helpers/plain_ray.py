@@ -16,7 +16,8 @@ import ray
 import ray._private.state
 import ray.train.v2.api.data_parallel_trainer as ray_train
 
-from sigray.orchestrator.run import supervisor
+from sigray.orchestrator import address
+from sigray.orchestrator.run import own_ray, supervisor
 from sigray.orchestrator.run.ray_session import LEAN_RAY
 from sigray.workers.checkpoint import lease
 
@@ -112,6 +113,9 @@ class PlainRay:
         monkeypatch.setattr(ray.util, "placement_group_table", lambda group: {"state": "REMOVED"})
         monkeypatch.setattr(ray._private.state.state, "get_draining_nodes", dict)
         monkeypatch.setattr(ray_train, "DataParallelTrainer", self._trainer)
+        # Every address is that of a Ray, and each machine has the devices that a config names.
+        monkeypatch.setattr(address, "_why_no_ray", lambda given: None)
+        monkeypatch.setattr(own_ray, "machine_accelerators", lambda: {"GPU": 1000.0, "TPU": 1000.0})
         # It reads the state of a real cluster, for a sentence.
         monkeypatch.setattr(supervisor, "_pending_reason", lambda config, count: f"no capacity for {count}")
         monkeypatch.setattr(supervisor, "_POLL_S", 0.01)

@@ -2,6 +2,7 @@
 
 from tests.mutations.fault import Fault
 
+_ADDRESS = "tests/orchestrator/test_address.py"
 _AUDIT = "tests/orchestrator/data/test_audit.py"
 _CHAOS = "tests/orchestrator/chaos/test_chaos.py"
 _CLUSTER_FILES = "tests/cluster/test_files.py"
@@ -10,6 +11,7 @@ _FORMATTING = "tests/orchestrator/test_formatting.py"
 _LEASE = "tests/workers/checkpoint/test_lease.py"
 _MONITORING = "tests/orchestrator/cluster/test_prometheus.py"
 _HOSTILE = "tests/orchestrator/reports/test_hostile_folders.py"
+_OWN_RAY = "tests/orchestrator/run/test_own_ray.py"
 _PAGES = "tests/orchestrator/reports/test_live_server.py"
 _PLAN = "tests/orchestrator/planning/test_plan.py"
 _POLICY = "tests/orchestrator/run/test_policy.py"
@@ -20,6 +22,27 @@ _SECRETS = "tests/orchestrator/test_secrets.py"
 _SUBMIT = "tests/orchestrator/cluster/test_jobs.py"
 
 FAULTS = [
+    Fault(
+        "an address in RAY_ADDRESS wins over `cluster.address=local`",
+        "sigray.orchestrator.address:_source_and_address",
+        'in (None, "auto")',
+        'in (None, "auto", "local")',
+        (f"{_ADDRESS}::test_which_ray_a_run_joins",),
+    ),
+    Fault(
+        "training workers alone count as the demand of a sweep's trial",
+        "sigray.orchestrator.run.own_ray:check_start",
+        " + num_evaluations * evaluation.get(kind, 0)",
+        "",
+        (f"{_OWN_RAY}::test_evaluations_count_where_they_run_beside_training",),
+    ),
+    Fault(
+        "another Ray's address reaches the processes of a run's own Ray",
+        "sigray.orchestrator.run.own_ray:_OF_OTHERS",
+        '"RAY_ADDRESS", ',
+        "",
+        (f"{_OWN_RAY}::test_addresses_of_another_ray_do_not_reach_it",),
+    ),
     Fault(
         "private keys are not looked for",
         "sigray.orchestrator.secrets:PRIVATE_KEY",

@@ -103,8 +103,8 @@ def test_a_cluster_file_that_is_not_there_is_said(run_config, tmp_path, capsys):
 
 
 def test_a_cluster_that_is_not_there_is_said(run_config, capsys):
-    assert main(["submit", "--address", "http://127.0.0.1:9", "--", "train", str(run_config)]) == 1
-    assert "no Ray dashboard answers at http://127.0.0.1:9" in capsys.readouterr().err
+    assert main(["submit", "--address", "127.0.0.1:9", "--", "train", str(run_config)]) == 2
+    assert "no Ray dashboard answers at http://127.0.0.1:9: connection refused" in capsys.readouterr().err
 
 
 def test_another_environment_is_named():
