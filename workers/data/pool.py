@@ -268,6 +268,23 @@ class _Request(NamedTuple):
     actor: Any
     reference: Any
     has_places: bool = False
+    is_backup: bool = False
+
+
+def may_send_backup(num_others: int, num_late: int, num_lost: int, num_blocks: int) -> bool:
+    """Whether a late worker's block is requested from another worker.
+
+    Backup requests to workers that are all slow would make them slower. So most workers must not be late, and at most
+    one block in twenty may have a backup request that the first worker answered before. The requests that win are as
+    many as the late workers need.
+
+    Args:
+        num_others: workers that are not late.
+        num_late: workers that lost to a backup request and have not answered since, this one included.
+        num_lost: backup requests that lost.
+        num_blocks: blocks received.
+    """
+    return num_others >= num_late and num_lost <= num_blocks / 20
 
 
 class PoolBlocks:
@@ -293,7 +310,8 @@ class PoolBlocks:
         self._stragglers: dict[Any, tuple[float, Any]] = {}  # since when, and the outstanding reference
         self._remote: set[Any] = set()  # workers that cannot write to this process's memory
         self._usual_s = 0.0  # running mean of the time in which a worker decodes a block
-        self._num_blocks = self._num_backups = 0
+        self._num_blocks = 0
+        self._num_lost = 0  # backup requests that the straggler answered before
         self._refreshed_at = 0.0
         self._refresh: Any = None  # reference of the list of workers while it is outstanding
 
@@ -327,7 +345,13 @@ class PoolBlocks:
         begin = time.monotonic()
         num_timeouts = num_crashes = 0
         while True:
-            patience_s = self._timeout_s / 4 if len(outstanding) > 1 else max(1.0, _STRAGGLER_FACTOR * self._usual_s)
+            other = self._backup_for(outstanding[0].actor) if len(outstanding) == 1 else None
+            if other is None:
+                patience_s = self._timeout_s / 4
+            elif outstanding[0].actor in self._stragglers:
+                patience_s = 0.0  # its other requests wait too
+            else:
+                patience_s = max(1.0, _STRAGGLER_FACTOR * self._usual_s)
             references = [request.reference for request in outstanding]
             ready, _ = ray.wait(references, timeout=min(patience_s, self._timeout_s / 4))
             if ready:
@@ -363,12 +387,8 @@ class PoolBlocks:
                 for request in outstanding:
                     self._replace(request.actor)
                 outstanding = [self.request(lane, number)]
-            elif len(outstanding) == 1 and self._may_send_backup():
-                straggler = outstanding[0].actor
-                place = self._actors.index(straggler) if straggler in self._actors else 0
-                other = self._actors[(place + 1) % len(self._actors)]
-                outstanding.append(_Request(other, other.block.remote(lane, number)))
-                self._num_backups += 1
+            elif other is not None:
+                outstanding.append(_Request(other, other.block.remote(lane, number), is_backup=True))
 
     def _note(self, lane: int, block: Block, answered: _Request, outstanding: list[_Request]) -> None:
         """Note the decode time, stragglers, and workers on other machines."""
@@ -376,14 +396,20 @@ class PoolBlocks:
         self._usual_s += 0.1 * (block.decode_s - self._usual_s) if self._usual_s else block.decode_s
         if answered.has_places and len(block.images):
             self._remote.add(answered.actor)
-        if outstanding and answered.actor != self._home(lane):
+        if outstanding and not answered.is_backup:
+            self._num_lost += 1
+        elif outstanding:
             self._taken_over[lane] = answered.actor
             for request in outstanding:
                 self._stragglers.setdefault(request.actor, (time.monotonic(), request.reference))
 
-    def _may_send_backup(self) -> bool:
-        # For at most one block in twenty: if all workers are slow, backup requests would make them slower.
-        return len(self._actors) > 1 and self._usual_s > 0 and self._num_backups <= self._num_blocks / 20
+    def _backup_for(self, actor: Any) -> Any | None:
+        """The worker for a backup request if `actor` is late; None if none may be sent."""
+        late = self._stragglers.keys() | {actor}
+        others = [other for other in self._actors if other not in late]
+        if not self._usual_s or not may_send_backup(len(others), len(late), self._num_lost, self._num_blocks):
+            return None
+        return others[self._num_blocks % len(others)]
 
     def _check_stragglers(self) -> None:
         """Give stragglers that have answered their lanes back; replace hung ones."""

@@ -26,7 +26,15 @@ from sigray.workers.config import DataConfig, ModelConfig
 from sigray.workers.data.buffers import Place, SharedBuffer
 from sigray.workers.data.loader import BlockSource, Loader
 from sigray.workers.data.manifest import Manifest, scan_shards
-from sigray.workers.data.pool import DataPool, DataWorkerActor, PoolBlocks, in_tasks, placement, start_here
+from sigray.workers.data.pool import (
+    DataPool,
+    DataWorkerActor,
+    PoolBlocks,
+    in_tasks,
+    may_send_backup,
+    placement,
+    start_here,
+)
 from sigray.workers.data.stream_registry import StreamRegistry
 from sigray.workers.data.tar import DataError
 from sigray.workers.data.worker import DataWorker, build_order, image_kind
@@ -273,11 +281,20 @@ def test_a_block_that_kills_its_workers_is_named(ray_driver, model, data_config)
             ray.kill(each)
 
 
+def test_few_late_workers_get_backup_requests_at_once_and_slow_ones_none():
+    late = [n for n in range(1, 9) if may_send_backup(8 - n, n, 0, 0)]
+    assert late == [1, 2, 3, 4]
+    assert may_send_backup(1, 1, 0, 0)
+    assert not may_send_backup(0, 1, 0, 0)
+    # All are slow: the first worker answers before the backup.
+    assert [n for n in range(200) if not may_send_backup(7, 1, 5, n)] == list(range(100))
+
+
 def test_a_hung_worker_is_bypassed_and_replaced(pools, model, tmp_path):
     write_dataset(tmp_path / "tars", [200])
     data = DataConfig(
         shards=str(tmp_path / "tars"),
-        num_lanes=2,
+        num_lanes=6,
         shuffle_window=20,
         block_size=4,
         num_workers=2,
@@ -289,17 +306,17 @@ def test_a_hung_worker_is_bypassed_and_replaced(pools, model, tmp_path):
     source = PoolBlocks(pool.registry, data.worker_timeout_s)
     alone = DataWorker(manifest, data, model, seed=SEED)
     want = alone.block(0, 0).images
-    memory = [SharedBuffer(want.shape, want.dtype) for _ in range(40)]
+    memory = [SharedBuffer(want.shape, want.dtype) for _ in range(120)]
     stragglers: dict[int, np.ndarray] = {}  # contents of the places of stragglers, when a backup had answered
 
     def check(number: int) -> None:
-        for lane in (0, 1):
-            buffer = memory[(2 * number + lane) % len(memory)]
+        for lane in range(6):
+            buffer = memory[(6 * number + lane) % len(memory)]
             places = [Place(buffer.address, 0, 0, data.block_size)] if number < 20 and buffer.address else []
             block = source.wait(lane, number, source.request(lane, number, places))
             expected = alone.block(lane, number)
             if block.has_straggler:
-                stragglers[2 * number + lane] = buffer.array.copy()
+                stragglers[6 * number + lane] = buffer.array.copy()
             if len(block.images):
                 assert block.has_straggler or not places
                 assert (block.images == expected.images).all()
@@ -316,7 +333,8 @@ def test_a_hung_worker_is_bypassed_and_replaced(pools, model, tmp_path):
     try:
         for number in range(3, 8):
             check(number)
-        assert time.monotonic() - begin < 5  # by the other worker, long before the timeout
+        # The other worker answers for the three lanes of the hung one: one wait, long before the timeout.
+        assert time.monotonic() - begin < 5
         assert stragglers
         assert not any(before.any() for before in stragglers.values())
         deadline = time.monotonic() + 60
