@@ -189,6 +189,9 @@ class RunFolder:
         folder.mkdir(exist_ok=True)
         (folder / f"step-{result['step']:010d}.json").write_text(json.dumps(result))
 
+    def has_evaluation(self, step: int) -> bool:
+        return (self.path / EVALUATIONS / f"step-{step:010d}.json").exists()
+
     def save_summary(self, summary: dict[str, Any]) -> None:
         (self.path / SUMMARY).write_text(json.dumps(summary, indent=1))
 

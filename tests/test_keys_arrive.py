@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
 import json
 import math
@@ -36,8 +37,10 @@ import sigray.workers.evaluation.evaluate
 import sigray.workers.evaluation.features
 import sigray.workers.training.train
 from sigray.orchestrator.config import RunConfig
+from sigray.orchestrator.data.audit import audit_run
 from sigray.orchestrator.run import driver, monitor, policy, supervisor, trackers
 from sigray.orchestrator.run.embed import embed
+from sigray.orchestrator.run.evaluations import evaluates_at_start
 from sigray.orchestrator.run.ray_session import ray_session
 from sigray.orchestrator.run.supervisor import PoolAutoscaler
 from sigray.orchestrator.run.trial import Rungs
@@ -158,12 +161,18 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
 
 
 def train_here(
-    config: RunConfig, source: Any = None, last_step: int | None = None, rungs: frozenset[int] = frozenset()
+    config: RunConfig,
+    source: Any = None,
+    last_step: int | None = None,
+    rungs: frozenset[int] = frozenset(),
+    *,
+    saves_start: bool = False,
 ) -> Recorder:
     """One training worker without a process group; `source` in the place of a data-shard worker in this process."""
     manifest, recorder = scan_shards(config.data.shards, config.data), Recorder(last_step)
     source = source or OneWorker(DataWorker(manifest, config.data, config.model, seed=config.run.seed))
-    train_loop_per_worker(train_job(config, 1, manifest, source, recorder, rungs=rungs))
+    job = train_job(config, 1, manifest, source, recorder, rungs=rungs)
+    train_loop_per_worker(dataclasses.replace(job, saves_start=saves_start))
     return recorder
 
 
@@ -446,6 +455,61 @@ def test_the_best_checkpoint_is_marked(configure, plain, folder, tmp_path):
     best = read_best(Storage(config.storage_uri))
     assert best is not None
     assert best[0] == "step-0000000002"
+
+
+def test_the_initial_weights_are_evaluated(configure, plain, folder):
+    """At 0 samples, once, beside the bits of a run without: a resume repeats only what no driver has evaluated."""
+    sets = {"held_out": {"shards": str(folder / "train")}}
+    summaries = {}
+    for name, at_start in {"with": True, "without": None}.items():
+        config = configure(
+            run={"name": name}, train={"num_samples": 16, "ledger": True}, eval={"sets": sets, "at_start": at_start}
+        )
+        drive(config)
+        summaries[name] = list_checkpoints(Storage(config.storage_uri))
+        if name == "with":
+            started = config
+    assert [info.step for info in summaries["with"]] == [0, 2]
+    assert summaries["with"][0].samples_seen == 0
+    assert [info.step for info in summaries["without"]] == [2]
+    assert summaries["with"][-1].files == summaries["without"][-1].files
+    first = started.folder / "evaluations" / "step-0000000000.json"
+    assert json.loads(first.read_text())["samples_seen"] == 0
+    assert audit_run(started).audit.is_exact
+    for is_lost in (False, True):
+        times = first.stat().st_mtime_ns
+        if is_lost:
+            first.unlink()
+        drive(started)
+        assert (first.stat().st_mtime_ns != times) == is_lost
+    assert [info.step for info in list_checkpoints(Storage(started.storage_uri))] == [0, 2]
+
+
+def test_when_the_initial_weights_are_evaluated(configure):
+    sets, weights = {"held_out": {"shards": "held"}}, {"init_from": "a.safetensors"}
+    for sections, is_trial, expected in [
+        ({"eval": {"sets": sets}}, False, False),
+        ({"eval": {"sets": sets}, "model": weights}, False, True),
+        ({"eval": {"sets": sets}, "model": weights}, True, False),
+        ({"eval": {"sets": sets, "at_start": True}}, True, True),
+        ({"eval": {"sets": sets, "at_start": False}, "model": weights}, False, False),
+        ({"model": weights}, False, False),
+    ]:
+        assert evaluates_at_start(configure(**sections), is_trial=is_trial) == expected
+
+
+def test_a_run_goes_on_from_its_initial_weights(configure):
+    """A driver that died before the second checkpoint: nothing is saved twice, and no bit differs."""
+    config = configure(train={"num_samples": 24, "log_every_steps": 1}, checkpoint={"save_every_steps": 100})
+    whole = train_here(config, saves_start=True)
+    storage = Storage(config.storage_uri)
+    expected = list_checkpoints(storage)[-1].files
+    assert [info.step for info in whole.checkpoints] == [0, 3]
+    storage.delete("checkpoints/step-0000000003/commit.json")
+    again = train_here(config, saves_start=True)
+    assert [info.step for info in again.checkpoints] == [3]
+    assert [line["train/loss"] for line in again.lines] == [line["train/loss"] for line in whole.lines]
+    assert list_checkpoints(storage)[-1].files == expected
 
 
 def test_the_storage_may_refuse_for_so_long(configure, monkeypatch):

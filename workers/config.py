@@ -488,7 +488,11 @@ class EvalSet(Section):
 
 class EvalConfig(Section):
     sets: dict[str, EvalSet] = {}
-    """Named held-out sets; every checkpoint is evaluated on each."""
+    """Named held-out sets; every checkpoint is evaluated on each.
+    A few samples of each set are checked before anything starts."""
+    at_start: bool | None = None
+    """Evaluate the initial weights too, at 0 samples, beside training.
+    Default: only with model.init_from, and not in the trials of a sweep."""
     batch_size: PositiveInt = 256
     """Images, or prompts, per forward pass."""
     num_workers: PositiveInt = 1

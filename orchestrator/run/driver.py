@@ -18,7 +18,7 @@ from sigray.orchestrator.address import cluster_address
 from sigray.orchestrator.config import RunConfig, check_resume
 from sigray.orchestrator.plain_console import PlainConsole
 from sigray.orchestrator.reports.run_page import write_report
-from sigray.orchestrator.run.evaluations import Evaluations, add_baselines, submit_evaluation
+from sigray.orchestrator.run.evaluations import Evaluations, add_baselines, evaluates_at_start, submit_evaluation
 from sigray.orchestrator.run.monitor import RunMonitor
 from sigray.orchestrator.run.own_ray import check_start
 from sigray.orchestrator.run.preflight import check_model_and_sets, check_run
@@ -111,7 +111,8 @@ def train(
         records = stack.enter_context(contextlib.closing(RunRecords(config, folder, manifest, display)))
         rungs = Rungs(config, folder, monitor, trial)
         evaluations = Evaluations(config, folder, records, rungs, display)
-        group = WorkerGroup(config, folder, manifest, pool, monitor, lease.owner, rungs.steps, profile)
+        at_start = evaluates_at_start(config, is_trial=trial is not None)
+        group = WorkerGroup(config, folder, manifest, pool, monitor, lease.owner, rungs.steps, profile, at_start)
         supervisor = Supervisor(config, group, lease, records, evaluations, rungs, display)
 
         def sum_up(status: str) -> dict[str, Any]:

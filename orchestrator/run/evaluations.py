@@ -32,7 +32,9 @@ class Evaluations:
     ) -> None:
         self._config, self._folder, self._display = config, folder, display
         self._records, self._rungs = records, rungs
-        self._queue: list[CheckpointInfo] = []
+        # Of the initial weights, if an earlier driver died before it evaluated them.
+        first = list_checkpoints(folder.storage)[:1] if config.eval.sets else []
+        self._queue = [info for info in first if info.step == 0 and not folder.has_evaluation(info.step)]
         self._running: tuple[CheckpointInfo, Any] | None = None  # and the reference of its task
         self._num_failures = 0  # in a row
         self._saw_checkpoint = False
@@ -118,6 +120,12 @@ class Evaluations:
         best = read_best(self._folder.storage)
         if best is None or figure > best[1]:
             mark_best(self._folder.storage, f"step-{result['step']:010d}", figure)
+
+
+def evaluates_at_start(config: RunConfig, *, is_trial: bool) -> bool:
+    """Return whether a run evaluates its initial weights."""
+    is_default = config.model.init_from is not None and not is_trial
+    return bool(config.eval.sets) and (is_default if config.eval.at_start is None else config.eval.at_start)
 
 
 def submit_evaluation(config: RunConfig, folder: RunFolder, info: CheckpointInfo) -> Any:

@@ -5,7 +5,7 @@ Ray Train's trainer is constructed here and nowhere else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sigray.orchestrator.config import RunConfig
@@ -29,6 +29,7 @@ class WorkerGroup:
         owner: owner of the run's lease.
         rungs: steps of a trial's rungs.
         profile: the steps to profile.
+        saves_start: whether the initial weights are saved, to be evaluated.
     """
 
     config: RunConfig
@@ -39,6 +40,7 @@ class WorkerGroup:
     owner: str
     rungs: frozenset[int]
     profile: Profile | None = None
+    saves_start: bool = False
 
     def trainer(self, num_workers: int) -> Any:
         """Return Ray Train's trainer of one attempt; `policy.py` decides about retries."""
@@ -54,6 +56,7 @@ class WorkerGroup:
         hooks = RayHooks(self.monitor)
         blocks = self.pool.blocks(config.data.worker_timeout_s)
         job = train_job(config, num_workers, self.manifest, blocks, hooks, self.owner, self.rungs, self.profile)
+        job = replace(job, saves_start=self.saves_start)
 
         def train_worker(_: dict[str, Any]) -> None:
             hooks.joined()

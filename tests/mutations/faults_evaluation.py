@@ -3,6 +3,7 @@
 from tests.mutations.fault import Fault
 
 _CHECKS = "tests/workers/evaluation/test_set_checks.py"
+_KEYS = "tests/test_keys_arrive.py"
 _PROBE = "tests/workers/evaluation/test_linear_probe.py"
 
 FAULTS = [
@@ -47,5 +48,12 @@ FAULTS = [
         "spec.linear_probe is not None",
         "spec.linear_probe is None and spec.classes",
         (f"{_CHECKS}::test_what_is_wrong_with_a_set_is_named",),
+    ),
+    Fault(
+        "a resumed run saves and evaluates its initial weights again",
+        "sigray.workers.training.train:train_loop_per_worker",
+        "if restored is None and job.saves_start:",
+        "if first_step == 0 and job.saves_start:",
+        (f"{_KEYS}::test_a_run_goes_on_from_its_initial_weights",),
     ),
 ]

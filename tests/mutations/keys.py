@@ -167,6 +167,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "eval.num_workers": _ASKED,
     "eval.cpus_per_worker": _ASKED,
     "eval.accelerator": _EVALUATION,
+    "eval.at_start": (f"{_HERE}test_the_initial_weights_are_evaluated",),
     "eval.pixel_baseline": _EVALUATION,
     "eval.num_sheet_images": _EVALUATION,
     "cluster.address": (f"{_HERE}test_a_cluster_that_is_there_is_joined",),

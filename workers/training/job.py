@@ -71,4 +71,5 @@ class TrainJob:
     blocks: BlockSource
     hooks: Hooks
     rungs: frozenset[int] = frozenset()  # steps after which the ranks save and ask the driver whether to continue
+    saves_start: bool = False  # a checkpoint before the first step, to evaluate the initial weights
     profile: Profile | None = None  # which steps to profile; the run ends after them

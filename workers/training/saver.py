@@ -19,8 +19,8 @@ from sigray.workers.training.step import Trainer
 _ASK_S = 0.3  # between two questions at a rung
 
 
-def restore(job: TrainJob, storage: Storage, trainer: Trainer, rank: int) -> int:
-    """Load the newest undamaged checkpoint on all ranks; returns the steps done."""
+def restore(job: TrainJob, storage: Storage, trainer: Trainer, rank: int) -> int | None:
+    """Load the newest undamaged checkpoint on all ranks; returns its step or None."""
     info = load_newest(storage, trainer.module, trainer.optimizer, job.hooks.warn) if rank == 0 else None
     if dist.is_initialized():
         names = [info.name if info else None]
@@ -28,7 +28,7 @@ def restore(job: TrainJob, storage: Storage, trainer: Trainer, rank: int) -> int
         if rank and names[0]:
             info = read_info(storage, names[0])
             load_checkpoint(storage, info, trainer.module, trainer.optimizer)
-    return info.step if info else 0
+    return info.step if info else None
 
 
 class Saver:
@@ -113,10 +113,11 @@ class Saver:
 
     def save(self, steps_done: int) -> None:
         """Begin a checkpoint. All ranks call this after the same step."""
-        if self._ledger is not None:
+        has_ledger = self._ledger is not None and steps_done > 0
+        if self._ledger is not None and has_ledger:
             self._ledger.write(steps_done)
         if self._writer is not None:
-            ledger = ledger_files(self._saved_step, steps_done, self._world_size) if self._ledger is not None else []
+            ledger = ledger_files(self._saved_step, steps_done, self._world_size) if has_ledger else []
             samples_seen = steps_done * self._job.train.global_batch_size
             self._writer.save(steps_done, samples_seen, metrics=self._metrics, after=ledger)
             self._metrics = []

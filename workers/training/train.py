@@ -66,8 +66,9 @@ def train_loop_per_worker(job: TrainJob) -> None:
         stored_embeddings=job.manifest.store is not None,
     )
     storage = Storage(job.storage_uri)
-    first_step = restore(job, storage, trainer, rank)
-    if first_step == 0 and job.model.init_from is not None:
+    restored = restore(job, storage, trainer, rank)
+    first_step = restored or 0
+    if restored is None and job.model.init_from is not None:
         load_initial_weights(trainer.module, job.model)
     check_collectives(device, global_batch_size // world_size)
     if job.profile is not None:  # after the trainer: the schedule of the learning rate is that of the whole run
@@ -90,6 +91,8 @@ def train_loop_per_worker(job: TrainJob) -> None:
     )
     if rank == 0:
         job.hooks.started(_facts(job, trainer, device, world_size, first_step, num_steps))
+    if restored is None and job.saves_start:
+        saver.save(0)
 
     window = LogWindow(loader, device, job)
     left_out = set(read_left_out(storage))
