@@ -11,20 +11,23 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from sigray.orchestrator.batch import micro_batch, usable_sizes
+from sigray.orchestrator.carried_files import FILES, find_carried
 from sigray.orchestrator.device_kinds import DEVICES, DeviceName
 from sigray.orchestrator.secrets import secrets_of
 from sigray.workers import config as workers
-from sigray.workers.config import Accelerator, LocalOrUri, NonNegativeInt, PositiveInt, Section
+from sigray.workers.config import Accelerator, LocalFolder, LocalOrUri, NonNegativeInt, PositiveInt, Section
 from sigray.workers.parse import ParseError, parse_yaml
 
+if TYPE_CHECKING:
+    from sigray.workers.storage import Storage
+
 AnySection = TypeVar("AnySection", bound=Section)
-FILES = "sigray-files"  # folder of the files that a submitted job carries, each named by its hash
 
 
 class ConfigError(ValueError):
@@ -35,7 +38,7 @@ class RunSection(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the run: letters, digits, dot, dash, underscore.
     The folder of the run is {dir}/{name}."""
-    dir: LocalOrUri = "runs"
+    dir: LocalFolder = "runs"
     """Local folder of all runs.
     It holds config, metrics, TensorBoard files, summary and report."""
     storage: LocalOrUri | None = None
@@ -284,8 +287,12 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         ConfigError: for a missing or unreadable file, an unknown key, a wrong type, fields that contradict.
     """
-    content = read_mapping(path, f"a mapping of sections expected ({', '.join(RunConfig.model_fields)})")
-    return parse_config(content, str(path), overrides)
+    return parse_config(read_run_file(path), str(path), overrides)
+
+
+def read_run_file(path: str | Path) -> dict[str, Any]:
+    """Return the content of a run's YAML, not yet checked; raises as `read_mapping`."""
+    return read_mapping(path, f"a mapping of sections expected ({', '.join(RunConfig.model_fields)})")
 
 
 def read_mapping(path: str | Path, expected: str) -> dict[str, Any]:
@@ -297,15 +304,29 @@ def read_mapping(path: str | Path, expected: str) -> dict[str, Any]:
     Raises:
         ConfigError: for a missing or unreadable file, or another content.
     """
-    return parse_mapping(read_file(path), str(path), expected)
+    content = parse_mapping(read_file(path), str(path), expected)
+    return find_carried(content, lambda: _folder_of(path)[0])
 
 
 def read_file(path: str | Path) -> bytes:
-    """Return the content of a file; raise ConfigError if it cannot be read."""
+    """Return the content of a file or an s3:// object; raises as `read_mapping`."""
     try:
+        if "://" in str(path):
+            folder, name = _folder_of(path)
+            return folder.read(name)
         return Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file or directory") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise ConfigError(f"{path}: {(getattr(error, 'strerror', None) or str(error)).lower()}") from error
+
+
+def _folder_of(path: str | Path) -> tuple[Storage, str]:
+    """Return the folder of a file, local or in a bucket, and the file's name."""
+    from sigray.workers.storage import Storage
+
+    folder, slash, name = str(path).rpartition("/")
+    return Storage(folder or slash or "."), name
 
 
 def parse_mapping(text: bytes | str, path: str, expected: str) -> dict[str, Any]:

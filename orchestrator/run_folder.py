@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from sigray.orchestrator.carried_files import FILES, find_carried, keep_carried
 from sigray.orchestrator.config import ConfigError, RunConfig, parse_config, parse_mapping
 from sigray.orchestrator.formatting import first_ten
 from sigray.workers.checkpoint.index import metrics_line, read_metrics
@@ -49,7 +50,7 @@ WRITTEN = (
     "evaluations/step-*.json", "checkpoints/step-*/model.safetensors", "checkpoints/step-*/optimizer.pt",
     "checkpoints/step-*/commit.json", "metrics/*.jsonl", "ledger/*.parquet", "profile/rank-*", "profile/step.png",
     "profile/ray_timeline.json", "tensorboard/events.out.tfevents.*", *(f"export/*/{name}" for name in EXPORTED),
-    ".validate_storage_marker", "checkpoint_manager_snapshot.json",
+    f"{FILES}/*/*", ".validate_storage_marker", "checkpoint_manager_snapshot.json",
     # These names are of symlinks: the next run must not write to where they point.
     EVALUATIONS, "checkpoints", "checkpoints/step-??????????", "metrics", "ledger", "profile", "tensorboard", "export",
 )  # fmt: skip
@@ -96,6 +97,11 @@ def check_inputs(place: Storage, content: Any, key: str = "") -> None:
             raise ConfigError(f"{key}={content} is in {place.uri}, which --overwrite clears: choose another name")
 
 
+def evaluation_name(step: int) -> str:
+    """Return the file of a checkpoint's evaluation."""
+    return f"{EVALUATIONS}/step-{step:010d}.json"
+
+
 class RunFolder:
     """The files of one run.
 
@@ -136,11 +142,12 @@ class RunFolder:
         return [self.storage, *([] if str(self.path) == self.storage.root else [Storage(self.path)])]
 
     def begin(self, config: RunConfig, manifest: Manifest) -> None:
-        """Save config and manifest, locally and beside the checkpoints."""
+        """Save config and manifest, locally and with the files of a job in the storage."""
         self.path.mkdir(parents=True, exist_ok=True)
         for name, text in {CONFIG: config.to_yaml(), MANIFEST: json.dumps(manifest.to_json())}.items():
             (self.path / name).write_text(text)
             self.storage.write(name, text.encode())
+        keep_carried(config.model_dump(mode="json"), self.storage)
 
     def manifest(self) -> Manifest:
         """Return the manifest that the run began with.
@@ -185,9 +192,9 @@ class RunFolder:
         return lines
 
     def save_evaluation(self, result: dict[str, Any]) -> None:
-        folder = self.path / EVALUATIONS
-        folder.mkdir(exist_ok=True)
-        (folder / f"step-{result['step']:010d}.json").write_text(json.dumps(result))
+        file = self.path / evaluation_name(result["step"])
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(result))
 
     def has_evaluation(self, step: int) -> bool:
         return (self.path / EVALUATIONS / f"step-{step:010d}.json").exists()
@@ -218,4 +225,5 @@ def read_run(run: str) -> RunConfig:
             f"{run} is not a run: it holds no {CONFIG}. Give the folder that `sigray train` printed"
         ) from error
     source = f"{run}/{CONFIG}"
-    return parse_config(parse_mapping(content, source, "the config of a run expected"), source)
+    saved = parse_mapping(content, source, "the config of a run expected")
+    return parse_config(find_carried(saved, lambda: storage), source)

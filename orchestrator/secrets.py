@@ -42,3 +42,12 @@ def secrets_of(content: Any, key: str = "") -> Iterator[str]:
             if pattern.search(content):
                 yield f"{key[:-1]}: {what}"
                 return
+
+
+def secret_in_file(content: bytes) -> str:
+    """Return the kind of a key in a file that a job carries; empty if there is none.
+
+    A vocabulary may look like a URL with a password, so only keys are looked for.
+    """
+    text = content.decode(errors="replace")
+    return next((what for what in list(_VALUES)[:2] if _VALUES[what].search(text)), "")

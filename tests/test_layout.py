@@ -52,7 +52,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"training", "evaluation"},
     ],
     "orchestrator": [
-        {"batch", "device_kinds", "formatting", "plain_console", "secrets"},
+        {"batch", "carried_files", "device_kinds", "formatting", "plain_console", "secrets"},
         {"config", "tables"},
         {"address", "resources", "run_folder"},
         {"planning", "reports"},

@@ -22,6 +22,12 @@ def _sweep_pages() -> list[Any]:
     return [SWEEPS]
 
 
+def _sweep_job(options: Namespace) -> Any:
+    from sigray.tuning.job import sweep_job
+
+    return sweep_job(options)
+
+
 @command(
     argument("overrides", nargs="*", metavar="STUDY.yaml", help="a study, then KEY=VALUE"),
     either(
@@ -31,6 +37,7 @@ def _sweep_pages() -> list[Any]:
     ),
     argument("--retry", action="store_true", help="run failed trials once more"),
     argument("--overwrite", action="store_true", help="delete an earlier sweep of the same name first"),
+    job=_sweep_job,
     usage="sigray sweep STUDY.yaml [KEY=VALUE ...] [--plan] [--overwrite]\n"
     "       sigray sweep --resume DIR [KEY=VALUE ...] [--retry]\n"
     "       sigray sweep --report DIR",
@@ -104,7 +111,7 @@ def sweep(options: Namespace, console: Console) -> int:
     counts = ", ".join(f"{count} {status}" for status, count in table.counts().items())
     say(console, f"trials: {counts}; {table.samples_spent:,} samples seen\nreport: {study.config.folder}/report.html")
     if not all(row.is_over for row in table.rows.values()):
-        say(console, f"continue with: sigray sweep --resume {study.config.folder}")
+        say(console, f"continue with: sigray sweep --resume {study.config.storage_uri}")
         return 130
     return 0
 

@@ -278,6 +278,8 @@ def _best_yaml(study: Study, table: Table) -> str:
     row = best.rows[0]
     content = study.trial_content(row.number, row.seed, row.budget, row.overrides)
     content["run"] = {"name": f"{study.config.name}_best", "seed": row.seed}
+    if storage := study.base["run"]["storage"] or study.config.storage:
+        content["run"]["storage"] = storage
     note = (
         f"# The best configuration of the sweep {study.config.name}: {_words(best.values)}".replace(words.NBSP, " ")
         + f"\n# {study.config.metric} {100 * best.mean:.2f} % at {row.results[best.rung].samples_seen:,} samples"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from sigray.orchestrator.carried_files import find_carried
 from sigray.orchestrator.config import (
     ConfigError,
     RunConfig,
@@ -27,7 +29,7 @@ from sigray.orchestrator.config import (
 )
 from sigray.tuning.decide import Rules, Scheduler, geometric_rungs
 from sigray.tuning.space import MAX_POINTS, Dimension
-from sigray.workers.config import LocalOrUri, NonNegativeInt, PositiveInt, Section
+from sigray.workers.config import LocalFolder, LocalOrUri, NonNegativeInt, PositiveInt, Section
 
 if TYPE_CHECKING:
     from sigray.workers.storage import Storage
@@ -162,7 +164,7 @@ class StudyConfig(Section):
     """Claims; the report gives a verdict on each."""
     figures: list[FigureConfig] = []
     """Figures of the report, in addition to the standard ones."""
-    dir: LocalOrUri = "sweeps"
+    dir: LocalFolder = "sweeps"
     """Local folder of all sweeps."""
     storage: LocalOrUri | None = None
     """Folder that all hosts share, or s3://bucket/prefix, for results and checkpoints.
@@ -302,6 +304,15 @@ def load_study(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) ->
     Raises:
         ConfigError: for a missing or unreadable file, an unknown key, a wrong type, fields that contradict.
     """
+    return parse_study(read_study_file(path, overrides), str(path))
+
+
+def read_study_file(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return a study's content with scale, overrides and base run, not yet checked.
+
+    Raises:
+        ConfigError: for a missing or unreadable file, or an unknown scale.
+    """
     content = read_mapping(path, "a mapping expected")
     given = [override_of(text) for text in overrides]
     scale = dict(given).get("scale", content.get("scale", "demo"))
@@ -317,10 +328,10 @@ def load_study(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) ->
     base = content.get("base")
     if isinstance(base, str):
         # Relative to the working directory if given on the command line, else to the study's file.
-        content["base"] = read_mapping(
-            base if "base" in dict(given) else Path(path).parent / base, "a mapping expected"
-        )
-    return parse_study(content, str(path))
+        if "base" not in dict(given) and "://" not in base and not os.path.isabs(base):
+            base = f"{str(path).rpartition('/')[0]}/{base}" if "://" in str(path) else str(Path(path).parent / base)
+        content["base"] = read_mapping(base, "a mapping expected")
+    return content
 
 
 def read_study(place: str | Storage, overrides: list[str] | tuple[str, ...] = ()) -> Study:
@@ -345,6 +356,8 @@ def read_study(place: str | Storage, overrides: list[str] | tuple[str, ...] = ()
         ) from error
     source = f"{home.uri}/{STUDY}"
     content = parse_mapping(text, source, "a study expected")
+    if isinstance(place, str):  # the pages read folders of unknown origin, and no files besides
+        content = find_carried(content, lambda: home)
     parent, _, content["name"] = home.uri.rpartition("/")
     if not home.is_local or not content.get("storage"):
         content["dir" if home.is_local else "storage"] = parent  # the folder may have moved

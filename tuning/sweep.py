@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from sigray.orchestrator.address import cluster_address
+from sigray.orchestrator.carried_files import FILES, keep_carried
 from sigray.orchestrator.config import ConfigError, RunConfig, check_resume, parse_config
 from sigray.orchestrator.plain_console import PlainConsole
 from sigray.orchestrator.resources import evaluation_resources, worker_resources
@@ -65,7 +66,7 @@ _MAX_WHY = 400  # characters of a reason in the table
 # What a sweep writes: `--overwrite` deletes nothing else.
 _WRITTEN = (
     STUDY, RESULTS, LEASE_FILE, REPORT, "trials.csv", "best.yaml", "tune.log", "figures/*.png", "trials/trial-*.log",
-    "trials", "figures", *(f"trials/trial-*/{name}" for name in WRITTEN),
+    "trials", "figures", f"{FILES}/*/*", *(f"trials/trial-*/{name}" for name in WRITTEN),
 )  # fmt: skip
 _SLACK_BLOCKS = 3  # by which subscribers of a stream may differ, besides what they prefetch
 
@@ -120,6 +121,7 @@ def sweep(study: Study, console: Console | None = None, *, overwrite: bool = Fal
             driver.retry()
         if not is_begun:
             storage.write(STUDY, config.to_yaml().encode())
+            keep_carried(config.model_dump(mode="json"), storage)
         config.folder.mkdir(parents=True, exist_ok=True)
         (config.folder / STUDY).write_text(config.to_yaml())
         if not driver.is_done:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -34,10 +36,25 @@ def _patterns(named: Any) -> Any:
     return local_or_s3(named) if isinstance(named, str) else [local_or_s3(pattern) for pattern in named]
 
 
-LocalOrUri = Annotated[str, AfterValidator(local_or_s3)]
-LocalPath = Annotated[str, AfterValidator(local_path)]
+@dataclass(frozen=True)
+class Place:
+    """Marks a key whose value names files: a submitted job carries or refuses them.
+
+    Attributes:
+        kind: file: small, and carried. shared: a place that all hosts of a cluster see. host: a folder of each host.
+        path_of: returns the path in a value; None if the value names no file.
+    """
+
+    kind: Literal["file", "shared", "host"]
+    path_of: Callable[[str], str | None] = str
+
+
+LocalOrUri = Annotated[str, AfterValidator(local_or_s3), Place("shared")]
+LocalFolder = Annotated[str, AfterValidator(local_or_s3), Place("host")]
+LocalPath = Annotated[str, AfterValidator(local_path), Place("host")]
+LocalFile = Annotated[str, AfterValidator(local_path), Place("file")]
 # Checked outside the union, so that an error names the key and not the members of the union.
-Patterns = Annotated[str | list[str], AfterValidator(_patterns)]
+Patterns = Annotated[str | list[str], AfterValidator(_patterns), Place("shared")]
 
 
 def _image_tower(name: str) -> str:
@@ -53,9 +70,26 @@ def _model_name(name: str) -> str:
     return f"{source}:{os.path.abspath(folder)}" if colon and source == "local-dir" else name
 
 
-ModelName = Annotated[str, AfterValidator(_model_name)]
-ImageTowerName = Annotated[str, AfterValidator(_image_tower)]
-TokenizerName = Annotated[str, AfterValidator(lambda name: name if name == "open_clip" else local_path(name))]
+def _file_unless(word: str) -> Any:
+    """Return the type of a key that holds a word of its own or names a file."""
+    check = AfterValidator(lambda name: name if name == word else local_path(name))
+    return Annotated[str, check, Place("file", lambda name: None if name == word else name)]
+
+
+_LOCAL_DIR = "local-dir:"
+ModelName = Annotated[
+    str,
+    AfterValidator(_model_name),
+    Place("shared", lambda name: name.removeprefix(_LOCAL_DIR) if name.startswith(_LOCAL_DIR) else None),
+]
+ImageTowerName = Annotated[
+    str,
+    AfterValidator(_image_tower),
+    Place("file", lambda name: name if name.endswith(TOWER_FILE_ENDINGS) else None),
+]
+TokenizerName = _file_unless("open_clip")
+# open_clip reads a name of Hugging Face as a folder, if there is one.
+Towers = Annotated[dict[str, Any], Place("shared", lambda name: name if os.path.isdir(name) else None)]
 
 
 def _pattern(text: str) -> str:
@@ -67,7 +101,7 @@ def _pattern(text: str) -> str:
 
 
 SUBFOLDERS = "subfolders"
-ClassesName = Annotated[str, AfterValidator(lambda name: name if name == SUBFOLDERS else local_path(name))]
+ClassesName = _file_unless(SUBFOLDERS)
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Tower = Literal["visual", "text"]
 
@@ -141,7 +175,7 @@ def _caption_sources(weights: dict[str, float]) -> dict[str, float]:
 
 
 class DataConfig(Section):
-    shards: Annotated[str | list[str] | dict[str, WeightedShards], AfterValidator(_patterns)]
+    shards: Annotated[str | list[str] | dict[str, WeightedShards], AfterValidator(_patterns), Place("shared")]
     """WebDataset tars: patterns, or several named datasets to mix.
     A pattern is a path, a glob, a brace pattern, a folder, or one of these in s3://bucket/; or a list. A
     mix: {photos: {shards: PATTERN, weight: 3}, drawings: {shards: PATTERN, weight: 1}}."""
@@ -258,7 +292,7 @@ class ModelConfig(Section):
     """An open_clip model config such as ViT-B-16-SigLIP. Give either this or `towers`.
     `local-dir:FOLDER` or `hf-hub:ORG/NAME` takes the config from a folder or repository that has an
     open_clip_config.json. Weights come from init_from."""
-    towers: dict[str, Any] | None = None
+    towers: Towers | None = None
     """An open_clip model config written out: embed_dim, vision_cfg, text_cfg."""
     image_tower: ImageTowerName | None = None
     """An image tower in place of the one that vision_cfg describes.
@@ -270,7 +304,7 @@ class ModelConfig(Section):
     token_bottleneck: PositiveInt | None = None
     """K of a token embedding in two parts, vocabulary x K and K x width.
     For large vocabularies of many languages (paper, section 4.3; K = 96 there). Null: one table."""
-    init_from: LocalPath | None = None
+    init_from: LocalFile | None = None
     """Local file with initial weights, visible to all training workers.
     A sigray or open_clip checkpoint: .safetensors, or a file that torch.load reads with weights_only. Positional
     embeddings are resized. Null: fresh weights."""

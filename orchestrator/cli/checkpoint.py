@@ -1,18 +1,28 @@
 """`sigray eval` and `sigray export`."""
 
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from sigray.orchestrator.cli.command import OVERRIDES, argument, command, say
+from sigray.orchestrator.cluster.job_files import is_shared
+from sigray.orchestrator.cluster.jobs import Job, can_read, place_job
 from sigray.orchestrator.config import ConfigError, RunConfig, override
 
 CHECKPOINT = argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run, or RUN/checkpoints/step-...")
 
 
-@command(CHECKPOINT, OVERRIDES, name="eval")
+def _evaluate_job(options: Namespace) -> Job:
+    job = place_job("eval", options.checkpoint, "run", options.overrides)
+    if can_read(job.storage):
+        _evaluated(options)
+    return replace(job, name=f"{job.name}-eval", result=["fetch", f"{job.storage}/evaluations"])
+
+
+@command(CHECKPOINT, OVERRIDES, name="eval", job=_evaluate_job)
 def evaluate(options: Namespace, console: Console) -> None:
     """Evaluate a checkpoint: zero-shot and retrieval, beside chance.
 
@@ -21,10 +31,7 @@ def evaluate(options: Namespace, console: Console) -> None:
       sigray eval runs/emoji_cpu/checkpoints/step-0000000400        another checkpoint
       sigray eval runs/a eval.sets.mine.shards=tars/test            a set that the run does not have
     """
-    run, saved, checkpoint = _find_checkpoint(options.checkpoint)
-    config = override(saved, options.overrides, run)
-    if not config.eval.sets:
-        raise ConfigError(f"{run} has no eval.sets: add one by eval.sets.NAME.shards=PATTERN")
+    run, config, checkpoint = _evaluated(options)
     from sigray.orchestrator.run.driver import evaluate
     from sigray.orchestrator.run.progress import figures_table
 
@@ -32,11 +39,33 @@ def evaluate(options: Namespace, console: Console) -> None:
     console.print(figures_table(evaluate(config, checkpoint, console)))
 
 
+def _evaluated(options: Namespace) -> tuple[str, RunConfig, Any]:
+    """Return the run, the config of its evaluation, and the checkpoint."""
+    run, saved, checkpoint = _find_checkpoint(options.checkpoint)
+    config = override(saved, options.overrides, run)
+    if not config.eval.sets:
+        raise ConfigError(f"{run} has no eval.sets: add one by eval.sets.NAME.shards=PATTERN")
+    return run, config, checkpoint
+
+
+def _export_job(options: Namespace) -> Job:
+    run = options.checkpoint.rstrip("/").partition("/checkpoints/")[0]
+    out = options.out or f"{run}/export/{options.format}"
+    flags = ["--format", options.format, "--out", out, *(["--overwrite"] if options.overwrite else [])]
+    job = place_job("export", options.checkpoint, "run", flags=flags)
+    if not is_shared(out):
+        raise ConfigError(f"--out {out} is a folder of this machine: give s3://BUCKET/KEY, or leave it out for {run}")
+    if can_read(job.storage):
+        _find_checkpoint(options.checkpoint)
+    return replace(job, name=f"{job.name}-export", storage=out, result=["fetch", out])
+
+
 @command(
     CHECKPOINT,
     argument("--format", choices=["open_clip", "safetensors", "onnx"], default="open_clip"),
-    argument("--out", type=Path, metavar="DIR", help="new folder (default RUN_DIR/NAME/export/FORMAT)"),
+    argument("--out", metavar="DIR", help="new folder, or s3://bucket/prefix (default RUN_DIR/NAME/export/FORMAT)"),
     argument("--overwrite", action="store_true", help="delete an earlier export first"),
+    job=_export_job,
 )
 def export(options: Namespace, console: Console) -> None:
     """Write a checkpoint for open_clip or onnxruntime, with a model card.
@@ -44,7 +73,7 @@ def export(options: Namespace, console: Console) -> None:
     examples:
       sigray export runs/emoji_cpu                                  the newest checkpoint, for open_clip
       sigray export runs/emoji_cpu --format onnx --out emoji_onnx   both towers, for onnxruntime
-      sigray export s3://bucket/runs/a --format safetensors --out a
+      sigray export s3://bucket/runs/a --format safetensors --out s3://bucket/models/a
       sigray export runs/emoji_cpu/checkpoints/step-0000000400      another checkpoint
 
     sigray loads an open_clip export again with plain open_clip and compares the features. Each folder has a model card,
@@ -53,8 +82,36 @@ def export(options: Namespace, console: Console) -> None:
     run, config, checkpoint = _find_checkpoint(options.checkpoint)
     from sigray.orchestrator.run.export import export_run
 
-    path, remarks = export_run(config, checkpoint, options.format, options.out, overwrite=options.overwrite)
-    say(console, f"checkpoint {checkpoint.name} of {run}", *remarks, f"exported: {path}")
+    place, remarks = export_run(config, checkpoint, options.format, options.out, overwrite=options.overwrite)
+    say(console, f"checkpoint {checkpoint.name} of {run}", *remarks, f"exported: {place}")
+
+
+@command(
+    argument("place", metavar="PLACE", help="a folder in a storage, as s3://bucket/prefix"),
+    argument("folder", nargs="?", type=Path, metavar="DIR", help="default the last part of PLACE, here"),
+)
+def fetch(options: Namespace, console: Console) -> None:
+    """Copy a folder of a storage to this machine: an export, a profile, evaluations.
+
+    examples:
+      sigray fetch s3://bucket/runs/a/export/open_clip
+      sigray fetch s3://bucket/models/a a_model
+    """
+    from sigray.workers.storage import Storage
+
+    storage = Storage(options.place)
+    folder = options.folder or Path(storage.uri.rpartition("/")[2])
+    names = storage.walk()
+    if not names:
+        raise ConfigError(f"{storage.uri} holds no files")
+    if folder.exists():
+        raise ConfigError(f"{folder} exists: give another DIR")
+    for name in names:
+        if ".." in Path(name).parts:  # an object of S3 may have any name
+            raise ConfigError(f"{storage.uri}: {name} would lead out of {folder}")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        storage.download(name, folder / name)
+    say(console, f"{len(names):,} files: {folder}")
 
 
 def _find_checkpoint(place: str) -> tuple[str, RunConfig, Any]:

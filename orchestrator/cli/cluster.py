@@ -12,6 +12,7 @@ from sigray.orchestrator.cluster import jobs
 from sigray.orchestrator.cluster.files import check_cluster_file, report_lines
 from sigray.orchestrator.config import ConfigError
 
+_COMMANDS = "train, resume, sweep, embed, eval, export and profile"
 CLUSTER = either(
     argument("--cluster", metavar="FILE", help="a `ray up` file; sigray reaches the head by ssh"),
     argument("--address", metavar="URL", help="the dashboard, also as host:port (default http://127.0.0.1:8265)"),
@@ -39,41 +40,43 @@ def check(options: Namespace, console: Console) -> int:
 
 
 @command(
-    argument("words", nargs="*", metavar="-- train CONFIG.yaml", help="a `sigray train` command"),
+    argument("words", nargs="*", metavar="-- COMMAND ...", help=f"one of {_COMMANDS}"),
     CLUSTER,
-    argument("--job", metavar="ID", help="the job's id (default the run's name and the time)"),
+    argument("--job", metavar="ID", help="the job's id (default the job's name and the time)"),
     argument("--env", action="append", default=[], metavar="NAME", help="give the run a variable of this environment"),
     argument("--no-follow", action="store_true", help="return as soon as the job is submitted"),
     argument(
         "--pages", default=jobs.DEFAULT_PAGES, metavar="URL", help="address of the runs' pages (default %(default)s)"
     ),
-    usage="sigray submit [--cluster FILE | --address URL] [options] -- train CONFIG.yaml [KEY=VALUE ...]",
+    usage="sigray submit [--cluster FILE | --address URL] [options] -- COMMAND ...",
 )
 def submit(options: Namespace, console: Console) -> int:
-    """Run `sigray train` as a job on a cluster, and follow the job.
+    """Run a command as a job on a cluster, and follow the job.
 
     examples:
       sigray submit --cluster cluster.yaml -- train my_run.yaml run.storage=s3://bucket/runs
       sigray submit --address http://127.0.0.1:8265 -- train my_run.yaml optim.lr=5e-4 --overwrite
+      sigray submit -- sweep my_study.yaml storage=s3://bucket/sweeps
+      sigray submit -- train s3://bucket/sweeps/my_study/best.yaml  the best configuration of that sweep
+      sigray submit -- export s3://bucket/runs/my_run               into s3://bucket/runs/my_run/export/open_clip
       sigray submit --env AWS_ENDPOINT_URL --env AWS_ACCESS_KEY_ID --env AWS_SECRET_ACCESS_KEY -- train my_run.yaml
       sigray logs my_run-1126-101500                                follow the job again, after a lost terminal
       sigray stop my_run-1126-101500                                end the job with a last checkpoint
 
-    Checks the config here first. Then the code of this checkout, the resolved config, tokenizer and class lists go to
-    the head, and `sigray train` runs there as a Ray job. All hosts must reach the shards and run.storage. To continue a
-    run from its newest checkpoint, submit it again. Ctrl-C leaves the job running. Hosts that get their credentials
-    from a role need no --env.
+    Takes train, resume, sweep, embed, eval, export and profile, with their own options. Makes the command's checks
+    here first. A job carries the code of this checkout, the config with its overrides, and the small files that the
+    config names. The command runs on the head. All hosts must reach the shards and the storage: URLs or absolute
+    paths. The job's last line is the command that uses its result. To continue a run or a sweep, submit it again.
+    Ctrl-C leaves the job running. Hosts that get their credentials from a role need no --env.
 
-    Exit codes: those of `sigray train`; 1 also if the cluster no longer answers; 2 if the run cannot be submitted.
+    Exit codes: those of the command; 1 also if the cluster no longer answers; 2 if the job cannot be submitted.
     """
-    command, *words = options.words or [""]
-    if command != "train" or not words or words[0].startswith("-"):
-        raise ConfigError("give a run, as `sigray submit -- train CONFIG.yaml`; `sigray submit --help`")
-    flags = [word for word in words[1:] if word.startswith("-")]
-    unknown = sorted(set(flags) - {"--overwrite"})
-    if unknown:
-        raise ConfigError(f"{', '.join(unknown)}: `sigray train` has no such option")
-    config = jobs.check_job(words[0], [word for word in words[1:] if not word.startswith("-")])
+    if not options.words:
+        raise ConfigError("give a command, as `sigray submit -- train CONFIG.yaml`; `sigray submit --help`")
+    given = options.parse(options.words)
+    if given.job_of is None:
+        raise ConfigError(f"`sigray {options.words[0]}` cannot be a job: submit takes {_COMMANDS}")
+    job = given.job_of(given)
     missing = [name for name in options.env if name not in os.environ]
     if missing:
         raise ConfigError(f"--env {', '.join(missing)}: not set here")
@@ -83,9 +86,9 @@ def submit(options: Namespace, console: Console) -> int:
             say(console, f"{options.cluster}: {problem}")
     env = {name: os.environ[name] for name in options.env}
     with jobs.job_client(options.cluster, options.address) as client:
-        job = jobs.submit(client, config, flags, env=env, job=options.job, pages=options.pages)
-        say(console, f"job {job}")
-        return 0 if options.no_follow else _follow(client, job, options)
+        id = jobs.submit(client, job, env=env, id=options.job, pages=options.pages, where=_where(options))
+        say(console, f"job {id}")
+        return 0 if options.no_follow else _follow(client, id, options)
 
 
 @command(argument("job", nargs="?", metavar="JOB", help="default the newest"), CLUSTER)
@@ -99,20 +102,25 @@ def logs(options: Namespace, console: Console) -> int:
 def status(options: Namespace, console: Console) -> None:
     """List the jobs of a cluster."""
     with jobs.job_client(options.cluster, options.address) as client:
-        console.print(jobs.jobs_table(client.list_jobs()))
+        say(console, *jobs.jobs_lines(client.list_jobs()))
 
 
-@command(argument("job", metavar="JOB"), CLUSTER)
+@command(argument("job", nargs="?", metavar="JOB", help="default the newest at work"), CLUSTER)
 def stop(options: Namespace, console: Console) -> None:
     """End a job with a last checkpoint."""
     with jobs.job_client(options.cluster, options.address) as client:
-        jobs.stop(client, options.job, console)
+        jobs.stop(client, options.job or jobs.newest_job(client.list_jobs(), at_work=True), console)
 
 
 def _follow(client: Any, job: str, options: Namespace) -> int:
     try:
         return jobs.follow(client, job, lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt:
-        where = f" --cluster {shlex.quote(options.cluster)}" if options.cluster else ""
-        where += f" --address {options.address}" if options.address else ""
-        raise KeyboardInterrupt(f"the job continues: sigray logs{where} {job}, sigray stop{where} {job}") from None
+        words = shlex.join([*_where(options), job])
+        raise KeyboardInterrupt(f"the job continues: sigray logs {words}, sigray stop {words}") from None
+
+
+def _where(options: Namespace) -> list[str]:
+    """Return the options that name the cluster."""
+    given = {"--cluster": options.cluster, "--address": options.address}
+    return [word for name, value in given.items() if value for word in (name, value)]

@@ -12,14 +12,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 Run = Callable[[Namespace, Console], int | None]
+JobOf = Callable[[Namespace], Any]  # returns a `Job` of orchestrator/cluster/jobs.py
 Argument = Callable[[Any], object]  # adds an argument to a parser
 Command = Callable[[Any], None]  # adds a parser to argparse's subparsers
 
 
-def command(*arguments: Argument, name: str | None = None, usage: str | None = None) -> Callable[[Run], Command]:
+def command(
+    *arguments: Argument, name: str | None = None, usage: str | None = None, job: JobOf | None = None
+) -> Callable[[Run], Command]:
     """Make a command of a function that returns the exit code, or None for 0.
 
     The function's docstring is the help: one sentence; then examples, what the command does, exit codes.
+
+    Args:
+        job: returns the command as a job, for `sigray submit`; it makes the command's own checks.
     """
 
     def decorate(run: Run) -> Command:
@@ -35,7 +41,7 @@ def command(*arguments: Argument, name: str | None = None, usage: str | None = N
             )
             for add in arguments:
                 add(parser)
-            parser.set_defaults(run=run)
+            parser.set_defaults(run=run, job_of=job)
 
         return add_to
 

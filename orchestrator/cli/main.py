@@ -4,19 +4,21 @@ A command is a function in a file of this folder; its docstring is its help. A c
 function, so that `--help` and a config error answer at once.
 """
 
+import os
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from sigray.orchestrator.cli.chaos import chaos
-from sigray.orchestrator.cli.checkpoint import evaluate, export
+from sigray.orchestrator.cli.checkpoint import evaluate, export, fetch
 from sigray.orchestrator.cli.cluster import check, logs, status, stop, submit
-from sigray.orchestrator.cli.command import Command
+from sigray.orchestrator.cli.command import Command, say
 from sigray.orchestrator.cli.data import audit, inspect, tokenizer
 from sigray.orchestrator.cli.pages import monitor, pages, report
 from sigray.orchestrator.cli.plan import config, plan
 from sigray.orchestrator.cli.profile import profile
 from sigray.orchestrator.cli.train import embed, resume, train
+from sigray.orchestrator.cluster.jobs import RESULT
 from sigray.orchestrator.plain_console import PlainConsole
 
 _DESCRIPTION = """\
@@ -38,7 +40,7 @@ Exit codes: 0 done; 1 the run failed; 2 the command, config, data or storage can
 """
 # ValueError and OSError: the user's config, data or storage. RuntimeError: a missing tool, a failed run.
 EXIT_CODES: dict[type[BaseException], int] = {ValueError: 2, OSError: 2, RuntimeError: 1, KeyboardInterrupt: 130}
-COMMANDS = [train, resume, evaluate, export, report, embed, config, plan, profile, chaos]
+COMMANDS = [train, resume, evaluate, export, fetch, report, embed, config, plan, profile, chaos]
 CLUSTER_COMMANDS = [submit, logs, status, stop, monitor, pages]
 GROUPS = {
     "cluster": ([check], "Check cluster files."),
@@ -59,14 +61,22 @@ def main(
         more_pages: returns the kinds of live pages besides those of runs.
     """
     parser = _parser([*COMMANDS, *CLUSTER_COMMANDS, *more])
-    # argparse ends a list of overrides at the first option, but `train x.yaml --overwrite run.name=a` is to work too.
-    options, rest = parser.parse_known_args(arguments, Namespace(more_pages=more_pages))
-    if any(word.startswith("-") for word in rest) or (rest and not hasattr(options, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        options.overrides += rest
+
+    def parse(words: Sequence[str] | None) -> Namespace:
+        # argparse ends a list of overrides at the first option, but `train x.yaml --overwrite run.name=a` works too.
+        options, rest = parser.parse_known_args(words, Namespace(more_pages=more_pages, parse=parse))
+        if any(word.startswith("-") for word in rest) or (rest and not hasattr(options, "overrides")):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        if rest:
+            options.overrides += rest
+        return options
+
+    options = parse(arguments)
     try:
-        return options.run(options, PlainConsole()) or 0
+        code = options.run(options, PlainConsole()) or 0
+        if code == 0 and RESULT in os.environ:
+            say(PlainConsole(), f"use the result: {os.environ[RESULT]}")
+        return code
     except tuple(EXIT_CODES) as error:  # a message, no traceback
         message = str(error) or ("interrupted" if isinstance(error, KeyboardInterrupt) else "")
         PlainConsole(stderr=True).print(f"sigray: {message}", style="red", soft_wrap=True)

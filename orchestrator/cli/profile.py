@@ -1,11 +1,25 @@
 """`sigray profile`."""
 
 from argparse import Namespace
+from dataclasses import replace
 
 from rich.console import Console
 
 from sigray.orchestrator.cli.command import CONFIG, OVERRIDES, argument, command, positive_int, say
+from sigray.orchestrator.cluster.jobs import Job, config_job
 from sigray.orchestrator.config import load_config
+
+
+def _profile_job(options: Namespace) -> Job:
+    job = config_job("profile", options, ["--steps", str(options.steps), "--warm-up", str(options.warm_up)])
+    from sigray.orchestrator.run.profile import profile_config
+    from sigray.workers.training.profile import FOLDER, Profile
+
+    profile = Profile(options.warm_up, options.steps)
+    config = profile_config(load_config(options.config, options.overrides), profile)
+    name = config.run.name
+    result = ["fetch", f"{config.storage_uri}/{FOLDER}", f"{name}-traces"]
+    return replace(job, name=name, page=f"/runs/{name}", storage=config.storage_uri, result=result)
 
 
 @command(
@@ -13,6 +27,7 @@ from sigray.orchestrator.config import load_config
     OVERRIDES,
     argument("--steps", type=positive_int, default=10, metavar="N", help="profiled steps (default 10)"),
     argument("--warm-up", type=positive_int, default=10, metavar="N", help="steps before them (default 10)"),
+    job=_profile_job,
 )
 def profile(options: Namespace, console: Console) -> None:
     """Run some steps and show the time of each part: table, picture, traces.
@@ -24,7 +39,7 @@ def profile(options: Namespace, console: Console) -> None:
 
     Trains with the workers and data of the config, under the name NAME-profile: warm-up steps, the profiled steps, and
     one step with a checkpoint, which is deleted at the end. Prints the time of each part of a step, and writes into the
-    run's folder:
+    run's folder and storage:
       profile/step.png                a bar for each rank
       profile/rank-0000.json.gz       each rank's trace, for ui.perfetto.dev or chrome://tracing
       profile/rank-0000-steps.json    the parts of each step in seconds, from that trace

@@ -1,19 +1,26 @@
 """`sigray train`, `sigray resume` and `sigray embed`."""
 
 from argparse import Namespace
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
 
 from sigray.orchestrator.cli.command import CONFIG, OVERRIDES, RUN, argument, command, say
-from sigray.orchestrator.config import RunConfig, load_config, override
+from sigray.orchestrator.cluster.jobs import Job, can_read, config_job, place_job
+from sigray.orchestrator.config import ConfigError, RunConfig, check_resume, load_config, override
 from sigray.orchestrator.formatting import format_duration
+
+
+def _train_job(options: Namespace) -> Job:
+    return config_job("train", options, ["--overwrite"] if options.overwrite else [])
 
 
 @command(
     CONFIG,
     OVERRIDES,
     argument("--overwrite", action="store_true", help="delete an earlier run of the same name first"),
+    job=_train_job,
 )
 def train(options: Namespace, console: Console) -> int:
     """Start a run from a YAML file, or continue it.
@@ -22,6 +29,7 @@ def train(options: Namespace, console: Console) -> int:
       sigray train examples/emoji_cpu.yaml
       sigray train my_run.yaml optim.lr=5e-4 run.name=b             override any key of the YAML
       sigray train my_run.yaml cluster.address=auto                 on a running Ray cluster
+      sigray train s3://bucket/sweeps/a/best.yaml                   the best configuration of a sweep
 
     If the run exists, the command continues it from its newest checkpoint. Ctrl-C writes a checkpoint and ends the run.
     docs/config.md explains each key.
@@ -32,7 +40,15 @@ def train(options: Namespace, console: Console) -> int:
     return _finish(train(config, console, overwrite=options.overwrite), config, console)
 
 
-@command(RUN, OVERRIDES)
+def _resume_job(options: Namespace) -> Job:
+    job = place_job("resume", options.run_folder, "run", options.overrides)
+    if not can_read(job.storage):
+        return job
+    config = _resumed(options)[1]
+    return replace(job, home="run.dir" if config.run.storage else "")
+
+
+@command(RUN, OVERRIDES, job=_resume_job)
 def resume(options: Namespace, console: Console) -> int:
     """Continue a run from its newest checkpoint.
 
@@ -40,16 +56,32 @@ def resume(options: Namespace, console: Console) -> int:
       sigray resume runs/emoji_cpu
       sigray resume s3://bucket/runs/a cluster.num_workers=4        docs/operations.md lists what may change
     """
-    from sigray.orchestrator.run_folder import read_run
-
-    saved = read_run(options.run_folder)
-    config = override(saved, options.overrides, options.run_folder)
+    saved, config = _resumed(options)
     from sigray.orchestrator.run.driver import train
 
     return _finish(train(config, console, resume_from=saved), config, console)
 
 
-@command(CONFIG, OVERRIDES)
+def _resumed(options: Namespace) -> tuple[RunConfig, RunConfig]:
+    """Return the saved config of a run, and the config to continue with."""
+    from sigray.orchestrator.run_folder import read_run
+
+    saved = read_run(options.run_folder)
+    config = override(saved, options.overrides, options.run_folder)
+    check_resume(saved, config)
+    return saved, config
+
+
+def _embed_job(options: Namespace) -> Job:
+    job = config_job("embed", options, has_run=False)
+    store = load_config(options.config, options.overrides).embeddings.store
+    if store is None:
+        raise ConfigError(f"{options.config}: embeddings.store is not set: set embeddings.store=s3://bucket/embeddings")
+    result = ["submit", "--", "train", options.config, *options.overrides]
+    return replace(job, name=f"{job.name}-embed", page="/", storage=store, result=result)
+
+
+@command(CONFIG, OVERRIDES, job=_embed_job)
 def embed(options: Namespace, console: Console) -> None:
     """Compute a locked image tower's embeddings once, into a store.
 

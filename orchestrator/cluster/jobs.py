@@ -1,18 +1,18 @@
-"""Run training as Ray Jobs on a cluster that is up: submit, follow, list, stop.
+"""Run commands as Ray Jobs on a cluster that is up: submit, follow, list, stop.
 
-A job carries this package, the resolved config and the small files that the config names. The job's working directory
-is first on the path of its processes, so the carried package wins over an installed one. The cluster's environment must
-be the pinned one; the job ends with a list of the differences otherwise. The driver runs on the head and needs no
-terminal: `sigray logs` follows a job from any terminal.
+A job carries this package, the config with its overrides, and the small files that the config names. The job's working
+directory is first on the path of its processes, so the carried package wins over an installed one. The cluster's
+environment must be the pinned one; the job ends with a list of the differences otherwise. The driver runs on the head
+and needs no terminal: `sigray logs` follows a job from any terminal.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
+import copy
+import json
 import os
-import re
 import shlex
 import shutil
 import socket
@@ -20,26 +20,29 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 import sigray
 from sigray.orchestrator.address import dashboard_url
-from sigray.orchestrator.config import FILES, ConfigError, RunConfig, load_config
+from sigray.orchestrator.cluster.job_files import JobFiles, is_shared
+from sigray.orchestrator.config import ConfigError, RunConfig, override_of, parse_config, put, read_run_file
 from sigray.orchestrator.formatting import format_duration
-from sigray.workers.config import SUBFOLDERS
+from sigray.orchestrator.secrets import secrets_of
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 DEFAULT_PAGES = "http://127.0.0.1:3001"  # port of `sigray monitor`'s run pages, and the forwarded one
 _PACKAGE = Path(sigray.__file__).parent
 _REQUIREMENTS = _PACKAGE.parents[1] / "requirements.txt"  # in a checkout; an installed wheel has none
-_CONFIG = "sigray-config.yaml"
-_MAX_FILE_MIB = 16  # of a file that a job carries
+FILE = "sigray-job.yaml"
+RESULT = "SIGRAY_JOB_RESULT"
+"""Variable of a job with its last line: the command that uses the result."""
 _STOP_S = 120  # for the last checkpoint, before Ray kills a stopped job
 _AWAY_S = 300.0  # without an answer from the cluster, before following a job fails
 _TUNNEL_S = 60.0  # for ssh to connect
@@ -47,87 +50,153 @@ _TUNNEL_S = 60.0  # for ssh to connect
 _PINNED = ("ray", "torch", "torchvision", "open-clip-torch", "timm", "numpy", "tokenizers", "simplejpeg", "pillow")
 
 
-def check_job(path: str, overrides: list[str]) -> RunConfig:
-    """Load the config of a run before its submission.
+@dataclass(frozen=True)
+class Job:
+    """A command that runs on a cluster, checked here.
+
+    Attributes:
+        name: on the Jobs page of Ray's dashboard.
+        words: of the command on the head, which runs in the job's folder.
+        page: path of its live page.
+        storage: URL or folder of its result.
+        result: words of the command that uses the result from the user's machine.
+        file: content of the YAML that the words name as `FILE`; None without one.
+        files: what the config names.
+        home: the key of the local folder, which is then below the head's home.
+    """
+
+    name: str
+    words: list[str]
+    page: str
+    storage: str
+    result: list[str]
+    file: dict[str, Any] | None = None
+    files: JobFiles = field(default_factory=JobFiles)
+    home: str = ""
+
+
+def config_job(command: str, options: Namespace, flags: Sequence[str] = (), *, has_run: bool = True) -> Job:
+    """Return the job of a command that takes a run's YAML and overrides.
+
+    Args:
+        has_run: the command writes checkpoints, so the hosts need one place for them.
 
     Raises:
-        ConfigError: `sigray train` would refuse the config, or a file that it names cannot be carried.
+        ConfigError: `sigray train` would refuse the config, or the cluster cannot read a file that it names.
     """
-    config = load_config(path, overrides)
-    if config.run.storage is None and config.run.dir == str(Path("runs").absolute()):
+    path = str(options.config)
+    content = read_run_file(path)
+    for text in options.overrides:
+        put(content, *override_of(text), path)
+    config = parse_config(copy.deepcopy(content), path)
+    home = "run.dir" if drop_local(content["run"]) else ""
+    if has_run and home and config.run.storage is None:
         remedy = "set run.storage=s3://bucket/runs or a folder that all hosts see"
-        why = "the hosts of a cluster need one place for checkpoints"
-        raise ConfigError(f"{path}: run.storage is not set: {why}; {remedy}")
-    for name in _local_files(config):
-        if not Path(name).is_file():
-            raise ConfigError(f"{path}: {name} does not exist")
-        if Path(name).stat().st_size > _MAX_FILE_MIB << 20:
-            problem = f"{name} is larger than {_MAX_FILE_MIB} MiB: put the file on storage that all hosts see"
-            raise ConfigError(f"{path}: {problem}")
-    return config
+        raise ConfigError(
+            f"{path}: run.storage is not set: the hosts of a cluster need one place for checkpoints; {remedy}"
+        )
+    files = JobFiles()
+    content = files.settle(RunConfig, content)
+    files.check(path)
+    name = config.run.name
+    place = config.storage_uri
+    return Job(name, [command, FILE, *flags], f"/runs/{name}", place, ["export", place], content, files, home)
 
 
-def _local_files(config: RunConfig) -> list[str]:
-    """Return the small files that a job carries: tokenizer and class lists."""
-    names = [spec.classes for spec in config.eval.sets.values() if spec.classes and spec.classes != SUBFOLDERS]
-    if config.model.tokenizer != "open_clip":
-        names.append(config.model.tokenizer)
-    return sorted({name for name in names if "://" not in name})
+def place_job(command: str, place: str, kind: str, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -> Job:
+    """Return the job of a command that takes the storage of a run or sweep.
 
+    Args:
+        command: and the option that takes the place, if any.
+        kind: run or sweep.
 
-def stage(config: RunConfig, folder: Path) -> None:
-    """Fill a job's working directory: package, config, and the files it names.
-
-    Each file is below the hash of its content, so another content has another path.
+    Raises:
+        ConfigError: the cluster cannot see the place, or a file that an override names.
     """
+    if not is_shared(place):
+        raise ConfigError(
+            f"{place} is a folder of this machine, which the cluster does not see: give the storage of the {kind}, as "
+            f"s3://bucket/{kind}s/NAME, or an absolute path that all hosts see"
+        )
+    place = place.rstrip("/")
+    files = JobFiles()
+    words = [*command.split(), place]
+    for text in overrides:
+        key, value = override_of(text)
+        if found := list(secrets_of({key: value})):
+            raise ConfigError(f"an override holds credentials, which must not be sent with a job: {found[0]}")
+        settled = files.settle_keys({key: value})[key]
+        words.append(text if settled == value else f"{key}={json.dumps(settled)}")
+    files.check(f"sigray {command}")
+    storage = place.partition("/checkpoints/")[0]
+    name = storage.rpartition("/")[2]
+    return Job(name, [*words, *flags], f"/{kind}s/{name}", storage, ["export", storage], files=files)
+
+
+def can_read(place: str) -> bool:
+    """Return whether a shared place can be read here, and not on the hosts only."""
+    return "://" in place or Path(place).exists()
+
+
+def drop_local(section: dict[str, Any], key: str = "dir") -> bool:
+    """Drop a local folder of this machine; return whether the head gives another one."""
+    return not is_shared(section.get(key)) and section.pop(key, "") is not None
+
+
+def stage(job: Job, folder: Path) -> None:
+    """Fill a job's working directory: package, YAML, and the files it names."""
     # copytree follows links, so a checkout and an installed wheel give the same folder.
     shutil.copytree(_PACKAGE, folder / "sigray", ignore=shutil.ignore_patterns("__pycache__", "*.so", ".*"))
-    content = config.to_yaml()
-    for name in _local_files(config):
-        data = Path(name).read_bytes()
-        place = f"{FILES}/{hashlib.sha256(data).hexdigest()[:16]}/{Path(name).name}"
-        (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        (folder / place).write_bytes(data)
-        content = re.sub(rf"(:\s+){re.escape(name)}$", rf"\g<1>{place}", content, flags=re.MULTILINE)
-    assert not any(name in content for name in _local_files(config)), "a local path is left"
-    (folder / _CONFIG).write_text(content)
+    for name, data in job.files.carried.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    if job.file is not None:
+        (folder / FILE).write_text(yaml.safe_dump(job.file, sort_keys=False, allow_unicode=True))
     if _REQUIREMENTS.exists():
         shutil.copy(_REQUIREMENTS, folder)
 
 
 def submit(
     client: Any,
-    config: RunConfig,
-    options: list[str],
+    job: Job,
     *,
     env: dict[str, str] | None = None,
-    job: str | None = None,
+    id: str | None = None,
     pages: str = DEFAULT_PAGES,
+    where: Sequence[str] = (),
 ) -> str:
-    """Upload and start a run; return the job's id.
+    """Upload and start a job; return its id.
 
     Args:
         client: Ray's JobSubmissionClient.
-        config: the result of `check_job`.
-        options: options of `sigray train`, such as --overwrite.
         env: variables of the run's processes; Ray's dashboard shows a browser only their names.
-        job: the job's id; by default the run's name and the time.
+        id: by default the job's name and the time.
         pages: address of the run pages, as the browser that shows the dashboard reaches them.
+        where: options that name the cluster, for the command that uses the result.
+
+    Raises:
+        ConfigError: the command or the metadata hold a secret.
     """
-    words = shlex.join(["python", "-m", "sigray.tuning.cli", "train", _CONFIG, *options])
-    if config.run.dir == str(Path("runs").absolute()):
-        words += ' run.dir="$HOME/sigray-runs"'  # on the head: Ray deletes the job's working directory
-    tracking = {"PYTHONUNBUFFERED": "1", "RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}
+    words = shlex.join(["python", "-m", "sigray.tuning.cli", *job.words])
+    if job.home:  # Ray deletes the job's working directory
+        words += f' {job.home}="$HOME/sigray-{"runs" if job.home == "run.dir" else "sweeps"}"'
+    command, *rest = job.result
+    result = shlex.join(["sigray", command, *(where if command == "submit" else ()), *rest])
+    # Ray's dashboard lists a job by its job_name, and shows the first lines of all metadata on the job's page.
+    page = f"{pages.rstrip('/')}{job.page}"
+    metadata = {"page": page, "job_name": job.name, "storage": job.storage, "result": result}
+    if found := list(secrets_of([*job.words, *metadata.values(), *([id] if id else [])])):
+        raise ConfigError(f"the command holds {found[0].partition(': ')[2]}, which must not be sent with a job")
+    tracking = {"PYTHONUNBUFFERED": "1", "RAY_TRAIN_ENABLE_STATE_TRACKING": "1", RESULT: result}
     variables = tracking | {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_S)} | (env or {})
-    page = f"{pages.rstrip('/')}/runs/{config.run.name}"
+    check = shlex.join(["python", "-m", "sigray.orchestrator.cluster.jobs", job.words[0], job.name])
     with tempfile.TemporaryDirectory(prefix="sigray-job-") as folder:
-        stage(config, Path(folder))
+        stage(job, Path(folder))
         return client.submit_job(
-            entrypoint=f"python -m sigray.orchestrator.cluster.jobs && exec {words}",
-            submission_id=job or f"{config.run.name}-{time.strftime('%m%d-%H%M%S')}",
+            entrypoint=f"{check} && exec {words}",
+            submission_id=id or f"{job.name}-{time.strftime('%m%d-%H%M%S')}",
             runtime_env={"working_dir": folder, "env_vars": variables},
-            # Ray's dashboard lists a job by its job_name, and shows the first lines of all metadata on the job's page.
-            metadata={"page": page, "job_name": config.run.name, "storage": config.storage_uri},
+            metadata=metadata,
         )
 
 
@@ -180,29 +249,29 @@ def _no_such_job(job: str) -> ConfigError:
     return ConfigError(f"there is no job {job!r}; `sigray status` lists the jobs")
 
 
-def jobs_table(jobs: list[Any]) -> Table:
-    """Return a table of a cluster's jobs, newest first."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("job", "status", "started", "took", "run"):
-        table.add_column(column, overflow="fold")
+def jobs_lines(jobs: list[Any]) -> list[str]:
+    """Return aligned lines on a cluster's jobs, newest first; ids are never cut."""
+    rows = [("job", "status", "started", "took", "storage")]
     for job in _newest_first(jobs):
         begin = (job.start_time or 0) / 1000
         started = time.strftime("%Y-%m-%d %H:%M", time.localtime(begin))
         took = format_duration((job.end_time / 1000 if job.end_time else time.time()) - begin)
         storage = (job.metadata or {}).get("storage", "")
-        table.add_row(job.submission_id, job.status.value.lower(), started, took, storage)
-    return table
+        rows.append((job.submission_id, job.status.value.lower(), started, took, storage))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def newest_job(jobs: list[Any]) -> str:
-    """Return the id of the newest job.
+def newest_job(jobs: list[Any], *, at_work: bool = False) -> str:
+    """Return the id of the newest job, or of the newest that has not ended.
 
     Raises:
-        ConfigError: the cluster has no job.
+        ConfigError: the cluster has no such job.
     """
     for job in _newest_first(jobs):
-        return str(job.submission_id)
-    raise ConfigError("the cluster has no job")
+        if not (at_work and job.status.is_terminal()):
+            return str(job.submission_id)
+    raise ConfigError("no job of the cluster is at work" if at_work else "the cluster has no job")
 
 
 def _newest_first(jobs: list[Any]) -> list[Any]:
@@ -322,8 +391,8 @@ def _main() -> int:
         print("sigray: the cluster's environment differs from requirements.txt; run clusters/setup.sh on each node:")
         print("\n".join(f"  {line}" for line in differences), flush=True)
         return 2
-    config = yaml.safe_load(Path(_CONFIG).read_text())
-    print(f"job of run {config['run']['name']} on {socket.gethostname()}", flush=True)
+    command, name = sys.argv[1:]
+    print(f"sigray {command} {name} as a job on {socket.gethostname()}", flush=True)
     return 0
 
 

@@ -44,7 +44,7 @@ from sigray.workers.checkpoint.index import newest_checkpoint
 from sigray.workers.checkpoint.lease import is_driven
 from sigray.workers.storage import Storage
 
-PLACES = ("~/sigray-runs", "runs", "sweeps")
+PLACES = ("~/sigray-runs", "~/sigray-sweeps", "runs", "sweeps")
 """Default places: of jobs on a head, and of commands started here."""
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a name; it cannot lead out of a folder
 _MAX_PARTS = 4

@@ -9,6 +9,7 @@ finish     figures of the newest checkpoint, summary, report
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from sigray.orchestrator.run.supervisor import Supervisor
 from sigray.orchestrator.run.trackers import RunRecords
 from sigray.orchestrator.run.trial import Rungs, Trial
 from sigray.orchestrator.run.worker_group import WorkerGroup
-from sigray.orchestrator.run_folder import CONFIG, RunFolder, left_message, read_run
+from sigray.orchestrator.run_folder import CONFIG, RunFolder, evaluation_name, left_message, read_run
 from sigray.workers.checkpoint.index import CheckpointInfo
 from sigray.workers.checkpoint.lease import RunLease
 
@@ -164,4 +165,9 @@ def evaluate(config: RunConfig, info: CheckpointInfo, console: Console) -> dict[
     if (folder.path / CONFIG).exists():
         folder.save_evaluation(result)
         write_report(folder.path)
+    if str(folder.path) != folder.storage.root:
+        try:
+            folder.storage.write(evaluation_name(result["step"]), json.dumps(result).encode())
+        except OSError as error:  # another user's run, for example
+            display.say(f"the result is not kept with the run: {folder.storage.uri}: {error}")
     return result

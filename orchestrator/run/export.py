@@ -1,6 +1,7 @@
 """`sigray export`: write a run's checkpoint for other programs, with a model card.
 
-The folder is written under a temporary name and renamed at the end, so a folder with the final name is complete.
+The folder is written under a temporary name and renamed at the end, so a folder with the final name is complete. In a
+bucket, the model card is written last.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ _SOME_TEXTS = ("a photo of a cat", "two dogs, one ball", "rain")
 
 
 def export_run(
-    config: RunConfig, info: CheckpointInfo, form: str, out: Path | None, *, overwrite: bool
-) -> tuple[Path, list[str]]:
-    """Write a checkpoint as `workers/model/export.py` can; return folder and remarks.
+    config: RunConfig, info: CheckpointInfo, form: str, out: str | None, *, overwrite: bool
+) -> tuple[str, list[str]]:
+    """Write a checkpoint as `workers/model/export.py` can; return place and remarks.
 
     An open_clip export is loaded again and its features are compared.
 
     Args:
         form: open_clip, safetensors or onnx.
-        out: the folder to write; None: RUN/export/FORM.
+        out: the folder to write, or its s3:// URL; None: RUN/export/FORM.
         overwrite: delete an earlier export first.
 
     Raises:
@@ -50,16 +51,16 @@ def export_run(
     from sigray.workers.model.init_weights import build_trained_model
     from sigray.workers.model.towers import num_parameters
 
-    path = (out or config.folder / "export" / form).absolute()
-    if path.exists() and not overwrite:
-        raise ConfigError(f"{path} exists: give another --out, or --overwrite")
-    if path.exists():
-        place = Storage(path)
+    place = Storage(out or config.folder / "export" / form)
+    path = Path(place.root)
+    if place.exists("") and not overwrite:
+        raise ConfigError(f"{place.uri} exists: give another --out, or --overwrite")
+    if place.exists(""):
         check_inputs(place, config.model_dump(mode="json", exclude={"run"}))
         others = [name for name in place.walk() if not any(fnmatch.fnmatch(name, known) for known in EXPORTED)]
-        if others or path.is_symlink() or not path.is_dir():
+        if others or (place.is_local and (path.is_symlink() or not path.is_dir())):
             what = first_ten(others) or "it is a file or link"
-            raise ConfigError(f"{path} is no folder of an export: {what}. Give another --out")
+            raise ConfigError(f"{place.uri} is no folder of an export: {what}. Give another --out")
     if form == "open_clip" and config.model.image_tower is not None:
         raise ConfigError(
             f"open_clip has no image tower of other packages (model.image_tower={config.model.image_tower}): "
@@ -67,9 +68,10 @@ def export_run(
         )
     run = RunFolder(config)
     module = build_trained_model(run.storage, info, config.model).eval()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if place.is_local:
+        path.parent.mkdir(parents=True, exist_ok=True)
     remarks = []
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as parent:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent if place.is_local else None) as parent:
         staging = Path(parent) / path.name
         staging.mkdir(mode=0o755)
         EXPORTERS[form](module, config.model, staging)
@@ -96,10 +98,16 @@ def export_run(
         (staging / CARD).write_text(
             model_card(config, info, form, run.manifest(), _figures(run, info), num_parameters(module), remarks)
         )
-        if path.exists():
-            shutil.rmtree(path)
-        staging.rename(path)
-    return path, remarks
+        if place.is_local:
+            if path.exists():
+                shutil.rmtree(path)
+            staging.rename(path)
+        else:  # the card comes last: with it, the export is complete
+            place.delete(CARD)
+            place.delete_files(place.walk())
+            for file in sorted(staging.iterdir(), key=lambda file: file.name == CARD):
+                place.upload(file, file.name)
+    return place.uri, remarks
 
 
 def model_card(

@@ -19,7 +19,7 @@ from sigray.workers.training.profile import FOLDER, PARTS, Profile, RankProfile
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PICTURE = "step.png"
+PICTURE, TIMELINE = "step.png", "ray_timeline.json"
 _COLORS = {
     "data wait": (SERIES[5], 1.0),
     "to device": (SERIES[4], 1.0),
@@ -97,6 +97,9 @@ def profile_run(config: RunConfig, profile: Profile, console: Console) -> tuple[
     split = split_of(ranks)
     place = folder.path / FOLDER
     png(lambda figure: draw(figure, split), place / PICTURE)
+    if str(folder.path) != folder.storage.root:
+        for file in (place / PICTURE, place / TIMELINE):
+            folder.storage.upload(file, f"{FOLDER}/{file.name}")
     return split, place
 
 

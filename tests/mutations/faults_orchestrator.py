@@ -19,6 +19,7 @@ _PROFILE = "tests/orchestrator/run/test_profile.py"
 _REPORT = "tests/orchestrator/reports/test_run_page.py"
 _PENDING = "tests/orchestrator/cluster/test_pending.py"
 _SECRETS = "tests/orchestrator/test_secrets.py"
+_JOB_FILES = "tests/orchestrator/cluster/test_job_files.py"
 _SUBMIT = "tests/orchestrator/cluster/test_jobs.py"
 
 FAULTS = [
@@ -343,6 +344,27 @@ FAULTS = [
         "chips // tpu",
         "chips // chips // tpu",
         (f"{_PENDING}::test_the_autoscaler_is_found_by_its_process",),
+    ),
+    Fault(
+        "a job names files of the user's machine",
+        "sigray.orchestrator.cluster.job_files:JobFiles._settle_path",
+        "if not is_shared(path)",
+        "if not path",
+        (f"{_JOB_FILES}::test_a_file_that_the_hosts_cannot_see_is_refused_by_its_key",),
+    ),
+    Fault(
+        "a key is uploaded in a file",
+        "sigray.orchestrator.secrets:secret_in_file",
+        "[:2]",
+        "[:0]",
+        (f"{_JOB_FILES}::test_a_carried_file_may_hold_no_key",),
+    ),
+    Fault(
+        "`stop` takes a job that has ended",
+        "sigray.orchestrator.cluster.jobs:newest_job",
+        "at_work and job",
+        "not at_work and job",
+        (f"{_SUBMIT}::test_ids_are_whole_and_the_newest_job_is_taken",),
     ),
     Fault(
         "another version than the pinned one is not named",

@@ -6,22 +6,28 @@ import inspect
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ray.job_submission import JobDetails, JobStatus
 
-from sigray.orchestrator.cluster.jobs import check_job, environment_differences, stage, submit
-from sigray.orchestrator.config import FILES, ConfigError, check_resume, load_config
+from sigray.orchestrator.carried_files import FILES
+from sigray.orchestrator.cli.main import CLUSTER_COMMANDS, COMMANDS, _parser
+from sigray.orchestrator.cluster.jobs import FILE, Job, environment_differences, jobs_lines, newest_job, stage, submit
+from sigray.orchestrator.config import ConfigError, check_resume, load_config
 from sigray.orchestrator.reports.http_server import serve
 from sigray.orchestrator.reports.live_server import RUNS, Pages
-from sigray.tuning.cli import main
+from sigray.tuning.cli import main, sweep
+from sigray.tuning.study import load_study
 from tests.helpers.data import TOWERS, write_dataset
 from tests.helpers.head import BIN, Head, ray_head
 from tests.helpers.runs import LIMIT_S
@@ -46,10 +52,32 @@ def run_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run.yaml"
 
 
-def test_what_a_job_carries(run_config, tmp_path):
-    config = check_job(str(run_config), [])
-    stage(config, tmp_path)
-    staged = load_config(tmp_path / "sigray-config.yaml")
+@pytest.fixture(scope="module")
+def study(run_config: Path) -> Path:
+    """A study of two batch sizes of the run, with a large scale."""
+    content = {
+        "name": "tiny",
+        "base": "run.yaml",
+        "metric": "zero_shot.colours.top1",
+        "budget": 64,
+        "space": {"train.global_batch_size": {"grid": [8, 16]}},
+        "scales": {"large": {"budget": 128}},
+    }
+    run_config.with_name("study.yaml").write_text(yaml.safe_dump(content))
+    return run_config.with_name("study.yaml")
+
+
+def job_of(*words: object) -> Job:
+    """The job of a command's words, by the parser of the command line."""
+    options = _parser([*COMMANDS, *CLUSTER_COMMANDS, sweep]).parse_args(list(map(str, words)))
+    return options.job_of(options)
+
+
+def test_what_a_job_carries(run_config, tmp_path, monkeypatch):
+    config = load_config(run_config)
+    stage(job_of("train", run_config), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    staged = load_config(FILE)
     assert (tmp_path / "sigray" / "tuning" / "cli.py").exists()
     assert not [path for path in tmp_path.rglob("*") if path.is_symlink()]
     assert not list(tmp_path.rglob("__pycache__"))
@@ -60,7 +88,7 @@ def test_what_a_job_carries(run_config, tmp_path):
     carried = list((tmp_path / FILES).rglob("classes.json"))
     assert carried[0].read_bytes() == run_config.with_name("classes.json").read_bytes()
     # The path is relative to the file, so the job can be unpacked in any folder.
-    text = yaml.safe_load((tmp_path / "sigray-config.yaml").read_text())["eval"]["sets"]["colours"]["classes"]
+    text = yaml.safe_load((tmp_path / FILE).read_text())["eval"]["sets"]["colours"]["classes"]
     assert tmp_path / text == carried[0]
     assert staged.train == config.train
     check_resume(config, staged)
@@ -82,19 +110,120 @@ def test_a_carried_file_is_what_it_holds(run_config):
     [
         ("run.storage=null", "run.storage is not set"),
         ("train.global_batch_sise=8", "did you mean 'global_batch_size'"),
-        ("model.tokenizer=nowhere.json", "nowhere.json does not exist"),
+        ("run.storage=runs", "run.storage=runs is a path on this machine"),
+        ("model.tokenizer=nowhere.json", "model.tokenizer=nowhere.json is no file"),
+        ("data.s3.profile=AKIA" + "A" * 16, "data.s3.profile: an Amazon access key"),
     ],
 )
-def test_a_bad_config_is_found_before_the_cluster_is_asked(run_config, change, said, capsys):
+@pytest.mark.parametrize("command", ["train", "profile"])
+def test_a_bad_config_is_found_before_the_cluster_is_asked(run_config, command, change, said, capsys):
     # Nothing listens there: a message about the address would mean that the client called it.
-    assert main(["submit", "--address", "http://127.0.0.1:9", "--", "train", str(run_config), change]) == 2
+    assert main(["submit", "--address", "http://127.0.0.1:9", "--", command, str(run_config), change]) == 2
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [[], ["sweep", "x.yaml"], ["train"], ["train", "x.yaml", "--overwrit"]])
-def test_what_cannot_be_submitted_is_refused(words, capsys):
-    assert main(["submit", "--", *words]) == 2
-    assert "sigray" in capsys.readouterr().err
+PLACE = "/mnt/runs/a"  # of the hosts, and not of this machine
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    ([], "give a command"),
+    (["plan", "run.yaml"], "`sigray plan` cannot be a job: submit takes train, resume, sweep"),
+    (["submit", "--", "train"], "`sigray submit` cannot be a job"),
+    (["resume", "runs/a"], "runs/a is a folder of this machine"),
+    (["eval", "runs/a/checkpoints/step-0000000004"], "a folder of this machine"),
+    (["export", "runs/a"], "a folder of this machine"),
+    (["export", PLACE, "--out", "exported"], "--out exported is a folder of this machine"),
+    (["eval", PLACE, "eval.sets.a.classes=nowhere.txt"], "eval.sets.a.classes=nowhere.txt is no file"),
+    (["eval", PLACE, "data.s3.secret_key=canary"], "data.s3.secret_key: a secret by its name"),
+    (["export", PLACE, "--out", "s3://name:canary@bucket/out"], "name and password in a URL"),
+    (["embed", "CONFIG"], "embeddings.store is not set"),
+    (["sweep", "--plan", "STUDY"], "start no trial"),
+    (["sweep", "--resume", "sweeps/a"], "sweeps/a is a folder of this machine"),
+    (["sweep", "STUDY"], "storage is not set"),
+    (["sweep", "STUDY", "storage=out"], "storage=out is a path on this machine"),
+    (["sweep", "STUDY", "storage=/mnt", "model.tokenizer=nowhere.json"], "model.tokenizer=nowhere.json is no file"),
+    (["sweep", "STUDY", "storage=/mnt", "budged=8"], "did you mean 'budget'"),
+])  # fmt: skip
+def test_what_cannot_be_submitted_is_refused(run_config, study, words, said, capsys, monkeypatch):
+    monkeypatch.setattr("sigray.orchestrator.cluster.jobs.job_client", lambda *_: nullcontext(Recorder("canary")))
+    paths = {"CONFIG": str(run_config), "STUDY": str(study)}
+    assert main(["submit", "--", *(paths.get(word, word) for word in words)]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert "canary" not in told
+
+
+def test_each_command_is_a_job(run_config, study):
+    """The words on the head, the page, and the command that uses the result."""
+    tower = ["model.image_tower=/mnt/tower.pt", "model.locked=[visual]", "embeddings.store=s3://b/store"]
+    storage = f"{run_config.parent}/storage/job"
+    expected = {
+        ("train", run_config, "--overwrite"): ("train FILE --overwrite", "/runs/job", f"export {storage}"),
+        ("profile", run_config, "--steps=1", "--warm-up=1"): (
+            "profile FILE --steps 1 --warm-up 1",
+            "/runs/job-profile",
+            f"fetch {storage}-profile/profile job-profile-traces",
+        ),
+        ("embed", run_config, *tower): (
+            "embed FILE", "/", f"submit -- train {run_config} {shlex.join(tower)}",
+        ),
+        ("resume", PLACE, "optim.lr=1"): (f"resume {PLACE} optim.lr=1", "/runs/a", f"export {PLACE}"),
+        ("eval", f"{PLACE}/checkpoints/step-0000000004"): (
+            f"eval {PLACE}/checkpoints/step-0000000004", "/runs/a", f"fetch {PLACE}/evaluations",
+        ),
+        ("export", PLACE, "--format=onnx"): (
+            f"export {PLACE} --format onnx --out {PLACE}/export/onnx", "/runs/a", f"fetch {PLACE}/export/onnx",
+        ),
+        ("export", PLACE, "--out=s3://b/out", "--overwrite"): (
+            f"export {PLACE} --format open_clip --out s3://b/out --overwrite", "/runs/a", "fetch s3://b/out",
+        ),
+        ("sweep", study, "storage=s3://b/sweeps", "--overwrite"): (
+            "sweep FILE --overwrite", "/sweeps/tiny", "submit -- train s3://b/sweeps/tiny/best.yaml",
+        ),
+        ("sweep", "--resume", "/mnt/sweeps/tiny", "--retry"): (
+            "sweep --resume /mnt/sweeps/tiny --retry", "/sweeps/tiny", "submit -- train /mnt/sweeps/tiny/best.yaml",
+        ),
+    }  # fmt: skip
+    for words, (command, page, result) in expected.items():
+        job = job_of(*words)
+        found = (shlex.join(job.words).replace(FILE, "FILE"), job.page, shlex.join(job.result))
+        assert found == (command, page, result)
+        assert (job.file is not None) == ("FILE" in command)
+
+
+def test_a_study_goes_to_the_head_as_it_was_checked(run_config, study, tmp_path, monkeypatch):
+    """With its scale, its base run and its files; local folders become those of the head."""
+    job = job_of("sweep", study, "storage=s3://b/sweeps", "scale=large", "optim.lr=0.5")
+    stage(job, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = load_study(study, ["storage=s3://b/sweeps", "scale=large", "optim.lr=0.5"])
+    after = load_study(FILE)
+    assert after.config.budget == before.config.budget == 128
+    assert Path(after.base["eval"]["sets"]["colours"]["classes"]).is_relative_to(tmp_path / FILES)
+    classes = {"eval": None, "run": None}
+    assert after.base | classes == before.base | classes
+    client = Recorder(CANARY)
+    submit(client, job, where=["--cluster", "my cluster.yaml"])
+    assert client.options["entrypoint"].endswith(f'tuning.cli sweep {FILE} dir="$HOME/sigray-sweeps"')
+    use = "sigray submit --cluster 'my cluster.yaml' -- train s3://b/sweeps/tiny/best.yaml"
+    assert client.options["metadata"]["result"] == use
+    assert client.options["runtime_env"]["env_vars"]["SIGRAY_JOB_RESULT"] == use
+
+
+def job(id: str, status: str, start: float) -> Any:
+    status = JobStatus(status)
+    return JobDetails(type="SUBMISSION", submission_id=id, status=status, start_time=start, entrypoint="", metadata={})
+
+
+def test_ids_are_whole_and_the_newest_job_is_taken():
+    old, ended = "a-run-with-a-long-name-" * 6, "b"
+    jobs = [job(old, "RUNNING", 1e12), job(ended, "SUCCEEDED", 2e12)]
+    lines = jobs_lines(jobs)
+    assert [line.split()[0] for line in lines] == ["job", ended, old]
+    assert newest_job(jobs) == ended
+    assert newest_job(jobs, at_work=True) == old
+    with pytest.raises(ConfigError, match="no job of the cluster is at work"):
+        newest_job(jobs[1:], at_work=True)
 
 
 def test_a_cluster_file_that_is_not_there_is_said(run_config, tmp_path, capsys):
@@ -131,7 +260,7 @@ class Recorder:
 def test_a_job_is_placed_on_the_head_and_carries_no_secret(run_config):
     """Ray puts a driver without resources on the head; a value that --env passes is in one place only."""
     client = Recorder(CANARY)
-    submit(client, load_config(run_config), ["--overwrite"], env={"AWS_SECRET_ACCESS_KEY": CANARY})
+    submit(client, job_of("train", run_config), env={"AWS_SECRET_ACCESS_KEY": CANARY})
     assert client.options.keys() == {"entrypoint", "submission_id", "runtime_env", "metadata"}
     assert client.holding == []
     env = client.options["runtime_env"].pop("env_vars")
