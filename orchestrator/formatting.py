@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 NBSP, TIMES = "\u00a0", "\u00d7"
@@ -68,6 +69,48 @@ def short_count(value: float) -> str:
         if value >= size:
             return f"{value / size:g}{letter}"
     return f"{value:g}"
+
+
+def scale(largest: float, unit: str | None) -> tuple[float, str]:
+    """Return by how much to multiply a value of a Grafana unit, and what follows it.
+
+    (2.5e9, 'bytes') -> (1e-9, ' GB'). Units without a rule follow the number: 'cores' -> ' cores'.
+    """
+    unit = unit or "short"
+    if unit in ("percentunit", "percent", "%"):
+        return (100.0 if unit == "percentunit" else 1.0), " %"
+    if unit in ("s", "seconds"):
+        steps = ((172_800, 86_400, "d"), (7200, 3600, "h"), (120, 60, "min"))
+        return next(((1 / size, f" {name}") for least, size, name in steps if largest >= least), (1.0, " s"))
+    known = {"short": "", "none": "", "bytes": "B", "Bps": "B/s", "binBps": "B/s", "gbytes": "GiB", "GBs": "GB/s"}
+    name = known.get(unit, unit.removeprefix("suffix:"))
+    sizes = () if unit in ("gbytes", "GBs") else ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+    size, letter = next((pair for pair in sizes if largest >= pair[0]), (1.0, ""))
+    gap = " " if letter and unit not in known and not name.startswith("/") else ""
+    return 1 / size, f" {letter}{gap}{name}".rstrip()
+
+
+def with_unit(value: float, unit: str | None) -> str:
+    """Format a value with three digits and its unit: (2.5e9, 'bytes') -> '2.5 GB'."""
+    factor, suffix = scale(abs(value), unit)
+    return f"{value * factor:.3g}{suffix}"
+
+
+def ticks(low: float, high: float, unit: str | None) -> list[tuple[float, str]]:
+    """Return at most 6 values for an axis, with texts that differ.
+
+    The values are multiples of 1, 2 or 5 in the unit that the texts show.
+
+    Args:
+        low, high: ends of the axis, low < high.
+    """
+    factor, suffix = scale(max(abs(low), abs(high)), unit)
+    low, high = low * factor, high * factor
+    power = math.floor(math.log10((high - low) / 5))
+    size, step = next((n, n * 10.0**power) for n in (1, 2, 5, 10) if n * 10.0**power >= (high - low) / 5)
+    decimals = max(0, -power - (size == 10))
+    numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    return [(number * step / factor, f"{number * step:,.{decimals}f}{suffix}") for number in numbers]
 
 
 def first_ten(names: Sequence[str]) -> str:

@@ -6,14 +6,21 @@ A small actor on the driver's machine. Trials ask it, the driver reads it, and o
 from __future__ import annotations
 
 import math
+import time
+from collections import Counter
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from sigray.tuning.decide import Rules, decide
-from sigray.tuning.table import Row, Table, Writer
+from sigray.tuning.study import trial_name
+from sigray.tuning.table import Row, Table, Writer, ranking
+from sigray.workers.metrics import REPEAT_S, SweepMetrics
 from sigray.workers.storage import Storage
 
 if TYPE_CHECKING:
     from sigray.workers.training.job import Answer
+
+STATES = ("waiting", "running", "done", "stopped", "failed", "infeasible")
 
 
 class Judge:
@@ -27,19 +34,27 @@ class Judge:
     """
 
     def __init__(self, name: str, uri: str, rules: Rules, num_rungs: dict[int, int]) -> None:
-        self._name, self._rules, self._num_rungs = name, rules, num_rungs
+        self._rules, self._num_rungs = rules, num_rungs
+        self._metrics = SweepMetrics(name)
+        self._exported_at = -math.inf
         self._writer = Writer(Storage(uri))
         self._lines: dict[int, dict[str, float]] = {}
         self._assignments: dict[int, tuple[dict[str, Any], list[Any]]] = {}
         self._is_stopping = False
-        self._gauges: dict[str, Any] = {}
 
     def add(self, *events: dict[str, Any]) -> None:
         """Write events to the table."""
         self._writer.add(*events)
 
-    def table(self) -> tuple[Table, dict[int, dict[str, float]]]:
-        """The table, and the newest line of metrics of each trial."""
+    def table(self, running: Collection[int] | None = None) -> tuple[Table, dict[int, dict[str, float]]]:
+        """The table, and the newest line of metrics of each trial.
+
+        Args:
+            running: the trials that run, for the metrics; None: export none.
+        """
+        if running is not None and time.monotonic() - self._exported_at >= REPEAT_S:
+            self._exported_at = time.monotonic()
+            self._export(running)
         return self._writer.table, self._lines
 
     def assign(self, number: int, stream: list[Any], content: dict[str, Any]) -> None:
@@ -63,9 +78,6 @@ class Judge:
     def heard(self, number: int, line: dict[str, float]) -> bool:
         """Take a trial's line of metrics; returns whether the trial shall stop."""
         self._lines[number] = line
-        for name in ("train/loss", "samples_seen", "throughput/samples_per_s"):
-            if name in line:
-                self._gauge(name.replace("/", "_"), line[name], number)
         return self._is_stopping
 
     def decide(self, number: int, rung: int, samples_seen: int, value: float, more: dict[str, Any]) -> Answer:
@@ -84,7 +96,6 @@ class Judge:
                 raise ValueError(f"the figure of trial {number} is {value}")
             result = {"event": "result", "number": number, "rung": rung, "samples_seen": samples_seen, "value": value}
             self._writer.add(result | more)
-            self._gauge("figure", value, number)
         known = row.results[rung]
         if known.answer is None:
             group = {other.number: other.progress() for other in self._rows() if other.group == row.group}
@@ -103,10 +114,25 @@ class Judge:
     def _row(self, number: int) -> Row:
         return self._writer.table.rows[number]
 
-    def _gauge(self, name: str, value: float, number: int) -> None:
-        """Export a figure to Ray's dashboard as ray_sigray_sweep_NAME, by sweep and trial."""
-        from ray.util.metrics import Gauge
+    def _export(self, running: Collection[int]) -> None:
+        """Set the sweep's metrics on Ray's dashboard."""
+        rows = self._rows()
+        states = Counter(dict.fromkeys(STATES, 0))
+        states.update(state_of(row, row.number in running) for row in rows)
+        seen = {
+            row.number: max(self._lines.get(row.number, {}).get("samples_seen", 0), row.samples_seen) for row in rows
+        }
+        leader = next(iter(ranking(rows)), None)
+        self._metrics.update(
+            {trial_name(row.number): row.results[-1].value for row in rows if row.results},
+            {trial_name(number): samples for number, samples in seen.items() if samples},
+            states,
+            leader.mean if leader is not None and leader.rung >= 0 else None,
+        )
 
-        if name not in self._gauges:
-            self._gauges[name] = Gauge(f"sigray_sweep_{name}", description=name, tag_keys=("sweep", "trial"))
-        self._gauges[name].set(value, tags={"sweep": self._name, "trial": str(number)})
+
+def state_of(row: Row, is_running: bool) -> str:
+    """Return the state of a trial, one of `STATES`."""
+    if row.is_over:
+        return "done" if row.status == "finished" else row.status
+    return "running" if is_running else "waiting"

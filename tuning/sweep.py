@@ -359,8 +359,9 @@ class _Sweep:
         self._looked_at = time.monotonic()
         if self.lease is not None:
             self.lease.check()
-        self.table, lines = ray.get(self._judge.table.remote())
-        self._live.show(self.table, lines, set(self._running.values()))
+        running = set(self._running.values())
+        self.table, lines = ray.get(self._judge.table.remote(running))
+        self._live.show(self.table, lines, running)
         for pool in self._pools.values():
             pool.poll()
 
@@ -418,7 +419,14 @@ class _Sweep:
             num_workers = _num_data_workers(config.data.num_workers)
             blocks = max(config.data.shared_blocks, 2 * window)  # two groups of subscribers at different positions
             data = config.data.model_copy(update={"num_workers": num_workers, "shared_blocks": blocks})
-            self._pools[key] = DataPool(self._manifest(config), data, config.model, seed=config.run.seed, window=window)
+            self._pools[key] = DataPool(
+                self._manifest(config),
+                data,
+                config.model,
+                seed=config.run.seed,
+                window=window,
+                run=self.study.config.name,
+            )
         ray.get(self._judge.assign.remote(number, [self._pools[key].registry], config.model_dump(mode="json")))
 
     def _window(self, config: RunConfig, key: str) -> int:
@@ -465,9 +473,11 @@ class _SweepTrial:
     """A trial as `train` sees it, see `sigray.orchestrator.run.trial.Trial`."""
 
     def __init__(
-        self, judge: Any, number: int, metric: str, rungs: list[int], batch: int, passed: list[int], pool: SharedPool
+        self, judge: Any, number: int, study: Study, rungs: list[int], batch: int, passed: list[int], pool: SharedPool
     ) -> None:
-        self._judge, self._number, self._metric, self.pool = judge, number, metric, pool
+        self._judge, self._number, self.pool = judge, number, pool
+        self._metric = study.config.metric
+        self.name = f"{study.config.name}/{trial_name(number)}"
         self._rung_of_step = {rung_step(samples, batch): rung for rung, samples in enumerate(rungs)}
         self.rungs = tuple(rungs)
         self.passed = frozenset(step for step, rung in self._rung_of_step.items() if rung in passed)
@@ -509,7 +519,7 @@ def _run_trial(config: dict[str, Any], *, judge: Any, study: Study) -> None:
     run = parse_config(content, trial_name(number))
     rungs = study.config.rungs_of(run.train.num_samples)
     pool = SharedPool(stream[0], trial_name(number))
-    trial = _SweepTrial(judge, number, study.config.metric, rungs, run.train.global_batch_size, passed, pool)
+    trial = _SweepTrial(judge, number, study, rungs, run.train.global_batch_size, passed, pool)
     log = run.folder.parent / f"{trial_name(number)}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", buffering=1) as file:

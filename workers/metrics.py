@@ -1,8 +1,9 @@
 """Define every Prometheus metric once: name, unit, meaning, source of its value.
 
 `orchestrator/cluster/prometheus.py` makes the Grafana dashboard and the alert rules from this table. The driver sets
-its own (`RunMetrics`), each data-shard worker its totals (`WorkerMetrics`). Ray exports both to Prometheus, with `ray_`
-before the name and `_total` after a counter's. This module imports Ray only when a metric is set.
+its own (`RunMetrics`), each data-shard worker its totals (`WorkerMetrics`), a sweep's judge those of the sweep
+(`SweepMetrics`). Ray exports them to Prometheus, with `ray_` before the name and `_total` after a counter's. This
+module imports Ray only when a metric is set.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ class Metric:
     meaning: str  # one sentence
     kind: Literal["gauge", "counter"] = "gauge"  # a counter only grows
     key: str = ""  # in a line of metrics (`metrics.jsonl`); "" if the metric is set by name
-    tags: tuple[str, ...] = ()  # labels besides `run`
-    expr: str = "{name}"  # PromQL of the panel; {name} is the exported name
+    tags: tuple[str, ...] = ()  # labels besides that of the owner
+    expr: str = "max by ({labels}) ({name})"  # PromQL of the panel; {name} is the exported name
+    owner: Literal["run", "sweep"] = "run"  # the first label: the name of a run, SWEEP/TRIAL for a trial; or of a sweep
 
     @property
     def exported(self) -> str:
@@ -36,14 +38,30 @@ class Metric:
     @property
     def query(self) -> str:
         """Return the PromQL of the panel."""
-        return self.expr.format(name=self.exported)
+        return self.expr.format(name=self.exported, labels=", ".join(self.labels))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Return the labels that tell the panel's series apart."""
+        return (self.owner, *self.tags)
+
+    @property
+    def legend(self) -> str:
+        """Return Grafana's pattern for the name of a series, SWEEP/TRIAL for a trial."""
+        return " ".join(f"{{{{{label}}}}}" for label in self.labels).replace("}} {{trial}}", "}}/{{trial}}")
 
 
 def _line(key: str, title: str, unit: str, group: str, meaning: str) -> Metric:
     return Metric(f"sigray_{key.replace('/', '_')}", title, unit, group, meaning, key=key)
 
 
-_RATE = "sum by (run) (rate({name}[1m]))"
+def _of_sweep(name: str, title: str, unit: str, meaning: str, *tags: str) -> Metric:
+    return Metric(f"sigray_sweep_{name}", title, unit, "Sweeps", meaning, tags=tags, owner="sweep")
+
+
+_RATE = "sum by ({labels}) (rate({name}[1m]))"
+_AGE = "time() - max by ({labels}) ({name})"
+_SUM = "sum by ({labels}) ({name})"
 METRICS = (
     _line("train/loss", "Loss", "short", "Training", "Of the newest step, over the global batch."),
     _line("train/logit_scale", "Logit scale", "short", "Training", "exp(t'), the temperature's inverse; starts at 10."),
@@ -55,8 +73,8 @@ METRICS = (
     _line("train/grad_norm", "Gradient norm", "short", "Training", "Of all gradients together, before clipping."),
     _line("train/learning_rate", "Learning rate", "short", "Training", "Of the newest step."),
     _line("samples_seen", "Samples seen", "short", "Training", "Pairs that entered a loss since the run began."),
-    _line("throughput/samples_per_s", "Samples per second", "short", "Speed", "Of all training workers."),
-    Metric("sigray_throughput_worker_samples_per_s", "Samples per second and worker", "short", "Speed",
+    _line("throughput/samples_per_s", "Samples per second", "suffix:/s", "Speed", "Of all training workers."),
+    Metric("sigray_throughput_worker_samples_per_s", "Samples per second and worker", "suffix:/s", "Speed",
            "All training workers run in step, so each has its part of the whole."),
     _line("data/wait_pct", "Data wait", "percent", "Speed", "Time that training workers waited for samples."),
     _line("data/queue_batches", "Batches ready", "short", "Speed", "Queued at a training worker, on average."),
@@ -66,18 +84,18 @@ METRICS = (
     _line("data/refused_samples", "Samples refused", "short", "Data", "By this attempt, over all training workers."),
     Metric("sigray_data_refused_by_reason", "Refusals by reason", "short", "Data",
            "Samples that a data-shard worker could not use, and captions that it cut.", "counter", tags=("reason",),
-           expr="sum by (run, reason) ({name})"),
-    Metric("sigray_data_decoded_samples", "Decoded", "short", "Data", "Samples per second over all data-shard workers.",
-           "counter", expr=_RATE),
+           expr=_SUM),
+    Metric("sigray_data_decoded_samples", "Decoded", "suffix:/s", "Data",
+           "Samples per second over all data-shard workers.", "counter", expr=_RATE),
     Metric("sigray_s3_bytes", "S3 bytes", "Bps", "Data", "Bytes per second that data-shard workers read from S3.",
            "counter", expr=_RATE),
     Metric("sigray_s3_retries", "S3 retries", "short", "Data", "Requests that were repeated, by what had failed.",
-           "counter", tags=("failure",), expr="sum by (run, failure) ({name})"),
+           "counter", tags=("failure",), expr=_SUM),
     Metric("sigray_checkpoint_time_s", "Checkpoint age", "s", "Safety", "Since the newest durable checkpoint.",
-           expr="time() - {name}"),
+           expr=_AGE),
     Metric("sigray_checkpoint_every_s", "Checkpoint interval", "s", "Safety", "checkpoint.save_every_s of the config."),
     Metric("sigray_heard_time_s", "Silence", "s", "Safety", "Since the last line of metrics of the training workers.",
-           expr="time() - {name}"),
+           expr=_AGE),
     Metric("sigray_restarts", "Restarts", "short", "Safety", "Attempts that ended before the run.", "counter"),
     Metric("sigray_bad_steps", "Bad steps", "short", "Safety", "Losses or gradients that were not finite, or leapt.",
            "counter"),
@@ -85,6 +103,14 @@ METRICS = (
     Metric("sigray_data_workers", "Data-shard workers", "short", "Safety", "Running or starting."),
     Metric("sigray_zero_shot_top1", "Zero-shot top-1", "percentunit", "Evaluation",
            "Of each set's classes, on the newest evaluated checkpoint.", tags=("set",)),
+    Metric("sigray_retrieval_r1", "Retrieval recall at 1", "percentunit", "Evaluation",
+           "Of each set with captions, on the newest evaluated checkpoint.", tags=("set", "direction")),
+    Metric("sigray_linear_probe_top1", "Linear probe top-1", "percentunit", "Evaluation",
+           "Of each set with linear_probe, on the newest evaluated checkpoint.", tags=("set",)),
+    _of_sweep("best_figure", "Best figure so far", "percentunit", "Of the configuration that leads the sweep's table."),
+    _of_sweep("figure", "Figure by trial", "percentunit", "The study's metric at the trial's last rung.", "trial"),
+    _of_sweep("trials", "Trials by state", "short", "Of those proposed so far.", "state"),
+    _of_sweep("samples_seen", "Samples seen by trial", "short", "Pairs that entered a loss of the trial.", "trial"),
 )  # fmt: skip
 REPEAT_S = 5.0
 """Time between two settings of an unchanged gauge."""
@@ -92,10 +118,10 @@ BY_NAME = {metric.name: metric for metric in METRICS}
 
 
 class _Exporter:
-    """Sets metrics of the table through Ray, with the run's name."""
+    """Sets metrics of the table through Ray, with the name of a run or sweep."""
 
-    def __init__(self, run: str) -> None:
-        self._run = run
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
         self._made: dict[str, Any] = {}
 
     def set(self, name: str, value: float, **tags: str) -> None:
@@ -107,8 +133,8 @@ class _Exporter:
             from ray.util import metrics
 
             kind: Any = metrics.Counter if metric.kind == "counter" else metrics.Gauge
-            made = self._made[name] = kind(name, description=metric.meaning, tag_keys=("run", *metric.tags))
-        tags = {"run": self._run, **tags}
+            made = self._made[name] = kind(name, description=metric.meaning, tag_keys=metric.labels)
+        tags = {metric.owner: self._owner, **tags}
         if metric.kind == "gauge":
             made.set(value, tags=tags)
         elif value > 0:
@@ -171,12 +197,40 @@ class RunMetrics(_Exporter):
         """Set the result of a checkpoint's evaluation."""
         for name, figures in result["zero_shot"].items():
             self.set("sigray_zero_shot_top1", figures["top1"], set=name)
+        for name, figures in result["linear_probe"].items():
+            self.set("sigray_linear_probe_top1", figures["top1"], set=name)
+        for name, figures in result["retrieval"].items():
+            for direction in ("image_to_text", "text_to_image"):
+                self.set("sigray_retrieval_r1", figures[f"{direction}_r1"], set=name, direction=direction)
 
     def ended(self, is_bad_step: bool) -> None:
         """Count an attempt that ended before the run."""
         self.set("sigray_restarts", 1)
         if is_bad_step:
             self.set("sigray_bad_steps", 1)
+
+
+class SweepMetrics(_Exporter):
+    """A sweep's metrics. `update` sets all again, because Ray drops old gauges."""
+
+    def update(
+        self, figures: dict[str, float], samples_seen: dict[str, float], states: Counter[str], best: float | None
+    ) -> None:
+        """Set the metrics.
+
+        Args:
+            figures, samples_seen: by trial.
+            states: number of trials in each state.
+            best: mean figure of the best configuration so far.
+        """
+        for trial, figure in figures.items():
+            self.set("sigray_sweep_figure", figure, trial=trial)
+        for trial, samples in samples_seen.items():
+            self.set("sigray_sweep_samples_seen", samples, trial=trial)
+        for state, count in states.items():
+            self.set("sigray_sweep_trials", count, state=state)
+        if best is not None:
+            self.set("sigray_sweep_best_figure", best)
 
 
 class WorkerMetrics(_Exporter):

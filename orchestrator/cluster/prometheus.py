@@ -28,6 +28,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from sigray.orchestrator.formatting import ticks, with_unit
 from sigray.orchestrator.reports.foreign_folder import MAX_BYTES, ForeignFolder
 from sigray.orchestrator.reports.http_server import EMBEDDED, JSON, TEXT, Answer, serve
 from sigray.workers.metrics import BY_NAME, METRICS
@@ -77,12 +78,11 @@ def grafana_dashboard() -> dict[str, Any]:
         panels.append({"type": "row", "title": group, "gridPos": {"h": 1, "w": 24, "x": 0, "y": y}})
         members = [metric for metric in METRICS if metric.group == group]
         for place, metric in enumerate(members):
-            labels = " ".join(f"{{{{{tag}}}}}" for tag in ("run", *metric.tags))
             panel: dict[str, Any] = {"type": "timeseries", "title": metric.title, "description": metric.meaning}
             panel["datasource"] = "${datasource}"
             panel["fieldConfig"] = {"defaults": {"unit": metric.unit}, "overrides": []}
             panel["gridPos"] = {"h": 8, "w": 8, "x": 8 * (place % 3), "y": y + 1 + 8 * (place // 3)}
-            panel["targets"] = [{"expr": metric.query, "legendFormat": labels, "refId": "A"}]
+            panel["targets"] = [{"expr": metric.query, "legendFormat": metric.legend, "refId": "A"}]
             panels.append(panel)
         y += 1 + 8 * -(-len(members) // 3)
     return {
@@ -344,13 +344,14 @@ def _figure(panel: dict[str, Any], series: Series, problem: str, begin: float, e
         return top + tall * (1 - (value - low) / (high - low))
 
     parts = []
-    for value in (low + (high - low) * number / 4 for number in range(5)):
+    for value, text in ticks(low, high, unit):
         level = f"{y(value):.1f}"
         parts.append(f'<line class="grid" x1="{left}" x2="{_WIDTH - right}" y1="{level}" y2="{level}"/>')
         place = f'x="{left - 6}" y="{y(value) + 4:.1f}"'
-        parts.append(f'<text {place} text-anchor="end">{_number(value, unit)}</text>')
+        parts.append(f'<text {place} text-anchor="end">{text}</text>')
+    clock_format = "%H:%M:%S" if end - begin < 600 else "%H:%M" if end - begin < 86_400 else "%d %b %H:%M"
     for at in (begin + (end - begin) * (number + 0.5) / 4 for number in range(4)):
-        clock = time.strftime("%H:%M", time.localtime(at))
+        clock = time.strftime(clock_format, time.localtime(at))
         parts.append(f'<text x="{x(at):.1f}" y="{_HEIGHT - 6}" text-anchor="middle">{clock}</text>')
     keys = []
     for number, (name, points) in enumerate(series[:24]):
@@ -360,7 +361,7 @@ def _figure(panel: dict[str, Any], series: Series, problem: str, begin: float, e
         is_line = len(points) > 1
         shape = f'polyline points="{line}"' if is_line else f'circle r="2.5" cx="{begin_x}" cy="{begin_y}"'
         parts.append(f'<{shape} style="stroke:{colour};fill:none"/>')
-        newest = _number(points[-1][1], unit)
+        newest = with_unit(points[-1][1], unit)
         keys.append(f'<li><i style="background:{colour}"></i>{html.escape(name)} <b>{newest}</b></li>')
     more = f"<li>and {len(series) - 24} more</li>" if len(series) > 24 else ""
     return (
@@ -368,21 +369,6 @@ def _figure(panel: dict[str, Any], series: Series, problem: str, begin: float, e
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{title}">{"".join(parts)}</svg>'
         f"<ul>{''.join(keys)}{more}</ul></figure>"
     )
-
-
-def _number(value: float, unit: str | None) -> str:
-    """Format a value with its unit: (2.5e9, "bytes") -> "2.5 GB"."""
-    if unit in ("percentunit", "percent", "%"):
-        return f"{value * (100 if unit == 'percentunit' else 1):.3g} %"
-    if unit == "s":
-        return f"{value:.3g} s" if abs(value) < 120 else f"{value / 60:.3g} min"
-    if unit == "gbytes":
-        return f"{value:.3g} GiB"
-    suffix = {"bytes": "B", "Bps": "B/s", "binBps": "B/s"}.get(unit or "", "")
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g} {letter}{suffix}"
-    return f"{value:.4g} {suffix}".strip()
 
 
 _PAGE = """<!doctype html>

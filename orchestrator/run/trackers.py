@@ -16,16 +16,21 @@ from sigray.workers.metrics import RunMetrics
 class RunRecords:
     """Pass each report of a run to all its records.
 
+    Args:
+        name: of the run, for its metrics in Prometheus.
+
     Attributes:
         facts: start-up facts of the newest attempt; empty before the first one.
         reasons: why samples were refused or cut in the newest attempt, by rank.
         prometheus: the run's metrics in Prometheus.
     """
 
-    def __init__(self, config: RunConfig, folder: RunFolder, manifest: Manifest, display: Display) -> None:
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, manifest: Manifest, display: Display, *, name: str
+    ) -> None:
         self._name = config.run.name
         self._folder, self._manifest, self._display = folder, manifest, display
-        self.prometheus = RunMetrics(config.run.name, config.checkpoint.save_every_s)
+        self.prometheus = RunMetrics(name, config.checkpoint.save_every_s)
         self._tensorboard: TensorBoard | None = None
         self.facts: dict[str, Any] = {}
         self.reasons: dict[int, dict[str, tuple[int, str]]] = {}

@@ -25,6 +25,7 @@ class Trial(Protocol):
     """What a sweep adds to a run that is one of its trials.
 
     Attributes:
+        name: SWEEP/TRIAL, for the metrics on Ray's dashboard.
         pool: the stream that the trials share.
         rungs: samples seen at which the trial is evaluated and the sweep decides whether the trial goes on. A rung
             falls on the first step at or after these samples: the same count for every batch size that divides them.
@@ -32,6 +33,7 @@ class Trial(Protocol):
         passed: steps of the rungs after which the sweep let an earlier driver of this trial go on.
     """
 
+    name: str
     pool: SharedPool
     rungs: tuple[int, ...]
     passed: frozenset[int]

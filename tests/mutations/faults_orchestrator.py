@@ -409,6 +409,20 @@ FAULTS = [
         (f"{_MONITORING}::test_variables_of_grafana_are_filled_in",),
     ),
     Fault(
+        "ticks of an axis have a digit too few to differ",
+        "sigray.orchestrator.formatting:ticks",
+        "max(0, -power - (size == 10))",
+        "max(0, -power - 1)",
+        ("tests/orchestrator/test_formatting.py::test_ticks_differ_and_lie_on_the_axis",),
+    ),
+    Fault(
+        "trials of two sweeps have one name in the legend",
+        "sigray.workers.metrics:Metric.legend",
+        "for label in self.labels",
+        "for label in self.tags or self.labels",
+        (f"{_MONITORING}::test_every_series_has_a_name_of_its_own",),
+    ),
+    Fault(
         "links out of the folder of runs are served",
         "sigray.orchestrator.reports.foreign_folder:ForeignFolder._opened",
         "os.open(part, _FLAGS, dir_fd=descriptor)",

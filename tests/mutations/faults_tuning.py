@@ -279,4 +279,11 @@ FAULTS = [
         "row.budget, {})",
         (f"{_REPORT}::test_the_best_trial_is_a_run_of_its_own",),
     ),
+    Fault(
+        "a state keeps its last number of trials on the dashboard",
+        "sigray.tuning.judge:Judge._export",
+        "Counter(dict.fromkeys(STATES, 0))",
+        "Counter[str]()",
+        (f"{_TABLE}::test_the_dashboard_gets_the_whole_table_again_and_again",),
+    ),
 ]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from sigray.tuning.decide import Rules
 from sigray.tuning.judge import Judge
 from sigray.tuning.table import RESULTS, Writer, as_csv, ranking, read_table
+from sigray.workers.metrics import REPEAT_S
 from sigray.workers.storage import Storage
 from tests.helpers.sweeps import FIGURES, decision, result, table_of, trial
 
@@ -195,6 +197,39 @@ def test_an_interrupted_sweep_lets_a_waiting_trial_go_without_deciding(tmp_path)
     assert sweep.judge.heard(1, {"samples_seen": 300}) is True
     assert sweep.ask(1, 0, 0.5) == "stop"
     assert read_table(Storage(tmp_path)).rows[1].results[0].answer is None
+
+
+def test_the_dashboard_gets_the_whole_table_again_and_again(tmp_path, monkeypatch):
+    """Ray drops a gauge that is not set for 20 s; a state without trials is 0, so that its line falls."""
+    told: dict[tuple[str, ...], float] = {}
+
+    def note(self: object, name: str, value: float, **tags: str) -> None:
+        told[name.removeprefix("sigray_sweep_"), *tags.values()] = value
+
+    monkeypatch.setattr("sigray.workers.metrics._Exporter.set", note)
+    now = 0.0
+    monkeypatch.setattr("sigray.tuning.judge.time", SimpleNamespace(monotonic=lambda: now))
+    sweep = Sweep(tmp_path, Rules())
+    sweep.judge.add(*(trial(number) for number in range(4)), {"event": "infeasible", "number": 3, "why": "too large"})
+    sweep.ask(0, 0, 0.5)
+    sweep.ask(1, 0, 0.25)
+    sweep.judge.heard(1, {"samples_seen": 480})
+    sweep.judge.table()
+    assert not told
+    for _ in range(2):
+        told.clear()
+        sweep.judge.table({1})
+        assert told == {
+            ("figure", "trial-000"): 0.5, ("figure", "trial-001"): 0.25, ("best_figure",): 0.5,
+            ("samples_seen", "trial-000"): 300, ("samples_seen", "trial-001"): 480,
+            ("trials", "waiting"): 2, ("trials", "running"): 1, ("trials", "infeasible"): 1,
+            **{("trials", state): 0 for state in ("done", "stopped", "failed")},
+        }  # fmt: skip
+        told.clear()
+        now += REPEAT_S / 2
+        sweep.judge.table({1})
+        assert not told
+        now += REPEAT_S / 2
 
 
 def test_a_figure_that_is_no_number_is_an_error(tmp_path):

@@ -153,14 +153,18 @@ def test_what_runs_and_workers_set(monkeypatch):
     line = {metric.key: 1.0 for metric in METRICS if metric.key} | {"throughput/samples_per_s": 8.0}
     run.line(line, num_data_workers=3)
     run.checkpoint()
-    run.evaluation({"zero_shot": {"birds": {"top1": 0.5}}})
+    recalls = {"image_to_text_r1": 0.25, "text_to_image_r1": 0.75}
+    probe = {"birds": {"top1": 0.9}}
+    run.evaluation({"zero_shot": {"birds": {"top1": 0.5}}, "retrieval": {"coco": recalls}, "linear_probe": probe})
     run.ended(is_bad_step=True)
     values = {name: value for name, value, _ in told}
     assert values["sigray_throughput_worker_samples_per_s"] == 2.0
     assert values["sigray_checkpoint_time_s"] == values["sigray_heard_time_s"] == 7.0
     assert ("sigray_zero_shot_top1", 0.5, {"set": "birds"}) in told
+    assert ("sigray_linear_probe_top1", 0.9, {"set": "birds"}) in told
+    assert ("sigray_retrieval_r1", 0.75, {"set": "coco", "direction": "text_to_image"}) in told
     of_workers = {metric.name for metric in METRICS if metric.kind == "counter" and metric.group == "Data"}
-    assert set(values) == {metric.name for metric in METRICS} - of_workers
+    assert set(values) == {metric.name for metric in METRICS if metric.owner == "run"} - of_workers
 
     # Ray forgets a gauge that is not set again: the last value of each, and no counter twice.
     gauges = {(name, *tags.items()): value for name, value, tags in told if BY_NAME[name].kind == "gauge"}
@@ -188,6 +192,23 @@ def test_what_runs_and_workers_set(monkeypatch):
     assert set(added) == of_workers
 
 
+def test_every_series_has_a_name_of_its_own():
+    """The legend holds each label that the query keeps, and a trial's names its sweep."""
+    import re
+
+    panels = [panel for panel in grafana_dashboard()["panels"] if panel["type"] != "row"]
+    for metric, panel in zip(METRICS, panels, strict=True):
+        (target,) = panel["targets"]
+        kept = re.search(r"by \((.*?)\)", target["expr"])
+        assert kept
+        assert re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]) == kept[1].split(", ")
+        assert metric.owner in kept[1]
+    legends = {panel["title"]: panel["targets"][0]["legendFormat"] for panel in panels}
+    assert legends["Figure by trial"] == legends["Samples seen by trial"] == "{{sweep}}/{{trial}}"
+    assert legends["Trials by state"] == "{{sweep}} {{state}}"
+    assert legends["Best figure so far"] == "{{sweep}}"
+
+
 def test_variables_of_grafana_are_filled_in():
     query = 'sum(rate(x{SessionName=~"$SessionName",instance=~"${Instance:regex}"}[$interval])) by (y)'
     assert fill_in(query, {"var-SessionName": "s.1"}, 15) == (
@@ -205,6 +226,9 @@ def prometheus(tmp_path):
         def do_GET(self) -> None:
             text = 'ray_sigray_train_loss{run="demo",SessionName="s1"} 4.25\n'
             text += f'ray_sigray_heard_time_s{{run="demo"}} {time.time() - 3000}\n'
+            for sweep in ("lr", "batch"):  # each has a trial-000
+                text += f'ray_sigray_sweep_figure{{sweep="{sweep}",trial="trial-000"}} 0.1225\n'
+                text += f'ray_sigray_sweep_trials{{sweep="{sweep}",state="running"}} 2\n'
             self.send_response(200)
             self.send_header("Content-Type", "text/plain; version=0.0.4")
             self.end_headers()
@@ -266,6 +290,8 @@ def test_monitor_scrapes_alerts_and_draws(prometheus, tmp_path):
         page = fetch(f"http://127.0.0.1:{grafana}/d/{UID}")
         assert "<svg" in page
         assert "4.25" in page
+        for series in ("lr/trial-000 <b>12.2 %", "batch/trial-000 <b>12.2 %", "lr running <b>2", "demo <b>4.25"):
+            assert f"{series}</b>" in page
         solo = "d-solo/rayDefaultDashboard/default-dashboard?orgId=1&panelId=24&theme=dark&from=now-30m&to=now"
         page = fetch(f"http://127.0.0.1:{grafana}/{solo}&var-SessionName=s1")
         assert page.count("<figure>") == 1
