@@ -52,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chromium", default=shutil.which("chromium"), help="the browser (default: that on PATH)")
     parser.add_argument("--samples", type=int, default=76_800, help="that the submitted run sees")
+    parser.add_argument("--no-run", action="store_true", help="leave the run's pictures as they are")
     parser.add_argument("--no-sweep", action="store_true", help="leave the sweep's pictures as they are")
     options = parser.parse_args()
     if options.chromium is None or not shutil.which("prometheus"):
@@ -78,7 +79,8 @@ def main() -> None:
             with _sigray(head, home / "monitor.log", *command), _browser(options.chromium, home) as browser:
                 where = {"head": head.address, "prometheus": hosts["RAY_PROMETHEUS_HOST"]}
                 where["pages"] = f"http://127.0.0.1:{pages}"
-                _run_pictures(browser, head, home, where, options.samples)
+                if not options.no_run:
+                    _run_pictures(browser, head, home, where, options.samples)
                 if not options.no_sweep:
                     _sweep_pictures(browser, head, home, where)
 
@@ -171,6 +173,12 @@ def _sweep_pictures(browser: Any, head: Head, home: Path, where: dict[str, str])
                 tab.goto(f"{where['pages']}/sweeps/{SWEEP}")
                 tab.locator("time", has_text="ago").first.wait_for()
                 _keep("sweep", tab, whole=True)
+            with _tab(browser, {"width": 1440, "height": 900}) as tab:
+                tab.goto(f"{head.address}/#/metrics")
+                row = tab.frame_locator("iframe").first.locator("h2", has_text="Sweeps")
+                row.wait_for()
+                row.evaluate("row => row.scrollIntoView()")
+                _keep("sweep_metrics", tab, settle_s=3)
             with _tab(browser, PHONE, scale=2, is_mobile=True) as tab:
                 tab.goto(f"{where['pages']}/")
                 tab.get_by_text(SWEEP).first.wait_for()

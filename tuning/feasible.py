@@ -13,7 +13,6 @@ from sigray.orchestrator.run.preflight import check_batch, check_model_config
 from sigray.orchestrator.run.trial import rung_step
 from sigray.workers.config import DataConfig, EvalConfig
 from sigray.workers.data.manifest import Manifest
-from sigray.workers.data.tar import DataError
 
 Check = Callable[[RunConfig, Manifest, Sequence[int]], None]
 
@@ -33,29 +32,21 @@ def check_rungs(config: RunConfig, manifest: Manifest, rungs: Sequence[int]) -> 
             )
 
 
-def check_sets(config: RunConfig, manifest: Manifest, rungs: Sequence[int]) -> None:
-    """Check the held-out sets; trials with the same sets read them once."""
-    problem = _problem_of_sets(config.eval.model_dump_json(), config.data.model_dump_json(), config.embeddings.store)
-    if problem:
-        raise DataError(problem)
-
-
 @functools.cache
-def _problem_of_sets(evaluation: str, data: str, store: str | None) -> str:
-    from sigray.workers.evaluation import set_checks
+def _check_sets(evaluation: str, data: str, store: str | None) -> None:
+    """Check held-out sets, given as JSON; trials with the same sets read them once."""
+    from sigray.workers.evaluation.set_checks import check_sets
 
-    try:
-        set_checks.check_sets(EvalConfig.model_validate_json(evaluation), DataConfig.model_validate_json(data), store)
-    except ValueError as error:
-        return str(error)
-    return ""
+    check_sets(EvalConfig.model_validate_json(evaluation), DataConfig.model_validate_json(data), store)
 
 
 # In this order; each raises ValueError with the remedy.
 CHECKS: list[Check] = [
     lambda config, manifest, rungs: check_batch(config, manifest),
     check_rungs,
-    check_sets,
+    lambda config, manifest, rungs: _check_sets(
+        config.eval.model_dump_json(), config.data.model_dump_json(), config.embeddings.store
+    ),
     lambda config, manifest, rungs: check_model_config(config),
     lambda config, manifest, rungs: check_memory(config),
 ]

@@ -246,14 +246,16 @@ class Pictures:
         end = _unix_time(variables.get("to", "now"))
         is_solo = len(panels) == 1
         body = []
+        heading = ""
         for panel in panels:
             if panel["type"] == "row":
-                body.append(f"<h2>{html.escape(panel['title'])}</h2>")
+                heading = f"<h2>{html.escape(panel['title'])}</h2>"
                 continue
             series, problem = self._series(panel, variables, begin, end)
             if series or problem or is_solo:  # Ray has many panels of things that a cluster may lack
-                body.append(_figure(panel, series, problem, begin, end))
-        if not any(part.startswith("<figure") for part in body):
+                body.append(heading + _figure(panel, series, problem, begin, end))
+                heading = ""
+        if not body:
             body.append("<p>No panel of this dashboard has data yet.</p>")
         is_dark = variables.get("theme") == "dark"
         background, ink, rule = ("#181b1f", "#d8d9da", "#2c3235") if is_dark else ("#ffffff", "#24292e", "#e4e7e7")

@@ -176,11 +176,6 @@ def load_set(spec: EvalSet, data: DataConfig, image_size: int, name: str = "NAME
 
 def check_usable(spec: EvalSet, num_usable: int, refused: Counter[str]) -> None:
     """Raise a DataError with the reasons if no sample of a set is usable."""
-    if not num_usable and refused["no class"] == refused.total() > 0:
-        raise DataError(
-            f"{spec.shards}: none of {refused.total()} samples has a class: no .json member has the key "
-            f"class_field={spec.class_field!r}, and no sample has a .{CLASS} member. Set class_field of this set"
-        )
     if not num_usable:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in refused.most_common())
         raise DataError(f"{spec.shards}: none of {refused.total()} samples is usable ({reasons or 'there are none'})")

@@ -136,9 +136,10 @@ def _check_samples(key: str, spec: EvalSet, data: DataConfig, where: str, sample
             there |= dict.fromkeys([ending, *(_json_keys(sample.members["json"]) if ending == "json" else [])])
     found = f"the first {num_read} samples of {where}; samples have: {first_ten(list(there)) or 'nothing'}"
     for need, (_, remedy) in needs.items():
-        if reasons[need].total() == num_read:
+        if 0 < num_read == reasons[need].total():
             raise DataError(f"{need}: {', '.join(reasons[need])} in {found}. Remedy: {remedy}")
-    raise DataError(f"{key}: none of {found}. Each lacks something: {listed(sum(reasons.values(), Counter()))}")
+    lacking = listed(sum(reasons.values(), Counter())) or "no sample is there"
+    raise DataError(f"{key}: no usable sample among {found}. Each lacks something: {lacking}")
 
 
 def _json_keys(content: bytes | memoryview) -> list[str]:

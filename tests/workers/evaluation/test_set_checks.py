@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from sigray.tuning.cli import main
+from sigray.tuning.feasible import _check_sets
 from sigray.workers.config import DataConfig, EvalConfig, EvalSet, S3Config
 from sigray.workers.data.embedding_store import EmbeddingStore, StoreError
 from sigray.workers.data.tar import DataError
@@ -84,10 +85,10 @@ HAVE = "json, json:class, json:number, png, txt"
         ({"languages": ["de"]}, {}, "eval.sets.x.language_captions=json:captions.{language}.name: no caption"),
         ({}, {"image_keys": ["gif"]}, f"^data.image_keys=gif: no image in the first 32 samples of .*: {HAVE}"),
         ({"shards": "broken.tar"}, {}, "data.image_keys=jpg,jpeg,png,webp: unreadable image in the first 32 samples"),
-        ({"shards": "either.tar"}, {}, "eval.sets.x: none of the first 32 .* lacks something: 16 no image"),
+        ({"shards": "either.tar"}, {}, "eval.sets.x: no usable sample among .* lacks something: 16 no image"),
         ({"shards": "cut.tar"}, {}, "eval.sets.x: shards that cannot be read, 1:\n.*cut.tar: cut short"),
         ({"shards": "gone.tar"}, {}, "eval.sets.x: shards that cannot be read, 1:\n.*gone.tar"),
-        ({"shards": "some/0.tar"}, {}, "the first 0 samples of .*0.tar; samples have: nothing"),
+        ({"shards": "some/0.tar"}, {}, "x: no usable sample among the first 0 .* no sample is there"),
         ({"shards": "images", "classes": "classes.json", "retrieval": False}, {}, "class 'pink' of a sample"),
         ({"shards": "broken", "classes": "subfolders", "retrieval": False}, {},
          "unreadable image in the first 2 .*/broken;"),
@@ -152,4 +153,13 @@ def test_every_command_names_it_before_ray_starts(folder, tmp_path, capsys, monk
         num_checks.clear()
         assert main(command) == 2
         assert "eval.sets.x.class_field=kind: no class in the first 32 samples" in capsys.readouterr().err
-        assert len(num_checks) == 1
+        assert len(num_checks) == (2 if command[0] == "sweep" else 1)  # each of two trials has its reason
+
+
+def test_trials_with_the_same_sets_read_them_once(folder, monkeypatch):
+    original, num_checks = set_checks._check_set, []
+    monkeypatch.setattr(set_checks, "_check_set", lambda *given: num_checks.append(given) or original(*given))
+    evaluation = EvalConfig(sets={"x": EvalSet(shards=str(folder / "good"))})
+    for data in [DataConfig(shards="none")] * 3 + [DataConfig(shards="none", image_keys=["png"])]:
+        _check_sets(evaluation.model_dump_json(), data.model_dump_json(), None)
+    assert len(num_checks) == 2
