@@ -13,7 +13,7 @@ from sigray.orchestrator.config import ConfigError
 from sigray.orchestrator.reports.foreign_folder import ForeignFolder
 from sigray.orchestrator.reports.live_server import RUNS, Kind, Look, draw_moment, look_at_run
 from sigray.orchestrator.run_folder import CONFIG, REPORT
-from sigray.tuning.report import BEST, TRIALS, Trial, draw_sweep, sweep_css, sweep_status
+from sigray.tuning.report import BEST, TRIALS, Trial, best_figure, draw_sweep, read_losses, sweep_css, sweep_status
 from sigray.tuning.study import STUDY, read_study, trial_name
 from sigray.tuning.table import RESULTS, Table, read_table
 from sigray.workers.checkpoint.lease import is_driven
@@ -26,6 +26,7 @@ def look_at_sweep(storage: ForeignFolder, address: str, for_list: bool = False) 
     table = read_table(home)
     status = "running" if is_driven(home) else sweep_status(study, table)
     looks = {} if for_list else _trials_at_work(storage, home, table)
+    losses = {} if for_list else read_losses(table, [storage, home])
     pages = f"/{RUNS.name}/{address.partition('/sweeps/')[2]}/trials"
     trials = {}
     for number, row in table.rows.items():
@@ -68,9 +69,9 @@ def look_at_sweep(storage: ForeignFolder, address: str, for_list: bool = False) 
             links=[("the report, with figures as PNG", f"{address}/{REPORT}")] if has_report else [],
             events=[],
         )
-        return draw_sweep(study, table, None, now, status, trials)
+        return draw_sweep(study, table, None, losses, now, status, trials)
 
-    return Look(status, _place(table), updated_at, content, draw)
+    return Look(status, _place(table), best_figure(study, table), [], updated_at, content, draw)
 
 
 def _trials_at_work(storage: ForeignFolder, home: ForeignFolder, table: Table) -> dict[int, Look]:

@@ -11,9 +11,11 @@ and figures share the helpers that name and round values.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +25,17 @@ import yaml
 
 from sigray.orchestrator import formatting as words
 from sigray.orchestrator.reports import drawing
+from sigray.orchestrator.reports.foreign_folder import ForeignFolder
+from sigray.orchestrator.reports.run_charts import curve
+from sigray.orchestrator.reports.run_files import read_lines
 from sigray.orchestrator.reports.template import page, render
 from sigray.orchestrator.run_folder import REPORT
 from sigray.tuning.live import value_text
 from sigray.tuning.search import Search
-from sigray.tuning.study import Claim, FigureConfig, Study
-from sigray.tuning.table import Ranked, Row, Table, as_csv, ranking
+from sigray.tuning.study import Claim, FigureConfig, Study, trial_name
+from sigray.tuning.table import Ranked, Result, Row, Table, as_csv, ranking
 from sigray.tuning.verdict import Verdict, sample_variance, verdict
+from sigray.workers.checkpoint.index import CheckpointError
 from sigray.workers.storage import Storage
 
 if TYPE_CHECKING:
@@ -39,6 +45,8 @@ if TYPE_CHECKING:
 TRIALS, BEST = "trials.csv", "best.yaml"
 _MIN_FOR_IMPORTANCE = 10  # configurations; with fewer the estimate is mostly chance
 _MAX_LEGEND = 6
+_MAX_TICKS = 7
+_MAX_LOSSES = 100  # trials, the newest
 
 
 def write_report(study: Study, storage: Storage, table: Table) -> Path:
@@ -59,7 +67,9 @@ def write_report(study: Study, storage: Storage, table: Table) -> Path:
     (folder / TRIALS).write_text(as_csv(table, num_rungs))
     path = folder / REPORT
     title = f"{study.config.name} ({sweep_status(study, table)})"
-    path.write_text(page(title, draw_sweep(study, table, figures), css=sweep_css()), encoding="utf-8")
+    losses = read_losses(table, [ForeignFolder(Storage(folder)), ForeignFolder(storage)])
+    content = draw_sweep(study, table, figures, losses)
+    path.write_text(page(title, content, css=sweep_css()), encoding="utf-8")
     if str(folder) != storage.uri:
         for file in [path, folder / TRIALS, folder / BEST, *figures.glob("*.png")]:
             if file.exists():
@@ -71,6 +81,7 @@ def draw_sweep(
     study: Study,
     table: Table,
     figures: Path | None,
+    losses: Mapping[int, drawing.Points],
     now: Markup | None = None,
     status: str = "",
     trials: Mapping[int, Trial] | None = None,
@@ -79,9 +90,12 @@ def draw_sweep(
 
     Args:
         figures: folder to write the figures into as PNG too.
+        losses: of each trial, by number.
         now, status: of a live page, its current state.
         trials: of a live page, the live state of trials by number.
     """
+    if trials is None:
+        trials = {row.number: Trial("", row.status, row.samples_seen) for row in table.rows.values()}
     return render(
         "report.html.j2",
         package="sigray.tuning",
@@ -90,12 +104,12 @@ def draw_sweep(
         status=status or sweep_status(study, table),
         question=study.config.question,
         headline=_headline(study, table),
-        remarks=_remarks(study, table),
+        remarks=_remarks(study, table, trials),
         claims=[_claim(study, table, claim) for claim in study.config.expect],
         blocks=[_block(study, table, figure, figures) for figure in _figures(study)],
-        curves=_curves(study, table, figures),
+        curves=_curves(study, table, figures, losses),
         importance=_importance(study, table, figures),
-        trials=_trials(study, table, trials or {}),
+        trials=_trials(study, table, trials),
         left_out=[
             (row.number, _words(row.values), row.status, row.error)
             for row in table.rows.values()
@@ -130,6 +144,17 @@ def sweep_status(study: Study, table: Table) -> str:
     return "finished" if all(row.is_over for row in rows) and len(rows) == Search(study).num_trials else "unfinished"
 
 
+def read_losses(table: Table, places: Sequence[ForeignFolder]) -> dict[int, drawing.Points]:
+    """Return the loss curve of each trial, from the first place that has it."""
+    losses: dict[int, drawing.Points] = {}
+    for number in list(table.rows)[-_MAX_LOSSES:]:
+        for place in places:
+            with contextlib.suppress(OSError, CheckpointError):
+                lines, _ = read_lines(place.below(f"trials/{trial_name(number)}"), for_list=True)
+                losses.setdefault(number, curve(lines, "train/loss"))
+    return {number: points for number, points in losses.items() if points}
+
+
 def _with_result(table: Table) -> list[Ranked]:
     return [one for one in ranking(table.rows.values()) if one.rung >= 0]
 
@@ -139,12 +164,19 @@ def _headline(study: Study, table: Table) -> str:
     if not ranked:
         return "No trial has reached a result."
     best = ranked[0]
-    text = (
-        f"Best of {words.counted(len(ranked), 'configuration')}: {_words(best.values) or 'the base'}, "
-        f"{words.percent(best.mean)}"
-        + (f"{words.NBSP}±{words.NBSP}{100 * best.spread:.2f}" if len(best.rows) > 1 else "")
-        + f" after {words.counted(best.rows[0].results[best.rung].samples_seen, 'pair')}."
+    results = _results(best)
+    many = f"Best of {words.counted(len(ranked), 'configuration')}" if len(ranked) > 1 else "One configuration so far"
+    begin = (
+        many
+        if _is_known_best(study, table)
+        else f"None of {words.counted(len(ranked), 'configuration')} is above chance. Highest"
     )
+    text = (
+        f"{begin}: {_words(best.values) or 'the base'}, {_with_error(study, results)} "
+        f"after {words.counted(results[0].samples_seen, 'pair')}."
+    )
+    if not _is_known_best(study, table):
+        return text
     level = sum(one.rung == best.rung and _is_level(study, best, one) for one in ranked[1:])
     if level:
         text += (
@@ -154,33 +186,64 @@ def _headline(study: Study, table: Table) -> str:
     return text
 
 
+def best_figure(study: Study, table: Table) -> str:
+    """The best figure for the list, if it is above chance."""
+    ranked = _with_result(table)
+    return f"best {_with_error(study, _results(ranked[0]))}" if ranked and _is_known_best(study, table) else ""
+
+
 def _is_level(study: Study, best: Ranked, other: Ranked) -> bool:
     """Whether chance explains the difference of two configurations."""
-    variance = sum(_variance(study, one) for one in (best, other))
+    variance = sum(_error(study, _results(one)) ** 2 for one in (best, other))
     return best.mean - other.mean < 2 * variance**0.5
 
 
-def _variance(study: Study, one: Ranked) -> float:
-    """Variance of the mean over seeds: of the images, or of three or more seeds."""
-    count = len(one.rows)
-    images = sum(sample_variance(row.results[one.rung], study.config.metric) for row in one.rows) / count**2
-    return max(images, one.spread**2 / count) if count >= 3 else images
+def _is_known_best(study: Study, table: Table) -> bool:
+    """Whether the first of the ranking is more than two standard errors above chance."""
+    best = _with_result(table)[0]
+    chance = _chance(study, best.rows)
+    return not chance or best.mean > chance + 2 * _error(study, _results(best))
 
 
-def _remarks(study: Study, table: Table) -> list[str]:
+def _results(one: Ranked) -> list[Result]:
+    return [row.results[one.rung] for row in one.rows]
+
+
+def _error(study: Study, results: Sequence[Result]) -> float:
+    """Standard error of a mean: of the images, or of three or more seeds if larger."""
+    count = len(results)
+    images = sum(sample_variance(result, study.config.metric) for result in results) / count**2
+    seeds = statistics.variance(result.value for result in results) / count if count >= 3 else 0.0
+    return max(images, seeds, 0.0) ** 0.5
+
+
+def _mean(results: Sequence[Result]) -> float:
+    return statistics.fmean(result.value for result in results)
+
+
+def _with_error(study: Study, results: Sequence[Result]) -> str:
+    """'50.5 % ± 0.79'."""
+    return f"{words.percent(_mean(results))}{words.NBSP}±{words.NBSP}{100 * _error(study, results):.2f}"
+
+
+def _remarks(study: Study, table: Table, trials: Mapping[int, Trial]) -> list[str]:
     rows = list(table.rows.values())
     chance = _chance(study, rows)
     remark = f"The figure is {study.config.metric}" + (f"; chance is {words.percent(chance)}." if chance else ".")
-    if len(study.config.seeds) == 1:
-        remark += " One seed: the variation between seeds is unknown."
+    remark += " ± is the standard error"
+    if len(study.config.seeds) < 3:
+        remark += " of the images alone; "
+        remark += "one seed" if len(study.config.seeds) == 1 else "a mean over two seeds"
+        remark += ": the variation between seeds is not known."
     else:
-        remark += f" Means over {len(study.config.seeds)} seeds, ± their standard deviation."
+        remark += f" of the images or, if larger, of the {len(study.config.seeds)} seeds."
     remarks = [remark]
     whole = sum(row.budget for row in rows if row.status != "infeasible")
-    spent = table.samples_spent
+    spent = sum(trial.samples_seen for trial in trials.values())
     if whole:
         saved = f", {words.percent(spent / whole)} of all budgets" if spent < 0.98 * whole else ""
-        outcomes = ", ".join(f"{count} {status}" for status, count in table.counts().items())
+        counts = Counter(trial.status for trial in trials.values())
+        outcomes = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
         remarks.append(
             f"{words.counted(len(rows), 'trial')} ({outcomes}) saw {words.counted(spent, 'pair')} in all{saved}."
         )
@@ -244,28 +307,28 @@ def _samples(count: int) -> str:
     return words.short_count(count) if count % 1000 == 0 else words.count(count)
 
 
-def _trials(study: Study, table: Table, known: Mapping[int, Trial]) -> dict[str, Any]:
+def _trials(study: Study, table: Table, trials: Mapping[int, Trial]) -> dict[str, Any]:
     names = list(study.config.space)
     has_seeds, has_budgets = len(study.config.seeds) > 1, len(study.config.budgets) > 1
     head = ["trial", *map(_short, names), *["seed"] * has_seeds, *["budget"] * has_budgets]
     head += ["outcome", "pairs seen", "figure"]
-    best_numbers = {row.number for best in _with_result(table)[:1] for row in best.rows}
+    bests = [best for best in _with_result(table)[:1] if _is_known_best(study, table)]
+    best_numbers = {row.number for best in bests for row in best.rows}
     rows = []
     order = list(table.rows.values())
-    order.sort(key=lambda row: (row.samples_seen, row.results[-1].value if row.results else 0), reverse=True)
+    order.sort(
+        key=lambda row: (trials[row.number].samples_seen, row.results[-1].value if row.results else 0), reverse=True
+    )
     for row in order:
-        trial = known.get(row.number)
-        outcome: str = row.status
+        trial = trials[row.number]
+        outcome = trial.status
         if row.status == "stopped":
             outcome += f": {row.results[-1].why}"
-        elif trial and not row.is_over:
-            outcome = trial.status
         cells = [str(row.number), *(value_text(row.values.get(name, "")) for name in names)]
         cells += [str(row.seed)] * has_seeds + [words.count(row.budget)] * has_budgets
-        cells += [outcome, words.count(trial.samples_seen if trial else row.samples_seen)]
+        cells += [outcome, words.count(trial.samples_seen)]
         cells.append(words.percent(row.results[-1].value) if row.results else "")
-        address = trial.address if trial else ""
-        rows.append({"cells": cells, "is_best": row.number in best_numbers, "address": address})
+        rows.append({"cells": cells, "is_best": row.number in best_numbers, "trial": trial})
     return {"head": head, "rows": rows}
 
 
@@ -300,7 +363,8 @@ def _figures(study: Study) -> list[FigureConfig]:
     others = [name for name in study.config.space if name not in numbers]
     if not numbers:
         return [FigureConfig(title="The figure", kind="table", rows=others[0], columns=next(iter(others[1:]), None))]
-    series = next(iter(others), None)
+    few = [name for name in numbers[1:] if len(study.config.space[name].values or []) in range(2, _MAX_LEGEND + 1)]
+    series = next(iter([*others, *few]), None)
     return [FigureConfig(title=f"The figure against {_short(numbers[0])}", x=numbers[0], series=series)]
 
 
@@ -335,14 +399,14 @@ def _drawn(title: str, caption: str, draw: Callable[[Figure], None], figures: Pa
     return {"title": title, "caption": caption, "svg": drawing.svg(draw), "png": png}
 
 
-def _summary(rows: Iterable[Row], samples: int) -> list[float]:
-    """The values of the best configuration among some rows, one for each seed."""
-    by_key: dict[str, list[float]] = {}
+def _summary(rows: Iterable[Row], samples: int) -> list[Result]:
+    """The results of the best configuration among some rows, one for each seed."""
+    by_key: dict[str, list[Result]] = {}
     for row in rows:
         result = row.at(samples)
         if result is not None:
-            by_key.setdefault(row.key, []).append(result.value)
-    return max(by_key.values(), key=lambda values: (len(values), statistics.fmean(values)), default=[])
+            by_key.setdefault(row.key, []).append(result)
+    return max(by_key.values(), key=lambda results: (len(results), _mean(results)), default=[])
 
 
 def _lines_panel(
@@ -353,11 +417,11 @@ def _lines_panel(
     series = figure.series
     labels = _distinct(row.values[series] for row in rows if series in row.values) if series else [None]
     places = sorted(_distinct(row.values[x] for row in rows if x in row.values), key=_sort_key)
-    lines: dict[str, list[tuple[Any, list[float]]]] = {}  # places and values over seeds, by label
+    lines: dict[str, list[tuple[Any, list[Result]]]] = {}  # places and results over seeds, by label
     for label in labels:
         chosen = [row for row in rows if series is None or row.values.get(series, label) == label]
         points = [(place, _summary([row for row in chosen if row.values.get(x) == place], samples)) for place in places]
-        known = [(place, values) for place, values in points if values]
+        known = [(place, results) for place, results in points if results]
         if known:
             lines[value_text(label) if series else "figure"] = known
     if not lines:
@@ -372,32 +436,32 @@ def _lines_panel(
         for number, (label, points) in enumerate(lines.items()):
             color = drawing.SERIES[number % len(drawing.SERIES)]
             at = [positions[str(place)] for place, _ in points]
-            means = [statistics.fmean(values) for _, values in points]
+            means = [_mean(results) for _, results in points]
+            errors = [_error(study, results) for _, results in points]
             marker = "os^Dv*"[number % 6]
-            axes.plot(at, means, color=color, marker=marker, linewidth=1.8, markersize=5, label=label)
-            if any(len(values) > 1 for _, values in points):
-                low = [min(values) for _, values in points]
-                high = [max(values) for _, values in points]
-                axes.fill_between(at, low, high, color=color, alpha=0.18, linewidth=0)
+            axes.errorbar(at, means, errors, fmt=f"-{marker}", color=color, lw=1.8, ms=5, capsize=3, label=label)
         if chance:
             axes.axhline(chance, color=drawing.INK, linewidth=1.0, linestyle=(0, (4, 3)))
         if is_log:
             axes.set_xscale("log", base=2)
-        axes.set_xticks([positions[str(place)] for place in places], [_tick(place) for place in places])
+        step = -(-len(places) // _MAX_TICKS)
+        named = places[::-step][::-1]
+        axes.set_xticks([positions[str(place)] for place in named], [_tick(place) for place in named])
         axes.minorticks_off()
+        axes.margins(x=0.1)  # the name of the last place is wider than the margin of the figure
         _rate_axis(axes, study)
         axes.set_xlabel(_short(x))
         if len(lines) > 1:
             _legend(drawn, len(lines))
 
     best, place, label = max(
-        ((statistics.fmean(values), place, label) for label, points in lines.items() for place, values in points),
+        ((_mean(results), place, label) for label, points in lines.items() for place, results in points),
         key=lambda one: one[0],
     )
     others = [name for name, dimension in study.config.space.items() if name not in (x, series) and not dimension.expr]
     caption = f"Highest: {words.percent(best)} at {_short(x)} {value_text(place)}" + (f", {label}." if series else ".")
     caption += f" Each point has the best value of {' and '.join(map(_short, others))}." if others else ""
-    caption += " Bands: from the lowest to the highest seed." if len(study.config.seeds) > 1 else ""
+    caption += " Bars: one standard error."
     caption += " Dashed: chance." if chance else ""
     budget = rows[0].budget
     title = f"After {_samples(samples)} pairs" + (f" of {_samples(budget)}" if samples != budget else "")
@@ -416,38 +480,53 @@ def _tables(study: Study, rows: Sequence[Row], figure: FigureConfig) -> list[dic
             line = [row for row in here if row.values.get(down) == head]
             cells = [_summary([row for row in line if row.values.get(across) == column], budget) for column in columns]
             lines[value_text(head)] = cells
-        best = max((statistics.fmean(values) for cells in lines.values() for values in cells if values), default=None)
+        best = max((_mean(results) for cells in lines.values() for results in cells if results), default=None)
         tables.append(
             {
                 "title": f"After {_samples(budget)} pairs",
                 "corner": _short(down) + (f" \\ {_short(across)}" if across else ""),
                 "head": [value_text(column) for column in columns] if across else [study.config.metric],
-                "rows": [{"head": head, "cells": [_cell(one, best) for one in cells]} for head, cells in lines.items()],
+                "rows": [
+                    {"head": head, "cells": [_cell(study, one, best) for one in cells]} for head, cells in lines.items()
+                ],
             }
         )
     return tables
 
 
-def _cell(values: Sequence[float], best: float | None) -> dict[str, Any]:
-    """A cell of a table: the mean over seeds, and their range."""
-    if not values:
+def _cell(study: Study, results: Sequence[Result], best: float | None) -> dict[str, Any]:
+    """A cell of a table: the mean over seeds, and its standard error."""
+    if not results:
         return {"text": "\u2013", "spread": "", "is_best": False}
-    mean = statistics.fmean(values)
-    spread = f"{words.percent(min(values))} to {words.percent(max(values))}" if len(values) > 1 else ""
-    return {"text": words.percent(mean), "spread": spread, "is_best": mean == best}
+    rate, _, error = _with_error(study, results).rpartition(f"{words.NBSP}±")
+    return {"text": rate, "spread": f"±{error}", "is_best": _mean(results) == best}
 
 
-def _curves(study: Study, table: Table, figures: Path | None) -> list[dict[str, Any]]:
-    """The figure of every trial against samples seen, with the rungs."""
+def _curves(
+    study: Study, table: Table, figures: Path | None, losses: Mapping[int, drawing.Points]
+) -> list[dict[str, Any]]:
+    """Loss and figure of every trial against samples seen, with the rungs."""
     panels = []
     for budget in study.config.budgets:
-        rows = [row for row in table.rows.values() if row.budget == budget and row.results]
-        if rows and len(study.config.rungs_of(budget)) > 1:
-            panels.append(_curves_panel(study, rows, budget, figures))
+        rows = [row for row in table.rows.values() if row.budget == budget]
+        if any(row.number in losses for row in rows):
+            panels.append(_curves_panel(study, rows, budget, figures, losses, "Loss"))
+        values = {row.number: [(result.samples_seen, result.value) for result in row.results] for row in rows}
+        if any(values.values()) and len(study.config.rungs_of(budget)) > 1:
+            panels.append(_curves_panel(study, rows, budget, figures, values, "Learning curves"))
     return panels
 
 
-def _curves_panel(study: Study, rows: Sequence[Row], budget: int, figures: Path | None) -> dict[str, Any]:
+def _curves_panel(
+    study: Study,
+    rows: Sequence[Row],
+    budget: int,
+    figures: Path | None,
+    curves: Mapping[int, drawing.Points],
+    title: str,
+) -> dict[str, Any]:
+    rows = [row for row in rows if curves.get(row.number)]
+    is_loss = title == "Loss"
     values_of = {name: _distinct(row.values.get(name) for row in rows) for name in study.config.space}
     # Colours show the first dimension with few enough values for a legend.
     name, labels = next((item for item in values_of.items() if 2 <= len(item[1]) <= _MAX_LEGEND), ("", [None]))
@@ -462,12 +541,15 @@ def _curves_panel(study: Study, rows: Sequence[Row], budget: int, figures: Path 
             color = drawing.SERIES[number % len(drawing.SERIES)]
             label = value_text(labels[number]) if name and number not in named else None
             named.add(number)
-            seen = [result.samples_seen for result in row.results]
-            values = [result.value for result in row.results]
-            axes.plot(seen, values, color=color, linewidth=1.3, alpha=0.85, marker=".", markersize=5, label=label)
+            seen, values = zip(*curves[row.number], strict=True)
+            marker = "" if is_loss and len(seen) > 1 else "."
+            axes.plot(seen, values, color=color, linewidth=1.3, alpha=0.85, marker=marker, markersize=5, label=label)
             if row.status == "stopped":
                 axes.plot(seen[-1:], values[-1:], color=color, marker="x", markersize=7, linestyle="")
-        _rate_axis(axes, study)
+        if not is_loss:
+            _rate_axis(axes, study)
+        elif drawing.spans_decades([value for row in rows for _, value in curves[row.number]]):
+            drawing.log_axis(axes)
         drawing.samples_axis(axes)
         if name:
             _legend(figure, len(labels))
@@ -475,8 +557,12 @@ def _curves_panel(study: Study, rows: Sequence[Row], budget: int, figures: Path 
     stopped = sum(row.status == "stopped" for row in rows)
     caption = words.counted(len(rows), "trial") + (f", coloured by {_short(name)}" if name else "")
     caption += f"; {stopped} stopped at a rung (crosses)" if stopped else ""
-    caption += ". Vertical lines: rungs; a trial reaches a rung at the first step at or after it."
-    return _drawn(f"Learning curves, {_samples(budget)} pairs", caption, draw, figures, f"curves {budget}")
+    caption += (
+        ". Training loss; trials with another loss function or batch size have another scale." if is_loss else "."
+    )
+    caption += " Vertical lines: rungs; a trial reaches a rung at the first step at or after it."
+    name_of_file = f"{'loss' if is_loss else 'curves'} {budget}"
+    return _drawn(f"{title}, {_samples(budget)} pairs", caption, draw, figures, name_of_file)
 
 
 def _legend(figure: Figure, count: int) -> None:
@@ -540,7 +626,9 @@ def _rate_axis(axes: Any, study: Study) -> None:
 
 
 def _tick(place: Any) -> str:
-    return words.short_count(place) if isinstance(place, int) and place >= 10_000 else value_text(place)
+    """32768 -> '32.8k', 1048576 -> '1.05M', 512 -> '512'."""
+    is_long = isinstance(place, int) and place >= 10_000
+    return words.short_count(float(f"{place:.3g}")) if is_long else value_text(place)
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:

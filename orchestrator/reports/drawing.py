@@ -6,12 +6,13 @@ An SVG takes the page's colours and so follows its dark mode.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sigray.orchestrator.formatting import short_count
+from sigray.orchestrator.formatting import NBSP, decimal, short_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,6 +41,16 @@ def plot(axes: Axes, points: Points, color: str, *, marker: str = "", label: str
     axes.plot(*zip(*points, strict=True), color=color, linewidth=1.8, marker=marker, markersize=4, label=label or None)
 
 
+def log_axis(axes: Axes) -> None:
+    """Make the y axis logarithmic, with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axes.set_yscale("log", subs=[])
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if high / low < 1000 else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: decimal(value)))
+
+
 def samples_axis(axes: Axes) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -47,6 +58,45 @@ def samples_axis(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda samples, _: short_count(samples)))
     axes.set_xlabel("pairs seen")
+
+
+def time_axis(axes: Axes, times: Points) -> None:
+    """Add an axis of time above that of samples.
+
+    Args:
+        times: (samples seen, seconds), both rising; empty: no axis.
+    """
+    import numpy
+    from matplotlib.ticker import MaxNLocator
+
+    if not times:
+        return
+    samples, seconds = zip(*times, strict=True)
+    unit, size = next((one for one in (("h", 3600), ("min", 60)) if seconds[-1] >= 2 * one[1]), ("s", 1))
+    ticks = [tick for tick in MaxNLocator(4).tick_values(0, seconds[-1] / size) if 0 <= tick * size <= seconds[-1]]
+    top = axes.twiny()
+    top.grid(visible=False)
+    top.set_xlim(axes.get_xlim())
+    # Between two lines of metrics the speed is constant.
+    places = numpy.interp([tick * size for tick in ticks], seconds, samples)
+    top.set_xticks(places, [f"{tick:g}{NBSP}{unit}" for tick in ticks])
+    axes.figure.subplots_adjust(top=0.9)  # type: ignore[union-attr]
+
+
+def sparkline(points: Points) -> Any:
+    """Return a small curve without axes as SVG; empty for fewer than two points."""
+    from markupsafe import Markup
+
+    is_log = spans_decades([value for _, value in points])
+    points = [(x, math.log(y) if is_log else y) for x, y in points]
+    if len(points) < 2:
+        return Markup()
+    (left, right), (low, high) = ((min(ends), max(ends)) for ends in zip(*points, strict=True))
+    scaled = [((x - left) / (right - left or 1), (high - y) / (high - low) if high > low else 0.5) for x, y in points]
+    line = " ".join(f"{2 + 116 * x:.1f},{2 + 24 * y:.1f}" for x, y in scaled)
+    return Markup('<svg class="spark" viewBox="0 0 120 28" aria-hidden="true"><polyline points="{}"/></svg>').format(
+        line
+    )
 
 
 def svg(draw: Callable[[Figure], None]) -> Any:
@@ -96,6 +146,6 @@ def _draw(draw: Callable[[Figure], None], colors: dict[str, str], target: Any, *
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.2, 2.9))
         # Equal margins align the axes of all figures, and a layout engine would draw each figure twice.
-        figure.subplots_adjust(left=0.18, right=0.98, bottom=0.16, top=0.97, hspace=0.16)
+        figure.subplots_adjust(left=0.18, right=0.95, bottom=0.16, top=0.97, hspace=0.16)
         draw(figure)
         figure.savefig(target, **options)

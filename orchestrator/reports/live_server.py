@@ -34,10 +34,12 @@ from markupsafe import Markup
 from pydantic_core import to_json
 
 from sigray.orchestrator import formatting as words
+from sigray.orchestrator.reports.drawing import Points, sparkline
 from sigray.orchestrator.reports.foreign_folder import MAX_NAMES, ForeignFolder, LinkError
 from sigray.orchestrator.reports.http_server import HTML, JSON, TEXT, Answer
+from sigray.orchestrator.reports.run_charts import curve
 from sigray.orchestrator.reports.run_files import RunFiles, find_number, find_text, read_run_files
-from sigray.orchestrator.reports.run_page import draw_run
+from sigray.orchestrator.reports.run_page import draw_run, newest_figure
 from sigray.orchestrator.reports.template import content_policy, page, render
 from sigray.orchestrator.run_folder import CONFIG, EVENTS, METRICS, REPORT
 from sigray.workers.checkpoint.index import newest_checkpoint
@@ -47,6 +49,7 @@ from sigray.workers.storage import Storage
 PLACES = ("~/sigray-runs", "~/sigray-sweeps", "runs", "sweeps")
 """Default places: of jobs on a head, and of commands started here."""
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a name; it cannot lead out of a folder
+_TRIAL = re.compile(r"(.+)/trials/trial-(\d{1,9})")  # the name of a run of a sweep
 _MAX_PARTS = 4
 _MAX_ENTRIES = 100  # of a kind in the list
 _MAX_EVENTS = 40
@@ -67,6 +70,8 @@ class Look:
     updated_at: float | None  # Unix time
     content: dict[str, Any]  # for programs; if it changes, the page is drawn again
     draw: Callable[[], Markup]
+    figures: str = ""  # the newest, for the list
+    curve: Sequence[tuple[float, float]] = ()  # for the list
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,13 @@ def look_at_run(storage: ForeignFolder, address: str, for_list: bool = False) ->
         "unreadable": run.unreadable,
     }
     says = "; ".join([_place(run), *run.unreadable[:1]])
-    return Look(run.status, says, content["updated_at"], content, partial(_draw, run, content, address))
+    loss, last = curve(run.metrics, "train/loss"), find_number(run.newest_line, "train/loss")
+    figures = [f"loss {words.decimal(last)}"] if last is not None else []
+    figures += [figure] if (figure := newest_figure(run)) else []
+    draw = partial(_draw, run, content, address)
+    return Look(
+        run.status, says, ", ".join(figures), loss[:: 1 + len(loss) // 60], content["updated_at"], content, draw
+    )
 
 
 def _place(run: RunFiles) -> str:
@@ -289,9 +300,22 @@ class Pages:
 
         def draw() -> Markup:
             with self._drawing:
-                return found.draw()
+                return self._links(kind, name) + found.draw()
 
         return f"{name} ({found.status})", found.content, draw
+
+    def _links(self, kind: Kind, name: str) -> Markup:
+        """Return links to the list; of a trial, to its sweep and neighbours too."""
+        pages = []
+        if trial := _TRIAL.fullmatch(name):
+            before, after = (f"{trial[1]}/trials/trial-{int(trial[2]) + step:03d}" for step in (-1, 1))
+            sweeps = [
+                (other, trial[1], f"{other.name} / {trial[1]}") for other in self._kinds.values() if other != kind
+            ]
+            pages = [*sweeps, (kind, before, "previous trial"), (kind, after, "next trial")]
+        found = [(f"/{of.name}/{path}", text) for of, path, text in pages if self._find(of, path)]
+        links = [Markup('<a href="{}">{}</a>').format(*link) for link in [("/", "all runs and sweeps"), *found]]
+        return Markup('<nav class="note">{}</nav>\n').format(Markup(" \u00b7 ").join(links))
 
     def _list(self, parts: list[str]) -> _Found | None:
         names = parts or list(self._kinds)
@@ -317,7 +341,7 @@ class Pages:
         draw = partial(
             render, "index.html.j2", title=title, kinds=names, content=content, most=_MAX_ENTRIES, clock=clock
         )
-        return title, content, partial(draw, places=", ".join(self._given))
+        return title, content, partial(draw, places=", ".join(self._given), sparkline=sparkline)
 
     def _begin(self, key: tuple[str, ...], work: Callable[[], Any]) -> _Job:
         """Return a job; its work begins if the last result is too old."""
@@ -357,7 +381,7 @@ class Pages:
                 look = kind.look(folder, address, True)
             except Exception as error:  # content that nothing foresaw: the entry says it
                 look = Look("unreadable", _reason(error), None, {}, Markup)
-            state = {"status": look.status, "says": look.says, "updated_at": look.updated_at}
+            state = {key: getattr(look, key) for key in ("status", "says", "figures", "curve", "updated_at")}
             states[kind.name] = {"name": name, "address": address, **state}
         return states
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,15 @@ from sigray.orchestrator.reports.run_files import RunFiles, find_number
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_MIN_RATE = 1e-6  # pairs per second; less would overflow
 _MAX_POINTS = 1000  # of a curve; a longer one keeps the lowest and highest point of each stretch
 
 
 def charts(run: RunFiles) -> list[dict[str, Any]]:
     """Return the charts for which the run has data."""
     found = []
+    times, waited_s = training_times(run.metrics)
+    panels = partial(_panels, times)
 
     def add(title: str, caption: str, svg: Any) -> None:
         found.append({"title": title, "caption": caption, "svg": svg})
@@ -26,7 +30,8 @@ def charts(run: RunFiles) -> list[dict[str, Any]]:
     if loss := curve(run.metrics, "train/loss"):
         is_log = drawing.spans_decades([value for _, value in loss])
         caption = _from_to("Loss per image, lower is better", loss)
-        add("Loss", caption, _panels(("sigmoid loss per image", loss), is_log=is_log))
+        caption += " Above: time in training, without pauses for checkpoints and restarts." if times else ""
+        add("Loss", caption, panels(("sigmoid loss per image", loss), is_log=is_log))
     for name in run.zero_shot:
         if chart := _zero_shot(run, name):
             add(f"Zero-shot: {name}", *chart)
@@ -34,22 +39,34 @@ def charts(run: RunFiles) -> list[dict[str, Any]]:
     if scale and bias:
         first = _from_to(f"A logit is scale {words.TIMES} cosine + bias. Scale", scale)
         caption = f"{first[:-1]}; {_from_to('bias', bias)}"
-        add("Logit scale and bias", caption, _panels(("scale", scale), ("bias", bias)))
+        add("Logit scale and bias", caption, panels(("scale", scale), ("bias", bias)))
+    if norm := curve(run.metrics, "train/grad_norm"):
+        is_log = drawing.spans_decades([value for _, value in norm])
+        caption = f"Of all gradients, before clipping. Median {words.decimal(median(value for _, value in norm))}, "
+        caption += f"highest {words.decimal(max(value for _, value in norm))}."
+        add("Gradient norm", caption, panels(("gradient norm", norm), is_log=is_log))
     if lr := curve(run.metrics, "train/learning_rate"):
         samples, top = max(lr, key=lambda point: point[1])
         caption = f"Highest after {words.count(samples)} pairs: {words.decimal(top)}."
-        add("Learning rate", caption, _panels(("learning rate", lr), from_zero=True))
+        add("Learning rate", caption, panels(("learning rate", lr), from_zero=True))
     rate, wait = curve(run.metrics, "throughput/samples_per_s"), curve(run.metrics, "data/wait_pct")
     if rate and wait:
-        speed, wait_pct = (median(value for _, value in points) for points in (rate, wait))
-        caption = f"Median {words.count(speed)} pairs per second; training waited for data "
-        caption += f"{words.percent(wait_pct / 100)} of the time."
-        add("Throughput", caption, _panels(("pairs/s", rate), ("data wait, %", wait), from_zero=True))
+        caption = f"Median {words.count(median(value for _, value in rate))} pairs per second."
+        if times:
+            share = words.percent(waited_s / times[-1][1])
+            caption += f" Training waited for data {share} of {words.duration(times[-1][1])} in all."
+        add("Throughput", caption, panels(("pairs/s", rate), ("data wait, %", wait), from_zero=True))
     return found
 
 
-def _panels(*panels: tuple[str, drawing.Points], from_zero: bool = False, is_log: bool = False) -> Any:
-    """Draw curves with their labels, one below the other."""
+def _panels(
+    times: drawing.Points, *panels: tuple[str, drawing.Points], from_zero: bool = False, is_log: bool = False
+) -> Any:
+    """Draw curves with their labels, one below the other.
+
+    Args:
+        times: of the axis of time, above.
+    """
 
     def draw(figure: Figure) -> None:
         column = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
@@ -59,8 +76,9 @@ def _panels(*panels: tuple[str, drawing.Points], from_zero: bool = False, is_log
             if from_zero:
                 axes.set_ylim(bottom=0, top=1.15 * max(value for _, value in points) or 1)
             if is_log:
-                axes.set_yscale("log")
+                drawing.log_axis(axes)
         drawing.samples_axis(column[-1])
+        drawing.time_axis(column[0], times)
 
     return drawing.svg(draw)
 
@@ -153,6 +171,22 @@ def curve(lines: Iterable[dict[str, Any]], *keys: str) -> drawing.Points:
         part = points[begin : begin + stretch]
         kept |= {min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])}
     return sorted(kept)
+
+
+def training_times(lines: Iterable[dict[str, Any]]) -> tuple[drawing.Points, float]:
+    """Return (samples seen, seconds of training) by line, and seconds without data.
+
+    A line gives the speed since the line before it; pauses for checkpoints and restarts do not count.
+    """
+    waited_s = 0.0
+    points = [(0.0, 0.0)]
+    for line in lines:
+        samples, rate = (find_number(line, key) for key in ("samples_seen", "throughput/samples_per_s"))
+        if samples is not None and rate is not None and rate > _MIN_RATE and samples > points[-1][0]:
+            seconds = (samples - points[-1][0]) / rate
+            points.append((samples, points[-1][1] + seconds))
+            waited_s += seconds * (find_number(line, "data/wait_pct") or 0) / 100
+    return points if len(points) > 1 else [], waited_s
 
 
 def _from_to(what: str, points: drawing.Points) -> str:

@@ -131,6 +131,17 @@ def _finding(run: RunFiles) -> str:
     return "no checkpoint was evaluated, so the quality of the model is not known"
 
 
+def newest_figure(run: RunFiles) -> str:
+    """Return the main rate of the newest evaluation in a few words, if it has one."""
+    keys = (("zero_shot", "top1", "top-1"), ("retrieval", "image_to_text_r1", "image to text R@1"))
+    rates = (
+        (name, what, find_number(figures, key))
+        for task, key, what in keys
+        for name, figures in sets_of(run.newest, task).items()
+    )
+    return next((f"{what} {words.percent(rate)} of {name}" for name, what, rate in rates if rate is not None), "")
+
+
 def _best_of(run: RunFiles, name: str) -> tuple[str, str] | None:
     """Return the share of right images and its meaning, of five guesses.
 

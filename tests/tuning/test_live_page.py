@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -50,6 +51,7 @@ def test_a_sweep_at_work_and_at_its_end(study, tmp_path, monkeypatch):
     folder = made(study.config.folder / "trials" / "trial-001")
     write_run(folder, config=CONFIG | {"run": {"name": "trial-001"}}, metrics=[], evaluations=[], summary=None)
     add_line(folder, 2)
+    write_run(made(folder.parent / "trial-000"), metrics=[], evaluations=[], summary=None)
     with serve(Pages([str(tmp_path / "sweeps")], [RUNS, SWEEPS]).answer, 0) as port:
 
         def get(path: str) -> str:
@@ -69,10 +71,17 @@ def test_a_sweep_at_work_and_at_its_end(study, tmp_path, monkeypatch):
             assert content["trials"]["1"]["samples_seen"] == 512
             page = get("/sweeps/tiny")
             assert "1 of 3\u00a0trials over" in page
+            # The sentence and the tiles are of one look.
+            assert "3\u00a0trials (1 running, 1 stopped, 1 waiting) saw 812\u00a0pairs in all" in page
+            assert "<dt>pairs seen, all trials</dt><dd>812</dd>" in page
+            assert "Loss, 900\u00a0pairs" in page.replace("900 pairs", "900\u00a0pairs")
             assert "stopped: because" in page
             # From the trial at work to its own page.
             assert 'href="/runs/tiny/trials/trial-001"' in page
-            assert json.loads(get("/api/runs/tiny/trials/trial-001"))["status"] == "running"
+            trial_page = json.loads(get("/api/runs/tiny/trials/trial-001"))
+            assert trial_page["status"] == "running"
+            nav = trial_page["html"].partition("</nav>")[0]
+            assert re.findall('href="([^"]*)"', nav) == ["/", "/sweeps/tiny", "/runs/tiny/trials/trial-000"]
             assert not (study.config.folder / "figures").exists()  # a page that is looked at writes nothing
         assert told()["status"] == "unfinished"
         assert json.loads(get("/api/"))["sweeps"][0]["says"] == "1 of 3\u00a0trials over"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
 
@@ -10,7 +12,8 @@ from sigray.tuning.report import importances, write_report
 from sigray.tuning.study import Study, parse_study
 from sigray.tuning.table import Table
 from sigray.workers.storage import Storage
-from tests.helpers.sweeps import full_table, study_of, table_of, trial
+from tests.helpers.run_folders import made, write_run
+from tests.helpers.sweeps import full_table, result, study_of, table_of, trial
 
 
 def page_of(study: Study, table: Table) -> str:
@@ -25,7 +28,7 @@ def test_the_page_answers_the_question(tmp_path):
     assert '<p class="answer seen">seen</p><p>The sigmoid leads.</p>' in page
     assert '<p class="answer undecided">undecided</p><p>Larger is worse.</p>' in page
     assert "Best of 6\u00a0configurations: " in page
-    assert "50.5\u00a0%\u00a0±\u00a00.71" in page
+    assert "50.5\u00a0%\u00a0±\u00a00.79" in page  # of 2 x 2,000 images
     assert "2\u00a0others are within two standard errors" in page
     assert "chance is 25.0\u00a0%" in page
     assert page.count("<svg") == 4 - 1  # two rungs against the batch, the learning curves
@@ -35,6 +38,56 @@ def test_the_page_answers_the_question(tmp_path):
         "curves_900.png",
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (study.config.folder / "figures").iterdir())
+
+
+def texts_of(svg: str) -> list[tuple[float, str]]:
+    """The texts that are centred at an x, as the names of ticks are."""
+    found = re.findall(r'<text style="[^"]*text-anchor: middle[^"]*" x="([0-9.]+)"[^>]*>([^<]*)<', svg)
+    return [(float(x), text) for x, text in found]
+
+
+@pytest.mark.parametrize("sizes", [[512, 1024, 32768], [2**power for power in range(12, 21)], [3, 5], [10_000, 12_345]])
+def test_no_label_of_a_batch_size_is_cut(tmp_path, sizes):
+    grid = {"train.global_batch_size": {"grid": sizes}, "optim.beta1": {"grid": [0.5, 0.6][: 10 - len(sizes)]}}
+    study = study_of(tmp_path, space=grid, expect=[], figures=[])
+    page = page_of(study, full_table(study))
+    svg = page[page.index("<svg") : page.index("</svg>")]
+    width = float(re.search(r'viewBox="0 0 ([0-9.]+)', svg)[1])
+    texts = texts_of(svg)
+    names = [text for _, text in texts]
+    assert (
+        names[names.index("global batch size") - 1]
+        == {32768: "32.8k", 2**20: "1.05M", 5: "5", 12_345: "12.3k"}[sizes[-1]]
+    )
+    assert max(x + 0.6 * 9.5 * len(text) / 2 for x, text in texts) < width
+    assert len(texts) <= 9  # seven ticks, the names of the axes
+    if len(sizes) < 9:
+        assert svg.count("var(--second)") > 1  # a line for each value of the second dimension, a number too
+
+
+def test_a_trial_below_chance_is_not_called_best(tmp_path):
+    study = study_of(tmp_path, expect=[], figures=[])
+    page = page_of(study, one_result(0.1))
+    assert "None of 1\u00a0configuration is above chance. Highest: " in page
+    assert '<tr class="best-row">' not in page
+    page = page_of(study, one_result(0.9))
+    assert "One configuration so far: " in page
+    assert '<tr class="best-row">' in page
+
+
+def one_result(value: float) -> Table:
+    figures = {"zero_shot": {"colours": {"top1": value, "chance1": 0.25, "num_images": 100}}}
+    values = {"loss.name": "sigmoid", "train.global_batch_size": 2}
+    return table_of(trial(0, **values), result(0, 0, value) | {"figures": figures})
+
+
+def test_losses_of_trials_are_drawn(tmp_path):
+    study = study_of(tmp_path)
+    for number in (0, 3):
+        write_run(made(study.config.folder / "trials" / f"trial-{number:03d}"))
+    page = page_of(study, full_table(study))
+    assert "2\u00a0trials, coloured by " in page
+    assert (study.config.folder / "figures" / "loss_900.png").exists()
 
 
 def test_the_best_trial_is_a_run_of_its_own(tmp_path):

@@ -120,7 +120,7 @@ def test_a_run_from_its_start_to_its_end(served, tmp_path):
         ):
             assert words in said
         assert said.index("were restarted") < said.index("starting Ray")
-        assert told["html"].count("<svg") == 4  # loss, scale and bias, learning rate, throughput
+        assert told["html"].count("<svg") == 5  # loss, scale and bias, gradient norm, learning rate, throughput
 
         first = get("/api/runs/demo")[1]
         assert get("/api/runs/demo", If_None_Match=get.headers["ETag"]) == (304, "")
@@ -130,7 +130,15 @@ def test_a_run_from_its_start_to_its_end(served, tmp_path):
         assert json.dumps(told) != first
         assert told["zero_shot"][SET]["top1"] == 0.026
         assert f"10.1 % of the {SET} images" in text_of(told["html"])
-        assert told["html"].count("<svg") == 6
+        assert told["html"].count("<svg") == 7
+        entry = api(get, "/runs")["runs"][0]
+        assert entry["figures"] == f"loss 0.3333, top-1 2.6\u00a0% of {SET}"
+        assert entry["curve"] == [[256 * step, 10 / step] for step in (10, 20, 30)]
+        page = get("/runs")[1]
+        assert page.count('<svg class="spark"') == 1
+        assert '<span class="status" data-is="running">running</span>' in page
+        assert '<a href="/">' in page
+        assert '<a href="/">' in get("/runs/demo")[1]
 
     # The driver has gone and left no summary.
     told = api(get, "/runs/demo")
@@ -320,7 +328,7 @@ def test_a_run_in_s3_is_followed_by_its_checkpoints(served, tmp_path, monkeypatc
         with RunLease(storage):
             told = api(get, "/runs/demo")
             assert (told["status"], told["step"], told["checkpoint"]["step"]) == ("running", 20, 20)
-            assert told["html"].count("<svg") == 4
+            assert told["html"].count("<svg") == 5
         assert [entry["name"] for entry in api(get, "/")["runs"]] == ["demo"]
         assert get("/runs/../demo")[0] == 404
 

@@ -83,7 +83,7 @@ def test_full_run_says_what_came_out(full_run: Page) -> None:
     ):
         assert fact in page.text
     assert "Not recorded" not in page.text
-    assert page.tags.count("svg") == 6  # loss, two sets, logits, learning rate, throughput
+    assert page.tags.count("svg") == 7  # loss, two sets, logits, gradient norm, learning rate, throughput
     assert "Loss per image, lower is better: from 1 after 2,560 pairs to 0.03012." in page.text
 
 
@@ -105,7 +105,7 @@ def test_names_from_data_are_escaped(tmp_path: Path) -> None:
 
 def test_charts_take_their_colours_from_the_page_and_mix_no_ids(full_run: Page) -> None:
     charts = re.findall(r"<svg.*?</svg>", full_run.source, flags=re.DOTALL)
-    assert len(charts) == 6
+    assert len(charts) == 7
     assert all("var(--first)" in chart for chart in charts)
     assert not re.search(r"#0000\d\d", full_run.source)
     # An id may stand in two charts (a tick mark, a frame of the same size), but then it has to mean the same.
@@ -126,7 +126,25 @@ def test_run_stopped_before_its_first_evaluation(tmp_path: Path) -> None:
     assert "There is no evaluation in this run folder." in page.text
     assert "the only line of metrics" in page.text
     assert "No images were kept" in page.text
-    assert page.tags.count("svg") == 4
+    assert page.tags.count("svg") == 5
+
+
+def test_the_data_wait_is_a_share_of_the_time(tmp_path: Path) -> None:
+    """10 s with 1 % and then 1 s with 50 %: 0.6 s of 11 s."""
+    speeds = ((10, 256.0, 1.0), (11, 256.0, 50.0))
+    lines = [
+        metrics_line(step) | {"throughput/samples_per_s": rate, "data/wait_pct": wait} for step, rate, wait in speeds
+    ]
+    page = page_of(write_run(tmp_path, metrics=lines, evaluations=[], summary=None))
+    assert "Training waited for data 5.5 % of 11 s in all." in page.text
+    for tick in ("0 s", "3 s", "9 s"):  # the axis of time
+        assert f" {tick} " in page.text
+
+
+def test_a_loss_over_decades_has_plain_numbers(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path, metrics=[metrics_line(step) for step in range(1, 400)], evaluations=[]))
+    assert " 0.1 " in page.text
+    assert "$" not in page.text
 
 
 def test_run_without_a_summary_is_not_called_finished(tmp_path: Path) -> None:
