@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from sigray.orchestrator.batch import micro_batch, usable_sizes
-from sigray.orchestrator.carried_files import FILES, find_carried
+from sigray.orchestrator.carried_files import find_carried
 from sigray.orchestrator.device_kinds import DEVICES, DeviceName
 from sigray.orchestrator.secrets import secrets_of
 from sigray.workers import config as workers
@@ -381,14 +381,7 @@ def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
     Raises:
         ConfigError: names each key that must not change, with both values.
     """
-    # A file that a job carries is compared by the hash in its name, wherever the job was unpacked.
-    before, after = (
-        {
-            key: value.rpartition(f"/{FILES}/")[2] if isinstance(value, str) else value
-            for key, value in _flatten(config.model_dump(mode="json")).items()
-        }
-        for config in (saved, wanted)
-    )
+    before, after = (_flatten(config.model_dump(mode="json")) for config in (saved, wanted))
     fixed, free = (tuple(f"{name}." for name in names) for names in (FIXED_ON_RESUME, _FREE_ON_RESUME))
     lines = [
         f"{key}: the run was started with {before.get(key)!r}, now {after.get(key)!r}"

@@ -306,6 +306,7 @@ class ModelConfig(Section):
     For large vocabularies of many languages (paper, section 4.3; K = 96 there). Null: one table."""
     init_from: LocalFile | None = None
     """Local file with initial weights, visible to all training workers.
+    A job carries a file of at most 16 MiB.
     A sigray or open_clip checkpoint: .safetensors, or a file that torch.load reads with weights_only. Positional
     embeddings are resized. Null: fresh weights."""
     init_fresh: list[Pattern] = []

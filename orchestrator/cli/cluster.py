@@ -85,8 +85,9 @@ def submit(options: Namespace, console: Console) -> int:
         for problem in check_cluster_file(options.cluster).problems:
             say(console, f"{options.cluster}: {problem}")
     env = {name: os.environ[name] for name in options.env}
+    where = _where(options) + [word for name in options.env for word in ("--env", name)]
     with jobs.job_client(options.cluster, options.address) as client:
-        id = jobs.submit(client, job, env=env, id=options.job, pages=options.pages, where=_where(options))
+        id = jobs.submit(client, job, env=env, id=options.job, pages=options.pages, where=where)
         say(console, f"job {id}")
         return 0 if options.no_follow else _follow(client, id, options)
 

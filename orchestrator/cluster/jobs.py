@@ -172,7 +172,7 @@ def submit(
         env: variables of the run's processes; Ray's dashboard shows a browser only their names.
         id: by default the job's name and the time.
         pages: address of the run pages, as the browser that shows the dashboard reaches them.
-        where: options that name the cluster, for the command that uses the result.
+        where: options of `sigray submit`, if the command that uses the result is another job.
 
     Raises:
         ConfigError: the command or the metadata hold a secret.

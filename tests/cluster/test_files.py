@@ -33,6 +33,15 @@ def test_every_file_passes(path):
     assert check.kind == "local" or check.groups
 
 
+def test_the_manifest_of_a_job_takes_a_sweep(tmp_path):
+    """As its comments say; other programs are refused."""
+    text = JOB.read_text()
+    path = tmp_path / "job.yaml"
+    for entrypoint, is_good in (("sigray sweep /etc/sigray/my_study.yaml", True), ("python train.py", False)):
+        path.write_text(text.replace("sigray train /etc/sigray/my_run.yaml", entrypoint))
+        assert (check_cluster_file(path).problems == []) == is_good
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_every_file_has_ports_on_loopback_and_token_auth(path):
     text = path.read_text()

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -26,9 +27,11 @@ from sigray.orchestrator.cluster.jobs import FILE, Job, environment_differences,
 from sigray.orchestrator.config import ConfigError, check_resume, load_config
 from sigray.orchestrator.reports.http_server import serve
 from sigray.orchestrator.reports.live_server import RUNS, Pages
+from sigray.orchestrator.run_folder import RunFolder, read_run
 from sigray.tuning.cli import main, sweep
 from sigray.tuning.study import load_study
-from tests.helpers.data import TOWERS, write_dataset
+from sigray.workers.data.manifest import Manifest
+from tests.helpers.data import COLOURS, TOWERS, write_dataset
 from tests.helpers.head import BIN, Head, ray_head
 from tests.helpers.runs import LIMIT_S
 
@@ -40,7 +43,7 @@ def run_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("submit")
     write_dataset(folder / "train", [40, 24])
     write_dataset(folder / "held_out", [8])
-    (folder / "classes.json").write_text(json.dumps([{"id": name, "name": name} for name in ("red", "green")]))
+    (folder / "classes.json").write_text(json.dumps([{"id": name, "name": name} for name in COLOURS]))
     content = {
         "run": {"name": "job", "storage": str(folder / "storage")},
         "data": {"shards": str(folder / "train"), "block_size": 16, "num_lanes": 2},
@@ -94,15 +97,24 @@ def test_what_a_job_carries(run_config, tmp_path, monkeypatch):
     check_resume(config, staged)
 
 
-def test_a_carried_file_is_what_it_holds(run_config):
-    config = load_config(run_config)
-    first, second, other = (
-        config.model_copy(update={"model": config.model.model_copy(update={"tokenizer": f"{where}/tokenizer.json"})})
-        for where in (f"/a/{FILES}/12", f"/b/{FILES}/12", f"/b/{FILES}/34")
-    )
-    check_resume(first, second)
-    with pytest.raises(ConfigError, match="tokenizer"):
-        check_resume(first, other)
+def test_a_resubmission_is_the_same_run_if_its_files_are(run_config, tmp_path, monkeypatch):
+    """Each job is unpacked into another folder; the content of a file counts."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    words = ["train", run_config, f"model.tokenizer={tmp_path}/t.json", f"run.storage={tmp_path}/storage"]
+    for folder, content in (("first", "a"), ("second", "a"), ("third", "b")):
+        (tmp_path / "t.json").write_text(content)
+        (tmp_path / folder).mkdir()
+        stage(job_of(*words), tmp_path / folder)
+        monkeypatch.chdir(tmp_path / folder)
+        config = load_config(FILE)
+        if folder == "first":
+            RunFolder(config).begin(config, Manifest(()))
+            shutil.move(tmp_path / "first", tmp_path / "gone")
+            continue
+        saved = read_run(config.storage_uri)
+        assert Path(saved.model.tokenizer).read_text() == "a"
+        with nullcontext() if folder == "second" else pytest.raises(ConfigError, match="model.tokenizer"):
+            check_resume(saved, config)
 
 
 @pytest.mark.parametrize(
@@ -316,13 +328,13 @@ def test_a_job_from_its_submission_to_its_end(head, run_config):
         text=True,
     )
     assert lost.stdout is not None
-    assert any("job of run job on " in line for line in lost.stdout)
+    assert any("sigray train job as a job on " in line for line in lost.stdout)
     lost.kill()
     lost.wait()
     # Followed again, from the beginning to the end.
     again = sigray(head, "logs", "first")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stdout.count("job of run job on ") == 1
+    assert again.stdout.count("sigray train job as a job on ") == 1
     assert again.stdout.count("step      4  samples        64") == 1
     assert "finished at 64 samples" in again.stdout
     assert list((run_config.parent / "storage" / "job" / "checkpoints").glob("step-0000000004"))
@@ -344,7 +356,9 @@ def test_a_job_from_its_submission_to_its_end(head, run_config):
         "page": "http://127.0.0.1:3999/runs/job",
         "job_name": "job",
         "storage": f"{run_config.parent}/storage/job",
+        "result": f"sigray export {run_config.parent}/storage/job",
     }
+    assert again.stdout.splitlines()[-1] == f"use the result: sigray export {run_config.parent}/storage/job"
     places = [str(head.home / "sigray-runs"), str(run_config.parent / "storage")]
     with serve(Pages(places, [RUNS]).answer, 0) as port:
         told = json.loads(get(f"http://127.0.0.1:{port}/api/runs/job"))
@@ -364,11 +378,45 @@ def test_a_job_from_its_submission_to_its_end(head, run_config):
     while "step     10" not in log_of(head, "long"):
         assert time.monotonic() < deadline, log_of(head, "long")
         time.sleep(0.5)
-    stopped = sigray(head, "stop", "long")
+    stopped = sigray(head, "stop")  # the newest at work
     assert stopped.returncode == 0, stopped.stderr
     assert "stopped" in stopped.stdout
     assert list((run_config.parent / "storage" / "long" / "checkpoints").glob("step-*/commit.json"))
     assert sigray(head, "logs", "nothing").returncode == 2
+
+
+def test_a_sweep_its_best_run_and_its_export_by_their_last_lines(head, run_config, study, s3_variables, tmp_path):
+    """What a user does with a bucket: each job's last line is the next command, or fetches the result."""
+    environment = head.environment | s3_variables | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    names = [word for name in s3_variables for word in ("--env", name)]
+
+    def shell(command: str) -> str:
+        done = subprocess.run(
+            command, shell=True, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def job(*words: object) -> tuple[str, str]:
+        """Follow a job to its end; its log and the command in its last line."""
+        said = shell(shlex.join(["sigray", "submit", "--address", head.address, *names, "--", *map(str, words)]))
+        return said, said.splitlines()[-1].removeprefix("use the result: ")
+
+    shards = f"data.shards={run_config.parent}/train"
+    said, train_best = job("sweep", study, "storage=s3://sigray/sweeps", shards)
+    assert "2 complete" in said
+    assert train_best.endswith("-- train s3://sigray/sweeps/tiny/best.yaml")
+    # Another submission of the sweep goes on: the files that it carries are the same, in another folder.
+    assert "resuming it" in job("sweep", study, "storage=s3://sigray/sweeps", shards)[0]
+    trained = shell(train_best)
+    assert "finished at 64 samples" in trained
+    run = "s3://sigray/sweeps/tiny_best"
+    assert trained.splitlines()[-1] == f"use the result: sigray export {run}"
+    shell(job("eval", run, "eval.batch_size=8")[1])
+    evaluation = json.loads((tmp_path / "evaluations" / "step-0000000008.json").read_text())
+    assert evaluation["zero_shot"]["colours"]["num_images"] == 8
+    shell(job("export", run, "--out=s3://sigray/models/tiny", "--format=safetensors")[1])
+    assert {"README.md", "model.safetensors"} <= {path.name for path in (tmp_path / "tiny").iterdir()}
 
 
 def get(url: str, headers: dict[str, str] | None = None) -> str:
