@@ -71,7 +71,7 @@ def look_at_sweep(storage: ForeignFolder, address: str, for_list: bool = False) 
         )
         return draw_sweep(study, table, None, losses, now, status, trials)
 
-    return Look(status, _place(table), best_figure(study, table), [], updated_at, content, draw)
+    return Look(status, _place(table), updated_at, content, draw, best_figure(study, table))
 
 
 def _trials_at_work(storage: ForeignFolder, home: ForeignFolder, table: Table) -> dict[int, Look]:

@@ -34,7 +34,7 @@ from markupsafe import Markup
 from pydantic_core import to_json
 
 from sigray.orchestrator import formatting as words
-from sigray.orchestrator.reports.drawing import Points, sparkline
+from sigray.orchestrator.reports.drawing import sparkline
 from sigray.orchestrator.reports.foreign_folder import MAX_NAMES, ForeignFolder, LinkError
 from sigray.orchestrator.reports.http_server import HTML, JSON, TEXT, Answer
 from sigray.orchestrator.reports.run_charts import curve
@@ -136,9 +136,8 @@ def look_at_run(storage: ForeignFolder, address: str, for_list: bool = False) ->
     figures = [f"loss {words.decimal(last)}"] if last is not None else []
     figures += [figure] if (figure := newest_figure(run)) else []
     draw = partial(_draw, run, content, address)
-    return Look(
-        run.status, says, ", ".join(figures), loss[:: 1 + len(loss) // 60], content["updated_at"], content, draw
-    )
+    few = loss[:: 1 + len(loss) // 60]
+    return Look(run.status, says, content["updated_at"], content, draw, ", ".join(figures), few)
 
 
 def _place(run: RunFiles) -> str:
