@@ -38,7 +38,7 @@ FAULTS = [
     Fault(
         "a set with one unusable sample is refused",
         "sigray.workers.evaluation.set_checks:_check_samples",
-        "if reasons[need].total() == num_read:",
+        "if 0 < num_read == reasons[need].total():",
         "if reasons[need]:",
         (f"{_CHECKS}::test_what_is_wrong_with_a_set_is_named",),
     ),
@@ -51,9 +51,9 @@ FAULTS = [
     ),
     Fault(
         "a resumed run saves and evaluates its initial weights again",
-        "sigray.workers.training.train:train_loop_per_worker",
-        "if restored is None and job.saves_start:",
-        "if first_step == 0 and job.saves_start:",
+        "sigray.workers.training.saver:restore",
+        "return info.step if info else None",
+        "return (info.step or None) if info else None",
         (f"{_KEYS}::test_a_run_goes_on_from_its_initial_weights",),
     ),
 ]
