@@ -318,7 +318,8 @@ def read_file(path: str | Path) -> bytes:
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file or directory") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise ConfigError(f"{path}: {(getattr(error, 'strerror', None) or str(error)).lower()}") from error
+        strerror = getattr(error, "strerror", None)
+        raise ConfigError(f"{path}: {strerror.lower() if strerror else error}") from error
 
 
 def _folder_of(path: str | Path) -> tuple[Storage, str]:

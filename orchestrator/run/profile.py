@@ -98,7 +98,7 @@ def profile_run(config: RunConfig, profile: Profile, console: Console) -> tuple[
     place = folder.path / FOLDER
     png(lambda figure: draw(figure, split), place / PICTURE)
     if str(folder.path) != folder.storage.root:
-        for file in (place / PICTURE, place / TIMELINE):
+        for file in (file for file in (place / PICTURE, place / TIMELINE) if file.exists()):
             folder.storage.upload(file, f"{FOLDER}/{file.name}")
     return split, place
 
