@@ -40,7 +40,8 @@ from sigray.orchestrator.run.driver import train
 from sigray.orchestrator.run.own_ray import check_start
 from sigray.orchestrator.run.preflight import scan
 from sigray.orchestrator.run.progress import Display
-from sigray.orchestrator.run.ray_session import ray_session, stop_on_signal
+from sigray.orchestrator.run.ray_session import ray_session
+from sigray.orchestrator.run.signals import on_stop_signal
 from sigray.orchestrator.run.trial import TRIAL_CPUS, rung_step
 from sigray.orchestrator.run_folder import REPORT, WRITTEN, check_inputs, check_kind, clear_folder, left_message
 from sigray.tuning.capacity import Demand, Node, count_trials
@@ -310,7 +311,7 @@ class _Sweep:
         )
         self._live.start(self.table, self._capacity_now(), self.num_streams)
         log = self.study.config.folder / "tune.log"
-        with stop_on_signal(self._ask_to_stop), log.open("a") as file, contextlib.redirect_stdout(file):
+        with on_stop_signal(self._ask_to_stop), log.open("a") as file, contextlib.redirect_stdout(file):
             tuner.fit()
         self._note_costs(*self._pools.values())
         self.look(at_once=True)

@@ -11,7 +11,6 @@ Only descendants of drivers that this command started are signalled (`processes.
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import time
 from collections import Counter
@@ -112,18 +111,13 @@ def chaos(
     disturbed = supervised(DISTURBED, disturbed_overrides(base, chosen, num_faults))
     faults = [draw(seed, number, chosen, every_s) for number in range(num_faults)]
     try:
-        # SIGTERM ends this process as Ctrl-C does, so that its run ends too.
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            if _is_finished(undisturbed.config):
-                say(f"undisturbed: done before, in {undisturbed.config.folder}")
-            else:
-                say(f"undisturbed: {undisturbed.config.folder}")
-                with undisturbed:
-                    undisturbed.follow(lambda: False)
-            _run_disturbed(disturbed, faults, result, say)
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        if _is_finished(undisturbed.config):
+            say(f"undisturbed: done before, in {undisturbed.config.folder}")
+        else:
+            say(f"undisturbed: {undisturbed.config.folder}")
+            with undisturbed:
+                undisturbed.follow(lambda: False)
+        _run_disturbed(disturbed, faults, result, say)
         result.undisturbed_s = _read_summary(undisturbed.config)["total_s"]
         why_rounding = rounding(disturbed.config)
         expected = read_outcome(undisturbed.config)

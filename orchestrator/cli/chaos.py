@@ -27,8 +27,9 @@ def chaos(options: Namespace, console: Console) -> None:
       sigray chaos run.yaml --faults 200 --seed 1                   a soak test; the seed repeats its faults
 
     Runs the config twice on this machine, in a Ray of its own: once undisturbed (unless DIR has that run already), and
-    once with faults at random times. If a driver ends, the same `sigray train` starts it again. Then compares weights,
-    optimizer state, losses and ledger. Kinds of faults; the default is all that are possible with the config:
+    once with faults at random times. If a driver ends, the same `sigray train` starts it again. The driver outlives
+    `node` and `gcs` and starts another Ray. Then compares weights, optimizer state, losses and ledger. Kinds of faults;
+    the default is all that are possible with the config:
       trainer           kill a training worker
       trainer-hang      stop a training worker for good
       data-worker       kill a data-shard worker

@@ -20,6 +20,7 @@ from sigray.orchestrator.cli.profile import profile
 from sigray.orchestrator.cli.train import embed, resume, train
 from sigray.orchestrator.cluster.jobs import RESULT
 from sigray.orchestrator.plain_console import PlainConsole
+from sigray.orchestrator.run.signals import interrupt, on_stop_signal
 
 _DESCRIPTION = """\
 Train SigLIP-style image-text models from WebDataset tars on a Ray cluster.
@@ -73,7 +74,8 @@ def main(
 
     options = parse(arguments)
     try:
-        code = options.run(options, PlainConsole()) or 0
+        with on_stop_signal(interrupt):  # SIGTERM and SIGHUP end a command as Ctrl-C does
+            code = options.run(options, PlainConsole()) or 0
         if code == 0 and RESULT in os.environ:
             say(PlainConsole(), f"use the result: {os.environ[RESULT]}")
         return code

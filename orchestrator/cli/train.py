@@ -106,13 +106,16 @@ def _finish(summary: dict[str, Any], config: RunConfig, console: Console) -> int
 
     if summary["zero_shot"] or summary["retrieval"]:
         console.print(figures_table(summary))
+    is_begun = "steps" in summary
     say(
         console,
         f"{summary['status']} at {summary['samples_seen']:,.0f} samples after {format_duration(summary['total_s'])}, "
         f"{format_duration(summary['train_s'])} of it training",
-        f"report: {config.folder / 'report.html'}",
+        *([f"report: {config.folder / 'report.html'}"] if is_begun else []),
     )
     if summary["status"] == "stopped":
-        say(console, f"continue with: sigray resume {config.storage_uri}")
+        say(
+            console, f"continue with: sigray resume {config.storage_uri}" if is_begun else "continue with: this command"
+        )
         return 130
     return 0

@@ -1,24 +1,23 @@
-"""Start or join Ray for a run, end its leftovers, and handle signals."""
+"""Start or join Ray for a run, and end it with all its processes."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
 
 from sigray.orchestrator.address import cluster_address
 from sigray.orchestrator.config import RunConfig
+from sigray.orchestrator.run import ray_death, ray_processes
 from sigray.orchestrator.run.own_ray import own_surroundings
 from sigray.orchestrator.run.policy import RunFailed
 from sigray.orchestrator.run.progress import Display
+from sigray.orchestrator.run.signals import blocked_for_children
 from sigray.orchestrator.run.trial import TRIAL_CPUS
 
-_EXIT_TIMEOUT_S = 3.0  # for processes of a Ray that was shut down
 LEAN_RAY = {
     "RAY_enable_metrics_collection": "0",
     "RAY_task_events_report_interval_ms": "0",
@@ -60,38 +59,69 @@ def ray_session(
     import ray
 
     if ray.is_initialized():
-        yield
+        with ray_death.raised():
+            yield
         return
-    with contextlib.ExitStack() as surroundings:
+    with contextlib.ExitStack() as stack:
         if address:
             display.say(f"joining the Ray cluster at {address}")
+            stack.callback(ray.shutdown)
             try:
-                ray.init(address=address, log_to_driver=False)
+                with blocked_for_children():
+                    ray.init(address=address, log_to_driver=False)
             except Exception as error:  # as with a token of another cluster
                 raise RunFailed(f"the Ray cluster at {address} cannot be joined: {error}") from error
+            stack.enter_context(ray_death.watched(ray_death.joined_death(), polls=True))
         else:
-            temporary = surroundings.enter_context(own_surroundings(display))
+            temporary = stack.enter_context(own_surroundings(display))
             display.say("starting Ray on this machine")
+            stack.callback(ray.shutdown)
             num_cpus, resources = _own_resources(config, num_trials)
+            mark = stack.enter_context(_own_processes())
+            stack.enter_context(ray_death.watched(ray_death.own_death(mark), polls=False))
             try:
-                ray.init(
-                    address="local",
-                    _temp_dir=temporary,
-                    # Ray only counts CPUs: on a small machine data-shard workers and training workers share cores.
-                    num_cpus=max(os.cpu_count() or 1, int(num_cpus + 0.5)),
-                    resources=resources,
-                    include_dashboard=config.cluster.dashboard,
-                    log_to_driver=False,
-                    configure_logging=False,
-                )
+                with blocked_for_children(), _marked(mark):
+                    ray.init(
+                        address="local",
+                        _temp_dir=temporary,
+                        # Ray only counts CPUs: on a small machine data-shard and training workers share cores.
+                        num_cpus=max(os.cpu_count() or 1, int(num_cpus + 0.5)),
+                        resources=resources,
+                        include_dashboard=config.cluster.dashboard,
+                        log_to_driver=False,
+                        configure_logging=False,
+                    )
             except Exception as error:  # Ray raises the base class, as on a machine that is too busy
                 raise RunFailed(f"Ray did not start on this machine: {error}") from error
-        try:
-            yield
-        finally:
-            leftovers = {} if address else _ray_processes()
-            ray.shutdown()
-            _end(leftovers)
+        yield
+
+
+@contextlib.contextmanager
+def _own_processes() -> Iterator[str]:
+    """Yield a mark for the processes of a Ray; kill all that carry it at the end.
+
+    A watcher kills them if this process ends before: only this process has the other end of the watcher's input.
+    """
+    mark = uuid.uuid4().hex
+    command = [sys.executable, "-I", "-S", ray_processes.__file__, mark]
+    with blocked_for_children():
+        watcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield mark
+    finally:
+        ray_processes.kill_marked(mark)
+        watcher.kill()
+        watcher.wait()
+
+
+@contextlib.contextmanager
+def _marked(mark: str) -> Iterator[None]:
+    """Mark the processes that start in this context."""
+    os.environ[ray_processes.MARK] = mark
+    try:
+        yield
+    finally:
+        del os.environ[ray_processes.MARK]
 
 
 def _own_resources(config: RunConfig, num_trials: int) -> tuple[float, dict[str, float]]:
@@ -116,66 +146,3 @@ def _own_resources(config: RunConfig, num_trials: int) -> tuple[float, dict[str,
         name: training.get(name, 0) * num_training_workers + decoding.get(name, 0) * num_data_workers
         for name in training | decoding
     }
-
-
-def _ray_processes() -> dict[int, str]:
-    """Return ids and start times of Ray's workers below this process.
-
-    An id together with a start time names one process: the kernel reuses ids.
-    """
-    family = {os.getpid()}
-    processes = _processes()
-    while grown := {pid for pid, (parent, _) in processes.items() if parent in family} - family:
-        family |= grown
-    workers = {}
-    for pid in family & processes.keys():
-        with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
-                workers[pid] = processes[pid][1]
-    return workers
-
-
-def _processes() -> dict[int, tuple[int, str]]:
-    """Return parent and start time of each process of this machine, by process id."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            fields = (path / "stat").read_text().rpartition(")")[2].split()
-            found[int(path.name)] = (int(fields[1]), fields[19])
-    return found
-
-
-def _end(processes: dict[int, str]) -> None:
-    """Kill processes that remain a few seconds after their Ray was shut down.
-
-    About one of seven Train controllers that end while their Ray goes on hangs for ever while its process exits. It
-    waits for threads of its metrics and GCS clients (Ray 2.60), and its raylet no longer knows it.
-    """
-    deadline = time.monotonic() + _EXIT_TIMEOUT_S
-    while processes:
-        running = _processes()
-        processes = {pid: start for pid, start in processes.items() if pid in running and running[pid][1] == start}
-        if time.monotonic() > deadline:
-            for pid in processes:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            return
-        time.sleep(0.1)
-
-
-@contextlib.contextmanager
-def stop_on_signal(stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop` at the first Ctrl-C or SIGTERM; the second one ends the driver."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    with contextlib.ExitStack() as earlier_handlers:
-
-        def handle(number: int, frame: Any) -> None:
-            earlier_handlers.close()
-            stop()
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            earlier_handlers.callback(signal.signal, number, signal.getsignal(number))
-            signal.signal(number, handle)
-        yield

@@ -20,7 +20,7 @@ from sigray.orchestrator.resources import worker_resources
 from sigray.orchestrator.run import policy
 from sigray.orchestrator.run.evaluations import Evaluations
 from sigray.orchestrator.run.progress import Display
-from sigray.orchestrator.run.ray_session import stop_on_signal
+from sigray.orchestrator.run.signals import on_stop_signal
 from sigray.orchestrator.run.trackers import RunRecords
 from sigray.orchestrator.run.trial import Rungs
 from sigray.orchestrator.run.worker_group import WorkerGroup
@@ -42,6 +42,9 @@ _PENDING_LINE_S = 30.0  # between two lines that give the pending reason
 class Supervisor:
     """Run attempts until the run is done, asked to stop, or fails for good.
 
+    Args:
+        failed: attempts that failed before, on an earlier Ray of the run.
+
     Attributes:
         newest_checkpoint: the newest one known; None before the first of this driver.
         train_s: seconds since the first attempt had its workers up.
@@ -54,11 +57,11 @@ class Supervisor:
     evaluations: Evaluations
     rungs: Rungs
     display: Display
+    failed: list[policy.Attempt] = field(default_factory=list)
     newest_checkpoint: CheckpointInfo | None = None
     train_s: float = 0.0
     _stop: threading.Event = field(default_factory=threading.Event)
     _training_since: float | None = None
-    _failed: list[policy.Attempt] = field(default_factory=list)
     _errors: list[BaseException] = field(default_factory=list)  # of this attempt, from each worker that sent one
     _first_step: int = 0  # of this attempt
     _last_step: int = 0  # of the newest line of metrics
@@ -78,12 +81,16 @@ class Supervisor:
             RunFailed, DataError: what ended the run.
         """
         try:
-            with stop_on_signal(self.ask_to_stop):
+            with on_stop_signal(self.ask_to_stop):
                 self._run_attempts()
         finally:
             if self._training_since is not None:
                 self.train_s = time.monotonic() - self._training_since
         return "finished" if self._is_done() else "stopped"
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._stop.is_set()
 
     def ask_to_stop(self) -> None:
         """Have the training workers write a last checkpoint and end."""
@@ -162,6 +169,8 @@ class Supervisor:
             self.display.waiting(time.monotonic() - begin)
             self._heartbeat.check()
             self._save_if_draining()
+            if self._stop.is_set() and not self._heartbeat.has_begun:
+                return []  # the workers are still starting: there is nothing to save
             if time.monotonic() - grow_checked_at > _GROW_POLL_S and not self._stop.is_set():
                 grow_checked_at = time.monotonic()
                 self._grow(size, time.monotonic() - begin)
@@ -283,8 +292,8 @@ class Supervisor:
                     f"{error}: going back to the last checkpoint, the batch of step {error.step} is left out"
                 )
             return decision
-        self._failed.append(policy.Attempt(time.monotonic(), self._first_step, self._last_step, failure, str(error)))
-        decision = policy.after_failure(self._failed, self.config.cluster.max_failures_per_hour)
+        self.failed.append(policy.Attempt(time.monotonic(), self._first_step, self._last_step, failure, str(error)))
+        decision = policy.after_failure(self.failed, self.config.cluster.max_failures_per_hour)
         if isinstance(decision, policy.Retry):
             # gloo starts its message with the place in its source.
             lines = re.sub(r"^\[[^]]*\] ", "", str(error).strip()).splitlines()
@@ -298,7 +307,7 @@ class Supervisor:
         if not self._saved_step:
             return "no checkpoint yet"
         advice = f"go on from step {self._saved_step:,} with `sigray resume {self._storage.uri}`"
-        if self._failed and self._failed[-1].failure is policy.Failure.MEMORY:
+        if self.failed and self.failed[-1].failure is policy.Failure.MEMORY:
             facts = self.records.facts
             limit = max(1, facts["micro_batch_size"] // 2)
             smaller = micro_batch(facts["batch_per_worker"], limit, self.config.cluster.num_devices or 1)
@@ -323,6 +332,11 @@ class Heartbeat:
         """Begin an attempt, with workers that have not joined yet."""
         self._workers: list[Any] = []  # handles
         self._last_at: float | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the training loop has sent an event."""
+        return self._last_at is not None
 
     def joined(self, worker: Any) -> None:
         self._workers.append(worker)

@@ -17,7 +17,7 @@ import ray._private.state
 import ray.train.v2.api.data_parallel_trainer as ray_train
 
 from sigray.orchestrator import address
-from sigray.orchestrator.run import own_ray, supervisor
+from sigray.orchestrator.run import own_ray, ray_death, supervisor
 from sigray.orchestrator.run.ray_session import LEAN_RAY
 from sigray.workers.checkpoint import lease
 
@@ -85,6 +85,7 @@ class PlainRay:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.started: list[dict[str, Any]] = []
+        self._is_up = False
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.trainers: list[dict[str, Any]] = []
         self.groups: list[list[dict[str, float]]] = []
@@ -94,9 +95,9 @@ class PlainRay:
         self.train: Callable[[Callable[[dict[str, Any]], None]], None] = lambda function: function({})
         context = types.SimpleNamespace(get_node_id=lambda: "0" * 56, gcs_address="", current_actor="training worker")
         for name, value in {
-            "init": lambda **arguments: self.started.append(arguments),
-            "is_initialized": lambda: False,
-            "shutdown": lambda: None,
+            "init": self._init,
+            "is_initialized": lambda: self._is_up,
+            "shutdown": lambda: setattr(self, "_is_up", False),
             "nodes": list,
             "put": _Reference,
             "get": self._get,
@@ -113,6 +114,7 @@ class PlainRay:
         monkeypatch.setattr(ray.util, "placement_group_table", lambda group: {"state": "REMOVED"})
         monkeypatch.setattr(ray._private.state.state, "get_draining_nodes", dict)
         monkeypatch.setattr(ray_train, "DataParallelTrainer", self._trainer)
+        monkeypatch.setattr(ray_death, "joined_death", lambda: str)
         # Every address is that of a Ray, and each machine has the devices that a config names.
         monkeypatch.setattr(address, "_why_no_ray", lambda given: None)
         monkeypatch.setattr(own_ray, "machine_accelerators", lambda: {"GPU": 1000.0, "TPU": 1000.0})
@@ -135,6 +137,10 @@ class PlainRay:
         if reference.error is not None:
             raise reference.error
         return reference.value
+
+    def _init(self, **arguments: Any) -> None:
+        self.started.append(arguments)
+        self._is_up = True
 
     def _remote(self, function: Any = None, **options: Any) -> Any:
         if function is not None:

@@ -70,13 +70,19 @@ class SmallRun:
 
 
 class Sigray:
-    """`sigray` in the background, its output in a file."""
+    """`sigray` in the background, its output in a file.
 
-    def __init__(self, log: Path, environment: dict[str, str], *arguments: object) -> None:
+    Args:
+        has_session: start a session, to signal all its processes.
+    """
+
+    def __init__(self, log: Path, environment: dict[str, str], *arguments: object, has_session: bool = False) -> None:
         self.log = log
         with log.open("w") as output:
             command = [SIGRAY, *map(str, arguments)]
-            self.process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=output, env=environment, start_new_session=has_session
+            )
 
     def output(self) -> str:
         return self.log.read_text()

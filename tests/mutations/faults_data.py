@@ -374,6 +374,13 @@ FAULTS = [
         (f"{_LISTS}a_waiting_subscriber_is_not_lost",),
     ),
     Fault(
+        "half of the data-shard workers are late, and their blocks wait",
+        "sigray.workers.data.pool:may_send_backup",
+        "num_others >= num_late",
+        "num_others > num_late",
+        (f"{_W}pool.py::test_few_late_workers_get_backup_requests_at_once_and_slow_ones_none",),
+    ),
+    Fault(
         "data workers are kept away from the only hosts that there are",
         "sigray.workers.data.pool:placement",
         "len(training) in (0, len(alive))",

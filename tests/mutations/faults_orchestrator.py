@@ -16,6 +16,7 @@ _PAGES = "tests/orchestrator/reports/test_live_server.py"
 _PLAN = "tests/orchestrator/planning/test_plan.py"
 _POLICY = "tests/orchestrator/run/test_policy.py"
 _PROFILE = "tests/orchestrator/run/test_profile.py"
+_RAY_SESSION = "tests/orchestrator/run/test_ray_session.py"
 _REPORT = "tests/orchestrator/reports/test_run_page.py"
 _PENDING = "tests/orchestrator/cluster/test_pending.py"
 _SECRETS = "tests/orchestrator/test_secrets.py"
@@ -23,6 +24,20 @@ _JOB_FILES = "tests/orchestrator/cluster/test_job_files.py"
 _SUBMIT = "tests/orchestrator/cluster/test_jobs.py"
 
 FAULTS = [
+    Fault(
+        "processes of a Ray whose raylet or GCS died go on waiting",
+        "sigray.orchestrator.run.ray_death:own_death",
+        "kill_marked(mark)",
+        "pass",
+        (f"{_RAY_SESSION}::test_a_death_of_the_own_ray_interrupts_and_is_named",),
+    ),
+    Fault(
+        "the first signal ends a run without its last checkpoint",
+        "sigray.orchestrator.run.signals:on_stop_signal",
+        "            act()",
+        "            pass",
+        (f"{_RAY_SESSION}::test_the_first_signal_acts_and_the_second_interrupts",),
+    ),
     Fault(
         "an address in RAY_ADDRESS wins over `cluster.address=local`",
         "sigray.orchestrator.address:_source_and_address",
