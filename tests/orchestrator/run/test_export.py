@@ -27,8 +27,10 @@ from sigray.workers.evaluation.features import Encoder, EvaluationJob
 from sigray.workers.model.inputs import shapes
 from sigray.workers.model.tokenizer import build_tokenizer, train_tokenizer
 from sigray.workers.model.towers import build_model, normalize_pixels
+from sigray.workers.storage import Storage
 from tests.helpers.bare import train_bare
 from tests.helpers.data import COLOURS, TOWERS, drawn_sample, write_tar
+from tests.helpers.s3 import BUCKET
 
 TEMPLATES = ["a {}", "{} field"]
 TEXTS = ["a red field", "blue", "something unknown, 17 words long, cut at the context length of the tower"]
@@ -267,6 +269,25 @@ def test_an_export_is_not_overwritten_unasked(trained, capsys):
     path = trained.export("safetensors")
     assert main(["export", str(trained.config.folder), "--format", "safetensors", "--out", str(path)]) == 2
     assert "exists: give another --out, or --overwrite" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_export_in_a_bucket_is_that_of_a_folder(trained, s3_variables, monkeypatch, capsys):
+    for name, value in s3_variables.items():
+        monkeypatch.setenv(name, value)
+    bucket = Storage(f"s3://{BUCKET}/models/colours")
+    words = ["export", str(trained.config.folder), "--format", "safetensors", "--out", bucket.uri]
+    assert main(words) == 0
+    assert f"exported: {bucket.uri}" in capsys.readouterr().out
+    local = Storage(trained.export("safetensors"))
+    assert {name: bucket.read(name) for name in bucket.walk()} == {name: local.read(name) for name in local.walk()}
+    assert main(words) == 2
+    assert f"{bucket.uri} exists: give another --out, or --overwrite" in capsys.readouterr().err
+    bucket.write("model.safetensors", b"old")
+    assert main([*words, "--overwrite"]) == 0
+    assert bucket.read("model.safetensors") == local.read("model.safetensors")
+    bucket.write("mine.txt", b"keep")
+    assert main([*words, "--overwrite"]) == 2
+    assert "is no folder of an export: mine.txt" in capsys.readouterr().err
 
 
 def test_what_is_no_run_is_told(tmp_path, capsys):
