@@ -230,13 +230,9 @@ def _remarks(study: Study, table: Table, trials: Mapping[int, Trial]) -> list[st
     rows = list(table.rows.values())
     chance = _chance(study, rows)
     remark = f"The figure is {study.config.metric}" + (f"; chance is {words.percent(chance)}." if chance else ".")
-    remark += " ± is the standard error"
-    if len(study.config.seeds) < 3:
-        remark += " of the images alone; "
-        remark += "one seed" if len(study.config.seeds) == 1 else "a mean over two seeds"
-        remark += ": the variation between seeds is not known."
-    else:
-        remark += f" of the images or, if larger, of the {len(study.config.seeds)} seeds."
+    few = {1: "One seed", 2: "Two seeds"}.get(len(study.config.seeds))
+    remark += " ± is the standard error of the images"
+    remark += f" alone. {few}: the variation between seeds is not known." if few else ", or of the seeds if larger."
     remarks = [remark]
     whole = sum(row.budget for row in rows if row.status != "infeasible")
     spent = sum(trial.samples_seen for trial in trials.values())
@@ -423,7 +419,8 @@ def _lines_panel(
         points = [(place, _summary([row for row in chosen if row.values.get(x) == place], samples)) for place in places]
         known = [(place, results) for place, results in points if results]
         if known:
-            lines[value_text(label) if series else "figure"] = known
+            named = f"{_short(series)} " if series and not isinstance(label, str) else ""
+            lines[named + value_text(label)] = known
     if not lines:
         return []
     chance = _chance(study, rows)
@@ -455,11 +452,13 @@ def _lines_panel(
             _legend(drawn, len(lines))
 
     best, place, label = max(
-        ((_mean(results), place, label) for label, points in lines.items() for place, results in points),
-        key=lambda one: one[0],
+        ((results, place, label) for label, points in lines.items() for place, results in points),
+        key=lambda one: _mean(one[0]),
     )
     others = [name for name, dimension in study.config.space.items() if name not in (x, series) and not dimension.expr]
-    caption = f"Highest: {words.percent(best)} at {_short(x)} {value_text(place)}" + (f", {label}." if series else ".")
+    caption = f"Highest: {_with_error(study, best)} at {_short(x)} {value_text(place)}" + (
+        f", {label}." if series else "."
+    )
     caption += f" Each point has the best value of {' and '.join(map(_short, others))}." if others else ""
     caption += " Bars: one standard error."
     caption += " Dashed: chance." if chance else ""

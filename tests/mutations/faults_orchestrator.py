@@ -340,6 +340,20 @@ FAULTS = [
         (f"{_REPORT}::test_a_rate_within_luck_of_chance_is_called_so",),
     ),
     Fault(
+        "the data wait of a page is a mean of lines",
+        "sigray.orchestrator.reports.run_charts:training_times",
+        "waited_s += seconds * ",
+        "waited_s += 5.5 * ",
+        (f"{_REPORT}::test_the_data_wait_is_a_share_of_the_time",),
+    ),
+    Fault(
+        "a page does not know that a run waits for room",
+        "sigray.orchestrator.reports.run_files:RunFiles.status",
+        "== PENDING",
+        "!= PENDING",
+        (f"{_PAGES}::test_a_run_from_its_start_to_its_end",),
+    ),
+    Fault(
         "the step of the checkpoint is in the mean",
         "sigray.orchestrator.run.profile:split_of",
         "rank.steps[:-1] or rank.steps",

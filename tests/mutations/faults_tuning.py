@@ -273,6 +273,13 @@ FAULTS = [
         (f"{_STUDY}::test_rungs_are_the_same_counts_for_all_and_end_with_the_budget",),
     ),
     Fault(
+        "a configuration below chance is called the best",
+        "sigray.tuning.report:_is_known_best",
+        "best.mean > chance +",
+        "best.mean > -chance +",
+        (f"{_REPORT}::test_a_trial_below_chance_is_not_called_best",),
+    ),
+    Fault(
         "best.yaml lacks what the trial changed",
         "sigray.tuning.report:_best_yaml",
         "row.budget, row.overrides)",
