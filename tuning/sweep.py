@@ -289,6 +289,7 @@ class _Sweep:
 
         from sigray.tuning.tune_adapter import Trials, Watch
 
+        watch = Watch(self)
         scratch = tempfile.mkdtemp(prefix="sigray-tune-")
         trainable: Any = tune.with_resources(
             tune.with_parameters(_run_trial, judge=self._judge, study=self.study),
@@ -305,7 +306,8 @@ class _Sweep:
                 name="tune",
                 storage_path=scratch,
                 verbose=0,
-                callbacks=[Watch(self)],
+                callbacks=[watch],
+                stop=watch,
                 failure_config=tune.FailureConfig(max_failures=_RESTARTS),
             ),
         )

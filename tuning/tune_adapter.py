@@ -1,4 +1,4 @@
-"""The two hooks into Ray Tune: a searcher that hands out trials, and a callback.
+"""The two hooks into Ray Tune: a searcher and a callback that also stops.
 
 Both pass calls on to the sweep's driver (`tuning/sweep.py`).
 """
@@ -8,11 +8,15 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from ray.tune import Callback
+from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
+from ray.tune.stopper import Stopper
 
 
 class Driver(Protocol):
     """The part of the sweep's driver that Ray Tune calls."""
+
+    is_stopping: bool
 
     def next_trial(self, trial_id: str) -> int | str | None: ...
 
@@ -49,14 +53,26 @@ class Trials(Searcher):
         return {}  # Ray Tune pickles it for `Tuner.restore`, which we do not use
 
 
-class Watch(Callback):
-    """Ray Tune's callback: refreshes the table, reports restarts and failed trials."""
+class Watch(Callback, Stopper):
+    """Ray Tune's callback: refreshes the table, reports restarts and failed trials.
+
+    In a sweep that stops, trials end by themselves. Once none runs, it stops those that wait for resources.
+    """
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
+        self._runs_trials = True
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._runs_trials = any(trial.status == Trial.RUNNING for trial in trials)
         self._driver.look()
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Stop no single trial: Ray Tune would kill its process."""
+        return False
+
+    def stop_all(self) -> bool:
+        return self._driver.is_stopping and not self._runs_trials
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._driver.trial_restarts(trial.trial_id)

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from sigray.tuning.judge import Judge
 from sigray.tuning.study import Study, load_study
 from sigray.tuning.sweep import STUDY, Display, _Sweep, figure_of, shortened
 from sigray.tuning.table import RESULTS, Table, as_csv, read_table
+from sigray.tuning.tune_adapter import Watch
 from sigray.workers.checkpoint.index import list_checkpoints
 from sigray.workers.evaluation.evaluate import evaluate_checkpoint
 from sigray.workers.evaluation.features import EvaluationJob
@@ -401,6 +403,21 @@ class Undecided:
         if evaluation["samples_seen"] == RUNGS[-1]:
             return "stop"
         return "wait" if time.monotonic() < self._until else "go on"
+
+
+def test_a_sweep_that_stops_waits_for_trials_that_run_and_no_others():
+    driver = types.SimpleNamespace(is_stopping=False, look=lambda: None)
+    watch = Watch(driver)
+
+    def stops(*statuses: str) -> bool:
+        watch.on_step_end(0, [types.SimpleNamespace(status=status) for status in statuses])
+        return watch.stop_all()
+
+    assert not stops("PENDING", "PENDING")  # a trial that waits for resources is no reason to stop
+    driver.is_stopping = True
+    assert not stops("PENDING", "RUNNING")
+    assert stops("PENDING", "TERMINATED")
+    assert not watch("trial", {})
 
 
 def test_a_trial_that_waits_long_gives_its_places_to_others_and_repeats_no_step(
