@@ -31,12 +31,12 @@ def check(options: Namespace, console: Console) -> int:
     regions and zones, tokens, health checks, a head that would train, secrets. Contacts no cloud: quotas and the
     existence of images are not checked.
 
-    Exit codes: 0 no problem; 2 problems, each with its place in the file.
+    Exit codes: 0 no problem; 2 problems, or values to fill in, each with its place in the file.
     """
     checks = [check_cluster_file(path) for path in options.files]
     for found in checks:
         say(console, *report_lines(found))
-    return 2 if any(found.problems for found in checks) else 0
+    return 2 if any(found.problems or found.placeholders for found in checks) else 0
 
 
 @command(

@@ -26,7 +26,11 @@ RAY_VERSION = "2.60.0"
 TRAINING, DATA = "training", "data"
 """Ray resources of cluster files: what a node is for."""
 
-_PLACEHOLDER = re.compile(r"YOUR-|REGISTRY|\b192\.0\.2\.|\b198\.51\.100\.|\b203\.0\.113\.")
+# Names that the files here have, others that people leave in a template, and names and addresses of RFC 2606 and 5737.
+_PLACEHOLDER = re.compile(
+    r"(?i)\b(your|my)[-_](project|bucket|registry|host|user|key|account|org)|\bYOUR-|\bchange[-_]?me\b|<[a-z][^<>]*>"
+    r"|\bexample\.(com|net|org)\b|(?-i:\bREGISTRY\b)|\b(192\.0\.2|198\.51\.100|203\.0\.113)\.\d"
+)
 _SECRETS = {
     "an Amazon access key": AMAZON_KEY,
     "a private key": PRIVATE_KEY,
@@ -48,14 +52,14 @@ class ClusterCheck:
     Attributes:
         kind: aws, gcp, local, RayCluster or RayJob.
         problems: one line each, with the place in the file.
-        notes: placeholders that are still to be filled in.
+        placeholders: lines that are still to be filled in; the file is right otherwise.
         groups: Ray resources of a node of each type, and the most nodes of that type.
     """
 
     path: str
     kind: str = ""
     problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    placeholders: list[str] = field(default_factory=list)
     groups: dict[str, tuple[dict[str, float], int]] = field(default_factory=dict)
 
     def add(self, place: str, problem: str) -> None:
@@ -79,8 +83,9 @@ def check_cluster_file(path: str | Path) -> ClusterCheck:
         for what, pattern in _SECRETS.items():
             if pattern.search(line):
                 check.add(f"line {number}", f"{what} in the file: use the environment, a role or a file mount")
-        if _PLACEHOLDER.search(line) and not line.lstrip().startswith("#"):
-            check.notes.append(f"line {number}: fill in {line.strip().partition(' #')[0]}")
+        value = re.split(r"(?:^|\s)#", line)[0]
+        if _PLACEHOLDER.search(value):
+            check.placeholders.append(f"line {number}: fill in {value.strip()}")
     try:
         if "apiVersion" in content:
             _check_manifest(content, check)
@@ -210,7 +215,7 @@ def _check_local(content: dict[str, Any], check: ClusterCheck) -> None:
 
 def _is_address(host: str) -> bool:
     if re.fullmatch(r"[0-9.]+", host):
-        return bool(re.fullmatch(r"((25[0-5]|2[0-4]\d|1?\d?\d)(\.(?=\d)|$)){4}", host))
+        return host != "0.0.0.0" and bool(re.fullmatch(r"((25[0-5]|2[0-4]\d|1?\d?\d)(\.(?=\d)|$)){4}", host))
     return host != "None" and bool(re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.:-]*[A-Za-z0-9])?", host))
 
 
@@ -439,9 +444,10 @@ def _prepare_manifest(metadata: dict[str, Any], spec: dict[str, Any], check: Clu
 
 def report_lines(check: ClusterCheck) -> Iterator[str]:
     """Yield the lines that `sigray cluster check` prints."""
-    yield f"{check.path} ({check.kind}): {'cannot be used' if check.problems else 'ok'}"
+    state = "cannot be used" if check.problems else "has values to fill in" if check.placeholders else "ok"
+    yield f"{check.path} ({check.kind}): {state}"
     yield from (f"  {problem}" for problem in check.problems)
     for name, (resources, most) in check.groups.items():
         shown = ", ".join(f"{amount:g} {key}" for key, amount in resources.items() if key != "memory" and amount)
         yield f"  {name}: up to {most} x ({shown})"
-    yield from (f"  {note}" for note in check.notes)
+    yield from (f"  {line}" for line in check.placeholders)

@@ -166,9 +166,39 @@ def test_versions_agree_with_what_is_pinned():
     assert f"uv=={version}" in Path("clusters/Dockerfile").read_text()
 
 
+FILLED_IN = {"YOUR-PROJECT": "vision-481516", "REGISTRY": "ghcr.io/lab", "192.0.2.": "10.0.0."}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_file_is_ok_once_it_is_filled_in(path, tmp_path, capsys):
+    text = path.read_text()
+    has_placeholders = path != AWS  # it names a role, and no project or registry
+    assert main(["cluster", "check", str(path)]) == (2 if has_placeholders else 0)
+    said = capsys.readouterr().out
+    assert said.count(": fill in ") == len(check_cluster_file(path).placeholders)
+    assert (f"{path} ({check_cluster_file(path).kind}): has values to fill in" in said) == has_placeholders
+    for placeholder, value in FILLED_IN.items():
+        text = text.replace(placeholder, value)
+    filled = tmp_path / path.name
+    filled.write_text(text)
+    assert main(["cluster", "check", str(filled)]) == 0
+    assert "): ok" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "value", ["YOUR-PROJECT", "your_project", "my-project", "<project>", "change-me", "lab.example.com", "198.51.100.7"]
+)
+def test_what_a_template_leaves_open_is_named(value, tmp_path):
+    path = tmp_path / "cluster.yaml"
+    text = GCP.read_text().replace("YOUR-PROJECT # fill in", "vision-481516 # was YOUR-PROJECT, see example.com")
+    path.write_text(text.replace("vision-481516", value))
+    line = next(number for number, line in enumerate(text.splitlines(), 1) if "vision-481516" in line)
+    assert check_cluster_file(path).placeholders == [f"line {line}: fill in project_id: {value}"]
+    path.write_text(text)
+    assert check_cluster_file(path).placeholders == []
+
+
 def test_the_command_says_what_is_wrong(tmp_path, capsys):
-    assert main(["cluster", "check", *map(str, FILES)]) == 0
-    assert "cluster.yaml (gcp): ok" in capsys.readouterr().out
     broken = tmp_path / "cluster.yaml"
     broken.write_text(GCP.read_text().replace("a2-highgpu-1g", "a2_highgpu_1g"))
     assert main(["cluster", "check", str(broken)]) == 2
