@@ -32,15 +32,19 @@ def cluster_address(config: RunConfig) -> str | None:
 
 
 def _source_and_address(config: RunConfig) -> tuple[str, str | None]:
-    """Return where the address comes from, and the address; as Ray does, `auto` follows RAY_ADDRESS."""
-    given, variable = config.cluster.address, os.environ.get(_VARIABLE)
+    """Return the key or variable of the address, and the address.
+
+    As in Ray, `auto` follows RAY_ADDRESS.
+    """
+    given = config.cluster.address
+    variable = os.environ.get(_VARIABLE)
     from_variable = given in (None, "auto") and bool(variable)
     address = variable if from_variable else given
     return _VARIABLE if from_variable else "cluster.address", None if address in ("local", "") else address
 
 
 def check_address(config: RunConfig) -> None:
-    """Check within ten seconds that a Ray answers at the address to join, if there is one.
+    """Check within ten seconds that a Ray answers at the address to join.
 
     Raises:
         ConfigError: names the key or the variable, the reason and a remedy.
@@ -70,10 +74,10 @@ def _why_no_ray(address: str) -> str | None:
     place = re.fullmatch(r"\[?([^][/@\s]+)\]?:(\d{1,5})", address)
     if place is None or not 0 < int(place[2]) < 2**16:
         return "host:port expected; `ray start` prints it (port 6379 by default)"
-    host, port = place[1], int(place[2])
+    host_and_port = (place[1], int(place[2]))
     # At once, before the import of Ray.
-    why = _within(lambda: socket.create_connection((host, port), _ANSWER_S).close())
-    return why or _why_no_gcs(f"[{host}]:{port}" if ":" in host else address)
+    why = _within(lambda: socket.create_connection(host_and_port, _ANSWER_S).close())
+    return why or _why_no_gcs(f"[{place[1]}]:{place[2]}" if ":" in place[1] else address)
 
 
 def _why_no_gcs(address: str) -> str | None:
@@ -98,7 +102,7 @@ def dashboard_url(address: str) -> str:
     """Return the URL of a dashboard that answers; `host:port` counts as http.
 
     Raises:
-        ConfigError: nobody answers within ten seconds, or this is no address of a dashboard.
+        ConfigError: no answer within ten seconds, or no address of a dashboard.
     """
     url = address if "://" in address else f"http://{address}"
     parts = urllib.parse.urlsplit(url)
@@ -118,7 +122,10 @@ def dashboard_url(address: str) -> str:
 
 
 def _within(look: Callable[[], str | None]) -> str | None:
-    """Return what `look` returns, or why it failed; a name service may take longer than any time-out of a socket."""
+    """Return what `look` returns, or why it failed.
+
+    A name service may take longer than any time-out of a socket.
+    """
     found: list[str | None] = []
 
     def run() -> None:

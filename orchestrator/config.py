@@ -272,8 +272,9 @@ FIXED_ON_RESUME = (
     "data.crop_scale", "data.crop_ratio", "data.max_image_pixels", "model", "embeddings", "train", "loss", "optim",
 )
 _FREE_ON_RESUME = (
-    "embeddings.batch_size", "train.log_every_steps", "train.micro_batch_size", "train.activation_checkpointing",
-    "train.compile_blocks", "train.on_bad_loss", "train.max_loss_ratio", "loss.tile_size",
+    "embeddings.batch_size", "train.num_samples", "train.log_every_steps", "train.micro_batch_size",
+    "train.activation_checkpointing", "train.compile_blocks", "train.on_bad_loss", "train.max_loss_ratio",
+    "loss.tile_size",
 )
 # fmt: on
 
@@ -389,6 +390,9 @@ def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and f"{key}.".startswith(fixed) and not f"{key}.".startswith(free)
     ]
+    if wanted.train.num_samples < saved.train.num_samples:
+        numbers = f"the run was started with {saved.train.num_samples}, now {wanted.train.num_samples}"
+        lines.append(f"train.num_samples: {numbers}: it can only be raised")
     captions = [config.data.captions for config in (saved, wanted)]
     orders = [sorted(weights, key=weights.__getitem__, reverse=True) for weights in captions]
     if orders[0] != orders[1] and captions[0] == captions[1]:

@@ -27,7 +27,7 @@ from typing import Any
 from sigray.orchestrator.carried_files import FILES, find_carried, keep_carried
 from sigray.orchestrator.config import ConfigError, RunConfig, parse_config, parse_mapping
 from sigray.orchestrator.formatting import first_ten
-from sigray.workers.checkpoint.index import metrics_line, read_metrics
+from sigray.workers.checkpoint.index import metrics_line, newest_checkpoint, read_metrics
 from sigray.workers.checkpoint.lease import LEASE_FILE
 from sigray.workers.data.manifest import Manifest
 from sigray.workers.data.tar import DataError
@@ -142,12 +142,49 @@ class RunFolder:
         return [self.storage, *([] if str(self.path) == self.storage.root else [Storage(self.path)])]
 
     def begin(self, config: RunConfig, manifest: Manifest) -> None:
-        """Save config and manifest, locally and with the files of a job in the storage."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        for name, text in {CONFIG: config.to_yaml(), MANIFEST: json.dumps(manifest.to_json())}.items():
-            (self.path / name).write_text(text)
-            self.storage.write(name, text.encode())
+        """Save manifest and config, locally and with the files of a job in the storage.
+
+        The config comes last, because `is_used` looks for it.
+        """
         keep_carried(config.model_dump(mode="json"), self.storage)
+        for name, text in {MANIFEST: json.dumps(manifest.to_json()), CONFIG: config.to_yaml()}.items():
+            for place in self._places():
+                place.write(name, text.encode())
+
+    def remove_if_empty(self) -> None:
+        """Delete folders in which a failed start left nothing."""
+        for place in self._places():
+            place.remove_if_empty()
+
+    def saved_config(self) -> RunConfig:
+        """Return the config of the run that has begun here.
+
+        Raises:
+            ConfigError: another storage holds its checkpoints.
+        """
+        if not self.storage.exists(CONFIG):
+            saved = read_run(str(self.path))
+            raise ConfigError(
+                f"{self.path} holds a run of this name with checkpoints in {saved.storage_uri}, and "
+                f"{self.storage.uri} holds none: set run.storage as it was, copy the files there first, choose another "
+                "run.name, or start again with --overwrite"
+            )
+        return read_run(self.storage.uri)
+
+    def finished_summary(self, num_samples: int) -> dict[str, Any] | None:
+        """Return the summary of a run that has seen so many samples; None otherwise.
+
+        Its newest checkpoint must be there: without checkpoints, a run starts again.
+        """
+        place = next((place for place in self._places() if place.exists(SUMMARY)), None)
+        newest = newest_checkpoint(self.storage)
+        if place is None or newest is None or newest[0].samples_seen < num_samples:
+            return None
+        try:
+            summary = parse_json(place.read(SUMMARY))
+        except ParseError:
+            return None
+        return summary if isinstance(summary, dict) and summary.get("status") == "finished" else None
 
     def manifest(self) -> Manifest:
         """Return the manifest that the run began with.

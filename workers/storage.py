@@ -137,11 +137,17 @@ class Storage:
                 stream.write(content)
             return
         part = f"{final}.{uuid.uuid4().hex}.tmp"
-        with open(part, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, final)
+        try:
+            with open(part, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, final)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(part)
+            error.filename = error.filename or final  # a write to a full disk names no file
+            raise
         _sync_folder(Path(final).parent)
 
     def write_hashed(self, path: str, write: Callable[[Any], Any]) -> dict[str, Any]:
@@ -214,6 +220,12 @@ class Storage:
             for parent in list(Path(path).parents)[:-1]:
                 with contextlib.suppress(OSError):  # it holds other files
                     os.rmdir(self._at(str(parent)))
+
+    def remove_if_empty(self) -> None:
+        """Delete the folder of a local storage if nothing is in it."""
+        if self.is_local:
+            with contextlib.suppress(OSError):
+                os.rmdir(self.root)
 
     def delete(self, path: str) -> None:
         """Delete a file, if it exists."""

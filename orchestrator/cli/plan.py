@@ -59,7 +59,7 @@ def plan(options: Namespace, console: Console) -> None:
     """
     config = load_config(options.config, options.overrides)
     from sigray.orchestrator.planning.plan import check_fits, default_num_devices, plan, run_device, tables
-    from sigray.orchestrator.run.preflight import check_tokenizer
+    from sigray.orchestrator.run.preflight import check_model_config
     from sigray.workers.evaluation.set_checks import check_sets
     from sigray.workers.model.tokenizer import is_plain
 
@@ -68,8 +68,8 @@ def plan(options: Namespace, console: Console) -> None:
         raise ConfigError("which device? Give --device or cluster.device: " + ", ".join([CPU, *DEVICES]))
     tokenizer = config.model.tokenizer
     # Without network, and without the file if it is elsewhere.
-    if is_plain(config.model) if tokenizer == "open_clip" else Path(tokenizer).is_file():
-        check_tokenizer(config.model)
+    is_here = is_plain(config.model) if tokenizer == "open_clip" else Path(tokenizer).is_file()
+    check_model_config(config, reads_tokenizer=is_here)
     check_sets(config.eval, config.data, only_here=True)
     num_devices = options.devices or default_num_devices(config, device)
     predicted = plan(config, device, num_devices, price_per_hour=options.price_per_hour)

@@ -1,6 +1,6 @@
 """Run a config from its checks to its report: the order of a run's life.
 
-check      lease, config of an earlier run, `preflight.check_run`
+check      address and devices, lease, config of an earlier run, `preflight.check_run`
 start      Ray (`ray_session`), data-shard workers, monitor
 supervise  attempts of the training workers (`supervisor`), evaluations beside them (`evaluations`)
 evaluate   figures of the newest checkpoint
@@ -27,7 +27,7 @@ from sigray.orchestrator.run.evaluations import Evaluations, add_baselines, eval
 from sigray.orchestrator.run.monitor import RunMonitor
 from sigray.orchestrator.run.own_ray import check_start
 from sigray.orchestrator.run.policy import RunFailed
-from sigray.orchestrator.run.preflight import check_model_and_sets, check_run
+from sigray.orchestrator.run.preflight import check_model_and_sets, check_run, longer_text
 from sigray.orchestrator.run.progress import Display
 from sigray.orchestrator.run.ray_death import RayDied
 from sigray.orchestrator.run.ray_session import ray_session
@@ -37,7 +37,7 @@ from sigray.orchestrator.run.supervisor import Supervisor
 from sigray.orchestrator.run.trackers import RunRecords
 from sigray.orchestrator.run.trial import Rungs, Trial
 from sigray.orchestrator.run.worker_group import WorkerGroup
-from sigray.orchestrator.run_folder import CONFIG, RunFolder, evaluation_name, left_message, read_run
+from sigray.orchestrator.run_folder import CONFIG, RunFolder, evaluation_name, left_message
 from sigray.workers.checkpoint.index import CheckpointInfo, list_checkpoints
 from sigray.workers.checkpoint.lease import RunLease
 
@@ -84,19 +84,29 @@ def train(
     display = Display(console or PlainConsole())
     check_start(config)
     folder = RunFolder(config)
-    folder.storage.check_writable()
     with contextlib.ExitStack() as stack:
         stack.enter_context(on_stop_signal(interrupt))
         joins_cluster = cluster_address(config) is not None
         try:
+            stack.callback(folder.remove_if_empty)
+            folder.storage.check_writable()
             lease = stack.enter_context(RunLease(folder.storage))
-            if resume_from is None and not overwrite and folder.is_used():
-                resume_from = read_run(folder.storage.uri if folder.storage.exists(CONFIG) else str(folder.path))
-                display.say(
-                    f"{folder.storage.uri} holds a run of this name: going on with it (--overwrite starts again)"
-                )
-            if resume_from is not None:
+            if resume_from is not None or (not overwrite and folder.is_used()):
+                begun = folder.saved_config()
+                if resume_from is None:
+                    taken = f"{folder.storage.uri} holds a run of this name"
+                    display.say(f"{taken}: going on with it (--overwrite starts again)")
+                resume_from = resume_from or begun
                 check_resume(resume_from, config)
+                finished = folder.finished_summary(config.train.num_samples)
+                if finished is not None and trial is None and config.eval == resume_from.eval:
+                    display.say(
+                        f"the run is finished. `sigray resume {config.storage_uri} train.num_samples=N` trains it to "
+                        f"more than {finished['samples_seen']:,.0f} samples"
+                    )
+                    return finished
+                if config.train.num_samples > resume_from.train.num_samples:
+                    display.say(longer_text(resume_from, config, folder.storage))
             elif overwrite:
                 folder.check_clear(config)
             if joins_cluster:

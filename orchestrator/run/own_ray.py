@@ -1,4 +1,4 @@
-"""What a Ray of a run's own needs of this machine: accelerators, a short folder, a token."""
+"""Accelerators, folder and token of a Ray that a run starts on this machine."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _OF_OTHERS = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_NAMESPACE", "RAY_JOB
 
 
 def check_start(config: RunConfig, *, num_workers: int | None = None, num_evaluations: int = 0) -> None:
-    """Refuse what can never be met: an address where no Ray answers, devices that this machine lacks.
+    """Refuse an address where no Ray answers, and devices that this machine lacks.
 
-    A cluster that is joined may grow, also by hand; a Ray that the run starts cannot.
+    Such a run could never start. A cluster that is joined may grow, also by hand; a Ray that the run starts cannot.
 
     Args:
         num_workers: training workers at the same time; None: the least of cluster.num_workers.
@@ -44,7 +44,8 @@ def check_start(config: RunConfig, *, num_workers: int | None = None, num_evalua
         return
     cluster = config.cluster
     workers = cluster.worker_range[0] if num_workers is None else num_workers
-    training, evaluation = worker_resources(cluster), evaluation_resources(config.eval)
+    training = worker_resources(cluster)
+    evaluation = evaluation_resources(config.eval)
     needed = {
         kind: workers * training.get(kind, 0) + num_evaluations * evaluation.get(kind, 0) for kind in ("GPU", "TPU")
     }
@@ -79,8 +80,9 @@ def machine_accelerators() -> dict[str, float]:
 
 @contextlib.contextmanager
 def own_surroundings(display: Display) -> Iterator[str | None]:
-    """Prepare environment and folder of a Ray that starts here; yield its folder, None for Ray's default.
+    """Prepare the environment of a Ray that starts here; yield its folder.
 
+    None stands for Ray's default folder.
     Batch systems set a TMPDIR that is too long for a socket, and users of containers may have no home for Ray's token.
 
     Raises:

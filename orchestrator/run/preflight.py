@@ -17,6 +17,7 @@ from sigray.workers.data.tar import DataError
 
 if TYPE_CHECKING:
     from sigray.workers.data.embedding_store import EmbeddingStore, StoreFormat
+    from sigray.workers.storage import Storage
 
 _LINE_S = 10.0  # seconds between two lines of progress
 
@@ -94,6 +95,27 @@ def check_batch(config: RunConfig, manifest: Manifest) -> None:
             )
 
 
+def longer_text(saved: RunConfig, wanted: RunConfig, storage: Storage) -> str:
+    """Return what a larger train.num_samples does to the learning rate."""
+    from sigray.workers.checkpoint.index import newest_checkpoint
+    from sigray.workers.training.optim import learning_rate
+
+    newest = newest_checkpoint(storage)
+    seen = newest[0].samples_seen if newest else 0
+    batch = wanted.train.global_batch_size
+
+    def rate(config: RunConfig) -> float:
+        return learning_rate(config.optim, seen, -(-config.train.num_samples // batch) * batch)
+
+    lengths = f"train.num_samples={wanted.train.num_samples:,}, {saved.train.num_samples:,} so far"
+    if rate(saved) == rate(wanted):
+        return f"{lengths}: the run goes on as if it had begun with the larger number"
+    return (
+        f"{lengths}: from {seen:,} samples on, the learning rate is that of optim.schedule={wanted.optim.schedule} to "
+        f"the larger number: {rate(wanted):.3g} there instead of {rate(saved):.3g}"
+    )
+
+
 def check_model_and_sets(config: RunConfig, *, is_begun: bool = False) -> None:
     """Check the model, as `check_model_config`, and samples of the held-out sets."""
     from sigray.workers.evaluation.set_checks import check_sets
@@ -102,16 +124,18 @@ def check_model_and_sets(config: RunConfig, *, is_begun: bool = False) -> None:
     check_sets(config.eval, config.data, config.embeddings.store)
 
 
-def check_model_config(config: RunConfig, *, is_begun: bool = False) -> None:
+def check_model_config(config: RunConfig, *, is_begun: bool = False, reads_tokenizer: bool = True) -> None:
     """Check shapes, tokenizer, towers, optimizer and TPU slice.
 
     Args:
         is_begun: whether the run exists, so that its model stays as it is.
+        reads_tokenizer: whether the tokenizer's file is here, or may be fetched.
     """
     from sigray.workers.model.towers import check_model
     from sigray.workers.training.optim import parameter_groups
 
-    check_tokenizer(config.model, is_begun=is_begun)
+    if reads_tokenizer:
+        check_tokenizer(config.model, is_begun=is_begun)
     parameter_groups(check_model(config.model), config.optim)
     check_slices(config.cluster)
 
@@ -147,22 +171,16 @@ def open_store(config: RunConfig) -> tuple[EmbeddingStore, dict[str, Any], Store
     from sigray.workers.data.embedding_store import EmbeddingStore, StoreFormat, store_key
     from sigray.workers.model.image_towers import tower_sha256
     from sigray.workers.model.init_weights import build_initial_model
-    from sigray.workers.model.inputs import shapes, tower_config
+    from sigray.workers.model.inputs import tower_config
+    from sigray.workers.model.towers import check_model
 
     if config.embeddings.store is None:
         raise ConfigError("embeddings.store is not set: give the folder or s3:// prefix of the store")
+    check_model(config.model)
     torch.manual_seed(config.run.seed)
     tower = build_initial_model(config.model).eval().get_submodule("visual")
     sha256 = tower_sha256(tower)
     key = store_key(config.model, config.data, config.embeddings, sha256=sha256, precision=config.train.precision)
-    size = shapes(config.model)[0]
     dim = tower_config(config.model)["embed_dim"]
-    with torch.inference_mode():
-        shape = tuple(tower(torch.zeros(1, 3, size, size)).shape)
-    if len(shape) != 2 or shape[1] != dim:
-        raise ConfigError(
-            f"model: the image tower gives {shape} for one image, the text tower {dim} numbers: set "
-            f"model.towers.embed_dim={shape[-1]}"
-        )
     store_format = StoreFormat(config.embeddings.dtype, dim, config.embeddings.num_views)
     return EmbeddingStore(config.embeddings.store), key, store_format

@@ -4,6 +4,7 @@ from tests.mutations.fault import Fault
 
 _ADDRESS = "tests/orchestrator/test_address.py"
 _AUDIT = "tests/orchestrator/data/test_audit.py"
+_BEGIN_AGAIN = "tests/orchestrator/run/test_begin_again.py"
 _CHAOS = "tests/orchestrator/chaos/test_chaos.py"
 _CLUSTER_FILES = "tests/cluster/test_files.py"
 _FOLDER = "tests/orchestrator/test_run_folder.py"
@@ -37,6 +38,27 @@ FAULTS = [
         "            act()",
         "            pass",
         (f"{_RAY_SESSION}::test_the_first_signal_acts_and_the_second_interrupts",),
+    ),
+    Fault(
+        "a finished run that is to be trained longer counts as finished",
+        "sigray.orchestrator.run_folder:RunFolder.finished_summary",
+        " or newest[0].samples_seen < num_samples",
+        "",
+        (f"{_BEGIN_AGAIN}::test_a_finished_run_is_trained_longer",),
+    ),
+    Fault(
+        "the message of a longer run names the old learning rate",
+        "sigray.orchestrator.run.preflight:longer_text",
+        "{rate(wanted):.3g} there",
+        "{rate(saved):.3g} there",
+        (f"{_BEGIN_AGAIN}::test_a_finished_run_is_trained_longer",),
+    ),
+    Fault(
+        "a cluster file whose values are not filled in passes",
+        "sigray.orchestrator.cli.cluster:check",
+        "found.problems or found.placeholders",
+        "found.problems",
+        (f"{_CLUSTER_FILES}::test_a_file_is_ok_once_it_is_filled_in",),
     ),
     Fault(
         "an address in RAY_ADDRESS wins over `cluster.address=local`",

@@ -138,7 +138,8 @@ def check_model(model: ModelConfig) -> nn.Module:
     The model is that of `build_meta_model`.
 
     Raises:
-        ValueError: if open_clip cannot build it, or its towers do not give one vector per image and per text.
+        ValueError: if open_clip cannot build it, or its towers do not give one vector per image and per text, or
+            vectors of two lengths.
     """
     size, context_length, _ = shapes(model)
     module = build_meta_model(model)
@@ -154,6 +155,12 @@ def check_model(model: ModelConfig) -> nn.Module:
         shape = tuple(output[key].shape)
         if len(shape) != 2:
             raise ValueError(f"model: {key} of two pairs have shape {shape}, (2, embed_dim) expected; check pool_type")
+    image_dim, text_dim = (output[key].shape[1] for key in ("image_features", "text_features"))
+    if image_dim != text_dim:
+        raise ValueError(
+            f"model: the image tower gives {image_dim} numbers for an image, the text tower {text_dim} for a text: set "
+            f"model.towers.embed_dim={image_dim}"
+        )
     return module
 
 

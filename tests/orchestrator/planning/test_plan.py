@@ -446,11 +446,26 @@ def test_nothing_is_refused_where_the_memory_is_not_known(monkeypatch):
         check_memory(small("cluster={accelerator: cuda, device: l4, address: auto}", *batch))
 
 
-def test_a_groups_pattern_is_checked_before_anything_starts():
-    from sigray.orchestrator.run.preflight import check_model_and_sets
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [
+        ("optim.groups=[{match: nothing}]", "is the first match of no parameter that trains"),
+        ("model.image_tower=tests.orchestrator.planning.test_plan:flat_tower", "set model.towers.embed_dim=768"),
+        (
+            "cluster={accelerator: tpu, tpu_type: TPU-V4, tpu_topology: 2x2x2, num_workers: 4}",
+            "a TPU-V4 slice of 2x2x2 has 2 host",
+        ),
+        ("model.towers.text_cfg.vocab_size=4096", "vocab_size is 4096"),
+    ],
+)
+def test_a_plan_refuses_what_a_run_refuses(small_yaml, override, why, capsys):
+    assert main(["plan", small_yaml, "--device", "tpu-v4" if "tpu" in override else "l4", override]) == 2
+    assert why in capsys.readouterr().err
 
-    with pytest.raises(ValueError, match="is the first match of no parameter that trains"):
-        check_model_and_sets(small("optim.groups=[{match: nothing}]"))
+
+def flat_tower() -> torch.nn.Module:
+    """(b, 3, 16, 16) -> (b, 768): not the embed_dim of the text tower."""
+    return torch.nn.Flatten()
 
 
 def test_a_device_of_another_accelerator_and_an_unknown_one():
@@ -480,11 +495,6 @@ def test_the_command_prints_and_exits_with_0_or_2(small_yaml, capsys):
     shown = capsys.readouterr()
     assert "does not fit" in shown.out
     assert re.search(r"one l4 needs \d+\.\d GiB .* has 22\.4 GiB", shown.err)
-
-
-def test_a_tokenizer_with_more_tokens_than_the_tower_is_refused(small_yaml, capsys):
-    assert main(["plan", small_yaml, "--device", "l4", "model.towers.text_cfg.vocab_size=4096"]) == 2
-    assert "BPE has 49408 tokens, text_cfg.vocab_size is 4096: set it to 49408" in capsys.readouterr().err
 
 
 def test_json_is_the_whole_plan(small_yaml, capsys):
