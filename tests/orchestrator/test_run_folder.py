@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sigray.orchestrator.config import ConfigError, RunConfig, override, parse_config
-from sigray.orchestrator.run_folder import METRICS, RunFolder, left_message
+from sigray.orchestrator.run_folder import EVENTS, METRICS, SUMMARY, RunFolder, left_message
 from sigray.workers.checkpoint.lease import LEASE_FILE
 from sigray.workers.data.manifest import Manifest
 from tests.helpers.data import TOWERS
@@ -56,6 +56,16 @@ def test_steps_behind_a_checkpoint_are_forgotten(folder):
     assert steps(folder) == [1, 2, 3]
     folder.restore_metrics(0)
     assert steps(folder) == []
+
+
+def test_a_shared_folder_gets_the_records_as_a_bucket_does(config, tmp_path):
+    config = override(config, [f"run.storage={tmp_path}/shared"], "test")
+    folder = RunFolder(config)
+    folder.begin(config, Manifest(()))
+    folder.save_summary({"facts": {}})
+    folder.append_event("starting", "note")
+    folder.upload_records()
+    assert all((tmp_path / "shared" / config.run.name / name).exists() for name in (SUMMARY, EVENTS))
 
 
 def test_a_line_that_a_crash_cut_short_is_left_out(folder):
