@@ -199,13 +199,19 @@ class RunFolder:
             raise DataError(f"{self.storage.uri}/{MANIFEST}: {error}") from None
 
     def append_metrics(self, metrics: dict[str, float]) -> None:
-        with (self.path / METRICS).open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        self._append(METRICS, metrics)
 
     def append_event(self, text: str, kind: str) -> None:
         """Append a message about the run, with its time."""
-        with (self.path / EVENTS).open("a") as file:
-            file.write(json.dumps({"time": round(time.time(), 1), "kind": kind, "text": text}) + "\n")
+        self._append(EVENTS, {"time": round(time.time(), 1), "kind": kind, "text": text})
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        try:
+            with (self.path / name).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            error.filename = str(self.path / name)  # a write to a full disk names no file
+            raise
 
     def restore_metrics(self, last_step: int) -> None:
         """Keep the lines up to a checkpoint and delete the later ones.
@@ -217,7 +223,8 @@ class RunFolder:
         if last_step and (not lines or lines[-1]["step"] < last_step):
             by_step = {line["step"]: line for line in [*read_metrics(self.storage, last_step), *lines]}
             lines = [by_step[step] for step in sorted(by_step)]
-        (self.path / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        Storage(self.path).write(METRICS, text.encode())
 
     def metrics(self) -> list[dict[str, float]]:
         """Return all lines of metrics, without a line that a crash cut short."""
@@ -229,15 +236,13 @@ class RunFolder:
         return lines
 
     def save_evaluation(self, result: dict[str, Any]) -> None:
-        file = self.path / evaluation_name(result["step"])
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(result))
+        Storage(self.path).write(evaluation_name(result["step"]), json.dumps(result).encode())
 
     def has_evaluation(self, step: int) -> bool:
         return (self.path / EVALUATIONS / f"step-{step:010d}.json").exists()
 
     def save_summary(self, summary: dict[str, Any]) -> None:
-        (self.path / SUMMARY).write_text(json.dumps(summary, indent=1))
+        Storage(self.path).write(SUMMARY, json.dumps(summary, indent=1).encode())
 
     def upload_records(self) -> None:
         """Copy the local records to the storage, if it is another folder."""

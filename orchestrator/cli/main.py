@@ -4,6 +4,7 @@ A command is a function in a file of this folder; its docstring is its help. A c
 function, so that `--help` and a config error answer at once.
 """
 
+import errno
 import os
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
@@ -81,6 +82,8 @@ def main(
         return code
     except tuple(EXIT_CODES) as error:  # a message, no traceback
         message = str(error) or ("interrupted" if isinstance(error, KeyboardInterrupt) else "")
+        if {getattr(each, "errno", None) for each in (error, error.__cause__)} & {errno.ENOSPC, errno.EDQUOT}:
+            message += ": free space there, or choose another place by run.dir, run.storage, TMPDIR or RAY_TMPDIR"
         PlainConsole(stderr=True).print(f"sigray: {message}", style="red", soft_wrap=True)
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
 

@@ -73,7 +73,7 @@ def export_run(
     remarks = []
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent if place.is_local else None) as parent:
         staging = Path(parent) / path.name
-        staging.mkdir(mode=0o755)
+        staging.mkdir()
         EXPORTERS[form](module, config.model, staging)
         if form == "open_clip":
             texts = _texts_of(config)

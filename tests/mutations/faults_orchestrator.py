@@ -26,6 +26,13 @@ _SUBMIT = "tests/orchestrator/cluster/test_jobs.py"
 
 FAULTS = [
     Fault(
+        "only the owner can read exported weights",
+        "sigray.workers.model.export:_save_weights",
+        "    path.chmod(mode)",
+        "    path.chmod(0o600)",
+        ("tests/workers/model/test_export_files.py::test_exported_files_have_ordinary_modes",),
+    ),
+    Fault(
         "processes of a Ray whose raylet or GCS died go on waiting",
         "sigray.orchestrator.run.ray_death:own_death",
         "kill_marked(mark)",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from sigray.orchestrator.cli.main import main
 from sigray.orchestrator.config import ConfigError, RunConfig, override, parse_config
 from sigray.orchestrator.run_folder import EVENTS, METRICS, SUMMARY, RunFolder, left_message
 from sigray.workers.checkpoint.lease import LEASE_FILE
 from sigray.workers.data.manifest import Manifest
+from sigray.workers.storage import StorageError
 from tests.helpers.data import TOWERS
 from tests.helpers.s3 import BUCKET
 
@@ -161,3 +165,33 @@ def test_a_run_in_s3_is_cleared_the_same_way(config, s3_variables, monkeypatch):
     inside = override(remote, [f"data.shards={folder.storage.uri}/x.tar"], "test")
     with pytest.raises(ConfigError, match=r"data.shards=s3://.* is in s3://"):
         folder.check_clear(inside)
+
+
+@pytest.mark.parametrize("name", [METRICS, EVENTS])
+def test_a_full_disk_is_named(folder, name, monkeypatch, capsys):
+    """The kernel's own ENOSPC: a file that is /dev/full; the command line adds what to do."""
+    (folder.path / name).symlink_to("/dev/full")
+    write = {METRICS: lambda: folder.append_metrics({"step": 1}), EVENTS: lambda: folder.append_event("a", "note")}
+    with pytest.raises(OSError, match=f"No space left on device: '{folder.path / name}'"):
+        write[name]()
+
+    def load(*_: object) -> None:
+        write[name]()
+
+    monkeypatch.setattr("sigray.orchestrator.cli.plan.load_config", load)
+    assert main(["config", "a.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert f"{folder.path / name}': free space there, or choose another place by run.dir, run.storage" in said
+
+
+def test_a_write_to_a_full_disk_leaves_nothing_and_names_the_file(folder, monkeypatch):
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("sigray.workers.storage.os.fsync", refuse)
+    with pytest.raises(OSError, match=f"No space left on device: '{folder.path}/summary.json'"):
+        folder.save_summary({"status": "finished"})
+    assert list(folder.path.iterdir()) == []
+    with pytest.raises(StorageError, match="is not writable: .*No space left on device"):
+        folder.storage.check_writable()
+    assert list(folder.path.iterdir()) == []

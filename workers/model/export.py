@@ -181,7 +181,10 @@ def _save_weights(module: nn.Module, path: Path) -> None:
     from safetensors.torch import save_file
 
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in fold_bottleneck(module).items()}
+    path.touch()
+    mode = path.stat().st_mode  # the user's; safetensors leaves a file that only its owner can read
     save_file(weights, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def _tokenizer_name(folder: Path) -> str:
