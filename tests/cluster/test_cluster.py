@@ -245,7 +245,7 @@ def test_a_run_on_three_hosts_survives_the_loss_of_one(hosts, tmp_path, capsys):
             assert said.endswith(f"-- train s3://sigray/sweeps/{name}/best.yaml"), said
             say(f"the sweep {name!r} has ended")
         assert tables["cut"] == tables["undisturbed"]
-        assert tables["cut"].count("complete") == 2
+        assert tables["cut"].count("finished") == 2
         down = hosts.run("user", f"ray down -y {hosts.folder}/cluster.yaml")
         assert "No nodes remaining" in down or "Requested" in down or "terminated" in down.lower(), down
         say("ray down has returned")

@@ -404,7 +404,7 @@ def test_a_sweep_its_best_run_and_its_export_by_their_last_lines(head, run_confi
 
     shards = f"data.shards={run_config.parent}/train"
     said, train_best = job("sweep", study, "storage=s3://sigray/sweeps", shards)
-    assert "2 complete" in said
+    assert "trials: 2 finished" in said
     assert train_best.endswith("-- train s3://sigray/sweeps/tiny/best.yaml")
     # Another submission of the sweep goes on: the files that it carries are the same, in another folder.
     assert "resuming it" in job("sweep", study, "storage=s3://sigray/sweeps", shards)[0]
