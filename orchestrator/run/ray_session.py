@@ -117,11 +117,14 @@ def _own_processes() -> Iterator[str]:
 @contextlib.contextmanager
 def _marked(mark: str) -> Iterator[None]:
     """Mark the processes that start in this context."""
-    os.environ[ray_processes.MARK] = mark
+    # SPT_NOENV: Ray's agents set their title, and would write it over their environment.
+    variables = {ray_processes.MARK: mark, "SPT_NOENV": "1"}
+    os.environ |= variables
     try:
         yield
     finally:
-        del os.environ[ray_processes.MARK]
+        for name in variables:
+            del os.environ[name]
 
 
 def _own_resources(config: RunConfig, num_trials: int) -> tuple[float, dict[str, float]]:
