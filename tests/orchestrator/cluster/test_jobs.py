@@ -408,9 +408,9 @@ def test_a_sweep_its_best_run_and_its_export_by_their_last_lines(head, run_confi
     assert train_best.endswith("-- train s3://sigray/sweeps/tiny/best.yaml")
     # Another submission of the sweep goes on: the files that it carries are the same, in another folder.
     assert "resuming it" in job("sweep", study, "storage=s3://sigray/sweeps", shards)[0]
-    trained = shell(train_best)
+    trained = shell(f"{train_best} run.storage=s3://sigray/runs")
     assert "finished at 64 samples" in trained
-    run = "s3://sigray/sweeps/tiny_best"
+    run = "s3://sigray/runs/tiny_best"
     assert trained.splitlines()[-1] == f"use the result: sigray export {run}"
     shell(job("eval", run, "eval.batch_size=8")[1])
     evaluation = json.loads((tmp_path / "evaluations" / "step-0000000008.json").read_text())
