@@ -14,7 +14,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sigray.orchestrator.config import ConfigError
 
@@ -83,12 +83,13 @@ def _why_no_ray(address: str) -> str | None:
 def _why_no_gcs(address: str) -> str | None:
     import grpc
     from ray._private.gcs_utils import create_gcs_channel
-    from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
+    from ray.core.generated import gcs_service_pb2
     from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
+    messages: Any = gcs_service_pb2  # mypy sees no names in generated code
     channel = create_gcs_channel(address)
     try:
-        NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=_ANSWER_S)
+        NodeInfoGcsServiceStub(channel).CheckAlive(messages.CheckAliveRequest(), timeout=_ANSWER_S)
     except grpc.RpcError as error:
         # A GCS that wants a token answers too; Ray says so.
         if error.code() not in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):

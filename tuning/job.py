@@ -77,7 +77,7 @@ def _settle_dimension(files: JobFiles, key: str, dimension: dict[str, Any]) -> d
     probe.settle_keys({key: "?.pt"})
     if probe.problems and dimension.get("expr") is not None:
         files.problems.append(f"space.{key} computes the name of a file: write grid or cases")
-    settled = {
+    settled: dict[str, Any] = {
         name: [files.settle_keys({key: value})[key] for value in dimension[name]]
         for name in ("grid", "choice")
         if dimension.get(name)

@@ -510,7 +510,9 @@ def _curves(
         rows = [row for row in table.rows.values() if row.budget == budget]
         if any(row.number in losses for row in rows):
             panels.append(_curves_panel(study, rows, budget, figures, losses, "Loss"))
-        values = {row.number: [(result.samples_seen, result.value) for result in row.results] for row in rows}
+        values: dict[int, drawing.Points] = {
+            row.number: [(result.samples_seen, result.value) for result in row.results] for row in rows
+        }
         if any(values.values()) and len(study.config.rungs_of(budget)) > 1:
             panels.append(_curves_panel(study, rows, budget, figures, values, "Learning curves"))
     return panels

@@ -70,10 +70,12 @@ def _model_name(name: str) -> str:
     return f"{source}:{os.path.abspath(folder)}" if colon and source == "local-dir" else name
 
 
-def _file_unless(word: str) -> Any:
-    """Return the type of a key that holds a word of its own or names a file."""
-    check = AfterValidator(lambda name: name if name == word else local_path(name))
-    return Annotated[str, check, Place("file", lambda name: None if name == word else name)]
+def _path_unless(word: str) -> AfterValidator:
+    return AfterValidator(lambda name: name if name == word else local_path(name))
+
+
+def _file_unless(word: str) -> Place:
+    return Place("file", lambda name: None if name == word else name)
 
 
 _LOCAL_DIR = "local-dir:"
@@ -87,7 +89,7 @@ ImageTowerName = Annotated[
     AfterValidator(_image_tower),
     Place("file", lambda name: name if name.endswith(TOWER_FILE_ENDINGS) else None),
 ]
-TokenizerName = _file_unless("open_clip")
+TokenizerName = Annotated[str, _path_unless("open_clip"), _file_unless("open_clip")]
 # open_clip reads a name of Hugging Face as a folder, if there is one.
 Towers = Annotated[dict[str, Any], Place("shared", lambda name: name if os.path.isdir(name) else None)]
 
@@ -101,7 +103,7 @@ def _pattern(text: str) -> str:
 
 
 SUBFOLDERS = "subfolders"
-ClassesName = _file_unless(SUBFOLDERS)
+ClassesName = Annotated[str, _path_unless(SUBFOLDERS), _file_unless(SUBFOLDERS)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Tower = Literal["visual", "text"]
 

@@ -80,7 +80,7 @@ def time_axis(axes: Axes, times: Points) -> None:
     # Between two lines of metrics the speed is constant.
     places = numpy.interp([tick * size for tick in ticks], seconds, samples)
     top.set_xticks(places, [f"{tick:g}{NBSP}{unit}" for tick in ticks])
-    axes.figure.subplots_adjust(top=0.9)  # type: ignore[union-attr]
+    axes.figure.subplots_adjust(top=0.9)
 
 
 def sparkline(points: Points) -> Any:

@@ -105,7 +105,7 @@ class ForeignFolder(Storage):
 
     def _read_pieces(
         self, path: str, max_bytes: int, num_pieces: int = 1, must_fit: bool = False
-    ) -> tuple[list[bytes], int]:
+    ) -> tuple[Sequence[bytes], int]:
         """Return the ends of equal parts of a file, and how many bytes are left out."""
         with contextlib.ExitStack() as stack:
             file: Any

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from sigray.orchestrator.address import check_address, cluster_address
 from sigray.orchestrator.config import ConfigError, RunConfig
@@ -72,8 +73,9 @@ def machine_accelerators() -> dict[str, float]:
 
     found = {}
     for kind in ("GPU", "TPU"):
-        visible = manager_of(kind).get_current_process_visible_accelerator_ids()
-        num_here = manager_of(kind).get_current_node_num_accelerators()
+        manager: Any = manager_of(kind)
+        visible = manager.get_current_process_visible_accelerator_ids()
+        num_here = manager.get_current_node_num_accelerators()
         found[kind] = float(num_here if visible is None else min(num_here, len(visible)))
     return found
 

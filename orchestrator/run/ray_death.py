@@ -67,7 +67,9 @@ def _dead_children() -> dict[int, str]:
 
 def joined_death() -> Callable[[], str]:
     """Return what finds the death of a cluster that this process has joined."""
-    from ray._private.worker import _global_node as node
+    from ray._private import worker
+
+    node: Any = worker._global_node
 
     host, _, port = node.gcs_address.rpartition(":")
     answered_at = time.monotonic()

@@ -35,7 +35,7 @@ from pydantic import Field, FiniteFloat
 from sigray.workers.config import DataConfig, EmbeddingsConfig, ModelConfig, Precision, caption_member
 from sigray.workers.data.decode import IMAGE_REASONS, Refused
 from sigray.workers.data.manifest import Manifest, Shard, read_samples, scan_shards
-from sigray.workers.data.shard_list import ParallelMap, in_threads
+from sigray.workers.data.shard_list import ParallelMap, ShardFile, in_threads
 from sigray.workers.data.tar import DataError, TarSample
 from sigray.workers.model.inputs import shapes
 from sigray.workers.parse import Count, ParseError, Record, as_type, parse_json
@@ -301,7 +301,7 @@ class EmbeddingStore:
         return Manifest(tuple(shards), store=asdict(self.format()))
 
 
-def stored_name(source: Shard) -> str:
+def stored_name(source: Shard | ShardFile) -> str:
     """Return the name, without ending, of the tar with a shard's embeddings."""
     stem = source.url.rpartition("/")[2].removesuffix(".tar")
     what = f"{source.url} {source.num_bytes} {source.fingerprint}"

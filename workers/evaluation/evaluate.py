@@ -186,7 +186,7 @@ def pixel_baseline(data: DataConfig, evaluation: EvalConfig) -> dict[str, float]
     A held-out drawing of a known object often looks like another drawing of it. So a model must beat this rate, and
     not chance alone. Classes without a training image get 0 by construction.
     """
-    result = {}
+    result: dict[str, float] = {}
     train_by_field: dict[str, LoadedSet] = {}
     for name, spec in evaluation.sets.items():
         if not spec.classes:

@@ -48,8 +48,8 @@ def _check_set(name: str, spec: EvalSet, data: DataConfig, store: str | None, on
     key = f"eval.sets.{name}"
     files = datasets.check_set(name, spec, data, is_stored=store is not None)
     if files is not None:
-        some = tuple(files[:: -(-len(files) // _NUM_SAMPLES)])
-        _check_samples(key, spec, data, str(spec.shards), datasets.Part(some, 0, len(some)).samples(data))
+        images = tuple(files[:: -(-len(files) // _NUM_SAMPLES)])
+        _check_samples(key, spec, data, str(spec.shards), datasets.Part(images, 0, len(images)).samples(data))
         return {file.class_id for file in files}
     broken: list[str] = []
     try:
@@ -128,9 +128,10 @@ def _check_samples(key: str, spec: EvalSet, data: DataConfig, where: str, sample
                 reasons[need][str(reason)] += 1
                 is_usable = False
         if is_usable:
-            for other in samples if spec.classes else ():
-                with suppress(Refused):
-                    find_class(other.members)
+            if spec.classes:
+                for other in samples:
+                    with suppress(Refused):
+                        find_class(other.members)
             return class_ids
         for ending in sample.members:
             there |= dict.fromkeys([ending, *(_json_keys(sample.members["json"]) if ending == "json" else [])])
