@@ -171,14 +171,17 @@ class RunFolder:
             )
         return read_run(self.storage.uri)
 
-    def finished_summary(self, num_samples: int) -> dict[str, Any] | None:
-        """Return the summary of a run that has seen so many samples; None otherwise.
+    def finished_summary(self, config: RunConfig, *, at_start: bool) -> dict[str, Any] | None:
+        """Return the summary of a run to which its config adds nothing; None otherwise.
 
-        Its newest checkpoint must be there: without checkpoints, a run starts again.
+        The newest checkpoint and its evaluation must be there, with `at_start` also that of the initial weights.
         """
         place = next((place for place in self._places() if place.exists(SUMMARY)), None)
         newest = newest_checkpoint(self.storage)
-        if place is None or newest is None or newest[0].samples_seen < num_samples:
+        if place is None or newest is None or newest[0].samples_seen < config.train.num_samples:
+            return None
+        steps = {newest[0].step, *([0] if at_start else [])} if config.eval.sets else set()
+        if any(not any(each.exists(evaluation_name(step)) for each in self._places()) for step in steps):
             return None
         try:
             summary = parse_json(place.read(SUMMARY))

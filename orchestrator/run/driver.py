@@ -98,7 +98,7 @@ def train(
                     display.say(f"{taken}: going on with it (--overwrite starts again)")
                 resume_from = resume_from or begun
                 check_resume(resume_from, config)
-                finished = folder.finished_summary(config.train.num_samples)
+                finished = folder.finished_summary(config, at_start=evaluates_at_start(config, is_trial=False))
                 if finished is not None and trial is None and config.eval == resume_from.eval:
                     display.say(
                         f"the run is finished. `sigray resume {config.storage_uri} train.num_samples=N` trains it to "

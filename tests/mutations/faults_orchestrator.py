@@ -49,7 +49,7 @@ FAULTS = [
     Fault(
         "a finished run that is to be trained longer counts as finished",
         "sigray.orchestrator.run_folder:RunFolder.finished_summary",
-        " or newest[0].samples_seen < num_samples",
+        " or newest[0].samples_seen < config.train.num_samples",
         "",
         (f"{_BEGIN_AGAIN}::test_a_finished_run_is_trained_longer",),
     ),
