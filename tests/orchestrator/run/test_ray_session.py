@@ -58,19 +58,6 @@ def test_marked_processes_are_killed_with_their_children_and_no_others():
     other.wait()
 
 
-def test_a_process_of_ray_that_sets_its_title_keeps_its_mark(tmp_path):
-    script = tmp_path / "agent.py"
-    script.write_text(
-        "import ray, time; ray._raylet.setproctitle('ray::Agent'); print('set', flush=True); time.sleep(60)"
-    )
-    with _own_processes() as mark:
-        with _marked(mark):
-            process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "set\n"
-        assert marked(mark) == [process.pid]
-    process.wait()
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_the_processes_end_with_their_driver_and_not_before(number):
     driver = subprocess.Popen([sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, text=True, start_new_session=True)
