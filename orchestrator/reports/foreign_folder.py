@@ -47,7 +47,7 @@ class ForeignFolder(Storage):
 
     def below(self, name: str) -> ForeignFolder:
         """Return a folder inside of this folder."""
-        return ForeignFolder(self._place, f"{self._name}/{name}", self._places)
+        return ForeignFolder(self._place, f"{self._name}/{name}".lstrip("/"), self._places)
 
     def at(self, uri: str) -> ForeignFolder | None:
         """Return the folder of a URI, unopened; None if it is below none of the places."""

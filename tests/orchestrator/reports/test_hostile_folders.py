@@ -208,3 +208,13 @@ def test_a_report_is_not_written_through_a_link(tmp_path):
     (run / "report.html").symlink_to(victim)
     assert "<html" in write_report(run).read_text()
     assert (victim.read_text(), (run / "report.html").is_symlink()) == ("keep", False)
+
+
+def test_a_folder_below_a_bucket_is_read(s3_variables, monkeypatch):
+    """An empty part of a path is an error in S3, and none on a disk: the report of a sweep reads its trials so."""
+    for name, value in s3_variables.items():
+        monkeypatch.setenv(name, value)
+    bucket = Storage("s3://sigray/sweeps/below")
+    bucket.write("trials/trial-000/metrics.jsonl", b"{}\n")
+    for folder in (ForeignFolder(bucket).below("trials/trial-000"), ForeignFolder(bucket, "trials").below("trial-000")):
+        assert folder.read_lines("metrics.jsonl") == ([b"{}"], 0)
