@@ -157,6 +157,8 @@ def train(
                     )
                 supervisors.append(supervisor)
                 status = supervisor.run()
+                if supervisor.is_stopping and config.eval.sets and trial is None:
+                    status = "stopped"  # a resume evaluates the newest checkpoint
                 if profile is not None:
                     path = folder.path / "profile" / "ray_timeline.json"  # mainly for the data-shard workers
                     path.parent.mkdir(exist_ok=True)
@@ -201,6 +203,7 @@ def train(
                     decision = policy.after_failure(failed, config.cluster.max_failures_per_hour)
                     if joins_cluster or isinstance(decision, policy.GiveUp):
                         go_on = f"go on from step {step:,} with `sigray resume {folder.storage.uri}`"
+                        display.say(f"{error}: {go_on}", "failure")  # Ray may end this process while it leaves
                         reason = f" ({decision.reason})" if isinstance(decision, policy.GiveUp) else ""
                         raise RunFailed(f"{error}{reason}: {go_on}") from error
                     display.say(f"{error}: starting Ray again, to go on from step {step:,}", "restart")

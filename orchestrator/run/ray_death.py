@@ -139,7 +139,7 @@ def raised() -> Iterator[None]:
 
     try:
         yield
-    except RayDied:
+    except RunFailed:  # its message says more
         raise
     except BaseException as error:
         deadline = time.monotonic() + (_NOTICE_S if isinstance(error, RayError) else 0)
