@@ -45,6 +45,7 @@ RESULT = "SIGRAY_JOB_RESULT"
 """Variable of a job with its last line: the command that uses the result."""
 _STOP_S = 120  # for the last checkpoint, before Ray kills a stopped job
 _AWAY_S = 300.0  # without an answer from the cluster, before following a job fails
+_AGENT_S = 60.0  # for the agent of a head that has just started; until then Ray refuses jobs
 _TUNNEL_S = 60.0  # for ssh to connect
 # Packages whose versions change a run's numbers; other packages may differ.
 _PINNED = ("ray", "torch", "torchvision", "open-clip-torch", "timm", "numpy", "tokenizers", "simplejpeg", "pillow")
@@ -192,12 +193,19 @@ def submit(
     check = shlex.join(["python", "-m", "sigray.orchestrator.cluster.jobs", job.words[0], job.name])
     with tempfile.TemporaryDirectory(prefix="sigray-job-") as folder:
         stage(job, Path(folder))
-        return client.submit_job(
-            entrypoint=f"{check} && exec {words}",
-            submission_id=id or f"{job.name}-{time.strftime('%m%d-%H%M%S')}",
-            runtime_env={"working_dir": folder, "env_vars": variables},
-            metadata=metadata,
-        )
+        deadline = time.monotonic() + _AGENT_S
+        while True:
+            try:
+                return client.submit_job(
+                    entrypoint=f"{check} && exec {words}",
+                    submission_id=id or f"{job.name}-{time.strftime('%m%d-%H%M%S')}",
+                    runtime_env={"working_dir": folder, "env_vars": variables},
+                    metadata=metadata,
+                )
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(1)
 
 
 def follow(client: Any, job: str, show: Callable[[str], None]) -> int:
