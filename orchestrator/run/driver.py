@@ -203,7 +203,6 @@ def train(
                     decision = policy.after_failure(failed, config.cluster.max_failures_per_hour)
                     if joins_cluster or isinstance(decision, policy.GiveUp):
                         go_on = f"go on from step {step:,} with `sigray resume {folder.storage.uri}`"
-                        display.say(f"{error}: {go_on}", "failure")  # Ray may end this process while it leaves
                         reason = f" ({decision.reason})" if isinstance(decision, policy.GiveUp) else ""
                         raise RunFailed(f"{error}{reason}: {go_on}") from error
                     display.say(f"{error}: starting Ray again, to go on from step {step:,}", "restart")

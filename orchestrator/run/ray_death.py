@@ -95,14 +95,15 @@ def joined_death() -> Callable[[], str]:
 
 
 @contextlib.contextmanager
-def watched(find: Callable[[], str], *, polls: bool) -> Iterator[None]:
+def watched(find: Callable[[], str], say: Callable[[str], None] | None = None) -> Iterator[None]:
     """Raise RayDied if the Ray of this process dies.
 
     A signal interrupts what the main thread does: SIGCHLD, which the kernel sends at the death of a child.
 
     Args:
         find: as `own_death` and `joined_death` return it.
-        polls: ask `find` in a thread; else the processes are children of this one.
+        say: shows a message. Given for processes that are no children of this one: a thread asks `find`, and shows the
+            death itself. The main thread may be in a call of Ray that nothing interrupts until Ray ends the process.
     """
     global find_death
     find_death = find
@@ -115,12 +116,14 @@ def watched(find: Callable[[], str], *, polls: bool) -> Iterator[None]:
 
     def poll() -> None:
         while not over.wait(_POLL_S):
-            if find() and main.ident is not None:
+            if (death := find()) and say is not None and main.ident is not None:
+                say(f"{death}: when the cluster is up again, the same command goes on")
                 signal.pthread_kill(main.ident, signal.SIGCHLD)
+                return
 
     is_main = threading.current_thread() is main
     before = signal.signal(signal.SIGCHLD, handle) if is_main else None
-    if polls and is_main:
+    if say is not None and is_main:
         threading.Thread(target=poll, name="ray-death", daemon=True).start()
     try:
         with raised():

@@ -71,14 +71,14 @@ def ray_session(
                     ray.init(address=address, log_to_driver=False)
             except Exception as error:  # as with a token of another cluster
                 raise RunFailed(f"the Ray cluster at {address} cannot be joined: {error}") from error
-            stack.enter_context(ray_death.watched(ray_death.joined_death(), polls=True))
+            stack.enter_context(ray_death.watched(ray_death.joined_death(), display.say))
         else:
             temporary = stack.enter_context(own_surroundings(display))
             display.say("starting Ray on this machine")
             stack.callback(ray.shutdown)
             num_cpus, resources = _own_resources(config, num_trials)
             mark = stack.enter_context(_own_processes())
-            stack.enter_context(ray_death.watched(ray_death.own_death(mark), polls=False))
+            stack.enter_context(ray_death.watched(ray_death.own_death(mark)))
             try:
                 with blocked_for_children(), _marked(mark):
                     ray.init(

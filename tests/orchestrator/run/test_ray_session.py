@@ -123,13 +123,13 @@ def test_a_death_of_the_own_ray_interrupts_and_is_named(tmp_path):
 
     with _own_processes() as mark:
         find = own_death(mark)
-        with pytest.raises(RayDied, match="the gcs_server of this run's Ray died"), watched(find, polls=False):
+        with pytest.raises(RayDied, match="the gcs_server of this run's Ray died"), watched(find):
             wait_for_the_dead(mark)
         assert marked(mark) == []  # at once: they would only wait
     other, ray = started
     assert other.wait(timeout=5) == -signal.SIGKILL
     assert ray_death.find_death() == ""
-    with watched(own_death(mark), polls=False):  # that death is over
+    with watched(own_death(mark)):  # that death is over
         subprocess.run(["true"])
     ray.wait()
 
@@ -145,15 +145,17 @@ def test_a_death_of_a_joined_ray_interrupts_and_is_named(tmp_path, monkeypatch):
     address = f"127.0.0.1:{gcs.getsockname()[1]}"
     node = SimpleNamespace(raylet_socket_name=path, gcs_address=address, node_ip_address="10.0.0.7")
     monkeypatch.setattr(worker, "_global_node", node)
+    said: list[str] = []
     find = joined_death()
     assert find() == ""
     gcs.close()
-    with pytest.raises(RayDied, match=f"head node, {address}, gave no answer for"), watched(find, polls=True):
+    with pytest.raises(RayDied, match=f"head node, {address}, gave no answer for"), watched(find, said.append):
         time.sleep(30)
     find = joined_death()
     raylet.close()
-    with pytest.raises(RayDied, match=r"the raylet of node 10\.0\.0\.7"), watched(find, polls=True):
+    with pytest.raises(RayDied, match=r"the raylet of node 10\.0\.0\.7"), watched(find, said.append):
         time.sleep(30)
+    assert [text.partition(": when")[2] for text in said] == [" the cluster is up again, the same command goes on"] * 2
 
 
 def test_an_error_that_a_death_caused_becomes_that_death(monkeypatch):
