@@ -31,7 +31,7 @@ from sigray.orchestrator.run.policy import (
     Attempt,
     Failure,
     after_failure,
-    choose_size,
+    sizes_to_try,
     wanted_data_workers,
 )
 from sigray.workers.data.manifest import Manifest, Shard
@@ -114,7 +114,7 @@ def decide() -> None:
     failures = [Attempt(360.0 * n, 10 * n, 10 * n + 5, Failure.DIED, "gone") for n in range(10)]
     for number in range(10_000):
         after_failure(failures[: 1 + number % 10], 10)
-        choose_size(sizes, sizes[number % len(sizes)], float(number % 60), 10.0)
+        sizes_to_try(sizes, float(number % 60), 10.0)
     lines = [{"data/wait_pct": 30.0, "data/busy_workers": 900.0} for _ in range(1000)]
     wanted_data_workers(lines, 1_000, 1, NUM_DATA_WORKERS)
 

@@ -124,6 +124,7 @@ class SigrayStream:
         manifest = scan_shards(self._data.shards, self._data)
         self._order, self._image_kind = build_order(manifest, self._data, SEED), image_kind(manifest, MODEL)
         self._pool = DataPool(manifest, self._data, MODEL, seed=SEED)
+        self._pool.start()
         actors = listed(self._pool.registry.actors.remote())
         self.worker_pids = ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in actors])
 

@@ -38,7 +38,7 @@ import sigray.workers.evaluation.features
 import sigray.workers.training.train
 from sigray.orchestrator.config import RunConfig
 from sigray.orchestrator.data.audit import audit_run
-from sigray.orchestrator.run import driver, monitor, policy, supervisor, trackers
+from sigray.orchestrator.run import driver, monitor, places, policy, supervisor, trackers
 from sigray.orchestrator.run.embed import embed
 from sigray.orchestrator.run.evaluations import evaluates_at_start
 from sigray.orchestrator.run.ray_session import ray_session
@@ -210,7 +210,7 @@ def test_ray_is_asked_for_the_workers_that_the_config_wants(configure, plain, mo
     assert [(one["num_cpus"], one["resources"]) for one in workers_of_data] == [(2.5, {"reads": 1})] * 2
     assert timeouts == [33]
     resources = {"CPU": 30.0, "trains": 2.0}
-    assert plain.groups[0] == [resources] * 2
+    assert plain.groups[0] == [resources] * 2 + [{"CPU": 2.5, "reads": 1}] * 2
     scaling = plain.trainers[0]["scaling_config"]
     assert (scaling.num_workers, scaling.resources_per_worker) == (2, resources)
 
@@ -242,6 +242,7 @@ def test_the_data_shard_workers_stay_within_their_range(configure, plain):
     config = configure(data={"num_workers": [2, 3]})
     manifest = scan_shards(config.data.shards, config.data)
     pool = DataPool(manifest, config.data, config.model, seed=0)
+    pool.start()
     autoscaler = PoolAutoscaler(pool, config.data.num_workers, types.SimpleNamespace(say=lambda *_: None))
     for _ in range(30):  # the training workers wait all the time
         autoscaler.metrics({"data/wait_pct": 90.0, "data/busy_workers": 2.0})
@@ -347,11 +348,12 @@ class Clock:
 def test_a_run_shrinks_after_some_patience(configure, plain, monkeypatch, patience_s):
     clock = Clock()
     monkeypatch.setattr(supervisor, "time", clock)
-    plain.train, plain.num_free = end_at_once, 1
+    monkeypatch.setattr(places, "time", clock)
+    plain.train, plain.num_free = end_at_once, 2  # a training worker and a data-shard worker
     with contextlib.suppress(Enough):
         drive(configure(cluster={"num_workers": [1, 2], "shrink_after_s": patience_s, "grow_after_s": 70}))
     assert plain.trainers[0]["scaling_config"].num_workers == 1
-    waited_s = [number for number, bundles in enumerate(plain.groups) if len(bundles) == 2]
+    waited_s = [number for number, bundles in enumerate(plain.groups) if len(bundles) == 3]
     assert patience_s <= len(waited_s) * 0.5 <= patience_s + 1.5  # a check for 2 workers each half second
 
 
@@ -359,6 +361,7 @@ def test_a_run_shrinks_after_some_patience(configure, plain, monkeypatch, patien
 def test_a_run_grows_after_some_training(configure, plain, monkeypatch, after_s):
     clock, begun_at, asked_at = Clock(), [], []
     monkeypatch.setattr(supervisor, "time", clock)
+    monkeypatch.setattr(places, "time", clock)
 
     class Watched(monitor.RunMonitor):
         def begin(self, request: Any) -> None:
@@ -377,7 +380,7 @@ def test_a_run_grows_after_some_training(configure, plain, monkeypatch, after_s)
             time.sleep(0.001)
         raise Enough
 
-    plain.train, plain.num_free = train, 1
+    plain.train, plain.num_free = train, 2
     with contextlib.suppress(Enough):
         drive(configure(cluster={"num_workers": [1, 2], "shrink_after_s": 0, "grow_after_s": after_s}))
     assert asked_at

@@ -430,6 +430,7 @@ class _Sweep:
                 window=window,
                 run=self.study.config.name,
             )
+            self._pools[key].start()
         ray.get(self._judge.assign.remote(number, [self._pools[key].registry], config.model_dump(mode="json")))
 
     def _window(self, config: RunConfig, key: str) -> int:

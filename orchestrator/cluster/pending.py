@@ -32,19 +32,23 @@ class Demand:
         num_workers: workers of the group.
         resources: Ray resources of each worker.
         pod_type: the one TPU slice that the workers fill, as v4-32; None: workers may be on any hosts.
+        data_workers: resources of each data-shard worker that starts with them.
     """
 
     num_workers: int
     resources: dict[str, float]
     pod_type: str | None = None
+    data_workers: tuple[dict[str, float], ...] = ()
 
     def text(self) -> str:
-        """Describe the demand, as '2 training workers of 12 CPU, 1 GPU'."""
+        """Describe the demand, as '2 training workers of 12 CPU, 1 GPU and 1 data-shard worker of 1 CPU'."""
         plural = "s" * (self.num_workers != 1)
+        text = f"{self.num_workers} training worker{plural} of {_each(self.resources)}"
         if self.pod_type:
-            return f"{self.num_workers} TPU host{plural} of {self.pod_type}"
-        each = ", ".join(f"{amount:g} {name}" for name, amount in self.resources.items() if amount)
-        return f"{self.num_workers} training worker{plural} of {each or 'nothing'}"
+            text = f"{self.num_workers} TPU host{plural} of {self.pod_type}"
+        count = len(self.data_workers)
+        also = f" and {count} data-shard worker{'s' * (count != 1)} of {_each(self.data_workers[0])}" if count else ""
+        return text + also
 
 
 @dataclass(frozen=True)
@@ -110,21 +114,30 @@ class PendingReason:
     can_be_met: bool | None
 
 
-def pending_reason(demand: Demand, hosts: Sequence[Host], autoscaler: Autoscaler | None) -> PendingReason:
+def _each(resources: dict[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items() if amount) or "nothing"
+
+
+def pending_reason(
+    demand: Demand, hosts: Sequence[Host], autoscaler: Autoscaler | None, holders: Sequence[str] = ()
+) -> PendingReason:
     """Explain why a demand is pending.
 
     Args:
         demand: workers that do not fit at the moment.
         hosts: hosts that are up.
         autoscaler: None: unknown.
+        holders: what other jobs hold, as far as they say so.
     """
     has = _num_fitting(demand, hosts)
     free = _num_fitting(demand, [dataclasses.replace(host, total=host.free) for host in hosts])
     begin = f"needs {demand.text()}, has "
-    if free >= demand.num_workers:
+    if free >= demand.num_workers and not (demand.data_workers or holders):
         return PendingReason(f"{begin}them: waiting for Ray to place them", True)
     if has >= demand.num_workers:
-        return PendingReason(f"{begin}{has}, {free} free: waiting until the others are released", True)
+        until = f"{' or '.join(holders[:10])} releases them" if holders else "the others are released"
+        together = ", but not together with the data-shard workers" if free >= demand.num_workers else ""
+        return PendingReason(f"{begin}{has}, {free} free{together}: waiting until {until}", True)
     begin += f"{has}: "
     if autoscaler is None:
         return PendingReason(f"{begin}waiting for hosts; the driver cannot see whether an autoscaler runs", None)
@@ -203,8 +216,16 @@ def _why_not(demand: Demand, hosts: Sequence[Host], autoscaler: Autoscaler) -> s
 # ------------------------------------------------------------------------------------------------- observing
 
 
-def demand_of(cluster: ClusterConfig, num_workers: int) -> Demand:
-    """Return the demand of this many training workers of a config."""
+def why_pending(demand: Demand, holders: Sequence[str]) -> str:
+    """Say why a demand is pending on the cluster that this process has joined."""
+    import ray
+
+    autoscaler = find_autoscaler(ray.get_runtime_context().gcs_address)
+    return pending_reason(demand, cluster_hosts(), autoscaler, holders).sentence
+
+
+def demand_of(cluster: ClusterConfig, num_workers: int, data_workers: Sequence[dict[str, float]] = ()) -> Demand:
+    """Return the demand of this many training workers of a config, and of data-shard workers."""
     from sigray.orchestrator.resources import worker_resources
 
     pod_type = None
@@ -212,7 +233,7 @@ def demand_of(cluster: ClusterConfig, num_workers: int) -> Demand:
         from ray._private.accelerators.tpu import infer_tpu_pod_type_from_topology  # as Ray's own reservation
 
         pod_type = infer_tpu_pod_type_from_topology(cluster.tpu_topology, cluster.tpu_type)
-    return Demand(num_workers, worker_resources(cluster), pod_type)
+    return Demand(num_workers, worker_resources(cluster), pod_type, tuple(data_workers))
 
 
 def cluster_hosts() -> list[Host]:

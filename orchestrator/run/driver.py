@@ -26,6 +26,7 @@ from sigray.orchestrator.run import policy, ray_death
 from sigray.orchestrator.run.evaluations import Evaluations, add_baselines, evaluates_at_start, submit_evaluation
 from sigray.orchestrator.run.monitor import RunMonitor
 from sigray.orchestrator.run.own_ray import check_start
+from sigray.orchestrator.run.places import Places
 from sigray.orchestrator.run.policy import RunFailed
 from sigray.orchestrator.run.preflight import check_model_and_sets, check_run, longer_text
 from sigray.orchestrator.run.progress import Display
@@ -140,6 +141,9 @@ def train(
                 pool = DataPool(manifest, config.data, config.model, seed=config.run.seed, run=config.run.name)
             with contextlib.ExitStack() as stack:
                 stack.callback(lambda: ray_death.find_death() or pool.close())
+                joined = joins_cluster if trial is None else trial.is_joined
+                places = Places(f"run {config.run.name}", is_joined=joined, has_turn=trial is not None)
+                stack.enter_context(places)
                 monitor = start_here(RunMonitor)
                 records = RunRecords(config, folder, manifest, display, name=trial.name if trial else config.run.name)
                 stack.enter_context(contextlib.closing(records))
@@ -149,7 +153,7 @@ def train(
                 group = WorkerGroup(
                     config, folder, manifest, pool, monitor, lease.owner, rungs.steps, profile, at_start
                 )
-                supervisor = Supervisor(config, group, lease, records, evaluations, rungs, display, failed)
+                supervisor = Supervisor(config, group, lease, records, evaluations, rungs, display, places, failed)
                 if supervisors:
                     records.facts, evaluations.newest = (
                         supervisors[-1].records.facts,
@@ -163,6 +167,8 @@ def train(
                     path = folder.path / "profile" / "ray_timeline.json"  # mainly for the data-shard workers
                     path.parent.mkdir(exist_ok=True)
                     ray.timeline(filename=str(path))
+                pool.release()  # the evaluations may wait for resources
+                places.hold()
                 if status == "finished":
                     evaluations.finish()
                     if evaluations.newest is not None:

@@ -1,7 +1,8 @@
 """`sigray embed`: write the image embeddings of a locked tower into a store.
 
-Workers are Ray actors, as many as the config has training workers. A shard is the unit of work: Ray repeats a shard if
-its worker dies. After the death of this process, the next one skips the shards that the store holds.
+Workers are Ray actors, at most as many as the config has training workers. Only workers that are up get shards, so the
+others may wait for resources. A shard is the unit of work: Ray repeats a shard if its worker dies. After the death of
+this process, the next one skips the shards that the store holds.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from typing import Any
 
 from rich.console import Console
 
+from sigray.orchestrator.address import cluster_address
+from sigray.orchestrator.cluster import pending
 from sigray.orchestrator.config import RunConfig
 from sigray.orchestrator.formatting import format_duration
 from sigray.orchestrator.resources import worker_resources
 from sigray.orchestrator.run.own_ray import check_start
+from sigray.orchestrator.run.places import Places
 from sigray.orchestrator.run.preflight import open_store, scan
 from sigray.orchestrator.run.progress import Display
 from sigray.orchestrator.run.ray_session import ray_session
@@ -65,9 +69,10 @@ def embed(config: RunConfig, console: Console) -> str:
             f"store    {store.uri}: {len(wanted) - len(missing):,} of {len(wanted):,} shards are there, "
             f"{to_do:,} images to do, {store_format.num_views} view(s) of {store_format.dim} x {store_format.dtype}"
         )
-        with ray_session(config, display):
+        name, is_joined = f"embed {store.uri}", cluster_address(config) is not None
+        with ray_session(config, display), Places(name, is_joined=is_joined) as places:
             began = time.monotonic()
-            num_workers = _embed_all(config, missing, display)
+            num_workers = _embed_all(config, missing, display, places)
             seconds = time.monotonic() - began
         store.add_history(
             {"num_images": to_do, "seconds": round(seconds, 1), "num_workers": num_workers, **environment()}
@@ -78,8 +83,8 @@ def embed(config: RunConfig, console: Console) -> str:
     )
 
 
-def _embed_all(config: RunConfig, missing: list[tuple[Part, Shard]], display: Display) -> int:
-    """Embed all shards in actors of the cluster; return the number of actors."""
+def _embed_all(config: RunConfig, missing: list[tuple[Part, Shard]], display: Display, places: Places) -> int:
+    """Embed all shards in actors of the cluster; return the number of actors that were up."""
     import ray
 
     from sigray.workers.data.embed import Embedder
@@ -95,8 +100,9 @@ def _embed_all(config: RunConfig, missing: list[tuple[Part, Shard]], display: Di
         max_restarts=-1,
         max_task_retries=-1,
     )(Embedder)
-    actors = [
-        actor_class.remote(
+    starting = {}  # actors that are not up yet, by the reference that resolves when they are
+    for _ in missing[: cluster.worker_range[1]]:
+        actor = actor_class.remote(
             config.model,
             config.data,
             config.embeddings,
@@ -105,31 +111,45 @@ def _embed_all(config: RunConfig, missing: list[tuple[Part, Shard]], display: Di
             num_devices=cluster.devices_per_worker,
             num_threads=cluster.cpus_per_worker,
         )
-        for _ in missing[: cluster.worker_range[1]]
-    ]
+        starting[actor.__ray_ready__.remote()] = actor
     progress = _Progress(sum(shard.num_samples for _, shard in missing), config.data.max_bad_fraction, display)
     waiting = missing[::-1]
     running: dict[Any, Any] = {}
+    up: set[Any] = set()
+    num_up = 0
 
     def submit(actor: Any) -> None:
         if waiting:
             part, shard = waiting.pop()
             running[actor.embed.remote(shard, part)] = actor
+        elif actor in up and actor not in running.values():
+            up.remove(actor)
+            ray.kill(actor)  # others may wait for its resources
 
-    for actor in actors:
-        submit(actor)
-        submit(actor)  # prefetch, so that the actor does not wait for this process
-    while running:
-        finished, _ = ray.wait(list(running), timeout=_LINE_S)
+    while waiting or running:
+        finished, _ = ray.wait([*running, *starting], timeout=_LINE_S)
         for reference in finished:
-            actor = running.pop(reference)
-            try:
-                progress.add(ray.get(reference))
-            except ray.exceptions.RayTaskError as error:
-                raise as_raised(error) from None
+            if reference in starting:
+                actor = starting.pop(reference)
+                ray.get(reference)
+                up.add(actor)
+                num_up += 1
+                submit(actor)  # prefetch, so that the actor does not wait for this process
+            else:
+                actor = running.pop(reference)
+                try:
+                    progress.add(ray.get(reference))
+                except ray.exceptions.RayTaskError as error:
+                    raise as_raised(error) from None
             submit(actor)
-        progress.show()
-    return len(actors)
+        places.hold(embedding_worker=len(up))
+        if not up and waiting:
+            display.say(pending.why_pending(pending.demand_of(cluster, 1), places.holders()))
+        else:
+            progress.show()
+    for actor in [*up, *starting.values()]:
+        ray.kill(actor)
+    return num_up
 
 
 class _Progress:

@@ -48,6 +48,7 @@ class Failure(Enum):
     PREEMPTED = "a node was preempted"
     STORE = "the storage or the shards could not be reached"
     NO_START = "the training workers did not start"
+    TAKEN = "the resources of the training workers were taken"
     ERROR = "an error in a training worker"
     INPUT = "config, data or checkpoint"
     BAD_STEP = "a bad step"
@@ -63,7 +64,8 @@ _DEATHS = {
     "NodeDiedError",
 }
 _STORE_ERRORS = {"OSError", "StorageError", "ConnectionError", "TimeoutError", "EndpointConnectionError"}
-_START_ERRORS = {"WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError"}
+_START_ERRORS = {"WorkerGroupStartupFailedError"}
+_TAKEN_ERRORS = {"WorkerGroupStartupTimeoutError"}
 # By name, so that a decision needs neither torch nor Ray. All base classes of an exception count.
 _PERMANENT = {
     "FloatingPointError": Failure.BAD_STEP,
@@ -112,7 +114,8 @@ def classify_failure(errors: Sequence[BaseException]) -> tuple[Failure, BaseExce
         return Failure.MEMORY if is_memory else Failure.DIED, error
     if broken:
         return Failure.DIED, broken[0]
-    for kinds, failure in ((_START_ERRORS, Failure.NO_START), (_STORE_ERRORS, Failure.STORE)):
+    others = ((_TAKEN_ERRORS, Failure.TAKEN), (_START_ERRORS, Failure.NO_START), (_STORE_ERRORS, Failure.STORE))
+    for kinds, failure in others:
         if (error := first(kinds)) is not None:
             return failure, error
     return Failure.ERROR, errors[0]
@@ -131,9 +134,14 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Retry:
-    """Start the training workers again after a pause."""
+    """Start the training workers again after a pause.
+
+    Attributes:
+        was_taken: whether another job took their resources before they started.
+    """
 
     pause_s: float
+    was_taken: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,12 +160,16 @@ def after_failure(attempts: Sequence[Attempt], max_failures_per_hour: int) -> Re
 
     Permanent failures end the run at once: bad input, a loss that is not a number, too little memory, an error with
     the same message at the same step as before. Other failures are retried as often as the budget allows. The retry
-    comes at once if the attempt made progress, else after growing pauses. Preemptions are not counted.
+    comes at once if the attempt made progress, else after growing pauses. Preemptions are not counted, and neither are
+    starts whose resources another job took.
 
     Args:
         attempts: failed attempts, oldest first; the decision is about the newest.
     """
     newest = attempts[-1]
+    if newest.failure is Failure.TAKEN:
+        return Retry(0.0, was_taken=True)
+    attempts = [attempt for attempt in attempts if attempt.failure is not Failure.TAKEN]
     if newest.failure in (Failure.INPUT, Failure.BAD_STEP, Failure.MEMORY):
         return GiveUp()
     if newest.failure is Failure.ERROR and any(
@@ -176,20 +188,18 @@ def after_failure(attempts: Sequence[Attempt], max_failures_per_hour: int) -> Re
     return Retry(min(_FIRST_PAUSE_S * 2 ** (num_stuck - 1), _LONGEST_PAUSE_S) if num_stuck else 0.0)
 
 
-def choose_size(sizes: Sequence[int], fitting: int, waited_s: float, patience_s: float) -> int | None:
-    """Return how many training workers to start; None to wait longer.
+def sizes_to_try(sizes: Sequence[int], waited_s: float, patience_s: float) -> Sequence[int]:
+    """Return which numbers of training workers may start, largest first.
 
     The largest number starts at once, a smaller one only after `patience_s`. Workers of the attempt before may still
     hold their resources, and hosts that start together do not join in the same second.
 
     Args:
         sizes: usable numbers of workers, largest first.
-        fitting: number of workers that fit now.
         waited_s: seconds since the wait began.
         patience_s: cluster.shrink_after_s.
     """
-    best = next((size for size in sizes if size <= fitting), None)
-    return best if best == sizes[0] or waited_s >= patience_s else None
+    return sizes if waited_s >= patience_s else sizes[:1]
 
 
 def after_bad_step(step: int, left_out: Sequence[int], on_bad_loss: str) -> Retry | GiveUp:

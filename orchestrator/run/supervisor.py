@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sigray.orchestrator.batch import micro_batch, usable_sizes
+from sigray.orchestrator.cluster import pending
 from sigray.orchestrator.config import RunConfig
 from sigray.orchestrator.formatting import format_duration
 from sigray.orchestrator.resources import worker_resources
 from sigray.orchestrator.run import policy
 from sigray.orchestrator.run.evaluations import Evaluations
+from sigray.orchestrator.run.places import Places, num_placed
 from sigray.orchestrator.run.progress import Display
 from sigray.orchestrator.run.signals import on_stop_signal
 from sigray.orchestrator.run.trackers import RunRecords
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from sigray.workers.data.pool import DataPool, SharedPool
 
 _POLL_S = 0.5
-_PLACEMENT_TIMEOUT_S = 1.0  # of a placement group whose resources are free
 _GROW_POLL_S = 10.0  # between two checks whether more training workers fit
 _PENDING_LINE_S = 30.0  # between two lines that give the pending reason
 
@@ -57,6 +58,7 @@ class Supervisor:
     evaluations: Evaluations
     rungs: Rungs
     display: Display
+    places: Places
     failed: list[policy.Attempt] = field(default_factory=list)
     newest_checkpoint: CheckpointInfo | None = None
     train_s: float = 0.0
@@ -65,6 +67,8 @@ class Supervisor:
     _errors: list[BaseException] = field(default_factory=list)  # of this attempt, from each worker that sent one
     _first_step: int = 0  # of this attempt
     _last_step: int = 0  # of the newest line of metrics
+    _size: int = 0  # training workers of this attempt
+    _num_joined: int = 0  # of these, that are up
     _draining: set[str] = field(default_factory=set)  # nodes that were already announced
 
     def __post_init__(self) -> None:
@@ -110,13 +114,16 @@ class Supervisor:
                 f"train.global_batch_size={self.config.train.global_batch_size} does not divide by that"
             )
         while not self._stop.is_set():
-            # A trial that released its workers at a rung waits here for the decision.
+            # A rung that an earlier driver left open is decided first.
             while self.rungs.pending is not None and not self._stop.is_set():
+                if self.rungs.is_released:
+                    return  # the sweep starts the trial again after the decision
                 self._wait()
             size = self._wait_for_capacity()
             if size is None:
                 return
             self._errors = self._attempt(size)
+            self.places.begin()
             if not self._errors:
                 if self._is_done():
                     return
@@ -128,9 +135,7 @@ class Supervisor:
                     raise error
                 why = f": {decision.reason}" if decision.reason else ""
                 raise policy.RunFailed(f"training failed{why} ({self._advice()}):\n{error}")
-            end = time.monotonic() + decision.pause_s
-            while time.monotonic() < end and not self._stop.is_set():
-                self._wait()
+            self.places.begin(decision.pause_s, was_taken=decision.was_taken)
 
     @property
     def _saved_step(self) -> int:
@@ -146,7 +151,7 @@ class Supervisor:
         """Run one attempt; return its errors, none if it ended as requested."""
         import ray
 
-        self._errors = []
+        self._errors, self._num_joined = [], 0
         self._heartbeat.begin()
         self._first_step = self._last_step = self._saved_step
         ray.get(self._monitor.begin.remote("stop" if self._stop.is_set() else "go on"))
@@ -202,6 +207,11 @@ class Supervisor:
         """Take one event of `RayHooks`."""
         if kind == "joined":
             self._heartbeat.joined(content)
+            self._num_joined += 1
+            if self._num_joined == self._size:
+                self.places.up()
+                if self.rungs.record({}):
+                    self.ask_to_stop()
             return
         self._heartbeat.beat()
         if kind == "started":
@@ -244,23 +254,43 @@ class Supervisor:
     # ------------------------------------------------------------------------------------- size of the group
 
     def _wait_for_capacity(self) -> int | None:
-        """Return how many training workers to start; None if the run shall stop."""
+        """Start the data-shard workers; return how many training workers to start.
+
+        Returns:
+            None if the run shall stop, or if the process of a trial ends to hold nothing.
+        """
         cluster = self.config.cluster
         before = self.records.facts.get("world_size")
         resources = worker_resources(cluster)
-        begin = time.monotonic()
         next_line_s = 5.0
+
+        def probe() -> int:
+            # The sweep has waited for the first start of a trial.
+            patience_s = 0.0 if self.places.is_inherited else cluster.shrink_after_s
+            sizes = policy.sizes_to_try(self._sizes, self.places.waited_s, patience_s)
+            return next((size for size in sizes if num_placed([[resources] * size + self._pool.demand])), 0)
+
         while not self._stop.is_set():
-            fitting = next((size for size in self._sizes if _fits(resources, size)), 0)
-            waited_s = time.monotonic() - begin
-            size = policy.choose_size(self._sizes, fitting, waited_s, cluster.shrink_after_s)
-            if size is not None:
+            move, size = self.places.step(self._pool.is_held, probe)
+            if move == "start":
+                self._pool.start()
+                self.places.hold(training_worker=size, data_shard_worker=self._pool.size)
                 if before not in (None, size):
                     self.display.say(f"training workers: {before} -> {size}")
+                self._size = size
                 return size
-            if waited_s > next_line_s:
+            if move == "give back":
+                if not self._pool.release():
+                    self.display.say("no free resources for the training workers: the sweep starts this trial later")
+                    return None
+                self.places.hold()
+            if self.places.waited_s > next_line_s:
                 next_line_s += _PENDING_LINE_S
-                text = f"{_pending_reason(self.config, self._sizes[-1])} ({format_duration(waited_s)})"
+                waited = format_duration(self.places.waited_s)
+                # Also for what the cluster cannot start by itself: hosts are started by hand, and a changed cluster
+                # file comes with another `ray up`.
+                demand = pending.demand_of(cluster, self._sizes[-1], self._pool.demand)
+                text = f"{pending.why_pending(demand, self.places.holders())} ({waited})"
                 self.display.say(text, PENDING)
             self._wait()
         return None
@@ -270,7 +300,8 @@ class Supervisor:
         if running_s < self.config.cluster.grow_after_s:
             return
         resources = worker_resources(self.config.cluster)
-        wanted = next((other for other in self._sizes if other > size and _fits(resources, other - size)), None)
+        larger = [other for other in self._sizes if other > size]
+        wanted = next((other for other in larger if num_placed([[resources] * (other - size)])), None)
         if wanted is not None:
             self.display.say(f"capacity for {wanted} training workers: saving a checkpoint, then starting them")
             self._monitor.request.remote("stop")
@@ -385,31 +416,3 @@ class PoolAutoscaler:
             )
             self._pool.resize(wanted)
             self._lines = []
-
-
-def _fits(resources: dict[str, float], num_workers: int) -> bool:
-    """Return whether the cluster could start this many more training workers now."""
-    import ray
-    from ray.util.placement_group import placement_group, remove_placement_group
-
-    # The sum of free resources does not answer this: they may be spread over several nodes.
-    group = placement_group([resources] * num_workers, strategy="PACK")
-    fits = group.wait(timeout_seconds=_PLACEMENT_TIMEOUT_S)
-    remove_placement_group(group)
-    while ray.util.placement_group_table(group).get("state") not in (None, "REMOVED"):
-        time.sleep(0.02)
-    return fits
-
-
-def _pending_reason(config: RunConfig, num_workers: int) -> str:
-    """Say why this many training workers are pending.
-
-    The run waits even for what the cluster cannot start by itself: hosts are also started by hand, and a changed
-    cluster file comes with another `ray up`.
-    """
-    import ray
-
-    from sigray.orchestrator.cluster.pending import cluster_hosts, demand_of, find_autoscaler, pending_reason
-
-    autoscaler = find_autoscaler(ray.get_runtime_context().gcs_address)
-    return pending_reason(demand_of(config.cluster, num_workers), cluster_hosts(), autoscaler).sentence

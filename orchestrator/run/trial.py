@@ -27,6 +27,7 @@ class Trial(Protocol):
     Attributes:
         name: SWEEP/TRIAL, for the metrics on Ray's dashboard.
         pool: the stream that the trials share.
+        is_joined: whether the sweep has joined a cluster.
         rungs: samples seen at which the trial is evaluated and the sweep decides whether the trial goes on. A rung
             falls on the first step at or after these samples: the same count for every batch size that divides them.
             The end of the run is a rung of its own and not listed.
@@ -35,11 +36,16 @@ class Trial(Protocol):
 
     name: str
     pool: SharedPool
+    is_joined: bool
     rungs: tuple[int, ...]
     passed: frozenset[int]
 
     def record(self, line: dict[str, float]) -> bool:
-        """Take a line of metrics; return whether the whole sweep stops."""
+        """Take a line of metrics, an empty one first: the training workers are up.
+
+        Returns:
+            Whether the whole sweep stops.
+        """
 
     def decide(self, evaluation: dict[str, Any], line: dict[str, float]) -> Answer:
         """Return whether to go on after a rung or the end; "wait" asks again later.
@@ -76,11 +82,17 @@ class Rungs:
         self.steps = frozenset(rung_step(samples, self._batch_size) for samples in (trial.rungs if trial else ()))
         self.pending: int | None = None
         self._reached_at = 0.0
+        self._waits = False  # the sweep cannot decide yet
         self._evaluation: dict[str, Any] | None = None
 
     def was_left_open(self, step: int) -> bool:
         """Return whether an earlier driver saved this rung and died before the decision."""
         return self._trial is not None and step in self.steps - self._trial.passed and step < self.num_steps
+
+    @property
+    def is_released(self) -> bool:
+        """Whether the pending rung waits for longer than a trial keeps its workers."""
+        return self.pending is not None and time.monotonic() - self._reached_at > _HOLD_S and self._waits
 
     def needs_evaluation(self, step: int) -> bool:
         """Return whether the sweep cannot decide without the evaluation of this step."""
@@ -99,7 +111,7 @@ class Rungs:
         """Take note of a checkpoint; if it is that of a rung, the rung is pending."""
         if self._trial is not None and step in self.steps and step < self.num_steps:
             self.pending = step
-            self._evaluation = None
+            self._evaluation, self._waits = None, False
             self._reached_at = time.monotonic()
             self._trial.pool.unsubscribe()
 
@@ -117,6 +129,7 @@ class Rungs:
         if self.pending is None or self._evaluation is None:
             return None
         answer = self.decide_on(self._evaluation)
+        self._waits = answer == "wait"
         if answer == "wait":
             if time.monotonic() - self._reached_at > _HOLD_S:
                 self._monitor.answer.remote(self.pending, "stop")  # the rung has its checkpoint

@@ -5,11 +5,13 @@ Ray Train's trainer is constructed here and nowhere else.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sigray.orchestrator.config import RunConfig
 from sigray.orchestrator.run.monitor import RayHooks
+from sigray.orchestrator.run.places import START_S
 from sigray.orchestrator.run_folder import RunFolder
 from sigray.workers.data.manifest import Manifest
 
@@ -52,6 +54,7 @@ class WorkerGroup:
         from sigray.orchestrator.run.backends import backend_config, raise_start_error, scaling_config
         from sigray.workers.training.train import train_loop_per_worker
 
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_S))
         config = self.config
         hooks = RayHooks(self.monitor)
         blocks = self.pool.blocks(config.data.worker_timeout_s)

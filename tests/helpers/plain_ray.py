@@ -14,10 +14,16 @@ from typing import Any
 import pytest
 import ray
 import ray._private.state
+import ray.experimental.internal_kv as internal_kv
 import ray.train.v2.api.data_parallel_trainer as ray_train
 
 from sigray.orchestrator import address
+<<<<<<< HEAD
 from sigray.orchestrator.run import own_ray, ray_death, supervisor
+=======
+from sigray.orchestrator.cluster import pending
+from sigray.orchestrator.run import own_ray, supervisor
+>>>>>>> efaf5af (places: take a run's resources as a whole, or hold none)
 from sigray.orchestrator.run.ray_session import LEAN_RAY
 from sigray.workers.checkpoint import lease
 
@@ -48,7 +54,7 @@ class Handle:
         self.actor = actor
 
     def __getattr__(self, name: str) -> _Call:
-        return _Call(getattr(self.actor, name))
+        return _Call(getattr(self.actor, name) if name != "__ray_ready__" else lambda: True)
 
 
 class _Remote:
@@ -67,6 +73,28 @@ class _Remote:
             self._made.handles.setdefault(self._function.__name__, []).append(handle)
             return handle
         return _Call(self._function).remote(*arguments, **named)
+
+
+class Store:
+    """Stands for Ray's key-value store."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
+
+    def _internal_kv_get(self, key: str, namespace: str) -> bytes | None:
+        return self._values.get(key)
+
+    def _internal_kv_put(self, key: str, value: str, overwrite: bool, namespace: str) -> bool:
+        exists = key in self._values
+        if overwrite or not exists:
+            self._values[key] = value.encode()
+        return exists
+
+    def _internal_kv_del(self, key: str, namespace: str) -> None:
+        self._values.pop(key, None)
+
+    def _internal_kv_list(self, prefix: str, namespace: str) -> list[bytes]:
+        return [key.encode() for key in self._values if key.startswith(prefix)]
 
 
 class PlainRay:
@@ -119,7 +147,10 @@ class PlainRay:
         monkeypatch.setattr(address, "_why_no_ray", lambda given: None)
         monkeypatch.setattr(own_ray, "machine_accelerators", lambda: {"GPU": 1000.0, "TPU": 1000.0})
         # It reads the state of a real cluster, for a sentence.
-        monkeypatch.setattr(supervisor, "_pending_reason", lambda config, count: f"no capacity for {count}")
+        monkeypatch.setattr(pending, "why_pending", lambda demand, holders: f"no capacity for {demand.text()}")
+        kept = Store()
+        for name in ("_internal_kv_get", "_internal_kv_put", "_internal_kv_del", "_internal_kv_list"):
+            monkeypatch.setattr(internal_kv, name, getattr(kept, name))
         monkeypatch.setattr(supervisor, "_POLL_S", 0.01)
         monkeypatch.setattr(lease, "_SETTLE_S", 0.0)
         # Set first, so that what the driver sets is taken back at the end of the test.

@@ -230,8 +230,8 @@ FAULTS = [
     ),
     Fault(
         "a run shrinks at once",
-        "sigray.orchestrator.run.policy:choose_size",
-        "best == sizes[0] or waited_s >= patience_s",
+        "sigray.orchestrator.run.policy:sizes_to_try",
+        "waited_s >= patience_s",
         "True",
         (f"{_POLICY}::test_the_largest_group_at_once_and_a_smaller_one_after_some_patience",),
     ),

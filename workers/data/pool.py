@@ -145,6 +145,8 @@ class DataWorkerActor(DataWorker):
 class DataPool:
     """The driver's side: starts, publishes and retires data-shard workers.
 
+    No worker runs before `start` and after `release`. A stream is a function of position, so new workers continue it.
+
     Args:
         manifest, data, model, seed: as `DataWorker`.
         window: as `StreamRegistry`.
@@ -169,10 +171,24 @@ class DataPool:
         self._starting: list[tuple[Any, Any]] = []  # actors, and references that resolve when they are up
         self._retired: list[tuple[float, Any]] = []  # since when, and the actor
         self.registry: Any = start_here(StreamRegistry, window)
-        # The first workers are published at once: Ray keeps requests until they are up.
-        num_workers = data.num_workers if isinstance(data.num_workers, int) else data.num_workers[0]
-        self._actors = [self._start() for _ in range(num_workers)]
+        self._actors: list[Any] = []
+
+    def start(self) -> None:
+        """Start the first workers, if none runs."""
+        # They are published at once: Ray keeps requests until they are up.
+        self._actors = self._actors or [self._start() for _ in range(self._num_first)]
         self._publish()
+
+    @property
+    def _num_first(self) -> int:
+        num_workers = self._arguments[1].num_workers
+        return num_workers if isinstance(num_workers, int) else num_workers[0]
+
+    @property
+    def demand(self) -> list[dict[str, float]]:
+        """Ray resources of each worker that `start` would start now."""
+        data = self._arguments[1]
+        return [] if self._actors else [{"CPU": data.cpus_per_worker, **data.resources_per_worker}] * self._num_first
 
     @property
     def size(self) -> int:
@@ -209,11 +225,23 @@ class DataPool:
         used = ray.get([actor.usage.remote() for actor in self._actors])
         return {key: sum(one[key] for one in used) for key in used[0]}
 
-    def close(self) -> None:
-        """Stop all workers."""
+    @property
+    def is_held(self) -> bool:
+        """Whether workers run or start."""
+        return bool(self._actors)
+
+    def release(self) -> bool:
+        """Stop all workers, if no training worker reads; return True."""
         others = [*(actor for actor, _ in self._starting), *(actor for _, actor in self._retired)]
-        for actor in [*self._actors, *others, self.registry]:
+        for actor in [*self._actors, *others]:
             ray.kill(actor)
+        self._actors, self._starting, self._retired = [], [], []
+        return True
+
+    def close(self) -> None:
+        """Stop all workers and the registry."""
+        self.release()
+        ray.kill(self.registry)
 
     def _publish(self) -> None:
         ray.get(self.registry.publish.remote([ray.put(self._actors)]))
@@ -254,8 +282,24 @@ class SharedPool:
         """Let the other subscribers continue: this run requests nothing for a while."""
         self._registry.unsubscribe.remote(self._subscriber)
 
+    @property
+    def demand(self) -> list[dict[str, float]]:
+        return []
+
+    @property
+    def is_held(self) -> bool:
+        """True: the process of this run holds resources of its own."""
+        return True
+
+    def start(self) -> None:
+        """Do nothing: the owner of the pool starts, polls and releases it."""
+
     def poll(self) -> None:
-        """Do nothing: the owner of the pool polls it."""
+        """See `start`."""
+
+    def release(self) -> bool:
+        """Return False: only the end of this run's process releases anything."""
+        return False
 
     def close(self) -> None:
         """Unsubscribe; the owner of the pool closes it."""

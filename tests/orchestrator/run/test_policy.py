@@ -14,8 +14,8 @@ from sigray.orchestrator.run.policy import (
     Retry,
     after_bad_step,
     after_failure,
-    choose_size,
     classify_failure,
+    sizes_to_try,
     wanted_data_workers,
 )
 from sigray.orchestrator.run.trial import rung_step
@@ -93,7 +93,8 @@ def test_torch_calls_a_missing_process_group_by_these_words():
         ([DamagedCheckpoint("x")], Failure.INPUT),
         ([StorageError("no space left on device")], Failure.STORE),
         ([ConnectionRefusedError()], Failure.STORE),
-        ([error_named("WorkerGroupStartupTimeoutError")], Failure.NO_START),
+        ([error_named("WorkerGroupStartupFailedError")], Failure.NO_START),
+        ([error_named("WorkerGroupStartupTimeoutError")], Failure.TAKEN),
         ([KeyError("image")], Failure.ERROR),
     ],
 )
@@ -143,10 +144,9 @@ def test_sizes_are_those_that_divide_the_batch():
 
 
 def test_the_largest_group_at_once_and_a_smaller_one_after_some_patience():
-    assert choose_size([4, 2, 1], fitting=4, waited_s=0, patience_s=10) == 4
-    assert choose_size([4, 2, 1], fitting=3, waited_s=9, patience_s=10) is None
-    assert choose_size([4, 2, 1], fitting=3, waited_s=10, patience_s=10) == 2
-    assert choose_size([4, 2], fitting=1, waited_s=1000, patience_s=10) is None
+    assert sizes_to_try([4, 2, 1], waited_s=0, patience_s=10) == [4]
+    assert sizes_to_try([4, 2, 1], waited_s=9, patience_s=10) == [4]
+    assert sizes_to_try([4, 2, 1], waited_s=10, patience_s=10) == [4, 2, 1]
 
 
 @given(part=st.integers(1, 3000), limit=st.integers(1, 3000))

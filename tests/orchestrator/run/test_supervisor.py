@@ -44,7 +44,7 @@ def supervisor_of(storage: Storage, monitor: Any = None, **sections: Any) -> Sup
     group: Any = SimpleNamespace(folder=SimpleNamespace(storage=storage), monitor=monitor, pool=None)
     records: Any = SimpleNamespace(facts={}, prometheus=SimpleNamespace(ended=lambda is_bad_step: None))
     nothing: Any = None
-    return Supervisor(config_of(**sections), group, nothing, records, nothing, nothing, shown()[0])
+    return Supervisor(config_of(**sections), group, nothing, records, nothing, nothing, shown()[0], nothing)
 
 
 class Watched:
@@ -137,7 +137,7 @@ def test_a_run_grows_if_the_difference_fits(monkeypatch, tmp_path, num_free, ask
     monitor = SimpleNamespace(request=SimpleNamespace(remote=requests.append))
     cluster = {"num_workers": [1, 4], "grow_after_s": 60}
     supervised = supervisor_of(Storage(tmp_path), monitor, cluster=cluster)
-    monkeypatch.setattr(supervisor, "_fits", lambda resources, count: count <= num_free)
+    monkeypatch.setattr(supervisor, "num_placed", lambda groups: len(groups[0]) <= num_free)
     supervised._grow(2, 61)  # 100 pairs divide by 4 workers and not by 3
     assert requests == asked
 

@@ -56,6 +56,7 @@ def pools(ray_driver: Any) -> Iterator[Callable[..., DataPool]]:
 
     def make(manifest: Manifest, data: DataConfig, model: ModelConfig) -> DataPool:
         made.append(DataPool(manifest, data, model, seed=SEED))
+        made[-1].start()
         return made[-1]
 
     yield make
