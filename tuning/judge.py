@@ -65,6 +65,7 @@ class Judge:
             content: of its config.
         """
         self._assignments[number] = content, stream
+        self._lines.pop(number, None)
 
     def assignment(self, number: int) -> tuple[dict[str, Any], list[Any], list[int]]:
         """Config and stream of a trial, and the rungs after which it was to go on."""
@@ -96,8 +97,12 @@ class Judge:
                 raise ValueError(f"the figure of trial {number} is {value}")
             result = {"event": "result", "number": number, "rung": rung, "samples_seen": samples_seen, "value": value}
             self._writer.add(result | more)
-        known = row.results[rung]
-        if known.answer is None:
+        return self.settle(number, rung)
+
+    def settle(self, number: int, rung: int) -> Answer:
+        """The decision about a result that is in the table, also for a trial without a process."""
+        row = self._row(number)
+        if row.results[rung].answer is None:
             group = {other.number: other.progress() for other in self._rows() if other.group == row.group}
             decision = decide(self._rules, self._num_rungs[row.budget], group, number, rung)
             if decision.answer == "wait":

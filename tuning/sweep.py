@@ -19,6 +19,7 @@ The file is long because the driver's three tasks (checks, Ray Tune's callbacks,
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -33,18 +34,19 @@ from rich.console import Console
 
 from sigray.orchestrator.address import cluster_address
 from sigray.orchestrator.carried_files import FILES, keep_carried
+from sigray.orchestrator.cluster import pending
 from sigray.orchestrator.config import ConfigError, RunConfig, check_resume, parse_config
 from sigray.orchestrator.plain_console import PlainConsole
 from sigray.orchestrator.resources import evaluation_resources, worker_resources
 from sigray.orchestrator.run.driver import train
 from sigray.orchestrator.run.own_ray import check_start
+from sigray.orchestrator.run.places import Places, num_placed
 from sigray.orchestrator.run.preflight import scan
 from sigray.orchestrator.run.progress import Display
 from sigray.orchestrator.run.ray_session import ray_session
 from sigray.orchestrator.run.signals import on_stop_signal
 from sigray.orchestrator.run.trial import TRIAL_CPUS, rung_step
 from sigray.orchestrator.run_folder import REPORT, WRITTEN, check_inputs, check_kind, clear_folder, left_message
-from sigray.tuning.capacity import Demand, Node, count_trials
 from sigray.tuning.feasible import feasible
 from sigray.tuning.judge import Judge
 from sigray.tuning.live import LiveTable, results_table, words
@@ -56,11 +58,12 @@ from sigray.workers.data.manifest import Manifest
 from sigray.workers.storage import Storage
 
 if TYPE_CHECKING:
+    from sigray.workers.config import DataConfig
     from sigray.workers.data.pool import DataPool, SharedPool
     from sigray.workers.training.job import Answer
 
 _TABLE_INTERVAL_S = 1.0  # between two updates of the table
-_CAPACITY_INTERVAL_S = 5.0  # between two looks at the cluster's free resources
+_MAX_STARTS = 8  # trials that start at the same time on a cluster
 _RESTARTS = 2  # of a trial whose process died
 _LEASE_WAIT_S = 90.0  # a trial waits so long for the lease of a driver of the same run that may be dying
 _MAX_WHY = 400  # characters of a reason in the table
@@ -158,6 +161,8 @@ class _Sweep:
     _configs: dict[int, RunConfig] = field(default_factory=dict)  # of the trials that can run
     _running: dict[str, int] = field(default_factory=dict)  # Ray Tune's id -> number
     _pools: dict[str, DataPool] = field(default_factory=dict)
+    _granted: int = 0  # trials that fit the cluster and are not handed out yet
+    _starting: set[int] = field(default_factory=set)  # trials whose training workers are not up yet
     _judge: Any = None
     table: Table = field(default_factory=Table)
 
@@ -206,10 +211,7 @@ class _Sweep:
 
     @property
     def num_local_trials(self) -> int:
-        """Number of trials that keep the processors of this machine's own Ray busy.
-
-        Trials on accelerators may be fewer: see `_capacity_now`.
-        """
+        """Number of trials that keep the processors of this machine's own Ray busy."""
         base = _base(self.study).cluster
         places = len(os.sched_getaffinity(0)) // (base.worker_range[1] * base.cpus_per_worker)
         return max(1, min(self.study.config.parallel or places, self._search.num_trials))
@@ -260,15 +262,23 @@ class _Sweep:
     # -------------------------------------------------------------------------------------------- while it runs
 
     def __enter__(self) -> _Sweep:
-        import ray
+        import ray.experimental.internal_kv
 
         from sigray.workers.data.pool import start_here
 
         config = self.study.config
         num_rungs = {budget: len(config.rungs_of(budget)) for budget in config.budgets}
         self._judge = start_here(Judge, config.name, self.storage.uri, config.rules, num_rungs)
-        self._foreign = _used_by_others()
-        self._capacity, self._capacity_at = 0, 0.0
+        base = _base(self.study)
+        self._is_joined = cluster_address(base) is not None
+        self._most = config.parallel or self._search.num_trials  # trials at once, if they fit
+        if not self._is_joined and config.parallel is None:
+            devices = {name: n for name, n in worker_resources(base.cluster).items() if name in ("GPU", "TPU") and n}
+            num_workers = [int(ray.cluster_resources().get(name, 0) // n) for name, n in devices.items()]
+            fitting = [count // base.cluster.worker_range[1] for count in num_workers]
+            self._most = max(1, min([self.num_local_trials, *fitting]))
+        store = ray.experimental.internal_kv if self._is_joined else None
+        self._places = Places(f"sweep {config.name}", store).__enter__()
         self._looked_at = 0.0
         self._live = LiveTable(self.display, self.study)
         ray.get(self._judge.table.remote())
@@ -276,6 +286,7 @@ class _Sweep:
 
     def __exit__(self, *_: object) -> None:
         self._live.close()
+        self._places.__exit__()
         for pool in self._pools.values():
             pool.close()
 
@@ -289,64 +300,125 @@ class _Sweep:
 
         from sigray.tuning.tune_adapter import Trials, Watch
 
-        watch = Watch(self)
         scratch = tempfile.mkdtemp(prefix="sigray-tune-")
         trainable: Any = tune.with_resources(
-            tune.with_parameters(_run_trial, judge=self._judge, study=self.study),
+            tune.with_parameters(_run_trial, judge=self._judge, study=self.study, is_joined=self._is_joined),
             # Evaluations run in the trial's placement group: a trial starts them without a placement of their own.
             tune.PlacementGroupFactory([{"CPU": TRIAL_CPUS}, *self._evaluation_demand()]),
         )
         # Ray Tune would warn that the files of its disabled loggers are missing.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-        tuner = tune.Tuner(
-            trainable,
-            # Reuse the processes of trials: each spends ten seconds on imports.
-            tune_config=tune.TuneConfig(search_alg=Trials(self), num_samples=-1, reuse_actors=True),
-            run_config=tune.RunConfig(
-                name="tune",
-                storage_path=scratch,
-                verbose=0,
-                callbacks=[watch],
-                stop=watch,
-                failure_config=tune.FailureConfig(max_failures=_RESTARTS),
-            ),
-        )
-        self._live.start(self.table, self._capacity_now(), self.num_streams)
+        self._live.start(self.table, self._most, self.num_streams)
         log = self.study.config.folder / "tune.log"
         with on_stop_signal(self._ask_to_stop), log.open("a") as file, contextlib.redirect_stdout(file):
-            tuner.fit()
+            for number in itertools.count():
+                watch = Watch(self)
+                # Reuse the processes of trials: each spends ten seconds on imports. Not on a cluster: Ray Tune keeps
+                # the resources of an idle process, for which other jobs may wait.
+                config = tune.TuneConfig(search_alg=Trials(self), num_samples=-1, reuse_actors=not self._is_joined)
+                run_config = tune.RunConfig(
+                    name=f"tune-{number}",
+                    storage_path=scratch,
+                    verbose=0,
+                    callbacks=[watch],
+                    stop=watch,
+                    failure_config=tune.FailureConfig(max_failures=_RESTARTS),
+                )
+                self._num_started = 0
+                tune.Tuner(trainable, tune_config=config, run_config=run_config).fit()
+                if self.is_done or self.is_stopping:
+                    break
         self._note_costs(*self._pools.values())
         self.look(at_once=True)
         shutil.rmtree(scratch, ignore_errors=True)
 
     def next_trial(self, trial_id: str) -> int | str | None:
         """Number of the next trial; None to ask again later, "FINISHED" at the end."""
-        if self.is_stopping:
+        self.look()  # Ray Tune calls nothing else while no trial runs
+        if self.is_stopping or self.is_done:
             return "FINISHED"
-        if len(self._running) >= self._capacity_now():
+        if len(self._running) >= self._most:
             return None
+        if self._is_joined and self._starting and not self._granted:
+            return None  # the turn ends when their training workers are up
+        rows = self._waiting_rows()
+        if not rows:
+            self._granted = 0
+            self._begin_to_wait()
+        if not rows or (self._is_joined and not self._granted and not self._may_start(rows)):
+            # Ray Tune takes no step while no trial runs, and frees the last process in a step or at its end.
+            return "FINISHED" if self._is_joined and self._num_started and not self._running else None
+        self._num_started += 1
+        number = rows[0].number
+        self._granted = max(0, self._granted - 1)
+        self._running[trial_id] = number
+        self._starting.add(number)
+        self._assign_stream(number)
+        self._publish()
+        return number
+
+    def _waiting_rows(self) -> list[Row]:
+        """Trials that can run and do not; if there are none, the next proposal."""
         while True:
             at_work = set(self._running.values())
-            waiting = (row for row in self.table.rows.values() if not row.is_over and row.number not in at_work)
-            row = next(waiting, None)
-            if row is not None:
-                break
-            if len(self.table.rows) == self._search.num_trials:
-                return "FINISHED"
-            if not self._propose_next():
-                return None
-        self._running[trial_id] = row.number
-        self._assign_stream(row.number)
-        return row.number
+            rows = [row for row in self.table.rows.values() if not row.is_over and row.number not in at_work]
+            ready = [row for row in rows if not row.is_undecided]
+            if ready or len(self.table.rows) == self._search.num_trials or not self._propose_next():
+                return ready
+
+    def _may_start(self, rows: list[Row]) -> bool:
+        """Probe how many trials fit the cluster; give back, or say why none fits."""
+        import ray
+
+        from sigray.workers.data.pool import first_workers
+
+        groups: list[list[dict[str, float]]] = []
+        streams = set(self._pools)
+        for row in rows[: min(_MAX_STARTS, self._most - len(self._running))]:
+            config = self._configs[row.number]
+            shared = [] if self._stream_key(config) in streams else first_workers(_shared_data(config))
+            streams.add(self._stream_key(config))
+            groups.append([*self._trial_demand(config), *shared])
+        # An autoscaler sees what is probed. Beside a running trial, the cluster grows for `parallel` only.
+        if self._running and self.study.config.parallel is None:
+            free = ray.available_resources()
+            names = {name for one in groups[0] for name in one}
+            if any(free.get(name, 0) < sum(one.get(name, 0) for one in groups[0]) for name in names):
+                return False
+        holds = bool(self._pools) and not self._running
+        move, self._granted = self._places.step(holds, lambda timeout_s: num_placed(groups, timeout_s))
+        if move == "give back":
+            self._close(*self._pools)
+            self._publish()
+        elif move != "start" and not self._running:
+            config = self._configs[rows[0].number]
+            others = groups[0][len(self._trial_demand(config)) :]
+            demand = pending.demand_of(config.cluster, config.cluster.worker_range[0], others)
+            self._places.say_pending(self.display, demand)
+        return move == "start"
+
+    def _publish(self) -> None:
+        """Publish to other jobs what this sweep holds."""
+        num_data_workers = sum(pool.size for pool in self._pools.values())
+        self._places.hold((num_data_workers, "data-shard worker"), (len(self._running), "trial"))
+
+    def _begin_to_wait(self) -> None:
+        if not self._starting and not self._granted:
+            self._places.pass_on()
+            self._places.begin()
 
     def trial_ended(self, trial_id: str, error: str | None) -> None:
-        """Record the end of a trial's process; `error` says why if it died too often."""
+        """Record the end of a trial's process; `error` says why if it died too often.
+
+        A process without an error and without a result at the end had to wait: the trial starts again later.
+        """
         number = self._running.pop(trial_id, None)
         self.look(at_once=True)
-        if number is not None and not self.table.rows[number].is_over and not self.is_stopping:
-            why = error or "its process ended before its last rung"
-            self._add({"event": "failed", "number": number, "why": why})
+        if error and number is not None and not self.table.rows[number].is_over and not self.is_stopping:
+            self._add({"event": "failed", "number": number, "why": error})
             self.look(at_once=True)
+        self._publish()
+        self._begin_to_wait()
 
     def trial_restarts(self, trial_id: str) -> None:
         """Report that Ray Tune restarts a trial whose process died."""
@@ -363,8 +435,15 @@ class _Sweep:
         if self.lease is not None:
             self.lease.check()
         running = set(self._running.values())
+        for row in self.table.rows.values():
+            if row.is_undecided and row.number not in running:
+                self._judge.settle.remote(row.number, len(row.results) - 1)
         self.table, lines = ray.get(self._judge.table.remote(running))
         self._live.show(self.table, lines, running)
+        # A trial's first line is empty: its training workers are up.
+        if self._starting and not self._starting & running - lines.keys():
+            self._starting = set()
+            self._begin_to_wait()
         for pool in self._pools.values():
             pool.poll()
 
@@ -379,29 +458,11 @@ class _Sweep:
         )
         self._judge.stop.remote()
 
-    def _capacity_now(self) -> int:
-        """Trials that may run at once."""
-        if time.monotonic() - self._capacity_at > _CAPACITY_INTERVAL_S:
-            self._capacity_at = time.monotonic()
-            parallel = self.study.config.parallel
-            most = min(self._search.num_trials, parallel or self._search.num_trials)
-            if not cluster_address(_base(self.study)):
-                most = min(most, self.num_local_trials)
-            data = _base(self.study).data
-            pool = [{"CPU": data.cpus_per_worker}] * _num_data_workers(data.num_workers)
-            # Two streams are open at once while one seed ends and the next begins.
-            pools = Demand([], pool * min(2, max(1, self.num_streams)))
-            count = count_trials(_nodes(self._foreign), pools, self._trial_demand(), most)
-            # A cluster may grow, or start empty: then a waiting trial names its pending reason.
-            self._capacity = parallel or max(1, count)
-        return self._capacity
-
-    def _trial_demand(self) -> Demand:
-        """Of the largest trial."""
-        clusters = [config.cluster for config in self._configs.values()] or [_base(self.study).cluster]
-        cluster = max(clusters, key=lambda one: one.worker_range[1] * sum(worker_resources(one).values()))
-        workers = [worker_resources(cluster)] * cluster.worker_range[1]
-        return Demand(workers, [*self._evaluation_demand(), {"CPU": TRIAL_CPUS}])
+    def _trial_demand(self, config: RunConfig) -> list[dict[str, float]]:
+        """Ray resources of each process of a trial."""
+        # An elastic trial starts smaller if the largest group has not fitted for a while.
+        size = config.cluster.worker_range[self._places.waited_s < config.cluster.shrink_after_s]
+        return [*[worker_resources(config.cluster)] * size, *self._evaluation_demand(), {"CPU": TRIAL_CPUS}]
 
     def _evaluation_demand(self) -> list[dict[str, float]]:
         """Of a trial's evaluations, which share one config."""
@@ -419,9 +480,8 @@ class _Sweep:
         if key not in self._pools:
             self._close_finished_pools()
             window = self._window(config, key)
-            num_workers = _num_data_workers(config.data.num_workers)
             blocks = max(config.data.shared_blocks, 2 * window)  # two groups of subscribers at different positions
-            data = config.data.model_copy(update={"num_workers": num_workers, "shared_blocks": blocks})
+            data = _shared_data(config).model_copy(update={"shared_blocks": blocks})
             self._pools[key] = DataPool(
                 self._manifest(config),
                 data,
@@ -456,7 +516,10 @@ class _Sweep:
             return
         waiting = [row.number for row in self.table.rows.values() if not row.is_over]
         wanted = {self._stream_key(self._configs[number]) for number in waiting if number in self._configs}
-        for key in self._pools.keys() - wanted:
+        self._close(*self._pools.keys() - wanted)
+
+    def _close(self, *keys: str) -> None:
+        for key in keys:
             pool = self._pools.pop(key)
             self._note_costs(pool)
             pool.close()
@@ -477,13 +540,22 @@ class _SweepTrial:
     """A trial as `train` sees it, see `sigray.orchestrator.run.trial.Trial`."""
 
     def __init__(
-        self, judge: Any, number: int, study: Study, rungs: list[int], batch: int, passed: list[int], pool: SharedPool
+        self,
+        judge: Any,
+        number: int,
+        study: Study,
+        rungs: list[int],
+        batch: int,
+        passed: list[int],
+        pool: SharedPool,
+        is_joined: bool,
     ) -> None:
         self._judge, self._number, self.pool = judge, number, pool
         self._metric = study.config.metric
         self.name = f"{study.config.name}/{trial_name(number)}"
         self._rung_of_step = {rung_step(samples, batch): rung for rung, samples in enumerate(rungs)}
         self.rungs = tuple(rungs)
+        self.is_joined = is_joined
         self.passed = frozenset(step for step, rung in self._rung_of_step.items() if rung in passed)
 
     def record(self, line: dict[str, float]) -> bool:
@@ -507,12 +579,13 @@ class _SweepTrial:
         return answer
 
 
-def _run_trial(config: dict[str, Any], *, judge: Any, study: Study) -> None:
+def _run_trial(config: dict[str, Any], *, judge: Any, study: Study, is_joined: bool) -> None:
     """What Ray Tune runs: one `sigray train`, its output in a file.
 
     Args:
         config: {"number"} of the trial.
         judge: handle of the `Judge`.
+        is_joined: as `Trial.is_joined`.
     """
     import ray
 
@@ -523,7 +596,7 @@ def _run_trial(config: dict[str, Any], *, judge: Any, study: Study) -> None:
     run = parse_config(content, trial_name(number))
     rungs = study.config.rungs_of(run.train.num_samples)
     pool = SharedPool(stream[0], trial_name(number))
-    trial = _SweepTrial(judge, number, study, rungs, run.train.global_batch_size, passed, pool)
+    trial = _SweepTrial(judge, number, study, rungs, run.train.global_batch_size, passed, pool, is_joined)
     log = run.folder.parent / f"{trial_name(number)}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", buffering=1) as file:
@@ -570,9 +643,11 @@ def _base(study: Study) -> RunConfig:
     return parse_config(study.base, study.config.name)
 
 
-def _num_data_workers(num_workers: int | tuple[int, int]) -> int:
-    """Number of data-shard workers of a stream: the upper bound, as trials share it."""
-    return num_workers if isinstance(num_workers, int) else num_workers[1]
+def _shared_data(config: RunConfig) -> DataConfig:
+    """The data section of a stream: trials share it, so it has the most workers."""
+    num_workers = config.data.num_workers
+    most = num_workers if isinstance(num_workers, int) else num_workers[1]
+    return config.data.model_copy(update={"num_workers": most})
 
 
 def _check_same(study: Study, storage: Storage) -> None:
@@ -615,25 +690,3 @@ def _clear(study: Study, storage: Storage) -> list[str]:
         if place.exists(STUDY):
             check_kind(place, STUDY, {"base", "space", "metric"})
     return [path for place in places for path in clear_folder(place, _WRITTEN)]
-
-
-def _nodes(foreign: dict[str, dict[str, float]]) -> list[Node]:
-    """The nodes of the cluster with the resources that other jobs do not hold."""
-    import ray
-
-    return [Node(_less(node, foreign), node.get("Labels") or {}) for node in ray.nodes() if node["Alive"]]
-
-
-def _used_by_others() -> dict[str, dict[str, float]]:
-    """Resources in use on each node before the sweep starts."""
-    import ray
-    from ray._private.state import available_resources_per_node  # Ray has no public function for this
-
-    free = available_resources_per_node()
-    return {node["NodeID"]: _less(node, free) for node in ray.nodes() if node["Alive"]}
-
-
-def _less(node: dict[str, Any], amounts: dict[str, dict[str, float]]) -> dict[str, float]:
-    """The resources of one of Ray's nodes, less amounts by node id and resource."""
-    less = amounts.get(node["NodeID"], {})
-    return {name: amount - less.get(name, 0) for name, amount in node["Resources"].items()}

@@ -78,6 +78,11 @@ class Row:
         return self.status not in ("waiting", "begun")
 
     @property
+    def is_undecided(self) -> bool:
+        """Whether the trial may not go on from its newest rung, which is not the last one."""
+        return bool(self.results) and self.results[-1].answer is None and self.samples_seen < self.budget
+
+    @property
     def group(self) -> tuple[int, int]:
         """Key of the trials that are compared with each other."""
         return self.seed, self.budget

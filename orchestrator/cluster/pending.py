@@ -41,7 +41,7 @@ class Demand:
     data_workers: tuple[dict[str, float], ...] = ()
 
     def text(self) -> str:
-        """Describe the demand, as '2 training workers of 12 CPU, 1 GPU and 1 data-shard worker of 1 CPU'."""
+        """Describe the demand, as '2 training workers of 12 CPU, 1 GPU'."""
         plural = "s" * (self.num_workers != 1)
         text = f"{self.num_workers} training worker{plural} of {_each(self.resources)}"
         if self.pod_type:
@@ -225,7 +225,7 @@ def why_pending(demand: Demand, holders: Sequence[str]) -> str:
 
 
 def demand_of(cluster: ClusterConfig, num_workers: int, data_workers: Sequence[dict[str, float]] = ()) -> Demand:
-    """Return the demand of this many training workers of a config, and of data-shard workers."""
+    """Return the demand of training workers of a config, and of data-shard workers."""
     from sigray.orchestrator.resources import worker_resources
 
     pod_type = None

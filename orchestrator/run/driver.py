@@ -130,7 +130,7 @@ def train(
 
         def live() -> str:
             """Train and evaluate on the Ray of this process; return "finished" or "stopped"."""
-            import ray
+            import ray.experimental.internal_kv
 
             from sigray.workers.data.pool import DataPool, SharedPool, start_here
 
@@ -142,7 +142,8 @@ def train(
             with contextlib.ExitStack() as stack:
                 stack.callback(lambda: ray_death.find_death() or pool.close())
                 joined = joins_cluster if trial is None else trial.is_joined
-                places = Places(f"run {config.run.name}", is_joined=joined, has_turn=trial is not None)
+                store = ray.experimental.internal_kv if joined else None
+                places = Places(f"run {config.run.name}", store, is_trial=trial is not None)
                 stack.enter_context(places)
                 monitor = start_here(RunMonitor)
                 records = RunRecords(config, folder, manifest, display, name=trial.name if trial else config.run.name)

@@ -69,10 +69,13 @@ def embed(config: RunConfig, console: Console) -> str:
             f"store    {store.uri}: {len(wanted) - len(missing):,} of {len(wanted):,} shards are there, "
             f"{to_do:,} images to do, {store_format.num_views} view(s) of {store_format.dim} x {store_format.dtype}"
         )
-        name, is_joined = f"embed {store.uri}", cluster_address(config) is not None
-        with ray_session(config, display), Places(name, is_joined=is_joined) as places:
+        with ray_session(config, display):
+            import ray.experimental.internal_kv
+
+            kept = ray.experimental.internal_kv if cluster_address(config) else None
             began = time.monotonic()
-            num_workers = _embed_all(config, missing, display, places)
+            with Places(f"embed {store.uri}", kept) as places:
+                num_workers = _embed_all(config, missing, display, places)
             seconds = time.monotonic() - began
         store.add_history(
             {"num_images": to_do, "seconds": round(seconds, 1), "num_workers": num_workers, **environment()}
@@ -84,7 +87,7 @@ def embed(config: RunConfig, console: Console) -> str:
 
 
 def _embed_all(config: RunConfig, missing: list[tuple[Part, Shard]], display: Display, places: Places) -> int:
-    """Embed all shards in actors of the cluster; return the number of actors that were up."""
+    """Embed all shards in actors of the cluster; return how many actors were up."""
     import ray
 
     from sigray.workers.data.embed import Embedder
@@ -100,7 +103,7 @@ def _embed_all(config: RunConfig, missing: list[tuple[Part, Shard]], display: Di
         max_restarts=-1,
         max_task_retries=-1,
     )(Embedder)
-    starting = {}  # actors that are not up yet, by the reference that resolves when they are
+    starting: dict[Any, Any] = {}  # actors that are not up yet, by the reference that resolves when they are
     for _ in missing[: cluster.worker_range[1]]:
         actor = actor_class.remote(
             config.model,
@@ -142,11 +145,11 @@ def _embed_all(config: RunConfig, missing: list[tuple[Part, Shard]], display: Di
                 except ray.exceptions.RayTaskError as error:
                     raise as_raised(error) from None
             submit(actor)
-        places.hold(embedding_worker=len(up))
-        if not up and waiting:
-            display.say(pending.why_pending(pending.demand_of(cluster, 1), places.holders()))
-        else:
+        places.hold((len(up), "embedding worker"))
+        if up or running:
             progress.show()
+        else:
+            places.say_pending(display, pending.demand_of(cluster, 1))
     for actor in [*up, *starting.values()]:
         ray.kill(actor)
     return num_up

@@ -26,7 +26,6 @@ from sigray.orchestrator.run.signals import on_stop_signal
 from sigray.orchestrator.run.trackers import RunRecords
 from sigray.orchestrator.run.trial import Rungs
 from sigray.orchestrator.run.worker_group import WorkerGroup
-from sigray.orchestrator.run_folder import PENDING
 from sigray.workers.checkpoint.index import CheckpointInfo, list_checkpoints
 from sigray.workers.checkpoint.lease import RunLease
 from sigray.workers.checkpoint.writer import leave_out, read_left_out
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.5
 _GROW_POLL_S = 10.0  # between two checks whether more training workers fit
-_PENDING_LINE_S = 30.0  # between two lines that give the pending reason
 
 
 @dataclass
@@ -113,17 +111,19 @@ class Supervisor:
                 f"not with {', '.join(map(str, unusable))} training workers: "
                 f"train.global_batch_size={self.config.train.global_batch_size} does not divide by that"
             )
+        retry = policy.Retry(0.0)
         while not self._stop.is_set():
             # A rung that an earlier driver left open is decided first.
             while self.rungs.pending is not None and not self._stop.is_set():
                 if self.rungs.is_released:
                     return  # the sweep starts the trial again after the decision
                 self._wait()
-            size = self._wait_for_capacity()
+            size = self._wait_for_capacity(retry)
             if size is None:
                 return
             self._errors = self._attempt(size)
-            self.places.begin()
+            self.places.pass_on()
+            retry = policy.Retry(0.0)
             if not self._errors:
                 if self._is_done():
                     return
@@ -135,7 +135,7 @@ class Supervisor:
                     raise error
                 why = f": {decision.reason}" if decision.reason else ""
                 raise policy.RunFailed(f"training failed{why} ({self._advice()}):\n{error}")
-            self.places.begin(decision.pause_s, was_taken=decision.was_taken)
+            retry = decision
 
     @property
     def _saved_step(self) -> int:
@@ -151,7 +151,8 @@ class Supervisor:
         """Run one attempt; return its errors, none if it ended as requested."""
         import ray
 
-        self._errors, self._num_joined = [], 0
+        self._errors = []
+        self._num_joined = 0
         self._heartbeat.begin()
         self._first_step = self._last_step = self._saved_step
         ray.get(self._monitor.begin.remote("stop" if self._stop.is_set() else "go on"))
@@ -209,7 +210,7 @@ class Supervisor:
             self._heartbeat.joined(content)
             self._num_joined += 1
             if self._num_joined == self._size:
-                self.places.up()
+                self.places.pass_on()
                 if self.rungs.record({}):
                     self.ask_to_stop()
             return
@@ -253,7 +254,7 @@ class Supervisor:
 
     # ------------------------------------------------------------------------------------- size of the group
 
-    def _wait_for_capacity(self) -> int | None:
+    def _wait_for_capacity(self, retry: policy.Retry) -> int | None:
         """Start the data-shard workers; return how many training workers to start.
 
         Returns:
@@ -262,19 +263,20 @@ class Supervisor:
         cluster = self.config.cluster
         before = self.records.facts.get("world_size")
         resources = worker_resources(cluster)
-        next_line_s = 5.0
+        self.places.begin(retry.pause_s, was_taken=retry.was_taken)
 
-        def probe() -> int:
+        def probe(timeout_s: float) -> int:
             # The sweep has waited for the first start of a trial.
             patience_s = 0.0 if self.places.is_inherited else cluster.shrink_after_s
             sizes = policy.sizes_to_try(self._sizes, self.places.waited_s, patience_s)
-            return next((size for size in sizes if num_placed([[resources] * size + self._pool.demand])), 0)
+            groups = {size: [*[resources] * size, *self._pool.demand] for size in sizes}
+            return next((size for size in sizes if num_placed([groups[size]], timeout_s)), 0)
 
         while not self._stop.is_set():
             move, size = self.places.step(self._pool.is_held, probe)
             if move == "start":
                 self._pool.start()
-                self.places.hold(training_worker=size, data_shard_worker=self._pool.size)
+                self.places.hold((size, "training worker"), (self._pool.size, "data-shard worker"))
                 if before not in (None, size):
                     self.display.say(f"training workers: {before} -> {size}")
                 self._size = size
@@ -284,14 +286,8 @@ class Supervisor:
                     self.display.say("no free resources for the training workers: the sweep starts this trial later")
                     return None
                 self.places.hold()
-            if self.places.waited_s > next_line_s:
-                next_line_s += _PENDING_LINE_S
-                waited = format_duration(self.places.waited_s)
-                # Also for what the cluster cannot start by itself: hosts are started by hand, and a changed cluster
-                # file comes with another `ray up`.
-                demand = pending.demand_of(cluster, self._sizes[-1], self._pool.demand)
-                text = f"{pending.why_pending(demand, self.places.holders())} ({waited})"
-                self.display.say(text, PENDING)
+            demand = pending.demand_of(cluster, self._sizes[-1], self._pool.demand)
+            self.places.say_pending(self.display, demand)
             self._wait()
         return None
 

@@ -18,12 +18,8 @@ import ray.experimental.internal_kv as internal_kv
 import ray.train.v2.api.data_parallel_trainer as ray_train
 
 from sigray.orchestrator import address
-<<<<<<< HEAD
-from sigray.orchestrator.run import own_ray, ray_death, supervisor
-=======
 from sigray.orchestrator.cluster import pending
-from sigray.orchestrator.run import own_ray, supervisor
->>>>>>> efaf5af (places: take a run's resources as a whole, or hold none)
+from sigray.orchestrator.run import own_ray, ray_death, supervisor
 from sigray.orchestrator.run.ray_session import LEAN_RAY
 from sigray.workers.checkpoint import lease
 

@@ -15,6 +15,7 @@ _HOSTILE = "tests/orchestrator/reports/test_hostile_folders.py"
 _OWN_RAY = "tests/orchestrator/run/test_own_ray.py"
 _PAGES = "tests/orchestrator/reports/test_live_server.py"
 _PLAN = "tests/orchestrator/planning/test_plan.py"
+_PLACES = "tests/orchestrator/run/test_places.py"
 _POLICY = "tests/orchestrator/run/test_policy.py"
 _PROFILE = "tests/orchestrator/run/test_profile.py"
 _RAY_SESSION = "tests/orchestrator/run/test_ray_session.py"
@@ -227,6 +228,20 @@ FAULTS = [
         "if global_batch_size % size == 0",
         "",
         (f"{_POLICY}::test_sizes_are_those_that_divide_the_batch",),
+    ),
+    Fault(
+        "a job keeps what it holds while it waits",
+        "sigray.orchestrator.run.places:next_move",
+        "view.waited_s >= HOLD_S",
+        "False",
+        (f"{_PLACES}::test_every_job_ends",),
+    ),
+    Fault(
+        "the turn of a job that died is never taken over",
+        "sigray.orchestrator.run.places:Places._is_dead",
+        "self._now() - self._seen[key][1] > _DEAD_S",
+        "False",
+        (f"{_PLACES}::test_the_turn_of_a_dead_job_is_taken_over",),
     ),
     Fault(
         "a run shrinks at once",

@@ -8,7 +8,6 @@ _SEARCH = "tests/tuning/test_search.py"
 _SPACE = "tests/tuning/test_space.py"
 _TABLE = "tests/tuning/test_table.py"
 _VERDICT = "tests/tuning/test_verdict.py"
-_CAPACITY = "tests/tuning/test_capacity.py"
 _STUDY = "tests/tuning/test_study.py"
 _SWEEP = "tests/tuning/test_sweep.py"
 
@@ -112,27 +111,6 @@ FAULTS = [
         (f"{_SEARCH}::test_what_was_stopped_is_pruned_for_optuna",),
     ),
     Fault(
-        "workers go where most is free",
-        "sigray.tuning.capacity:_place_one",
-        "min(fitting",
-        "max(fitting",
-        (f"{_CAPACITY}::test_large_places_stay_large",),
-    ),
-    Fault(
-        "a slice that was tried in vain is not given back",
-        "sigray.tuning.capacity:_place_on_slice",
-        "free[number] = amounts",
-        "del amounts",
-        (f"{_CAPACITY}::test_a_slice_that_was_tried_in_vain_is_given_back",),
-    ),
-    Fault(
-        "shared data workers take no place",
-        "sigray.tuning.capacity:count_trials",
-        "_place(nodes, free, pools)",
-        "_place(nodes, [dict(one) for one in free], pools)",
-        (f"{_CAPACITY}::test_the_shared_data_workers_are_placed_first",),
-    ),
-    Fault(
         "rungs on one step are let through",
         "sigray.tuning.feasible:check_rungs",
         "(before, batch) == rung_step(after, batch)",
@@ -148,22 +126,22 @@ FAULTS = [
     ),
     Fault(
         "trials of other seeds and budgets are compared",
-        "sigray.tuning.judge:Judge.decide",
+        "sigray.tuning.judge:Judge.settle",
         "if other.group == row.group",
         "",
         (f"{_TABLE}::test_trials_are_compared_within_their_seed_and_budget",),
     ),
     Fault(
         "a waiting trial of a sweep that stops waits on",
-        "sigray.tuning.judge:Judge.decide",
+        "sigray.tuning.judge:Judge.settle",
         '"stop" if self._is_stopping else "wait"',
         '"wait"',
         (f"{_TABLE}::test_an_interrupted_sweep_lets_a_waiting_trial_go_without_deciding",),
     ),
     Fault(
         "a decision is made again when it is asked for again",
-        "sigray.tuning.judge:Judge.decide",
-        "if known.answer is None:",
+        "sigray.tuning.judge:Judge.settle",
+        "if row.results[rung].answer is None:",
         "if known:",
         (f"{_TABLE}::test_a_decision_stands_whatever_comes_later",),
     ),

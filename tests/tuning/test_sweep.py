@@ -388,7 +388,7 @@ class Undecided:
     """A trial that has to wait at its rung."""
 
     def __init__(self, pool: Any, seconds: float) -> None:
-        self.pool, self.rungs, self.passed = pool, RUNGS[1:], frozenset()
+        self.name, self.is_joined, self.pool, self.rungs, self.passed = "trial", False, pool, RUNGS[1:], frozenset()
         self.asked: list[tuple[int, float]] = []  # samples seen, and CPUs that were free
         self._seconds, self._until = seconds, 0.0
 
@@ -438,12 +438,17 @@ def test_a_trial_that_waits_long_gives_its_places_to_others_and_repeats_no_step(
     ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False)
     try:
         pool = DataPool(scan_shards(config.data.shards, config.data), config.data, config.model, seed=0, window=20)
+        pool.start()
         trial = Undecided(SharedPool(pool.registry, "trial"), seconds=12)
-        summary = train(config, Console(file=(tmp_path / "log").open("w")), trial=trial)
+        statuses, after = [], []
+        for _ in range(2):  # as the sweep starts the trial again when it can decide
+            summary = train(config, Console(file=(tmp_path / "log").open("a")), trial=trial)
+            statuses.append(summary["status"])
+            time.sleep(12)
+            after.append(ray.available_resources()["CPU"])
     finally:
         ray.shutdown()
-    assert summary["status"] == "finished"
-    free = [cpus for samples, cpus in trial.asked if samples == RUNGS[1]]
-    assert max(free) > free[0], "the training worker kept its place"
+    assert statuses == ["stopped", "finished"]
+    assert after[0] > trial.asked[0][1], "the training worker kept its place"
     steps = [json.loads(line)["step"] for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(2, 34, 2))

@@ -142,6 +142,12 @@ class DataWorkerActor(DataWorker):
         return {"decoded": self.num_decoded, "served": self.num_served, "cpu_s": cpu_s}
 
 
+def first_workers(data: DataConfig) -> list[dict[str, float]]:
+    """Ray resources of each data-shard worker that a pool starts with."""
+    num_workers = data.num_workers if isinstance(data.num_workers, int) else data.num_workers[0]
+    return [{"CPU": data.cpus_per_worker, **data.resources_per_worker}] * num_workers
+
+
 class DataPool:
     """The driver's side: starts, publishes and retires data-shard workers.
 
@@ -176,19 +182,13 @@ class DataPool:
     def start(self) -> None:
         """Start the first workers, if none runs."""
         # They are published at once: Ray keeps requests until they are up.
-        self._actors = self._actors or [self._start() for _ in range(self._num_first)]
+        self._actors = self._actors or [self._start() for _ in first_workers(self._arguments[1])]
         self._publish()
 
     @property
-    def _num_first(self) -> int:
-        num_workers = self._arguments[1].num_workers
-        return num_workers if isinstance(num_workers, int) else num_workers[0]
-
-    @property
-    def demand(self) -> list[dict[str, float]]:
+    def demand(self) -> Sequence[dict[str, float]]:
         """Ray resources of each worker that `start` would start now."""
-        data = self._arguments[1]
-        return [] if self._actors else [{"CPU": data.cpus_per_worker, **data.resources_per_worker}] * self._num_first
+        return [] if self._actors else first_workers(self._arguments[1])
 
     @property
     def size(self) -> int:
@@ -282,14 +282,9 @@ class SharedPool:
         """Let the other subscribers continue: this run requests nothing for a while."""
         self._registry.unsubscribe.remote(self._subscriber)
 
-    @property
-    def demand(self) -> list[dict[str, float]]:
-        return []
-
-    @property
-    def is_held(self) -> bool:
-        """True: the process of this run holds resources of its own."""
-        return True
+    demand: tuple[dict[str, float], ...] = ()
+    is_held = True  # the process of the run holds resources
+    size = None
 
     def start(self) -> None:
         """Do nothing: the owner of the pool starts, polls and releases it."""
