@@ -100,7 +100,7 @@ class Judge:
         return self.settle(number, rung)
 
     def settle(self, number: int, rung: int) -> Answer:
-        """The decision about a result that is in the table, also for a trial without a process."""
+        """Decide about a result in the table, also for a trial without a process."""
         row = self._row(number)
         if row.results[rung].answer is None:
             group = {other.number: other.progress() for other in self._rows() if other.group == row.group}
