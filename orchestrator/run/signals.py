@@ -24,7 +24,8 @@ def interrupt() -> None:
 def on_stop_signal(act: Callable[[], None]) -> Iterator[None]:
     """Call `act` at the first signal that stops a command; the next one interrupts.
 
-    Signals that are ignored stay ignored, such as SIGHUP under `nohup`.
+    An ignored SIGHUP stays ignored, as under `nohup`. A shell has its background processes ignore SIGINT, too, but
+    then SIGINT comes from a person who wants the command to stop.
     """
     with _handlers_kept() as before:
 
@@ -60,7 +61,9 @@ def _handlers_kept() -> Iterator[dict[signal.Signals, Any]]:
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         handlers = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
-        before = {number: one for number, one in handlers.items() if one not in (signal.SIG_IGN, None)}
+        if handlers[signal.SIGHUP] == signal.SIG_IGN:
+            del handlers[signal.SIGHUP]
+        before = {number: one for number, one in handlers.items() if one is not None}
     try:
         yield before
     finally:

@@ -91,13 +91,16 @@ def test_the_first_signal_acts_and_the_second_interrupts():
     assert handlers == {number: signal.getsignal(number) for number in handlers}
 
 
-def test_an_ignored_signal_stays_ignored():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
+def test_only_sighup_stays_ignored():
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGINT)}
     try:
         with on_stop_signal(interrupt):
-            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)  # ignored under `nohup`
+        with pytest.raises(KeyboardInterrupt), on_stop_signal(interrupt):
+            signal.raise_signal(signal.SIGINT)  # ignored by the background processes of a shell
     finally:
-        signal.signal(signal.SIGHUP, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_handler_that_ray_sets_is_undone():
