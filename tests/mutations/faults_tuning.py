@@ -142,7 +142,7 @@ FAULTS = [
         "a decision is made again when it is asked for again",
         "sigray.tuning.judge:Judge.settle",
         "if row.results[rung].answer is None:",
-        "if known:",
+        "if row.results[rung]:",
         (f"{_TABLE}::test_a_decision_stands_whatever_comes_later",),
     ),
     Fault(

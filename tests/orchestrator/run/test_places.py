@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -249,7 +248,8 @@ def simulate(jobs: list[Run | Sweep | Task], cluster: Cluster, rng: random.Rando
         for job in open_jobs:
             job.step(cluster, rng)
             assert 0 <= cluster.free <= total
-    pytest.fail(f"wait for ever on {total} CPUs: {[job for job in jobs if not job.is_done]}")
+    waiting = [job for job in jobs if not job.is_done]
+    assert waiting == [], f"wait for ever on {total} CPUs"
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
@@ -276,7 +276,7 @@ def test_jobs_that_fit_together_run_together(first, second, seed):
         second.step(cluster, rng)
         if first.is_up and second.is_up:
             return
-    pytest.fail("they never ran together")
+    raise AssertionError("they never ran together")
 
 
 class Clock:
