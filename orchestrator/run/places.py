@@ -134,6 +134,11 @@ class Places:
         return self._now() - self._begin
 
     @property
+    def is_shared(self) -> bool:
+        """Whether other jobs may hold resources of this Ray."""
+        return self._store is not None
+
+    @property
     def has_turn(self) -> bool:
         return self._store is None or self.is_inherited or self._turn_since is not None
 
