@@ -40,9 +40,10 @@ START_S = 20  # seconds after which Ray Train gives up to place training workers
 _PAUSE_S = (0.5, 2.5)  # bounds of the random pause between two probes: equal ones could meet again and again
 _RENEW_S, _DEAD_S = 3.0, 20.0
 _TURN_S = 300.0  # longest turn of a process that lives
-# Seconds until a placement group is there whose resources are free. Each failed probe doubles them: on a busy machine
-# Ray needs longer, also to see that the probe before has ended.
+# Seconds that a placement group waits for resources. Each failed probe doubles them: on a busy machine Ray needs longer
+# to see that the probe before has ended, and autoscalers look every few seconds only.
 _PROBE_S, _LONGEST_PROBE_S = 1.0, 4.0
+_DECISION_S = 60.0  # longest wait for Ray to say whether it has placed a group
 _FIRST_LINE_S, _LINE_S = 5.0, 30.0  # until the first line with the pending reason, and between two
 _TURN, _HOLDER, _NAMESPACE = "turn", "holder/", "sigray"
 
@@ -132,11 +133,6 @@ class Places:
     @property
     def waited_s(self) -> float:
         return self._now() - self._begin
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether other jobs may hold resources of this Ray."""
-        return self._store is not None
 
     @property
     def has_turn(self) -> bool:
@@ -270,10 +266,30 @@ def num_placed(groups: Sequence[Sequence[dict[str, float]]], timeout_s: float = 
     bundles = [[{name: n for name, n in one.items() if n} for one in group] for group in groups]
     made = [placement_group([one for one in group if one], strategy="PACK") for group in bundles]
     end = time.monotonic() + timeout_s
-    placed = [group.wait(timeout_seconds=max(0.05, end - time.monotonic())) for group in made]
+    for group in made:
+        group.wait(timeout_seconds=max(0.05, end - time.monotonic()))
+    placed = [_is_placed(group) for group in made]
     for group in made:
         remove_placement_group(group)
     for group in made:
         while ray.util.placement_group_table(group).get("state") not in (None, "REMOVED"):
             time.sleep(0.02)
     return [*placed, False].index(False)
+
+
+def _is_placed(group: Any) -> bool:
+    """Return whether Ray has placed a group; wait while Ray is placing it.
+
+    A group that is removed while Ray places it may keep its resources for ever (seen with Ray 2.60 on a busy machine).
+    """
+    import ray
+
+    end = time.monotonic() + _DECISION_S
+    while time.monotonic() < end:
+        table = ray.util.placement_group_table(group)
+        if table["state"] == "CREATED":
+            return True
+        if table["state"] == "PENDING" and table["stats"]["scheduling_state"] in ("NO_RESOURCES", "INFEASIBLE"):
+            break
+        time.sleep(0.02)
+    return False

@@ -266,8 +266,6 @@ class Supervisor:
         self.places.begin(retry.pause_s, was_taken=retry.was_taken)
 
         def probe(timeout_s: float) -> int:
-            if not self.places.is_shared and not resources.keys() & {"GPU", "TPU"}:
-                return self._sizes[0]  # a Ray of the run's own has the CPUs for all
             # The sweep has waited for the first start of a trial.
             patience_s = 0.0 if self.places.is_inherited else cluster.shrink_after_s
             sizes = policy.sizes_to_try(self._sizes, self.places.waited_s, patience_s)

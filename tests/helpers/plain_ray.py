@@ -134,8 +134,8 @@ class PlainRay:
         # `ray.util.placement_group` is also the name of a function there.
         placement = importlib.import_module("ray.util.placement_group")
         monkeypatch.setattr(placement, "placement_group", self._group)
-        monkeypatch.setattr(placement, "remove_placement_group", lambda group: None)
-        monkeypatch.setattr(ray.util, "placement_group_table", lambda group: {"state": "REMOVED"})
+        monkeypatch.setattr(placement, "remove_placement_group", lambda group: group.table.update(state="REMOVED"))
+        monkeypatch.setattr(ray.util, "placement_group_table", lambda group: group.table)
         monkeypatch.setattr(ray._private.state.state, "get_draining_nodes", dict)
         monkeypatch.setattr(ray_train, "DataParallelTrainer", self._trainer)
         monkeypatch.setattr(ray_death, "joined_death", lambda: str)
@@ -176,7 +176,9 @@ class PlainRay:
 
     def _group(self, bundles: list[dict[str, float]], strategy: str) -> Any:
         self.groups.append(bundles)
-        return types.SimpleNamespace(wait=lambda timeout_seconds: len(bundles) <= self.num_free)
+        state, reason = ("CREATED", "FINISHED") if len(bundles) <= self.num_free else ("PENDING", "NO_RESOURCES")
+        table = {"state": state, "stats": {"scheduling_state": reason}}
+        return types.SimpleNamespace(wait=lambda timeout_seconds: state == "CREATED", table=table)
 
     def _trainer(self, function: Callable[[dict[str, Any]], None], **arguments: Any) -> Any:
         self.trainers.append(arguments)
