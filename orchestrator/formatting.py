@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 NBSP, TIMES = "\u00a0", "\u00d7"
 
@@ -111,9 +110,3 @@ def ticks(low: float, high: float, unit: str | None) -> list[tuple[float, str]]:
     decimals = max(0, -power - (size == 10))
     numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
     return [(number * step / factor, f"{number * step:,.{decimals}f}{suffix}") for number in numbers]
-
-
-def first_ten(names: Sequence[str]) -> str:
-    """Return names joined by commas, ten at most, and how many more there are."""
-    more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
-    return ", ".join(names[:10]) + more

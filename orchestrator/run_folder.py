@@ -26,13 +26,13 @@ from typing import Any
 
 from sigray.orchestrator.carried_files import FILES, find_carried, keep_carried
 from sigray.orchestrator.config import ConfigError, RunConfig, parse_config, parse_mapping
-from sigray.orchestrator.formatting import first_ten
 from sigray.workers.checkpoint.index import metrics_line, newest_checkpoint, read_metrics
 from sigray.workers.checkpoint.lease import LEASE_FILE
 from sigray.workers.data.manifest import Manifest
 from sigray.workers.data.tar import DataError
 from sigray.workers.parse import ParseError, parse_json
 from sigray.workers.storage import Storage
+from sigray.workers.texts import first_ten
 
 CONFIG, MANIFEST, METRICS, SUMMARY = "config.yaml", "manifest.json", "metrics.jsonl", "summary.json"
 EVENTS, EVALUATIONS, REPORT = "events.jsonl", "evaluations", "report.html"

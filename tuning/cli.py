@@ -1,5 +1,6 @@
 """The entry point of `sigray`: the commands of `orchestrator/cli/`, and `sweep`."""
 
+import os
 import sys
 from argparse import Namespace
 from typing import Any
@@ -8,6 +9,7 @@ from rich.console import Console
 
 from sigray.orchestrator.cli.command import argument, command, either, say
 from sigray.orchestrator.cli.main import main as orchestrator_main
+from sigray.orchestrator.cluster.jobs import RESULT
 from sigray.orchestrator.config import ConfigError
 
 
@@ -87,9 +89,9 @@ def sweep(options: Namespace, console: Console) -> int:
     if not given and not has_study:
         raise ConfigError("give a study, as tuning/studies/batch_size.yaml, or --resume DIR; `sigray sweep --help`")
     study = read_study(given, words) if given else load_study(words[0], words[1:])
-    from sigray.tuning.live import results_table, value_text
+    from sigray.tuning.live import results_table
     from sigray.tuning.sweep import plan, sweep
-    from sigray.tuning.table import ranking, read_table
+    from sigray.tuning.table import read_table
 
     if options.plan:
         console.print(plan(study, console))
@@ -103,11 +105,11 @@ def sweep(options: Namespace, console: Console) -> int:
         return 0
     table = sweep(study, console, overwrite=options.overwrite, retry=options.retry)
     console.print(results_table(table, study))
-    best = next((one for one in ranking(table.rows.values()) if one.rung >= 0), None)
-    if best is not None:
-        values = ", ".join(f"{name}={value_text(value)}" for name, value in best.values.items())
-        spread = f" (standard deviation over {len(best.rows)} seeds {best.spread:.2%})" if len(best.rows) > 1 else ""
-        say(console, f"best: {values}: {best.mean:.2%}{spread}")
+    from sigray.tuning.report import best_yaml, headline
+
+    say(console, headline(study, table).replace("\u00a0", " "))
+    if not best_yaml(study, table):
+        os.environ.pop(RESULT, None)  # the last line of a job names best.yaml
     counts = ", ".join(f"{count} {status}" for status, count in table.counts().items())
     say(console, f"trials: {counts}; {table.samples_spent:,} samples seen\nreport: {study.config.folder}/report.html")
     if not all(row.is_over for row in table.rows.values()):

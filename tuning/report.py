@@ -60,16 +60,17 @@ def write_report(study: Study, storage: Storage, table: Table) -> Path:
     figures.mkdir(parents=True, exist_ok=True)
     for old in figures.glob("*.png"):
         old.unlink()
-    best_yaml = _best_yaml(study, table)
-    if best_yaml:
-        (folder / BEST).write_text(best_yaml)
+    if content := best_yaml(study, table):
+        (folder / BEST).write_text(content)
+    else:
+        (folder / BEST).unlink(missing_ok=True)
     num_rungs = max(len(study.config.rungs_of(budget)) for budget in study.config.budgets)
     (folder / TRIALS).write_text(as_csv(table, num_rungs))
     path = folder / REPORT
     title = f"{study.config.name} ({sweep_status(study, table)})"
     losses = read_losses(table, [ForeignFolder(Storage(folder)), ForeignFolder(storage)])
-    content = draw_sweep(study, table, figures, losses)
-    path.write_text(page(title, content, css=sweep_css()), encoding="utf-8")
+    drawn = draw_sweep(study, table, figures, losses)
+    path.write_text(page(title, drawn, css=sweep_css()), encoding="utf-8")
     if str(folder) != storage.uri:
         for file in [path, folder / TRIALS, folder / BEST, *figures.glob("*.png")]:
             if file.exists():
@@ -103,7 +104,7 @@ def draw_sweep(
         name=study.config.name,
         status=status or sweep_status(study, table),
         question=study.config.question,
-        headline=_headline(study, table),
+        headline=headline(study, table),
         remarks=_remarks(study, table, trials),
         claims=[_claim(study, table, claim) for claim in study.config.expect],
         blocks=[_block(study, table, figure, figures) for figure in _figures(study)],
@@ -115,7 +116,7 @@ def draw_sweep(
             for row in table.rows.values()
             if row.status in ("infeasible", "failed")
         ],
-        best_yaml=_best_yaml(study, table),
+        best_yaml=best_yaml(study, table),
         best_path=study.config.folder / BEST,
         study_yaml=study.config.to_yaml(),
     )
@@ -159,25 +160,20 @@ def _with_result(table: Table) -> list[Ranked]:
     return [one for one in ranking(table.rows.values()) if one.rung >= 0]
 
 
-def _headline(study: Study, table: Table) -> str:
+def headline(study: Study, table: Table) -> str:
+    """The best configuration, its figure and the standard error of the figure."""
     ranked = _with_result(table)
     if not ranked:
         return "No trial has reached a result."
-    best = ranked[0]
-    results = _results(best)
-    many = f"Best of {words.counted(len(ranked), 'configuration')}" if len(ranked) > 1 else "One configuration so far"
-    begin = (
-        many
-        if _is_known_best(study, table)
-        else f"None of {words.counted(len(ranked), 'configuration')} is above chance. Highest"
-    )
+    best = _known_best(study, table)
+    results = _results(ranked[0])
+    many = words.counted(len(ranked), "configuration")
+    begin = f"Best of {many}" if len(ranked) > 1 else "One configuration so far"
     text = (
-        f"{begin}: {_words(best.values) or 'the base'}, {_with_error(study, results)} "
-        f"after {words.counted(results[0].samples_seen, 'pair')}."
+        f"{begin if best else f'None of {many} is above chance. Highest'}: {_words(ranked[0].values) or 'the base'}, "
+        f"{_with_error(study, results)} after {words.counted(results[0].samples_seen, 'pair')}."
     )
-    if not _is_known_best(study, table):
-        return text
-    level = sum(one.rung == best.rung and _is_level(study, best, one) for one in ranked[1:])
+    level = sum(best is not None and one.rung == best.rung and _is_level(study, best, one) for one in ranked[1:])
     if level:
         text += (
             f" {words.counted(level, 'other')} {'is' if level == 1 else 'are'} within two standard errors of the best: "
@@ -188,8 +184,8 @@ def _headline(study: Study, table: Table) -> str:
 
 def best_figure(study: Study, table: Table) -> str:
     """The best figure for the list, if it is above chance."""
-    ranked = _with_result(table)
-    return f"best {_with_error(study, _results(ranked[0]))}" if ranked and _is_known_best(study, table) else ""
+    best = _known_best(study, table)
+    return f"best {_with_error(study, _results(best))}" if best else ""
 
 
 def _is_level(study: Study, best: Ranked, other: Ranked) -> bool:
@@ -198,11 +194,13 @@ def _is_level(study: Study, best: Ranked, other: Ranked) -> bool:
     return best.mean - other.mean < 2 * variance**0.5
 
 
-def _is_known_best(study: Study, table: Table) -> bool:
-    """Whether the first of the ranking is more than two standard errors above chance."""
-    best = _with_result(table)[0]
-    chance = _chance(study, best.rows)
-    return not chance or best.mean > chance + 2 * _error(study, _results(best))
+def _known_best(study: Study, table: Table) -> Ranked | None:
+    """The first of the ranking, if it is more than two standard errors above chance."""
+    for best in _with_result(table)[:1]:
+        chance = _chance(study, best.rows)
+        if not chance or best.mean > chance + 2 * _error(study, _results(best)):
+            return best
+    return None
 
 
 def _results(one: Ranked) -> list[Result]:
@@ -308,8 +306,8 @@ def _trials(study: Study, table: Table, trials: Mapping[int, Trial]) -> dict[str
     has_seeds, has_budgets = len(study.config.seeds) > 1, len(study.config.budgets) > 1
     head = ["trial", *map(_short, names), *["seed"] * has_seeds, *["budget"] * has_budgets]
     head += ["outcome", "pairs seen", "figure"]
-    bests = [best for best in _with_result(table)[:1] if _is_known_best(study, table)]
-    best_numbers = {row.number for best in bests for row in best.rows}
+    best = _known_best(study, table)
+    best_numbers = {row.number for row in best.rows} if best else set()
     rows = []
     order = list(table.rows.values())
     order.sort(
@@ -328,12 +326,11 @@ def _trials(study: Study, table: Table, trials: Mapping[int, Trial]) -> dict[str
     return {"head": head, "rows": rows}
 
 
-def _best_yaml(study: Study, table: Table) -> str:
-    """The best configuration as YAML for `sigray train`; empty if there is none."""
-    ranked = _with_result(table)
-    if not ranked:
+def best_yaml(study: Study, table: Table) -> str:
+    """The best configuration as YAML for `sigray train`; empty if none is above chance."""
+    best = _known_best(study, table)
+    if best is None:
         return ""
-    best = ranked[0]
     row = best.rows[0]
     content = study.trial_content(row.number, row.seed, row.budget, row.overrides)
     content["run"] = {"name": f"{study.config.name}_best", "seed": row.seed}
@@ -443,7 +440,9 @@ def _lines_panel(
             axes.set_xscale("log", base=2)
         step = -(-len(places) // _MAX_TICKS)
         named = places[::-step][::-1]
-        axes.set_xticks([positions[str(place)] for place in named], [_tick(place) for place in named])
+        # 32768 -> '32.8k', 512 -> '512'
+        texts = [words.short_count(float(f"{x:.3g}")) if is_numeric and x >= 10_000 else value_text(x) for x in named]
+        axes.set_xticks([positions[str(place)] for place in named], texts)
         axes.minorticks_off()
         axes.margins(x=0.1)  # the name of the last place is wider than the margin of the figure
         _rate_axis(axes, study)
@@ -624,12 +623,6 @@ def _rate_axis(axes: Any, study: Study) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{100 * rate:g} %"))
     axes.set_ylabel(study.config.metric.rpartition(".")[2].replace("_", " "))
     axes.set_ylim(bottom=0)
-
-
-def _tick(place: Any) -> str:
-    """32768 -> '32.8k', 1048576 -> '1.05M', 512 -> '512'."""
-    is_long = isinstance(place, int) and place >= 10_000
-    return words.short_count(float(f"{place:.3g}")) if is_long else value_text(place)
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:

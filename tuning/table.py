@@ -220,7 +220,6 @@ class Ranked:
     rows: Sequence[Row]
     rung: int  # the last that all seeds reached; -1 if none
     mean: float  # of the figure there
-    spread: float  # standard deviation over seeds; 0 for one
 
     @property
     def values(self) -> dict[str, Any]:
@@ -242,8 +241,7 @@ def ranking(rows: Iterable[Row]) -> list[Ranked]:
     for group in by_key.values():
         rung = min(len(row.results) for row in group) - 1
         values = [row.results[rung].value for row in group] if rung >= 0 else [float("-inf")]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        ranked.append(Ranked(group, rung, statistics.fmean(values), spread))
+        ranked.append(Ranked(group, rung, statistics.fmean(values)))
     return sorted(ranked, key=lambda one: (-one.rung, -one.mean, one.rows[0].number))
 
 

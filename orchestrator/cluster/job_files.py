@@ -14,6 +14,7 @@ from sigray.orchestrator.carried_files import carried_name
 from sigray.orchestrator.config import ConfigError, RunConfig, put
 from sigray.orchestrator.secrets import secret_in_file
 from sigray.workers.config import Place, Section
+from sigray.workers.texts import ten_lines
 from sigray.workers.urls import local_path
 
 _MAX_MIB = 16  # of a file that a job carries
@@ -39,7 +40,7 @@ class JobFiles:
     def check(self, source: str) -> None:
         """Raise ConfigError if the cluster could not read a file."""
         if self.problems:
-            raise ConfigError("\n  ".join([f"{source} cannot be submitted:", *self.problems[:10]]))
+            raise ConfigError(f"{source} cannot be submitted:\n  {ten_lines(self.problems)}")
 
     def settle(self, kind: Any, value: Any, key: str = "") -> Any:
         """Return a value that the cluster can use; its files are carried.

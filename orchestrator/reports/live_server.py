@@ -45,6 +45,7 @@ from sigray.orchestrator.run_folder import CONFIG, EVENTS, METRICS, REPORT
 from sigray.workers.checkpoint.index import newest_checkpoint
 from sigray.workers.checkpoint.lease import is_driven
 from sigray.workers.storage import Storage
+from sigray.workers.texts import first_ten
 
 PLACES = ("~/sigray-runs", "~/sigray-sweeps", "runs", "sweeps")
 """Default places: of jobs on a head, and of commands started here."""
@@ -331,7 +332,7 @@ class Pages:
         wait([job.future for _, job in jobs], max(deadline - time.monotonic(), 0))
         late = list(dict.fromkeys(name for name, job in jobs if job.result is None))
         if late:
-            notes.append(f"not read yet: {words.first_ten(late)}")
+            notes.append(f"not read yet: {first_ten(late)}")
         content: dict[str, Any] = {"notes": notes}
         for kind in names:
             states = {name: job.result[kind] for name, job in reversed(jobs) if job.result and kind in job.result}

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from sigray.orchestrator.config import ConfigError, RunConfig
-from sigray.orchestrator.formatting import first_ten
 from sigray.orchestrator.run_folder import EVALUATIONS, EXPORTED, SUMMARY, RunFolder, check_inputs
 from sigray.workers.checkpoint.index import CheckpointInfo
 from sigray.workers.data.manifest import Manifest
 from sigray.workers.data.tar import DataError
 from sigray.workers.parse import ParseError, parse_json
 from sigray.workers.storage import Storage
+from sigray.workers.texts import first_ten
 
 CARD = "README.md"
 MAX_DIFFERENCE = 1e-5

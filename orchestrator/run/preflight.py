@@ -11,9 +11,10 @@ from sigray.orchestrator.planning.plan import check_memory
 from sigray.orchestrator.resources import check_slices
 from sigray.orchestrator.run.progress import Display
 from sigray.workers.config import ModelConfig
-from sigray.workers.data.manifest import Manifest, scan_shards, ten_lines
+from sigray.workers.data.manifest import Manifest, scan_shards
 from sigray.workers.data.shard_list import in_threads
 from sigray.workers.data.tar import DataError
+from sigray.workers.texts import ten_lines
 
 if TYPE_CHECKING:
     from sigray.workers.data.embedding_store import EmbeddingStore, StoreFormat

@@ -252,14 +252,14 @@ FAULTS = [
     ),
     Fault(
         "a configuration below chance is called the best",
-        "sigray.tuning.report:_is_known_best",
+        "sigray.tuning.report:_known_best",
         "best.mean > chance +",
         "best.mean > -chance +",
         (f"{_REPORT}::test_a_trial_below_chance_is_not_called_best",),
     ),
     Fault(
         "best.yaml lacks what the trial changed",
-        "sigray.tuning.report:_best_yaml",
+        "sigray.tuning.report:best_yaml",
         "row.budget, row.overrides)",
         "row.budget, {})",
         (f"{_REPORT}::test_the_best_trial_is_a_run_of_its_own",),

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 import yaml
 
 from sigray.orchestrator.config import load_config
+from sigray.tuning.cli import main
 from sigray.tuning.report import importances, write_report
 from sigray.tuning.study import Study, parse_study
 from sigray.tuning.table import Table
 from sigray.workers.storage import Storage
 from tests.helpers.run_folders import made, write_run
-from tests.helpers.sweeps import full_table, result, study_of, table_of, trial
+from tests.helpers.sweeps import decision, full_table, result, study_of, table_of, trial
 
 
 def page_of(study: Study, table: Table) -> str:
@@ -70,9 +72,28 @@ def test_a_trial_below_chance_is_not_called_best(tmp_path):
     page = page_of(study, one_result(0.1))
     assert "None of 1\u00a0configuration is above chance. Highest: " in page
     assert '<tr class="best-row">' not in page
+    assert "sigray train" not in page
+    assert not (study.config.folder / "best.yaml").exists()
     page = page_of(study, one_result(0.9))
     assert "One configuration so far: " in page
     assert '<tr class="best-row">' in page
+
+
+@pytest.mark.parametrize(("value", "begin", "has_best"), [(0.1, "None of 1 conf", False), (0.9, "One conf", True)])
+def test_the_last_lines_of_a_job_are_the_headline_of_the_page(tmp_path, monkeypatch, capsys, value, begin, has_best):
+    space = {"loss.name": {"grid": ["sigmoid"]}}
+    study = study_of(tmp_path, expect=[], figures=[], seeds=[0], rungs=[], space=space)
+    (event,) = one_result(value).rows.values()
+    end = result(0, 0, value, 900) | {"figures": event.results[0].figures}
+    lines = [trial(0, **{"loss.name": "sigmoid"}), end, decision(0, 0, "stop")]
+    Storage(study.config.storage_uri).write("results.jsonl", "\n".join(map(json.dumps, lines)).encode())
+    Storage(study.config.storage_uri).write("study.yaml", study.config.to_yaml().encode())
+    monkeypatch.setenv("SIGRAY_JOB_RESULT", "sigray train best.yaml")
+    assert main(["sweep", "--resume", study.config.storage_uri]) == 0
+    said = capsys.readouterr().out
+    assert f"\n{begin}" in said
+    assert f"loss sigmoid, {100 * value:.1f} % ± 3.00 after 900 pairs." in said
+    assert ("use the result: sigray train best.yaml" in said) == has_best
 
 
 def one_result(value: float) -> Table:

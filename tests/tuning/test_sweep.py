@@ -253,7 +253,7 @@ def test_a_sweep_leaves_what_its_user_expects(study, outputs):
     assert "Best of 3\u00a0configurations: " in page
     assert "failed</b> (trial\u00a0crashes)" in page
     assert "1 failed, " in outputs[1]
-    assert "best: trial=" in outputs[1]
+    assert "\nBest of 3 configurations: trial " in outputs[1]
     summary = json.loads((folder / "trials" / f"trial-{number_of(study, 'good'):03d}" / "summary.json").read_text())
     assert summary["status"] in ("finished", "stopped")
 

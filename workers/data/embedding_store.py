@@ -40,6 +40,7 @@ from sigray.workers.data.tar import DataError, TarSample
 from sigray.workers.model.inputs import shapes
 from sigray.workers.parse import Count, ParseError, Record, as_type, parse_json
 from sigray.workers.storage import Storage
+from sigray.workers.texts import ten_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -218,9 +219,8 @@ class EmbeddingStore:
             if (not set(key[name]) <= members if name == "members" else saved.get(name) != key.get(name))
         ]
         if lines:
-            shown = "\n  ".join(lines[:10])
             raise StoreError(
-                f"embeddings.store={self.uri} was made by another tower or preprocessing:\n  {shown}\n"
+                f"embeddings.store={self.uri} was made by another tower or preprocessing:\n  {ten_lines(lines)}\n"
                 "Set these as they were, or give another embeddings.store and run `sigray embed` again"
             )
 

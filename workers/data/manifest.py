@@ -36,6 +36,7 @@ from sigray.workers.data.tar import (
     read_tar,
 )
 from sigray.workers.parse import as_type
+from sigray.workers.texts import first_ten, ten_lines
 
 RULES = 2
 """How tars are read: of 1, until November 2026, is `read_tar(is_old=True)`."""
@@ -346,11 +347,6 @@ def _what_is_there(endings: list[str], unusable: Counter[str], example: str, dat
     return f"{found}. Set data.image_keys and data.captions{hint}"
 
 
-def first_ten(names: list[str]) -> str:
-    """Return names joined by commas, ten at most."""
-    return ", ".join(names[:10]) + (" and others" if len(names) > 10 else "")
-
-
 def listed(unusable: Counter[str]) -> str:
     """Return counts as a text: 80 symbolic links, 40 samples without a usable member."""
     return ", ".join(f"{count:,} {what}" for what, count in unusable.most_common())
@@ -359,8 +355,3 @@ def listed(unusable: Counter[str]) -> str:
 def unreadable(key: str, broken: list[str]) -> DataError:
     """Return the error that names shards and what is wrong with each, ten at most."""
     return DataError(f"{key}: shards that cannot be read, {len(broken)}:\n  {ten_lines(broken)}")
-
-
-def ten_lines(lines: list[str]) -> str:
-    """Return indented lines, ten at most, and how many more there are."""
-    return "\n  ".join(lines[:10]) + (f"\n  and {len(lines) - 10} more" if len(lines) > 10 else "")

@@ -32,6 +32,7 @@ from sigray.workers.data.order import LaneSlice, SampleRef, StreamOrder, Window
 from sigray.workers.data.tar import DataError, TarSample
 from sigray.workers.model.inputs import shapes
 from sigray.workers.model.tokenizer import build_tokenizer, cut_caption
+from sigray.workers.texts import first_ten
 
 CUT = "caption cut"
 """Not a refusal: the sample is used, with the start of its caption."""
@@ -159,7 +160,7 @@ class DataWorker:
             f"samples {min(indices)} to {max(indices)} of {self._manifest.shards[shard].url}"
             for shard, indices in found.items()
         ]
-        return ", ".join(parts[:10]) + (f" and {len(parts) - 10} more shards" if len(parts) > 10 else "")
+        return first_ten(parts)
 
     def _decode_block(
         self, lane: int, number: int, images: np.ndarray, rows: np.ndarray | dict[int, np.ndarray]

@@ -14,10 +14,11 @@ import numpy as np
 from sigray.workers.config import DataConfig, EvalConfig, EvalSet
 from sigray.workers.data.decode import Decoder, Members, Refused, read_json
 from sigray.workers.data.embedding_store import EmbeddingStore, StoreError, stored_name
-from sigray.workers.data.manifest import first_ten, listed, open_shard, unreadable
+from sigray.workers.data.manifest import listed, open_shard, unreadable
 from sigray.workers.data.shard_list import ShardFile, find_shards, reason_of
 from sigray.workers.data.tar import DataError, TarSample, read_tar
 from sigray.workers.evaluation import datasets
+from sigray.workers.texts import first_ten
 
 _NUM_SAMPLES = 32  # of a set, at most
 _NUM_SHARDS = 4  # evenly spread: a set may be packed class by class

@@ -20,9 +20,9 @@ from sigray.workers.model.towers import TOWERS, build_bare_model, build_meta_mod
 from sigray.workers.model.untrusted import read_tensors
 from sigray.workers.sharding import shard_like
 from sigray.workers.storage import Storage
+from sigray.workers.texts import first_ten, ten_lines
 
 _POSITIONS = ("visual.positional_embedding", "text.positional_embedding")
-_MAX_NAMES = 6
 
 
 @dataclass
@@ -50,8 +50,7 @@ class InitialWeights:
             ("in the file, not in the model", self.unused),
         ):
             if names:
-                more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-                lines.append(f"  {title}: {', '.join(names[:_MAX_NAMES])}{more}")
+                lines.append(f"  {title}: {first_ten(names)}")
         return "\n".join(lines)
 
 
@@ -130,15 +129,12 @@ def _match(module: nn.Module, model: ModelConfig) -> tuple[InitialWeights, dict[
             found.matched.append(name)
     found.unused = [name for name in state if name not in own]
     if found.other_shape:
-        shapes = found.other_shape.items()
-        lines = [f"  {name}: {list(old)} in the file, {list(new)} here" for name, (old, new) in shapes]
-        more = [f"  and {len(lines) - 2 * _MAX_NAMES} more"] if len(lines) > 2 * _MAX_NAMES else []
+        lines = [f"{name}: {list(old)} in the file, {list(new)} here" for name, (old, new) in found.other_shape.items()]
         parts = sorted({name.partition(".")[0] for name in found.other_shape})
         shown = "', '".join(rf"{part}\..*" if part in TOWERS else part for part in parts)
         raise ValueError(
-            f"model.init_from={model.init_from}: {len(lines)} tensors have another shape:\n"
-            + "\n".join(lines[: 2 * _MAX_NAMES] + more)
-            + f"\nTake towers of the checkpoint's shape, or start with fresh weights: model.init_fresh=['{shown}']"
+            f"model.init_from={model.init_from}: {len(lines)} tensors have another shape:\n  {ten_lines(lines)}\n"
+            f"Take towers of the checkpoint's shape, or start with fresh weights: model.init_fresh=['{shown}']"
         )
     if not any(name.startswith(("visual.", "text.")) for name in taken):
         raise ValueError(

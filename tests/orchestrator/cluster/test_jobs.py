@@ -419,13 +419,14 @@ def test_a_sweep_its_best_run_and_its_export_by_their_last_lines(head, run_confi
         return said, said.splitlines()[-1].removeprefix("use the result: ")
 
     shards = f"data.shards={run_config.parent}/train"
-    said, train_best = job("sweep", study, "storage=s3://sigray/sweeps", shards)
+    learns = ("budget=640", "optim.lr=3e-3")  # enough for a figure above chance
+    said, train_best = job("sweep", study, "storage=s3://sigray/sweeps", shards, *learns)
     assert "trials: 2 finished" in said
     assert train_best.endswith("-- train s3://sigray/sweeps/tiny/best.yaml")
     # Another submission of the sweep goes on: the files that it carries are the same, in another folder.
-    assert "resuming it" in job("sweep", study, "storage=s3://sigray/sweeps", shards)[0]
+    assert "resuming it" in job("sweep", study, "storage=s3://sigray/sweeps", shards, *learns)[0]
     trained = shell(f"{train_best} run.storage=s3://sigray/runs")
-    assert "finished at 64 samples" in trained
+    assert "finished at 640 samples" in trained
     run = "s3://sigray/runs/tiny_best"
     assert trained.splitlines()[-1] == f"use the result: sigray export {run}"
     shell(job("eval", run, "eval.batch_size=8")[1])

@@ -76,7 +76,7 @@ def test_endings_after_the_first_dot_are_explained(tmp_path):
         scan([str(path)])
     message = str(error.value)
     assert message.count("v2.") == 10
-    assert message.endswith("and others. Set data.image_keys and data.captions; a key ends at its first dot: photo")
+    assert message.endswith("and 3,990 more. Set data.image_keys and data.captions; a key ends at its first dot: photo")
 
 
 def test_a_tar_of_symbolic_links_is_called_so(tmp_path):
