@@ -327,7 +327,7 @@ def _trials(study: Study, table: Table, trials: Mapping[int, Trial]) -> dict[str
 
 
 def best_yaml(study: Study, table: Table) -> str:
-    """The best configuration as YAML for `sigray train`; empty if none is above chance."""
+    """The best configuration as a run; empty if none is above chance."""
     best = _known_best(study, table)
     if best is None:
         return ""

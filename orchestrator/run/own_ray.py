@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +78,11 @@ def machine_accelerators() -> dict[str, float]:
     return found
 
 
-@contextlib.contextmanager
-def own_surroundings(display: Display) -> Iterator[str | None]:
-    """Prepare the environment of a Ray that starts here; yield its folder.
+def own_folder(display: Display) -> str | None:
+    """Prepare the environment of a Ray that starts here; return a new folder for it.
 
-    None stands for Ray's default folder.
-    Batch systems set a TMPDIR that is too long for a socket, and users of containers may have no home for Ray's token.
+    None stands for Ray's default folder. Batch systems set a TMPDIR that is too long for a socket, and users of
+    containers may have no home for Ray's token.
 
     Raises:
         ConfigError: no folder can hold Ray's files; names each with its reason.
@@ -97,8 +94,7 @@ def own_surroundings(display: Display) -> Iterator[str | None]:
     usual = os.path.join(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray")
     why = _why_unusable(usual)
     if why is None:
-        yield None
-        return
+        return None
     reasons = {usual: why, **{place: _why_unusable(place) for place in _SHORT_PLACES}}
     place = next((place for place, why in reasons.items() if why is None), None)
     if place is None:
@@ -106,10 +102,7 @@ def own_surroundings(display: Display) -> Iterator[str | None]:
         raise ConfigError(f"no folder can hold Ray's files; free one, or set RAY_TMPDIR to a short path:{lines}")
     folder = tempfile.mkdtemp(prefix="sigray-", dir=place)  # mode 0700
     display.say(f"Ray's files are in {folder} until the end, because {usual} {why}")
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    return folder
 
 
 def _why_unusable(folder: str) -> str | None:

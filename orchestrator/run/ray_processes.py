@@ -1,7 +1,7 @@
-"""The processes of a Ray that a driver starts: marked and killed.
+"""The processes of a Ray that a driver starts: marked, and killed.
 
 Each process inherits a mark in its environment, so the processes of one Ray are known also after their parents are
-dead. The driver kills them at its end. If the driver dies first, its watcher kills them: a process that runs this file.
+dead. The driver ends them, and its watcher if the driver dies first: a process that runs this file.
 The file imports little, so that the watcher starts in 30 ms and takes 9 MB.
 """
 
@@ -37,6 +37,15 @@ def kill_marked(mark: str) -> None:
         time.sleep(0.02)
 
 
+def clean_up(mark: str, folder: str) -> None:
+    """Kill all processes that carry a mark, and delete their folder, if they have one."""
+    kill_marked(mark)
+    if folder:
+        import shutil
+
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 if __name__ == "__main__":
     sys.stdin.read()  # returns when the driver has ended: no other process has the other end
-    kill_marked(sys.argv[1])
+    clean_up(*sys.argv[1:])

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from sigray.orchestrator.address import cluster_address
 from sigray.orchestrator.config import RunConfig
 from sigray.orchestrator.run import ray_death, ray_processes
-from sigray.orchestrator.run.own_ray import own_surroundings
+from sigray.orchestrator.run.own_ray import own_folder
 from sigray.orchestrator.run.policy import RunFailed
 from sigray.orchestrator.run.progress import Display
 from sigray.orchestrator.run.signals import blocked_for_children
@@ -73,17 +73,17 @@ def ray_session(
                 raise RunFailed(f"the Ray cluster at {address} cannot be joined: {error}") from error
             stack.enter_context(ray_death.watched(ray_death.joined_death(), display.say))
         else:
-            temporary = stack.enter_context(own_surroundings(display))
+            folder = own_folder(display)
             display.say("starting Ray on this machine")
             stack.callback(ray.shutdown)
             num_cpus, resources = _own_resources(config, num_trials)
-            mark = stack.enter_context(_own_processes())
+            mark = stack.enter_context(_own_processes(folder or ""))
             stack.enter_context(ray_death.watched(ray_death.own_death(mark)))
             try:
                 with blocked_for_children(), _marked(mark):
                     ray.init(
                         address="local",
-                        _temp_dir=temporary,
+                        _temp_dir=folder,
                         # Ray only counts CPUs: on a small machine data-shard and training workers share cores.
                         num_cpus=max(os.cpu_count() or 1, int(num_cpus + 0.5)),
                         resources=resources,
@@ -97,19 +97,19 @@ def ray_session(
 
 
 @contextlib.contextmanager
-def _own_processes() -> Iterator[str]:
-    """Yield a mark for the processes of a Ray; kill all that carry it at the end.
+def _own_processes(folder: str = "") -> Iterator[str]:
+    """Yield a mark for the processes of a Ray; end them and their folder.
 
-    A watcher kills them if this process ends before: only this process has the other end of the watcher's input.
+    A watcher does so if this process ends before: only this process has the other end of the watcher's input.
     """
     mark = uuid.uuid4().hex
-    command = [sys.executable, "-I", "-S", ray_processes.__file__, mark]
+    command = [sys.executable, "-I", "-S", ray_processes.__file__, mark, folder]
     with blocked_for_children():
         watcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         yield mark
     finally:
-        ray_processes.kill_marked(mark)
+        ray_processes.clean_up(mark, folder)
         watcher.kill()
         watcher.wait()
 

@@ -41,6 +41,13 @@ FAULTS = [
         (f"{_RAY_SESSION}::test_a_death_of_the_own_ray_interrupts_and_is_named",),
     ),
     Fault(
+        "a driver that is killed leaves the folder of its Ray",
+        "sigray.orchestrator.run.ray_processes:clean_up",
+        "    if folder:",
+        "    if not folder:",
+        (f"{_RAY_SESSION}::test_the_processes_end_with_their_driver_and_not_before",),
+    ),
+    Fault(
         "the first signal ends a run without its last checkpoint",
         "sigray.orchestrator.run.signals:on_stop_signal",
         "            act()",

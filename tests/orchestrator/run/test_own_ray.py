@@ -89,8 +89,8 @@ def test_the_devices_of_this_machine_are_those_that_ray_would_offer(monkeypatch)
 def test_addresses_of_another_ray_do_not_reach_it(monkeypatch, tmp_path):
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_NAMESPACE", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
         monkeypatch.setenv(name, "127.0.0.1:1")
-    with own_ray.own_surroundings(DISPLAY):
-        assert not {name for name in os.environ if "127.0.0.1:1" in os.environ[name]}
+    own_ray.own_folder(DISPLAY)
+    assert not {name for name in os.environ if "127.0.0.1:1" in os.environ[name]}
 
 
 @pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
@@ -104,21 +104,20 @@ def test_a_folder_that_cannot_hold_rays_files_is_replaced(name, kind, monkeypatc
         real = own_ray.shutil.disk_usage
         monkeypatch.setattr(own_ray.shutil, "disk_usage", lambda path: usage if path == "/tmp/ray" else real(path))
     said: list[str] = []
-    with own_ray.own_surroundings(types.SimpleNamespace(say=said.append)) as folder:
-        assert folder is not None
-        assert len(folder) <= own_ray._MAX_FOLDER_BYTES
-        assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
-        assert said[0].startswith(f"Ray's files are in {folder} until the end, because {given}/ray ")
-        Path(folder, "session").mkdir()
-    assert not os.path.exists(folder)
+    folder = own_ray.own_folder(types.SimpleNamespace(say=said.append))
+    assert folder is not None
+    assert len(folder) <= own_ray._MAX_FOLDER_BYTES
+    assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
+    assert said[0].startswith(f"Ray's files are in {folder} until the end, because {given}/ray ")
+    os.rmdir(folder)
 
 
 def test_without_any_folder_each_is_named_with_its_reason(monkeypatch):
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", "/proc/a")
     monkeypatch.setattr(own_ray, "_SHORT_PLACES", ("/proc/b",))
-    with pytest.raises(ConfigError) as raised, own_ray.own_surroundings(DISPLAY):
-        pass
+    with pytest.raises(ConfigError) as raised:
+        own_ray.own_folder(DISPLAY)
     assert "or set RAY_TMPDIR to a short path:\n  /proc/a/ray: is not writable (" in str(raised.value)
     assert "\n  /proc/b: is not writable (" in str(raised.value)
 
@@ -129,8 +128,7 @@ def test_the_usual_folder_and_home_are_used_if_they_can_be(monkeypatch, tmp_path
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
-    with own_ray.own_surroundings(DISPLAY) as folder:
-        assert folder is None
+    assert own_ray.own_folder(DISPLAY) is None
     assert "RAY_AUTH_TOKEN" not in os.environ
 
 
@@ -138,9 +136,9 @@ def test_without_a_home_ray_gets_a_token_of_its_own(monkeypatch):
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
     monkeypatch.setenv("HOME", "/proc/none")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "")
-    with own_ray.own_surroundings(DISPLAY):
-        token = os.environ["RAY_AUTH_TOKEN"]
-        assert len(token) == 64
+    own_ray.own_folder(DISPLAY)
+    token = os.environ["RAY_AUTH_TOKEN"]
+    assert len(token) == 64
     monkeypatch.setenv("RAY_AUTH_TOKEN", token)
-    with own_ray.own_surroundings(DISPLAY):
-        assert os.environ["RAY_AUTH_TOKEN"] == token  # of the user
+    own_ray.own_folder(DISPLAY)
+    assert os.environ["RAY_AUTH_TOKEN"] == token  # of the user

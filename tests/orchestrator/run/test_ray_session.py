@@ -22,13 +22,13 @@ from sigray.orchestrator.run.ray_processes import kill_marked, marked
 from sigray.orchestrator.run.ray_session import _marked, _own_processes
 from sigray.orchestrator.run.signals import blocked_for_children, interrupt, on_stop_signal
 
-# A driver that starts a process, which starts another; then it waits.
+# A driver that starts a process, which starts another, with a folder; then it waits.
 DRIVER = """\
 import subprocess, sys, time
 from sigray.orchestrator.run.ray_session import _marked, _own_processes
 from sigray.orchestrator.run.signals import blocked_for_children
 
-with _own_processes() as mark:
+with _own_processes(sys.argv[1]) as mark:
     with blocked_for_children(), _marked(mark):
         subprocess.Popen(["bash", "-c", "sleep 100 & sleep 100"])
     print(mark, flush=True)
@@ -43,9 +43,10 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
         time.sleep(0.02)
 
 
-def test_marked_processes_are_killed_with_their_children_and_no_others():
+def test_marked_processes_are_killed_with_their_children_and_no_others(tmp_path):
     other = subprocess.Popen(["sleep", "60"])
-    with _own_processes() as mark:
+    (folder := tmp_path / "ray" / "session").mkdir(parents=True)
+    with _own_processes(str(folder.parent)) as mark:
         with _marked(mark):
             parent = subprocess.Popen(["bash", "-c", "sleep 60 & sleep 60"])
         wait_until(lambda: len(marked(mark)) == 3)
@@ -53,14 +54,17 @@ def test_marked_processes_are_killed_with_their_children_and_no_others():
         parent.wait()
         assert len(marked(mark)) == 2
     assert marked(mark) == []
+    assert list(tmp_path.iterdir()) == []
     assert other.poll() is None
     other.kill()
     other.wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_the_processes_end_with_their_driver_and_not_before(number):
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, text=True, start_new_session=True)
+def test_the_processes_end_with_their_driver_and_not_before(number, tmp_path):
+    (folder := tmp_path / "ray" / "session").mkdir(parents=True)
+    command = [sys.executable, "-c", DRIVER, folder.parent]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     mark = driver.stdout.readline().strip()
     try:
         wait_until(lambda: len(marked(mark)) == 3)
@@ -69,9 +73,10 @@ def test_the_processes_end_with_their_driver_and_not_before(number):
             os.kill(pid, signal.SIGHUP)
         time.sleep(0.2)
         assert len(marked(mark)) == 3
+        assert folder.exists()
         driver.send_signal(number)
         driver.wait()
-        wait_until(lambda: not marked(mark), timeout_s=10)
+        wait_until(lambda: not marked(mark) and not folder.parent.exists(), timeout_s=10)
     finally:
         kill_marked(mark)
         driver.kill()
