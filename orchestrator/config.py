@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from sigray.orchestrator.batch import micro_batch, usable_sizes
@@ -22,7 +21,7 @@ from sigray.orchestrator.device_kinds import DEVICES, DeviceName
 from sigray.orchestrator.secrets import secrets_of
 from sigray.workers import config as workers
 from sigray.workers.config import Accelerator, LocalFolder, LocalOrUri, NonNegativeInt, PositiveInt, Section
-from sigray.workers.parse import ParseError, parse_yaml
+from sigray.workers.parse import ParseError, dump_yaml, parse_yaml
 
 if TYPE_CHECKING:
     from sigray.workers.storage import Storage
@@ -262,7 +261,7 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         """Return the config with every default; `parse_config` reads an equal one."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.model_dump(mode="json"))
 
 
 # A run's order of samples, its optimisation problem and its model: with another value it would be another run.

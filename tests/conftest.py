@@ -12,12 +12,17 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from hypothesis import settings
 
 from sigray.workers.config import DataConfig, ModelConfig
 from tests.helpers.data import TOWERS, write_dataset
 from tests.helpers.ranks import RankGroup
 from tests.helpers.s3 import s3_server
 from tests.helpers.tiers import TIERS, RayWatch, Tiers
+
+# The verdict on a commit depends on the commit alone, and no test on time.
+settings.register_profile("sigray", settings.default, deadline=None, derandomize=True, database=None)
+settings.load_profile("sigray")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from sigray.orchestrator import formatting as words
 from sigray.orchestrator.reports import drawing
 from sigray.orchestrator.reports.foreign_folder import ForeignFolder
@@ -36,6 +34,7 @@ from sigray.tuning.study import Claim, FigureConfig, Study, trial_name
 from sigray.tuning.table import Ranked, Result, Row, Table, as_csv, ranking
 from sigray.tuning.verdict import Verdict, sample_variance, verdict
 from sigray.workers.checkpoint.index import CheckpointError
+from sigray.workers.parse import dump_yaml
 from sigray.workers.storage import Storage
 
 if TYPE_CHECKING:
@@ -342,7 +341,7 @@ def best_yaml(study: Study, table: Table) -> str:
         + (f", mean of {len(best.rows)} seeds" if len(best.rows) > 1 else "")
         + "\n#\n#   sigray train best.yaml\n"
     )
-    return note + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return note + dump_yaml(content)
 
 
 # ------------------------------------------------------------------------------------------------- draw

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
 from sigray.orchestrator.carried_files import find_carried
@@ -30,6 +29,7 @@ from sigray.orchestrator.config import (
 from sigray.tuning.decide import Rules, Scheduler, geometric_rungs
 from sigray.tuning.space import MAX_POINTS, Dimension
 from sigray.workers.config import LocalFolder, LocalOrUri, NonNegativeInt, PositiveInt, Section
+from sigray.workers.parse import dump_yaml
 
 if TYPE_CHECKING:
     from sigray.workers.storage import Storage
@@ -259,7 +259,7 @@ class StudyConfig(Section):
         return f"{(self.storage or self.dir).rstrip('/')}/{self.name}"
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.model_dump(mode="json", exclude_none=True))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Foreign JSON and YAML: parse it, or raise one kind of error.
+"""Foreign JSON and YAML: parse it, or raise one kind of error; write YAML.
 
 Both parsers return plain values or raise `ParseError`, whatever the content; `as_type` makes records of the values. The
 caller adds the name of the file and raises the error of its border: DataError, CheckpointError or ConfigError.
@@ -25,6 +25,7 @@ _MAX_YAML_DEPTH = 64
 _MAX_YAML_NODES = 1_000_000  # after aliases are expanded
 _MAX_DIGITS = 100
 _BOM = b"\xef\xbb\xbf"
+_BREAKS = re.compile("[\x85\u2028\u2029]")
 _DIGITS = re.compile(r"0[0-9_]+")
 _SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -108,6 +109,22 @@ def parse_yaml(content: bytes | str) -> Any:
         raise ParseError(
             f"not YAML: character U+{int(error.character):04X} at position {error.position} is not allowed"
         ) from None
+
+
+def dump_yaml(value: Any) -> str:
+    """Return a YAML text that `parse_yaml` reads as this value, keys in their order."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that escapes what libyaml reads as a line break: a plain U+0085 would come back as a space."""
+
+
+def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if _BREAKS.search(text) else None)
+
+
+_Dumper.add_representer(str, _quoted)
 
 
 class _Loader(Composer, CParser, SafeConstructor, Resolver):

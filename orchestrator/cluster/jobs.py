@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 import sigray
@@ -35,6 +34,7 @@ from sigray.orchestrator.cluster.job_files import JobFiles, is_shared
 from sigray.orchestrator.config import ConfigError, RunConfig, override_of, parse_config, put, read_run_file
 from sigray.orchestrator.formatting import format_duration
 from sigray.orchestrator.secrets import secrets_of
+from sigray.workers.parse import dump_yaml
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 DEFAULT_PAGES = "http://127.0.0.1:3001"  # port of `sigray monitor`'s run pages, and the forwarded one
@@ -152,7 +152,7 @@ def stage(job: Job, folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     if job.file is not None:
-        (folder / FILE).write_text(yaml.safe_dump(job.file, sort_keys=False, allow_unicode=True))
+        (folder / FILE).write_text(dump_yaml(job.file))
     if _REQUIREMENTS.exists():
         shutil.copy(_REQUIREMENTS, folder)
 

@@ -32,7 +32,7 @@ from sigray.orchestrator.formatting import ticks, with_unit
 from sigray.orchestrator.reports.foreign_folder import MAX_BYTES, ForeignFolder
 from sigray.orchestrator.reports.http_server import EMBEDDED, JSON, TEXT, Answer, serve
 from sigray.workers.metrics import BY_NAME, METRICS
-from sigray.workers.parse import parse_json, parse_yaml
+from sigray.workers.parse import dump_yaml, parse_json, parse_yaml
 from sigray.workers.storage import Storage
 
 UID = "sigrayTraining"
@@ -133,7 +133,7 @@ def monitor(
         raise RuntimeError("no prometheus on PATH: run `apt-get install prometheus`")
     generate(out)
     content = _scrapes(config) | {"rule_files": [str((out / RULES).absolute())]}
-    Storage(out).write("prometheus.yml", yaml.safe_dump(content).encode())
+    Storage(out).write("prometheus.yml", dump_yaml(content).encode())
     dashboards = Path(os.environ.get("RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR", metrics / "grafana" / "dashboards"))
     Storage(dashboards).write(DASHBOARD, (out / DASHBOARD).read_bytes())
     command = [prometheus, f"--config.file={out / 'prometheus.yml'}", f"--storage.tsdb.path={out / 'prometheus'}"]

@@ -34,7 +34,7 @@ def test_the_compiled_library_is_what_is_tested_here():
     assert fused._library() is not None, "no C compiler on this machine: the tests below would test the eager form"
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     rows=st.integers(1, 5),
     columns=st.integers(1, 70),
@@ -112,7 +112,7 @@ def test_nan_and_infinity_are_not_swallowed(dtype):
         assert not torch.isfinite(sums[:, 1]).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     size=st.integers(1, 70),
     dtype=st.sampled_from(DTYPES),

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sigray.losses import feature_means, mean_logits
 from tests.helpers.reference import random_features
 
 
-@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 9), st.integers(0, 99))
 def test_means_equal_those_of_the_matrix(num_ranks, num_rows, dim, seed):
     """However the rows are dealt to ranks; float64, so that only the order of additions differs."""

@@ -11,7 +11,7 @@ from tests.helpers.losses import scalars, sorted_twin, value_and_gradients
 from tests.helpers.reference import random_features
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     num_images=st.integers(1, 9),
     num_texts=st.integers(1, 9),

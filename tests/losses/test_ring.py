@@ -93,7 +93,7 @@ def test_mean_over_ranks_is_the_loss_of_the_global_batch(rank_groups, world_size
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     num_pairs=st.integers(1, 9),
     tile_size=st.integers(1, 12),

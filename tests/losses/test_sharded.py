@@ -35,7 +35,7 @@ def value_and_gradients(loss, leaves, count=None, **settings):
     return [value.detach(), *torch.autograd.grad(value, leaves)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(["sigmoid", "softmax"]),
     count=st.integers(1, 5),

@@ -23,7 +23,7 @@ def matrix_loss(image, text, scale, bias, positive_offset):
     return torch.nn.functional.softplus(torch.where(is_pair, -z, z)).sum() / len(image)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     num_images=st.integers(1, 9),
     num_texts=st.integers(1, 9),
@@ -56,7 +56,7 @@ def test_plain_equation_is_the_same_loss():
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     num_images=st.integers(1, 40),
     num_texts=st.integers(1, 40),

@@ -207,7 +207,7 @@ def test_the_files_can_be_read(kind, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "name"), FILES)
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_other_content_gives_one_kind_of_error(kind, name, data) -> None:
     folder = Path(tempfile.mkdtemp())

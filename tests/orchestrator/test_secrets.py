@@ -6,7 +6,7 @@ import json
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sigray.orchestrator.config import ConfigError, load_config
@@ -106,7 +106,6 @@ def test_what_only_sounds_like_a_secret_is_none():
 
 
 @given(st.from_regex(r"[A-Za-z0-9/+]{8,40}", fullmatch=True), st.sampled_from(["s3", "http", "https", "gs"]))
-@settings(deadline=None)
 def test_any_password_in_a_url_is_found_wherever_it_stands(password, scheme):
     url = f"{scheme}://name:{password.replace('/', '.')}@host/path"
     for content in (url, [url], {"a": {"b": [{"c": url}]}}):

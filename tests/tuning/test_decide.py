@@ -54,7 +54,7 @@ def play(rules: Rules, values: list[list[float]], parallel: int, seed: int, lost
     return {number: list(progress.values) for number, progress in trials.items()}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.sampled_from(SCHEDULERS),
     st.integers(1, 12),
@@ -71,7 +71,7 @@ def test_decisions_do_not_depend_on_who_is_faster_or_on_how_many_run_at_once(
     assert play(rules, values, parallel, timing) == play(rules, values, 1, 0)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.sampled_from(["asha", "hyperband", "median"]), st.integers(0, 500), st.integers(0, 50))
 def test_trials_that_are_lost_hold_nobody_up(scheduler, seed, timing):
     values = curves(9, 3, seed)
@@ -79,7 +79,6 @@ def test_trials_that_are_lost_hold_nobody_up(scheduler, seed, timing):
     assert play(rules, values, 4, timing, lost=(0, 3, 4)) == play(rules, values, 1, 0, lost=(0, 3, 4))
 
 
-@settings(deadline=None)
 @given(st.sampled_from(["asha", "hyperband"]), st.integers(1, 15), st.integers(2, 4), st.integers(0, 1000))
 def test_the_best_at_a_rung_always_goes_on(scheduler, num_trials, num_rungs, seed):
     values = curves(num_trials, num_rungs, seed)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sigray.orchestrator.cluster.pending import (
@@ -61,7 +61,6 @@ def fits(demand: Demand, machines: list[dict[str, int]]) -> bool:
     return True
 
 
-@settings(deadline=None)
 @given(demands, hosts, autoscalers)
 def test_what_can_be_met_is_what_some_set_of_machines_meets(demand, up, autoscaler):
     """Every set of nodes that the autoscaler may have, tried one by one."""
@@ -84,7 +83,6 @@ def test_what_can_be_met_is_what_some_set_of_machines_meets(demand, up, autoscal
     assert ("cannot be met" in found.sentence) == (found.can_be_met is False and autoscaler.runs)
 
 
-@settings(deadline=None)
 @given(demands, hosts, autoscalers)
 def test_it_is_one_sentence_with_both_numbers(demand, up, autoscaler):
     sentence = pending_reason(demand, up, autoscaler).sentence
@@ -99,7 +97,6 @@ def test_it_is_one_sentence_with_both_numbers(demand, up, autoscaler):
         assert "has them" in sentence
 
 
-@settings(deadline=None)
 @given(demands, hosts, st.builds(host, amounts), autoscalers)
 def test_another_machine_never_makes_it_worse(demand, up, another, autoscaler):
     if pending_reason(demand, up, autoscaler).can_be_met:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -206,7 +206,6 @@ def test_a_ring_holds_and_sends_what_was_predicted(rank_groups, world_size, dtyp
     more=st.integers(1, 512),
     name=st.sampled_from(["sigmoid", "softmax"]),
 )
-@settings(deadline=None)
 def test_more_pairs_or_more_devices_never_take_less(pairs, dim, devices, more, name):
     def both(pairs, devices):
         loss = LossConfig(name=name)

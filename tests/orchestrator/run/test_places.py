@@ -252,7 +252,7 @@ def simulate(jobs: list[Run | Sweep | Task], cluster: Cluster, rng: random.Rando
     assert waiting == [], f"wait for ever on {total} CPUs"
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(jobs_strategy, st.integers(0, 12), st.integers(0, 2**32))
 def test_every_job_ends(jobs, spare, seed):
     simulate(jobs, Cluster(max(map(whole, jobs)) + spare, spare), random.Random(seed))
@@ -264,7 +264,7 @@ def test_the_reproduction_ends():
         simulate([Sweep(1, 3, [10, 10]), Run(1, 2, 20, holds_data=False)], Cluster(4), random.Random(seed))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(runs, runs, st.integers(0, 2**32))
 def test_jobs_that_fit_together_run_together(first, second, seed):
     """As long as each needs more time than starts take."""

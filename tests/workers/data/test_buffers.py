@@ -186,7 +186,7 @@ def one_by_one(data, model, make_source, *, shares_memory, world_size=1, rank=0,
     return found, source
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     block_size=st.integers(1, 9),
     num_lanes=st.integers(1, 5),
@@ -414,7 +414,7 @@ class Interleavings(RuleBasedStateMachine):
 
 
 TestInterleavings = Interleavings.TestCase
-TestInterleavings.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestInterleavings.settings = settings(max_examples=80, stateful_step_count=40)
 
 
 def test_states_follow_each_other_as_the_table_says():

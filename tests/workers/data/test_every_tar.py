@@ -86,7 +86,7 @@ def keys_of(folder):
 
 
 @pytest.mark.skipif(shutil.which("bsdtar") is None, reason="bsdtar (Debian: libarchive-tools) is not installed")
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     entries=st.lists(st.tuples(names, kinds, st.integers(0, 1500)), min_size=1, max_size=10),
     writers=st.lists(st.sampled_from(list(WRITERS)), min_size=1, max_size=2),
@@ -131,7 +131,7 @@ def encoded(name):
     return name.replace("caf\\xe9", "caf\udce9")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_no_header_makes_the_reader_hang_or_fail_otherwise(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("hostile") / "a.tar"

@@ -25,7 +25,7 @@ def sample_at(order, position):
     return ref
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(order=orders)
 def test_every_sample_once_per_epoch(order):
     assume(order.num_samples)
@@ -36,7 +36,7 @@ def test_every_sample_once_per_epoch(order):
         assert Counter((ref.shard, ref.index) for ref in refs) == every
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(order=orders, batch=st.sampled_from([12, 24]), step=st.integers(0, 20))
 def test_ranks_cut_the_same_global_batch(order, batch, step):
     assume(order.num_samples)
@@ -105,7 +105,7 @@ mixes = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(order=st.one_of(orders, mixes), lane=st.integers(0, 19), start=st.integers(0, 100), length=st.integers(0, 150))
 def test_places_are_those_of_the_samples_one_by_one(order, lane, start, length):
     assume(order.num_samples)
@@ -115,7 +115,7 @@ def test_places_are_those_of_the_samples_one_by_one(order, lane, start, length):
     assert [SampleRef(*place) for place in places.tolist()] == list(samples_of(order, piece))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(order=mixes, batch=st.sampled_from([6, 12, 60]))
 def test_mixed_datasets_keep_their_own_epochs(order, batch):
     """Slow twin: count the samples of the steps one by one."""
@@ -145,7 +145,7 @@ def test_mixed_datasets_keep_their_own_epochs(order, batch):
         assert {ref.shard for ref in refs} <= set(range(first, first + len(dataset.shard_sizes)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     weights=st.lists(st.floats(0.05, 20), min_size=2, max_size=5),
     first=st.integers(0, 20_000),

@@ -56,7 +56,7 @@ def test_the_compiled_library_is_what_is_tested_here():
     assert "avx2" not in cpu_flags() or module._library() is not None, "no C compiler: these tests would test torch"
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 60), st.integers(1, 60))
 @example(1, 1, 1, 1)
 @example(1, 90, 60, 1)
@@ -71,7 +71,7 @@ def test_pixels_are_the_equations(height, width, to_height, to_width):
     )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.integers(1, 700), st.integers(1, 700), st.integers(1, 300), st.integers(1, 300), st.booleans())
 @example(1, 2500, 224, 224, True)
 @example(3000, 17, 10, 224, False)
@@ -83,7 +83,7 @@ def test_pixels_are_torchs(height, width, to_height, to_width, is_noise):
     np.testing.assert_array_equal(resized(pixels, size), resize_by_torch(pixels, size))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.integers(1, 120), st.integers(1, 120), st.integers(1, 80), st.integers(1, 80), st.data())
 def test_a_part_is_that_part_of_the_whole(height, width, to_height, to_width, data):
     pixels, size = image(height, width), (to_height, to_width)

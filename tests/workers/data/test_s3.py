@@ -124,7 +124,7 @@ def test_objects_are_listed_with_size_and_etag() -> None:
         read_object(f"s3://{BUCKET}/nothing", S3Config())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     start=st.integers(0, len(SMALL)),
     part_bytes=st.integers(500, 20_000),

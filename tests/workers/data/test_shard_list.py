@@ -43,7 +43,7 @@ def test_patterns_name_the_same_shards(tar_folder):
     assert list_shards([expected[1], f"{tar_folder}/shard-00[023].tar"]) == [expected[n] for n in (1, 0, 2, 3)]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(NAMES, NAMES)
 @example("br[1]", "x[2]")
 @example("x", "a{1,2}")
@@ -104,7 +104,7 @@ def test_braces_that_are_no_pattern_are_a_name(braces):
     assert list_shards(f"/none/{braces}.tar") == [f"/none/{braces}.tar"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.recursive(st.sampled_from(["a", "", "{1..3}", "{08..2..3}", "{c..a}"]), lambda inner: st.one_of(
     st.lists(inner, min_size=2, max_size=3).map(lambda parts: "{" + ",".join(parts) + "}"),
     st.lists(inner, max_size=3).map("".join)), max_leaves=8))  # fmt: skip

@@ -44,7 +44,7 @@ class Lane:
                 self._kept.popitem(last=False)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.integers(2, 5), st.integers(1, 6), st.integers(1, 40), st.integers(0, 10_000))
 def test_each_block_is_decoded_once_at_any_speeds(num_subscribers, window, num_blocks, seed):
     generator = random.Random(seed)

@@ -37,7 +37,7 @@ def samples_of_webdataset(path):
         yield from group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(members=st.lists(st.tuples(names, contents), max_size=8), tar_format=formats)
 def test_members_are_those_of_tarfile(tmp_path_factory, members, tar_format):
     path = tar_of(tmp_path_factory.mktemp("tar") / "a.tar", members, tar_format)
@@ -52,7 +52,7 @@ keys = st.sampled_from(["a", "b", "d/a", "d.x/a", "__meta__", "__x__/y"])
 endings = st.sampled_from(["jpg", "txt", "JSON", "seg.png"])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(members=st.lists(st.tuples(keys, endings, contents), max_size=12))
 def test_samples_are_those_of_webdataset(tmp_path_factory, members):
     path = tar_of(tmp_path_factory.mktemp("tar") / "a.tar", [(f"{k}.{e}", content) for k, e, content in members])
@@ -69,7 +69,7 @@ def test_samples_are_those_of_webdataset(tmp_path_factory, members):
         assert own == {ending: content for ending, content in theirs.items() if not ending.startswith("__")}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(members=st.lists(st.tuples(keys, endings, contents), min_size=1, max_size=12), data=st.data())
 def test_reading_from_any_samples_position_gives_the_rest(tmp_path_factory, members, data):
     path = tar_of(tmp_path_factory.mktemp("tar") / "a.tar", [(f"{k}.{e}", content) for k, e, content in members])
@@ -81,7 +81,7 @@ def test_reading_from_any_samples_position_gives_the_rest(tmp_path_factory, memb
     assert rest == whole[number:]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_no_cut_and_no_changed_header_goes_unnoticed(tmp_path_factory, data):
     """tarfile, and webdataset with it, takes a cut or a bad checksum between members for the end of the archive."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sigray.workers.config import ModelConfig
@@ -89,7 +89,6 @@ def unigram():
     return train_tokenizer(captions(), vocab_size=500, kind="unigram")
 
 
-@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 def test_unigram_gives_every_text_back(unigram, text):
     """No character is unknown: what has no token of its own is spelled in bytes. ▁ is how the tokens write a space, and
@@ -146,7 +145,6 @@ def test_smallest_unigram_keeps_the_most_frequent_character():
     assert tokenizer.decode(tokenizer.encode("ab c").ids) == "ab c"
 
 
-@settings(deadline=None)
 @given(
     texts=st.lists(
         st.one_of(

@@ -68,7 +68,7 @@ def test_towers_that_cannot_be_used(vision, message):
         check_model(changed(**vision))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.sampled_from(["embed_dim", "vision_cfg", "text_cfg", "quick_gelu"])
     | st.tuples(
