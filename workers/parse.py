@@ -117,7 +117,7 @@ def dump_yaml(value: Any) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that escapes what libyaml reads as a line break: a plain U+0085 would come back as a space."""
+    """Escape what libyaml reads as a line break and returns as a space: U+0085."""
 
 
 def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
