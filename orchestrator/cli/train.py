@@ -44,8 +44,7 @@ def _resume_job(options: Namespace) -> Job:
     job = place_job("resume", options.run_folder, "run", options.overrides)
     if not can_read(job.storage):
         return job
-    config = _resumed(options)[1]
-    return replace(job, home="run.dir" if config.run.storage else "")
+    return replace(job, home="run.dir" if _resumed(options).run.storage else "")
 
 
 @command(RUN, OVERRIDES, job=_resume_job)
@@ -56,20 +55,20 @@ def resume(options: Namespace, console: Console) -> int:
       sigray resume runs/emoji_cpu
       sigray resume s3://bucket/runs/a cluster.num_workers=4        docs/operations.md lists what may change
     """
-    saved, config = _resumed(options)
+    config = _resumed(options)
     from sigray.orchestrator.run.driver import train
 
-    return _finish(train(config, console, resume_from=saved), config, console)
+    return _finish(train(config, console, resume=True), config, console)
 
 
-def _resumed(options: Namespace) -> tuple[RunConfig, RunConfig]:
-    """Return the saved config of a run, and the config to continue with."""
+def _resumed(options: Namespace) -> RunConfig:
+    """Return the config to continue a run with."""
     from sigray.orchestrator.run_folder import read_run
 
     saved = read_run(options.run_folder)
     config = override(saved, options.overrides, options.run_folder)
     check_resume(saved, config)
-    return saved, config
+    return config
 
 
 def _embed_job(options: Namespace) -> Job:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -43,6 +44,8 @@ from sigray.workers.checkpoint.index import CheckpointInfo, list_checkpoints
 from sigray.workers.checkpoint.lease import RunLease
 
 if TYPE_CHECKING:
+    from sigray.workers.data.manifest import Manifest
+    from sigray.workers.data.pool import DataPool, SharedPool
     from sigray.workers.training.profile import Profile
 
 _POLL_S = 0.5
@@ -52,7 +55,7 @@ def train(
     config: RunConfig,
     console: Console | None = None,
     *,
-    resume_from: RunConfig | None = None,
+    resume: bool = False,
     overwrite: bool = False,
     trial: Trial | None = None,
     profile: Profile | None = None,
@@ -68,7 +71,7 @@ def train(
     Args:
         config: the run, as `load_config` returns it.
         console: shows the progress; None: a console on standard output.
-        resume_from: the config that the run began with, if the caller has read it already.
+        resume: go on with a run that exists; start none.
         overwrite: delete an earlier run of the same name first.
         trial: the trial of a sweep that this run is; the sweep has checked its config.
         profile: the steps to profile; the run ends after these steps.
@@ -81,150 +84,209 @@ def train(
         ConfigError, DataError, OSError: for what the user can fix, before anything starts.
         RunFailed: if training itself failed.
     """
-    begin = time.monotonic()
-    display = Display(console or PlainConsole())
+    run = _Run(config, Display(console or PlainConsole()), RunFolder(config), trial, profile)
     check_start(config)
-    folder = RunFolder(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(on_stop_signal(interrupt))
-        joins_cluster = cluster_address(config) is not None
         try:
-            stack.callback(folder.remove_if_empty)
-            folder.storage.check_writable()
-            lease = stack.enter_context(RunLease(folder.storage))
-            if resume_from is not None or (not overwrite and folder.is_used()):
-                begun = folder.saved_config()
-                if resume_from is None:
-                    taken = f"{folder.storage.uri} holds a run of this name"
-                    display.say(f"{taken}: going on with it (--overwrite starts again)")
-                resume_from = resume_from or begun
-                check_resume(resume_from, config)
-                finished = folder.finished_summary(config, at_start=evaluates_at_start(config, is_trial=False))
-                if finished is not None and trial is None and config.eval == resume_from.eval:
-                    display.say(
-                        f"the run is finished. `sigray resume {config.storage_uri} train.num_samples=N` trains it to "
-                        f"more than {finished['samples_seen']:,.0f} samples"
-                    )
-                    return finished
-                if config.train.num_samples > resume_from.train.num_samples:
-                    display.say(longer_text(resume_from, config, folder.storage))
-            elif overwrite:
-                folder.check_clear(config)
-            if joins_cluster:
-                stack.enter_context(ray_session(config, display))  # tasks of the cluster read the headers of the shards
-            saved = folder.manifest() if resume_from is not None else None
-            manifest = check_run(config, display, saved=saved, is_trial=trial is not None)
-            if resume_from is None and folder.is_used():
-                left = folder.clear()
-                if left:
-                    display.say(left_message(left))
-            folder.begin(config, manifest)
+            finished = run.check(stack, is_resumed=resume, overwrite=overwrite)
         except KeyboardInterrupt:
             if ray_death.find_death():
                 raise
-            nothing = {"zero_shot": {}, "retrieval": {}, "train_s": 0.0, "total_s": time.monotonic() - begin}
+            nothing = {"zero_shot": {}, "retrieval": {}, "train_s": 0.0, "total_s": time.monotonic() - run.begin}
             return {"status": "stopped", "samples_seen": 0, **nothing}
-        display.keep = folder.append_event
-        supervisors: list[Supervisor] = []  # one for each Ray that the run has had
-        failed: list[policy.Attempt] = []
-
-        def live() -> str:
-            """Train and evaluate on the Ray of this process; return "finished" or "stopped"."""
-            import ray.experimental.internal_kv
-
-            from sigray.workers.data.pool import DataPool, SharedPool, start_here
-
-            pool: DataPool | SharedPool
-            if trial is not None:
-                pool = trial.pool
-            else:
-                pool = DataPool(manifest, config.data, config.model, seed=config.run.seed, run=config.run.name)
-            with contextlib.ExitStack() as stack:
-                stack.callback(lambda: ray_death.find_death() or pool.close())
-                joined = joins_cluster if trial is None else trial.is_joined
-                store = ray.experimental.internal_kv if joined else None
-                places = Places(f"run {config.run.name}", store, is_trial=trial is not None)
-                stack.enter_context(places)
-                monitor = start_here(RunMonitor)
-                records = RunRecords(config, folder, manifest, display, name=trial.name if trial else config.run.name)
-                stack.enter_context(contextlib.closing(records))
-                rungs = Rungs(config, folder, monitor, trial)
-                evaluations = Evaluations(config, folder, records, rungs, display)
-                at_start = evaluates_at_start(config, is_trial=trial is not None)
-                group = WorkerGroup(
-                    config, folder, manifest, pool, monitor, lease.owner, rungs.steps, profile, at_start
-                )
-                supervisor = Supervisor(config, group, lease, records, evaluations, rungs, display, places, failed)
-                if supervisors:
-                    records.facts, evaluations.newest = (
-                        supervisors[-1].records.facts,
-                        supervisors[-1].evaluations.newest,
-                    )
-                supervisors.append(supervisor)
-                status = supervisor.run()
-                if supervisor.is_stopping and config.eval.sets and trial is None:
-                    status = "stopped"  # a resume evaluates the newest checkpoint
-                if profile is not None:
-                    path = folder.path / "profile" / "ray_timeline.json"  # mainly for the data-shard workers
-                    path.parent.mkdir(exist_ok=True)
-                    ray.timeline(filename=str(path))
-                pool.release()  # the evaluations may wait for resources
-                places.hold()
-                if status == "finished":
-                    evaluations.finish()
-                    if evaluations.newest is not None:
-                        while rungs.decide_on(evaluations.newest) == "wait":
-                            time.sleep(_POLL_S)
-                            lease.check()
-                        add_baselines(config, evaluations.newest)
-                        folder.save_evaluation(evaluations.newest)
-                return status
-
-        def sum_up(status: str) -> dict[str, Any]:
-            last = supervisors[-1] if supervisors else None
-            seconds = {"train_s": sum(each.train_s for each in supervisors), "total_s": time.monotonic() - begin}
-            facts, newest = (last.records.facts, last.evaluations.newest) if last else ({}, None)
-            summary = summarize(config, folder, manifest, status, facts, newest, **seconds)
-            summary["refused"] = last.records.refused_of_all() if last else {}
-            if summary["refused"]:
-                rows = [f"{n['count']:,} x {reason}, first {n['first']}" for reason, n in summary["refused"].items()]
-                display.say("\n  ".join(["samples refused or cut since the last start:", *rows]))
-            folder.save_summary(summary)
-            write_report(folder.path)
-            folder.upload_records()
-            return summary
-
+        if finished is not None:
+            return finished
+        run.display.keep = run.folder.append_event
         try:
-            while True:
-                first_step = _saved_step(folder)
-                num_lives = len(supervisors)
-                try:
-                    with ray_session(config, display, records_tasks=profile is not None):
-                        status = live()
-                    break
-                except RayDied as error:
-                    step = _saved_step(folder)
-                    # A Ray that dies twice while it starts would do so again.
-                    failure = policy.Failure.DIED if len(supervisors) > num_lives else policy.Failure.ERROR
-                    failed.append(policy.Attempt(time.monotonic(), first_step, step, failure, str(error)))
-                    decision = policy.after_failure(failed, config.cluster.max_failures_per_hour)
-                    if joins_cluster or isinstance(decision, policy.GiveUp):
-                        go_on = f"go on from step {step:,} with `sigray resume {folder.storage.uri}`"
-                        reason = f" ({decision.reason})" if isinstance(decision, policy.GiveUp) else ""
-                        raise RunFailed(f"{error}{reason}: {go_on}") from error
-                    display.say(f"{error}: starting Ray again, to go on from step {step:,}", "restart")
-                    time.sleep(decision.pause_s)
+            status = run.go_on()
         except KeyboardInterrupt:
-            if supervisors and supervisors[-1].is_stopping:
+            if run.lives and run.lives[-1].supervisor.is_stopping:
                 raise  # the second signal
             status = "stopped"
         except Exception as error:
-            folder.append_event(str(error), "failure")
-            sum_up("failed")
+            run.folder.append_event(str(error), "failure")
+            run.sum_up("failed")
             raise
-        with on_stop_signal(lambda: display.say("stopping: the run's summary is written")):
-            folder.append_event(status, "note")
-            return sum_up(status)
+        with on_stop_signal(lambda: run.display.say("stopping: the run's summary is written")):
+            run.folder.append_event(status, "note")
+            return run.sum_up(status)
+
+
+@dataclass
+class _Run:
+    """A run over all of its Rays; arguments as `train`.
+
+    Attributes:
+        lives: one for each Ray that the run has had.
+        failed: attempts that failed, on any of them.
+    """
+
+    config: RunConfig
+    display: Display
+    folder: RunFolder
+    trial: Trial | None
+    profile: Profile | None
+    begin: float = field(default_factory=time.monotonic)
+    lives: list[_RayLife] = field(default_factory=list)
+    failed: list[policy.Attempt] = field(default_factory=list)
+
+    def check(self, stack: contextlib.ExitStack, *, is_resumed: bool, overwrite: bool) -> dict[str, Any] | None:
+        """Check the run, take its lease, write its folder; return the summary if it is finished.
+
+        Args:
+            stack: gets the lease, and the cluster that the run joins.
+        """
+        config, folder, display = self.config, self.folder, self.display
+        stack.callback(folder.remove_if_empty)
+        folder.storage.check_writable()
+        self.lease = stack.enter_context(RunLease(folder.storage))
+        saved: Manifest | None = None
+        is_begun = is_resumed or (not overwrite and folder.is_used())
+        if is_begun:
+            begun = folder.saved_config()
+            if not is_resumed:
+                taken = f"{folder.storage.uri} holds a run of this name"
+                display.say(f"{taken}: going on with it (--overwrite starts again)")
+            check_resume(begun, config)
+            finished = folder.finished_summary(config, at_start=evaluates_at_start(config, is_trial=False))
+            if finished is not None and self.trial is None and config.eval == begun.eval:
+                display.say(
+                    f"the run is finished. `sigray resume {config.storage_uri} train.num_samples=N` trains it to "
+                    f"more than {finished['samples_seen']:,.0f} samples"
+                )
+                return finished
+            if config.train.num_samples > begun.train.num_samples:
+                display.say(longer_text(begun, config, folder.storage))
+            saved = folder.manifest()
+        elif overwrite:
+            folder.check_clear(config)
+        if cluster_address(config) is not None:
+            stack.enter_context(ray_session(config, display))  # tasks of the cluster read the headers of the shards
+        self.manifest = check_run(config, display, saved=saved, is_trial=self.trial is not None)
+        if not is_begun and folder.is_used() and (left := folder.clear()):
+            display.say(left_message(left))
+        folder.begin(config, self.manifest)
+        return None
+
+    def go_on(self) -> str:
+        """Train on one Ray after another until the end; return "finished" or "stopped"."""
+        while True:
+            first_step = _saved_step(self.folder)
+            num_lives = len(self.lives)
+            try:
+                with (
+                    ray_session(self.config, self.display, records_tasks=self.profile is not None),
+                    contextlib.ExitStack() as stack,
+                ):
+                    self.lives.append(_RayLife(self, stack))
+                    return self.lives[-1].train()
+            except RayDied as error:
+                # A Ray that dies twice while it starts would do so again.
+                failure = policy.Failure.DIED if len(self.lives) > num_lives else policy.Failure.ERROR
+                self._start_again(error, first_step, failure)
+
+    def _start_again(self, error: RayDied, first_step: int, failure: policy.Failure) -> None:
+        """Wait until Ray may start again.
+
+        Raises:
+            RunFailed: if it may not.
+        """
+        step = _saved_step(self.folder)
+        self.failed.append(policy.Attempt(time.monotonic(), first_step, step, failure, str(error)))
+        decision = policy.after_failure(self.failed, self.config.cluster.max_failures_per_hour)
+        if cluster_address(self.config) is not None or isinstance(decision, policy.GiveUp):
+            go_on = f"go on from step {step:,} with `sigray resume {self.folder.storage.uri}`"
+            reason = f" ({decision.reason})" if isinstance(decision, policy.GiveUp) else ""
+            raise RunFailed(f"{error}{reason}: {go_on}") from error
+        self.display.say(f"{error}: starting Ray again, to go on from step {step:,}", "restart")
+        time.sleep(decision.pause_s)
+
+    def sum_up(self, status: str) -> dict[str, Any]:
+        """Write summary and report; return the summary."""
+        facts, newest, refused = self.lives[-1].results() if self.lives else ({}, None, {})
+        train_s = sum(life.supervisor.train_s for life in self.lives)
+        times = {"train_s": train_s, "total_s": time.monotonic() - self.begin}
+        summary = summarize(self.config, self.folder, self.manifest, status, facts, newest, **times)
+        summary["refused"] = refused
+        if refused:
+            rows = [f"{n['count']:,} x {reason}, first {n['first']}" for reason, n in refused.items()]
+            self.display.say("\n  ".join(["samples refused or cut since the last start:", *rows]))
+        self.folder.save_summary(summary)
+        write_report(self.folder.path)
+        self.folder.upload_records()
+        return summary
+
+
+class _RayLife:
+    """A run on one Ray, from the start of that Ray until its end.
+
+    Args:
+        stack: ends the pool, the places and the records.
+    """
+
+    def __init__(self, run: _Run, stack: contextlib.ExitStack) -> None:
+        import ray.experimental.internal_kv
+
+        from sigray.workers.data.pool import DataPool, start_here
+
+        config, folder, display, trial = run.config, run.folder, run.display, run.trial
+        self._run = run
+        if trial is not None:
+            self._pool: DataPool | SharedPool = trial.pool
+        else:
+            self._pool = DataPool(run.manifest, config.data, config.model, seed=config.run.seed, run=config.run.name)
+        stack.callback(lambda: ray_death.find_death() or self._pool.close())
+        is_joined = cluster_address(config) is not None if trial is None else trial.is_joined
+        store = ray.experimental.internal_kv if is_joined else None
+        self._places = stack.enter_context(Places(f"run {config.run.name}", store, is_trial=trial is not None))
+        monitor = start_here(RunMonitor)
+        name = trial.name if trial else config.run.name
+        self._records = RunRecords(config, folder, run.manifest, display, name=name)
+        stack.enter_context(contextlib.closing(self._records))
+        self._rungs = Rungs(config, folder, monitor, trial)
+        self._evaluations = Evaluations(config, folder, self._records, self._rungs, display)
+        if run.lives:
+            self._records.facts, self._evaluations.newest, _ = run.lives[-1].results()
+        at_start = evaluates_at_start(config, is_trial=trial is not None)
+        group = WorkerGroup(
+            config, folder, run.manifest, self._pool, monitor, run.lease.owner, self._rungs.steps, run.profile, at_start
+        )
+        parts = (group, run.lease, self._records, self._evaluations, self._rungs, display, self._places)
+        self.supervisor = Supervisor(config, *parts, run.failed)
+
+    def train(self) -> str:
+        """Train, and evaluate what is trained; return "finished" or "stopped"."""
+        run = self._run
+        status = self.supervisor.run()
+        if self.supervisor.is_stopping and run.config.eval.sets and run.trial is None:
+            status = "stopped"  # a resume evaluates the newest checkpoint
+        if run.profile is not None:
+            import ray
+
+            path = run.folder.path / "profile" / "ray_timeline.json"  # mainly for the data-shard workers
+            path.parent.mkdir(exist_ok=True)
+            ray.timeline(filename=str(path))
+        self._pool.release()  # the evaluations may wait for resources
+        self._places.hold()
+        if status == "finished":
+            self._evaluate()
+        return status
+
+    def _evaluate(self) -> None:
+        """Evaluate the rest of the checkpoints, and let the sweep decide on the newest."""
+        self._evaluations.finish()
+        newest = self._evaluations.newest
+        if newest is not None:
+            while self._rungs.decide_on(newest) == "wait":
+                time.sleep(_POLL_S)
+                self._run.lease.check()
+            add_baselines(self._run.config, newest)
+            self._run.folder.save_evaluation(newest)
+
+    def results(self) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]:
+        """Return start-up facts, newest evaluation and refused samples."""
+        return self._records.facts, self._evaluations.newest, self._records.refused_of_all()
 
 
 def _saved_step(folder: RunFolder) -> int:

@@ -71,7 +71,7 @@ FAULTS = [
     # driver -> Ray
     Fault(
         "seed of the data-shard workers is lost",
-        _RUN + "driver:train",
+        _RUN + "driver:_RayLife.__init__",
         "seed=config.run.seed",
         "seed=0",
         _of("run.seed"),
