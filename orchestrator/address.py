@@ -109,6 +109,13 @@ def dashboard_url(address: str) -> str:
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"{address} is no address of a dashboard: http://HOST:8265 expected")
+    if why := why_no_dashboard(url):
+        raise ConfigError(f"no Ray dashboard answers at {url}: {why}. Give --cluster FILE, or --address URL")
+    return url
+
+
+def why_no_dashboard(url: str) -> str | None:
+    """Return why no dashboard answers at a URL; None if one does."""
 
     def look() -> str | None:
         try:
@@ -117,9 +124,7 @@ def dashboard_url(address: str) -> str:
             return None if error.code in (401, 403) else str(error).lower()  # a head may want a token
         return None
 
-    if why := _within(look):
-        raise ConfigError(f"no Ray dashboard answers at {url}: {why}. Give --cluster FILE, or --address URL")
-    return url
+    return _within(look)
 
 
 def _within(look: Callable[[], str | None]) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +27,13 @@ def carried_name(content: bytes, name: str) -> str:
 
 def keep_carried(content: Any, storage: Storage) -> None:
     """Copy the carried files that a config names beside the config."""
-    for text, match in _named(content):
-        if Path(text).is_file() and not storage.exists(match[1]):
-            storage.write(match[1], Path(text).read_bytes())
+
+    def keep(text: str, name: str) -> str:
+        if Path(text).is_file() and not storage.exists(name):
+            storage.write(name, Path(text).read_bytes())
+        return text
+
+    _replace_carried(content, keep)
 
 
 def find_carried(content: Any, open_storage: Callable[[], Storage]) -> Any:
@@ -37,34 +41,27 @@ def find_carried(content: Any, open_storage: Callable[[], Storage]) -> Any:
 
     A job's own folder comes first, so a resubmission names the same paths. A file of the storage is cached.
     """
-    found = {}
-    for text, match in _named(content):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "sigray", match[1])
-        places = [Path(match[1]).absolute(), Path(text), cache]
-        if not any(place.exists() for place in places) and (storage := open_storage()).exists(match[1]):
-            data = storage.read(match[1])
-            if carried_name(data, cache.name) != match[1]:
-                raise ValueError(f"{storage.uri}/{match[1]} has another content than its name says: it was replaced")
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            part = cache.with_name(f".{cache.name}.{os.getpid()}")
-            part.write_bytes(data)
-            part.replace(cache)
-        found[text] = next((str(place) for place in places if place.exists()), text)
-    return _replaced(content, found)
+
+    def find(text: str, name: str) -> str:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "sigray", name)
+        places = [Path(name).absolute(), Path(text), cache]
+        if not any(place.exists() for place in places) and (storage := open_storage()).exists(name):
+            data = storage.read(name)
+            if carried_name(data, cache.name) != name:
+                raise ValueError(f"{storage.uri}/{name} has another content than its name says: it was replaced")
+            from sigray.workers.storage import Storage
+
+            Storage(cache.parent).write(cache.name, data)
+        return next((str(place) for place in places if place.exists()), text)
+
+    return _replace_carried(content, find)
 
 
-def _named(content: Any) -> Iterator[tuple[str, re.Match[str]]]:
-    """Yield the texts in a nested mapping that name a carried file."""
-    if isinstance(content, dict | list):
-        for value in content.values() if isinstance(content, dict) else content:
-            yield from _named(value)
-    elif isinstance(content, str) and (match := _CARRIED.search(content)):
-        yield content, match
-
-
-def _replaced(content: Any, texts: dict[str, str]) -> Any:
+def _replace_carried(content: Any, act: Callable[[str, str], str]) -> Any:
+    """Return a nested mapping with act(text, name) for each text that names a carried file."""
     if isinstance(content, dict):
-        return {key: _replaced(value, texts) for key, value in content.items()}
+        return {key: _replace_carried(value, act) for key, value in content.items()}
     if isinstance(content, list):
-        return [_replaced(value, texts) for value in content]
-    return texts.get(content, content) if isinstance(content, str) else content
+        return [_replace_carried(value, act) for value in content]
+    match = _CARRIED.search(content) if isinstance(content, str) else None
+    return act(content, match[1]) if match else content

@@ -242,7 +242,7 @@ class RunFolder:
         Storage(self.path).write(evaluation_name(result["step"]), json.dumps(result).encode())
 
     def has_evaluation(self, step: int) -> bool:
-        return (self.path / EVALUATIONS / f"step-{step:010d}.json").exists()
+        return (self.path / evaluation_name(step)).exists()
 
     def save_summary(self, summary: dict[str, Any]) -> None:
         Storage(self.path).write(SUMMARY, json.dumps(summary, indent=1).encode())

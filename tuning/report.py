@@ -30,7 +30,7 @@ from sigray.orchestrator.reports.template import page, render
 from sigray.orchestrator.run_folder import REPORT
 from sigray.tuning.live import value_text
 from sigray.tuning.search import Search
-from sigray.tuning.study import Claim, FigureConfig, Study, trial_name
+from sigray.tuning.study import Claim, FigureConfig, Study, split_metric, trial_name
 from sigray.tuning.table import Ranked, Result, Row, Table, as_csv, ranking
 from sigray.tuning.verdict import Verdict, sample_variance, verdict
 from sigray.workers.checkpoint.index import CheckpointError
@@ -250,8 +250,7 @@ def _remarks(study: Study, table: Table, trials: Mapping[int, Trial]) -> list[st
 
 
 def _chance(study: Study, rows: Iterable[Row]) -> float | None:
-    task, _, rest = study.config.metric.partition(".")
-    name, _, figure = rest.rpartition(".")
+    task, name, figure = split_metric(study.config.metric)
     key = figure.replace("top", "chance") if task == "zero_shot" else figure.replace("_r", "_chance")
     for row in rows:
         for result in row.results:
@@ -617,10 +616,7 @@ def _importance(study: Study, table: Table, figures: Path | None) -> list[dict[s
 
 
 def _rate_axis(axes: Any, study: Study) -> None:
-    from matplotlib.ticker import FuncFormatter
-
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{100 * rate:g} %"))
-    axes.set_ylabel(study.config.metric.rpartition(".")[2].replace("_", " "))
+    drawing.rate_axis(axes, study.config.metric.rpartition(".")[2].replace("_", " "))
     axes.set_ylim(bottom=0)
 
 

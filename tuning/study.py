@@ -403,9 +403,15 @@ def parse_study(content: dict[str, Any], source: str) -> Study:
     return Study(config, base.model_dump(mode="json"))
 
 
-def _check_metric(metric: str, base: RunConfig, source: str) -> None:
+def split_metric(metric: str) -> tuple[str, str, str]:
+    """Return task, set and figure of a metric; the name of a set may have dots."""
     task, _, rest = metric.partition(".")
     name, _, figure = rest.rpartition(".")
+    return task, name, figure
+
+
+def _check_metric(metric: str, base: RunConfig, source: str) -> None:
+    task, name, figure = split_metric(metric)
     sets = base.eval.sets
     place = f"{source}: metric={metric}"
     if task not in _FIGURES or figure not in _FIGURES[task]:

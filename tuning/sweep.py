@@ -51,7 +51,7 @@ from sigray.tuning.feasible import feasible
 from sigray.tuning.judge import Judge
 from sigray.tuning.live import LiveTable, results_table, words
 from sigray.tuning.search import Search
-from sigray.tuning.study import STUDY, Study, read_study, trial_name
+from sigray.tuning.study import STUDY, Study, read_study, split_metric, trial_name
 from sigray.tuning.table import RESULTS, Row, Table, Writer
 from sigray.workers.checkpoint.lease import LEASE_FILE, RunHeld, RunLease
 from sigray.workers.data.manifest import Manifest
@@ -630,9 +630,8 @@ def _train(run: RunConfig, console: Console, trial: _SweepTrial) -> None:
 
 
 def figure_of(evaluation: dict[str, Any], metric: str) -> float:
-    """The value of a metric in an evaluation; SET in zero_shot.SET.top1 may have dots."""
-    task, _, rest = metric.partition(".")
-    name, _, figure = rest.rpartition(".")
+    """The value of a metric in an evaluation."""
+    task, name, figure = split_metric(metric)
     return float(evaluation[task][name][figure])
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sigray.tuning.study import Claim
+from sigray.tuning.study import Claim, split_metric
 from sigray.tuning.table import Result, Row
 
 
@@ -95,8 +95,7 @@ def _by_seed(pairs: Sequence[tuple[Row, Result, Result]], metric: str) -> tuple[
 
 def sample_variance(result: Result, metric: str) -> float:
     """The variance p(1-p)/n of a rate over n images or captions."""
-    task, _, rest = metric.partition(".")
-    name, _, figure = rest.rpartition(".")
+    task, name, figure = split_metric(metric)
     counted = "num_captions" if figure.startswith("text_to_image") else "num_images"
     count = result.figures.get(task, {}).get(name, {}).get(counted) or 1
     return result.value * (1 - result.value) / count

@@ -29,7 +29,7 @@ from typing import Any
 from rich.console import Console
 
 import sigray
-from sigray.orchestrator.address import dashboard_url
+from sigray.orchestrator.address import dashboard_url, why_no_dashboard
 from sigray.orchestrator.cluster.job_files import JobFiles, is_shared
 from sigray.orchestrator.config import ConfigError, RunConfig, override_of, parse_config, put, read_run_file
 from sigray.orchestrator.formatting import format_duration
@@ -342,34 +342,24 @@ def _tunnel(cluster: str) -> Iterator[str]:
     """Forward the head's dashboard to a free loopback port, by `ray dashboard`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "ray"), "dashboard", cluster, "--port", str(port)]
+        port = str(free.getsockname()[1])
+    url = f"http://127.0.0.1:{port}"
+    command = [str(Path(sys.executable).parent / "ray"), "dashboard", cluster, "--port", port]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
         try:
             deadline = time.monotonic() + _TUNNEL_S
-            while not _answers(port):
+            while why_no_dashboard(url):
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
                     said = log.read().decode(errors="replace").strip()
                     raise RuntimeError(f"`ray dashboard` does not reach the head of {cluster}:\n{said[-1000:]}")
                 time.sleep(0.2)
-            yield f"http://127.0.0.1:{port}"
+            yield url
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, 15)
             process.wait()
-
-
-def _answers(port: int) -> bool:
-    import urllib.error
-    import urllib.request
-
-    try:
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/api/version", timeout=2)
-    except OSError as error:
-        return isinstance(error, urllib.error.HTTPError)  # the head wants a token
-    return True
 
 
 def environment_differences(requirements: str) -> list[str]:

@@ -51,6 +51,14 @@ def log_axis(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: decimal(value)))
 
 
+def rate_axis(axes: Axes, label: str) -> None:
+    """Label the y axis, in percent."""
+    from matplotlib.ticker import FuncFormatter
+
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{100 * rate:g} %"))
+    axes.set_ylabel(label)
+
+
 def samples_axis(axes: Axes) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 

@@ -91,7 +91,7 @@ def _zero_shot(run: RunFiles, name: str) -> tuple[str, Any] | None:
     baseline = run.baseline(name)
 
     def draw(figure: Figure) -> None:
-        from matplotlib.ticker import FuncFormatter, LogLocator
+        from matplotlib.ticker import LogLocator
 
         axes = figure.subplots()
         levels = [value for points in curves.values() for _, value in points]
@@ -113,8 +113,7 @@ def _zero_shot(run: RunFiles, name: str) -> tuple[str, Any] | None:
             axes.set_ylim(low, high)
         else:
             axes.set_ylim(0, min(1.0, max(positive, default=1.0) * 1.1))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{100 * rate:g} %"))
-        axes.set_ylabel("images with the right name")
+        drawing.rate_axis(axes, "images with the right name")
         drawing.samples_axis(axes)
         num_columns = 3 if baseline else 2
         figure.legend(loc="upper center", ncols=num_columns, frameon=False, handlelength=1.6, columnspacing=1.2)
@@ -139,8 +138,6 @@ def language_bars(bars: list[tuple[str, float, float]]) -> Any:
     ordered = sorted(bars, key=lambda bar: -bar[1])
 
     def draw(figure: Figure) -> None:
-        from matplotlib.ticker import FuncFormatter
-
         figure.set_size_inches(8.6, 2.9)
         axes = figure.subplots()
         places = range(len(ordered))
@@ -148,8 +145,7 @@ def language_bars(bars: list[tuple[str, float, float]]) -> Any:
         axes.plot(places, [chance for _, _, chance in ordered], color=drawing.SECOND, linewidth=1.2, label="chance")
         axes.set_xticks(places, [language for language, *_ in ordered], fontsize=8)
         axes.set_xlim(-0.6, len(ordered) - 0.4)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{100 * rate:g} %"))
-        axes.set_ylabel("image to text R@1")
+        drawing.rate_axis(axes, "image to text R@1")
         axes.legend(frameon=False, loc="upper right")
         figure.subplots_adjust(left=0.09)
 

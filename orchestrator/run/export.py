@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sigray.orchestrator.config import ConfigError, RunConfig
-from sigray.orchestrator.run_folder import EVALUATIONS, EXPORTED, SUMMARY, RunFolder, check_inputs
+from sigray.orchestrator.run_folder import EXPORTED, SUMMARY, RunFolder, check_inputs, evaluation_name
 from sigray.workers.checkpoint.index import CheckpointInfo
 from sigray.workers.data.manifest import Manifest
 from sigray.workers.data.tar import DataError
@@ -161,7 +161,7 @@ def _texts_of(config: RunConfig) -> list[str]:
 
 def _figures(run: RunFolder, info: CheckpointInfo) -> dict[str, Any]:
     """Return the evaluation of this checkpoint from the run's records, if any."""
-    for name in (f"{EVALUATIONS}/step-{info.step:010d}.json", SUMMARY):
+    for name in (evaluation_name(info.step), SUMMARY):
         local = run.path / name
         with contextlib.suppress(OSError, ParseError):
             content = parse_json(local.read_bytes() if local.exists() else run.storage.read(name))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from sigray.tuning.search import Search
 from sigray.tuning.study import Study, parse_study
 from sigray.tuning.table import Table
-from tests.helpers.data import TOWERS
+from tests.helpers.data import COLOURS, TOWERS, write_dataset
 
 
 def run_content() -> dict[str, Any]:
@@ -19,6 +22,36 @@ def run_content() -> dict[str, Any]:
         "train": {"num_samples": 1000, "global_batch_size": 20},
         "eval": {"sets": {"colours": {"shards": "held", "classes": "classes.json"}, "plain": {"shards": "held"}}},
     }
+
+
+def write_small_study(folder: Path, run: dict[str, dict[str, Any]], **study: Any) -> Path:
+    """Write shards, base.yaml and study.yaml of a sweep that trains; return the study's path.
+
+    Args:
+        run: keys to set in the base run; its number of samples is the budget.
+    """
+    write_dataset(folder / "train", [60, 40, 70, 30])
+    write_dataset(folder / "held_out", [24])
+    (folder / "classes.json").write_text(json.dumps([{"id": name, "name": name} for name in COLOURS]))
+    base = {
+        "run": {"name": "base", "dir": str(folder / "runs")},
+        "data": {"shards": str(folder / "train"), "num_lanes": 3, "shuffle_window": 32},
+        "model": {"towers": TOWERS},
+        "train": {"global_batch_size": 24},
+        "eval": {"sets": {"colours": {"shards": str(folder / "held_out"), "classes": str(folder / "classes.json")}}},
+    }
+    base |= {section: base.get(section, {}) | keys for section, keys in run.items()}
+    (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    content = {
+        "name": "small",
+        "base": "base.yaml",
+        "dir": str(folder / "sweeps"),
+        "metric": "retrieval.colours.image_to_text_r10",
+        "budget": base["train"]["num_samples"],
+    }
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(content | study, sort_keys=False))
+    return path
 
 
 def study_content(**changes: Any) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from rich.console import Console
 
 from sigray.orchestrator.config import load_config, parse_config
@@ -37,53 +36,37 @@ from sigray.workers.evaluation.evaluate import evaluate_checkpoint
 from sigray.workers.evaluation.features import EvaluationJob
 from sigray.workers.storage import Storage
 from tests.helpers.bare import train_bare
-from tests.helpers.data import COLOURS, TOWERS, write_dataset
+from tests.helpers.data import TOWERS, write_dataset
 from tests.helpers.processes import descendants_named
 from tests.helpers.runs import LIMIT_S
+from tests.helpers.sweeps import write_small_study
 
 SWEEP = "import sys; from sigray.tuning.cli import main; sys.exit(main(sys.argv[1:]))"
 RUNGS = (192, 384, 768)
 
 
 def write_study(folder: Path) -> Path:
-    write_dataset(folder / "train", [60, 40, 70, 30])
-    write_dataset(folder / "held_out", [24])
-    (folder / "classes.json").write_text(json.dumps([{"id": name, "name": name} for name in COLOURS]))
-    base = {
-        "run": {"name": "base"},
-        "data": {"shards": str(folder / "train"), "block_size": 8, "num_lanes": 3, "shuffle_window": 32},
-        "model": {"towers": TOWERS},
-        "train": {"num_samples": 768, "global_batch_size": 24, "log_every_steps": 2},
-        "eval": {"sets": {"colours": {"shards": str(folder / "held_out"), "classes": str(folder / "classes.json")}}},
-        # Between the rungs too: a trial goes on from where it was killed, not only from a rung.
-        "checkpoint": {"save_every_steps": 4},
+    cases = {
+        "slow": {"optim.lr": 1.0e-5, "train.global_batch_size": 24},
+        "good": {"optim.lr": 3.0e-3, "train.global_batch_size": 24},
+        "large batch": {"optim.lr": 1.0e-3, "train.global_batch_size": 48},
+        "crashes": {"optim.lr": 1.0e30, "train.global_batch_size": 24},
+        "cannot run": {"train.global_batch_size": 400},
     }
-    (folder / "base.yaml").write_text(yaml.safe_dump(base))
-    study = {
-        "name": "small",
-        "base": "base.yaml",
-        "dir": str(folder / "sweeps"),
-        "metric": "retrieval.colours.image_to_text_r10",
-        "budget": RUNGS[-1],
-        "rungs": list(RUNGS[:-1]),
-        "scheduler": {"name": "asha", "eta": 2},
-        # The order: large batch and good side by side to the end, then crashes, then slow, which is stopped.
-        "search": {"seed": 1},
-        "space": {
-            "trial": {
-                "cases": {
-                    "slow": {"optim.lr": 1.0e-5, "train.global_batch_size": 24},
-                    "good": {"optim.lr": 3.0e-3, "train.global_batch_size": 24},
-                    "large batch": {"optim.lr": 1.0e-3, "train.global_batch_size": 48},
-                    "crashes": {"optim.lr": 1.0e30, "train.global_batch_size": 24},
-                    "cannot run": {"train.global_batch_size": 400},
-                }
-            }
+    return write_small_study(
+        folder,
+        {
+            "data": {"block_size": 8},
+            "train": {"num_samples": 768, "log_every_steps": 2},
+            # Between the rungs too: a trial goes on from where it was killed, not only from a rung.
+            "checkpoint": {"save_every_steps": 4},
         },
-    }
-    path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump(study, sort_keys=False))
-    return path
+        rungs=list(RUNGS[:-1]),
+        scheduler={"name": "asha", "eta": 2},
+        # The order: large batch and good side by side to the end, then crashes, then slow, which is stopped.
+        search={"seed": 1},
+        space={"trial": {"cases": cases}},
+    )
 
 
 @pytest.fixture(scope="module")
