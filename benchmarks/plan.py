@@ -18,6 +18,7 @@ row exact is printed beside it.
 from __future__ import annotations
 
 import argparse
+import bisect
 import json
 import os
 import subprocess
@@ -28,7 +29,7 @@ import torch
 from benchmarks.common import ROOT, peak_growth_mib, random_batch, report, status_mib, trainer_of
 from sigray.orchestrator.config import RunConfig, load_config
 from sigray.orchestrator.device_kinds import DEVICES, GIB
-from sigray.orchestrator.planning.plan import default_num_devices, largest_batch, plan, run_device
+from sigray.orchestrator.planning.plan import Plan, default_num_devices, plan, run_device
 from sigray.orchestrator.planning.this_machine import this_cpu
 
 MIB = 2**20
@@ -163,10 +164,14 @@ def main() -> None:
         print(example, flush=True)
         rows.append(compare_days(example, days, is_bound))
     base = load_config(ROOT / "examples" / "siglip_b16_5days_32xtpu_v4.yaml")
-    in_one_piece = largest_batch(base, DEVICES["tpu-v4"], 4)
-    assert in_one_piece is not None
-    train = base.train.model_copy(update={"global_batch_size": PAPER_BATCH})
-    found = plan(base.model_copy(update={"train": train}), DEVICES["tpu-v4"], 4)
+
+    def paper_plan(batch: int) -> Plan:
+        train = base.train.model_copy(update={"global_batch_size": batch})
+        return plan(base.model_copy(update={"train": train}), DEVICES["tpu-v4"], 4)
+
+    batches = range(256, 16 * PAPER_BATCH, 256)
+    in_one_piece = batches[bisect.bisect_left(batches, True, key=lambda batch: not paper_plan(batch).fits) - 1]
+    found = paper_plan(PAPER_BATCH)
     print(
         f"four TPU v4: {PAPER_BATCH:,} {'fit' if found.fits else 'do not fit'} in one piece "
         f"({found.peak.total / GIB:.1f} GiB on each chip), {in_one_piece:,} at most"

@@ -58,7 +58,7 @@ def find_carried(content: Any, open_storage: Callable[[], Storage]) -> Any:
 
 
 def _replace_carried(content: Any, act: Callable[[str, str], str]) -> Any:
-    """Return a nested mapping with act(text, name) for each text that names a carried file."""
+    """Return a config with act(text, name) for each text that names a carried file."""
     if isinstance(content, dict):
         return {key: _replace_carried(value, act) for key, value in content.items()}
     if isinstance(content, list):

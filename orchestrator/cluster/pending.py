@@ -101,27 +101,14 @@ class Autoscaler:
     max_nodes: int | None = None
 
 
-@dataclass(frozen=True)
-class PendingReason:
-    """Why a demand is pending.
-
-    Attributes:
-        sentence: the demand, what the cluster has, and what the run waits for.
-        can_be_met: whether the cluster can meet the demand without a person; None: unknown.
-    """
-
-    sentence: str
-    can_be_met: bool | None
-
-
 def _each(resources: dict[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in resources.items() if amount) or "nothing"
 
 
 def pending_reason(
     demand: Demand, hosts: Sequence[Host], autoscaler: Autoscaler | None, holders: Sequence[str] = ()
-) -> PendingReason:
-    """Explain why a demand is pending.
+) -> str:
+    """Say in a sentence why a demand is pending, and what the run waits for.
 
     Args:
         demand: workers that do not fit at the moment.
@@ -133,23 +120,22 @@ def pending_reason(
     free = _num_fitting(demand, [dataclasses.replace(host, total=host.free) for host in hosts])
     begin = f"needs {demand.text()}, has "
     if free >= demand.num_workers and not (demand.data_workers or holders):
-        return PendingReason(f"{begin}them: waiting for Ray to place them", True)
+        return f"{begin}them: waiting for Ray to place them"
     if has >= demand.num_workers:
         until = f"{' or '.join(holders[:10])} releases them" if holders else "the others are released"
         together = ", but not together with the data-shard workers" if free >= demand.num_workers else ""
-        return PendingReason(f"{begin}{has}, {free} free{together}: waiting until {until}", True)
+        return f"{begin}{has}, {free} free{together}: waiting until {until}"
     begin += f"{has}: "
     if autoscaler is None:
-        return PendingReason(f"{begin}waiting for hosts; the driver cannot see whether an autoscaler runs", None)
+        return f"{begin}waiting for hosts; the driver cannot see whether an autoscaler runs"
     if not autoscaler.runs:
-        return PendingReason(f"{begin}no autoscaler runs: start hosts by hand", False)
+        return f"{begin}no autoscaler runs: start hosts by hand"
     if any(not kind.resources for kind in autoscaler.types):
-        why = "waiting for the autoscaler; the cluster file names no resources of its hosts"
-        return PendingReason(f"{begin}{why}", None)
+        return f"{begin}waiting for the autoscaler; the cluster file names no resources of its hosts"
     if _max_workers(demand, hosts, autoscaler) >= demand.num_workers:
         names = " or ".join(kind.name for kind in autoscaler.types if _workers_per_node(demand, kind))
-        return PendingReason(f"{begin}waiting for the autoscaler ({names})", True)
-    return PendingReason(f"{begin}cannot be met by this cluster file: {_why_not(demand, hosts, autoscaler)}", False)
+        return f"{begin}waiting for the autoscaler ({names})"
+    return f"{begin}cannot be met by this cluster file: {_why_not(demand, hosts, autoscaler)}"
 
 
 def _fit(demand: Demand, resources: dict[str, float]) -> int:
@@ -221,7 +207,7 @@ def why_pending(demand: Demand, holders: Sequence[str]) -> str:
     import ray
 
     autoscaler = find_autoscaler(ray.get_runtime_context().gcs_address)
-    return pending_reason(demand, cluster_hosts(), autoscaler, holders).sentence
+    return pending_reason(demand, cluster_hosts(), autoscaler, holders)
 
 
 def demand_of(cluster: ClusterConfig, num_workers: int, data_workers: Sequence[dict[str, float]] = ()) -> Demand:

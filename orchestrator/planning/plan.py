@@ -14,7 +14,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -351,32 +351,8 @@ def largest_micro_batch(config: RunConfig, kind: DeviceKind, num_devices: int) -
 
     sizes = [size for size in range(1, part + 1) if part % size == 0]
     # The whole part at once may fit even if smaller sizes do not: a single micro-batch meets no gradients.
-    best = part if fits(part) else _largest(sizes, fits)
-    return None if best is None else best * devices
-
-
-def largest_batch(config: RunConfig, kind: DeviceKind, num_devices: int, *, step: int = 64) -> int | None:
-    """Return the largest global batch that fits without micro-batches.
-
-    Args:
-        step: pairs per device between the batches that are tried.
-    """
-
-    def fits(number: int) -> bool:
-        batch = number * step * num_devices
-        return plan(_changed(config, micro_batch_size=None, global_batch_size=batch), kind, num_devices).fits
-
-    high = 1
-    while fits(high):
-        high *= 2
-    best = _largest(list(range(high // 2, high)), fits) if high > 1 else None
-    return None if best is None else best * step * num_devices
-
-
-def _largest(values: list[int], holds: Callable[[int], bool]) -> int | None:
-    """Return the largest value that satisfies a monotone predicate, None if none does."""
-    number = bisect.bisect_left(values, True, key=lambda value: not holds(value))
-    return values[number - 1] if number else None
+    number = len(sizes) if fits(part) else bisect.bisect_left(sizes, True, key=lambda size: not fits(size))
+    return sizes[number - 1] * devices if number else None
 
 
 def check_memory(config: RunConfig) -> None:

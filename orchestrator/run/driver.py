@@ -132,7 +132,7 @@ class _Run:
     failed: list[policy.Attempt] = field(default_factory=list)
 
     def check(self, stack: contextlib.ExitStack, *, is_resumed: bool, overwrite: bool) -> dict[str, Any] | None:
-        """Check the run, take its lease, write its folder; return the summary if it is finished.
+        """Check and begin the run; return its summary if it is finished.
 
         Args:
             stack: gets the lease, and the cluster that the run joins.

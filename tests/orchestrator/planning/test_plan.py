@@ -27,7 +27,6 @@ from sigray.orchestrator.planning.plan import (
     check_fits,
     check_memory,
     default_num_devices,
-    largest_batch,
     largest_micro_batch,
     loss_bytes,
     plan,
@@ -409,13 +408,6 @@ def test_no_micro_batch_helps_where_the_weights_alone_are_too_large():
     config = small()
     with pytest.raises(DoesNotFit, match="no micro-batch is small enough: take more or larger devices"):
         check_fits(plan(config, dataclasses.replace(CPU, memory=2**20), 1), config)
-
-
-def test_the_largest_batch_fits_and_the_next_does_not():
-    config, kind = small(), dataclasses.replace(CPU, memory=150 * 2**20)
-    best = largest_batch(config, kind, 1, step=256)
-    for batch, fits in ((best, True), (best + 256, False)):
-        assert plan(small(f"train.global_batch_size={batch}"), kind, 1).fits is fits
 
 
 def test_a_batch_that_does_not_divide_over_the_devices():

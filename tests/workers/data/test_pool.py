@@ -423,7 +423,7 @@ def test_hosts_without_accelerators_are_preferred_and_not_required(ray_driver, p
         assert used == {ray_driver.head_node.node_id: 2, with_gpu.node_id: 1}
         # What a run that waits would say: four of the GPU host's CPUs are taken by a data-shard worker.
         demands = [Demand(1, {"GPU": 1.0}), Demand(1, {"GPU": 1, "CPU": 1})]
-        said = [pending_reason(demand, cluster_hosts(), BY_HAND).sentence for demand in demands]
+        said = [pending_reason(demand, cluster_hosts(), BY_HAND) for demand in demands]
         assert said == [
             "needs 1 training worker of 1 GPU, has them: waiting for Ray to place them",
             "needs 1 training worker of 1 GPU, 1 CPU, has 1, 0 free: waiting until the others are released",
