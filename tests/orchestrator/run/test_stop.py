@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.runs import NUM_STEPS, Sigray, SmallRun
+from tests.helpers.runs import BATCH, NUM_STEPS, Sigray, SmallRun
 
+LAST_STEP = 2 * NUM_STEPS
 Moment = Callable[[str, Path], Any]  # of a run's output and its folder: true when the signal comes
 
 
@@ -26,12 +27,12 @@ MOMENTS: dict[str, Moment] = {
     "start of Ray": lambda output, folder: "starting Ray on this machine" in output,
     "start of the workers": lambda output, folder: "starting the training workers" in output,
     "workers are up": lambda output, folder: "devices  1 training worker" in output,
-    "first step": lambda output, folder: re.search(r"step +1  samples", output),
-    "training": lambda output, folder: re.search(r"step +15  samples", output),
+    "first step": lambda output, folder: "step " in output,
+    "training": lambda output, folder: output.count("step ") > 10,
     "checkpoint": writes_checkpoint,
     "evaluation": lambda output, folder: "zero-shot at" in output,
-    "last step": lambda output, folder: re.search(r"step +120  samples", output),
-    "end": lambda output, folder: "steps    120 to 120" in output,
+    "last step": lambda output, folder: f"step    {LAST_STEP}" in output,
+    "end": lambda output, folder: f"steps    {LAST_STEP} to {LAST_STEP}" in output,
 }
 
 
@@ -53,6 +54,7 @@ def test_sigterm_to_all_processes_ends_a_run_at_ten_moments(own_ray, tmp_path):
     """Also prints how long each end took: seconds, 30 at most on a machine that is not busy."""
     small = SmallRun(tmp_path)
     overrides = ["cluster.num_workers=1", "data.num_workers=1", "eval.pixel_baseline=false"]
+    overrides += [f"train.num_samples={LAST_STEP * BATCH}"]
     for number, (moment, is_there) in enumerate(MOMENTS.items()):
         run = Sigray(tmp_path / f"{number}.log", {**os.environ}, "train", small.config, *overrides, has_session=True)
         run.wait_until(lambda run=run, is_there=is_there: is_there(run.output(), small.path))
@@ -68,4 +70,4 @@ def test_sigterm_to_all_processes_ends_a_run_at_ten_moments(own_ray, tmp_path):
         steps = sorted(int(path.parent.name.split("-")[1]) for path in small.path.glob("checkpoints/*/commit.json"))
         done = [int(step) for step in re.findall(r"step +(\d+)  samples", run.output())]
         assert steps[-1:] == done[-1:] or not done, run.output()
-    assert steps[-1] == NUM_STEPS
+    assert steps[-1] == LAST_STEP
