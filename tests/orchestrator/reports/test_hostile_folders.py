@@ -167,9 +167,10 @@ def test_a_slow_folder_holds_up_nobody(tmp_path, monkeypatch):
     released, looks = threading.Event(), []
 
     def look(folder: ForeignFolder, address: str, for_list: bool) -> Look:
-        looks.append(folder.uri.rpartition("/")[2])
+        name = folder.uri.rpartition("/")[2]
+        looks.append(name)
         folder.read("mark")
-        if looks[-1].startswith("slow"):
+        if name.startswith("slow"):
             released.wait(LIMIT_S)
         return Look("finished", "says", 1.0, {}, Markup)
 
