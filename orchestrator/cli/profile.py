@@ -11,12 +11,11 @@ from sigray.orchestrator.config import load_config
 
 
 def _profile_job(options: Namespace) -> Job:
-    job = config_job("profile", options, ["--steps", str(options.steps), "--warm-up", str(options.warm_up)])
+    job, config = config_job("profile", options, ["--steps", str(options.steps), "--warm-up", str(options.warm_up)])
     from sigray.orchestrator.run.profile import profile_config
     from sigray.workers.training.profile import FOLDER, Profile
 
-    profile = Profile(options.warm_up, options.steps)
-    config = profile_config(load_config(options.config, options.overrides), profile)
+    config = profile_config(config, Profile(options.warm_up, options.steps))
     name = config.run.name
     result = ["fetch", f"{config.storage_uri}/{FOLDER}", f"{name}-traces"]
     return replace(job, name=name, page=f"/runs/{name}", storage=config.storage_uri, result=result)

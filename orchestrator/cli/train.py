@@ -13,7 +13,7 @@ from sigray.orchestrator.formatting import format_duration
 
 
 def _train_job(options: Namespace) -> Job:
-    return config_job("train", options, ["--overwrite"] if options.overwrite else [])
+    return config_job("train", options, ["--overwrite"] if options.overwrite else [])[0]
 
 
 @command(
@@ -72,8 +72,8 @@ def _resumed(options: Namespace) -> RunConfig:
 
 
 def _embed_job(options: Namespace) -> Job:
-    job = config_job("embed", options, has_run=False)
-    store = load_config(options.config, options.overrides).embeddings.store
+    job, config = config_job("embed", options, has_run=False)
+    store = config.embeddings.store
     if store is None:
         raise ConfigError(f"{options.config}: embeddings.store is not set: set embeddings.store=s3://bucket/embeddings")
     result = ["submit", "--", "train", options.config, *options.overrides]

@@ -76,8 +76,10 @@ class Job:
     home: str = ""
 
 
-def config_job(command: str, options: Namespace, flags: Sequence[str] = (), *, has_run: bool = True) -> Job:
-    """Return the job of a command that takes a run's YAML and overrides.
+def config_job(
+    command: str, options: Namespace, flags: Sequence[str] = (), *, has_run: bool = True
+) -> tuple[Job, RunConfig]:
+    """Return job and config of a command that takes a run's YAML and overrides.
 
     Args:
         has_run: the command writes checkpoints, so the hosts need one place for them.
@@ -101,7 +103,7 @@ def config_job(command: str, options: Namespace, flags: Sequence[str] = (), *, h
     files.check(path)
     name = config.run.name
     place = config.storage_uri
-    return Job(name, [command, FILE, *flags], f"/runs/{name}", place, ["export", place], content, files, home)
+    return Job(name, [command, FILE, *flags], f"/runs/{name}", place, ["export", place], content, files, home), config
 
 
 def place_job(command: str, place: str, kind: str, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -> Job:

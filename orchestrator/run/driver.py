@@ -35,7 +35,7 @@ from sigray.orchestrator.run.ray_death import RayDied
 from sigray.orchestrator.run.ray_session import ray_session
 from sigray.orchestrator.run.signals import interrupt, on_stop_signal
 from sigray.orchestrator.run.summary import summarize
-from sigray.orchestrator.run.supervisor import Supervisor
+from sigray.orchestrator.run.supervisor import Supervisor, resume_advice
 from sigray.orchestrator.run.trackers import RunRecords
 from sigray.orchestrator.run.trial import Rungs, Trial
 from sigray.orchestrator.run.worker_group import WorkerGroup
@@ -196,9 +196,8 @@ class _Run:
         self.failed.append(policy.Attempt(time.monotonic(), first_step, step, failure, str(error)))
         decision = policy.after_failure(self.failed, self.config.cluster.max_failures_per_hour)
         if cluster_address(self.config) is not None or isinstance(decision, policy.GiveUp):
-            go_on = f"go on from step {step:,} with `sigray resume {self.folder.storage.uri}`"
             reason = f" ({decision.reason})" if isinstance(decision, policy.GiveUp) else ""
-            raise RunFailed(f"{error}{reason}: {go_on}") from error
+            raise RunFailed(f"{error}{reason}: {resume_advice(step, self.folder.storage)}") from error
         self.display.say(f"{error}: starting Ray again, to go on from step {step:,}", "restart")
         time.sleep(decision.pause_s)
 

@@ -76,17 +76,22 @@ def joined_death() -> Callable[[], str]:
 
     def find() -> str:
         nonlocal answered_at
+        before = answered_at
+        with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), timeout=_POLL_S):
+            answered_at = time.monotonic()
+        waited_s = time.monotonic() - answered_at
         try:
             with socket.socket(socket.AF_UNIX) as connection:
                 connection.settimeout(_POLL_S)
                 connection.connect(node.raylet_socket_name)
         except (ConnectionRefusedError, FileNotFoundError):
+            if answered_at == before:  # a raylet without a gcs_server ends itself
+                return (
+                    f"the gcs_server of the cluster's head node, {node.gcs_address}, and then this node's raylet died"
+                )
             return f"the raylet of node {node.node_ip_address}, on which this driver runs, died"
         except OSError:
             pass  # it is busy
-        with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), timeout=_POLL_S):
-            answered_at = time.monotonic()
-        waited_s = time.monotonic() - answered_at
         if waited_s < _GCS_TIMEOUT_S:
             return ""
         return f"the gcs_server of the cluster's head node, {node.gcs_address}, gave no answer for {waited_s:.0f} s"

@@ -32,9 +32,19 @@ from sigray.workers.checkpoint.writer import leave_out, read_left_out
 
 if TYPE_CHECKING:
     from sigray.workers.data.pool import DataPool, SharedPool
+    from sigray.workers.storage import Storage
 
 _POLL_S = 0.5
 _GROW_POLL_S = 10.0  # between two checks whether more training workers fit
+
+
+def resume_advice(step: int, storage: Storage) -> str:
+    """Return how to go on after a run has failed.
+
+    Args:
+        step: of the newest checkpoint; 0 without one.
+    """
+    return f"go on from step {step:,} with `sigray resume {storage.uri}`" if step else "no checkpoint yet"
 
 
 @dataclass
@@ -331,10 +341,8 @@ class Supervisor:
 
     def _advice(self) -> str:
         """Say how to go on after the run has failed."""
-        if not self._saved_step:
-            return "no checkpoint yet"
-        advice = f"go on from step {self._saved_step:,} with `sigray resume {self._storage.uri}`"
-        if self.failed and self.failed[-1].failure is policy.Failure.MEMORY:
+        advice = resume_advice(self._saved_step, self._storage)
+        if self._saved_step and self.failed and self.failed[-1].failure is policy.Failure.MEMORY:
             facts = self.records.facts
             limit = max(1, facts["micro_batch_size"] // 2)
             smaller = micro_batch(facts["batch_per_worker"], limit, self.config.cluster.num_devices or 1)
