@@ -24,7 +24,7 @@ import yaml
 from sigray.orchestrator.cluster.files import check_cluster_file
 from sigray.orchestrator.config import load_config
 from tests.helpers.bare import train_bare
-from tests.helpers.data import TOWERS, write_dataset
+from tests.helpers.data import COLOURS, TOWERS, write_dataset
 from tests.helpers.hosts import ROOT, Hosts
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import LIMIT_S
@@ -51,6 +51,27 @@ def run_config(shards: str, storage: str) -> dict[str, Any]:
     }
 
 
+def study_file(hosts: Hosts) -> Path:
+    """A study of two batch sizes of the run, one training worker for each trial; its classes go with the job."""
+    base = run_config("s3://sigray/tars/", "s3://sigray/runs")
+    base["data"] |= {"num_workers": 1}
+    base["cluster"] |= {"num_workers": 1}
+    classes = hosts.folder / "classes.json"
+    classes.write_text(json.dumps([{"id": name, "name": name} for name in COLOURS]))
+    base["eval"] = {"sets": {"colours": {"shards": "s3://sigray/tars/", "classes": str(classes)}}}
+    content = {
+        "name": "sizes",
+        "base": base,
+        "metric": "zero_shot.colours.top1",
+        "budget": NUM_STEPS * BATCH // 2,
+        "space": {"train.global_batch_size": {"grid": [BATCH // 2, BATCH]}},
+        "storage": "s3://sigray/sweeps",
+    }
+    path = hosts.folder / "study.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
 def cluster_file(hosts: Hosts) -> dict[str, Any]:
     """clusters/on_premises.yaml with these hosts' addresses; the environment is the machine's, which they share."""
     content = yaml.safe_load((ROOT / "clusters" / "on_premises.yaml").read_text())
@@ -63,7 +84,7 @@ def cluster_file(hosts: Hosts) -> dict[str, Any]:
     content["setup_commands"], content["file_mounts"] = [], {"~/.ray/auth_token": "~/.ray/auth_token"}
     small = "--object-store-memory=200000000"
     # The head decodes here, so it has CPUs and the resource for it; a host that is away is missed after 4 s.
-    head = content["head_start_ray_commands"][1].replace("--num-cpus=0", "--num-cpus=3 --resources='{\"data\": 2}'")
+    head = content["head_start_ray_commands"][1].replace("--num-cpus=0", "--num-cpus=6 --resources='{\"data\": 2}'")
     for before, after in (("_ms=3000", "_ms=1000"), ("_ms=5000", "_ms=1000"), ("threshold=5", "threshold=3")):
         assert before in head
         head = head.replace(before, after)
@@ -198,11 +219,38 @@ def test_a_run_on_three_hosts_survives_the_loss_of_one(hosts, tmp_path, capsys):
             "print(boto3.client('s3').get_object(Bucket='sigray', Key=key)['Body'].read().decode())\n"
         )
         commit = json.loads(hosts.run("head", f"{exports} python {hosts.folder}/get.py"))
+
+        # A sweep over two batch sizes as a job: one trial on each host, one of which is cut off and comes back.
+        tables = {}
+        for name in ("cut", "undisturbed"):
+            submit = f"{exports} exec sigray submit --cluster {hosts.folder}/cluster.yaml --job {name} {names}"
+            submit += f" -- sweep {study_file(hosts)} name={name}"
+            following = start(hosts, "user", submit, tmp_path / "sweep.log")
+            processes.append(following)
+            if name == "cut":
+
+                def trials() -> str:
+                    """The logs of the trials, wherever Ray has placed their drivers."""
+                    read = "cat ~/sigray-sweeps/cut/trials/*.log"
+                    return "".join(hosts.run(host, read, check=False) for host in ("head", "t1", "t2"))
+
+                wait_for("step 100 of both", lambda: trials().count("step    100") >= 2, following, every_s=0.5)
+                hosts.cut("t2")
+                say("two trials are at step 100: the cable of t2 is pulled")
+                wait_for("the loss of t2", lambda: "Starting the workers again" in trials(), following)
+                hosts.mend("t2")
+            assert following.wait(timeout=LIMIT_S) == 0, (tmp_path / "sweep.log").read_text()
+            tables[name] = hosts.run("head", f"cat ~/sigray-sweeps/{name}/trials.csv")
+            said = (tmp_path / "sweep.log").read_text().splitlines()[-1]
+            assert said.endswith(f"-- train s3://sigray/sweeps/{name}/best.yaml"), said
+            say(f"the sweep {name!r} has ended")
+        assert tables["cut"] == tables["undisturbed"]
+        assert tables["cut"].count("finished") == 2
         down = hosts.run("user", f"ray down -y {hosts.folder}/cluster.yaml")
         assert "No nodes remaining" in down or "Requested" in down or "terminated" in down.lower(), down
         say("ray down has returned")
     finally:
-        for name in ("submit", "monitor", "weed"):
+        for name in ("submit", "sweep", "monitor", "weed"):
             path = tmp_path / f"{name}.log"
             if path.exists():
                 shutil.copy(path, Path("/var/tmp", f"sigray-cluster-{name}.log"))
