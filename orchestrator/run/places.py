@@ -43,7 +43,8 @@ _TURN_S = 300.0  # longest turn of a process that lives
 # Seconds that a placement group waits for resources. Each failed probe doubles them: on a busy machine Ray needs longer
 # to see that the probe before has ended, and autoscalers look every few seconds only.
 _PROBE_S, _LONGEST_PROBE_S = 1.0, 4.0
-_DECISION_S = 60.0  # longest wait for Ray to say whether it has placed a group
+_DECISION_S = 60.0  # longest further wait for Ray to say whether it has placed a group
+_REFUSED = ("NO_RESOURCES", "INFEASIBLE")  # its answers for a group that waits
 _FIRST_LINE_S, _LINE_S = 5.0, 30.0  # until the first line with the pending reason, and between two
 _TURN, _HOLDER, _NAMESPACE = "turn", "holder/", "sigray"
 
@@ -266,9 +267,7 @@ def num_placed(groups: Sequence[Sequence[dict[str, float]]], timeout_s: float = 
     bundles = [[{name: n for name, n in one.items() if n} for one in group] for group in groups]
     made = [placement_group([one for one in group if one], strategy="PACK") for group in bundles]
     end = time.monotonic() + timeout_s
-    for group in made:
-        group.wait(timeout_seconds=max(0.05, end - time.monotonic()))
-    placed = [_is_placed(group) for group in made]
+    placed = [_is_placed(group, end) for group in made]
     for group in made:
         remove_placement_group(group)
     for group in made:
@@ -277,19 +276,19 @@ def num_placed(groups: Sequence[Sequence[dict[str, float]]], timeout_s: float = 
     return [*placed, False].index(False)
 
 
-def _is_placed(group: Any) -> bool:
-    """Return whether Ray has placed a group; wait while Ray is placing it.
+def _is_placed(group: Any, end: float) -> bool:
+    """Return whether Ray has placed a group by a time; wait longer while Ray is placing it.
 
     A group that is removed while Ray places it may keep its resources for ever (seen with Ray 2.60 on a busy machine).
     """
     import ray
 
-    end = time.monotonic() + _DECISION_S
-    while time.monotonic() < end:
+    while time.monotonic() < end + _DECISION_S:
         table = ray.util.placement_group_table(group)
         if table["state"] == "CREATED":
             return True
-        if table["state"] == "PENDING" and table["stats"]["scheduling_state"] in ("NO_RESOURCES", "INFEASIBLE"):
+        is_undecided = table["state"] != "PENDING" or table["stats"]["scheduling_state"] not in _REFUSED
+        if time.monotonic() > end and not is_undecided:
             break
         time.sleep(0.02)
     return False

@@ -91,7 +91,12 @@ def ray_session(
                         log_to_driver=False,
                         configure_logging=False,
                     )
-            except Exception as error:  # Ray raises the base class, as on a machine that is too busy
+            except BaseException as error:  # Ray raises Exception itself, or was interrupted by a death
+                if death := ray_death.find_death():
+                    busy = "Ray gives its processes 30 s to start; is this machine too busy?"
+                    raise ray_death.RayDied(f"{death} while it started ({busy})") from error
+                if not isinstance(error, Exception):
+                    raise
                 raise RunFailed(f"Ray did not start on this machine: {error}") from error
         yield
 

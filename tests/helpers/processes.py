@@ -7,7 +7,9 @@ import subprocess
 
 def descendants_named(ancestor: int, name: str) -> list[int]:
     """Process ids below a process whose command line begins with a name."""
-    listing = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(
+        ["ps", "-ww", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+    ).stdout
     rows = [line.split(maxsplit=2) for line in listing.splitlines()]
     processes = [(int(pid), int(parent), args) for pid, parent, args in rows]
     family = {ancestor}

@@ -1,7 +1,8 @@
-"""SIGTERM to all processes of a run, as systemd and Slurm send it, at moments from its start to its evaluation."""
+"""Signals to the processes of a run: SIGTERM to all, as systemd and Slurm send it, and the death of its Ray."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -10,9 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ray
+
+from tests.helpers.processes import descendants_named
 from tests.helpers.runs import BATCH, NUM_STEPS, Sigray, SmallRun
 
 LAST_STEP = 2 * NUM_STEPS
+RAYLET = str(Path(ray.__file__).parent / "core/src/ray/raylet/raylet")
 Moment = Callable[[str, Path], Any]  # of a run's output and its folder: true when the signal comes
 
 
@@ -71,3 +76,14 @@ def test_sigterm_to_all_processes_ends_a_run_at_ten_moments(own_ray, tmp_path):
         done = [int(step) for step in re.findall(r"step +(\d+)  samples", run.output())]
         assert steps[-1:] == done[-1:] or not done, run.output()
     assert steps[-1] == LAST_STEP
+
+
+def test_a_ray_that_dies_while_it_starts_is_named(own_ray, tmp_path):
+    run = Sigray(tmp_path / "log", {**os.environ}, "train", SmallRun(tmp_path).config)
+    while run.process.poll() is None:
+        for pid in descendants_named(run.process.pid, RAYLET):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    assert run.process.returncode == 1
+    assert "raylet of this run's Ray died while it started (Ray gives its processes 30 s" in run.output()
