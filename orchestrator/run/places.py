@@ -279,7 +279,8 @@ def num_placed(groups: Sequence[Sequence[dict[str, float]]], timeout_s: float = 
 def _is_placed(group: Any, end: float) -> bool:
     """Return whether Ray has placed a group by a time.
 
-    Waits longer while Ray is placing it. A group that is removed while Ray places it may keep its resources for ever (seen with Ray 2.60 on a busy machine).
+    Waits longer while Ray is placing it. A group that is removed while Ray places it may keep its resources for ever
+    (seen with Ray 2.60 on a busy machine).
     """
     import ray
 
