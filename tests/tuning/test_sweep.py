@@ -169,14 +169,13 @@ def without_ray(study: Study, folder: Path) -> Table:
             continue
         content = study.trial_content(number, proposal.seed, proposal.budget, overrides)
         content["run"]["dir"] = str(folder / "runs")
-        content["checkpoint"] |= {"save_every_steps": RUNGS[0] // content["train"]["global_batch_size"]}
-        content["checkpoint"]["keep_newest"] = 100
         run = parse_config(content, "bare")
-        train_bare(0, 1, run)
-        at = {info.samples_seen: info for info in list_checkpoints(Storage(run.storage_uri))}
         for rung, samples in enumerate(RUNGS):
+            train_bare(0, 1, run, last_step=samples // run.train.global_batch_size)
+            info = list_checkpoints(Storage(run.storage_uri))[-1]
+            assert info.samples_seen == samples
             evaluation = evaluate_checkpoint(
-                EvaluationJob(run.storage_uri, at[samples], run.model, run.data, run.eval, run.embeddings)
+                EvaluationJob(run.storage_uri, info, run.model, run.data, run.eval, run.embeddings)
             )
             more = {"loss": None, "figures": {}}
             if judge.decide(number, rung, samples, figure_of(evaluation, config.metric), more) == "stop":

@@ -396,7 +396,7 @@ def test_only_whole_checkpoints_are_cut_and_one_is_left(config, tmp_path):
 def test_a_run_in_which_things_die_ends_as_if_nothing_had_happened(own_ray, tmp_path, capsys):
     small = SmallRun(tmp_path)
     # Each start of a Ray costs 25 s on two cores, so each kind comes once. Waits are short: 120 steps take 10 s.
-    arguments = ["eval={}", "train.ledger=false", "--faults", "4", "--every-s", "0.3", "--stuck-s", "120"]
+    arguments = ["eval={}", "train.ledger=false", "--faults", "4", "--every-s", "0.3"]
     code = main(["chaos", str(small.config), *arguments, "--kinds", "trainer,data-worker,driver,truncate"])
     out = tmp_path / "runs" / "small-chaos"
     output = capsys.readouterr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import itertools
 import os
 import re
 import signal
@@ -103,7 +104,9 @@ def test_it_shrinks_and_grows(output):
     assert "training workers: 2 -> 1" in output
     assert "capacity for 2 training workers: saving a checkpoint, then starting them" in output
     assert "training workers: 1 -> 2" in output
-    assert re.findall(r"batch +(96 pairs = \d+ x \d workers)", output) == [
+    sizes = re.findall(r"batch +(96 pairs = \d+ x \d workers)", output)
+    # On a busy machine the drained node may still have room for a moment, and the one worker starts again.
+    assert [size for size, _ in itertools.groupby(sizes)] == [
         "96 pairs = 48 x 2 workers",
         "96 pairs = 96 x 1 workers",
         "96 pairs = 48 x 2 workers",
