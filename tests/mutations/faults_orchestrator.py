@@ -241,7 +241,7 @@ FAULTS = [
         "sigray.orchestrator.run.places:next_move",
         "view.waited_s >= HOLD_S",
         "False",
-        (f"{_PLACES}::test_every_job_ends",),
+        (f"{_PLACES}::test_a_crowd_ends",),
     ),
     Fault(
         "the turn of a job that died is never taken over",

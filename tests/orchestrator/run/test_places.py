@@ -264,6 +264,13 @@ def test_the_reproduction_ends():
         simulate([Sweep(1, 3, [10, 10]), Run(1, 2, 20, holds_data=False)], Cluster(4), random.Random(seed))
 
 
+def test_a_crowd_ends():
+    """Nodes die, and what is left fits the jobs one after the other only; without giving back, most seeds hang."""
+    for seed in range(20):
+        jobs = [Sweep(1, 3, [10] * 4), Sweep(1, 3, [10] * 4), Run(1, 3, 30), Run(1, 3, 30)]
+        simulate(jobs, Cluster(16, spare=12), random.Random(seed))
+
+
 @settings(max_examples=50)
 @given(runs, runs, st.integers(0, 2**32))
 def test_jobs_that_fit_together_run_together(first, second, seed):
