@@ -176,18 +176,23 @@ class RunFolder:
 
         The newest checkpoint and its evaluation must be there, with `at_start` also that of the initial weights.
         """
-        place = next((place for place in self._places() if place.exists(SUMMARY)), None)
         newest = newest_checkpoint(self.storage)
-        if place is None or newest is None or newest[0].samples_seen < config.train.num_samples:
+        if newest is None or newest[0].samples_seen < config.train.num_samples:
             return None
         steps = {newest[0].step, *([0] if at_start else [])} if config.eval.sets else set()
         if any(not any(each.exists(evaluation_name(step)) for each in self._places()) for step in steps):
             return None
+        summary = self.summary()
+        return summary if summary.get("status") == "finished" else None
+
+    def summary(self) -> dict[str, Any]:
+        """Return the content of summary.json, empty without a readable one."""
+        place = next((place for place in self._places() if place.exists(SUMMARY)), None)
         try:
-            summary = parse_json(place.read(SUMMARY))
+            summary = parse_json(place.read(SUMMARY)) if place else {}
         except ParseError:
-            return None
-        return summary if isinstance(summary, dict) and summary.get("status") == "finished" else None
+            return {}
+        return summary if isinstance(summary, dict) else {}
 
     def manifest(self) -> Manifest:
         """Return the manifest that the run began with.

@@ -358,8 +358,9 @@ def read_study(place: str | Storage, overrides: list[str] | tuple[str, ...] = ()
     content = parse_mapping(text, source, "a study expected")
     if isinstance(place, str):  # the pages read folders of unknown origin, and no files besides
         content = find_carried(content, lambda: home)
+    recorded = f"{content.get('storage')}/{content.get('name')}"
     parent, _, content["name"] = home.uri.rpartition("/")
-    if not home.is_local or not content.get("storage"):
+    if not home.is_local or os.path.abspath(recorded) != home.uri:
         content["dir" if home.is_local else "storage"] = parent  # the folder may have moved
     _put_overrides(content, [override_of(text) for text in overrides], source)
     return parse_study(content, source)
@@ -377,6 +378,8 @@ def _put_overrides(content: dict[str, Any], given: list[tuple[str, Any]], source
     """Apply overrides to the study, or to its run."""
     for key, value in given:
         first, _, rest = key.partition(".")
+        if key in _mapping(content, "space", source):
+            raise ConfigError(f"{key}={value}: {source} tries values of this key: give space.{key}={{grid: [...]}}")
         if first in RunConfig.model_fields:
             content["overrides"] = _mapping(content, "overrides", source) | {key: value}
         elif first in ("overrides", "space") and rest:

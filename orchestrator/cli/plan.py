@@ -52,8 +52,8 @@ def plan(options: Namespace, console: Console) -> None:
       sigray plan examples/siglit_g14_4xtpu_v4.yaml embeddings.store=null     the locked tower in every step
       sigray plan my_run.yaml --json                                for programs
 
-    Needs no cluster, no accelerator and no data; checks held-out sets that are on this machine. docs/plan.md says what
-    the plan counts, what it assumes, and how far it was off.
+    Needs no cluster, no accelerator and no data; checks held-out sets and model.init_from if they are on this machine.
+    docs/plan.md says what the plan counts, what it assumes, and how far it was off.
 
     Exit codes: 0 the run fits; 2 it does not fit, and the message names the train.micro_batch_size that would.
     """
@@ -61,6 +61,7 @@ def plan(options: Namespace, console: Console) -> None:
     from sigray.orchestrator.planning.plan import check_fits, default_num_devices, plan, run_device, tables
     from sigray.orchestrator.run.preflight import check_model_config
     from sigray.workers.evaluation.set_checks import check_sets
+    from sigray.workers.model.init_weights import check_initial_weights
     from sigray.workers.model.tokenizer import is_plain
 
     device = options.device or run_device(config)
@@ -71,6 +72,8 @@ def plan(options: Namespace, console: Console) -> None:
     is_here = is_plain(config.model) if tokenizer == "open_clip" else Path(tokenizer).is_file()
     check_model_config(config, reads_tokenizer=is_here)
     check_sets(config.eval, config.data, only_here=True)
+    if config.model.init_from is not None and Path(config.model.init_from).exists():
+        check_initial_weights(config.model)
     num_devices = options.devices or default_num_devices(config, device)
     predicted = plan(config, device, num_devices, price_per_hour=options.price_per_hour)
     if options.json:

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from sigray.workers.training.profile import Profile
 
 _POLL_S = 0.5
+_OF_TRAINING = {"train_s", "total_s", "facts", "zero_shot", "retrieval", "linear_probe"}  # keys of summary.json
 
 
 def train(
@@ -207,6 +208,8 @@ class _Run:
         train_s = sum(life.supervisor.train_s for life in self.lives)
         times = {"train_s": train_s, "total_s": time.monotonic() - self.begin}
         summary = summarize(self.config, self.folder, self.manifest, status, facts, newest, **times)
+        if not facts:  # the training workers did not start: what an earlier driver has found out stays
+            summary |= {name: value for name, value in self.folder.summary().items() if name in _OF_TRAINING}
         summary["refused"] = refused
         if refused:
             rows = [f"{n['count']:,} x {reason}, first {n['first']}" for reason, n in refused.items()]

@@ -97,6 +97,26 @@ def test_a_sweep_goes_on_elsewhere(tmp_path):
     assert read_study(str(home), [f"dir={tmp_path / 'before'}"]).config == study.config
 
 
+def test_a_copy_of_a_sweep_with_a_storage_is_used_where_it_is(tmp_path):
+    places = {"dir": str(tmp_path / "before"), "storage": str(tmp_path / "storage")}
+    study = parse_study(study_content(**places), "study")
+    for name in ("before", "storage", "copy"):
+        home = tmp_path / name / "tiny"
+        home.mkdir(parents=True)
+        (home / "study.yaml").write_text(study.config.to_yaml())
+        found = read_study(str(home)).config
+        assert found.folder == tmp_path / ("copy" if name == "copy" else "before") / "tiny"
+        assert found.storage_uri == study.config.storage_uri
+
+
+def test_an_override_of_what_the_trials_vary_is_refused(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study_content(space={"train.global_batch_size": {"grid": [15, 30]}})))
+    with pytest.raises(ConfigError, match=r"train.global_batch_size=60: .* give space.train.global_batch_size="):
+        load_study(path, ["train.global_batch_size=60"])
+    assert load_study(path, ["space.train.global_batch_size={grid: [60]}"]).config.space
+
+
 def test_a_base_from_the_command_line_is_relative_to_where_that_is(tmp_path, monkeypatch):
     (tmp_path / "studies").mkdir()
     path = tmp_path / "studies" / "study.yaml"

@@ -78,6 +78,20 @@ def test_a_finished_run_is_trained_longer(run_yaml, plain, schedule):
         drive(run_yaml, *options)
 
 
+def test_a_stop_before_the_workers_start_keeps_what_was_found(run_yaml, plain, monkeypatch):
+    first, _ = drive(run_yaml)
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(driver, "ray_session", interrupted)
+    stopped, _ = drive(run_yaml, f"train.num_samples={8 * BATCH}")
+    assert (stopped["status"], stopped["samples_seen"]) == ("stopped", 4 * BATCH)
+    assert stopped["facts"]
+    for name in ("facts", "train_s", "total_s", "zero_shot", "retrieval"):
+        assert stopped[name] == first[name], name
+
+
 def test_another_storage_beside_an_old_run_is_refused(run_yaml, plain, tmp_path):
     drive(run_yaml)
     old, new = load_config(run_yaml).storage_uri, tmp_path / "new"

@@ -105,7 +105,7 @@ def test_it_shrinks_and_grows(output):
     assert "capacity for 2 training workers: saving a checkpoint, then starting them" in output
     assert "training workers: 1 -> 2" in output
     sizes = re.findall(r"batch +(96 pairs = \d+ x \d workers)", output)
-    # On a busy machine the drained node may still have room for a moment, and the one worker starts again.
+    # On a busy machine the drained node may still have free resources, and the one worker starts again.
     assert [size for size, _ in itertools.groupby(sizes)] == [
         "96 pairs = 48 x 2 workers",
         "96 pairs = 96 x 1 workers",
