@@ -31,7 +31,7 @@ def pages(options: Namespace, console: Console) -> None:
     """Serve live pages of runs and sweeps.
 
     examples:
-      sigray pages                          what runs/, sweeps/ and ~/sigray-runs hold, on http://127.0.0.1:3001
+      sigray pages                          runs/, sweeps/, ~/sigray-runs and ~/sigray-sweeps, on http://127.0.0.1:3001
       sigray pages /data/runs s3://bucket/runs s3://bucket/sweeps
       sigray pages --host 0.0.0.0           for a phone in the same network; everyone there can read the pages
 
