@@ -51,7 +51,7 @@ def sweep(options: Namespace, console: Console) -> int:
       sigray sweep tuning/studies/batch_size.yaml                 sigmoid and softmax at several batch sizes, demo data
       sigray sweep tuning/studies/batch_size.yaml --plan          the trials, and which cannot run
       sigray sweep study.yaml budget=20000 seeds=[0,1,2]          override any key of the study,
-      sigray sweep study.yaml optim.lr=5e-4 cluster.address=auto  and any key of the run that it varies
+      sigray sweep study.yaml optim.lr=5e-4 cluster.address=auto  and any other key of its run
       sigray sweep study.yaml scale=full data.shards=s3://bucket/tars/
       sigray sweep --resume sweeps/batch_size                     continue; the same command as before does too
       sigray sweep --report sweeps/batch_size                     write report.html and the figures again

@@ -79,7 +79,7 @@ def read_a_run(folder: Path) -> None:
 
 def read_a_sweep(folder: Path) -> None:
     read_study(str(folder))
-    load_study(folder / "study.yaml", ["optim.lr=1e-3"])
+    load_study(folder / "study.yaml", ["optim.weight_decay=0.1"])
     table = read_table(Storage(folder))
     assert all(row.status and row.key for row in table.rows.values())
 
