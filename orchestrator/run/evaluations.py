@@ -99,9 +99,7 @@ class Evaluations:
         """Try the evaluation of a rung again; a run without it goes on."""
         reason = getattr(error, "cause", error)
         if not self._rungs.needs_evaluation(info.step):
-            is_kept = info in list_checkpoints(self._folder.storage)
-            advice = "`sigray eval` repeats it" if is_kept else "its checkpoint is deleted by now"
-            self._display.say(f"the evaluation of {info.name} failed, {advice}: {reason}")
+            self._display.say(f"the evaluation of {info.name} failed, `sigray eval` repeats it: {reason}")
             return
         self._num_failures += 1
         if self._num_failures == _MAX_TRIES:
