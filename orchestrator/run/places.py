@@ -44,7 +44,6 @@ _TURN_S = 300.0  # longest turn of a process that lives
 # to see that the probe before has ended, and autoscalers look every few seconds only.
 _PROBE_S, _LONGEST_PROBE_S = 1.0, 4.0
 _DECISION_S = 60.0  # longest further wait for Ray to say whether it has placed a group
-_REFUSED = ("NO_RESOURCES", "INFEASIBLE")  # its answers for a group that waits
 _FIRST_LINE_S, _LINE_S = 5.0, 30.0  # until the first line with the pending reason, and between two
 _TURN, _HOLDER, _NAMESPACE = "turn", "holder/", "sigray"
 
@@ -288,8 +287,11 @@ def _is_placed(group: Any, end: float) -> bool:
         table = ray.util.placement_group_table(group)
         if table["state"] == "CREATED":
             return True
-        is_undecided = table["state"] != "PENDING" or table["stats"]["scheduling_state"] not in _REFUSED
-        if time.monotonic() > end and not is_undecided:
+        is_refused = table["state"] == "PENDING" and table["stats"]["scheduling_state"] in (
+            "NO_RESOURCES",
+            "INFEASIBLE",
+        )
+        if is_refused and time.monotonic() > end:
             break
         time.sleep(0.02)
     return False
