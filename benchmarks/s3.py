@@ -34,7 +34,7 @@ import boto3
 from botocore.config import Config
 
 from benchmarks.common import report
-from sigray.workers.config import S3Config
+from sigray.workers.config import StoresConfig
 from sigray.workers.data.s3 import ObjectInfo, S3Stream, split_s3_url, stat
 from sigray.workers.data.tar import read_tar
 from tests.helpers.faultproxy import throttled
@@ -71,7 +71,7 @@ def boto3_stream(client: Any, info: ObjectInfo) -> int:
     return count
 
 
-def sigray_stream(s3: S3Config, info: ObjectInfo) -> int:
+def sigray_stream(s3: StoresConfig, info: ObjectInfo) -> int:
     count = 0
     with contextlib.closing(S3Stream(info, s3)) as stream:
         while stream.position < info.num_bytes:
@@ -80,7 +80,7 @@ def sigray_stream(s3: S3Config, info: ObjectInfo) -> int:
     return count
 
 
-def sigray_tar(s3: S3Config, info: ObjectInfo) -> int:
+def sigray_tar(s3: StoresConfig, info: ObjectInfo) -> int:
     with contextlib.closing(S3Stream(info, s3)) as stream:
         return sum(sum(map(len, sample.members.values())) for sample in read_tar(stream))
 
@@ -98,7 +98,7 @@ def timed(run: Callable[[], int], num_bytes: int) -> tuple[float, float]:
 
 
 def measure_fast(endpoint: str, infos: list[ObjectInfo], num_repetitions: int) -> list[dict[str, float]]:
-    s3, plain = S3Config(endpoint=endpoint), plain_client(endpoint)
+    s3, plain = StoresConfig(s3_endpoint=endpoint), plain_client(endpoint)
     contestants: dict[str, Callable[[ObjectInfo], int]] = {
         "boto3": lambda info: boto3_stream(plain, info),
         "sigray": lambda info: sigray_stream(s3, info),
@@ -119,7 +119,7 @@ def measure_fast(endpoint: str, infos: list[ObjectInfo], num_repetitions: int) -
 
 
 def measure_slow(endpoint: str, infos: list[ObjectInfo], num_repetitions: int) -> list[dict[str, float]]:
-    s3, plain = S3Config(endpoint=endpoint), plain_client(endpoint)
+    s3, plain = StoresConfig(s3_endpoint=endpoint), plain_client(endpoint)
     repetitions = []
     for _ in range(num_repetitions):
         # One object is enough for the plain stream: it learns nothing from it.
@@ -144,8 +144,8 @@ def main() -> None:
         infos = []
         for key in ("0.tar", "1.tar"):
             plain_client(endpoint).put_object(Bucket=BUCKET, Key=key, Body=content)
-            infos.append(stat(f"s3://{BUCKET}/{key}", S3Config(endpoint=endpoint)))
-        with contextlib.closing(S3Stream(infos[0], S3Config(endpoint=endpoint))) as stream:
+            infos.append(stat(f"s3://{BUCKET}/{key}", StoresConfig(s3_endpoint=endpoint)))
+        with contextlib.closing(S3Stream(infos[0], StoresConfig(s3_endpoint=endpoint))) as stream:
             assert hashlib.md5(stream.read(infos[0].num_bytes)).digest() == hashlib.md5(content).digest()
         fast = measure_fast(endpoint, infos, options.repetitions)
         with throttled(endpoint, LATENCY_S, BYTES_PER_S) as slow_endpoint:

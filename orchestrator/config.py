@@ -367,7 +367,7 @@ def validate(model: type[AnySection], content: dict[str, Any], source: str, noun
     if secrets:
         raise ConfigError(
             f"{source} holds credentials, which must not be saved with a run:\n{secrets}Give credentials by the "
-            "environment, by data.s3.profile, or by the role of the machines"
+            "environment, by data.stores.profile, or by the role of the machines"
         )
     try:
         return model.model_validate(content)

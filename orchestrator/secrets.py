@@ -1,7 +1,7 @@
 """Find secrets in a config, which is saved with runs, sent with jobs and printed.
 
-Credentials come from the environment, a profile (`data.s3.profile`) or the role of a machine. A config with a secret is
-refused; the message repeats the key and never the value.
+Credentials come from the environment, a profile (`data.stores.profile`) or the role of a machine. A config with a
+secret is refused; the message repeats the key and never the value.
 """
 
 from __future__ import annotations

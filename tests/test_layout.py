@@ -44,7 +44,9 @@ def test_imports_point_one_way(package):
 ROOMS: dict[str, list[set[str]]] = {
     "workers": [
         {"parse", "texts", "tower_limits", "urls"},
-        {"config", "metrics", "sharding", "storage"},
+        {"config", "metrics", "sharding"},
+        {"stores"},
+        {"storage"},
         {"checkpoint"},
         {"model"},
         {"device"},

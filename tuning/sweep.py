@@ -244,7 +244,7 @@ class _Sweep:
 
     def _manifest(self, config: RunConfig) -> Manifest:
         data = config.model_dump(mode="json")["data"]
-        key = json.dumps([data[name] for name in ("shards", "s3", "image_keys", "captions")])
+        key = json.dumps([data[name] for name in ("shards", "stores", "image_keys", "captions")])
         if key not in self._manifests:
             self._manifests[key] = scan(config, self.display)
         return self._manifests[key]

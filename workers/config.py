@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from sigray.workers.tower_limits import check_towers
-from sigray.workers.urls import local_or_s3, local_path
+from sigray.workers.urls import local_or_url, local_path, readable
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -33,7 +33,7 @@ def _patterns(named: Any) -> Any:
         raise ValueError(f"{named!r} names no shards: give a path, a folder, a pattern, or a list of these")
     if isinstance(named, dict):
         return named
-    return local_or_s3(named) if isinstance(named, str) else [local_or_s3(pattern) for pattern in named]
+    return readable(named) if isinstance(named, str) else [readable(pattern) for pattern in named]
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Place:
     path_of: Callable[[str], str | None] = str
 
 
-LocalOrUri = Annotated[str, AfterValidator(local_or_s3), Place("shared")]
-LocalFolder = Annotated[str, AfterValidator(local_or_s3), Place("host")]
+LocalOrUri = Annotated[str, AfterValidator(local_or_url), Place("shared")]
+LocalFolder = Annotated[str, AfterValidator(local_or_url), Place("host")]
 LocalPath = Annotated[str, AfterValidator(local_path), Place("host")]
 LocalFile = Annotated[str, AfterValidator(local_path), Place("file")]
 # Checked outside the union, so that an error names the key and not the members of the union.
@@ -116,15 +116,25 @@ class Section(BaseModel):
     )
 
 
-class S3Config(Section):
-    endpoint: str | None = None
-    """Endpoint URL of the store. Default: AWS_ENDPOINT_URL, else Amazon's own."""
+class StoresConfig(Section):
+    s3_endpoint: str | None = None
+    """Endpoint URL of s3:// URLs. Default: AWS_ENDPOINT_URL, else Amazon's own."""
+    gs_endpoint: str | None = None
+    """Endpoint URL of gs:// URLs.
+    Default: GOOGLE_BASE_URL or STORAGE_EMULATOR_HOST, else Google's own."""
+    az_endpoint: str | None = None
+    """Endpoint URL of az:// URLs, the account included.
+    Default: AZURE_STORAGE_ENDPOINT, else Azure's own."""
     region: str | None = None
-    """Region of the bucket. Default: AWS_DEFAULT_REGION, or the region of the profile."""
+    """Region of an s3:// bucket.
+    Default: AWS_DEFAULT_REGION, the region of the profile, or what Amazon says."""
     profile: str | None = None
     """AWS profile. Default: AWS_PROFILE, or the keys in the environment."""
     anonymous: bool = False
     """Send unsigned requests, for public buckets."""
+    requester_pays: bool = False
+    """Pay for the requests to a bucket of others.
+    gs:// needs GOOGLE_CLOUD_PROJECT for it."""
     num_connections: PositiveInt = 4
     """Parts of one shard to fetch at the same time, 8 MiB each.
     Several are in use only if the store is slower than the reader."""
@@ -236,10 +246,10 @@ class DataConfig(Section):
     allow_unclosed: bool = False
     """Accept a tar that ends after a member, without the two closing blocks of a tar.
     A download that broke off there cannot be told from a whole tar."""
-    s3: S3Config = S3Config()
-    """How s3:// shards are reached."""
+    stores: StoresConfig = StoresConfig()
+    """How shards in stores are reached: s3://, gs://, az://, https:// and hf://."""
     shard_cache: LocalPath | None = None
-    """Folder on each data host that keeps s3:// shards for later epochs.
+    """Folder on each data host that keeps shards of stores for later epochs.
     Null: shards are streamed every time."""
     shard_cache_gib: Annotated[float, Field(gt=0)] = 50
     """Largest size of that folder; the least recently used shards are deleted first."""
@@ -256,6 +266,16 @@ class DataConfig(Section):
         data-shard workers have nothing to do between one round of blocks and the next.
         """
         return self.prefetch_batches + -(-self.block_size * self.total_lanes // global_batch_size)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_former_s3(cls, content: Any) -> Any:
+        """Read `s3`, the former name of `stores`: runs begun before must resume."""
+        if not isinstance(content, dict) or not isinstance(content.get("s3"), dict):
+            return content
+        former = {"s3_endpoint" if key == "endpoint" else key: value for key, value in content["s3"].items()}
+        rest = {key: value for key, value in content.items() if key != "s3"}
+        return rest | {"stores": (content.get("stores") or {}) | former}
 
     @model_validator(mode="before")
     @classmethod

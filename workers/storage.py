@@ -19,7 +19,7 @@ from typing import Any
 import xxhash
 from pyarrow import fs
 
-from sigray.workers.urls import local_or_s3
+from sigray.workers.urls import local_or_url
 
 _PIECE = 2**20  # bytes that are hashed and then written, while they are in the processor's cache
 
@@ -102,10 +102,10 @@ class Storage:
                 "AWS_ENDPOINT_URL and AWS_REGION set endpoint and region"
             )
         try:
-            place = local_or_s3(text)
+            place = local_or_url(text)
         except ValueError as error:
             raise StorageError(f"storage {error}") from None
-        self.is_local = not place.startswith("s3://")
+        self.is_local = "://" not in place
         self.uri = place if self.is_local else place.rstrip("/")
         try:
             self.filesystem, self.root = fs.FileSystem.from_uri(self.uri)

@@ -1,4 +1,4 @@
-"""The places that a config may name: local paths and s3:// URLs.
+"""The places that a config may name: local paths and URLs of stores.
 
 Every other kind of URL is refused by its name, before anything waits for it.
 """
@@ -9,28 +9,37 @@ import os
 import re
 from urllib.parse import unquote
 
+STORES = ("s3", "gs", "az")
+"""Schemes of stores that list, read and write."""
+READ_ONLY = ("https", "http", "hf")
+"""Schemes of stores that only read."""
 _KIND = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(://|::|:/?)")
 _MAX_SHOWN = 200  # characters of a place in a message
 
 
-def local_or_s3(text: str) -> str:
-    """Return a place as an absolute path or an s3:// URL.
+def local_or_url(text: str) -> str:
+    """Return a place as an absolute path, or as a URL of a store that can be written.
 
     A relative path is made absolute at once: Ray starts its workers in another folder, and so may a resume.
 
     Raises:
         ValueError: the place is of another kind, is empty, or cannot be a name.
     """
-    return _place(text, allows_s3=True)
+    return _place(text, STORES)
+
+
+def readable(text: str) -> str:
+    """Return a place to read from: as `local_or_url`, and https:// and hf:// too."""
+    return _place(text, (*STORES, *READ_ONLY))
 
 
 def local_path(text: str) -> str:
-    """Return a place as an absolute path; raises as `local_or_s3`, also for s3://."""
-    return _place(text, allows_s3=False)
+    """Return a place as an absolute path; raises as `local_or_url`, also for s3://."""
+    return _place(text, ())
 
 
-def _place(text: str, *, allows_s3: bool) -> str:
-    expected = "a local path or s3://BUCKET/KEY" if allows_s3 else "a local path"
+def _place(text: str, schemes: tuple[str, ...]) -> str:
+    expected = " or ".join(["a local path", *(["s3://, gs:// or az://BUCKET/KEY"] if schemes else [])])
     shown = repr(text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}...")
     if not text:
         raise ValueError(f"is empty: give {expected}")
@@ -41,12 +50,11 @@ def _place(text: str, *, allows_s3: bool) -> str:
     kind = _KIND.match(text)
     if kind is None or os.path.lexists(text):
         return os.path.abspath(text)
-    scheme = kind[1].lower() + kind[2]
     rest = text[kind.end() :]
-    if scheme == "s3://" and allows_s3:
-        return f"s3://{rest}"
+    if kind[2] == "://" and kind[1].lower() in schemes:
+        return f"{kind[1].lower()}://{rest}"
     host, slash, path = rest.partition("/")
-    if scheme == "file://" and slash and host in ("", "localhost"):
+    if kind[0].lower() == "file://" and slash and host in ("", "localhost"):
         return os.path.abspath(unquote(f"/{path}"))
     local = "" if kind[2] == "://" else f"; a local file of that name is ./{text[:_MAX_SHOWN]}"
     raise ValueError(f"{shown}: {kind[0]} is not read here: give {expected}{local}")

@@ -25,7 +25,7 @@ def inspect(options: Namespace, console: Console) -> None:
     examples:
       sigray data inspect data/emoji36/train                        a folder
       sigray data inspect 'tars/train-{000000..000127}.tar' --sheet sheet.html
-      sigray data inspect s3://bucket/prefix data.s3.endpoint=http://127.0.0.1:9000
+      sigray data inspect s3://bucket/prefix data.stores.s3_endpoint=http://127.0.0.1:9000
       sigray data inspect tars data.image_keys=[jpg] 'data.captions={txt: 1, json:captions.en: 3}'
       sigray data inspect examples/emoji_cpu.yaml --all             the data of a run, as the run reads it
 

@@ -258,7 +258,7 @@ def _list_all(data: DataConfig, problems: list[tuple[str, str]]) -> list[str]:
     errors = []
     for pattern in patterns(data):
         try:
-            found.update(list_shards(pattern, data.s3).keys())
+            found.update(list_shards(pattern, data.stores).keys())
         except DataError as error:
             errors.append(error)
             problems.append((pattern, str(error)))
@@ -309,7 +309,7 @@ def open_url(url: str, data: DataConfig, start: int = 0) -> ByteSource:
     if url.startswith("s3://"):
         from sigray.workers.data.s3 import S3Stream, stat
 
-        return S3Stream(stat(url, data.s3), data.s3, start)
+        return S3Stream(stat(url, data.stores), data.stores, start)
     return LocalFile(url, start)
 
 

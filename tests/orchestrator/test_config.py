@@ -139,7 +139,7 @@ PLACES = ["data.shards", "run.dir", "run.storage", "embeddings.store", "eval.set
 PLACES += ["data.shards.b.shards", "model.init_from", "model.tokenizer", "eval.sets.a.classes", "data.shard_cache"]
 
 
-@pytest.mark.parametrize("url", ["gs://b/x.tar", "pipe:cat x.tar", "https://h/x.tar"])
+@pytest.mark.parametrize("url", ["gcs://b/x.tar", "pipe:cat x.tar", "ftp://h/x.tar"])
 @pytest.mark.parametrize("key", PLACES)
 def test_another_kind_of_url_is_refused_with_its_key(tmp_path, key, url):
     content = SMALL | {"eval": {"sets": {"a": {"shards": "x", "classes": "c.json"}}}}

@@ -36,12 +36,15 @@ def path(tmp_path):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        (f"data.s3.endpoint=http://name:{CANARY}@127.0.0.1:9000", "data.s3.endpoint: name and password in a URL"),
+        (
+            f"data.stores.s3_endpoint=http://name:{CANARY}@127.0.0.1:9000",
+            "data.stores.s3_endpoint: name and password in a URL",
+        ),
         (f"run.storage=s3://KEY:{CANARY}@bucket/runs", "run.storage: name and password in a URL"),
         (f"data.shards=[/a, 's3://bucket/b?X-Amz-Signature={CANARY}']", "data.shards.1: a signature in a URL"),
-        (f"data.s3.secret_access_key={CANARY}", "data.s3.secret_access_key: a secret by its name"),
+        (f"data.stores.secret_access_key={CANARY}", "data.stores.secret_access_key: a secret by its name"),
         (f"model.towers.hf_token={CANARY}", "model.towers.hf_token: a secret by its name"),
-        (f"data.s3.profile={AMAZON}", "data.s3.profile: an Amazon access key"),
+        (f"data.stores.profile={AMAZON}", "data.stores.profile: an Amazon access key"),
         (f"data.captions={{'s3://a:{CANARY}@b': 1}}", "data.captions: a key holds name and password in a URL"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Places that a config names: local paths and s3:// URLs, and no other kind."""
+"""Places that a config names: local paths and URLs of stores, and no other kind."""
 
 import os
 
@@ -7,13 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sigray.workers.storage import Storage, StorageError
-from sigray.workers.urls import local_or_s3, local_path
+from sigray.workers.urls import STORES, local_or_url, local_path, readable
 
 OTHERS = {
     "https://h/x.tar": "https://",
-    "gs://b/x.tar": "gs://",
-    "GS://b/x.tar": "GS://",
-    "az://c/x": "az://",
+    "GCS://b/x.tar": "GCS://",
     "hf://x/y": "hf://",
     "hf:x": "hf:",
     "s3:/b/x": "s3:/",
@@ -29,7 +27,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("text", OTHERS)
 def test_another_kind_is_named(text):
-    for check in (local_or_s3, local_path):
+    for check in (local_or_url, local_path):
         with pytest.raises(ValueError, match="is not read here: give a local path") as error:
             check(text)
         assert str(error.value).startswith(f"{text!r}: {OTHERS[text]} is not read")
@@ -38,9 +36,12 @@ def test_another_kind_is_named(text):
 
 
 def test_what_is_meant_for_sure_is_mended():
-    assert local_or_s3("S3://b/X") == "s3://b/X"
-    assert local_or_s3("file:///a/b%20c") == local_path("file://localhost/a/b c") == "/a/b c"
-    assert local_or_s3("a/../b") == os.path.abspath("b")
+    assert local_or_url("S3://b/X") == "s3://b/X"
+    assert [local_or_url(f"{scheme}://b/x") for scheme in STORES] == [f"{scheme}://b/x" for scheme in STORES]
+    assert readable("HTTPS://h/a%20b.tar?c=d") == "https://h/a%20b.tar?c=d"
+    assert readable("hf://datasets/o/n/a.tar") == "hf://datasets/o/n/a.tar"
+    assert local_or_url("file:///a/b%20c") == local_path("file://localhost/a/b c") == "/a/b c"
+    assert local_or_url("a/../b") == os.path.abspath("b")
 
 
 def test_s3_is_no_local_path():
@@ -59,14 +60,14 @@ def test_a_file_with_a_colon_is_found(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("text", "reason"), [("", "is empty"), ("a\0b", "holds a NUL"), ("a\udce9", "no UTF-8")])
 def test_what_cannot_be_a_name(text, reason):
     with pytest.raises(ValueError, match=reason):
-        local_or_s3(text)
+        local_or_url(text)
 
 
 @given(st.text("s3S:/.a~ ", max_size=12))
 def test_a_place_stays_what_it_is_when_the_saved_config_is_read(text):
     try:
-        place = local_or_s3(text)
+        place = local_or_url(text)
     except ValueError:
         return
     assert place.startswith(("/", "s3://"))
-    assert local_or_s3(place) == place
+    assert local_or_url(place) == place

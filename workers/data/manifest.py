@@ -155,7 +155,7 @@ def scan_shards(
     datasets = {name: part.shards for name, part in patterns.items()} if isinstance(patterns, dict) else {"": patterns}
     broken: list[str] = []
     keys = {name: f"{key}.{name}" if name else key for name in datasets}
-    files = {name: find_shards(part, data.s3, keys[name], broken) for name, part in datasets.items()}
+    files = {name: find_shards(part, data.stores, keys[name], broken) for name, part in datasets.items()}
     everything = [file for part in files.values() for file in part]
     for url, count in Counter(file.url for file in everything).items():
         if count > 1:
@@ -229,11 +229,11 @@ def open_shard(shard: Shard | ShardFile, data: DataConfig, start: int = 0) -> By
 
         info = ObjectInfo(shard.url, shard.num_bytes, shard.fingerprint.removeprefix("etag-"))
         if data.shard_cache is None:
-            return S3Stream(info, data.s3, start)
+            return S3Stream(info, data.stores, start)
         cache = ShardCache(data.shard_cache, int(data.shard_cache_gib * 2**30))
         while True:
             with suppress(FileNotFoundError):  # another process evicted the copy before it was opened
-                return LocalFile(cache.path_of(info, data.s3), start)
+                return LocalFile(cache.path_of(info, data.stores), start)
     try:
         now = stat_local(shard.url)
         source = LocalFile(shard.url, start)

@@ -49,7 +49,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
-from sigray.workers.config import S3Config
+from sigray.workers.config import StoresConfig
 from sigray.workers.data.tar import DataError, cut_short
 
 PART_BYTES = 8 << 20
@@ -270,7 +270,7 @@ def _failure(error: OSError, missing: str) -> Failure:
 class _Store:
     """What streams of one process share for one config: boto3's client, connections."""
 
-    def __init__(self, s3: S3Config) -> None:
+    def __init__(self, s3: StoresConfig) -> None:
         import boto3
         import botocore.session
         from botocore import UNSIGNED
@@ -278,10 +278,10 @@ class _Store:
 
         core = botocore.session.Session(profile=s3.profile)
         # Stand-alone stores support path-style addresses only.
-        style = "path" if s3.endpoint or os.environ.get("AWS_ENDPOINT_URL") else "auto"
+        style = "path" if s3.s3_endpoint or os.environ.get("AWS_ENDPOINT_URL") else "auto"
         self.client = boto3.session.Session(botocore_session=core).client(
             "s3",
-            endpoint_url=s3.endpoint,
+            endpoint_url=s3.s3_endpoint,
             region_name=s3.region,
             config=Config(
                 s3={"addressing_style": style},
@@ -304,7 +304,7 @@ _stores: dict[tuple[object, ...], _Store] = {}
 _stores_lock = threading.Lock()
 
 
-def _store(url: str, s3: S3Config) -> _Store:
+def _store(url: str, s3: StoresConfig) -> _Store:
     from botocore.exceptions import BotoCoreError
 
     # Connections do not survive a fork, and boto3 reads the variables only once.
@@ -317,13 +317,13 @@ def _store(url: str, s3: S3Config) -> _Store:
             return _stores[key]
         except (BotoCoreError, ValueError) as error:  # boto3 raises ValueError for an endpoint that is no URL
             raise DataError(
-                f"{url}: no S3 client can be made: {error}; check data.s3.endpoint, data.s3.region, data.s3.profile "
-                "and the AWS_ variables"
+                f"{url}: no S3 client can be made: {error}; check data.stores.s3_endpoint, data.stores.region, "
+                "data.stores.profile and the AWS_ variables"
             ) from error
 
 
 @contextlib.contextmanager
-def _client(url: str, s3: S3Config) -> Iterator[Any]:
+def _client(url: str, s3: StoresConfig) -> Iterator[Any]:
     """Yield boto3's client; raise its errors as DataErrors with reason and remedy."""
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -334,7 +334,7 @@ def _client(url: str, s3: S3Config) -> Iterator[Any]:
         raise _explained(error, url, s3) from error
 
 
-def list_objects(url_prefix: str, s3: S3Config, *, is_flat: bool = False) -> Iterator[ObjectInfo]:
+def list_objects(url_prefix: str, s3: StoresConfig, *, is_flat: bool = False) -> Iterator[ObjectInfo]:
     """Yield all objects whose URL begins with a prefix, page by page.
 
     Args:
@@ -351,7 +351,7 @@ def list_objects(url_prefix: str, s3: S3Config, *, is_flat: bool = False) -> Ite
                 yield ObjectInfo(f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"].strip('"'))
 
 
-def stat(url: str, s3: S3Config) -> ObjectInfo:
+def stat(url: str, s3: StoresConfig) -> ObjectInfo:
     """Return size and ETag of one object.
 
     Raises:
@@ -370,7 +370,7 @@ def stat(url: str, s3: S3Config) -> ObjectInfo:
     return ObjectInfo(url, answer["ContentLength"], answer["ETag"].strip('"'))
 
 
-def read_object(url: str, s3: S3Config, max_bytes: int | None = None) -> bytes:
+def read_object(url: str, s3: StoresConfig, max_bytes: int | None = None) -> bytes:
     """Return the content of a small object, or its first bytes.
 
     Raises:
@@ -381,7 +381,7 @@ def read_object(url: str, s3: S3Config, max_bytes: int | None = None) -> bytes:
         return client.get_object(Bucket=bucket, Key=key)["Body"].read(max_bytes)
 
 
-def _explained(error: Exception, url: str, s3: S3Config) -> DataError:
+def _explained(error: Exception, url: str, s3: StoresConfig) -> DataError:
     """Return the user's error for a failure of boto3."""
     from botocore import exceptions
 
@@ -396,12 +396,14 @@ def _explained(error: Exception, url: str, s3: S3Config) -> DataError:
     return DataError(f"{url}: {error}")
 
 
-def _refused(url: str, s3: S3Config, status: int, code: str) -> DataError:
+def _refused(url: str, s3: StoresConfig, status: int, code: str) -> DataError:
     """Return the user's error for an answer of the store other than success."""
     endpoint = _shown_endpoint(url, s3)
     if code == "NoSuchBucket":
         bucket, _ = split_s3_url(url)
-        return DataError(f"{url}: there is no bucket {bucket!r} at {endpoint}; check the URL and data.s3.endpoint")
+        return DataError(
+            f"{url}: there is no bucket {bucket!r} at {endpoint}; check the URL and data.stores.s3_endpoint"
+        )
     if code in _EXPIRED:
         return DataError(f"{url}: the S3 credentials have expired ({code}): renew them; {_credentials(s3)}")
     if status == 404:
@@ -411,26 +413,26 @@ def _refused(url: str, s3: S3Config, status: int, code: str) -> DataError:
     return DataError(f"{url}: {endpoint} answers {status} {code}")
 
 
-def _shown_endpoint(url: str, s3: S3Config) -> str:
+def _shown_endpoint(url: str, s3: StoresConfig) -> str:
     """Return the endpoint without name and password, which AWS_ENDPOINT_URL may hold."""
     return re.sub(r"//[^/]*@", "//", _store(url, s3).endpoint)
 
 
-def _unreachable(url: str, s3: S3Config, reason: str) -> DataError:
+def _unreachable(url: str, s3: StoresConfig, reason: str) -> DataError:
     endpoint = _shown_endpoint(url, s3)
     return DataError(
-        f"{url}: cannot reach the store {endpoint}: {reason.split('?')[0]}; check the network, data.s3.endpoint and "
-        "AWS_ENDPOINT_URL"
+        f"{url}: cannot reach the store {endpoint}: {reason.split('?')[0]}; check the network, "
+        "data.stores.s3_endpoint and AWS_ENDPOINT_URL"
     )
 
 
-def _credentials(s3: S3Config) -> str:
+def _credentials(s3: StoresConfig) -> str:
     if s3.anonymous:
-        return "requests are not signed (data.s3.anonymous=true): is the bucket public?"
-    used = f"profile {s3.profile!r} was used" if s3.profile else "data.s3.profile is not set"
+        return "requests are not signed (data.stores.anonymous=true): is the bucket public?"
+    used = f"profile {s3.profile!r} was used" if s3.profile else "data.stores.profile is not set"
     return (
-        f"{used}: set data.s3.profile or the AWS_ variables (AWS_PROFILE, or AWS_ACCESS_KEY_ID with "
-        "AWS_SECRET_ACCESS_KEY and, for temporary ones, AWS_SESSION_TOKEN), or data.s3.anonymous=true for a public "
+        f"{used}: set data.stores.profile or the AWS_ variables (AWS_PROFILE, or AWS_ACCESS_KEY_ID with "
+        "AWS_SECRET_ACCESS_KEY and, for temporary ones, AWS_SESSION_TOKEN), or data.stores.anonymous=true for a public "
         "bucket"
     )
 
@@ -493,7 +495,7 @@ class _Fetcher:
     """Downloads parts of one object, in the threads of a stream."""
 
     info: ObjectInfo
-    s3: S3Config
+    s3: StoresConfig
     _draw: Callable[[], float]
     _clock: Callable[[], float]
     _sleep: Callable[[threading.Event, float], object]
@@ -651,8 +653,8 @@ class _Fetcher:
         if set(failures) == {"no connection"}:
             return _unreachable(url, self.s3, f"{failure.message} (tried {failures.total()} times in {silent_s:.0f} s)")
         return DataError(
-            f"{url}: no byte from {endpoint} for {silent_s:.0f} s (data.s3.deadline_s={self.s3.deadline_s:g}) at byte "
-            f"{part.begin + part.num_filled} of {self.info.num_bytes}, tried {failures.total()} times: {tried}; last: "
+            f"{url}: no byte from {endpoint} for {silent_s:.0f} s (data.stores.deadline_s={self.s3.deadline_s:g}) "
+            f"at byte {part.begin + part.num_filled} of {self.info.num_bytes}, tried {failures.total()} times: {tried}; last: "
             f"{failure.message}"
         )
 
@@ -689,7 +691,7 @@ class S3Stream:
     def __init__(
         self,
         info: ObjectInfo,
-        s3: S3Config,
+        s3: StoresConfig,
         start: int = 0,
         *,
         part_bytes: int = PART_BYTES,
@@ -903,7 +905,7 @@ class ShardCache:
         self.folder = Path(folder)
         self.max_bytes = max_bytes
 
-    def path_of(self, info: ObjectInfo, s3: S3Config) -> Path:
+    def path_of(self, info: ObjectInfo, s3: StoresConfig) -> Path:
         """Return the local copy of an object, and download it first if needed.
 
         Open the copy at once: another process may evict it. An open file stays readable after that; if the copy was
@@ -941,7 +943,7 @@ class ShardCache:
                 ) from error
             raise DataError(f"{info.url}: the shard cache {self.folder} cannot be used: {error}") from error
 
-    def _download(self, file: IO[bytes], info: ObjectInfo, s3: S3Config) -> None:
+    def _download(self, file: IO[bytes], info: ObjectInfo, s3: StoresConfig) -> None:
         """Fill the reserved file; delete it on any error."""
         try:
             with contextlib.closing(S3Stream(info, s3)) as stream:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sigray.workers.config import DataConfig, S3Config, caption_member
+from sigray.workers.config import DataConfig, StoresConfig, caption_member
 from sigray.workers.data.shard_list import ShardFile, in_threads
 from sigray.workers.data.tar import BLOCK, LocalFile
 from sigray.workers.parse import ParseError, as_type, parse_json
@@ -40,9 +40,9 @@ def known_counts(files: list[ShardFile], data: DataConfig, rules: int) -> dict[S
     """Return the counts from this machine's cache, else from sidecars."""
     known: dict[ShardFile, ShardCount] = {}
     for folder, in_folder in _by_folder(files).items():
-        known |= _cached_counts(in_folder, _read_json(str(_cache_path(folder, data, rules)), data.s3))
+        known |= _cached_counts(in_folder, _read_json(str(_cache_path(folder, data, rules)), data.stores))
         if unknown := [file for file in in_folder if file not in known]:
-            known |= _sidecar_counts(folder, unknown, data.s3)
+            known |= _sidecar_counts(folder, unknown, data.stores)
     return known
 
 
@@ -77,7 +77,7 @@ def cache_counts(counts: dict[ShardFile, ShardCount], data: DataConfig, rules: i
     """Cache the results of header passes; an unwritable cache is not an error."""
     for folder, files in _by_folder(counts).items():
         path = _cache_path(folder, data, rules)
-        saved = _read_json(str(path), data.s3)
+        saved = _read_json(str(path), data.stores)
         entries = {_cache_key(file): asdict(counts[file]) for file in files if counts[file].endings}
         if entries.keys() <= saved.keys():
             continue
@@ -88,7 +88,7 @@ def cache_counts(counts: dict[ShardFile, ShardCount], data: DataConfig, rules: i
             temporary.replace(path)
 
 
-def _sidecar_counts(folder: str, files: list[ShardFile], s3: S3Config) -> dict[ShardFile, ShardCount]:
+def _sidecar_counts(folder: str, files: list[ShardFile], s3: StoresConfig) -> dict[ShardFile, ShardCount]:
     """Return counts from sidecars: wids index, sizes.json, NAME_stats.json.
 
     What cannot be a tar's count, and what sidecars disagree about, is left to a pass over the headers. Another wrong
@@ -121,7 +121,7 @@ def _sidecar_counts(folder: str, files: list[ShardFile], s3: S3Config) -> dict[S
     return {file: ShardCount(counts.pop()) for file, counts in told.items() if len(counts) == 1}
 
 
-def _read_json(url: str, s3: S3Config) -> dict[str, Any]:
+def _read_json(url: str, s3: StoresConfig) -> dict[str, Any]:
     """Read a small JSON object; {} if it is missing or damaged."""
     with suppress(OSError, ValueError):
         if url.startswith("s3://"):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
-from sigray.workers.config import Patterns, S3Config
+from sigray.workers.config import Patterns, StoresConfig
 from sigray.workers.data.tar import DataError, check_is_file
 from sigray.workers.urls import is_utf8
 
@@ -54,7 +54,7 @@ def in_threads(function: Callable[[Any], Any], items: list[Any]) -> Iterator[Any
             yield from pool.map(function, items[start : start + _NUM_QUEUED])
 
 
-def list_shards(patterns: Patterns, s3: S3Config, key: str = "data.shards") -> dict[str, ShardFile | None]:
+def list_shards(patterns: Patterns, s3: StoresConfig, key: str = "data.shards") -> dict[str, ShardFile | None]:
     """Return the absolute paths and s3:// URLs of all tars that the patterns name.
 
     With each its file, None if no listing has named its size.
@@ -115,7 +115,7 @@ def _matches(pattern: str) -> Iterator[str]:
     return glob.iglob(os.path.join(glob.escape(folder), *parts))
 
 
-def _in_s3(pattern: str, s3: S3Config) -> Iterator[tuple[str, ShardFile | None]]:
+def _in_s3(pattern: str, s3: StoresConfig) -> Iterator[tuple[str, ShardFile | None]]:
     """Yield the tars that an s3:// pattern names."""
     from sigray.workers.data.s3 import ObjectInfo, list_objects
 
@@ -199,7 +199,7 @@ def _too_many(pattern: str) -> DataError:
     return DataError(f"{shown} lists more than {MAX_NAMES:,} names: use a longer prefix or a smaller range")
 
 
-def find_shards(patterns: Patterns, s3: S3Config, key: str, broken: list[str]) -> list[ShardFile]:
+def find_shards(patterns: Patterns, s3: StoresConfig, key: str, broken: list[str]) -> list[ShardFile]:
     """Return the files of `list_shards`; append what is missing to `broken`."""
     found = list_shards(patterns, s3, key)
     unknown = [url for url, file in found.items() if file is None]
@@ -211,7 +211,7 @@ def find_shards(patterns: Patterns, s3: S3Config, key: str, broken: list[str]) -
     return [file for file in found.values() if file is not None]
 
 
-def _stat(url: str, s3: S3Config) -> ShardFile | str:
+def _stat(url: str, s3: StoresConfig) -> ShardFile | str:
     try:
         if url.startswith("s3://"):
             from sigray.workers.data import s3 as store

@@ -56,7 +56,7 @@ def _check_set(name: str, spec: EvalSet, data: DataConfig, store: str | None, on
     try:
         if only_here and "s3://" in str(spec.shards):
             return set()
-        shards = find_shards(spec.shards, data.s3, key, broken)
+        shards = find_shards(spec.shards, data.stores, key, broken)
         if broken:
             raise unreadable(key, broken)
     except DataError:

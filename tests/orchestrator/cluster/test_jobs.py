@@ -124,7 +124,7 @@ def test_a_resubmission_is_the_same_run_if_its_files_are(run_config, tmp_path, m
         ("train.global_batch_sise=8", "did you mean 'global_batch_size'"),
         ("run.storage=runs", "run.storage=runs is a path on this machine"),
         ("model.tokenizer=nowhere.json", "model.tokenizer=nowhere.json is no file"),
-        ("data.s3.profile=AKIA" + "A" * 16, "data.s3.profile: an Amazon access key"),
+        ("data.stores.profile=AKIA" + "A" * 16, "data.stores.profile: an Amazon access key"),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "profile"])
@@ -146,7 +146,7 @@ PLACE = "/mnt/runs/a"  # of the hosts, and not of this machine
     (["export", "runs/a"], "a folder of this machine"),
     (["export", PLACE, "--out", "exported"], "--out exported is a folder of this machine"),
     (["eval", PLACE, "eval.sets.a.classes=nowhere.txt"], "eval.sets.a.classes=nowhere.txt is no file"),
-    (["eval", PLACE, "data.s3.secret_key=canary"], "data.s3.secret_key: a secret by its name"),
+    (["eval", PLACE, "data.stores.secret_key=canary"], "data.stores.secret_key: a secret by its name"),
     (["export", PLACE, "--out", "s3://name:canary@bucket/out"], "name and password in a URL"),
     (["embed", "CONFIG"], "embeddings.store is not set"),
     (["sweep", "--plan", "STUDY"], "start no trial"),

@@ -327,10 +327,10 @@ def test_a_browser_draws_the_sheet(broken_folder, tmp_path):
 
 def test_patterns_and_overrides(tar_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data = data_section(["a/*.tar", "data.image_keys=[jpg]", "date=2024/b.tar", "data.s3.endpoint=http://host"])
+    data = data_section(["a/*.tar", "data.image_keys=[jpg]", "date=2024/b.tar", "data.stores.s3_endpoint=http://host"])
     assert data.shards == [f"{tmp_path}/a/*.tar", f"{tmp_path}/date=2024/b.tar"]
     assert data.image_keys == ["jpg"]
-    assert data.s3.endpoint == "http://host"
+    assert data.stores.s3_endpoint == "http://host"
     (tmp_path / "run.yaml").write_text(
         f"run: {{name: a}}\ndata: {{shards: {tar_folder}, captions: {{json:class: 1}}}}\n"
         "model: {name: ViT-B-16-SigLIP}\ntrain: {num_samples: 8, global_batch_size: 8}\n"
@@ -377,7 +377,7 @@ def test_s3(tmp_path, capsys, monkeypatch):
         store = boto3.client("s3", endpoint_url=endpoint)
         store.upload_file(str(path), BUCKET, "tars/a.tar")
         store.put_object(Bucket=BUCKET, Key="tars/b.tar", Body=Path(path).read_bytes()[:3000])
-        key = f"data.s3.endpoint={endpoint}"
+        key = f"data.stores.s3_endpoint={endpoint}"
         code, out, _ = run(capsys, f"s3://{BUCKET}/tars/{{a,b,c}}.tar", key, "--all")
         assert code == 2
         assert lines_with(out, "3: 1 read whole, 2 that cannot be read to the end")

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sigray.workers.config import S3Config
+from sigray.workers.config import StoresConfig
 from sigray.workers.data import s3 as s3_module
 from sigray.workers.data.s3 import (
     ObjectInfo,
@@ -61,15 +61,15 @@ def proxy(store: str) -> Iterator[FaultProxy]:
 
 def put(key: str, content: bytes) -> ObjectInfo:
     boto3.client("s3").put_object(Bucket=BUCKET, Key=key, Body=content)
-    return stat(f"s3://{BUCKET}/{key}", S3Config())
+    return stat(f"s3://{BUCKET}/{key}", StoresConfig())
 
 
 def info_of(key: str) -> ObjectInfo:
-    return stat(f"s3://{BUCKET}/{key}", S3Config())
+    return stat(f"s3://{BUCKET}/{key}", StoresConfig())
 
 
-def config(proxy: FaultProxy, **changes: object) -> S3Config:
-    return S3Config(endpoint=proxy.endpoint, **changes)
+def config(proxy: FaultProxy, **changes: object) -> StoresConfig:
+    return StoresConfig(s3_endpoint=proxy.endpoint, **changes)
 
 
 def stream_through(
@@ -113,15 +113,15 @@ def num_part_threads() -> int:
 def test_objects_are_listed_with_size_and_etag() -> None:
     for number in (2, 0, 1):
         put(f"listed/shard-{number}.tar", bytes(number))
-    found = list(list_objects(f"s3://{BUCKET}/listed/shard-", S3Config()))
+    found = list(list_objects(f"s3://{BUCKET}/listed/shard-", StoresConfig()))
     assert [info.url[-5:] for info in found] == ["0.tar", "1.tar", "2.tar"]
     assert [info.num_bytes for info in found] == [0, 1, 2]
     assert found[2] == info_of("listed/shard-2.tar")
     assert found[2].etag == hashlib.md5(bytes(2)).hexdigest()
-    assert not list(list_objects(f"s3://{BUCKET}/nothing", S3Config()))
-    assert read_object(found[2].url, S3Config()) == bytes(2)
+    assert not list(list_objects(f"s3://{BUCKET}/nothing", StoresConfig()))
+    assert read_object(found[2].url, StoresConfig()) == bytes(2)
     with pytest.raises(DataError, match="no such object"):
-        read_object(f"s3://{BUCKET}/nothing", S3Config())
+        read_object(f"s3://{BUCKET}/nothing", StoresConfig())
 
 
 @settings(max_examples=100)
@@ -136,7 +136,7 @@ def test_objects_are_listed_with_size_and_etag() -> None:
 def test_any_pattern_of_reads_and_skips_gives_the_objects_bytes(
     start: int, part_bytes: int, num_connections: int, fast: float, num_parts: int, steps: list[tuple[str, int]]
 ) -> None:
-    s3 = S3Config(num_connections=num_connections)
+    s3 = StoresConfig(num_connections=num_connections)
     s3_module._store("s3://", s3).num_parts = num_parts
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -234,7 +234,7 @@ def test_a_refused_signature_is_renewed_once(proxy: FaultProxy, fault: str) -> N
     ("fault", "message"),
     [
         ("404", "is gone, though it was there.*start a new run"),
-        ("403", "access denied.*403 AccessDenied.*data.s3.profile.*AWS_.*data.s3.anonymous"),
+        ("403", "access denied.*403 AccessDenied.*data.stores.profile.*AWS_.*data.stores.anonymous"),
         ("expired", "credentials have expired"),
         ("no ranges", "ignores ranges"),
     ],
@@ -319,33 +319,33 @@ def test_failures_and_what_is_done_about_them() -> None:
 
 def test_listing_and_stat_name_the_cause_and_the_remedy(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="no bucket 'no-such-bucket'"):
-        stat("s3://no-such-bucket/key", S3Config())
+        stat("s3://no-such-bucket/key", StoresConfig())
     with pytest.raises(DataError, match="no bucket 'no-such-bucket'"):
-        list(list_objects("s3://no-such-bucket/key", S3Config()))
+        list(list_objects("s3://no-such-bucket/key", StoresConfig()))
     with pytest.raises(DataError, match="no such object"):
-        stat(f"s3://{BUCKET}/missing", S3Config())
+        stat(f"s3://{BUCKET}/missing", StoresConfig())
     with pytest.raises(DataError, match="names no bucket"):
-        stat("s3:///key", S3Config())
-    nobody = S3Config(endpoint=f"http://127.0.0.1:{free_ports(1)[0]}", deadline_s=0.5)
-    with pytest.raises(DataError, match=rf"cannot reach the store {nobody.endpoint}.*data\.s3\.endpoint"):
+        stat("s3:///key", StoresConfig())
+    nobody = StoresConfig(s3_endpoint=f"http://127.0.0.1:{free_ports(1)[0]}", deadline_s=0.5)
+    with pytest.raises(DataError, match=rf"cannot reach the store {nobody.s3_endpoint}.*data\.stores\.s3_endpoint"):
         stat(f"s3://{BUCKET}/small", nobody)
     with (
         contextlib.closing(S3Stream(info_of("small"), nobody)) as stream,
-        pytest.raises(DataError, match=rf"cannot reach the store {nobody.endpoint}.*tried \d+ times"),
+        pytest.raises(DataError, match=rf"cannot reach the store {nobody.s3_endpoint}.*tried \d+ times"),
     ):
         stream.read(1)
-    with pytest.raises(DataError, match=r"no S3 client.*data\.s3\.endpoint"):
-        stat(f"s3://{BUCKET}/small", S3Config(endpoint="not a url"))
-    with pytest.raises(DataError, match=r"no S3 client.*data\.s3\.profile"):
-        stat(f"s3://{BUCKET}/small", S3Config(profile="nobody"))
+    with pytest.raises(DataError, match=r"no S3 client.*data\.stores\.s3_endpoint"):
+        stat(f"s3://{BUCKET}/small", StoresConfig(s3_endpoint="not a url"))
+    with pytest.raises(DataError, match=r"no S3 client.*data\.stores\.profile"):
+        stat(f"s3://{BUCKET}/small", StoresConfig(profile="nobody"))
     with pytest.raises(DataError, match="access denied.*not signed"):
-        stat(f"s3://{BUCKET}/small", S3Config(anonymous=True))
+        stat(f"s3://{BUCKET}/small", StoresConfig(anonymous=True))
     info = info_of("small")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(DataError, match=r"access denied.*SignatureDoesNotMatch.*data\.s3\.profile is not set"):
-        stat(f"s3://{BUCKET}/small", S3Config())
+    with pytest.raises(DataError, match=r"access denied.*SignatureDoesNotMatch.*data\.stores\.profile is not set"):
+        stat(f"s3://{BUCKET}/small", StoresConfig())
     with (
-        contextlib.closing(S3Stream(info, S3Config())) as stream,
+        contextlib.closing(S3Stream(info, StoresConfig())) as stream,
         pytest.raises(DataError, match="access denied.*SignatureDoesNotMatch"),
     ):
         stream.read(1)
@@ -392,7 +392,9 @@ def test_a_reader_that_never_waits_needs_two_connections_and_then_none(proxy: Fa
 def test_a_slow_store_is_read_over_all_connections_and_remembered(store: str) -> None:
     with throttled(store, latency_s=0.01, bytes_per_s=5e6) as endpoint:
         for first, last in ((0, 4), (4, 4)):
-            with contextlib.closing(S3Stream(info_of("large"), S3Config(endpoint=endpoint), part_bytes=PART)) as stream:
+            with contextlib.closing(
+                S3Stream(info_of("large"), StoresConfig(s3_endpoint=endpoint), part_bytes=PART)
+            ) as stream:
                 assert stream.num_parts == first
                 assert read_all(stream) == LARGE
                 assert stream.num_parts == last
@@ -496,7 +498,7 @@ def test_a_failed_download_leaves_nothing(proxy: FaultProxy, tmp_path: Path, mon
     assert cache.path_of(info, config(proxy)).read_bytes() == SMALL
 
 
-def use_cache(folder: Path, infos: list[ObjectInfo], s3: S3Config, seed: int, max_bytes: int) -> None:
+def use_cache(folder: Path, infos: list[ObjectInfo], s3: StoresConfig, seed: int, max_bytes: int) -> None:
     rng, cache = random.Random(seed), ShardCache(folder, max_bytes)
     for _ in range(60):
         info = rng.choice(infos)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from sigray.workers.config import DataConfig, S3Config
+from sigray.workers.config import DataConfig, StoresConfig
 from sigray.workers.data import shard_list
 from sigray.workers.data.manifest import scan_shards
 from sigray.workers.data.shard_list import list_shards as list_shards_of
@@ -19,7 +19,7 @@ from sigray.workers.data.tar import DataError
 from tests.helpers.data import drawn_sample, write_tar
 from tests.helpers.s3 import BUCKET, s3_server
 
-S3 = S3Config()
+S3 = StoresConfig()
 NAMES = st.text("ab[]{},*?!1. \\^-", min_size=1, max_size=8)
 
 

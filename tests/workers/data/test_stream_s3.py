@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sigray.workers.config import DataConfig, ModelConfig, S3Config
+from sigray.workers.config import DataConfig, ModelConfig, StoresConfig
 from sigray.workers.data.loader import Batch, Loader
 from sigray.workers.data.manifest import Manifest, scan_shards
 from sigray.workers.data.s3 import S3Stream
@@ -59,8 +59,8 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(S3Stream.__init__.__kwdefaults__, "part_bytes", PART)
 
 
-def data_of(shards: str, s3: S3Config) -> DataConfig:
-    return DataConfig(shards=shards, num_lanes=3, shuffle_window=30, block_size=8, s3=s3)
+def data_of(shards: str, s3: StoresConfig) -> DataConfig:
+    return DataConfig(shards=shards, num_lanes=3, shuffle_window=30, block_size=8, stores=s3)
 
 
 def read(manifest: Manifest, data: DataConfig, model: ModelConfig, folder: Path, first_step: int = 0) -> list[Batch]:
@@ -87,11 +87,11 @@ def read(manifest: Manifest, data: DataConfig, model: ModelConfig, folder: Path,
 
 def test_a_store_that_keeps_failing_changes_nothing(tars, endpoint, model_config, tmp_path, small_parts):
     """Over 100 faults of eight kinds in two epochs: no sample lost, doubled or altered."""
-    local = data_of(str(tars), S3Config())
+    local = data_of(str(tars), StoresConfig())
     expected = read(scan_shards(local.shards, local), local, model_config, tmp_path / "local")
     kinds = ("reset", "close", "stall", "503", "429", "500", "hang up", "short")
     with FaultProxy(endpoint) as proxy:
-        s3 = S3Config(endpoint=proxy.endpoint, read_timeout_s=0.3, num_connections=2)
+        s3 = StoresConfig(s3_endpoint=proxy.endpoint, read_timeout_s=0.3, num_connections=2)
         data = data_of(f"s3://{BUCKET}/tars/", s3)
         manifest = scan_shards(data.shards, data)
         proxy.schedule = drawn(seed=1, share=0.2, kinds=kinds, most_bytes=PART)
@@ -114,7 +114,7 @@ def test_a_resume_reads_no_more_than_a_window_per_lane(
     monkeypatch.setattr("sigray.workers.data.manifest._MARK_EVERY", 10)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with FaultProxy(endpoint) as proxy:
-        data = data_of(f"s3://{BUCKET}/tars/", S3Config(endpoint=proxy.endpoint, num_connections=2))
+        data = data_of(f"s3://{BUCKET}/tars/", StoresConfig(s3_endpoint=proxy.endpoint, num_connections=2))
         manifest = scan_shards(data.shards, data)
         order = build_order(manifest, data, SEED)
         sample_bytes = manifest.num_bytes / manifest.num_samples
@@ -133,7 +133,7 @@ def test_a_resume_reads_no_more_than_a_window_per_lane(
 
 
 def test_an_object_replaced_under_the_run_is_an_error(tars, endpoint, model_config, tmp_path):
-    data = data_of(f"s3://{BUCKET}/replaced/", S3Config())
+    data = data_of(f"s3://{BUCKET}/replaced/", StoresConfig())
     content = (tars / "shard-0.tar").read_bytes()
     boto3.client("s3").put_object(Bucket=BUCKET, Key="replaced/a.tar", Body=content)
     manifest = scan_shards(data.shards, data)
@@ -143,12 +143,12 @@ def test_an_object_replaced_under_the_run_is_an_error(tars, endpoint, model_conf
 
 
 def test_the_shard_cache_serves_later_epochs(tars, endpoint, model_config, tmp_path):
-    data = data_of(f"s3://{BUCKET}/tars/", S3Config(endpoint=endpoint))
+    data = data_of(f"s3://{BUCKET}/tars/", StoresConfig(s3_endpoint=endpoint))
     manifest = scan_shards(data.shards, data)
     expected = read(manifest, data, model_config, tmp_path / "streamed")
     with FaultProxy(endpoint) as proxy:
-        s3 = S3Config(endpoint=proxy.endpoint)
-        cached = data.model_copy(update={"s3": s3, "shard_cache": str(tmp_path / "cache")})
+        s3 = StoresConfig(s3_endpoint=proxy.endpoint)
+        cached = data.model_copy(update={"stores": s3, "shard_cache": str(tmp_path / "cache")})
         batches = read(manifest, cached, model_config, tmp_path / "cached")
         assert proxy.num_sent <= manifest.num_bytes  # each shard once, for two epochs
     for want, got in zip(expected, batches, strict=True):

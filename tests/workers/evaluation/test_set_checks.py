@@ -11,7 +11,7 @@ import yaml
 
 from sigray.tuning.cli import main
 from sigray.tuning.feasible import _check_sets
-from sigray.workers.config import DataConfig, EvalConfig, EvalSet, S3Config
+from sigray.workers.config import DataConfig, EvalConfig, EvalSet, StoresConfig
 from sigray.workers.data.embedding_store import EmbeddingStore, StoreError
 from sigray.workers.data.tar import DataError
 from sigray.workers.evaluation import set_checks
@@ -130,7 +130,7 @@ def test_a_set_in_s3_is_read_by_its_first_bytes(folder, s3_variables, monkeypatc
     for name, value in s3_variables.items():
         monkeypatch.setenv(name, value)
     boto3.client("s3").upload_file(str(folder / "broken.tar"), BUCKET, "sets/broken.tar")
-    cached = {"s3": S3Config(), "shard_cache": str(tmp_path / "cache")}
+    cached = {"stores": StoresConfig(), "shard_cache": str(tmp_path / "cache")}
     with pytest.raises(DataError, match=f"unreadable image in the first 32 samples of s3://{BUCKET}/sets/broken.tar"):
         check(folder, cached, shards=f"s3://{BUCKET}/sets/broken.tar")
     assert not (tmp_path / "cache").exists()
