@@ -92,7 +92,7 @@ def check_inputs(place: Storage, content: Any, key: str = "") -> None:
         for name, value in pairs:
             check_inputs(place, value, f"{key}.{name}".lstrip("."))
     elif isinstance(content, str) and ("://" in content or os.path.isabs(content)):
-        path, folder = (content, place.uri) if "://" in content else map(os.path.realpath, (content, place.root))
+        path, folder = (content, place.uri) if "://" in content else map(os.path.realpath, (content, place.uri))
         if f"{path}/".startswith(f"{folder}/"):
             raise ConfigError(f"{key}={content} is in {place.uri}, which --overwrite clears: choose another name")
 
@@ -139,7 +139,7 @@ class RunFolder:
                     raise ConfigError(f"{place.uri} holds a {CONFIG} but no {MANIFEST}: {_NO_RUN}")
 
     def _places(self) -> list[Storage]:
-        return [self.storage, *([] if str(self.path) == self.storage.root else [Storage(self.path)])]
+        return [self.storage, *([] if str(self.path) == self.storage.uri else [Storage(self.path)])]
 
     def begin(self, config: RunConfig, manifest: Manifest) -> None:
         """Save manifest and config, locally and with the files of a job in the storage.
@@ -254,7 +254,7 @@ class RunFolder:
 
     def upload_records(self) -> None:
         """Copy the local records to the storage, if it is another folder."""
-        if self.storage.root != str(self.path):
+        if self.storage.uri != str(self.path):
             records = [self.path / name for name in (METRICS, EVENTS, SUMMARY, REPORT)]
             for file in [*records, *(self.path / EVALUATIONS).glob("*.json")]:
                 if file.exists():

@@ -1,7 +1,7 @@
-"""A run's durable folder, on a local disk or in S3, over pyarrow's file systems.
+"""A run's durable folder, on a local disk or in a store (`workers/stores.py`).
 
-pyarrow because Ray Train takes its storage as the same objects. pyarrow finds S3 credentials, region and endpoint in
-the usual AWS variables (AWS_ENDPOINT_URL included).
+On a disk, a file is written beside its place, synced and renamed. In a store, an object appears whole when its upload
+ends and is then durable. A file that several may write at once (lease, commit mark) is written by `write_if`.
 """
 
 from __future__ import annotations
@@ -10,18 +10,29 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import uuid
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
-from pyarrow import fs
 
+from sigray.workers.config import StoresConfig
+from sigray.workers.stores import StoreError, error_of, explained, is_remote, kind_of, open_store
 from sigray.workers.urls import local_or_url
 
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
 _PIECE = 2**20  # bytes that are hashed and then written, while they are in the processor's cache
+_PART_BYTES = 8 << 20  # of a read
+_SENT_BYTES = 16 << 20  # S3 takes 10,000 parts of at least 5 MiB
+_NUM_PARTS = 8  # sent or received at the same time: a store gives each connection 50 to 100 MB/s
+# Until a store answers an upload nothing is read, so this is also the time for a part: 1 MB/s over all connections.
+_STORES = StoresConfig(read_timeout_s=60)
+_PROBE = StoresConfig(read_timeout_s=4)  # a start waits for one retry
 
 
 class StorageError(OSError):
@@ -33,6 +44,10 @@ def fingerprint(content: bytes | memoryview) -> dict[str, Any]:
     return {"bytes": len(content), "xxh3_128": xxhash.xxh3_128(content).hexdigest()}
 
 
+class ChangedError(StorageError):
+    """A file has another version than the writer knew."""
+
+
 class _HashedFile:
     """A writable file that counts and hashes its content; both release the GIL."""
 
@@ -40,7 +55,7 @@ class _HashedFile:
         self._stream = stream
         self._hash = xxhash.xxh3_128()
         self._num_bytes = 0
-        self.refusal: OSError | None = None  # of the stream
+        self.refusal: Exception | None = None  # of the stream
 
     def write(self, content: bytes | memoryview) -> int:
         view = memoryview(content).cast("B")
@@ -49,7 +64,7 @@ class _HashedFile:
             self._hash.update(piece)
             try:
                 self._stream.write(piece)
-            except OSError as error:
+            except Exception as error:  # OSError, or a kind of obstore's
                 self.refusal = error
                 raise
         self._num_bytes += len(view)
@@ -81,11 +96,10 @@ class Storage:
     """One folder, addressed by relative POSIX paths.
 
     Args:
-        uri: a local path, or s3://BUCKET/PREFIX.
+        uri: a local path, or s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX.
 
     Attributes:
         uri: the folder, absolute.
-        filesystem, root: the same for pyarrow and Ray.
 
     Raises:
         StorageError: the URI cannot be parsed.
@@ -93,24 +107,19 @@ class Storage:
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
         text = os.fspath(uri)
-        if "@" in text.partition("://")[2].partition("/")[0]:  # pyarrow would accept them, and every message show them
+        if "@" in text.partition("://")[2].partition("/")[0]:  # every message would show them
             raise StorageError("the URL of a storage holds credentials: give them by the environment, or by a role")
         if "://" in text and (found := re.search(r"[?#\s\x00-\x1f].*", text, re.DOTALL)):
-            # pyarrow takes options from a query, endpoint_override too: a name in a config could choose the host.
             raise StorageError(
                 f"the URL of a storage holds {found[0][:60]!r}: give scheme, bucket and prefix only; "
-                "AWS_ENDPOINT_URL and AWS_REGION set endpoint and region"
+                "variables such as AWS_ENDPOINT_URL and AWS_REGION set endpoint and region"
             )
         try:
             place = local_or_url(text)
         except ValueError as error:
             raise StorageError(f"storage {error}") from None
-        self.is_local = "://" not in place
+        self.is_local = not is_remote(place)
         self.uri = place if self.is_local else place.rstrip("/")
-        try:
-            self.filesystem, self.root = fs.FileSystem.from_uri(self.uri)
-        except (OSError, ValueError) as error:
-            raise StorageError(f"{self.uri}: {error}") from error
 
     def check_writable(self) -> None:
         """Write, read and delete a small file.
@@ -120,8 +129,13 @@ class Storage:
         """
         probe = f".sigray-probe-{uuid.uuid4().hex}"
         try:
-            self.write(probe, b"sigray")
-            self.filesystem.delete_file(self._at(probe))
+            if self.is_local:
+                self.write(probe, b"sigray")
+            else:
+                store, key = open_store(self._at(probe), _PROBE, max_retries=1)
+                with explained(self.uri, _PROBE):
+                    store.put(key, b"sigray")
+            self.delete(probe)
         except OSError as error:
             raise StorageError(f"{self.uri} is not writable: {error}") from error
 
@@ -130,12 +144,12 @@ class Storage:
 
         The content is durable when this returns, so no commit mark survives a power loss without its files.
         """
+        if not self.is_local:
+            with self._store(path) as (store, key):
+                store.put(key, content, chunk_size=_SENT_BYTES, max_concurrency=_NUM_PARTS)
+            return
         final = self._at(path)
         self._make_folder(Path(final).parent)
-        if not self.is_local:  # an S3 object appears whole when its upload ends, and is then durable
-            with self.filesystem.open_output_stream(final, compression=None) as stream:
-                stream.write(content)
-            return
         part = f"{final}.{uuid.uuid4().hex}.tmp"
         try:
             with open(part, "xb") as file:
@@ -150,31 +164,81 @@ class Storage:
             raise
         _sync_folder(Path(final).parent)
 
+    def read_version(self, path: str) -> tuple[bytes | None, Any]:
+        """Return the content of a file and its version, for `write_if`; None, None if there is none."""
+        try:
+            if self.is_local:
+                content = self.read(path)
+                return content, content
+            with self._store(path) as (store, key):
+                found = store.get(key)
+                return bytes(found.bytes()), _version(found.meta)
+        except FileNotFoundError:
+            return None, None
+
+    def write_if(self, path: str, content: bytes, version: Any) -> None:
+        """Replace a file if it still has this version.
+
+        In a store this is one conditional put, of which the store carries out one of several. A disk has no such
+        write: there the file is read and then replaced.
+
+        Args:
+            version: as `read_version` returns it; None: there must be no file.
+
+        Raises:
+            ChangedError: the file has another version.
+        """
+        if not self.is_local:
+            try:
+                with self._store(path) as (store, key):
+                    store.put(key, content, mode=version or "create")
+            except StoreError as error:
+                if error.kind not in ("changed", "exists", "missing"):
+                    raise
+            else:
+                return
+        found, now = self.read_version(path)
+        if self.is_local and now == version:
+            self.write(path, content)
+        elif found != content:  # else the answer to our own write was lost, and the write repeated
+            raise ChangedError(f"{self.uri}/{path} was written by another process")
+
     def write_hashed(self, path: str, write: Callable[[Any], Any]) -> dict[str, Any]:
         """Write one file in pieces, durable at the end; returns its `fingerprint`.
 
-        A reader may see a part of the file before the end.
+        On a disk, a reader may see a part of the file before the end.
 
         Args:
             write: called with a file object to write to.
         """
-        final = self._at(path)
-        self._make_folder(Path(final).parent)
-        stream: AbstractContextManager[Any] = (
-            open(final, "wb") if self.is_local else self.filesystem.open_output_stream(final, compression=None)  # noqa: SIM115
-        )
-        with stream as opened:
-            file = _HashedFile(opened)
+
+        def write_to(stream: Any) -> dict[str, Any]:
+            file = _HashedFile(stream)
             try:
                 write(file)
-            except RuntimeError as error:  # torch's writer hides the OSError: it complains about its own positions
+            except RuntimeError as error:  # torch's writer hides the refusal: it complains about its own positions
                 raise file.refusal or error from None
-            if self.is_local:
-                opened.flush()
-                os.fsync(opened.fileno())
-        if self.is_local:
-            _sync_folder(Path(final).parent)
-        return file.fingerprint()
+            return file.fingerprint()
+
+        if not self.is_local:
+            from obstore import open_writer
+
+            with self._store(path) as (store, key):
+                stream = open_writer(store, key, buffer_size=_SENT_BYTES, max_concurrency=_NUM_PARTS)
+                try:
+                    found = write_to(stream)
+                    stream.close()  # not after an error: the object would appear
+                except OSError as error:  # obstore's writer raises no kinds
+                    raise error_of(self._at(path), kind_of(error), _STORES) from None
+            return found
+        final = self._at(path)
+        self._make_folder(Path(final).parent)
+        with open(final, "wb") as opened:
+            found = write_to(opened)
+            opened.flush()
+            os.fsync(opened.fileno())
+        _sync_folder(Path(final).parent)
+        return found
 
     def read(self, path: str) -> bytes:
         """Return the content of one file.
@@ -182,40 +246,70 @@ class Storage:
         Raises:
             FileNotFoundError: the file does not exist.
         """
-        with self.filesystem.open_input_stream(self._at(path), compression=None) as stream:
-            return stream.read()
+        return Path(self._at(path)).read_bytes() if self.is_local else b"".join(self._parts(path))
+
+    def _parts(self, path: str) -> Iterator[Any]:
+        """Yield the parts of one version of an object, some of which are received ahead."""
+        with self._store(path) as (store, key):
+            found = store.get(key)
+            size, etag = found.meta["size"], found.meta["e_tag"]
+            if size <= _PART_BYTES:
+                yield found.bytes()
+                return
+            del found
+
+            def part(begin: int) -> Any:
+                options: Any = {"range": (begin, min(begin + _PART_BYTES, size)), "if_match": etag}
+                return store.get(key, options=options).bytes()
+
+            starts = range(0, size, _PART_BYTES)
+            with ThreadPoolExecutor(_NUM_PARTS) as pool:
+                for first in range(0, len(starts), _NUM_PARTS):
+                    yield from pool.map(part, starts[first : first + _NUM_PARTS])
 
     def exists(self, path: str) -> bool:
-        return self.filesystem.get_file_info(self._at(path)).type != fs.FileType.NotFound
+        return self.modified(path) is not None
 
     def modified(self, path: str) -> float | None:
         """Return when a file was last written (Unix time, s); None if there is none."""
-        info = self.filesystem.get_file_info(self._at(path))
-        return info.mtime_ns / 1e9 if info.mtime_ns is not None else None
+        try:
+            if self.is_local:
+                return os.stat(self._at(path)).st_mtime
+            with self._store(path) as (store, key):
+                return store.head(key)["last_modified"].timestamp()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     def walk(self) -> list[str]:
         """Return the paths of all files below the folder; a symlink counts as a file."""
-        if not isinstance(self.filesystem, fs.LocalFileSystem):
-            selector = fs.FileSelector(self.root, allow_not_found=True, recursive=True)
-            found = [info.path for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File]
-        else:
-            found = []
-            for folder, folders, names in os.walk(self.root):
-                links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-                found += [os.path.join(folder, name) for name in [*names, *links]]
-        return sorted(os.path.relpath(path, self.root) for path in found)
+        found = []
+        if not self.is_local:
+            with self._store() as (store, prefix):
+                found = [item["path"] for item in store.list(prefix or None).collect()]
+            return sorted(path[len(prefix) :].lstrip("/") for path in found)
+        for folder, folders, names in os.walk(self.uri):
+            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+            found += [os.path.join(folder, name) for name in [*names, *links]]
+        return sorted(os.path.relpath(path, self.uri) for path in found)
 
     def list(self, path: str) -> list[str]:
         """Return the sorted names in a folder; empty if the folder does not exist."""
-        selector = fs.FileSelector(self._at(path), allow_not_found=True)
-        return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+        if self.is_local:
+            with contextlib.suppress(FileNotFoundError):
+                return sorted(os.listdir(self._at(path)))
+            return []
+        with self._store(path) as (store, prefix):
+            found = store.list_with_delimiter(prefix or None)
+        paths = {*found["common_prefixes"], *(item["path"] for item in found["objects"])}
+        return sorted(each.rstrip("/").rpartition("/")[2] for each in paths)
 
     def delete_files(self, paths: Iterable[str]) -> None:
         """Delete files and symlinks, and the folders that are empty then."""
+        if not self.is_local:
+            with self._store() as (store, prefix):
+                _delete(store, [f"{prefix}/{path}".lstrip("/") for path in paths])
+            return
         for path in paths:
-            if not isinstance(self.filesystem, fs.LocalFileSystem):
-                self.filesystem.delete_file(self._at(path))
-                continue
             os.unlink(self._at(path))
             for parent in list(Path(path).parents)[:-1]:
                 with contextlib.suppress(OSError):  # it holds other files
@@ -225,35 +319,71 @@ class Storage:
         """Delete the folder of a local storage if nothing is in it."""
         if self.is_local:
             with contextlib.suppress(OSError):
-                os.rmdir(self.root)
+                os.rmdir(self.uri)
 
     def delete(self, path: str) -> None:
         """Delete a file, if it exists."""
-        if self.exists(path):
-            self.filesystem.delete_file(self._at(path))
+        with contextlib.suppress(FileNotFoundError):
+            if self.is_local:
+                os.unlink(self._at(path))
+                return
+            with self._store(path) as (store, key):
+                store.delete(key)
 
     def delete_folder(self, path: str) -> None:
-        self.filesystem.delete_dir(self._at(path))
+        if self.is_local:
+            shutil.rmtree(self._at(path))
+            return
+        with self._store(path) as (store, prefix):
+            _delete(store, [item["path"] for item in store.list(prefix).collect()])
 
     def upload(self, local_file: Path, path: str) -> None:
         """Copy a local file into the folder."""
-        final = self._at(path)
-        self._make_folder(Path(final).parent)
-        fs.copy_files(str(local_file), final, destination_filesystem=self.filesystem)
+        if self.is_local:
+            self.write(path, local_file.read_bytes())
+            return
+        with self._store(path) as (store, key):
+            store.put(key, local_file, chunk_size=_SENT_BYTES, max_concurrency=_NUM_PARTS)
 
     def download(self, path: str, local_file: Path) -> None:
         """Copy a file to a local one."""
-        fs.copy_files(self._at(path), str(local_file), source_filesystem=self.filesystem)
+        if self.is_local:
+            shutil.copyfile(self._at(path), local_file)
+            return
+        with local_file.open("wb") as file:
+            file.writelines(self._parts(path))
 
     def _make_folder(self, folder: Path) -> None:
-        """Make a folder; on a disk, make its name and those of its parents durable."""
-        if self.is_local and folder.is_dir():
+        """Make a folder, its name and those of its parents durable."""
+        if folder.is_dir():
             return
-        self.filesystem.create_dir(str(folder), recursive=True)
-        for parent in folder.parents if self.is_local else ():
+        folder.mkdir(parents=True, exist_ok=True)
+        for parent in folder.parents:
             _sync_folder(parent)
-            if parent == Path(self.root).parent:
+            if parent == Path(self.uri).parent:
                 return
 
+    @contextlib.contextmanager
+    def _store(self, path: str = "") -> Iterator[tuple[ObjectStore, str]]:
+        """Open the store with the key of a path; its errors are a `StoreError`."""
+        url = self._at(path)
+        with explained(url, _STORES):
+            yield open_store(url, _STORES)
+
     def _at(self, path: str) -> str:
-        return f"{self.root}/{path}" if path else self.root
+        return f"{self.uri}/{path}" if path else self.uri
+
+
+def _version(meta: Any) -> Any:
+    """Return what a conditional put compares: an ETag, at Google also a generation."""
+    return {name: meta[name] for name in ("e_tag", "version") if meta[name] is not None}
+
+
+def _delete(store: ObjectStore, keys: list[str]) -> None:
+    """Delete objects, of which some may be gone."""
+    try:
+        store.delete(keys)
+    except FileNotFoundError:
+        for key in keys:
+            with contextlib.suppress(FileNotFoundError):
+                store.delete(key)

@@ -41,8 +41,8 @@ class ForeignFolder(Storage):
     def __init__(self, place: Storage, name: str = "", places: Sequence[Storage] = ()) -> None:
         self._place, self._name = place, name
         self._places = places or [place]
-        self.is_local, self.filesystem = place.is_local, place.filesystem
-        self.uri, self.root = (f"{base}/{name}" if name else base for base in (place.uri, place.root))
+        self.is_local = place.is_local
+        self.uri = f"{place.uri}/{name}" if name else place.uri
         self._left = 4 * MAX_BYTES
 
     def below(self, name: str) -> ForeignFolder:
@@ -115,7 +115,9 @@ class ForeignFolder(Storage):
                     raise OSError(f"{path} is no regular file")
                 file = stack.enter_context(open(descriptor, "rb", buffering=0, closefd=False))
             else:
-                file = stack.enter_context(self.filesystem.open_input_file(self._at(path)))
+                from obstore import open_reader
+
+                file = open_reader(*stack.enter_context(self._store(path)))
             size = file.seek(0, os.SEEK_END)
             if must_fit and size > max_bytes:
                 raise OSError(f"{path} has {size:,} bytes; pages read at most {max_bytes:,}")
@@ -128,7 +130,7 @@ class ForeignFolder(Storage):
             length = min(size, max_bytes) // num_pieces
             for number in range(1, num_pieces + 1):
                 file.seek(size * number // num_pieces - length)
-                pieces.append(file.read(length))
+                pieces.append(bytes(file.read(length)))
             return pieces, size - length * num_pieces
 
     def _stat(self, path: str) -> os.stat_result | None:

@@ -308,7 +308,7 @@ def evaluate(config: RunConfig, info: CheckpointInfo, console: Console) -> dict[
     if (folder.path / CONFIG).exists():
         folder.save_evaluation(result)
         write_report(folder.path)
-    if str(folder.path) != folder.storage.root:
+    if str(folder.path) != folder.storage.uri:
         try:
             folder.storage.write(evaluation_name(result["step"]), json.dumps(result).encode())
         except OSError as error:  # another user's run, for example

@@ -52,10 +52,11 @@ def export_run(
     from sigray.workers.model.towers import num_parameters
 
     place = Storage(out or config.folder / "export" / form)
-    path = Path(place.root)
-    if place.exists("") and not overwrite:
+    path = Path(place.uri)
+    is_used = place.exists("") or (not place.is_local and bool(place.list("")))
+    if is_used and not overwrite:
         raise ConfigError(f"{place.uri} exists: give another --out, or --overwrite")
-    if place.exists(""):
+    if is_used:
         check_inputs(place, config.model_dump(mode="json", exclude={"run"}))
         others = [name for name in place.walk() if not any(fnmatch.fnmatch(name, known) for known in EXPORTED)]
         if others or (place.is_local and (path.is_symlink() or not path.is_dir())):

@@ -97,7 +97,7 @@ def profile_run(config: RunConfig, profile: Profile, console: Console) -> tuple[
     split = split_of(ranks)
     place = folder.path / FOLDER
     png(lambda figure: draw(figure, split), place / PICTURE)
-    if str(folder.path) != folder.storage.root:
+    if str(folder.path) != folder.storage.uri:
         for file in (file for file in (place / PICTURE, place / TIMELINE) if file.exists()):
             folder.storage.upload(file, f"{FOLDER}/{file.name}")
     return split, place

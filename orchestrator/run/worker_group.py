@@ -14,6 +14,7 @@ from sigray.orchestrator.run.monitor import RayHooks
 from sigray.orchestrator.run.places import START_S
 from sigray.orchestrator.run_folder import RunFolder
 from sigray.workers.data.manifest import Manifest
+from sigray.workers.storage import Storage
 
 if TYPE_CHECKING:
     from sigray.workers.data.loader import BlockSource
@@ -70,19 +71,18 @@ class WorkerGroup:
                 hooks.failed(error)
                 raise
 
-        # Ray Train's record of an earlier attempt. Our own commit files say which checkpoints exist.
-        self.folder.storage.delete("checkpoint_manager_snapshot.json")
+        # Ray's record of an earlier attempt. Our own commit files say which checkpoints exist. Ray's controller alone
+        # reads and writes its folder, and it runs on the driver's host.
+        Storage(self.folder.path).delete("checkpoint_manager_snapshot.json")
         failure_config: Any = ray.train.FailureConfig  # mypy sees the class of Ray Train v1
-        root, _, name = self.folder.storage.root.rpartition("/")
         return DataParallelTrainer(
             train_worker,
             train_loop_config={},
             backend_config=backend_config(config.cluster),
             scaling_config=scaling_config(config.cluster, num_workers),
             run_config=ray.train.RunConfig(
-                name=name,
-                storage_path=root,
-                storage_filesystem=self.folder.storage.filesystem,
+                name=self.folder.path.name,
+                storage_path=str(self.folder.path.parent),
                 failure_config=failure_config(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
             ),
         )

@@ -1,10 +1,13 @@
-"""Which URIs become a file system: one place decides, before anything is opened."""
+"""Which URIs are a storage; a folder and buckets of s3, gs and az servers behave alike."""
 
-from __future__ import annotations
+import threading
 
+import numpy as np
 import pytest
 
-from sigray.workers.storage import Storage, StorageError
+from sigray.workers import storage as storage_module
+from sigray.workers.storage import ChangedError, Storage, StorageError, fingerprint
+from tests.helpers.stored import KINDS, SCHEMES, Places
 
 
 @pytest.mark.parametrize(
@@ -17,6 +20,8 @@ from sigray.workers.storage import Storage, StorageError
         "s3://bucket/a b",
         "s3://bucket/runs\n",
         "s3://key:word@bucket/runs",
+        "gs://bucket/runs?x",
+        "az://key@container/runs",
         "file:///tmp?x",
     ],
 )
@@ -29,3 +34,121 @@ def test_a_local_path_may_hold_any_sign(tmp_path):
     storage = Storage(tmp_path / "a?endpoint_override=b#c d")
     storage.write("x", b"content")
     assert (tmp_path / "a?endpoint_override=b#c d" / "x").read_bytes() == storage.read("x") == b"content"
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    made = Places(tmp_path_factory.mktemp("places"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(params=KINDS)
+def storage(request, places):
+    return Storage(places.new(request.param))
+
+
+def test_files_and_folders(storage, tmp_path):
+    assert storage.list("") == storage.list("none") == storage.walk() == []
+    storage.check_writable()
+    assert storage.walk() == []
+    for name in ("a/b.txt", "a/c/d", "a/c/ö b%20c#?+&'.txt", "ab"):
+        storage.write(name, name.encode())
+    storage.write("a/b.txt", b"second")
+    assert storage.read("a/b.txt") == b"second"
+    assert storage.read("a/c/ö b%20c#?+&'.txt") == "a/c/ö b%20c#?+&'.txt".encode()
+    assert storage.list("a") == ["b.txt", "c"]
+    assert storage.walk() == ["a/b.txt", "a/c/d", "a/c/ö b%20c#?+&'.txt", "ab"]
+    assert (storage.exists("a/b.txt"), storage.exists("a/b"), storage.modified("a/b")) == (True, False, None)
+    with pytest.raises(FileNotFoundError, match="a/none"):
+        storage.read("a/none")
+    storage.delete("a/none")
+    storage.delete("ab")
+    storage.delete_folder("a/c")
+    assert storage.walk() == ["a/b.txt"]
+    (tmp_path / "up").write_bytes(b"up")
+    storage.upload(tmp_path / "up", "x/up")
+    storage.download("x/up", tmp_path / "down")
+    assert (tmp_path / "down").read_bytes() == b"up"
+    storage.delete_files(storage.walk())
+    assert storage.walk() == []  # SeaweedFS keeps empty folders
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 5000, 20 << 20])
+def test_a_file_of_many_parts(storage, tmp_path, monkeypatch, num_bytes):
+    if num_bytes == 5000:
+        monkeypatch.setattr(storage_module, "_PART_BYTES", 999)
+    content = np.random.default_rng(0).bytes(num_bytes)
+    found = storage.write_hashed(
+        "a/b", lambda file: [file.write(content[n : n + 999_999]) for n in range(0, len(content), 999_999)]
+    )
+    assert found == fingerprint(content)
+    assert storage.read("a/b") == content
+    storage.write("a/c", content)
+    storage.download("a/c", tmp_path / "c")
+    assert (tmp_path / "c").read_bytes() == content
+
+
+def test_a_failed_write_of_a_large_file_leaves_the_old_one(places):
+    for kind in SCHEMES:
+        storage = Storage(places.new(kind))
+        storage.write("a", b"old")
+
+        def write(file):
+            file.write(bytes(40 << 20))
+            raise RuntimeError("the disk of the source is full")
+
+        with pytest.raises(RuntimeError, match="source is full"):
+            storage.write_hashed("a", write)
+        assert storage.read("a") == b"old"
+
+
+def test_a_write_on_condition(storage):
+    assert storage.read_version("a") == (None, None)
+    storage.write_if("a", b"one", None)
+    with pytest.raises(ChangedError, match="a was written by another process"):
+        storage.write_if("a", b"other", None)
+    storage.write_if("a", b"one", None)  # as after a lost answer
+    content, version = storage.read_version("a")
+    assert content == b"one"
+    storage.write_if("a", b"two", version)
+    with pytest.raises(ChangedError):
+        storage.write_if("a", b"three", version)
+    _, version = storage.read_version("a")
+    storage.delete("a")
+    with pytest.raises(ChangedError):
+        storage.write_if("a", b"three", version)
+    assert not storage.exists("a")
+
+
+@pytest.mark.parametrize("kind", SCHEMES)
+def test_of_writers_at_once_one_succeeds(places, kind):
+    storage = Storage(places.new(kind))
+    for start in (None, b"start"):
+        if start:
+            storage.write("a", start)
+        _, version = storage.read_version("a") if start else (None, None)
+        barrier, done = threading.Barrier(8), []
+
+        def write(number, version=version, barrier=barrier, done=done):
+            barrier.wait()
+            try:
+                storage.write_if("a", f"{number}".encode(), version)
+            except ChangedError:
+                return
+            done.append(number)
+
+        threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [f"{number}".encode() for number in done] == [storage.read("a")]
+        storage.delete("a")
+
+
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "s3"])  # SeaweedFS makes the bucket
+def test_a_bucket_that_does_not_exist(places, scheme):
+    places.new(scheme)
+    with pytest.raises(StorageError, match="is not writable: .*no bucket 'none'"):
+        Storage(f"{scheme}://none/x").check_writable()

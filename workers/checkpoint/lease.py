@@ -2,6 +2,9 @@
 
     RUN/lease.json    owner, host, process and expiry; the driver renews it every 10 s
 
+In a store, a driver takes and renews the lease by a conditional put: of two drivers at once, one succeeds. On a disk,
+and in a store that ignores conditions, both write, and the driver whose lease is there half a second later holds it.
+
 If a driver or its machine dies, its training workers may keep running. The next driver's lease names another owner, and
 the `Fence` of the old workers refuses their writes (checkpoints, ledger).
 """
@@ -21,12 +24,12 @@ from typing import Annotated, Any
 from pydantic import Field, FiniteFloat
 
 from sigray.workers.parse import ParseError, as_type, parse_json
-from sigray.workers.storage import Storage
+from sigray.workers.storage import ChangedError, Storage
 
 LEASE_FILE = "lease.json"
 _LIFETIME_S = 60.0
 _RENEW_S = 10.0
-_SETTLE_S = 0.5  # if two drivers start at once, both write; the driver whose lease is there after this time holds it
+_SETTLE_S = 0.5
 
 
 class RunHeld(ValueError):
@@ -66,8 +69,15 @@ def is_free(lease: Lease | None, now: float, host: str, boot: str, is_alive: Cal
 def read_lease(storage: Storage) -> Lease | None:
     """The lease of a run or sweep; None if lease.json is missing or no lease."""
     try:
-        return as_type(Lease, parse_json(storage.read(LEASE_FILE)))
-    except (FileNotFoundError, ParseError):
+        return _parsed(storage.read(LEASE_FILE))
+    except FileNotFoundError:
+        return None
+
+
+def _parsed(content: bytes | None) -> Lease | None:
+    try:
+        return as_type(Lease, parse_json(content)) if content else None
+    except ParseError:
         return None
 
 
@@ -119,10 +129,14 @@ class RunLease:
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def __enter__(self) -> RunLease:
-        held = read_lease(self._storage)
+        content, version = self._storage.read_version(LEASE_FILE)
+        held = _parsed(content)
         if _is_held(held):
             raise self._refusal(held)
-        self.renew()
+        try:
+            self._storage.write_if(LEASE_FILE, self._content(), version)
+        except ChangedError:
+            raise self._refusal(read_lease(self._storage)) from None
         time.sleep(_SETTLE_S)
         held = read_lease(self._storage)
         if held is None or held.owner != self.owner:
@@ -148,18 +162,23 @@ class RunLease:
     def _renew(self) -> None:
         while not self._stop.wait(_RENEW_S):
             try:
-                held = read_lease(self._storage)
-                if held is not None and held.owner != self.owner:
-                    self._is_lost = True
-                    return
                 self.renew()
             except OSError:
                 continue  # while the storage is unreachable, other drivers cannot reach it either
+            if self._is_lost:
+                return
 
     def renew(self) -> None:
-        """Hold the lease for another minute. The background thread does this too."""
+        """Hold the lease for another minute, unless another driver holds it. The background thread does this too."""
+        content, version = self._storage.read_version(LEASE_FILE)
+        held = _parsed(content)
+        self._is_lost = held is not None and held.owner != self.owner
+        if not self._is_lost:
+            self._storage.write_if(LEASE_FILE, self._content(), version)
+
+    def _content(self) -> bytes:
         lease = Lease(self.owner, socket.gethostname(), _boot(), os.getpid(), time.time() + _LIFETIME_S)
-        self._storage.write(LEASE_FILE, json.dumps(asdict(lease)).encode())
+        return json.dumps(asdict(lease)).encode()
 
     def _refusal(self, held: Lease | None) -> RunHeld:
         holder = f"process {held.pid} on {held.host}" if held else "another driver"

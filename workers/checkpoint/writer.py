@@ -252,7 +252,8 @@ class CheckpointWriter:
             time.sleep(_POLL_S)
         self._fence.check()  # again: the files may have taken minutes
         info = CheckpointInfo(name, step, samples_seen, files, self._model)
-        self._storage.write(f"{folder}/{COMMIT}", json.dumps(asdict(info), indent=1).encode())
+        # On condition: if another writer has committed, its files may be of another attempt. All is written again.
+        self._storage.write_if(f"{folder}/{COMMIT}", json.dumps(asdict(info), indent=1).encode(), None)
         self._committed.put(info)
 
 
