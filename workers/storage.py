@@ -49,10 +49,14 @@ class ChangedError(StorageError):
 
 
 class _HashedFile:
-    """A writable file that counts and hashes its content; both release the GIL."""
+    """A writable file that counts and hashes its content; both release the GIL.
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
+    Args:
+        copies: whether the stream keeps what it is given. torch reuses its buffer after each write.
+    """
+
+    def __init__(self, stream: Any, copies: bool) -> None:
+        self._stream, self._copies = stream, copies
         self._hash = xxhash.xxh3_128()
         self._num_bytes = 0
         self.refusal: Exception | None = None  # of the stream
@@ -63,7 +67,7 @@ class _HashedFile:
             piece = view[start : start + _PIECE]
             self._hash.update(piece)
             try:
-                self._stream.write(piece)
+                self._stream.write(bytes(piece) if self._copies else piece)
             except Exception as error:  # OSError, or a kind of obstore's
                 self.refusal = error
                 raise
@@ -213,7 +217,7 @@ class Storage:
         """
 
         def write_to(stream: Any) -> dict[str, Any]:
-            file = _HashedFile(stream)
+            file = _HashedFile(stream, copies=not self.is_local)
             try:
                 write(file)
             except RuntimeError as error:  # torch's writer hides the refusal: it complains about its own positions

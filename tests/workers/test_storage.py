@@ -89,6 +89,18 @@ def test_a_file_of_many_parts(storage, tmp_path, monkeypatch, num_bytes):
     assert (tmp_path / "c").read_bytes() == content
 
 
+def test_a_writer_may_reuse_its_buffer(storage):
+    """As torch's does: obstore's writer keeps the buffers that it is given."""
+    buffer = bytearray(1000)
+
+    def write(file):
+        for number in range(200):
+            buffer[:] = bytes([number]) * 1000
+            file.write(buffer)
+
+    assert storage.write_hashed("a", write) == fingerprint(storage.read("a"))
+
+
 def test_a_failed_write_of_a_large_file_leaves_the_old_one(places):
     for kind in SCHEMES:
         storage = Storage(places.new(kind))
