@@ -17,7 +17,7 @@ from hypothesis import settings
 from sigray.workers.config import DataConfig, ModelConfig
 from tests.helpers.data import TOWERS, write_dataset
 from tests.helpers.ranks import RankGroup
-from tests.helpers.s3 import s3_server
+from tests.helpers.stored import Servers, places
 from tests.helpers.tiers import TIERS, RayWatch, Tiers
 
 # The verdict on a commit depends on the commit alone, and no test on time.
@@ -35,10 +35,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def s3_variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """The stores of this test run, each started when a test first needs it."""
+    started = Servers(tmp_path_factory.mktemp("stores"))
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
+def s3_variables(servers: Servers) -> dict[str, str]:
     """The AWS variables that reach an S3 server of this test run; its bucket is `tests.helpers.s3.BUCKET`."""
-    with s3_server(tmp_path_factory.mktemp("s3")) as variables:
-        yield variables
+    return servers.variables("s3")
+
+
+@pytest.fixture
+def new_place(servers: Servers, tmp_path: Path) -> Iterator[Callable[[str], str]]:
+    """Returns an empty place of a kind (`tests.helpers.stored.KINDS`), which the test's environment reaches."""
+    with places(servers, tmp_path) as new:
+        yield new
 
 
 @pytest.fixture(scope="session")

@@ -52,15 +52,15 @@ class Place:
 LocalOrUri = Annotated[str, AfterValidator(local_or_url), Place("shared")]
 LocalFolder = Annotated[str, AfterValidator(local_or_url), Place("host")]
 LocalPath = Annotated[str, AfterValidator(local_path), Place("host")]
-LocalFile = Annotated[str, AfterValidator(local_path), Place("file")]
+LocalFile = Annotated[str, AfterValidator(readable), Place("file")]
 # Checked outside the union, so that an error names the key and not the members of the union.
 Patterns = Annotated[str | list[str], AfterValidator(_patterns), Place("shared")]
 
 
 def _image_tower(name: str) -> str:
-    """The absolute path of a file, or a factory by its present name."""
+    """The absolute path or URL of a file, or a factory by its present name."""
     if name.endswith(TOWER_FILE_ENDINGS):
-        return local_path(name)
+        return readable(name)
     # Runs from before the package was called `sigray` have the former name in their config.yaml, and must resume.
     return re.sub(r"^workers\.image_towers:", "sigray.workers.model.image_towers:", name)
 
@@ -71,7 +71,7 @@ def _model_name(name: str) -> str:
 
 
 def _path_unless(word: str) -> AfterValidator:
-    return AfterValidator(lambda name: name if name == word else local_path(name))
+    return AfterValidator(lambda name: name if name == word else readable(name))
 
 
 def _file_unless(word: str) -> Place:

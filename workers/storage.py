@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -20,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from sigray.workers.config import StoresConfig
-from sigray.workers.stores import StoreError, error_of, explained, is_remote, kind_of, open_store
-from sigray.workers.urls import local_or_url
+from sigray.workers.stores import StoreError, error_of, explained, kind_of, open_store, shown_url, stat
+from sigray.workers.urls import is_remote, local_or_url
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -250,26 +251,7 @@ class Storage:
         Raises:
             FileNotFoundError: the file does not exist.
         """
-        return Path(self._at(path)).read_bytes() if self.is_local else b"".join(self._parts(path))
-
-    def _parts(self, path: str) -> Iterator[Any]:
-        """Yield the parts of one version of an object, some of which are received ahead."""
-        with self._store(path) as (store, key):
-            found = store.get(key)
-            size, etag = found.meta["size"], found.meta["e_tag"]
-            if size <= _PART_BYTES:
-                yield found.bytes()
-                return
-            del found
-
-            def part(begin: int) -> Any:
-                options: Any = {"range": (begin, min(begin + _PART_BYTES, size)), "if_match": etag}
-                return store.get(key, options=options).bytes()
-
-            starts = range(0, size, _PART_BYTES)
-            with ThreadPoolExecutor(_NUM_PARTS) as pool:
-                for first in range(0, len(starts), _NUM_PARTS):
-                    yield from pool.map(part, starts[first : first + _NUM_PARTS])
+        return Path(self._at(path)).read_bytes() if self.is_local else b"".join(_parts(self._at(path)))
 
     def exists(self, path: str) -> bool:
         return self.modified(path) is not None
@@ -355,7 +337,7 @@ class Storage:
             shutil.copyfile(self._at(path), local_file)
             return
         with local_file.open("wb") as file:
-            file.writelines(self._parts(path))
+            file.writelines(_parts(self._at(path)))
 
     def _make_folder(self, folder: Path) -> None:
         """Make a folder, its name and those of its parents durable."""
@@ -376,6 +358,48 @@ class Storage:
 
     def _at(self, path: str) -> str:
         return f"{self.uri}/{path}" if path else self.uri
+
+
+def local_copy(place: str) -> Path:
+    """Return a file of this machine: the place itself, or a copy of a URL's object, kept by its version.
+
+    Raises:
+        StoreError: the object is missing, or its store cannot be reached or refuses.
+    """
+    if not is_remote(place):
+        return Path(place)
+    found = stat(place)
+    name = hashlib.sha256(f"{place} {found.etag} {found.num_bytes}".encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "sigray", "urls", name)
+    file = cache / shown_url(place).rpartition("/")[2]
+    if not file.exists() or not found.etag:  # without an ETag, nothing tells whether the object is the same
+        cache.mkdir(parents=True, exist_ok=True)
+        part = cache / f"{uuid.uuid4().hex}.tmp"
+        with part.open("wb") as opened:
+            opened.writelines(_parts(place))
+        part.replace(file)
+    return file
+
+
+def _parts(url: str) -> Iterator[Any]:
+    """Yield the parts of one version of an object, some of which are received ahead."""
+    with explained(url, _STORES):
+        store, key = open_store(url, _STORES)
+        found = store.get(key)
+        size, etag = found.meta["size"], found.meta["e_tag"]
+        if size <= _PART_BYTES:
+            yield found.bytes()
+            return
+        del found
+
+        def part(begin: int) -> Any:
+            options: Any = {"range": (begin, min(begin + _PART_BYTES, size)), "if_match": etag}
+            return store.get(key, options=options).bytes()
+
+        starts = range(0, size, _PART_BYTES)
+        with ThreadPoolExecutor(_NUM_PARTS) as pool:
+            for first in range(0, len(starts), _NUM_PARTS):
+                yield from pool.map(part, starts[first : first + _NUM_PARTS])
 
 
 def _version(meta: Any) -> Any:

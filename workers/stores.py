@@ -235,10 +235,6 @@ def shown_url(url: str) -> str:
     return re.sub(r"//[^/]*@", "//", url).partition("?")[0] if "://" in url else url
 
 
-def is_remote(url: str) -> bool:
-    return "://" in url
-
-
 def endpoint_of(url: str, stores: StoresConfig = _DEFAULTS) -> str:
     """Return the endpoint for messages: without user and password, which a variable may hold."""
     scheme, bucket, _ = split_url(url)

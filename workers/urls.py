@@ -13,8 +13,14 @@ STORES = ("s3", "gs", "az")
 """Schemes of stores that list, read and write."""
 READ_ONLY = ("https", "http", "hf")
 """Schemes of stores that only read."""
+URL = "s3://, gs:// or az://BUCKET/KEY"
 _KIND = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(://|::|:/?)")
 _MAX_SHOWN = 200  # characters of a place in a message
+
+
+def is_remote(place: str) -> bool:
+    """Return whether a checked place is a URL; a path is absolute by then."""
+    return "://" in place and not place.startswith("/")
 
 
 def local_or_url(text: str) -> str:
@@ -39,7 +45,7 @@ def local_path(text: str) -> str:
 
 
 def _place(text: str, schemes: tuple[str, ...]) -> str:
-    expected = " or ".join(["a local path", *(["s3://, gs:// or az://BUCKET/KEY"] if schemes else [])])
+    expected = " or ".join(["a local path", *([URL] if schemes else [])])
     shown = repr(text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}...")
     if not text:
         raise ValueError(f"is empty: give {expected}")

@@ -11,6 +11,7 @@ from sigray.orchestrator.cli.command import OVERRIDES, argument, command, say
 from sigray.orchestrator.cluster.job_files import is_shared
 from sigray.orchestrator.cluster.jobs import Job, can_read, place_job
 from sigray.orchestrator.config import ConfigError, RunConfig, override
+from sigray.workers.urls import URL
 
 CHECKPOINT = argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run, or RUN/checkpoints/step-...")
 
@@ -54,7 +55,7 @@ def _export_job(options: Namespace) -> Job:
     flags = ["--format", options.format, "--out", out, *(["--overwrite"] if options.overwrite else [])]
     job = place_job("export", options.checkpoint, "run", flags=flags)
     if not is_shared(out):
-        raise ConfigError(f"--out {out} is a folder of this machine: give s3://BUCKET/KEY, or leave it out for {run}")
+        raise ConfigError(f"--out {out} is a folder of this machine: give {URL}, or leave it out for {run}")
     if can_read(job.storage):
         _find_checkpoint(options.checkpoint)
     return replace(job, name=f"{job.name}-export", storage=out, result=["fetch", out])

@@ -15,14 +15,14 @@ from sigray.orchestrator.config import ConfigError, RunConfig, put
 from sigray.orchestrator.secrets import secret_in_file
 from sigray.workers.config import Place, Section
 from sigray.workers.texts import ten_lines
-from sigray.workers.urls import local_path
+from sigray.workers.urls import is_remote, local_path
 
 _MAX_MIB = 16  # of a file that a job carries
 
 
 def is_shared(path: str | None) -> bool:
     """Return whether a path is a URL, or absolute: all hosts of a cluster may see it."""
-    return path is not None and ("://" in path or os.path.isabs(path))
+    return path is not None and (is_remote(path) or os.path.isabs(path))
 
 
 class JobFiles:
@@ -90,7 +90,7 @@ class JobFiles:
         if path is None:
             return value
         why = "is a path on this machine, which the hosts of the cluster do not see"
-        if place.kind == "file":
+        if place.kind == "file" and not is_remote(path):
             file = Path(local_path(path))
             why = "is no file"
             if file.is_file() and file.stat().st_size > _MAX_MIB << 20:
@@ -102,5 +102,5 @@ class JobFiles:
                 self.carried[name := carried_name(data, file.name)] = data
                 return name
         if not is_shared(path):
-            self.problems.append(f"{key}={value} {why}: give s3://BUCKET/KEY or an absolute path that all hosts see")
+            self.problems.append(f"{key}={value} {why}: give {URL} or an absolute path that all hosts see")
         return value

@@ -1,13 +1,14 @@
 """Which URIs are a storage; a folder and buckets of s3, gs and az servers behave alike."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
 
 from sigray.workers import storage as storage_module
-from sigray.workers.storage import ChangedError, Storage, StorageError, fingerprint
-from tests.helpers.stored import KINDS, SCHEMES, Places
+from sigray.workers.storage import ChangedError, Storage, StorageError, fingerprint, local_copy
+from tests.helpers.stored import KINDS, SCHEMES
 
 
 @pytest.mark.parametrize(
@@ -36,16 +37,9 @@ def test_a_local_path_may_hold_any_sign(tmp_path):
     assert (tmp_path / "a?endpoint_override=b#c d" / "x").read_bytes() == storage.read("x") == b"content"
 
 
-@pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    made = Places(tmp_path_factory.mktemp("places"))
-    yield made
-    made.close()
-
-
 @pytest.fixture(params=KINDS)
-def storage(request, places):
-    return Storage(places.new(request.param))
+def storage(request, new_place):
+    return Storage(new_place(request.param))
 
 
 def test_files_and_folders(storage, tmp_path):
@@ -101,18 +95,18 @@ def test_a_writer_may_reuse_its_buffer(storage):
     assert storage.write_hashed("a", write) == fingerprint(storage.read("a"))
 
 
-def test_a_failed_write_of_a_large_file_leaves_the_old_one(places):
-    for kind in SCHEMES:
-        storage = Storage(places.new(kind))
-        storage.write("a", b"old")
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_failed_write_of_a_large_file_leaves_the_old_one(new_place, scheme):
+    storage = Storage(new_place(scheme))
+    storage.write("a", b"old")
 
-        def write(file):
-            file.write(bytes(40 << 20))
-            raise RuntimeError("the disk of the source is full")
+    def write(file):
+        file.write(bytes(40 << 20))
+        raise RuntimeError("the disk of the source is full")
 
-        with pytest.raises(RuntimeError, match="source is full"):
-            storage.write_hashed("a", write)
-        assert storage.read("a") == b"old"
+    with pytest.raises(RuntimeError, match="source is full"):
+        storage.write_hashed("a", write)
+    assert storage.read("a") == b"old"
 
 
 def test_a_write_on_condition(storage):
@@ -133,9 +127,9 @@ def test_a_write_on_condition(storage):
     assert not storage.exists("a")
 
 
-@pytest.mark.parametrize("kind", SCHEMES)
-def test_of_writers_at_once_one_succeeds(places, kind):
-    storage = Storage(places.new(kind))
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_of_writers_at_once_one_succeeds(new_place, scheme):
+    storage = Storage(new_place(scheme))
     for start in (None, b"start"):
         if start:
             storage.write("a", start)
@@ -159,8 +153,40 @@ def test_of_writers_at_once_one_succeeds(places, kind):
         storage.delete("a")
 
 
-@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "s3"])  # SeaweedFS makes the bucket
-def test_a_bucket_that_does_not_exist(places, scheme):
-    places.new(scheme)
+@pytest.mark.parametrize("scheme", SCHEMES[1:])  # SeaweedFS makes the bucket
+def test_a_bucket_that_does_not_exist(new_place, scheme):
+    new_place(scheme)
     with pytest.raises(StorageError, match="is not writable: .*no bucket 'none'"):
         Storage(f"{scheme}://none/x").check_writable()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_credentials_that_are_wrong_or_missing_are_named(new_place, monkeypatch, scheme):
+    key = {"s3": "AWS_SECRET_ACCESS_KEY", "gs": "GOOGLE_BEARER_TOKEN", "az": "AZURE_STORAGE_ACCOUNT_KEY"}[scheme]
+    storage = Storage(new_place(scheme))
+    began = time.monotonic()
+    monkeypatch.setenv(key, "d3Jvbmc=")
+    with pytest.raises(StorageError, match="is not writable: .*access denied.*set ") as refused:
+        storage.check_writable()
+    assert "d3Jvbmc=" not in str(refused.value)
+    monkeypatch.setenv("HOME", "/nowhere")
+    for name in (key, "AWS_ACCESS_KEY_ID", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    # A machine in a cloud has a metadata server, whose identity the store refuses.
+    with pytest.raises(StorageError, match=f"(no credentials|access denied).* set .*{key[:4]}"):
+        storage.check_writable()
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_a_place_is_copied_once_per_version(new_place, monkeypatch, tmp_path, kind):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    storage = Storage(new_place(kind))
+    storage.write("tokenizer.json", b"first")
+    first = local_copy(f"{storage.uri}/tokenizer.json")
+    assert (first.name, first.read_bytes()) == ("tokenizer.json", b"first")
+    assert local_copy(f"{storage.uri}/tokenizer.json") == first
+    storage.write("tokenizer.json", b"other")
+    assert local_copy(f"{storage.uri}/tokenizer.json").read_bytes() == b"other"
+    with pytest.raises(FileNotFoundError):
+        local_copy(f"{storage.uri}/none.json").read_bytes()

@@ -25,6 +25,7 @@ from sigray.workers.data.decode import Decoder, Members, Refused, captions_at, r
 from sigray.workers.data.manifest import Manifest, Shard, read_samples, scan_shards
 from sigray.workers.data.tar import DataError, LocalFile, TarSample
 from sigray.workers.parse import as_type, parse_json
+from sigray.workers.storage import local_copy
 
 CLASS = "cls"
 """Member with the class, as in webdataset's own classification sets.
@@ -311,7 +312,7 @@ def read_classes(path: str) -> list[dict[str, str]]:
         DataError: if the file is missing or is not a list of {id, name}.
     """
     try:
-        file = LocalFile(path)  # refuses a FIFO, for which a read would wait
+        file = LocalFile(str(local_copy(path)))  # refuses a FIFO, for which a read would wait
         content = bytes(file.read(file.num_bytes))
         if path.endswith(".txt"):
             lines = content.decode().splitlines()

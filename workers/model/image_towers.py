@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sigray.workers.config import TOWER_FILE_ENDINGS
+from sigray.workers.storage import local_copy
 
 
 def load_image_tower(name: str) -> nn.Module:
@@ -32,12 +33,13 @@ def load_image_tower(name: str) -> nn.Module:
     """
     if not name.endswith(TOWER_FILE_ENDINGS):
         return _from_factory(name)
-    if not Path(name).is_file():
+    file = local_copy(name)
+    if not file.is_file():
         raise ValueError(f"model.image_tower: there is no file {name}")
     if name.endswith(".onnx"):
-        return OnnxTower(name)
+        return OnnxTower(str(file))
     try:
-        return torch.jit.load(name, map_location="cpu")
+        return torch.jit.load(str(file), map_location="cpu")
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"model.image_tower: {name} is not a TorchScript file: {reason}") from error

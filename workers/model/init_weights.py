@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -19,7 +18,7 @@ from sigray.workers.config import ModelConfig
 from sigray.workers.model.towers import TOWERS, build_bare_model, build_meta_model, build_model
 from sigray.workers.model.untrusted import read_tensors
 from sigray.workers.sharding import shard_like
-from sigray.workers.storage import Storage
+from sigray.workers.storage import Storage, local_copy
 from sigray.workers.texts import first_ten, ten_lines
 
 _POSITIONS = ("visual.positional_embedding", "text.positional_embedding")
@@ -148,10 +147,11 @@ def _read(path: str) -> dict[str, Tensor]:
     """A checkpoint's tensors by CustomTextCLIP's names, as open_clip converts them."""
     from open_clip.model import convert_to_custom_text_state_dict
 
-    if not Path(path).is_file():
+    file = local_copy(path)
+    if not file.is_file():
         raise ValueError(f"model.init_from: {path} is not a file; every training worker needs to see it")
     try:
-        content = read_tensors(path)
+        content = read_tensors(str(file))
     except ValueError as error:
         raise ValueError(f"model.init_from: {error}") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):  # of open_clip's own training

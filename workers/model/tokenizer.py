@@ -15,7 +15,6 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -23,6 +22,7 @@ import numpy as np
 from sigray.workers.config import ModelConfig
 from sigray.workers.model.inputs import tower_config
 from sigray.workers.model.untrusted import LOCAL_DIR, open_clip_folder, reason, refuse_code
+from sigray.workers.storage import local_copy
 
 if TYPE_CHECKING:
     import tokenizers
@@ -109,12 +109,11 @@ def load_tokenizer_file(path: str) -> tokenizers.Tokenizer:
     """
     from tokenizers import Tokenizer as HFTokenizer
 
-    if not Path(path).is_file():
-        raise ValueError(
-            f"model.tokenizer: {Path(path).absolute()} does not exist; give a tokenizer.json or 'open_clip'"
-        )
+    file = local_copy(path)
+    if not file.is_file():
+        raise ValueError(f"model.tokenizer: {file.absolute()} does not exist; give a tokenizer.json or 'open_clip'")
     try:
-        return HFTokenizer.from_file(path)
+        return HFTokenizer.from_file(str(file))
     except Exception as error:  # the library raises no other type
         raise ValueError(
             f"model.tokenizer: {path} is no tokenizers file ({reason(error)}): give a tokenizer.json as "

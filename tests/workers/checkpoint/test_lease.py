@@ -3,13 +3,15 @@
 import json
 import os
 import socket
+import threading
 import time
 
 import pytest
 
 from sigray.workers.checkpoint import lease as lease_module
-from sigray.workers.checkpoint.lease import Fence, Lease, RunHeld, RunLease, RunTakenOver, is_free
-from sigray.workers.storage import Storage
+from sigray.workers.checkpoint.lease import Fence, Lease, RunHeld, RunLease, RunTakenOver, is_free, read_lease
+from sigray.workers.storage import ChangedError, Storage
+from tests.helpers.stored import KINDS, SCHEMES
 
 LIFETIME_S, RENEW_S = lease_module._LIFETIME_S, lease_module._RENEW_S  # before `quick` changes one
 
@@ -45,11 +47,15 @@ def test_when_a_run_may_be_taken(held, now, alive, free):
     assert is_free(held, now, "here", "now", lambda pid: alive) is free
 
 
-def test_a_second_driver_is_refused_and_told_whom(tmp_path):
-    storage = Storage(tmp_path)
+@pytest.fixture(params=KINDS)
+def storage(request, new_place):
+    return Storage(new_place(request.param))
+
+
+def test_a_second_driver_is_refused_and_told_whom(storage):
     with RunLease(storage), pytest.raises(RunHeld, match=rf"process {os.getpid()} on {socket.gethostname()}"):
         RunLease(storage).__enter__()
-    assert not (tmp_path / "lease.json").exists()
+    assert not storage.exists("lease.json")
     with RunLease(storage):
         pass
 
@@ -57,8 +63,8 @@ def test_a_second_driver_is_refused_and_told_whom(tmp_path):
 class Raced(Storage):
     """Another driver, which found the run free in the same moment, writes its lease after ours."""
 
-    def write(self, path, data):
-        super().write(path, data)
+    def write_if(self, path, content, version):
+        super().write_if(path, content, version)
         super().write(path, json.dumps(lease(expires=time.time() + 60).__dict__).encode())
 
 
@@ -68,11 +74,57 @@ def test_of_two_that_start_at_once_the_last_to_write_has_it(tmp_path):
     assert json.loads((tmp_path / "lease.json").read_text())["owner"] == "other"
 
 
-def test_it_is_renewed(tmp_path):
-    with RunLease(Storage(tmp_path)):
-        first = json.loads((tmp_path / "lease.json").read_text())["expires"]
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("before", [None, lease(expires=1.0), "{"])
+def test_of_several_that_start_at_once_in_a_store_one_has_it(new_place, scheme, before):
+    """No run, the lease of a driver that died, and a lease that cannot be read."""
+    storage = Storage(new_place(scheme))
+    if before:
+        storage.write("lease.json", (before if before == "{" else json.dumps(before.__dict__)).encode())
+    barrier, held, refused = threading.Barrier(6), [], []
+
+    def start():
+        mine = RunLease(storage)
+        barrier.wait()
+        try:
+            mine.__enter__()
+        except RunHeld as error:
+            refused.append(str(error))
+        else:
+            held.append(mine)
+
+    threads = [threading.Thread(target=start) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (mine,) = held
+    assert len(refused) == 5
+    assert read_lease(storage).owner == mine.owner
+    mine.__exit__()
+
+
+def test_a_renewal_does_not_replace_the_lease_of_another(storage):
+    held, taken = RunLease(storage), json.dumps(lease().__dict__).encode()
+    held.renew()
+    _, version = storage.read_version("lease.json")
+    storage.read_version = lambda path: (json.dumps(lease(owner=held.owner).__dict__).encode(), version)  # read before
+    storage.write("lease.json", taken)
+    if storage.is_local:
+        del storage.read_version
+        held.renew()
+        assert held._is_lost
+    else:
+        with pytest.raises(ChangedError):
+            held.renew()
+    assert storage.read("lease.json") == taken
+
+
+def test_it_is_renewed(storage):
+    with RunLease(storage):
+        first = read_lease(storage).expires
         deadline = time.monotonic() + 30
-        while json.loads((tmp_path / "lease.json").read_text())["expires"] == first:
+        while read_lease(storage).expires == first:
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
@@ -106,18 +158,17 @@ def test_two_renewals_may_fail_before_a_lease_ends(tmp_path, monkeypatch):
     assert max(clock.left_s) < LIFETIME_S
 
 
-def test_a_driver_whose_run_was_taken_over_is_told_and_leaves_the_lease(tmp_path):
-    taken = json.dumps(lease(expires=time.time() + 60).__dict__)
-    with RunLease(Storage(tmp_path)) as held:
+def test_a_driver_whose_run_was_taken_over_is_told_and_leaves_the_lease(storage):
+    taken = json.dumps(lease(expires=time.time() + 60).__dict__).encode()
+    with RunLease(storage) as held:
         held.check()
         deadline = time.monotonic() + 30
         while not held._is_lost and time.monotonic() < deadline:
-            Storage(tmp_path).write("lease.json", taken.encode())  # again: a renewal may just have been on its way
+            storage.write("lease.json", taken)  # again: a renewal may just have been on its way
             time.sleep(0.01)
         with pytest.raises(RunTakenOver, match="another driver has taken over"):
             held.check()
-    assert (tmp_path / "lease.json").exists()
-    assert (tmp_path / "lease.json").read_text() == taken
+    assert storage.read("lease.json") == taken
 
 
 def test_a_dead_drivers_lease_is_taken_at_once_on_its_machine(tmp_path):
@@ -134,8 +185,7 @@ def test_a_dead_drivers_lease_is_taken_at_once_on_its_machine(tmp_path):
         held.check()
 
 
-def test_the_fence_lets_through_the_owner_alone(tmp_path):
-    storage = Storage(tmp_path)
+def test_the_fence_lets_through_the_owner_alone(storage):
     with RunLease(storage) as held:
         Fence(storage, held.owner).check()
         Fence(storage, None).check()

@@ -10,6 +10,7 @@ import re
 import threading
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ from sigray.workers.storage import Storage, StorageError, fingerprint
 from sigray.workers.training.optim import build_optimizer
 from tests.helpers.data import TOWERS
 from tests.helpers.faultproxy import Outage
-from tests.helpers.s3 import BUCKET, s3_server
+from tests.helpers.stored import KINDS, SCHEMES
 
 MODEL = ModelConfig(towers=TOWERS)
 
@@ -81,12 +82,12 @@ def save(storage, *steps, seed=0, **fields):
     return saver.take_committed()[-1]
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+@pytest.fixture(params=KINDS)
+def storage(request, new_place):
+    return Storage(new_place(request.param))
 
 
-def test_comes_back_bit_for_bit(tmp_path):
-    storage = Storage(tmp_path)
+def test_comes_back_bit_for_bit(storage):
     module, optimizer = trained(0)
     saver = CheckpointWriter(storage, module, optimizer, CheckpointConfig(), {}, warn=print)
     saver.save(3, 24)
@@ -150,12 +151,11 @@ def test_training_may_go_on_while_it_is_written(tmp_path, monkeypatch):
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
 
 
-def test_is_committed_after_the_files_of_other_ranks(tmp_path):
-    storage = Storage(tmp_path)
+def test_is_committed_after_the_files_of_other_ranks(storage):
     saver = writer(storage)
     saver.save(3, 24, after=["ledger/rank-1"])
     deadline = time.monotonic() + 60
-    while not (tmp_path / "checkpoints" / "step-0000000003" / "optimizer.pt").exists():
+    while not storage.exists("checkpoints/step-0000000003/optimizer.pt"):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(0.3)
@@ -165,22 +165,21 @@ def test_is_committed_after_the_files_of_other_ranks(tmp_path):
     assert [info.step for info in list_checkpoints(storage)] == [3]
 
 
-def test_what_is_not_committed_is_not_chosen(tmp_path):
-    storage = Storage(tmp_path)
+def test_what_is_not_committed_is_not_chosen(storage):
     save(storage, 10, 20)
-    (tmp_path / "checkpoints" / "step-0000000020" / "commit.json").unlink()
+    storage.delete("checkpoints/step-0000000020/commit.json")
     assert [info.step for info in list_checkpoints(storage)] == [10]
     assert load_newest(storage, *trained(1), print).step == 10
 
 
-def test_old_ones_and_what_a_crash_left_are_deleted(tmp_path):
-    storage = Storage(tmp_path)
+def test_old_ones_and_what_a_crash_left_are_deleted(storage):
     save(storage, 10, 20, 30)
-    (tmp_path / "checkpoints" / "step-0000000015").mkdir()
-    (tmp_path / "checkpoints" / "step-0000000050").mkdir()  # being written
+    storage.write("checkpoints/step-0000000015/model.safetensors", b"")
+    storage.write("checkpoints/step-0000000050/model.safetensors", b"")  # being written
     mark_best(storage, "step-0000000010", 0.5)
     save(storage, 40, keep_newest=2)
-    assert names(tmp_path) == [f"step-00000000{step}" for step in (10, 30, 40, 50)]
+    kept = {path.split("/")[1] for path in storage.walk() if path.startswith("checkpoints/")}
+    assert kept == {f"step-00000000{step}" for step in (10, 30, 40, 50)}
 
 
 def info_at(step: int) -> CheckpointInfo:
@@ -235,11 +234,12 @@ DAMAGES = [lambda content: content[:-7], lambda content: content[:-1] + b"x", la
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_one_is_named_and_the_one_before_is_taken(tmp_path, damage, file):
-    storage, warnings = Storage(tmp_path), []
+@pytest.mark.parametrize("storage", ["local"], indirect=True)
+def test_a_damaged_one_is_named_and_the_one_before_is_taken(storage, damage, file):
+    warnings = []
     info = save(storage, 10, 20)
-    path = tmp_path / "checkpoints" / info.name / file
-    path.write_bytes(damage(path.read_bytes()))
+    path = f"checkpoints/{info.name}/{file}"
+    storage.write(path, damage(storage.read(path)))
     with pytest.raises(DamagedCheckpoint, match=rf"step-0000000020/{file} is damaged".replace(".", r"\.")):
         load_checkpoint(storage, info, *trained(1))
     assert load_newest(storage, *trained(1), warnings.append).step == 10
@@ -251,10 +251,9 @@ def test_a_damaged_one_is_named_and_the_one_before_is_taken(tmp_path, damage, fi
     assert len(warnings) == 1
 
 
-def test_a_damaged_one_loses_its_mark(tmp_path):
-    storage = Storage(tmp_path)
+def test_a_damaged_one_loses_its_mark(storage):
     save(storage, 10, 20)
-    (tmp_path / "checkpoints" / "step-0000000020" / "optimizer.pt").unlink()
+    storage.delete("checkpoints/step-0000000020/optimizer.pt")
     assert load_newest(storage, *trained(1), print).step == 10
     assert [info.step for info in list_checkpoints(storage)] == [10]
 
@@ -269,8 +268,7 @@ def test_a_damaged_one_is_not_counted_among_those_that_are_kept(tmp_path):
     assert load_newest(storage, *trained(1), print).step == 15
 
 
-def test_workers_that_a_dead_driver_left_commit_nothing(tmp_path):
-    storage = Storage(tmp_path)
+def test_workers_that_a_dead_driver_left_commit_nothing(storage):
     storage.write("lease.json", b'{"owner": "first"}')
     saver = writer(storage, owner="first")
     saver.save(10, 80)
@@ -282,14 +280,13 @@ def test_workers_that_a_dead_driver_left_commit_nothing(tmp_path):
     assert [info.step for info in list_checkpoints(storage)] == [10]
 
 
-def test_a_run_that_is_lost_while_the_files_are_written_is_not_committed(tmp_path):
+def test_a_run_that_is_lost_while_the_files_are_written_is_not_committed(storage):
     """The fence was open when the write began; the files of a large model take minutes."""
-    storage = Storage(tmp_path)
     storage.write("lease.json", b'{"owner": "first"}')
     saver = writer(storage, owner="first")
     saver.save(10, 80, after=["ledger/rank-1"])
     deadline = time.monotonic() + 60
-    while not (tmp_path / "checkpoints" / "step-0000000010" / "optimizer.pt").exists():
+    while not storage.exists("checkpoints/step-0000000010/optimizer.pt"):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     storage.write("lease.json", b'{"owner": "second"}')
@@ -391,8 +388,7 @@ def test_an_error_of_ours_in_the_thread_reaches_the_training_thread(tmp_path):
         saver.close()
 
 
-def test_metrics_come_back_without_what_was_not_committed(tmp_path):
-    storage = Storage(tmp_path)
+def test_metrics_come_back_without_what_was_not_committed(storage):
     saver = writer(storage)
     for step in (10, 20, 30):
         saver.save(step, step * 8, metrics=[{"step": step - 5, "loss": 0.5}, {"step": step, "loss": 0.25}])
@@ -454,14 +450,16 @@ def test_a_disk_that_is_full(tmp_path, quick):
     assert load_newest(Storage(tmp_path), *trained(1), print).step == 20
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("num_bytes", [10_000, 5_000_000])
-def test_s3_that_goes_away_in_mid_upload(monkeypatch, quick, s3, num_bytes):
+def test_a_store_that_goes_away_in_mid_upload(monkeypatch, quick, new_place, scheme, num_bytes):
     """Cut after so many bytes of the upload, away until it was noticed, then back."""
-    warnings = []
-    with Outage(int(s3["AWS_ENDPOINT_URL"].rpartition(":")[2])) as way:
-        for name, value in (s3 | {"AWS_ENDPOINT_URL": way.endpoint}).items():
-            monkeypatch.setenv(name, value)
-        storage = Storage(f"s3://{BUCKET}/run-{num_bytes}")
+    warnings, uri = [], new_place(scheme)
+    name = {"s3": "AWS_ENDPOINT_URL", "gs": "STORAGE_EMULATOR_HOST", "az": "AZURE_STORAGE_ENDPOINT"}[scheme]
+    url = urlsplit(os.environ[name])
+    with Outage(url.port) as way:
+        monkeypatch.setenv(name, way.endpoint + url.path)
+        storage = Storage(uri)
         save(storage, 10)
         before = way.num_sent
         saver = writer(storage, warn=warnings.append, first_step=10)
@@ -480,12 +478,6 @@ def test_s3_that_goes_away_in_mid_upload(monkeypatch, quick, s3, num_bytes):
         assert "the checkpoint of step 20 is written" in warnings[1]
         assert load_newest(storage, *trained(1), print).step == 20
         assert [line["step"] for line in read_metrics(storage, 20)] == [20]
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory):
-    with s3_server(tmp_path_factory.mktemp("s3")) as variables:
-        yield variables
 
 
 def test_files_are_durable_before_the_commit_mark(tmp_path, monkeypatch):

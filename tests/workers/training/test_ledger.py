@@ -21,6 +21,7 @@ from sigray.workers.storage import Storage
 from sigray.workers.training.ledger import Ledger, ledger_files
 from sigray.workers.training.saver import Saver
 from tests.helpers.bare import Recorder
+from tests.helpers.stored import KINDS
 
 
 def batch_of(step: int, size: int = 3) -> Batch:
@@ -41,11 +42,16 @@ def write(storage: Storage, rank: int, first: int, *until: int, owner: str | Non
     return ledger
 
 
-def test_rows_come_back_as_they_entered_the_loss(tmp_path):
-    write(Storage(tmp_path), 0, 0, 2, 5)
+@pytest.fixture(params=KINDS)
+def storage(request: pytest.FixtureRequest, new_place: Callable[[str], str]) -> Storage:
+    return Storage(new_place(request.param))
+
+
+def test_rows_come_back_as_they_entered_the_loss(storage):
+    write(storage, 0, 0, 2, 5)
     names = ["0000000000-0000000002-rank-0.parquet", "0000000002-0000000005-rank-0.parquet"]
-    assert Storage(tmp_path).list("ledger") == names
-    rows = pq.read_table(io.BytesIO(Storage(tmp_path).read(f"ledger/{names[1]}"))).to_pylist()
+    assert storage.list("ledger") == names
+    rows = pq.read_table(io.BytesIO(storage.read(f"ledger/{names[1]}"))).to_pylist()
     assert rows == [
         {"step": step, "epoch": step, "shard": 1, "index": row, "key": f"{step}-{row}", "replaced": row == step % 3}
         for step in (2, 3, 4)
@@ -54,9 +60,8 @@ def test_rows_come_back_as_they_entered_the_loss(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_what_a_dead_attempt_wrote_beyond_its_checkpoint_goes(tmp_path, rank):
+def test_what_a_dead_attempt_wrote_beyond_its_checkpoint_goes(storage, rank):
     """Both ranks wrote up to step 30, the checkpoint of step 20 is the last: rank 0 deletes, for all."""
-    storage = Storage(tmp_path)
     for other in (0, 1):
         write(storage, other, 0, 10, 20, 30)
     Ledger(storage, rank, 20, print).close(10)
@@ -65,8 +70,7 @@ def test_what_a_dead_attempt_wrote_beyond_its_checkpoint_goes(tmp_path, rank):
     assert [f"ledger/{name}" for name in storage.list("ledger")] == (kept if rank == 0 else sorted([*kept, *dead]))
 
 
-def test_ranks_that_a_dead_driver_left_write_no_rows(tmp_path):
-    storage = Storage(tmp_path)
+def test_ranks_that_a_dead_driver_left_write_no_rows(storage):
     storage.write("lease.json", b'{"owner": "second"}')
     with pytest.raises(RunTakenOver, match="another driver"):
         write(storage, 0, 0, 10, owner="first")
@@ -99,12 +103,11 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def test_a_checkpoint_waits_for_the_ledgers_of_all_ranks(tmp_path):
-    storage = Storage(tmp_path)
+def test_a_checkpoint_waits_for_the_ledgers_of_all_ranks(storage):
     saver, hooks = saver_of(storage, world_size=2)
     saver.add(batch_of(0))
     saver.save(1)
-    wait_until((tmp_path / "checkpoints" / "step-0000000001" / "optimizer.pt").exists)
+    wait_until(lambda: storage.exists("checkpoints/step-0000000001/optimizer.pt"))
     time.sleep(0.3)  # three looks for rank 1's file
     assert list_checkpoints(storage) == []
     write(storage, 1, 0, 1)
@@ -113,8 +116,7 @@ def test_a_checkpoint_waits_for_the_ledgers_of_all_ranks(tmp_path):
     assert [info.step for info in hooks.checkpoints] == [1]
 
 
-def test_a_resumed_attempt_saves_from_its_first_step_on(tmp_path):
-    storage = Storage(tmp_path)
+def test_a_resumed_attempt_saves_from_its_first_step_on(storage):
     saver, hooks = saver_of(storage, first_step=20)
     for step in (20, 21):
         saver.add(batch_of(step))
