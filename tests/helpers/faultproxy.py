@@ -43,9 +43,9 @@ class Fault:
     """What happens to one answer.
 
     `kind` is one of BODY_FAULTS (after `num_bytes` of a body that is longer), a key of ANSWERS (instead of the object),
-    "hang up" (before it), "no ranges" (all of it, as from a store that knows no ranges), "no if-match" (as from one
-    that does not know those), "other range" (one byte later than asked for), or "short" (`num_bytes` less than asked
-    for, under a Content-Length that fits them).
+    "hang up" (before it), "lost answer" (the server has done what was asked), "no ranges" (all of it, as from a store
+    that knows no ranges), "no if-match" (as from one that does not know those), "other range" (one byte later than
+    asked for), or "short" (`num_bytes` less than asked for, under a Content-Length that fits them).
     """
 
     kind: str
@@ -140,16 +140,17 @@ class FaultProxy:
     """A context manager; `endpoint` is its address.
 
     Attributes:
-        schedule: is asked once for each GET of an object; may be replaced at any time.
+        schedule: is asked once for each request of an object with one of `methods`; may be replaced at any time.
         faults: that were injected, by kind.
         ranges: (first, last) byte of each GET that had a Range header, in the order of arrival.
         num_sent: bytes of object bodies that were passed on.
         most_at_once: GETs that were in progress at the same time.
     """
 
-    def __init__(self, upstream: str, schedule: Schedule = lambda: None) -> None:
+    def __init__(self, upstream: str, schedule: Schedule = lambda: None, methods: Sequence[str] = ("GET",)) -> None:
         address = urlsplit(upstream)
         self._upstream = (address.hostname, address.port)
+        self._methods = methods
         self.schedule, self.faults, self.ranges = schedule, Counter[str](), list[tuple[int, int]]()
         self.conditions: list[str] = []  # If-Match of each GET of an object, "" for none
         self.num_sent = self.most_at_once = self._num_at_once = 0
@@ -192,8 +193,9 @@ class FaultProxy:
         lines = head.decode("latin-1").split("\r\n")
         method, path, _ = lines[0].split(" ", 2)
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
-        is_object = method == "GET" and path.split("?")[0].count("/") > 1
+        is_object = method in self._methods and path.split("?")[0].count("/") > 1
         fault = self.schedule() if is_object else None
+        missing = int(headers.get("content-length", 0)) - len(body)
         if is_object and (asked := headers.get("range", "").removeprefix("bytes=")):
             first, last = (int(number) for number in asked.split("-"))
             self.ranges.append((first, last))
@@ -216,15 +218,19 @@ class FaultProxy:
                 return False
             if fault.kind in ANSWERS:
                 status, code = ANSWERS[fault.kind]
+                while missing > 0:
+                    missing -= len(connection.recv(min(missing, 1 << 16)))
                 error = f"<Error><Code>{code}</Code><Message>injected</Message></Error>"
                 connection.sendall(f"HTTP/1.1 {status} x\r\nContent-Length: {len(error)}\r\n\r\n{error}".encode())
                 return True
         server.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
-        missing = int(headers.get("content-length", 0)) - len(body)
         while missing > 0:
             received = connection.recv(1 << 16)
             server.sendall(received)
             missing -= len(received)
+        if fault and fault.kind == "lost answer":
+            server.recv(1)
+            return False
         with self._lock:
             self._num_at_once += is_object
             self.most_at_once = max(self.most_at_once, self._num_at_once)

@@ -16,6 +16,7 @@ from tests.helpers.s3 import BUCKET, s3_server
 _NO_AZURITE = pytest.mark.skipif(not AZURITE, reason="azurite-blob is not on PATH: npm install -g azurite")
 SCHEMES = ("s3", "gs", pytest.param("az", marks=_NO_AZURITE))
 KINDS = ("local", *SCHEMES)
+ENDPOINTS = {"s3": "AWS_ENDPOINT_URL", "gs": "STORAGE_EMULATOR_HOST", "az": "AZURE_STORAGE_ENDPOINT"}
 
 
 class Servers:

@@ -44,7 +44,7 @@ from sigray.workers.storage import Storage, StorageError, fingerprint
 from sigray.workers.training.optim import build_optimizer
 from tests.helpers.data import TOWERS
 from tests.helpers.faultproxy import Outage
-from tests.helpers.stored import KINDS, SCHEMES
+from tests.helpers.stored import ENDPOINTS, KINDS, SCHEMES
 
 MODEL = ModelConfig(towers=TOWERS)
 
@@ -455,7 +455,7 @@ def test_a_disk_that_is_full(tmp_path, quick):
 def test_a_store_that_goes_away_in_mid_upload(monkeypatch, quick, new_place, scheme, num_bytes):
     """Cut after so many bytes of the upload, away until it was noticed, then back."""
     warnings, uri = [], new_place(scheme)
-    name = {"s3": "AWS_ENDPOINT_URL", "gs": "STORAGE_EMULATOR_HOST", "az": "AZURE_STORAGE_ENDPOINT"}[scheme]
+    name = ENDPOINTS[scheme]
     url = urlsplit(os.environ[name])
     with Outage(url.port) as way:
         monkeypatch.setenv(name, way.endpoint + url.path)
