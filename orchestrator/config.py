@@ -41,7 +41,7 @@ class RunSection(Section):
     """Local folder of all runs.
     It holds config, metrics, TensorBoard files, summary and report."""
     storage: LocalOrUri | None = None
-    """Storage of checkpoints: a shared folder or s3://bucket/prefix; null: `dir`."""
+    """Storage of checkpoints: a shared folder, or s3://, gs:// or az://BUCKET/PREFIX; null: `dir`."""
     seed: NonNegativeInt = 0
     """Seed of the weights, the order of samples, and dropout."""
 

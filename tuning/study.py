@@ -167,7 +167,7 @@ class StudyConfig(Section):
     dir: LocalFolder = "sweeps"
     """Local folder of all sweeps."""
     storage: LocalOrUri | None = None
-    """Folder that all hosts share, or s3://bucket/prefix, for results and checkpoints.
+    """Folder that all hosts share, or s3://, gs:// or az://BUCKET/PREFIX, for results and checkpoints.
 
     By default `dir`."""
     parallel: PositiveInt | None = None

@@ -381,7 +381,7 @@ class ModelConfig(Section):
 
 class EmbeddingsConfig(Section):
     store: LocalOrUri | None = None
-    """Folder or s3:// prefix of the embeddings that `sigray embed` writes.
+    """Folder, or s3://, gs:// or az:// prefix, of the embeddings that `sigray embed` writes.
     A locked image tower makes them. Training reads them in place of images and never runs the tower. Null: the tower
     runs in every step."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"

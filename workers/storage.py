@@ -170,7 +170,7 @@ class Storage:
         _sync_folder(Path(final).parent)
 
     def read_version(self, path: str) -> tuple[bytes | None, Any]:
-        """Return the content of a file and its version, for `write_if`; None, None if there is none."""
+        """Return content and version of a file, for `write_if`; None, None without one."""
         try:
             if self.is_local:
                 content = self.read(path)
@@ -361,7 +361,9 @@ class Storage:
 
 
 def local_copy(place: str) -> Path:
-    """Return a file of this machine: the place itself, or a copy of a URL's object, kept by its version.
+    """Return a file of this machine: a path itself, or a copy of a URL's object.
+
+    A copy is kept by the version of its object.
 
     Raises:
         StoreError: the object is missing, or its store cannot be reached or refuses.

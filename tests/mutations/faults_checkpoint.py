@@ -124,6 +124,20 @@ FAULTS = [
         _DURABLE,
     ),
     Fault(
+        "a store takes every write on condition",
+        "sigray.workers.storage:Storage.write_if",
+        'mode=version or "create"',
+        'mode="overwrite"',
+        ("tests/workers/test_storage.py::test_of_writers_at_once_one_succeeds[gs]",),
+    ),
+    Fault(
+        "a buffer that torch reuses is sent later",
+        "sigray.workers.storage:_HashedFile.write",
+        "bytes(piece) if self._copies else piece",
+        "piece",
+        ("tests/workers/test_storage.py::test_a_writer_may_reuse_its_buffer[s3]",),
+    ),
+    Fault(
         "the commit mark is not synced",
         "sigray.workers.storage:Storage.write",
         "os.fsync(file.fileno())",

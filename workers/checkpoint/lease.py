@@ -169,7 +169,10 @@ class RunLease:
                 return
 
     def renew(self) -> None:
-        """Hold the lease for another minute, unless another driver holds it. The background thread does this too."""
+        """Hold the lease for another minute, unless another driver holds it.
+
+        The background thread does this too.
+        """
         content, version = self._storage.read_version(LEASE_FILE)
         held = _parsed(content)
         self._is_lost = held is not None and held.owner != self.owner
