@@ -270,7 +270,7 @@ def read_run(run: str) -> RunConfig:
     storage = Storage(run)
     try:
         content = storage.read(CONFIG)
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(
             f"{run} is not a run: it holds no {CONFIG}. Give the folder that `sigray train` printed"
         ) from error

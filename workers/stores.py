@@ -298,7 +298,7 @@ def _make(url: str, scheme: str, bucket: str, stores: StoresConfig, max_retries:
     client: dict[str, Any] = {
         # The whole of a slow download may take hours; one silent read may not.
         "timeout": timedelta(days=1),
-        "connect_timeout": timedelta(seconds=stores.read_timeout_s),
+        "connect_timeout": timedelta(seconds=min(stores.read_timeout_s, 10)),
         "read_timeout": timedelta(seconds=stores.read_timeout_s),
         "allow_http": True,
     }

@@ -173,9 +173,12 @@ def test_credentials_that_are_wrong_or_missing_are_named(new_place, monkeypatch,
     for name in (key, "AWS_ACCESS_KEY_ID", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     # A machine in a cloud has a metadata server, whose identity the store refuses.
-    with pytest.raises(StorageError, match=f"(no credentials|access denied).* set .*{key[:4]}"):
+    named = f"(no credentials|access denied).* set .*{key[:4]}"
+    with pytest.raises(StorageError, match=named):
         storage.check_writable()
     assert time.monotonic() - began < 10
+    with pytest.raises(OSError, match=named):
+        storage.read("config.yaml")
 
 
 @pytest.mark.parametrize("kind", KINDS)
