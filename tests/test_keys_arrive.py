@@ -6,6 +6,7 @@ values are constants: a fault in a section would also change an expectation that
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -20,8 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import botocore
 import numpy as np
+import obstore.store
 import pytest
 import ray.train.torch  # noqa: F401 - before anything of Ray is replaced
 import torch
@@ -30,11 +31,13 @@ from rich.console import Console
 import sigray.workers.data.decode
 import sigray.workers.data.embed
 import sigray.workers.data.pool
-import sigray.workers.data.s3
+import sigray.workers.data.shard_cache
+import sigray.workers.data.store_stream
 import sigray.workers.data.worker
 import sigray.workers.device
 import sigray.workers.evaluation.evaluate
 import sigray.workers.evaluation.features
+import sigray.workers.stores
 import sigray.workers.training.train
 from sigray.orchestrator.config import RunConfig
 from sigray.orchestrator.data.audit import audit_run
@@ -55,7 +58,7 @@ from sigray.workers.data.loader import Batch
 from sigray.workers.data.manifest import Shard, open_shard, scan_shards
 from sigray.workers.data.order import StreamOrder
 from sigray.workers.data.pool import DataPool, PoolBlocks
-from sigray.workers.data.s3 import S3Stream
+from sigray.workers.data.store_stream import StoreStream
 from sigray.workers.data.tar import DataError
 from sigray.workers.data.worker import Block, DataWorker
 from sigray.workers.model.tokenizer import build_tokenizer
@@ -862,41 +865,71 @@ def test_decoded_images_are_kept_for_the_next_epoch(configure, monkeypatch, cach
 # Stores and caches.
 
 
-def test_how_a_bucket_is_reached(configure, monkeypatch, tmp_path):
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
+    """What obstore's constructors got, by scheme; a profile of AWS, and no other credentials."""
     (tmp_path / "credentials").write_text("[elsewhere]\naws_access_key_id = KEY\naws_secret_access_key = SECRET\n")
+    for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "AZURE_"))]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
-    for name in ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    asked = {"endpoint": "http://127.0.0.1:9", "region": "eu-north-1", "profile": "elsewhere", "read_timeout_s": 7.5}
-    asked |= {"num_connections": 3, "deadline_s": 11}
-    data = configure(data={"s3": asked, "shards": "s3://bucket/prefix"}).data
-    shard = Shard("s3://bucket/prefix/one.tar", 1 << 30, 8, "1-etag")
+    monkeypatch.setenv("GOOGLE_BEARER_TOKEN", "token")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "a2V5")
+    calls: list[dict[str, Any]] = []
+    for name in ("S3Store", "GCSStore", "AzureStore"):
+        made = getattr(obstore.store, name)
+        monkeypatch.setattr(
+            obstore.store, name, lambda *places, make=made, **given: calls.append(given) or make(*places, **given)
+        )
+    monkeypatch.setattr(sigray.workers.stores, "_open", collections.OrderedDict())
+    return calls
+
+
+def test_how_a_bucket_is_reached(configure, monkeypatch, opened):
+    here = "http://127.0.0.1:9"
+    asked = {"s3_endpoint": here, "gs_endpoint": f"{here}/gs", "az_endpoint": f"{here}/az", "region": "eu-north-1"}
+    asked |= {"profile": "elsewhere", "read_timeout_s": 7.5, "num_connections": 3, "deadline_s": 11}
     silent = []
 
     def after_failure(kind: str, failures: Any, silent_s: float, deadline_s: float, draw: float) -> None:
         silent.append(deadline_s)
 
-    monkeypatch.setattr(sigray.workers.data.s3, "after_failure", after_failure)
-    monkeypatch.setattr(sigray.workers.data.s3, "_stores", {})
-    stream = open_shard(shard, data)
-    assert isinstance(stream, S3Stream)
-    client = stream._fetcher.store.client
-    assert (client.meta.endpoint_url, client.meta.region_name) == ("http://127.0.0.1:9", "eu-north-1")
-    assert (client.meta.config.connect_timeout, client.meta.config.read_timeout) == (7.5, 7.5)
-    assert stream._fetcher.store.connections._timeout_s == 7.5
-    assert getattr(client._request_signer._credentials, "access_key", "none") == "KEY"
-    assert stream._max_parts == 3
-    with pytest.raises(DataError):  # no server listens there
-        stream.read(10)
-    assert silent[0] == 11
-    stream.close()
+    monkeypatch.setattr(sigray.workers.data.store_stream, "after_failure", after_failure)
+    for scheme in ("s3", "gs", "az"):
+        data = configure(data={"stores": asked, "shards": f"{scheme}://bucket/prefix"}).data
+        with contextlib.closing(
+            open_shard(Shard(f"{scheme}://bucket/prefix/one.tar", 1 << 30, 8, "etag-1"), data)
+        ) as stream:
+            assert isinstance(stream, StoreStream)
+            assert stream._max_parts == 3
+            with pytest.raises(DataError):  # no server listens there
+                stream.read(10)
+    assert silent == [11] * 3
+    s3, gs, az = opened
+    assert (s3["endpoint"], gs["base_url"], az["endpoint"]) == (here, f"{here}/gs", f"{here}/az")
+    assert s3["region"] == "eu-north-1"
+    assert s3["credential_provider"]()["access_key_id"] == "KEY"
+    for given in opened:
+        assert given["client_options"]["read_timeout"] == given["client_options"]["connect_timeout"]
+        assert given["client_options"]["read_timeout"].total_seconds() == 7.5
+        assert not given["skip_signature"]
 
 
-def test_a_public_bucket_is_asked_without_a_signature(configure, monkeypatch):
-    monkeypatch.setattr(sigray.workers.data.s3, "_stores", {})
-    data = configure(data={"s3": {"anonymous": True, "endpoint": "http://127.0.0.1:9"}, "shards": "s3://b/p"}).data
-    with contextlib.closing(open_shard(Shard("s3://b/p/one.tar", 1 << 30, 8, "1-etag"), data)) as stream:
-        assert stream._fetcher.store.client.meta.config.signature_version is botocore.UNSIGNED
+def test_who_pays_for_requests(configure, monkeypatch, opened):
+    monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "payer")
+    stores = configure(data={"stores": {"requester_pays": True, "profile": "elsewhere", "region": "r"}}).data.stores
+    for scheme in ("s3", "gs"):
+        sigray.workers.stores.open_store(f"{scheme}://bucket/x", stores)
+    assert opened[0]["request_payer"]
+    assert opened[1]["client_options"]["default_headers"] == {"x-goog-user-project": "payer"}
+
+
+def test_a_public_bucket_is_asked_without_a_signature(configure, opened):
+    stores = configure(data={"stores": {"anonymous": True, "region": "r"}}).data.stores
+    for scheme in ("s3", "gs", "az"):
+        sigray.workers.stores.open_store(f"{scheme}://bucket/x", stores)
+    assert [given["skip_signature"] for given in opened] == [True] * 3
+    assert "credential_provider" not in opened[0]
 
 
 def test_remote_shards_are_kept_where_the_config_says(configure, monkeypatch, folder, tmp_path):
@@ -907,15 +940,15 @@ def test_remote_shards_are_kept_where_the_config_says(configure, monkeypatch, fo
         def __init__(self, folder: str, max_bytes: int) -> None:
             seen.append((folder, max_bytes))
 
-        def path_of(self, info: Any, s3: Any) -> str:
+        def path_of(self, info: Any, stores: Any) -> str:
             return one
 
-    monkeypatch.setattr(sigray.workers.data.s3, "ShardCache", Cache)
+    monkeypatch.setattr(sigray.workers.data.shard_cache, "ShardCache", Cache)
     cache = str(tmp_path / "cache")
-    public = {"anonymous": True, "endpoint": "http://127.0.0.1:9"}
+    public = {"anonymous": True, "endpoint": "http://127.0.0.1:9"}  # by the former name, as in runs begun before
     data = configure(data={"shard_cache": cache, "shard_cache_gib": 0.5, "shards": "s3://b/p", "s3": public}).data
     source = open_shard(Shard("s3://b/p/one.tar", Path(one).stat().st_size, 40, "1-etag"), data)
-    assert not isinstance(source, S3Stream)
+    assert not isinstance(source, StoreStream)
     assert bytes(source.read(512)) == Path(one).read_bytes()[:512]
     assert seen == [(cache, 2**29)]
 

@@ -87,9 +87,10 @@ METRICS = (
            expr=_SUM),
     Metric("sigray_data_decoded_samples", "Decoded", "suffix:/s", "Data",
            "Samples per second over all data-shard workers.", "counter", expr=_RATE),
-    Metric("sigray_s3_bytes", "S3 bytes", "Bps", "Data", "Bytes per second that data-shard workers read from S3.",
+    Metric("sigray_store_bytes", "Store bytes", "Bps", "Data",
+           "Bytes per second that data-shard workers read from stores.",
            "counter", expr=_RATE),
-    Metric("sigray_s3_retries", "S3 retries", "short", "Data", "Requests that were repeated, by what had failed.",
+    Metric("sigray_store_retries", "Store retries", "short", "Data", "Requests that were repeated, by what had failed.",
            "counter", tags=("failure",), expr=_SUM),
     Metric("sigray_checkpoint_time_s", "Checkpoint age", "s", "Safety", "Since the newest durable checkpoint.",
            expr=_AGE),
@@ -246,16 +247,16 @@ class WorkerMetrics(_Exporter):
         Args:
             decoded: samples since the worker began.
             refused: samples by reason, and cut captions, since then.
-            traffic: of S3, since then: "bytes", and retries by kind of failure.
+            traffic: of stores, since then: "bytes", and retries by kind of failure.
         """
         self._add("sigray_data_decoded_samples", "", decoded)
         for reason, count in refused.items():
             self._add("sigray_data_refused_by_reason", reason, count, reason=reason)
         for key, count in traffic.items():
             if key == "bytes":
-                self._add("sigray_s3_bytes", "", count)
+                self._add("sigray_store_bytes", "", count)
             else:
-                self._add("sigray_s3_retries", key, count, failure=key)
+                self._add("sigray_store_retries", key, count, failure=key)
 
     def _add(self, name: str, key: str, total: float, **tags: str) -> None:
         self.set(name, total - self._exported[name, key], **tags)

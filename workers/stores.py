@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 _PROBE_S = 2.0  # for a machine's metadata server: it answers within milliseconds, or is not there
+MAX_LISTED = 1_000_000  # names; LAION-5B is 232,000 tars with two sidecars each
 _MAX_STORES = 64  # open ones of a process; each URL of https:// is one
 _TTL = timedelta(minutes=5)  # botocore renews credentials ten minutes before they expire
 _DEFAULTS = StoresConfig()
@@ -71,7 +72,7 @@ class StoreError(OSError):
 
     Attributes:
         kind: missing, exists, changed, denied, expired, throttled, server error, stalled, cut, unreachable,
-            no credentials or other.
+            wrong answer, no ranges, no credentials or other.
     """
 
     def __init__(self, message: str, kind: str = "other") -> None:
@@ -89,7 +90,11 @@ class ExistsError(StoreError, FileExistsError):
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """One object as listed. `etag` is without its quotation marks; empty if the store gives none."""
+    """One object as listed.
+
+    Attributes:
+        etag: without its quotation marks; empty if the store gives none.
+    """
 
     url: str
     num_bytes: int
@@ -98,7 +103,7 @@ class ObjectInfo:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a request failed: a kind of `StoreError`, and the store's answer if there was one."""
+    """Why a request failed: a kind of `StoreError`, and the store's answer."""
 
     kind: str
     status: int = 0
@@ -138,13 +143,17 @@ def kind_of(error: BaseException) -> Failure:
         return failure("unreachable" if re.search(r"kind: Connect\b|\bConnectError", text) else "stalled")
     if re.search(r"kind: Connect\b|\bConnectError|dns error", text):
         return failure("unreachable")
+    if "NotPartial" in text or "not a partial" in text:
+        return failure("no ranges")
+    if re.search(r"UnexpectedRange|Requested .*got|CONTENT_RANGE|Content-Range", text):
+        return failure("wrong answer")
     if re.search(r"HttpError|hyper|reqwest|body error", text):
         return failure("cut")
     return failure("other")
 
 
 def _message(text: str) -> str:
-    """Return the innermost reason of obstore's text, without URLs: their queries may hold a signature."""
+    """Return the innermost reason of obstore's text, without URLs and their secrets."""
     reasons = re.findall(r'(?:message|source|error): "([^"]{3,160})"', text)
     inner = reasons[-1] if reasons else text.partition("Debug source")[0].strip()
     return re.sub(r"\w+://\S+", "", inner)[:200].strip(" :")
@@ -236,7 +245,7 @@ def shown_url(url: str) -> str:
 
 
 def endpoint_of(url: str, stores: StoresConfig = _DEFAULTS) -> str:
-    """Return the endpoint for messages: without user and password, which a variable may hold."""
+    """Return the endpoint for messages, without the password that a variable may hold."""
     scheme, bucket, _ = split_url(url)
     if scheme == "hf":
         return _hub()
@@ -246,7 +255,7 @@ def endpoint_of(url: str, stores: StoresConfig = _DEFAULTS) -> str:
 
 
 def _endpoint(scheme: str, stores: StoresConfig) -> str | None:
-    """Return the endpoint of the config, else of the environment; None: the provider's own."""
+    """Return the endpoint of config or environment; None: the provider's own."""
     return getattr(stores, f"{scheme}_endpoint") or next(filter(None, map(os.environ.get, _ENDPOINTS[scheme])), None)
 
 
@@ -275,9 +284,11 @@ def open_store(
     """
     scheme, bucket, key = split_url(url)
     if scheme in ("https", "http"):
-        bucket, key = url, ""  # the store keeps the query and the encoding of the path
+        bucket = url  # the store keeps the query and the encoding of the path
+        key = ""
     elif scheme == "hf":
-        bucket, key = _hub_url(url), ""
+        bucket = _hub_url(url)
+        key = ""
     variables = sorted(
         item for item in os.environ.items() if item[0].startswith((*_PROVIDERS.values(), "HF_", "STORAGE_"))
     )
@@ -460,8 +471,12 @@ def list_objects(url_prefix: str, stores: StoresConfig = _DEFAULTS, *, is_flat: 
     scheme, bucket, prefix = split_url(url_prefix)
     store, _ = open_store(url_prefix, stores)
     folder = prefix.rpartition("/")[0]  # obstore lists by whole folders
+    num_listed = 0
     with explained(url_prefix, stores):
         for page in store.list(folder or None, chunk_size=1000):
+            num_listed += len(page)
+            if num_listed > MAX_LISTED:
+                raise StoreError(f"{url_prefix!r} lists more than {MAX_LISTED:,} names: use a longer prefix")
             for item in page:
                 path = item["path"]
                 if path.startswith(prefix) and not (is_flat and "/" in path[len(prefix) :]):
@@ -488,8 +503,8 @@ def stat(url: str, stores: StoresConfig = _DEFAULTS) -> ObjectInfo:
             # Not HEAD: a presigned URL allows only GET, and an answer without a body does not tell a missing bucket.
             return _info(url, obstore.get(store, key, options={"range": (0, 1)}).meta)
         except exceptions.BaseError as error:
-            if kind_of(error).status != 416:  # an empty object has no first byte
-                raise
+            if kind_of(error).status != 416 and kind_of(error).kind != "wrong answer":
+                raise  # an empty object has no first byte
             return _info(url, obstore.head(store, key))
 
 

@@ -15,7 +15,7 @@ from sigray.orchestrator.config import ConfigError, RunConfig, put
 from sigray.orchestrator.secrets import secret_in_file
 from sigray.workers.config import Place, Section
 from sigray.workers.texts import ten_lines
-from sigray.workers.urls import is_remote, local_path
+from sigray.workers.urls import URL, is_remote, local_path
 
 _MAX_MIB = 16  # of a file that a job carries
 

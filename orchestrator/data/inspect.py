@@ -38,6 +38,7 @@ from sigray.workers.data.decode import Decoder, Refused, captions_at, decode_pix
 from sigray.workers.data.manifest import is_mark, is_pair, scan_shards, shard_count
 from sigray.workers.data.shard_list import ShardFile, list_shards, reason_of
 from sigray.workers.data.tar import ByteSource, DataError, LocalFile, Tally, TarSample, read_tar
+from sigray.workers.urls import is_remote
 
 NUM_SAMPLES = 2000
 """Samples to decode by default."""
@@ -306,10 +307,11 @@ class _Stoppable:
 
 def open_url(url: str, data: DataConfig, start: int = 0) -> ByteSource:
     """Open a shard at a byte; no manifest exists yet that could say what it should be."""
-    if url.startswith("s3://"):
-        from sigray.workers.data.s3 import S3Stream, stat
+    if is_remote(url):
+        from sigray.workers.data.store_stream import StoreStream
+        from sigray.workers.stores import stat
 
-        return S3Stream(stat(url, data.stores), data.stores, start)
+        return StoreStream(stat(url, data.stores), data.stores, start)
     return LocalFile(url, start)
 
 

@@ -210,7 +210,7 @@ def test_a_run_on_three_hosts_survives_the_loss_of_one(hosts, tmp_path, capsys):
         assert f"finished at {NUM_STEPS * BATCH:,} samples" in log()
         assert float(scraped(hosts, "ray_sigray_restarts_total")[0]["value"][1]) >= 1
         assert float(scraped(hosts, "sum(ray_sigray_data_decoded_samples_total)")[0]["value"][1]) > 0
-        assert float(scraped(hosts, "sum(ray_sigray_s3_bytes_total)")[0]["value"][1]) > 0
+        assert float(scraped(hosts, "sum(ray_sigray_store_bytes_total)")[0]["value"][1]) > 0
 
         # The same weights as if nothing had happened.
         (hosts.folder / "get.py").write_text(

@@ -37,6 +37,7 @@ from sigray.workers.data.tar import (
 )
 from sigray.workers.parse import as_type
 from sigray.workers.texts import first_ten, ten_lines
+from sigray.workers.urls import is_remote
 
 RULES = 2
 """How tars are read: of 1, until November 2026, is `read_tar(is_old=True)`."""
@@ -224,12 +225,14 @@ def open_shard(shard: Shard | ShardFile, data: DataConfig, start: int = 0) -> By
     Raises:
         DataError: the shard is missing, or changed since the manifest was made.
     """
-    if shard.url.startswith("s3://"):
-        from sigray.workers.data.s3 import ObjectInfo, S3Stream, ShardCache
+    if is_remote(shard.url):
+        from sigray.workers.data.shard_cache import ShardCache
+        from sigray.workers.data.store_stream import StoreStream
+        from sigray.workers.stores import ObjectInfo
 
         info = ObjectInfo(shard.url, shard.num_bytes, shard.fingerprint.removeprefix("etag-"))
         if data.shard_cache is None:
-            return S3Stream(info, data.stores, start)
+            return StoreStream(info, data.stores, start)
         cache = ShardCache(data.shard_cache, int(data.shard_cache_gib * 2**30))
         while True:
             with suppress(FileNotFoundError):  # another process evicted the copy before it was opened

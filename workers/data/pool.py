@@ -27,7 +27,7 @@ import ray
 from ray.util import scheduling_strategies as strategies
 
 from sigray.workers.config import DataConfig, ModelConfig
-from sigray.workers.data import s3
+from sigray.workers.data import store_stream
 from sigray.workers.data.buffers import Place
 from sigray.workers.data.manifest import Manifest
 from sigray.workers.data.stream_registry import StreamRegistry
@@ -130,7 +130,7 @@ class DataWorkerActor(DataWorker):
         if time.monotonic() - self._updated_at > _METRICS_S:
             self._updated_at = time.monotonic()
             reasons = self.refused + Counter({CUT: self.num_cut})
-            self._metrics.update(self.num_decoded, reasons, Counter(s3.TRAFFIC))
+            self._metrics.update(self.num_decoded, reasons, Counter(store_stream.TRAFFIC))
         return block
 
     def is_up(self) -> bool:

@@ -19,6 +19,7 @@ from sigray.workers.config import DataConfig, StoresConfig, caption_member
 from sigray.workers.data.shard_list import ShardFile, in_threads
 from sigray.workers.data.tar import BLOCK, LocalFile
 from sigray.workers.parse import ParseError, as_type, parse_json
+from sigray.workers.urls import is_remote
 
 _WIDS_INDEX = ("index.json", "shardindex.json", "wids-meta.json")
 _MAX_BYTES = 256 << 20  # of a sidecar or cache; a wids index of 200,000 shards has 40 MB
@@ -88,7 +89,7 @@ def cache_counts(counts: dict[ShardFile, ShardCount], data: DataConfig, rules: i
             temporary.replace(path)
 
 
-def _sidecar_counts(folder: str, files: list[ShardFile], s3: StoresConfig) -> dict[ShardFile, ShardCount]:
+def _sidecar_counts(folder: str, files: list[ShardFile], stores: StoresConfig) -> dict[ShardFile, ShardCount]:
     """Return counts from sidecars: wids index, sizes.json, NAME_stats.json.
 
     What cannot be a tar's count, and what sidecars disagree about, is left to a pass over the headers. Another wrong
@@ -106,28 +107,28 @@ def _sidecar_counts(folder: str, files: list[ShardFile], s3: StoresConfig) -> di
             told.setdefault(file, set()).add(count)
 
     for name in _WIDS_INDEX:
-        entries = _read_json(f"{folder}/{name}", s3).get("shardlist")
+        entries = _read_json(f"{folder}/{name}", stores).get("shardlist")
         for entry in entries if isinstance(entries, list) else []:
             if isinstance(entry, dict):
                 note(entry.get("url"), entry.get("nsamples"), entry.get("filesize"))
-    for name, count in _read_json(f"{folder}/sizes.json", s3).items():
+    for name, count in _read_json(f"{folder}/sizes.json", stores).items():
         note(name, count)
     unknown = {file.url: file.url.removesuffix(".tar") + "_stats.json" for file in files if file not in told}
     # img2dataset writes a file for each tar: if the first tar has none, no tar has one.
-    if unknown and "successes" in _read_json(next(iter(unknown.values())), s3):
-        contents = in_threads(lambda url: _read_json(url, s3), list(unknown.values()))
+    if unknown and "successes" in _read_json(next(iter(unknown.values())), stores):
+        contents = in_threads(lambda url: _read_json(url, stores), list(unknown.values()))
         for url, content in zip(unknown, contents, strict=True):
             note(url, content.get("successes"))
     return {file: ShardCount(counts.pop()) for file, counts in told.items() if len(counts) == 1}
 
 
-def _read_json(url: str, s3: StoresConfig) -> dict[str, Any]:
+def _read_json(url: str, stores: StoresConfig) -> dict[str, Any]:
     """Read a small JSON object; {} if it is missing or damaged."""
     with suppress(OSError, ValueError):
-        if url.startswith("s3://"):
-            from sigray.workers.data.s3 import read_object
+        if is_remote(url):
+            from sigray.workers.stores import read_object
 
-            text = read_object(url, s3, _MAX_BYTES + 1)
+            text = read_object(url, stores, _MAX_BYTES + 1)
         else:
             file = LocalFile(url)  # no FIFO, whose read would wait for ever
             text = file.read(min(file.num_bytes, _MAX_BYTES + 1))

@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 
 from sigray.workers.config import Patterns, StoresConfig
 from sigray.workers.data.tar import DataError, check_is_file
-from sigray.workers.urls import is_utf8
+from sigray.workers.stores import MissingError, ObjectInfo, StoreError, can_list, list_objects, stat
+from sigray.workers.urls import is_remote, is_utf8
 
 MAX_NAMES = 1_000_000  # that a pattern may list or expand to; LAION-5B is 232,000 tars with two sidecars each
 _NUM_QUEUED = 10_000  # calls that wait for a thread; each takes a kilobyte
@@ -54,14 +55,15 @@ def in_threads(function: Callable[[Any], Any], items: list[Any]) -> Iterator[Any
             yield from pool.map(function, items[start : start + _NUM_QUEUED])
 
 
-def list_shards(patterns: Patterns, s3: StoresConfig, key: str = "data.shards") -> dict[str, ShardFile | None]:
+def list_shards(patterns: Patterns, stores: StoresConfig, key: str = "data.shards") -> dict[str, ShardFile | None]:
     """Return the absolute paths and s3:// URLs of all tars that the patterns name.
 
     With each its file, None if no listing has named its size.
 
     Args:
-        patterns: each a path, a folder, a glob or a brace pattern (`train-{000000..000127}.tar`), or one of these in s3://.
-        s3: settings for s3:// URLs.
+        patterns: each a path, a folder, a glob or a brace pattern (`train-{000000..000127}.tar`), or one of these
+            in a store.
+        stores: settings for URLs.
         key: of the config, for errors.
 
     Raises:
@@ -70,7 +72,7 @@ def list_shards(patterns: Patterns, s3: StoresConfig, key: str = "data.shards") 
     found: dict[str, ShardFile | None] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         try:
-            for url, file in _in_s3(pattern, s3) if pattern.startswith("s3://") else _in_folders(pattern):
+            for url, file in _in_store(pattern, stores) if is_remote(pattern) else _in_folders(pattern):
                 if not is_utf8(url):
                     raise DataError(f"{os.fsencode(url)!r}: the name is not UTF-8: rename the file")
                 if url in found:
@@ -78,7 +80,7 @@ def list_shards(patterns: Patterns, s3: StoresConfig, key: str = "data.shards") 
                 if len(found) == MAX_NAMES:
                     raise _too_many(pattern)
                 found[url] = file
-        except DataError as error:
+        except (DataError, StoreError) as error:
             raise DataError(f"{key}: {error}") from error
     return found
 
@@ -115,28 +117,32 @@ def _matches(pattern: str) -> Iterator[str]:
     return glob.iglob(os.path.join(glob.escape(folder), *parts))
 
 
-def _in_s3(pattern: str, s3: StoresConfig) -> Iterator[tuple[str, ShardFile | None]]:
-    """Yield the tars that an s3:// pattern names."""
-    from sigray.workers.data.s3 import ObjectInfo, list_objects
+def _in_store(pattern: str, stores: StoresConfig) -> Iterator[tuple[str, ShardFile | None]]:
+    """Yield the tars that a URL's pattern names; https:// and hf:// know braces only."""
+    if not can_list(pattern):
+        if not pattern.partition("?")[0].endswith(".tar"):
+            raise DataError(f"{pattern!r} cannot be listed: name the .tar files, by braces or as a list")
+        yield from ((name, None) for name in _expanded(pattern, lambda name: False))
+        return
 
     def below(name: str) -> list[ObjectInfo]:
         """Return the tars in a folder: s3://b/train has none of train_old's."""
-        infos = _bounded(list_objects(f"{name.removesuffix('/')}/", s3), pattern)
+        infos = _bounded(list_objects(f"{name.removesuffix('/')}/", stores), pattern)
         return [info for info in infos if info.url.endswith(".tar")]
 
     def exists(name: str) -> bool:
         if re.search(r"[*?\[{]", name.split("/")[2]):  # of a bucket
             return False
-        with suppress(DataError):  # a public bucket may answer GETs only
-            return any(info.url == name for info in list_objects(name, s3)) or bool(below(name))
-        return False
+        with suppress(MissingError):
+            return stat(name, stores).url == name
+        return bool(below(name))
 
     def matches(name: str) -> list[ObjectInfo]:
         fixed = _MAGIC.split(name)[0]
         parts = name.split("/")
         if fixed.count("/") < 3:
-            raise DataError(f"{pattern!r} names no bucket: s3://BUCKET/PATTERN expected")
-        infos = _bounded(list_objects(fixed, s3, is_flat="/" not in name[len(fixed) :]), pattern)
+            raise DataError(f"{pattern!r} names no bucket: SCHEME://BUCKET/PATTERN expected")
+        infos = _bounded(list_objects(fixed, stores, is_flat="/" not in name[len(fixed) :]), pattern)
         keys = ((info, info.url.split("/")) for info in infos if not info.url.endswith("/"))
         return [info for info, key in keys if len(key) == len(parts) and all(map(fnmatchcase, key, parts))]
 
@@ -148,7 +154,7 @@ def _in_s3(pattern: str, s3: StoresConfig) -> Iterator[tuple[str, ShardFile | No
         infos = matches(name) if is_glob else below(name)
         if not infos:
             front = _MAGIC.split(name)[0] if is_glob else name
-            first = next((info.url for info in list_objects(front, s3)), None)
+            first = next((info.url for info in list_objects(front, stores)), None)
             raise DataError(f"{pattern!r} names no object that ends in .tar; {_what_begins(front, first)}")
         for info in sorted(infos, key=lambda info: info.url):
             yield info.url, ShardFile(info.url, info.num_bytes, f"etag-{info.etag}")
@@ -199,11 +205,11 @@ def _too_many(pattern: str) -> DataError:
     return DataError(f"{shown} lists more than {MAX_NAMES:,} names: use a longer prefix or a smaller range")
 
 
-def find_shards(patterns: Patterns, s3: StoresConfig, key: str, broken: list[str]) -> list[ShardFile]:
+def find_shards(patterns: Patterns, stores: StoresConfig, key: str, broken: list[str]) -> list[ShardFile]:
     """Return the files of `list_shards`; append what is missing to `broken`."""
-    found = list_shards(patterns, s3, key)
+    found = list_shards(patterns, stores, key)
     unknown = [url for url, file in found.items() if file is None]
-    for url, result in zip(unknown, in_threads(lambda url: _stat(url, s3), unknown), strict=True):
+    for url, result in zip(unknown, in_threads(lambda url: _stat(url, stores), unknown), strict=True):
         if isinstance(result, str):
             broken.append(f"{url}: {result}")
         else:
@@ -211,12 +217,10 @@ def find_shards(patterns: Patterns, s3: StoresConfig, key: str, broken: list[str
     return [file for file in found.values() if file is not None]
 
 
-def _stat(url: str, s3: StoresConfig) -> ShardFile | str:
+def _stat(url: str, stores: StoresConfig) -> ShardFile | str:
     try:
-        if url.startswith("s3://"):
-            from sigray.workers.data import s3 as store
-
-            info = store.stat(url, s3)
+        if is_remote(url):
+            info = stat(url, stores)
             return ShardFile(url, info.num_bytes, f"etag-{info.etag}")
         return stat_local(url)
     except FileNotFoundError as error:
@@ -263,7 +267,7 @@ def _what_exists(name: str) -> str:
 
 
 def _what_begins(prefix: str, first: str | None) -> str:
-    """Describe the first key that begins with an s3:// prefix."""
+    """Describe the first key that begins with a URL's prefix."""
     if first is None:
         return "no object's key begins with that prefix"
     if first.startswith(f"{prefix.removesuffix('/')}/"):

@@ -8,7 +8,7 @@ grouped as webdataset groups them, and the tests compare with webdataset and wit
     read_tar       members -> samples; `Tally` counts what no sample has
 
 A source is read front to back. Of a local file, a member's content is read when it is used: a mapping of a file that
-shrinks would kill the process. `workers/data/s3.py` has the source for objects in S3.
+shrinks would kill the process. `workers/data/store_stream.py` has the source for objects in stores.
 """
 
 from __future__ import annotations

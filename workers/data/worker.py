@@ -33,6 +33,7 @@ from sigray.workers.data.tar import DataError, TarSample
 from sigray.workers.model.inputs import shapes
 from sigray.workers.model.tokenizer import build_tokenizer, cut_caption
 from sigray.workers.texts import first_ten
+from sigray.workers.urls import is_remote
 
 CUT = "caption cut"
 """Not a refusal: the sample is used, with the start of its caption."""
@@ -247,8 +248,8 @@ class _Windows:
         self._readers: dict[int, tuple[tuple[int, int], Generator[TarSample]]] = {}  # and their epoch and position
         self._prefetched: dict[int, tuple[tuple[int, int], Future[list[TarSample]]]] = {}
         # The kernel prefetches local shards.
-        is_remote = any(shard.url.startswith("s3://") for shard in manifest.shards)
-        self._permits = threading.Semaphore(_NUM_PREFETCHING) if is_remote else None
+        has_remote = any(is_remote(shard.url) for shard in manifest.shards)
+        self._permits = threading.Semaphore(_NUM_PREFETCHING) if has_remote else None
 
     def get(self, lane: int, index: int) -> tuple[list[TarSample], int]:
         """The window around sample `index` of a lane, in its order; that sample's slot."""

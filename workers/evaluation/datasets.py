@@ -26,6 +26,7 @@ from sigray.workers.data.manifest import Manifest, Shard, read_samples, scan_sha
 from sigray.workers.data.tar import DataError, LocalFile, TarSample
 from sigray.workers.parse import as_type, parse_json
 from sigray.workers.storage import local_copy
+from sigray.workers.urls import is_remote
 
 CLASS = "cls"
 """Member with the class, as in webdataset's own classification sets.
@@ -103,7 +104,7 @@ def cut(
     else:
         for shard in scan_set(name, spec, data).shards:
             # A stream without marks can only be read from its start, so its shards stay whole.
-            step = batch_size if shard.marks or not shard.url.startswith("s3://") else shard.num_samples
+            step = batch_size if shard.marks or not is_remote(shard.url) else shard.num_samples
             parts += [
                 Part(shard, start, min(start + step, shard.num_samples)) for start in range(0, shard.num_samples, step)
             ]

@@ -54,7 +54,7 @@ def _check_set(name: str, spec: EvalSet, data: DataConfig, store: str | None, on
         return {file.class_id for file in files}
     broken: list[str] = []
     try:
-        if only_here and "s3://" in str(spec.shards):
+        if only_here and "://" in str(spec.shards):
             return set()
         shards = find_shards(spec.shards, data.stores, key, broken)
         if broken:

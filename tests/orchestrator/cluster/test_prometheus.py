@@ -186,8 +186,8 @@ def test_what_runs_and_workers_set(monkeypatch):
     assert added == {
         "sigray_data_decoded_samples": 15,
         "sigray_data_refused_by_reason": 1,
-        "sigray_s3_bytes": 130,
-        "sigray_s3_retries": 2,
+        "sigray_store_bytes": 130,
+        "sigray_store_retries": 2,
     }
     assert set(added) == of_workers
 
