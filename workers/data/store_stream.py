@@ -310,7 +310,7 @@ class StoreStream:
         """Return bytes that do not all lie in the current chunk."""
         if self.position + count > self.num_bytes:
             raise cut_short(self.num_bytes)
-        pieces = []
+        pieces: list[memoryview] = []
         while count:
             if not self._view_begin <= self.position < self._view_end:
                 self._advance()
@@ -349,6 +349,7 @@ class StoreStream:
             first_end = min(self._next + self._part_bytes, self.num_bytes)
             self._range_end = self.num_bytes if self._direct else first_end
             self._direct = self._source.chunks(self._next, self._range_end, threading.Event())
+        assert self._direct is not None  # `_next >= _range_end` at first
         chunk = next(self._direct)
         self._next += len(chunk)
         return chunk
