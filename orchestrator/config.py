@@ -41,7 +41,8 @@ class RunSection(Section):
     """Local folder of all runs.
     It holds config, metrics, TensorBoard files, summary and report."""
     storage: LocalOrUri | None = None
-    """Storage of checkpoints: a shared folder, or s3://, gs:// or az://BUCKET/PREFIX; null: `dir`."""
+    """Storage of checkpoints: a shared folder, or a URL of a store; null: `dir`.
+    URLs are s3://BUCKET/PREFIX, gs://BUCKET/PREFIX and az://CONTAINER/PREFIX."""
     seed: NonNegativeInt = 0
     """Seed of the weights, the order of samples, and dropout."""
 

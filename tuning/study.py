@@ -167,9 +167,8 @@ class StudyConfig(Section):
     dir: LocalFolder = "sweeps"
     """Local folder of all sweeps."""
     storage: LocalOrUri | None = None
-    """Folder that all hosts share, or s3://, gs:// or az://BUCKET/PREFIX, for results and checkpoints.
-
-    By default `dir`."""
+    """Shared folder, or URL of a store, for results and checkpoints; null: `dir`.
+    URLs are s3://BUCKET/PREFIX, gs://BUCKET/PREFIX and az://CONTAINER/PREFIX."""
     parallel: PositiveInt | None = None
     """Maximum number of concurrent trials; null: as many as the free resources allow.
 

@@ -238,9 +238,9 @@ FAULTS = [
     ),
     Fault(
         "the prefix train takes the shards of train_old",
-        "sigray.workers.data.shard_list:_in_s3",
-        "list_objects(f\"{name.removesuffix('/')}/\", s3)",
-        "list_objects(name, s3)",
+        "sigray.workers.data.shard_list:_in_store",
+        "list_objects(f\"{name.removesuffix('/')}/\", stores)",
+        "list_objects(name, stores)",
         (f"{_W}shard_list.py::test_patterns_of_keys",),
     ),
     Fault(
