@@ -382,8 +382,8 @@ class ModelConfig(Section):
 class EmbeddingsConfig(Section):
     store: LocalOrUri | None = None
     """Folder, or URL of a store, of the embeddings that `sigray embed` writes.
-    URLs are s3://BUCKET/PREFIX, gs://BUCKET/PREFIX and az://CONTAINER/PREFIX. A locked image tower makes them. Training reads them in place of images and never runs the tower. Null: the tower
-    runs in every step."""
+    URLs are s3://BUCKET/PREFIX, gs://BUCKET/PREFIX and az://CONTAINER/PREFIX. A locked image tower makes them.
+    Training reads them in place of images and never runs the tower. Null: the tower runs in every step."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Data type of the stored embeddings."""
     num_views: PositiveInt = 1
