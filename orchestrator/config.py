@@ -368,7 +368,8 @@ def validate(model: type[AnySection], content: dict[str, Any], source: str, noun
     if secrets:
         raise ConfigError(
             f"{source} holds credentials, which must not be saved with a run:\n{secrets}Give credentials by the "
-            "environment, by data.stores.profile, or by the role of the machines"
+            "environment, by data.stores.profile, or by the role of the machines; presigned URLs by a file of "
+            "data.stores.signed_urls"
         )
     try:
         return model.model_validate(content)

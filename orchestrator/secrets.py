@@ -16,7 +16,7 @@ _VALUES = {
     "an Amazon access key": AMAZON_KEY,
     "a private key": PRIVATE_KEY,
     "name and password in a URL": re.compile(r"://[^/?#\s]*@"),
-    "a signature in a URL": re.compile(r"(?i)[?&]x-(amz|goog)-(signature|credential|security-token)="),
+    "a signature in a URL": re.compile(r"(?i)[?&](x-(amz|goog)-(signature|credential|security-token)|signature)="),
     "a secret in a URL": re.compile(r"(?i)[?&](access_?key|secret_?key|password|token|sig)="),
 }
 _KEY = re.compile(r"(?i)secret|passw|credential|(access|api)[_-]?key|(auth|session|access|hf)[_-]?token(?!iz)")

@@ -906,7 +906,7 @@ def test_how_a_bucket_is_reached(configure, monkeypatch, opened):
                 stream.read(10)
     assert silent == [11] * 3
     s3, gs, az = opened
-    assert (s3["endpoint"], gs["base_url"], az["endpoint"]) == (here, f"{here}/gs", f"{here}/az")
+    assert (s3.get("endpoint"), gs.get("base_url"), az.get("endpoint")) == (here, f"{here}/gs", f"{here}/az")
     assert s3["region"] == "eu-north-1"
     assert s3["credential_provider"]()["access_key_id"] == "KEY"
     for given in opened:
@@ -921,11 +921,21 @@ def test_who_pays_for_requests(configure, monkeypatch, opened):
     for scheme in ("s3", "gs"):
         sigray.workers.stores.open_store(f"{scheme}://bucket/x", stores)
     assert opened[0]["request_payer"]
-    assert opened[1]["client_options"]["default_headers"] == {"x-goog-user-project": "payer"}
+    assert opened[1]["client_options"].get("default_headers") == {"x-goog-user-project": "payer"}
+
+
+def test_presigned_urls_come_from_the_file_of_the_config(configure, monkeypatch, tmp_path):
+    urls: list[str] = []
+    made = obstore.store.HTTPStore
+    monkeypatch.setattr(obstore.store, "HTTPStore", lambda url, **given: urls.append(url) or made(url, **given))
+    (tmp_path / "signed").write_text("https://h/a.tar?sig=1\nhttps://h/b.tar?sig=2\n")
+    stores = configure(data={"stores": {"signed_urls": str(tmp_path / "signed")}}).data.stores
+    sigray.workers.stores.open_store("https://h/b.tar", stores)
+    assert urls == ["https://h/b.tar?sig=2"]
 
 
 def test_a_public_bucket_is_asked_without_a_signature(configure, opened):
-    stores = configure(data={"stores": {"anonymous": True, "region": "r"}}).data.stores
+    stores = configure(data={"stores": {"anonymous": True, "region": "r", "profile": "elsewhere"}}).data.stores
     for scheme in ("s3", "gs", "az"):
         sigray.workers.stores.open_store(f"{scheme}://bucket/x", stores)
     assert [given["skip_signature"] for given in opened] == [True] * 3

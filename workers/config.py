@@ -135,6 +135,9 @@ class StoresConfig(Section):
     requester_pays: bool = False
     """Pay for the requests to a bucket of others.
     gs:// needs GOOGLE_CLOUD_PROJECT for it."""
+    signed_urls: LocalPath | None = None
+    """File on every host with one presigned https:// URL a line.
+    Shards are named without the query; each request adds the query of its line. A renewed file is read again."""
     num_connections: PositiveInt = 4
     """Parts of one shard to fetch at the same time, 8 MiB each.
     Several are in use only if the store is slower than the reader."""

@@ -7,12 +7,14 @@ bytes. Credentials come from each provider's own library: boto3, google-auth, an
     s3://BUCKET/KEY     credentials, profile, region as boto3 finds them
     gs://BUCKET/KEY     Google's application default credentials
     az://CONTAINER/KEY  AZURE_STORAGE_ACCOUNT_NAME with a key, a SAS token, a service principal or a managed identity
-    https://..., hf://datasets/ORG/NAME[@REVISION]/PATH    for reading, without listing
+    https://HOST/PATH   signatures from `data.stores.signed_urls`; for reading, without listing
+    hf://datasets/ORG/NAME[@REVISION]/PATH    the token of huggingface_hub; for reading, without listing
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import socket
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import obstore
 from obstore import exceptions
@@ -221,7 +223,11 @@ def _remedy(url: str, stores: StoresConfig) -> str:
             f"AZURE_CLIENT_ID, AZURE_TENANT_ID and AZURE_CLIENT_SECRET, or use a machine with a managed identity, "
             f"{public}"
         )
-    return "set HF_TOKEN" if scheme == "hf" else "is the URL public, or its signature too old?"
+    if scheme == "hf":
+        return "set HF_TOKEN, or log in with `hf auth login`; the terms of a gated data set must be accepted"
+    if stores.signed_urls:
+        return f"is the line of the URL in data.stores.signed_urls={stores.signed_urls} missing, or too old?"
+    return "a URL that is not public needs a signature: see data.stores.signed_urls"
 
 
 def split_url(url: str) -> tuple[str, str, str]:
@@ -284,7 +290,7 @@ def open_store(
     """
     scheme, bucket, key = split_url(url)
     if scheme in ("https", "http"):
-        bucket = url  # the store keeps the query and the encoding of the path
+        bucket = _web_url(url, stores)  # the store keeps the query and the encoding of the path
         key = ""
     elif scheme == "hf":
         bucket = _hub_url(url)
@@ -322,10 +328,11 @@ def _make(url: str, scheme: str, bucket: str, stores: StoresConfig, max_retries:
             return store.GCSStore(bucket, **given, **_gs(url, stores, client))
         if scheme == "az":
             return store.AzureStore(bucket, **given, **_az(url, stores))
-        if scheme == "hf" and (token := os.environ.get("HF_TOKEN")):
-            client["default_headers"] = {
-                "authorization": f"Bearer {token}"
-            }  # not sent after a redirect to another host
+        if scheme == "hf":
+            from huggingface_hub import get_token
+
+            if token := get_token():  # not sent after a redirect to another host
+                client["default_headers"] = {"authorization": f"Bearer {token}"}
         if scheme in ("https", "http", "hf"):
             return store.HTTPStore(bucket, **given)
         return store.LocalStore("/")
@@ -445,12 +452,31 @@ def _no_credentials(url: str, reason: str, stores: StoresConfig) -> StoreError:
     return StoreError(message, "no credentials")
 
 
+def _web_url(url: str, stores: StoresConfig) -> str:
+    """Return the URL to request: that of `stores.signed_urls`, if it has a line."""
+    if "@" in urlsplit(url).netloc:
+        raise StoreError(f"{shown_url(url)}: name and password in a URL are not sent: use a presigned URL")
+    if stores.signed_urls is None:
+        return url
+    try:
+        return _signed_urls(stores.signed_urls, os.stat(stores.signed_urls).st_mtime_ns).get(url, url)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise StoreError(f"data.stores.signed_urls: {stores.signed_urls} cannot be read: {reason}") from None
+
+
+@functools.lru_cache(maxsize=4)
+def _signed_urls(path: str, modified_ns: int) -> dict[str, str]:
+    """Return the lines of a file by their URL without query."""
+    return {line.partition("?")[0]: line for line in Path(path).read_text().split()}
+
+
 def _hub_url(url: str) -> str:
     """Return the hub's https URL of hf://datasets/ORG/NAME[@REVISION]/PATH."""
     found = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", url)
     if not found:
         raise StoreError(f"{url}: hf://datasets/ORG/NAME[@REVISION]/PATH expected")
-    return f"{_hub()}/datasets/{found[1]}/resolve/{quote(found[2] or 'main', safe='')}/{quote(found[3])}"
+    return f"{_hub()}/datasets/{found[1]}/resolve/{quote(unquote(found[2] or 'main'), safe='')}/{quote(found[3])}"
 
 
 def can_list(url: str) -> bool:

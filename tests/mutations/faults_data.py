@@ -294,6 +294,20 @@ FAULTS = [
         (f"{_W}store_stream.py::test_listing_and_stat_name_the_cause_and_the_remedy",),
     ),
     Fault(
+        "a renewed file of presigned URLs is not read again",
+        "sigray.workers.stores:_web_url",
+        "os.stat(stores.signed_urls).st_mtime_ns",
+        "0",
+        (f"{_W}web_stores.py::test_a_presigned_url_is_used_and_stands_nowhere",),
+    ),
+    Fault(
+        "a glob is taken for the name of a file on the web",
+        "sigray.workers.data.shard_list:_in_store",
+        'not path.endswith(".tar") or _MAGIC.search(path)',
+        'not path.endswith(".tar")',
+        (f"{_W}web_stores.py::test_names_come_from_braces_and_lists_and_not_from_a_listing",),
+    ),
+    Fault(
         "the copy used last makes room in the shard cache",
         "sigray.workers.data.shard_cache:ShardCache._reserve",
         "copies.sort()",

@@ -105,6 +105,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "data.stores.gs_endpoint": _BUCKET,
     "data.stores.az_endpoint": _BUCKET,
     "data.stores.requester_pays": (f"{_HERE}test_who_pays_for_requests",),
+    "data.stores.signed_urls": (f"{_HERE}test_presigned_urls_come_from_the_file_of_the_config",),
     "data.stores.region": _BUCKET,
     "data.stores.profile": _BUCKET,
     "data.stores.anonymous": (f"{_HERE}test_a_public_bucket_is_asked_without_a_signature",),

@@ -19,6 +19,7 @@ from sigray.workers.config import DataConfig, StoresConfig, caption_member
 from sigray.workers.data.shard_list import ShardFile, in_threads
 from sigray.workers.data.tar import BLOCK, LocalFile
 from sigray.workers.parse import ParseError, as_type, parse_json
+from sigray.workers.stores import read_object, shown_url
 from sigray.workers.urls import is_remote
 
 _WIDS_INDEX = ("index.json", "shardindex.json", "wids-meta.json")
@@ -50,7 +51,7 @@ def known_counts(files: list[ShardFile], data: DataConfig, rules: int) -> dict[S
 def _by_folder(files: Iterable[ShardFile]) -> dict[str, list[ShardFile]]:
     folders: dict[str, list[ShardFile]] = {}
     for file in files:
-        folders.setdefault(file.url.rpartition("/")[0], []).append(file)
+        folders.setdefault(shown_url(file.url).rpartition("/")[0], []).append(file)
     return folders
 
 
@@ -113,7 +114,7 @@ def _sidecar_counts(folder: str, files: list[ShardFile], stores: StoresConfig) -
                 note(entry.get("url"), entry.get("nsamples"), entry.get("filesize"))
     for name, count in _read_json(f"{folder}/sizes.json", stores).items():
         note(name, count)
-    unknown = {file.url: file.url.removesuffix(".tar") + "_stats.json" for file in files if file not in told}
+    unknown = {file.url: shown_url(file.url).removesuffix(".tar") + "_stats.json" for file in files if file not in told}
     # img2dataset writes a file for each tar: if the first tar has none, no tar has one.
     if unknown and "successes" in _read_json(next(iter(unknown.values())), stores):
         contents = in_threads(lambda url: _read_json(url, stores), list(unknown.values()))
@@ -126,8 +127,6 @@ def _read_json(url: str, stores: StoresConfig) -> dict[str, Any]:
     """Read a small JSON object; {} if it is missing or damaged."""
     with suppress(OSError, ValueError):
         if is_remote(url):
-            from sigray.workers.stores import read_object
-
             text = read_object(url, stores, _MAX_BYTES + 1)
         else:
             file = LocalFile(url)  # no FIFO, whose read would wait for ever

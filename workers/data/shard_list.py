@@ -120,8 +120,9 @@ def _matches(pattern: str) -> Iterator[str]:
 def _in_store(pattern: str, stores: StoresConfig) -> Iterator[tuple[str, ShardFile | None]]:
     """Yield the tars that a URL's pattern names; https:// and hf:// know braces only."""
     if not can_list(pattern):
-        if not pattern.partition("?")[0].endswith(".tar"):
-            raise DataError(f"{pattern!r} cannot be listed: name the .tar files, by braces or as a list")
+        path = pattern.partition("?")[0]
+        if not path.endswith(".tar") or _MAGIC.search(path):
+            raise DataError(f"{path!r} cannot be listed: name the .tar files, by braces or as a list")
         yield from ((name, None) for name in _expanded(pattern, lambda name: False))
         return
 
