@@ -21,7 +21,17 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from sigray.workers.config import StoresConfig
-from sigray.workers.stores import StoreError, error_of, explained, kind_of, open_store, shown_url, stat
+from sigray.workers.stores import (
+    StoreError,
+    error_of,
+    explained,
+    kind_of,
+    listed,
+    open_store,
+    shown_url,
+    stat,
+    within,
+)
 from sigray.workers.urls import is_remote, local_or_url
 
 if TYPE_CHECKING:
@@ -33,6 +43,7 @@ _SENT_BYTES = 16 << 20  # S3 takes 10,000 parts of at least 5 MiB
 _NUM_PARTS = 8  # sent or received at the same time: a store gives each connection 50 to 100 MB/s
 # Until a store answers an upload nothing is read, so this is also the time for a part: 1 MB/s over all connections.
 _STORES = StoresConfig(read_timeout_s=60)
+_LIST_S = 100.0  # for the names in one folder, at 1,000 in 0.2 s
 _PROBE = StoresConfig(read_timeout_s=4)  # a start waits for one retry
 
 
@@ -271,7 +282,7 @@ class Storage:
         found = []
         if not self.is_local:
             with self._store() as (store, prefix):
-                found = [item["path"] for item in store.list(prefix or None).collect()]
+                found = [item["path"] for item in listed(store, prefix, self.uri, _STORES.deadline_s)]
             return sorted(path[len(prefix) :].lstrip("/") for path in found)
         for folder, folders, names in os.walk(self.uri):
             links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
@@ -285,7 +296,7 @@ class Storage:
                 return sorted(os.listdir(self._at(path)))
             return []
         with self._store(path) as (store, prefix):
-            found = store.list_with_delimiter(prefix or None)
+            found = within(_LIST_S, store.list_with_delimiter_async(prefix or None), self._at(path))
         paths = {*found["common_prefixes"], *(item["path"] for item in found["objects"])}
         return sorted(each.rstrip("/").rpartition("/")[2] for each in paths)
 
@@ -321,7 +332,7 @@ class Storage:
             shutil.rmtree(self._at(path))
             return
         with self._store(path) as (store, prefix):
-            _delete(store, [item["path"] for item in store.list(prefix).collect()])
+            _delete(store, [item["path"] for item in listed(store, prefix, self._at(path), _STORES.deadline_s)])
 
     def upload(self, local_file: Path, path: str) -> None:
         """Copy a local file into the folder."""

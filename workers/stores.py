@@ -13,6 +13,7 @@ bytes. Credentials come from each provider's own library: boto3, google-auth, an
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import os
@@ -20,11 +21,11 @@ import re
 import socket
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 import obstore
@@ -33,7 +34,10 @@ from obstore import exceptions
 from sigray.workers.config import StoresConfig
 
 if TYPE_CHECKING:
+    from obstore import ObjectMeta
     from obstore.store import ObjectStore
+
+Answer = TypeVar("Answer")
 
 _PROBE_S = 2.0  # for a machine's metadata server: it answers within milliseconds, or is not there
 MAX_LISTED = 1_000_000  # names; LAION-5B is 232,000 tars with two sidecars each
@@ -497,16 +501,51 @@ def list_objects(url_prefix: str, stores: StoresConfig = _DEFAULTS, *, is_flat: 
     scheme, bucket, prefix = split_url(url_prefix)
     store, _ = open_store(url_prefix, stores)
     folder = prefix.rpartition("/")[0]  # obstore lists by whole folders
-    num_listed = 0
     with explained(url_prefix, stores):
-        for page in store.list(folder or None, chunk_size=1000):
-            num_listed += len(page)
-            if num_listed > MAX_LISTED:
-                raise StoreError(f"{url_prefix!r} lists more than {MAX_LISTED:,} names: use a longer prefix")
-            for item in page:
-                path = item["path"]
-                if path.startswith(prefix) and not (is_flat and "/" in path[len(prefix) :]):
-                    yield _info(f"{scheme}://{bucket}/{path}", item)
+        for item in listed(store, folder, url_prefix, stores.deadline_s):
+            path = item["path"]
+            if path.startswith(prefix) and not (is_flat and "/" in path[len(prefix) :]):
+                yield _info(f"{scheme}://{bucket}/{path}", item)
+
+
+def listed(store: ObjectStore, folder: str, url: str, deadline_s: float) -> Iterator[ObjectMeta]:
+    """Yield the objects in a folder and below, page by page.
+
+    A listing ends, though a broken server may repeat its pages for ever.
+
+    Raises:
+        StoreError: there are more than `MAX_LISTED`; no 1,000 names came within `deadline_s`.
+    """
+    stream = store.list(folder or None, chunk_size=1000)
+
+    async def next_page() -> Sequence[ObjectMeta]:
+        async for page in stream:
+            return page
+        return []
+
+    num_listed = 0
+    while page := within(deadline_s, next_page(), url):
+        num_listed += len(page)
+        if num_listed > MAX_LISTED:
+            raise StoreError(f"{url!r} lists more than {MAX_LISTED:,} names: use a longer prefix")
+        yield from page
+
+
+def within(seconds: float, listing: Awaitable[Answer], url: str) -> Answer:
+    """Return what a listing gives.
+
+    Raises:
+        StoreError: it takes longer.
+    """
+
+    async def answer() -> Answer:
+        return await asyncio.wait_for(listing, seconds)
+
+    try:
+        return asyncio.run(answer())
+    except TimeoutError:
+        message = f"{url!r}: the store sends pages of a listing for {seconds:g} s without an end: is the server broken?"
+        raise StoreError(message, "stalled") from None
 
 
 def _info(url: str, item: Mapping[str, Any]) -> ObjectInfo:

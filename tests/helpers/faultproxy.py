@@ -43,7 +43,8 @@ class Fault:
     """What happens to one answer.
 
     `kind` is one of BODY_FAULTS (after `num_bytes` of a body that is longer), a key of ANSWERS (instead of the object),
-    "hang up" (before it), "lost answer" (the server has done what was asked), "no ranges" (all of it, as from a store
+    "hang up" (before it), "redirect" (to `redirects_to`: the proxy itself), "slow head" (a header of which a byte comes
+    each 0.1 s for ever), "lost answer" (the server has done what was asked), "no ranges" (all of it, as from a store
     that knows no ranges), "no if-match" (as from one that does not know those; both only if requests are unsigned),
     "other range" (said to begin one byte later than asked for), or "short" (`num_bytes` less than asked for, under a
     Content-Length that fits them).
@@ -157,7 +158,7 @@ class FaultProxy:
         self.num_sent = self.most_at_once = self._num_at_once = 0
         self._lock, self._closing = threading.Lock(), threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.endpoint = self.redirects_to = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
 
     def __enter__(self) -> FaultProxy:
         threading.Thread(target=self._accept, daemon=True).start()
@@ -219,6 +220,15 @@ class FaultProxy:
                 error = f"<Error><Code>{code}</Code><Message>injected</Message></Error>"
                 connection.sendall(f"HTTP/1.1 {status} x\r\nContent-Length: {len(error)}\r\n\r\n{error}".encode())
                 return True
+            if fault.kind == "redirect":
+                location = f"Location: {self.redirects_to}{path}\r\nContent-Length: 0\r\n\r\n"
+                connection.sendall(f"HTTP/1.1 307 x\r\n{location}".encode())
+                return True
+            if fault.kind == "slow head":
+                connection.sendall(b"HTTP/1.1 200 x\r\nx-slow: ")
+                while not select.select([connection], [], [], 0.1)[0] and not self._closing.is_set():
+                    connection.sendall(b"x")
+                return False
         server.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
         while missing > 0:
             received = connection.recv(1 << 16)

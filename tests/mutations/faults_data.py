@@ -301,6 +301,13 @@ FAULTS = [
         (f"{_W}web_stores.py::test_a_presigned_url_is_used_and_stands_nowhere",),
     ),
     Fault(
+        "a listing may go on for ever",
+        "sigray.workers.stores:within",
+        "asyncio.wait_for(listing, seconds)",
+        "asyncio.wait_for(listing, 30)",
+        ("tests/workers/test_endless_listings.py::test_a_listing_ends[s3]",),
+    ),
+    Fault(
         "a glob is taken for the name of a file on the web",
         "sigray.workers.data.shard_list:_in_store",
         'not path.endswith(".tar") or _MAGIC.search(path)',

@@ -28,6 +28,7 @@ from tests.helpers.faultproxy import Fault, FaultProxy, drawn, in_turn, throttle
 from tests.helpers.s3 import BUCKET, free_ports
 from tests.helpers.stored import ENDPOINTS, SCHEMES, Servers
 from tests.helpers.tars import END, header, member
+from tests.helpers.web import Site, web_server
 
 PART = 1 << 16
 SMALL, LARGE = random.Random(0).randbytes(12_345), random.Random(1).randbytes(40 * PART + 4321)
@@ -321,6 +322,16 @@ def test_the_deadline_names_what_was_tried(proxy: FaultProxy) -> None:
     assert sum(waits) == pytest.approx(100)
     assert waits[:3] == [0.2, 0.2, 2.0]
     assert max(waits) == 10
+
+
+def test_a_redirect_to_another_host_gets_no_signature(proxy: FaultProxy) -> None:
+    with web_server(Site()) as other:
+        proxy.redirects_to, proxy.schedule = other.address, in_turn([Fault("redirect")])
+        with pytest.raises(StoreError, match="no such object"):
+            stat(url_of("small"), config(proxy))
+    (request,) = other.requests
+    assert "authorization" not in request.headers
+    assert "Signature" not in str(request)
 
 
 def test_failures_and_what_is_done_about_them() -> None:

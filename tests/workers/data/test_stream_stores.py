@@ -106,10 +106,10 @@ def read(manifest: Manifest, data: DataConfig, model: ModelConfig, folder: Path,
 
 
 def test_a_store_that_keeps_failing_changes_nothing(tars, bucket, proxy, model_config, tmp_path, small_parts):
-    """Over 100 faults of eight kinds in two epochs: no sample lost, doubled or altered."""
+    """Over 100 faults of ten kinds in two epochs: no sample lost, doubled or altered."""
     local = data_of(str(tars), StoresConfig())
     expected = read(scan_shards(local.shards, local), local, model_config, tmp_path / "local")
-    kinds = ("reset", "close", "stall", "503", "429", "500", "hang up", "short")
+    kinds = ("reset", "close", "stall", "503", "429", "500", "hang up", "short", "redirect", "slow head")
     data = data_of(f"{bucket}/tars/", through(proxy, bucket, read_timeout_s=0.3, num_connections=2))
     manifest = scan_shards(data.shards, data)
     proxy.schedule = drawn(seed=1, share=0.3, kinds=kinds, most_bytes=PART)
