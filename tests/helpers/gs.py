@@ -1,5 +1,7 @@
 """A Google Cloud Storage server for the tests: the part of the XML API that object_store's client uses, in memory.
 
+    python -m tests.helpers.gs     prints its address
+
 Neither emulator on PyPI serves it: `fake-gcs-server` refuses the XML API's PUT and ignores ifGenerationMatch, and
 `gcp-storage-emulator` knows neither HEAD nor listings there. The behaviour follows Google's reference,
 https://cloud.google.com/storage/docs/xml-api/reference-headers and
@@ -10,13 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import functools
 import hashlib
 import itertools
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
@@ -32,7 +38,7 @@ class _Object:
     generation: int
     modified: float = field(default_factory=time.time)
 
-    @property
+    @functools.cached_property
     def etag(self) -> str:
         return f'"{hashlib.md5(self.content).hexdigest()}"'
 
@@ -188,13 +194,21 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def gs_server() -> Iterator[dict[str, str]]:
-    """Start the server; yields the variables that reach it. The bucket is BUCKET."""
+    """Start the server in a process of its own; yields the variables that reach it. The bucket is BUCKET."""
+    command = [sys.executable, "-m", "tests.helpers.gs"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as process:
+        assert process.stdout is not None
+        try:
+            yield {"STORAGE_EMULATOR_HOST": process.stdout.readline().strip(), "GOOGLE_BEARER_TOKEN": TOKEN}
+        finally:
+            process.kill()
+
+
+def main() -> None:
     server = GoogleStorage()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield {"STORAGE_EMULATOR_HOST": server.endpoint, "GOOGLE_BEARER_TOKEN": TOKEN}
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    print(server.endpoint, flush=True)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

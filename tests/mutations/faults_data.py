@@ -273,6 +273,13 @@ FAULTS = [
         (f"{_W}store_stream.py::test_a_broken_part_goes_on_where_it_broke",),
     ),
     Fault(
+        "threads of a stalled store hold the end of the process",
+        "sigray.workers.data.store_stream:StoreStream._start_parts",
+        "daemon=True",
+        "daemon=False",
+        (f"{_W}store_stream.py::test_nothing_goes_on_behind_a_stream_that_ended",),
+    ),
+    Fault(
         "waits between tries do not grow",
         "sigray.workers.data.store_stream:after_failure",
         "* 2 ** min(failures.total() - 1, 16)",

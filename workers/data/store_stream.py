@@ -3,12 +3,11 @@
 obstore moves the bytes; the order, the retries and the version are kept here. How long the reader waits decides how
 many ranges of an object are read at once:
 
-    directly        One GET of 8 MiB and one of the rest, whose chunks of 1 MiB the reader takes itself. Nothing costs
-                    less. A stream begins so, and continues so while the reader waits less than 84 ms for 8 MiB
-                    (100 MB/s).
-    over threads    Threads prefetch parts of 8 MiB: two at first, and one more each time that the reader waits 21 ms
-                    for a part, up to `stores.num_connections`. A store that gives each connection 30 ms and 60 MB/s,
-                    as Amazon's does, is soon read over all connections.
+    directly        One GET of 8 MiB and one of the rest, whose chunks the reader takes itself. Nothing costs less. A
+                    stream begins so, and continues so while the reader waits less than 224 ms for 16 MiB (75 MB/s).
+    over threads    Threads prefetch parts of 8 MiB: two at first, and one more each time that the reader waits 28 ms
+                    for a part, up to `stores.num_connections`. Amazon's store gives each connection 30 ms and 60 MB/s:
+                    it is soon read over all connections, and the next object of its bucket at once.
 
 After a failure another GET begins at the first missing byte. Every GET carries If-Match with the ETag of the run's
 manifest, and the answer's ETag is compared: an object that is replaced during a run is an error and never a mixture.
@@ -17,16 +16,16 @@ manifest, and the answer's ETag is compared: an object that is replaced during a
 
 from __future__ import annotations
 
-import queue
 import random
 import threading
 import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
+import numpy as np
 import obstore
 from obstore.exceptions import BaseError
 
@@ -48,10 +47,14 @@ from sigray.workers.stores import (
 PART_BYTES = 8 << 20
 """Bytes of a ranged GET: 140 ms at 60 MB/s, so 30 ms of latency are a sixth of it."""
 FIRST_PARTS = 2
-_CHUNK_BYTES = 1 << 20
-# The rate of a fast connection to a waiting reader: three times what a core decodes (35 kB a sample), and more than one
+_CHUNK_BYTES = 1 << 18  # fit a core's cache: 0.53 CPU s/GB, 0.68 with 1 MiB
+# The rate of a fast connection to a waiting reader: twice what a core decodes (35 kB a sample), and more than one
 # connection to Amazon's store delivers. Threads aim at four times this rate.
-_FAST_BYTES_PER_S = 100e6
+_FAST_BYTES_PER_S = 75e6
+_NUM_DECIDING = 2  # parts: a busy machine delays one
+# glibc gives freed memory back to the kernel above twice the largest block that was ever freed; this one is never
+# touched. Without it, parts cost 130,000 page faults a GB: 0.6 CPU s on a virtual machine.
+np.empty(2 * PART_BYTES, np.uint8)
 _MAX_WAIT_S = 10.0
 # Kind of a failure that is retried -> seconds of the first wait; the wait doubles with each further failure.
 _FIRST_WAIT_S = {
@@ -67,7 +70,7 @@ TRAFFIC: Counter[str] = Counter()
 """Of this process: "bytes" read from stores, and retries by kind of failure."""
 _traffic_lock = threading.Lock()
 _num_parts: dict[tuple[object, ...], int] = {}
-"""Number of threads that the last object of a bucket needed."""
+"""Number of parts that the last object of a bucket needed."""
 
 
 def after_failure(kind: str, failures: Counter[str], silent_s: float, deadline_s: float, jitter: float) -> float | None:
@@ -108,7 +111,6 @@ class _Source:
     draw: Callable[[], float]
     clock: Callable[[], float]
     sleep: Callable[[threading.Event, float], object]
-    ended: threading.Event = field(default_factory=threading.Event)
     retries: Counter[str] = field(default_factory=Counter)
 
     def chunks(self, begin: int, end: int, dropped: threading.Event) -> Iterator[bytes]:
@@ -123,7 +125,7 @@ class _Source:
         while begin < end:
             try:
                 for chunk in self._get(begin, end, renews):
-                    if self._is_over(dropped):
+                    if _is_over(dropped):
                         return
                     begin += len(chunk)
                     failures.clear()
@@ -137,7 +139,7 @@ class _Source:
                 failure = error.failure
             except (BaseError, FileNotFoundError) as error:
                 failure = kind_of(error)
-            if begin >= end or self._is_over(dropped):
+            if begin >= end or _is_over(dropped):
                 return
             failures[failure.kind] += 1
             silent_s = self.clock() - last_byte_at
@@ -165,10 +167,6 @@ class _Source:
             raise _GivenUp(Failure("changed", message=f"ETag {etag_of(answer.meta)}, {answer.meta['size']} bytes"))
         yield from answer.stream(self.chunk_bytes)
 
-    def _is_over(self, dropped: threading.Event) -> bool:
-        # The interpreter waits for its threads at the end.
-        return dropped.is_set() or self.ended.is_set() or not threading.main_thread().is_alive()
-
     def _error(self, position: int, failure: Failure, failures: Counter[str], silent_s: float) -> DataError:
         url = shown_url(self.info.url)
         at = endpoint_of(self.info.url, self.stores)
@@ -195,29 +193,25 @@ class _Source:
 
 @dataclass(eq=False)
 class _Part:
-    """A byte range that a thread reads: its chunks, then None or an error."""
+    """A byte range that a thread receives."""
 
     begin: int
     end: int
-    chunks: queue.SimpleQueue[bytes | BaseException | None] = field(default_factory=queue.SimpleQueue)
     dropped: threading.Event = field(default_factory=threading.Event)
-    waited_s: float = 0.0  # of the reader
-    is_slow: bool = False
+    chunks: Future[list[bytes]] = field(default_factory=Future)
 
-    def fill(self, source: _Source) -> None:
+    def receive(self, source: _Source) -> None:
         try:
-            for chunk in source.chunks(self.begin, self.end, self.dropped):
-                self.chunks.put(chunk)
-            self.chunks.put(None)
+            self.chunks.set_result(list(source.chunks(self.begin, self.end, self.dropped)))
         except BaseException as error:  # the reader raises it
-            self.chunks.put(error)
+            self.chunks.set_exception(error)
 
 
 class StoreStream:
     """One object as a `ByteSource`, for one reading thread.
 
-    `read` returns views if the bytes lie in one chunk; the views stay valid. Memory: the chunk that is being read and
-    at most `stores.num_connections` parts.
+    `read` returns views if the bytes lie in one chunk; the views stay valid. Memory: the chunk or
+    part that is being read, and at most `stores.num_connections` parts.
 
     Args:
         info: the object, as listed: an object of another ETag is an error.
@@ -257,17 +251,17 @@ class StoreStream:
         self._direct: Iterator[bytes] | None = None  # chunks up to `_range_end`
         self._range_end = start
         self._waited_s = 0.0  # for the bytes up to `_decide_at`
-        self._decide_at = start + part_bytes  # byte at which to decide about threads
+        self._decide_at = start + _NUM_DECIDING * part_bytes  # byte at which to decide about threads
         self._view = memoryview(b"")
         self._view_begin = self._view_end = start
         self._next = start  # first byte after the newest chunk
+        self._received: deque[bytes] = deque()  # chunks after `_next`
         self._asked = start  # first byte of the next part to request
         self._parts: deque[_Part] = deque()
-        self._is_first_part = True  # the reader always waits for the first part, which says nothing about the store
+        self._is_ahead = False  # the reader always waits for the first part, which says nothing about the store
         self._has_waited = False
-        self._pool = ThreadPoolExecutor(self._max_parts, "store-part")
         # A stream that is dropped without `close` stops its downloads.
-        self._end = weakref.finalize(self, _end, self._source.ended, self._pool)
+        self._end = weakref.finalize(self, _drop, self._parts)
         self._start_parts()
 
     def read(self, count: int) -> bytes | memoryview:
@@ -299,10 +293,10 @@ class StoreStream:
     def close(self) -> None:
         """Stop the downloads; views that were read stay valid."""
         # If the reader never waited for a thread, the store is fast or the reader slow: the next one reads directly.
-        _num_parts[self._bucket] = self.num_parts if self._has_waited or self._is_first_part else 0
+        _num_parts[self._bucket] = self.num_parts if self._has_waited or not self._is_ahead else 0
         self._end()
         self._direct = None
-        self._drop_parts(self.num_bytes)
+        self._received.clear()
         self._view = memoryview(b"")
         self._view_begin = self._view_end = self.position
 
@@ -314,81 +308,66 @@ class StoreStream:
         while count:
             if not self._view_begin <= self.position < self._view_end:
                 self._advance()
-                if not pieces and self.position + count <= self._view_end:
-                    return self.read(count)
             piece = self._view[self.position - self._view_begin :][:count]
             pieces.append(piece)
             self.position += len(piece)
             count -= len(piece)
-        return b"".join(pieces)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _advance(self) -> None:
         """Make the chunk at the position the current one."""
         assert self._end.alive, "read after close"
+        self._view = memoryview(b"")
         self._view_begin = self._view_end = self.position
-        if not self.num_parts and self._next >= self._decide_at:
-            if self._waited_s > self._part_bytes / _FAST_BYTES_PER_S:
-                self._direct = None
-                self.num_parts = min(FIRST_PARTS, self._max_parts)
-            self._waited_s = 0.0
-            self._decide_at = self._next + self._part_bytes
-        chunk = b""
-        while self._next <= self.position or not chunk:
-            begin = self._clock()
-            chunk = self._from_part() if self.num_parts else self._directly()
-            self._waited_s += self._clock() - begin
+        while self._next <= self.position:
+            if not self._received:
+                self._received.extend(self._from_part() if self.num_parts else self._directly())
+            chunk = self._received.popleft()
+            self._next += len(chunk)
         self._view = memoryview(chunk)
         self._view_begin = self._next - len(chunk)
         self._view_end = self._next
 
-    def _directly(self) -> bytes:
+    def _directly(self) -> list[bytes]:
         """Return the chunk at `_next`, without threads; passes over a long skip."""
+        if self._next >= self._decide_at:
+            if self._waited_s > _NUM_DECIDING * self._part_bytes / _FAST_BYTES_PER_S:
+                self._direct = None
+                self.num_parts = min(FIRST_PARTS, self._max_parts)
+                return self._from_part()
+            self._waited_s = 0.0
+            self._decide_at = self._next + _NUM_DECIDING * self._part_bytes
         if self._next >= self._range_end or self.position - self._next > self._part_bytes:
-            self._next = max(self._next, self.position)
+            self._next = self.position
             # The first range shows whether the store is fast; the next one may then be long.
             first_end = min(self._next + self._part_bytes, self.num_bytes)
             self._range_end = self.num_bytes if self._direct else first_end
             self._direct = self._source.chunks(self._next, self._range_end, threading.Event())
         assert self._direct is not None  # `_next >= _range_end` at first
+        begin = self._clock()
         chunk = next(self._direct)
-        self._next += len(chunk)
-        return chunk
+        self._waited_s += self._clock() - begin
+        return [chunk]
 
-    def _from_part(self) -> bytes:
-        """Return the next chunk of the parts, empty at the end of a part."""
-        self._drop_parts(self.position)
+    def _from_part(self) -> list[bytes]:
+        """Return the chunks of the part at the position."""
+        while self._parts and self._parts[0].end <= self.position:
+            self._parts.popleft().dropped.set()
         if not self._parts:
-            self._asked = self._next = max(self._next, self.position)
-            self._is_first_part = True
+            self._asked = self.position
+            self._is_ahead = False
         self._start_parts()
         part = self._parts[0]
-        self._next = max(self._next, part.begin)
-        begin = self._clock()
-        while True:
-            try:
-                chunk = part.chunks.get(timeout=None if part.is_slow else self._part_bytes / _FAST_BYTES_PER_S / 4)
-                break
-            except queue.Empty:
-                self._need_more(part)
-        part.waited_s += self._clock() - begin
-        if part.waited_s > self._part_bytes / _FAST_BYTES_PER_S / 4:
-            self._need_more(part)
-        if isinstance(chunk, BaseException):
-            raise chunk
-        if chunk is None:
-            self._parts.popleft()
-            self._is_first_part = False
-            return b""
-        self._next += len(chunk)
-        return chunk
-
-    def _need_more(self, part: _Part) -> None:
-        """Add a thread, once for each part that the reader waited for."""
-        if not part.is_slow and not self._is_first_part:
+        if self._is_ahead and not wait([part.chunks], self._part_bytes / _FAST_BYTES_PER_S / 4).done:
             self._has_waited = True
             self.num_parts = min(self.num_parts + 1, self._max_parts)
             self._start_parts()
-        part.is_slow = True
+        chunks = part.chunks.result()
+        self._next = part.begin
+        self._parts.popleft()
+        self._is_ahead = True
+        self._start_parts()
+        return chunks
 
     def _start_parts(self) -> None:
         """Request parts until `num_parts` are prefetched."""
@@ -396,15 +375,16 @@ class StoreStream:
             part = _Part(self._asked, min(self._asked + self._part_bytes, self.num_bytes))
             self._asked = part.end
             self._parts.append(part)
-            self._pool.submit(part.fill, self._source)
-
-    def _drop_parts(self, position: int) -> None:
-        while self._parts and self._parts[0].end <= position:
-            self._parts.popleft().dropped.set()
-            self._is_first_part = False
+            # Not an executor's thread: the end of the process would wait for a store that stalls.
+            threading.Thread(target=part.receive, args=(self._source,), name="store-part", daemon=True).start()
 
 
-def _end(ended: threading.Event, pool: ThreadPoolExecutor) -> None:
+def _is_over(dropped: threading.Event) -> bool:
+    # The interpreter waits at its end for the threads of executors, which may read a stream.
+    return dropped.is_set() or not threading.main_thread().is_alive()
+
+
+def _drop(parts: deque[_Part]) -> None:
     """Stop the threads after their next chunk."""
-    ended.set()
-    pool.shutdown(wait=False, cancel_futures=True)
+    while parts:
+        parts.popleft().dropped.set()

@@ -125,7 +125,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def num_part_threads() -> int:
-    return sum(thread.name.startswith("store-part") for thread in threading.enumerate())
+    return sum(thread.name == "store-part" for thread in threading.enumerate())
 
 
 def test_objects_are_listed_with_size_and_etag() -> None:
@@ -420,7 +420,7 @@ def test_a_fast_store_is_read_directly_in_long_ranges(proxy: FaultProxy) -> None
 def test_a_reader_that_never_waits_needs_two_connections_and_then_none(proxy: FaultProxy) -> None:
     with stream_through(proxy, info_of("large")) as stream:
         while stream.position + 1000 < len(LARGE):
-            wait_until(lambda: all(part.chunks.qsize() > (part is not stream._parts[0]) for part in stream._parts))
+            wait_until(lambda: all(part.chunks.done() for part in stream._parts))
             stream.read(1000)
             stream.skip(min(PART // 2, len(LARGE) - stream.position))
         assert stream.num_parts == 2
@@ -457,6 +457,8 @@ def test_nothing_goes_on_behind_a_stream_that_ended(proxy: FaultProxy, how: str)
     stream = StoreStream(info_of("large"), config(proxy, read_timeout_s=2), part_bytes=PART)
     wait_until(lambda: proxy.faults["stall"] == 2)
     assert num_part_threads() == 2
+    # The end of the process waits for no store that stalls.
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "store-part")
     if how == "closed":
         stream.close()
     else:
