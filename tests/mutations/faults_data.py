@@ -311,7 +311,7 @@ FAULTS = [
         "a listing may go on for ever",
         "sigray.workers.stores:within",
         "asyncio.wait_for(listing, seconds)",
-        "asyncio.wait_for(listing, 30)",
+        "asyncio.wait_for(listing, 8)",
         ("tests/workers/test_endless_listings.py::test_a_listing_ends[s3]",),
     ),
     Fault(
