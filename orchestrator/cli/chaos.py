@@ -1,17 +1,16 @@
 """`sigray chaos`."""
 
 from argparse import Namespace
-from pathlib import Path
 
 from rich.console import Console
 
-from sigray.orchestrator.cli.command import CONFIG, OVERRIDES, argument, command, positive, positive_int, say
+from sigray.orchestrator.cli.command import CONFIG, OVERRIDES, argument, command, local, positive, positive_int, say
 
 
 @command(
     CONFIG,
     OVERRIDES,
-    argument("--out", type=Path, metavar="DIR", help="folder of both runs (default RUN_DIR/NAME-chaos)"),
+    argument("--out", type=local, metavar="DIR", help="folder of both runs (default RUN_DIR/NAME-chaos)"),
     argument("--faults", type=positive_int, default=20, metavar="N", help="number of faults (default 20)"),
     argument("--seed", type=int, default=0, metavar="N", help="seed of their kinds and times (default 0)"),
     argument("--every-s", type=positive, default=20.0, metavar="S", help="mean seconds between faults (default 20)"),

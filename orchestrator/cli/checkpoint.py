@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sigray.orchestrator.cli.command import OVERRIDES, argument, command, say
+from sigray.orchestrator.cli.command import OVERRIDES, argument, command, local, say
 from sigray.orchestrator.cluster.job_files import is_shared
 from sigray.orchestrator.cluster.jobs import Job, can_read, place_job
 from sigray.orchestrator.config import ConfigError, RunConfig, override
@@ -64,7 +64,7 @@ def _export_job(options: Namespace) -> Job:
 @command(
     CHECKPOINT,
     argument("--format", choices=["open_clip", "safetensors", "onnx"], default="open_clip"),
-    argument("--out", metavar="DIR", help="new folder, or s3://bucket/prefix (default RUN_DIR/NAME/export/FORMAT)"),
+    argument("--out", metavar="DIR", help="new folder, or its URL in a store (default RUN_DIR/NAME/export/FORMAT)"),
     argument("--overwrite", action="store_true", help="delete an earlier export first"),
     job=_export_job,
 )
@@ -89,7 +89,7 @@ def export(options: Namespace, console: Console) -> None:
 
 @command(
     argument("place", metavar="PLACE", help="a folder in a storage, as s3://bucket/prefix"),
-    argument("folder", nargs="?", type=Path, metavar="DIR", help="default the last part of PLACE, here"),
+    argument("folder", nargs="?", type=local, metavar="DIR", help="default the last part of PLACE, here"),
 )
 def fetch(options: Namespace, console: Console) -> None:
     """Copy a folder of a storage to this machine: an export, a profile, evaluations.

@@ -6,10 +6,13 @@ import math
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from sigray.workers.urls import local_path
 
 Run = Callable[[Namespace, Console], int | None]
 JobOf = Callable[[Namespace], Any]  # returns a `Job` of orchestrator/cluster/jobs.py
@@ -76,6 +79,17 @@ def positive(text: str, kind: type = float) -> Any:
 
 
 positive_int = partial(positive, kind=int)
+
+
+def local(text: str) -> Path:
+    """Return a path on this machine; argparse prints that a URL is none."""
+    try:
+        local_path(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
 CONFIG = argument("config", metavar="CONFIG.yaml")
 OVERRIDES = argument("overrides", nargs="*", metavar="KEY=VALUE", help="override keys: train.global_batch_size=512")
 RUN = argument("run_folder", metavar="RUN", help="folder of a run, or its storage as s3://bucket/prefix/name")

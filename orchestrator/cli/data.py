@@ -5,7 +5,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sigray.orchestrator.cli.command import OVERRIDES, RUN, argument, command, either, positive_int, progress_bars, say
+from sigray.orchestrator.cli.command import (
+    OVERRIDES,
+    RUN,
+    argument,
+    command,
+    either,
+    local,
+    positive_int,
+    progress_bars,
+    say,
+)
 from sigray.orchestrator.config import ConfigError
 
 
@@ -16,7 +26,7 @@ from sigray.orchestrator.config import ConfigError
         argument("--samples", type=positive_int, metavar="N", help="decode about N samples, without a time limit"),
         argument("--all", action="store_true", help="decode every sample, without a time limit"),
     ),
-    argument("--sheet", type=Path, metavar="FILE.html", help="write a page with pictures and captions"),
+    argument("--sheet", type=local, metavar="FILE.html", help="write a page with pictures and captions"),
     usage="sigray data inspect PATTERN... [data.KEY=VALUE ...] [--samples N | --all] [--sheet FILE.html]",
 )
 def inspect(options: Namespace, console: Console) -> None:
@@ -81,7 +91,7 @@ def audit(options: Namespace, console: Console) -> None:
 
 @command(
     argument("pattern", metavar="PATTERN", help="shards, or a run's CONFIG.yaml"),
-    argument("out", type=Path, metavar="OUT.json"),
+    argument("out", metavar="OUT.json", help="a file, or its URL in a store"),
     OVERRIDES,
     argument("--vocab-size", type=positive_int, default=8192, metavar="N", help="most tokens (default 8192)"),
     argument("--kind", choices=["bpe", "unigram"], default="bpe", help="default bpe"),
@@ -115,7 +125,7 @@ def tokenizer(options: Namespace, console: Console) -> None:
         )
     say(
         console,
-        f"{made.path.absolute()}: {made.vocab_size:,} tokens, from {made.num_captions:,} captions; "
+        f"{made.path}: {made.vocab_size:,} tokens, from {made.num_captions:,} captions; "
         f"{made.num_unusable:,} samples without a usable one",
         f"tokens per caption, the closing [EOS] included: median {made.tokens_median:.0f}, "
         f"95th percentile {made.tokens_95_pct:.0f}\n",

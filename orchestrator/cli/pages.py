@@ -5,16 +5,15 @@ import signal
 import threading
 from argparse import Namespace
 from collections.abc import Iterator
-from pathlib import Path
 
 from rich.console import Console
 
-from sigray.orchestrator.cli.command import argument, command, positive_int, say
+from sigray.orchestrator.cli.command import RUN, argument, command, local, positive_int, say
 
 PAGES_PORT = argument("--pages-port", type=positive_int, default=3001, metavar="N", help="port of the pages (3001)")
 
 
-@command(argument("run_folder", type=Path, metavar="RUN"))
+@command(RUN)
 def report(options: Namespace, console: Console) -> None:
     """Write a run's report.html again."""
     from sigray.orchestrator.reports.run_page import write_report
@@ -44,7 +43,7 @@ def pages(options: Namespace, console: Console) -> None:
 
 @command(
     argument("--session", default="/tmp/ray/session_latest", metavar="DIR", help="Ray's session folder"),
-    argument("--out", type=Path, default="monitor", metavar="DIR", help="database, generated files (default monitor)"),
+    argument("--out", type=local, default="monitor", metavar="DIR", help="database, generated files (default monitor)"),
     argument("--port", type=positive_int, default=9090, metavar="N", help="port of Prometheus (default 9090)"),
     argument("--grafana-port", type=positive_int, default=3000, metavar="N", help="default 3000"),
     argument("--generate", action="store_true", help="write the alert rules and the dashboard, run nothing"),

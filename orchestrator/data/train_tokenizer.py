@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,13 +14,14 @@ from sigray.workers.data.decode import Refused, captions_at
 from sigray.workers.data.manifest import read_samples, scan_shards
 from sigray.workers.model.tokenizer import train_tokenizer
 from sigray.workers.storage import Storage
+from sigray.workers.urls import local_or_url
 
 
 @dataclass
 class TrainedTokenizer:
     """A tokenizer that was written, and the lengths that its captions have."""
 
-    path: Path
+    path: str  # or URL
     vocab_size: int
     num_captions: int
     num_unusable: int  # samples without a caption
@@ -42,14 +42,14 @@ class TrainedTokenizer:
 
 def train_caption_tokenizer(
     data: DataConfig,
-    path: Path,
+    path: str,
     *,
     vocab_size: int,
     kind: Literal["bpe", "unigram"],
     lower_case: bool,
     progress: Progress = lambda stage, done, total: None,
 ) -> TrainedTokenizer:
-    """Train a tokenizer on every caption of the shards and write a tokenizer.json.
+    """Train a tokenizer on every caption of the shards and write it to a path or URL.
 
     Captions of all sources count. Memory holds all captions: some shards of a large data set are enough.
 
@@ -58,7 +58,10 @@ def train_caption_tokenizer(
         ValueError: if there are no captions, or if the vocabulary is too small for them.
         OSError: if the file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = local_or_url(path)
+    parent, _, name = path.rpartition("/")
+    folder = Storage(parent or "/")
+    folder.check_writable()
     manifest = scan_shards(data.shards, data, lambda done, total: progress("headers", done, total))
     captions: list[str] = []
     num_unusable = 0
@@ -74,7 +77,7 @@ def train_caption_tokenizer(
     progress("training", 0, 1)
     tokenizer = train_tokenizer(captions, vocab_size=vocab_size, kind=kind, lower_case=lower_case)
     progress("training", 1, 1)
-    Storage(path.parent).write(path.name, tokenizer.to_str(pretty=True).encode())
+    folder.write(name, tokenizer.to_str(pretty=True).encode())
     some = captions[:: -(-len(captions) // 100_000)]
     lengths = [len(encoding.ids) for encoding in tokenizer.encode_batch(some)]
     median, upper = np.quantile(lengths, [0.5, 0.95], method="higher").tolist()

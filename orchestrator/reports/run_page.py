@@ -42,16 +42,16 @@ _PLACES = ("right", "2nd guess", "3rd guess", "4th guess", "5th guess")
 _IMAGE_PX = 128  # side of a held-out image on the page
 
 
-def write_report(folder: Path) -> Path:
-    """Write report.html into a run's local folder; return its path.
+def write_report(place: str | Path) -> str:
+    """Write report.html into a run's folder or storage; return its path or URL.
 
     Raises:
         ConfigError: if the folder holds no file of a run.
     """
-    storage = Storage(folder)
+    storage = Storage(place)
     run = read_run_files(ForeignFolder(storage))
     storage.write(REPORT, page(f"{run.name} ({run.status})", draw_run(run)).encode())
-    return folder / REPORT
+    return f"{storage.uri}/{REPORT}"
 
 
 def draw_run(run: RunFiles, now: Markup | None = None) -> Markup:

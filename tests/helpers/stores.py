@@ -37,7 +37,7 @@ def make_tower() -> nn.Module:
 
 
 def make_store(
-    uri: Path, data: DataConfig, model: ModelConfig, held_out: str | None = None, **settings: object
+    uri: str | Path, data: DataConfig, model: ModelConfig, held_out: str | None = None, **settings: object
 ) -> EmbeddingStore:
     """As `sigray embed` makes it, without Ray."""
     embeddings = EmbeddingsConfig(store=str(uri), batch_size=8, **settings)

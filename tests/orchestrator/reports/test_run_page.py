@@ -48,7 +48,7 @@ class Page(HTMLParser):
 
 
 def page_of(folder: Path) -> Page:
-    return Page(write_report(folder))
+    return Page(Path(write_report(folder)))
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ from sigray.workers.model.image_towers import OnnxTower, load_image_tower, tower
 from sigray.workers.model.towers import normalize_pixels
 from tests.helpers.bare import OneWorker, train_bare
 from tests.helpers.data import TOWERS, drawn_sample, encode_image, write_tar
+from tests.helpers.stored import KINDS
 from tests.helpers.stores import make_store, make_tower
 
 SIZES = [24, 7, 32, 13]
@@ -105,11 +106,12 @@ def test_batches_are_those_of_the_live_tower(data, model, tmp_path, dtype, toler
         torch.testing.assert_close(got.images.float(), features, atol=tolerance, rtol=0)
 
 
-def test_resumes_at_every_step(data, model, tmp_path):
-    stored = make_store(tmp_path, data, model).manifest(scan_shards(data.shards, data), data)
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumes_at_every_step(data, model, new_place, kind):
+    stored = make_store(new_place(kind), data, model).manifest(scan_shards(data.shards, data), data)
     whole = batches(stored, data, model)
     assert len(whole) == 14
-    for first in range(1, len(whole)):
+    for first in range(1, len(whole)) if kind == "local" else (5, 13):
         for want, got in zip(whole[first:], batches(stored, data, model, first=first), strict=True):
             assert torch.equal(got.images, want.images)
             assert torch.equal(got.tokens, want.tokens)
@@ -217,13 +219,14 @@ def test_other_tools_read_it(data, model, tmp_path):
     assert samples[BROKEN]["refused.txt"] == b"unreadable image"
 
 
-def test_made_again_it_is_the_same_bit_for_bit(data, model, tmp_path):
-    stores = [make_store(tmp_path / name, data, model) for name in ("a", "b")]
+@pytest.mark.parametrize("kind", KINDS)
+def test_made_again_it_is_the_same_bit_for_bit(data, model, new_place, kind):
+    stores = [make_store(new_place(kind), data, model) for _ in range(2)]
     names = stores[0].complete("train").keys()
     assert len(names) == len(SIZES)
     for name in names:
         for ending in ("tar", "json"):
-            one, other = (Path(store.uri, "train", f"{name}.{ending}").read_bytes() for store in stores)
+            one, other = (store.storage.read(f"train/{name}.{ending}") for store in stores)
             assert one == other
 
 
@@ -306,41 +309,44 @@ def test_a_store_of_something_else_is_refused(folder, tmp_path, data, model, cha
     assert "sigray embed" in str(error.value)
 
 
-def test_the_headers_of_a_store_are_read_as_the_caller_asks(data, model, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_headers_of_a_store_are_read_as_the_caller_asks(data, model, new_place, kind):
     source, files = scan_shards(data.shards, data), []
-    store = make_store(tmp_path, data, model)
+    store = make_store(new_place(kind), data, model)
     store.manifest(source, data, lambda function, items: (files.extend(items), map(function, items))[1])
     assert [file.url for file in files] == [store.url("train", stored_name(shard)) for shard in source.shards]
 
 
-def test_a_store_that_does_not_fit_the_data_is_refused(data, model, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_store_that_does_not_fit_the_data_is_refused(data, model, tmp_path, new_place, kind):
+    place = new_place(kind)
     (tmp_path / "shards").mkdir()
     for number in range(3):
         write_tar(tmp_path / "shards" / f"{number}.tar", [drawn_sample(10 * number + index) for index in range(5)])
     data = data.model_copy(update={"shards": str(tmp_path / "shards")})
     with pytest.raises(StoreError, match="holds no store yet: make it with `sigray embed`"):
-        EmbeddingStore(str(tmp_path / "store")).format()
-    store = make_store(tmp_path / "store", data, model)
+        EmbeddingStore(place).format()
+    store = make_store(place, data, model)
     store.manifest(scan_shards(data.shards, data), data)
     write_tar(tmp_path / "shards" / "1.tar", [drawn_sample(50 + index) for index in range(5)])
     write_tar(tmp_path / "shards" / "9.tar", [drawn_sample(70 + index) for index in range(5)])
     source = scan_shards(data.shards, data)
     with pytest.raises(StoreError, match=r"lacks 2 of 4 shards, .*1\.tar first"):
         store.manifest(source, data)
-    store = make_store(tmp_path / "store", data, model)  # only those two are new
+    store = make_store(place, data, model)  # only those two are new
     assert len(store.complete("train")) == 5
     name = stored_name(source.shards[2])
-    content = Path(store.uri, "train", f"{name}.tar").read_bytes()
+    content = store.storage.read(f"train/{name}.tar")
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         samples = [member for member in tar.getmembers() if member.name.startswith("sample00020")]
-    Path(store.uri, "train", f"{name}.tar").write_bytes(content[samples[-1].offset_data + 512 :])
+    store.storage.write(f"train/{name}.tar", content[samples[-1].offset_data + 512 :])
     with pytest.raises(StoreError, match=r"holds 4 samples, .*2\.tar 5: delete both files"):
         store.manifest(source, data)
-    Path(store.uri, "train", f"{name}.tar").unlink()
+    store.storage.delete(f"train/{name}.tar")
     with pytest.raises(ValueError, match="shards that cannot be read, 1"):
         store.manifest(source, data)
-    index = json.loads(Path(store.uri, "store.json").read_text())
-    Path(store.uri, "store.json").write_text(json.dumps(index | {"version": 0}))
+    index = json.loads(store.storage.read("store.json"))
+    store.storage.write("store.json", json.dumps(index | {"version": 0}).encode())
     with pytest.raises(StoreError, match="is of version 0, this sigray reads 1"):
         store.format()
 
