@@ -244,7 +244,7 @@ def test_languages_have_a_table_a_bar_each_and_a_sentence(tmp_path):
     content = evaluation(10, 0.1, 0.3) | {"languages": {SET: {"en": row(0.2), "sw": row(0.01), "<b>": row(0.06)}}}
     (tmp_path / "evaluations").mkdir()
     (tmp_path / "evaluations" / "step-10.json").write_text(json.dumps(content))
-    text = write_report(tmp_path).read_text()
+    text = Path(write_report(tmp_path)).read_text()
     said = text.replace("\N{NO-BREAK SPACE}", " ")
     assert "over 3 languages: mean 9.0 %, from 1.0 % (sw) to 20.0 % (en); 2 of them at 50 times chance or more." in said
     assert "<b>" not in text.replace("&lt;b&gt;", "")
