@@ -139,7 +139,7 @@ class StoresConfig(Section):
     """File on every host with one presigned https:// URL a line.
     Shards are named without the query; each request adds the query of its line. A renewed file is read again."""
     num_connections: PositiveInt = 4
-    """Parts of one shard to fetch at the same time, 8 MiB each.
+    """Parts of one shard to fetch at the same time, 16 MiB each.
     Several are in use only if the store is slower than the reader."""
     read_timeout_s: Annotated[float, Field(gt=0)] = 10
     """Seconds without a byte after which a connection is given up.

@@ -3,9 +3,9 @@
 obstore moves the bytes; the order, the retries and the version are kept here. How long the reader waits decides how
 many ranges of an object are read at once:
 
-    directly        One GET of 8 MiB and one of the rest, whose chunks the reader takes itself. Nothing costs less. A
+    directly        One GET of 16 MiB and one of the rest, whose chunks the reader takes itself. Nothing costs less. A
                     stream begins so, and continues so while the reader waits less than 224 ms for 16 MiB (75 MB/s).
-    over threads    Threads prefetch parts of 8 MiB: two at first, and one more each time that the reader waits 28 ms
+    over threads    Threads prefetch parts of 16 MiB: two at first, and one more each time that the reader waits 56 ms
                     for a part, up to `stores.num_connections`. Amazon's store gives each connection 30 ms and 60 MB/s:
                     it is soon read over all connections, and the next object of its bucket at once.
 
@@ -44,17 +44,16 @@ from sigray.workers.stores import (
     split_url,
 )
 
-PART_BYTES = 8 << 20
-"""Bytes of a ranged GET: 140 ms at 60 MB/s, so 30 ms of latency are a sixth of it."""
+PART_BYTES = 16 << 20
+"""Bytes of a ranged GET: 280 ms at 60 MB/s, so 30 ms of latency are a tenth of it."""
 FIRST_PARTS = 2
 _CHUNK_BYTES = 1 << 18  # fit a core's cache: 0.53 CPU s/GB, 0.68 with 1 MiB
 # The rate of a fast connection to a waiting reader: twice what a core decodes (35 kB a sample), and more than one
 # connection to Amazon's store delivers. Threads aim at four times this rate.
 _FAST_BYTES_PER_S = 75e6
-_NUM_DECIDING = 2  # parts: a busy machine delays one
 # glibc gives freed memory back to the kernel above twice the largest block that was ever freed; this one is never
 # touched. Without it, parts cost 130,000 page faults a GB: 0.6 CPU s on a virtual machine.
-np.empty(2 * PART_BYTES, np.uint8)
+np.empty(PART_BYTES, np.uint8)
 _MAX_WAIT_S = 10.0
 # Kind of a failure that is retried -> seconds of the first wait; the wait doubles with each further failure.
 _FIRST_WAIT_S = {
@@ -251,7 +250,7 @@ class StoreStream:
         self._direct: Iterator[bytes] | None = None  # chunks up to `_range_end`
         self._range_end = start
         self._waited_s = 0.0  # for the bytes up to `_decide_at`
-        self._decide_at = start + _NUM_DECIDING * part_bytes  # byte at which to decide about threads
+        self._decide_at = start + part_bytes  # byte at which to decide about threads
         self._view = memoryview(b"")
         self._view_begin = self._view_end = start
         self._next = start  # first byte after the newest chunk
@@ -331,12 +330,12 @@ class StoreStream:
     def _directly(self) -> list[bytes]:
         """Return the chunk at `_next`, without threads; passes over a long skip."""
         if self._next >= self._decide_at:
-            if self._waited_s > _NUM_DECIDING * self._part_bytes / _FAST_BYTES_PER_S:
+            if self._waited_s > self._part_bytes / _FAST_BYTES_PER_S:
                 self._direct = None
                 self.num_parts = min(FIRST_PARTS, self._max_parts)
                 return self._from_part()
             self._waited_s = 0.0
-            self._decide_at = self._next + _NUM_DECIDING * self._part_bytes
+            self._decide_at = self._next + self._part_bytes
         if self._next >= self._range_end or self.position - self._next > self._part_bytes:
             self._next = self.position
             # The first range shows whether the store is fast; the next one may then be long.
