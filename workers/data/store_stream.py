@@ -257,8 +257,9 @@ class StoreStream:
         self._received: deque[bytes] = deque()  # chunks after `_next`
         self._asked = start  # first byte of the next part to request
         self._parts: deque[_Part] = deque()
-        self._is_ahead = False  # the reader always waits for the first part, which says nothing about the store
-        self._has_waited = False
+        # The parts that are requested with the first one say nothing: the reader always waits for it.
+        self._judged_from = self.num_bytes
+        self._is_judged = self._has_waited = False
         # A stream that is dropped without `close` stops its downloads.
         self._end = weakref.finalize(self, _drop, self._parts)
         self._start_parts()
@@ -292,7 +293,7 @@ class StoreStream:
     def close(self) -> None:
         """Stop the downloads; views that were read stay valid."""
         # If the reader never waited for a thread, the store is fast or the reader slow: the next one reads directly.
-        _num_parts[self._bucket] = self.num_parts if self._has_waited or not self._is_ahead else 0
+        _num_parts[self._bucket] = self.num_parts if self._has_waited or not self._is_judged else 0
         self._end()
         self._direct = None
         self._received.clear()
@@ -354,17 +355,19 @@ class StoreStream:
             self._parts.popleft().dropped.set()
         if not self._parts:
             self._asked = self.position
-            self._is_ahead = False
+            self._judged_from = self.num_bytes
         self._start_parts()
         part = self._parts[0]
-        if self._is_ahead and not wait([part.chunks], self._part_bytes / _FAST_BYTES_PER_S / 4).done:
+        is_judged = part.begin >= self._judged_from
+        if is_judged and not wait([part.chunks], self._part_bytes / _FAST_BYTES_PER_S / 4).done:
             self._has_waited = True
             self.num_parts = min(self.num_parts + 1, self._max_parts)
             self._start_parts()
         chunks = part.chunks.result()
         self._next = part.begin
         self._parts.popleft()
-        self._is_ahead = True
+        self._is_judged |= is_judged
+        self._judged_from = min(self._judged_from, self._asked)
         self._start_parts()
         return chunks
 
