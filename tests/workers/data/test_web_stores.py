@@ -141,6 +141,9 @@ def test_a_presigned_url_is_used_and_stands_nowhere(
     assert "c4n4ry" not in f"{old.value} {while_reading.value}"
     signed.write_text(f"{url}?sig=renewed\n")
     os.utime(signed, ns=(1, 1))
+    with contextlib.suppress(StoreError):
+        stat(url, data.stores)
+    assert cdn.requests[-1].target.endswith("?sig=renewed")
     assert scan_shards(url, data) == manifest
     signed.unlink()
     with pytest.raises(StoreError, match="signed_urls: .*signed.txt cannot be read: No such file"):
