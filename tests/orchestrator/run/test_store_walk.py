@@ -1,0 +1,85 @@
+"""The whole way by URL on each store: no command is given a local path, but the config and the run's own folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sigray.orchestrator.reports.live_server import RUNS, Pages
+from sigray.workers.storage import Storage
+from tests.helpers.data import COLOURS, TOWERS, write_dataset
+from tests.helpers.runs import LIMIT_S, SIGRAY, Sigray
+from tests.helpers.stored import SCHEMES
+
+ROOT = Path(__file__).parents[3]
+NUM_SAMPLES, BATCH = 1600, 16
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_command_takes_urls(own_ray, new_place, scheme, tmp_path):
+    place = new_place(scheme)
+    variables = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    variables |= {"COLUMNS": "160", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+
+    def sigray(*words: str) -> str:
+        done = subprocess.run(
+            [SIGRAY, *words], env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S
+        )
+        assert done.returncode == 0, (words, done.stdout, done.stderr)
+        return done.stdout
+
+    given = Storage(place)
+    for folder, sizes in (("train", [40, 24]), ("held_out", [16])):
+        for path in write_dataset(tmp_path / folder, sizes):
+            given.write(f"{folder}/{path.name}", path.read_bytes())
+    given.write("classes.json", json.dumps([{"id": name, "name": name} for name in COLOURS]).encode())
+
+    assert "64" in sigray("data", "inspect", f"{place}/train")
+    sigray("data", "tokenizer", f"{place}/train", f"{place}/tokenizer.json", "--vocab-size", "300")
+    content = {
+        "run": {"name": "walk", "dir": str(tmp_path / "runs"), "storage": f"{place}/runs"},
+        "data": {"shards": f"{place}/train", "crop": "center", "block_size": 16, "num_lanes": 2, "num_workers": 1},
+        "model": {
+            "towers": {**TOWERS, "text_cfg": {**TOWERS["text_cfg"], "pool_type": "last", "vocab_size": 300}},
+            "tokenizer": f"{place}/tokenizer.json",
+            "image_tower": "tests.helpers.stores:make_tower",
+            "locked": ["visual"],
+        },
+        "train": {
+            "num_samples": NUM_SAMPLES,
+            "global_batch_size": BATCH,
+            "log_every_steps": 1,
+            "ledger": True,
+        },
+        "embeddings": {"store": f"{place}/embeddings", "batch_size": 8},
+        "eval": {"sets": {"colours": {"shards": f"{place}/held_out", "classes": f"{place}/classes.json"}}},
+        "checkpoint": {"save_every_steps": 10},
+        "cluster": {"num_workers": 1},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    sigray("embed", "run.yaml")
+
+    run = f"{place}/runs/walk"
+    killed = Sigray(tmp_path / "killed.log", variables, "train", str(tmp_path / "run.yaml"), has_session=True)
+    killed.wait_until(lambda: any("commit.json" in name for name in names(given, "runs/walk/checkpoints")))
+    os.killpg(killed.process.pid, signal.SIGKILL)
+    killed.process.wait()
+    assert "from step" in sigray("resume", run)
+    assert json.loads(given.read("runs/walk/summary.json"))["status"] == "finished"
+
+    assert "top-1" in sigray("eval", run)
+    assert "exactly once" in sigray("data", "audit", run)
+    sigray("export", run, "--out", f"{place}/export")
+    assert given.exists("export/open_clip_config.json")
+    pages = Pages([f"{place}/runs"], [RUNS])
+    assert b"walk" in pages.answer("/runs/walk").body
+
+
+def names(storage: Storage, folder: str) -> list[str]:
+    return [f"{name}/{file}" for name in storage.list(folder) for file in storage.list(f"{folder}/{name}")]
