@@ -1,4 +1,4 @@
-"""The whole way by URL on each store: no command is given a local path, but the config and the run's own folder."""
+"""The commands that need Ray, by URL on each store; tests/orchestrator/test_places.py has the others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sigray.orchestrator.reports.live_server import RUNS, Pages
 from sigray.workers.storage import Storage
 from tests.helpers.data import COLOURS, TOWERS, write_dataset
 from tests.helpers.runs import LIMIT_S, SIGRAY, Sigray
@@ -22,7 +21,7 @@ NUM_SAMPLES, BATCH = 1600, 16
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_command_takes_urls(own_ray, new_place, scheme, tmp_path):
+def test_embedded_killed_resumed_and_evaluated(own_ray, new_place, scheme, tmp_path):
     place = new_place(scheme)
     variables = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     variables |= {"COLUMNS": "160", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
@@ -40,14 +39,11 @@ def test_every_command_takes_urls(own_ray, new_place, scheme, tmp_path):
             given.write(f"{folder}/{path.name}", path.read_bytes())
     given.write("classes.json", json.dumps([{"id": name, "name": name} for name in COLOURS]).encode())
 
-    assert "64" in sigray("data", "inspect", f"{place}/train")
-    sigray("data", "tokenizer", f"{place}/train", f"{place}/tokenizer.json", "--vocab-size", "300")
     content = {
         "run": {"name": "walk", "dir": str(tmp_path / "runs"), "storage": f"{place}/runs"},
         "data": {"shards": f"{place}/train", "crop": "center", "block_size": 16, "num_lanes": 2, "num_workers": 1},
         "model": {
-            "towers": {**TOWERS, "text_cfg": {**TOWERS["text_cfg"], "pool_type": "last", "vocab_size": 300}},
-            "tokenizer": f"{place}/tokenizer.json",
+            "towers": TOWERS,
             "image_tower": "tests.helpers.stores:make_tower",
             "locked": ["visual"],
         },
@@ -75,10 +71,6 @@ def test_every_command_takes_urls(own_ray, new_place, scheme, tmp_path):
 
     assert "top-1" in sigray("eval", run)
     assert "exactly once" in sigray("data", "audit", run)
-    sigray("export", run, "--out", f"{place}/export")
-    assert given.exists("export/open_clip_config.json")
-    pages = Pages([f"{place}/runs"], [RUNS])
-    assert b"walk" in pages.answer("/runs/walk").body
 
 
 def names(storage: Storage, folder: str) -> list[str]:
