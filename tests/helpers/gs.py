@@ -67,17 +67,20 @@ class GoogleStorage(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # headers and a small body in one packet
     server: GoogleStorage
 
     def log_message(self, *_: object) -> None:
         pass
 
-    def _answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+    def _answer(self, status: int, body: bytes | memoryview = b"", headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self._headers_buffer.append(b"\r\n" + (body if self.command != "HEAD" else b""))  # one packet, not two
-        self.flush_headers()
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()  # into the buffer of `wfile`
+        if self.command != "HEAD":
+            self.wfile.write(body)
+        self.wfile.flush()
 
     def _refuse(self, status: int, code: str) -> None:
         self._answer(status, f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode())
@@ -115,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
             if is_met:
                 known = self.server.objects[key] = _Object(body, next(self.server.generations))
         if is_met and known:
-            self._answer(200, answer, **known.headers())
+            self._answer(200, answer, known.headers())
         else:
             self._refuse(412, "PreconditionFailed")
 
@@ -125,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "NoSuchUpload")
         elif self.command == "PUT":
             parts[int(query["partNumber"])] = body
-            self._answer(200, ETag=f'"{hashlib.md5(body).hexdigest()}"')
+            self._answer(200, headers={"ETag": f'"{hashlib.md5(body).hexdigest()}"'})
         elif self.command == "POST":
             content = b"".join(parts[number] for number in sorted(parts))
             etag = _Object(content, 0).etag
@@ -148,7 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.headers.get("If-Match", found.etag) != found.etag:
             self._refuse(412, "PreconditionFailed")
         elif self.command == "HEAD":
-            self._answer(200, **found.headers() | {"Content-Length": str(len(found.content))})
+            self._answer(200, found.content, found.headers())
         elif wanted := self.headers.get("Range"):
             first, _, last = wanted.removeprefix("bytes=").partition("-")
             size = len(found.content)
@@ -158,16 +161,18 @@ class _Handler(BaseHTTPRequestHandler):
                 self._refuse(416, "InvalidRange")
                 return
             content_range = f"bytes {begin}-{end - 1}/{size}"
-            self._answer(206, found.content[begin:end], **found.headers() | {"Content-Range": content_range})
+            self._answer(206, memoryview(found.content)[begin:end], found.headers() | {"Content-Range": content_range})
         else:
-            self._answer(200, found.content, **found.headers())
+            self._answer(200, found.content, found.headers())
 
     def _list(self, query: dict[str, str]) -> None:
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
         after = max(query.get("start-after", ""), query.get("continuation-token", ""))
         with self.server.lock:
             objects = sorted(item for item in self.server.objects.items() if item[0].startswith(prefix))
-        lines, folders, last = [], [], ""
+        lines: list[str] = []
+        folders: list[str] = []
+        last = ""
         for key, found in objects:
             cut = key.find(delimiter, len(prefix)) if delimiter else -1
             name = key[: cut + 1] if cut >= 0 else key
