@@ -382,8 +382,7 @@ def local_copy(place: str) -> Path:
     if not is_remote(place):
         return Path(place)
     found = stat(place)
-    name = hashlib.sha256(f"{place} {found.etag} {found.num_bytes}".encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "sigray", "urls", name)
+    cache = url_cache(f"{place} {found.etag} {found.num_bytes}")
     file = cache / shown_url(place).rpartition("/")[2]
     if not file.exists() or not found.etag:  # without an ETag, nothing tells whether the object is the same
         cache.mkdir(parents=True, exist_ok=True)
@@ -392,6 +391,12 @@ def local_copy(place: str) -> Path:
             opened.writelines(_parts(place))
         part.replace(file)
     return file
+
+
+def url_cache(key: str) -> Path:
+    """Return the folder of this machine for the copy of a URL of one version."""
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "sigray", "urls", name)
 
 
 def _parts(url: str) -> Iterator[Any]:

@@ -16,9 +16,11 @@ from sigray.workers.checkpoint.index import CheckpointInfo
 from sigray.workers.checkpoint.writer import load_weights
 from sigray.workers.config import ModelConfig
 from sigray.workers.model.towers import TOWERS, build_bare_model, build_meta_model, build_model
+from sigray.workers.model.transformers_names import from_transformers
 from sigray.workers.model.untrusted import read_tensors
+from sigray.workers.model.weights_source import WeightsSource, find_weights
 from sigray.workers.sharding import shard_like
-from sigray.workers.storage import Storage, local_copy
+from sigray.workers.storage import Storage
 from sigray.workers.texts import first_ten, ten_lines
 
 _POSITIONS = ("visual.positional_embedding", "text.positional_embedding")
@@ -97,7 +99,7 @@ def build_trained_model(storage: Storage, info: CheckpointInfo, model: ModelConf
 
 def _match(module: nn.Module, model: ModelConfig) -> tuple[InitialWeights, dict[str, Tensor]]:
     assert model.init_from is not None
-    state = _read(model.init_from)
+    state = _read(find_weights(model.init_from))
     found = InitialWeights(model.init_from)
     own = module.state_dict()
     fresh = [re.compile(pattern) for pattern in model.init_fresh]
@@ -143,24 +145,25 @@ def _match(module: nn.Module, model: ModelConfig) -> tuple[InitialWeights, dict[
     return found, taken
 
 
-def _read(path: str) -> dict[str, Tensor]:
-    """A checkpoint's tensors by CustomTextCLIP's names, as open_clip converts them."""
+def _read(source: WeightsSource) -> dict[str, Tensor]:
+    """Tensors by CustomTextCLIP's names."""
     from open_clip.model import convert_to_custom_text_state_dict
 
-    file = local_copy(path)
-    if not file.is_file():
-        raise ValueError(f"model.init_from: {path} is not a file; every training worker needs to see it")
-    try:
-        content = read_tensors(str(file))
-    except ValueError as error:
-        raise ValueError(f"model.init_from: {error}") from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):  # of open_clip's own training
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
-    ):
-        raise ValueError(f"model.init_from: {path} holds no mapping of names to tensors")
-    state = {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    state: dict[str, Tensor] = {}
+    for file in source.files:
+        try:
+            content = read_tensors(str(file))
+        except ValueError as error:
+            raise ValueError(f"model.init_from: {error}") from error
+        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):  # of open_clip's own training
+            content = content["state_dict"]
+        if not isinstance(content, dict) or not all(
+            isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+        ):
+            raise ValueError(f"model.init_from: {file} holds no mapping of names to tensors")
+        state |= {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    if any(name.startswith(("vision_model.", "text_model.")) for name in state):
+        return from_transformers(state)
     if "positional_embedding" in state:  # open_clip's CLIP class has the text tower's parts at the top
         state = dict(convert_to_custom_text_state_dict(state))
     state.pop("text.transformer.embeddings.position_ids", None)  # a buffer of older transformers

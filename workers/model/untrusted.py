@@ -47,7 +47,7 @@ def read_open_clip_config(name: str) -> dict[str, Any]:
     """
     source, _, place = name.partition(":")
     if source in (LOCAL_DIR, HF_HUB):
-        content = _read_json(Path(place) / CONFIG if source == LOCAL_DIR else _from_hub(place, CONFIG))
+        content = read_json(Path(place) / CONFIG if source == LOCAL_DIR else _from_hub(place, CONFIG))
         if content is None:
             raise ValueError(f"model.name: {name} has no {CONFIG}")
         config = content.get("model_cfg", content)
@@ -76,7 +76,7 @@ def refuse_code(source: str) -> None:
     for file in _OTHERS_CONFIGS:
         # A folder of this name goes before the repository, as in transformers.
         path = Path(source) / file if Path(source).is_dir() else _from_hub(source, file)
-        for key, value in _entries(_read_json(path) or {}):
+        for key, value in _entries(read_json(path) or {}):
             is_kernel = str(key).endswith("attn_implementation") and "/" in str(value)  # code of a repository
             if key in _NAMES_CODE or is_kernel:
                 raise ValueError(
@@ -126,7 +126,7 @@ def _entries(content: Any) -> Iterator[tuple[Any, Any]]:
             yield from _entries(value)
 
 
-def _read_json(path: Path | None) -> dict[str, Any] | None:
+def read_json(path: Path | None) -> dict[str, Any] | None:
     """Content of a JSON file that holds a mapping; None if there is no file."""
     if path is None or not path.exists():
         return None

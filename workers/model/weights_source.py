@@ -1,0 +1,135 @@
+"""Finds the files that `model.init_from` names, and what stands beside them.
+
+    a folder    of transformers or timm (config.json), of open_clip (open_clip_config.json), of `sigray export`
+    a file      of tensors, in such a folder or alone
+    a URL       of either; a copy is kept on this machine
+
+Without torch, so that a process that reads only what a model expects of its inputs stays light.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sigray.workers.model.untrusted import CONFIG, read_json
+from sigray.workers.storage import Storage, local_copy, url_cache
+from sigray.workers.texts import first_ten
+from sigray.workers.urls import STORES, is_remote
+
+Format = Literal["transformers", "open_clip", "sigray", "timm", "tensors"]
+"""The program that wrote the folder.
+open_clip is also `sigray export`'s, sigray `sigray export --format safetensors`; tensors: no config tells."""
+
+_INDEX = ".index.json"  # of a file in several parts, as transformers writes it
+_WEIGHTS = [
+    name + index
+    for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
+    for index in ("", _INDEX)
+]
+"""File names of weights; the first one that a folder has counts."""
+_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", _INDEX)
+_BESIDE = (".json", ".txt", ".model")  # endings of configs and tokenizers
+_MODEL_TYPES = {"siglip", "siglip2", "clip"} | {
+    f"{name}_{tower}_model" for name in ("siglip", "siglip2", "clip") for tower in ("vision", "text")
+}
+
+
+@dataclass(frozen=True)
+class WeightsSource:
+    """Where weights come from."""
+
+    place: str  # model.init_from
+    format: Format
+    config: dict[str, Any]
+    """Content of open_clip_config.json or config.json; empty for the format `tensors`."""
+    folder: Path
+    """Local folder of the files; tokenizer and preprocessing of the model stand here, if the source has them."""
+    files: tuple[Path, ...]  # with the tensors
+
+
+def find_weights(place: str) -> WeightsSource:
+    """Find the weights at a path or URL.
+
+    Raises:
+        ValueError: if there are none, or a folder is of an unknown kind.
+        StoreError: if a URL's store cannot be reached or refuses.
+    """
+    path = _copy(place) if is_remote(place) else Path(place)
+    if path.is_dir():
+        names = os.listdir(path)
+        path /= _weights_file(place, names)
+    if not path.is_file():
+        raise ValueError(f"model.init_from: there is no file or folder {place}; every training worker needs to see it")
+    files = tuple(path.parent / name for name in _parts(path))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(f"model.init_from: {place} lacks {first_ten(missing)}, which {path.name} names")
+    written_by, config = _config(path.parent)
+    return WeightsSource(place, written_by, config, path.parent, files)
+
+
+def _weights_file(place: str, names: Iterable[str]) -> str:
+    found = next((name for name in _WEIGHTS if name in names), None)
+    if found is None:
+        shown = first_ten(sorted(names)) or "no files"
+        raise ValueError(f"model.init_from: the folder {place} has no weights ({first_ten(_WEIGHTS)}); it has {shown}")
+    return found
+
+
+def _parts(path: Path) -> list[str]:
+    """Names of the files with the tensors: those that an index names, or the file itself."""
+    if not path.name.endswith(_INDEX):
+        return [path.name]
+    content = (read_json(path) or {}).get("weight_map")
+    names = sorted(set(map(str, content.values()))) if isinstance(content, dict) else []
+    if not names or any(Path(name).name != name for name in names):  # never a path out of the folder
+        raise ValueError(
+            f"model.init_from: {path} is no index of weights: weight_map must give names of files beside it"
+        )
+    return names
+
+
+def _config(folder: Path) -> tuple[Format, dict[str, Any]]:
+    if content := read_json(folder / CONFIG):
+        return "open_clip", content
+    content = read_json(folder / "config.json") or {}
+    if "model_type" in content:
+        if content["model_type"] not in _MODEL_TYPES:
+            raise ValueError(
+                f"model.init_from: {folder}/config.json names model_type {content['model_type']!r:.100}; sigray reads "
+                f"{first_ten(sorted(_MODEL_TYPES))}"
+            )
+        return "transformers", content
+    if isinstance(content.get("model"), dict) and "preprocessing" in content:
+        return "sigray", content
+    if "architecture" in content:
+        return "timm", content
+    return "tensors", {}
+
+
+def _copy(url: str) -> Path:
+    """Return a file of this machine, or a folder with weights and the files beside them, for a URL."""
+    name = url.rpartition("/")[2]
+    if url.endswith(_INDEX):
+        return _copy(url.removesuffix(f"/{name}")) / name
+    scheme = url.partition("://")[0]
+    names = Storage(url).list("") if scheme in STORES and not url.endswith(_ENDINGS) else []
+    if not names:
+        return local_copy(url)
+    weights = _weights_file(url, names)
+    copies = [local_copy(f"{url.rstrip('/')}/{name}") for name in names if name.endswith(_BESIDE) or name == weights]
+    parts = _parts(next(copy for copy in copies if copy.name == weights))
+    copies += [local_copy(f"{url.rstrip('/')}/{name}") for name in parts if name != weights]
+    # Each copy has a folder of its own; here they stand side by side.
+    folder = url_cache(" ".join(map(str, copies)))
+    folder.mkdir(parents=True, exist_ok=True)
+    for copy in copies:
+        part = folder / f"{copy.name}.{os.getpid()}.tmp"
+        part.unlink(missing_ok=True)
+        part.symlink_to(copy)
+        part.replace(folder / copy.name)
+    return folder
