@@ -202,7 +202,9 @@ class RunConfig(Section):
 
     def _run_problems(self) -> Iterator[str]:
         """Yield keys of different sections that contradict each other."""
-        batch, samples, warmup = self.train.global_batch_size, self.train.num_samples, self.optim.num_warmup_samples
+        batch, samples = self.train.global_batch_size, self.train.num_samples
+        warmup, cooldown = self.optim.num_warmup_samples, self.optim.num_cooldown_samples
+        without_effect = sorted(self.optim.layer_decay.keys() & set(self.model.locked))
         hang_s, worker_s = self.cluster.hang_timeout_s, self.data.worker_timeout_s
         if batch > samples:
             yield f"train.global_batch_size={batch} is larger than train.num_samples={samples}: the run has no step"
@@ -210,6 +212,13 @@ class RunConfig(Section):
             yield "optim.name=adafactor needs whole gradients; sharding.weights=split has none: use adamw or lion"
         if warmup > samples:
             yield f"optim.num_warmup_samples={warmup} is larger than train.num_samples={samples}: lr is never reached"
+        elif cooldown and warmup + cooldown > samples:
+            yield (
+                f"optim.num_warmup_samples={warmup} and num_cooldown_samples={cooldown} together are larger than "
+                f"train.num_samples={samples}: lr is never reached"
+            )
+        if without_effect:
+            yield f"optim.layer_decay.{without_effect[0]} has no effect with model.locked={self.model.locked}"
         if hang_s <= worker_s:
             yield (
                 f"cluster.hang_timeout_s={hang_s:g} is not above data.worker_timeout_s={worker_s:g}: a data-shard "

@@ -636,8 +636,18 @@ def test_a_constant_learning_rate(configure):
     assert [line["train/learning_rate"] for line in train_here(config).lines] == [0.02] * 6
 
 
+def test_rsqrt_and_a_cooldown(configure):
+    optim = {"lr": 0.02, "schedule": "rsqrt", "num_timescale_samples": 16, "num_cooldown_samples": 16}
+    rates = [
+        line["train/learning_rate"] for line in train_here(configure(train={"log_every_steps": 1}, optim=optim)).lines
+    ]
+    falls = [1, 1, 1, 1, 1, 0.5]
+    assert rates == pytest.approx([0.02 * fall / math.sqrt(1 + step / 2) for step, fall in enumerate(falls)])
+
+
 def test_the_optimizer_of_a_run(configure, spy):
     optim = {"beta1": 0.8, "beta2": 0.7, "eps": 1e-5, "weight_decay": 0.25, "grad_clip_norm": 1e-3}
+    optim |= {"weight_decay_on": "kernels", "layer_decay": {"text": 0.5}}
     groups = [
         {"match": r"visual\..*", "lr_scale": 0.5, "weight_decay": 0.125},
         {"match": r"text\..*", "lr_scale": 2.0},
@@ -650,12 +660,17 @@ def test_the_optimizer_of_a_run(configure, spy):
     assert {(group["betas"], group["eps"]) for group in optimizer.param_groups} == {((0.8, 0.7), 1e-5)}
     names = {id(parameter): name for name, parameter in spy.trainer.module.named_parameters()}
     matrices = {
-        names[id(parameter)].partition(".")[0]: (group["lr_scale"], group["weight_decay"])
+        names[id(parameter)]: (group["lr_scale"], group["weight_decay"])
         for group in optimizer.param_groups
         for parameter in group["params"]
         if parameter.ndim > 1
     }
-    assert matrices == {"visual": (0.5, 0.125), "text": (2.0, 0.25)}
+    assert {matrices[name] for name in matrices if name.startswith("visual.")} == {(0.5, 0.125), (0.5, 0.0)}
+    assert matrices["visual.conv1.weight"] == (0.5, 0.125)
+    assert matrices["visual.positional_embedding"] == (0.5, 0.0)
+    assert matrices["text.text_projection"] == (2.0, 0.25)
+    assert matrices["text.transformer.resblocks.0.mlp.c_fc.weight"] == (1.0, 0.25)
+    assert matrices["text.token_embedding.weight"] == (0.5, 0.0)
     # After the first step the momentum is 1 - beta1 of the clipped gradients.
     momentum = torch.cat([state["exp_avg"].flatten() for state in optimizer.state.values()])
     assert momentum.norm().item() == pytest.approx(0.2 * 1e-3, rel=1e-3)  # clipping divides by norm + 1e-6

@@ -2,7 +2,7 @@
 
 They stand here and not in the files that they configure, because the driver checks a config before it imports torch.
 That import takes 5 s cold, and an unknown key must fail at once. `orchestrator/config.py` puts the sections
-together.
+together. The file is long because each key has its sentence here, from which docs/config.md is made.
 """
 
 from __future__ import annotations
@@ -497,14 +497,39 @@ class OptimConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """Decoupled weight decay, times the learning rate.
     Never applied to biases, norms, logit_scale and logit_bias."""
+    weight_decay_on: Literal["matrices", "kernels", "timm"] = "matrices"
+    """Which of the other parameters decay.
+    matrices: those of two dimensions or more. kernels: of these, only weights of linear layers, attention and
+    convolutions, as in big_vision: no embeddings, no class token, no probe. timm: all but those that the towers' own
+    no_weight_decay() names, as open_clip and timm train."""
+    layer_decay: dict[Tower, Annotated[float, Field(gt=0, le=1)]] = {}
+    """Per tower, factor on the learning rate from block to block: {visual: 0.75}.
+    The last block has it once, the first block most often, the embeddings once more. Layers after the blocks keep the
+    whole rate."""
     groups: list[ParameterGroup] = []
     """Own learning rate or decay by parameter name; the first match counts."""
     grad_clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of all gradients together; null: no clipping."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """After warm-up: cosine to zero at the end of the run, or constant."""
+    schedule: Literal["cosine", "constant", "rsqrt"] = "cosine"
+    """After warm-up: cosine to zero at the end of the run, constant, or rsqrt.
+    rsqrt is big_vision's: lr / sqrt(1 + samples since the warm-up / num_timescale_samples)."""
     num_warmup_samples: NonNegativeInt = 0
     """Samples over which the learning rate rises linearly from zero."""
+    num_timescale_samples: PositiveInt | None = None
+    """Samples after the warm-up at which rsqrt is at 1 / sqrt(2) of lr.
+    big_vision's default is 10,000 steps."""
+    num_cooldown_samples: NonNegativeInt = 0
+    """Samples at the end of the run over which the rate also falls linearly to zero.
+    With any schedule."""
+
+    @model_validator(mode="after")
+    def _timescale_is_of_rsqrt(self) -> OptimConfig:
+        if (self.schedule == "rsqrt") != (self.num_timescale_samples is not None):
+            remedy = "set it, as to 10,000 global batches" if self.schedule == "rsqrt" else "only rsqrt has one"
+            raise ValueError(
+                f"schedule={self.schedule} with num_timescale_samples={self.num_timescale_samples}: {remedy}"
+            )
+        return self
 
 
 class EvalSet(Section):

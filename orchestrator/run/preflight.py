@@ -132,12 +132,13 @@ def check_model_config(config: RunConfig, *, is_begun: bool = False, reads_token
         is_begun: whether the run exists, so that its model stays as it is.
         reads_tokenizer: whether the tokenizer's file is here, or may be fetched.
     """
-    from sigray.workers.model.towers import check_model
+    from sigray.workers.model.towers import check_model, layer_scales
     from sigray.workers.training.optim import parameter_groups
 
     if reads_tokenizer:
         check_tokenizer(config.model, is_begun=is_begun)
-    parameter_groups(check_model(config.model), config.optim)
+    module = check_model(config.model)
+    parameter_groups(module, config.optim, layer_scales(module, config.model, config.optim.layer_decay))
     check_slices(config.cluster)
 
 

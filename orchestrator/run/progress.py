@@ -56,6 +56,7 @@ class Display:
             "model": f"{parameters['all']:.1f} M parameters ("
             + (f"image {parameters['visual']:.1f} M" if parameters["visual"] else "image embeddings from a store")
             + f", text {parameters['text']:.1f} M)",
+            "decay": facts["weight_decay"],
             "data": f"{data['samples']:,} pairs in {data['shards']} shards, {data['bytes'] / 1e6:,.1f} MB; "
             f"{facts['epochs']:.1f} epochs",
             "not used": listed(Counter(data.get("unusable", {}))),

@@ -121,12 +121,37 @@ def loss(config: dict[str, Any], step: int, images: Tensor, texts: Tensor, scale
 
 def learning_rate(optim: dict[str, Any], samples_seen: int, num_samples: int) -> float:
     """Of the step that begins after `samples_seen` samples of a run of `num_samples`, rounded up to whole steps."""
-    warmup = optim["num_warmup_samples"]
-    if samples_seen < warmup:
+    warmup, cooldown = optim["num_warmup_samples"], optim.get("num_cooldown_samples", 0)
+    since = samples_seen - warmup
+    if since < 0:
         return optim["lr"] * (samples_seen + 1) / (warmup + 1)
-    if optim["schedule"] == "constant":
-        return optim["lr"]
-    return optim["lr"] * (1 + math.cos(math.pi * (samples_seen - warmup) / (num_samples - warmup))) / 2
+    rate = optim["lr"]
+    if optim["schedule"] == "cosine":
+        rate *= (1 + math.cos(math.pi * since / (num_samples - warmup))) / 2
+    if optim["schedule"] == "rsqrt":
+        rate *= (1 + since / optim["num_timescale_samples"]) ** -0.5
+    left = num_samples - samples_seen
+    return rate * left / cooldown if left < cooldown else rate
+
+
+def decays(optim: dict[str, Any], name: str, parameter: Tensor) -> bool:
+    """Whether a parameter of open_clip's own towers loses weight."""
+    spared = {
+        "matrices": (),
+        "kernels": ("token_embedding.weight", "positional_embedding"),
+        "timm": ("positional_embedding",),
+    }
+    return parameter.ndim >= 2 and not name.endswith(spared[optim.get("weight_decay_on", "matrices")])
+
+
+def layer_scale(optim: dict[str, Any], name: str, num_blocks: int = 1) -> float:
+    """Of a parameter of open_clip's own towers with so many blocks."""
+    tower, _, path = name.partition(".")
+    decay = optim.get("layer_decay", {}).get(tower, 1.0)
+    if block := re.search(r"resblocks\.(\d+)", path):
+        return decay ** (num_blocks - int(block[1]))
+    is_before = path.startswith(("conv1", "class_embedding", "positional_", "ln_pre", "token_embedding"))
+    return decay ** (num_blocks + 1) if is_before else 1.0
 
 
 class PlainOptimizer:
@@ -137,8 +162,8 @@ class PlainOptimizer:
         self._parameters: list[tuple[nn.Parameter, float, float]] = []  # parameter, times the rate, weight decay
         for name, parameter in model.named_parameters():
             entry = next((group for group in optim["groups"] if re.fullmatch(group["match"], name)), {})
-            decay = entry.get("weight_decay", optim["weight_decay"]) if parameter.ndim >= 2 else 0.0
-            self._parameters.append((parameter, entry.get("lr_scale", 1.0), decay))
+            decay = entry.get("weight_decay", optim["weight_decay"]) if decays(optim, name, parameter) else 0.0
+            self._parameters.append((parameter, entry.get("lr_scale", 1.0) * layer_scale(optim, name), decay))
         self._num_steps = 0
         self._state = [{"rows": 0.0, "columns": 0.0, "square": 0.0, "mean": 0.0} for _ in self._parameters]
         self._adamw = torch.optim.AdamW(

@@ -91,6 +91,7 @@ SUMMARY: dict[str, Any] = {
         "batch_per_worker": 128,
         "micro_batch_size": 128,
         "parameters_m": {"all": 2.03, "visual": 0.91, "text": 1.12},
+        "weight_decay": "0.0001 on matrices: 2.0 M of 2.0 M parameters",
         "first_step": 0,
         "num_steps": 332,
         "epochs": 8.48,

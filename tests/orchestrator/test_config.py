@@ -35,13 +35,17 @@ def write(tmp_path, content):
         ("trian.x=1", r"trian: unknown key .* did you mean 'train'\? allowed here: run, data, model, train"),
         ("train.global_batch_size=many", r"train.global_batch_size='many': should be a valid integer"),
         ("train.global_batch_size=0", r"train.global_batch_size=0: should be greater than 0"),
-        ("optim.schedule=linear", r"optim.schedule='linear': should be 'cosine' or 'constant'"),
+        ("optim.schedule=linear", r"optim.schedule='linear': should be 'cosine', 'constant' or 'rsqrt'"),
         ("cluster.num_workers=3", r"global_batch_size=100 does not divide by cluster.num_workers=3: 99 or 102 would"),
         ("train.micro_batch_size=30", r"micro_batch_size=30 does not divide the 100 pairs .*: 25 or 50 would"),
         ("train.micro_batch_size=101", r"micro_batch_size=101 does not divide the 100 pairs .*: 100 would"),
         ("loss.negatives_fraction=0.5", r"loss: negatives_fraction=0.5 has no effect with negatives=all"),
         ("loss={name: softmax, negatives: hardest}", r"loss: negatives=hardest needs name=sigmoid"),
         ("optim.num_warmup_samples=2000", r"num_warmup_samples=2000 is larger than train.num_samples=1000"),
+        (
+            "optim.num_cooldown_samples=2000",
+            r"num_cooldown_samples=2000 together are larger than train.num_samples=1000",
+        ),
         ("train.global_batch_size=2000", r"global_batch_size=2000 is larger than train.num_samples=1000"),
         ("model.towers={embed_dim: 8}", r"model: give exactly one of name and towers: both are given"),
         ("eval.sets={a: {shards: x, templates: [photo]}}", r"eval.sets.a: template 'photo' has no \{\}"),
@@ -58,6 +62,11 @@ def test_one_clear_message(tmp_path, override, message):
     path = write(tmp_path, SMALL)
     with pytest.raises(ConfigError, match=message):
         load_config(path, [override])
+
+
+def test_a_locked_tower_has_no_layer_decay(tmp_path):
+    with pytest.raises(ConfigError, match=r"optim.layer_decay.text has no effect with model.locked=\['text'\]"):
+        load_config(write(tmp_path, SMALL), ["model.locked=[text]", "optim.layer_decay={text: 0.5}"])
 
 
 def test_override_makes_the_section_that_it_needs(tmp_path):

@@ -42,6 +42,7 @@ def bars(name: str, console: Console) -> None:
 def start(name: str, console: Console) -> None:
     facts = {"parameters_m": {"all": 1, "visual": 1, "text": 1}, "global_batch_size": 8, "batch_per_worker": 8}
     facts |= {"world_size": 1, "micro_batch_size": 8, "device": name, "epochs": 1.0, "first_step": 0, "num_steps": 2}
+    facts |= {"weight_decay": "on matrices"}
     display = Display(console)
     display.start(name, facts, {"samples": 8, "shards": 1, "bytes": 8})
     display.close()

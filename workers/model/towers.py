@@ -9,7 +9,7 @@ names.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,23 +87,45 @@ def lock_towers(module: nn.Module, model: ModelConfig) -> None:
         blocks = _block_chain(tower)
         if num_trained > len(blocks):
             raise ValueError(f"model.trained_blocks: the {name} tower has {len(blocks)} blocks, not {num_trained}")
-        trained = _trained_names(model, name, num_trained)
+        trained = _last_names(model, name, num_trained)
         for parameter_name, parameter in tower.named_parameters():
             parameter.requires_grad_(parameter_name in trained)
         for block in blocks[-num_trained:]:
             block.train()
 
 
-def _trained_names(model: ModelConfig, name: Tower, num_trained: int) -> set[str]:
+def layer_scales(module: nn.Module, model: ModelConfig, layer_decay: Mapping[Tower, float]) -> dict[str, float]:
+    """Factors on the learning rate by parameter name.
+
+    1 after the blocks, the decay in the last block, decay ** (blocks + 1) before the first, as in BEiT and timm.
+
+    Raises:
+        ValueError: for a tower without blocks.
+    """
+    scales = {}
+    for name, decay in layer_decay.items():
+        tower = module.get_submodule(name)
+        blocks = _block_chain(tower)
+        if not blocks:
+            raise ValueError(f"optim.layer_decay: the {name} tower has no chain of blocks: leave {name} out")
+        block_of = {id(parameter): number for number, block in enumerate(blocks) for parameter in block.parameters()}
+        last = _last_names(model, name, len(blocks))
+        for path, parameter in tower.named_parameters():
+            layer = block_of.get(id(parameter), len(blocks) if path in last else -1)
+            scales[f"{name}.{path}"] = decay ** (len(blocks) - layer)
+    return scales
+
+
+def _last_names(model: ModelConfig, name: Tower, num_blocks: int) -> set[str]:
     """Names of a tower's parameters in its last blocks and after them.
 
-    Found by a backward pass on the meta device, without memory: the input of the first trained block is detached, so
+    Found by a backward pass on the meta device, without memory: the input of the first of these blocks is detached, so
     the parameters before it get no gradient. This works for any tower, whatever its modules are called.
     """
     size, context_length, _ = shapes(model)
     with torch.device("meta"):
         tower = build_model(model).get_submodule(name)
-        block = _block_chain(tower)[-num_trained]
+        block = _block_chain(tower)[-num_blocks]
         block.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(), *inputs[1:]))
         text = torch.zeros(2, context_length, dtype=torch.int32)
         output = tower(text if name == "text" else torch.zeros(2, 3, size, size))

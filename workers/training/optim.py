@@ -7,76 +7,115 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 
-from sigray.workers.config import OptimConfig
+from sigray.workers.config import OptimConfig, ParameterGroup
 
 
 def learning_rate(optim: OptimConfig, samples_seen: int, num_samples: int) -> float:
     """Learning rate of the step that begins after `samples_seen` samples.
 
     Warm-up is linear from the first step on. The cosine ends at zero after `num_samples` (SGDR, arXiv 1608.03983,
-    one cycle).
+    one cycle). rsqrt and the cooldown are those of big_vision's `create_learning_rate_schedule`.
     """
     if samples_seen < optim.num_warmup_samples:
         return optim.lr * (samples_seen + 1) / (optim.num_warmup_samples + 1)
-    if optim.schedule == "constant":
-        return optim.lr
-    decay = (samples_seen - optim.num_warmup_samples) / max(1, num_samples - optim.num_warmup_samples)
-    return optim.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, decay)))
+    since_warmup = samples_seen - optim.num_warmup_samples
+    lr = optim.lr
+    if optim.num_timescale_samples is not None:
+        lr /= math.sqrt(1 + since_warmup / optim.num_timescale_samples)
+    elif optim.schedule == "cosine":
+        decay = since_warmup / max(1, num_samples - optim.num_warmup_samples)
+        lr *= 0.5 * (1 + math.cos(math.pi * min(1.0, decay)))
+    if optim.num_cooldown_samples:
+        lr *= max(0.0, min(1.0, (num_samples - samples_seen) / optim.num_cooldown_samples))
+    return lr
 
 
-def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+def decayed_names(model: nn.Module, choice: str) -> set[str]:
+    """Names of the parameters to which weight decay applies.
+
+    Args:
+        choice: `optim.weight_decay_on`.
+    """
+    names = {name for name, parameter in model.named_parameters() if parameter.ndim >= 2}
+    if choice == "kernels":
+        # big_vision's `.*/kernel$`. Its `head/kernel` may be a bare parameter here, CLIP's `proj` or `text_projection`.
+        return {
+            name
+            for name in names
+            if name.endswith(("weight", "proj", "projection"))
+            and not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
+        }
+    if choice == "timm":
+        # Of each part: open_clip's model does not ask a timm tower that it wraps.
+        spared = [
+            f"{path}.{pattern}" if path else pattern
+            for path, part in model.named_modules()
+            if hasattr(part, "no_weight_decay")
+            for pattern in part.no_weight_decay()
+        ]
+        return {name for name in names if not any(fnmatchcase(name, pattern) for pattern in spared)}
+    return names
+
+
+def parameter_groups(
+    model: nn.Module, optim: OptimConfig, layer_scales: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
     """The trainable parameters, as torch's optimizers take them.
 
-    Weight decay applies to matrices only: never to biases, norms, `logit_scale` and `logit_bias`. An entry of
-    `optim.groups` adds its `lr_scale` to torch's own keys.
+    Weight decay applies to `decayed_names`. An entry of `optim.groups`, or a layer's scale, adds `lr_scale` to torch's
+    own keys.
+
+    Args:
+        layer_scales: factors on the learning rate by parameter name, from `towers.layer_scales`.
 
     Raises:
         ValueError: if an entry of optim.groups is the first match of no trainable parameter.
     """
-    by_kind: dict[tuple[int | None, int], list[nn.Parameter]] = {}  # (entry of optim.groups or None, dimensions)
+    # Scalars get their own group: they are never split, and split weights are another type of tensor.
+    decayed, plain, scalars = range(3)
+    by_kind: dict[tuple[int, float, int], list[nn.Parameter]] = {}  # (entry of optim.groups or -1, scale, kind)
     patterns = [re.compile(group.match) for group in optim.groups]
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    decaying = decayed_names(model, optim.weight_decay_on)
     for name in names:
         parameter = model.get_parameter(name)
-        entry = next((number for number, pattern in enumerate(patterns) if pattern.fullmatch(name)), None)
-        by_kind.setdefault((entry, min(parameter.ndim, 2)), []).append(parameter)
-
-    def groups_of(entry: int | None, decay: float, **settings: float) -> list[dict[str, Any]]:
-        # Scalars get their own group: they are never split, and split weights are another type of tensor.
-        return [
-            {"params": parameters, "weight_decay": decay if dimensions == 2 else 0.0, **settings}
-            for dimensions in (2, 1, 0)
-            if (parameters := by_kind.get((entry, dimensions)))
-        ]
-
-    groups = groups_of(None, optim.weight_decay)
+        entry = next((number for number, pattern in enumerate(patterns) if pattern.fullmatch(name)), -1)
+        kind = decayed if name in decaying else plain if parameter.ndim else scalars
+        by_kind.setdefault((entry, (layer_scales or {}).get(name, 1.0), kind), []).append(parameter)
     for number, group in enumerate(optim.groups):
-        decay = optim.weight_decay if group.weight_decay is None else group.weight_decay
-        own = groups_of(number, decay, lr_scale=group.lr_scale)
-        if not own:
+        if not any(entry == number for entry, *_ in by_kind):
             shown = ", ".join(names[:: max(1, len(names) // 8)])
             raise ValueError(
                 f"optim.groups[{number}].match={group.match!r} is the first match of no parameter that trains; their "
                 f"names are such as {shown}"
             )
-        groups += own
+    groups = []
+    for (entry, scale, kind), parameters in sorted(by_kind.items(), key=lambda item: item[0]):
+        own = ParameterGroup(match="") if entry < 0 else optim.groups[entry]
+        decay = optim.weight_decay if own.weight_decay is None else own.weight_decay
+        settings = {} if entry < 0 and scale == 1 else {"lr_scale": own.lr_scale * scale}
+        groups.append({"params": parameters, "weight_decay": decay if kind == decayed else 0.0, **settings})
     return groups
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig, options: dict[str, Any]) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, optim: OptimConfig, options: dict[str, Any], layer_scales: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
     """AdamW, Lion or Adafactor over the trainable parameters.
 
-    Raises as `parameter_groups`.
+    Arguments and errors as `parameter_groups`.
 
     Args:
         options: implementation of AdamW, see `Device.optimizer_options`.
     """
-    groups = parameter_groups(model, optim)
+    groups = parameter_groups(model, optim, layer_scales)
     betas = (optim.beta1, optim.beta2)
     if optim.name == "lion":
         from timm.optim import Lion

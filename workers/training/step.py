@@ -25,6 +25,7 @@ from sigray.workers.model.towers import (
     build_model,
     checkpoint_activations,
     compile_tower_blocks,
+    layer_scales,
     lock_towers,
     normalize_pixels,
 )
@@ -95,7 +96,8 @@ class Trainer:
             compile_tower_blocks(self.module)
         if activation_checkpointing:
             checkpoint_activations(self.module, model, device.checkpoint)
-        self.optimizer = build_optimizer(self.module, optim, device.optimizer_options())
+        scales = layer_scales(self.module, model, optim.layer_decay)
+        self.optimizer = build_optimizer(self.module, optim, device.optimizer_options(), scales)
         self._log_logit_scale = self.module.get_parameter("logit_scale")
         bias = self.module.logit_bias
         self._logit_bias = bias if isinstance(bias, Tensor) else torch.zeros((), device=device.torch_device)

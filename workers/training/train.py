@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from sigray.losses.spans import span
 from sigray.workers.checkpoint.writer import read_left_out
+from sigray.workers.config import OptimConfig
 from sigray.workers.data.label_noise import Noise
 from sigray.workers.data.loader import Loader
 from sigray.workers.data.worker import build_order, image_kind
@@ -126,6 +127,17 @@ def train_loop_per_worker(job: TrainJob) -> None:
         loader.close()
 
 
+def _weight_decay(optim: OptimConfig, trainer: Trainer) -> str:
+    """What decays, and by which of the recipes."""
+    counts = [
+        (sum(parameter.numel() for parameter in group["params"]), group["weight_decay"] > 0)
+        for group in trainer.optimizer.param_groups
+    ]
+    decayed = sum(count for count, decays in counts if decays) / 1e6
+    trained = sum(count for count, _ in counts) / 1e6
+    return f"{optim.weight_decay:g} on {optim.weight_decay_on}: {decayed:.1f} M of {trained:.1f} M parameters"
+
+
 def _facts(
     job: TrainJob, trainer: Trainer, device: Device, world_size: int, first_step: int, num_steps: int
 ) -> dict[str, Any]:
@@ -138,6 +150,7 @@ def _facts(
         "batch_per_worker": job.train.global_batch_size // world_size,
         "micro_batch_size": job.train.micro_batch_size or job.train.global_batch_size // world_size,
         "parameters_m": {"all": num_parameters(trainer.module) / 1e6, **towers},
+        "weight_decay": _weight_decay(job.optim, trainer),
         "first_step": first_step,
         "num_steps": num_steps,
         "epochs": num_steps * job.train.global_batch_size / job.manifest.num_samples,

@@ -43,6 +43,7 @@ def test_the_first_lines_say_what_is_not_used() -> None:
     manifest = Manifest((shard, replace(shard, url="/b.tar")))
     facts: dict[str, Any] = {
         "parameters_m": {"all": 1, "visual": 1, "text": 1},
+        "weight_decay": "0.0001 on matrices: 0.9 M of 1.0 M parameters",
         "world_size": 1,
         "device": "cpu",
         "epochs": 1,

@@ -88,17 +88,24 @@ BASE: dict[str, Any] = {
     },
 }
 ADAFACTOR = {"name": "adafactor", "lr": 0.003, "beta1": 0.7, "beta2": 0.6}
+BY_LAYER = {
+    "weight_decay_on": "kernels",
+    "layer_decay": {"visual": 0.6, "text": 0.8},
+    "schedule": "rsqrt",
+    "num_timescale_samples": 30,
+    "num_cooldown_samples": 50,
+}
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "adamw_sigmoid": {},
     # Lines of metrics after steps 5, 10 and 12.
     "adamw_softmax": {
         "loss": {"name": "softmax"},
-        "optim": {"schedule": "constant"},
+        "optim": {"schedule": "constant", "num_cooldown_samples": 30, "weight_decay_on": "timm"},
         "run": {"seed": 12},
         "train": {"log_every_steps": 5},
     },
     "adafactor_sigmoid": {"optim": ADAFACTOR},
-    "adafactor_softmax": {"optim": ADAFACTOR, "loss": {"name": "softmax"}},
+    "adafactor_softmax": {"optim": ADAFACTOR | BY_LAYER, "loss": {"name": "softmax"}},
     # All that is random.
     "draws": {
         "data": {
@@ -110,6 +117,7 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
         "model": {"towers": TOWERS | {"vision_cfg": TOWERS["vision_cfg"] | {"patch_dropout": 0.5}}},
         "train": {"label_noise": {"kind": "all", "fraction": 0.3}},
         "loss": {"negatives": "random", "negatives_fraction": 0.4},
+        "optim": BY_LAYER,
     },
 }
 CONFIGS = list(CHANGES)

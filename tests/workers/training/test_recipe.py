@@ -1,14 +1,17 @@
 """Locked towers, parameter groups and Lion: what they change, and that nothing else changes."""
 
 import io
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
+from timm.optim._param_groups import param_groups_layer_decay
 
 from sigray.workers.config import ModelConfig, OptimConfig
 from sigray.workers.device import open_device
-from sigray.workers.model.towers import build_model, check_model, lock_towers
-from sigray.workers.training.optim import build_optimizer, parameter_groups
+from sigray.workers.model.towers import build_model, check_model, layer_scales, lock_towers
+from sigray.workers.training.optim import build_optimizer, decayed_names, parameter_groups
 from sigray.workers.training.step import Trainer
 from tests.helpers.data import TOWERS
 from tests.helpers.steps import global_batch, make_trainer, part_of
@@ -203,6 +206,96 @@ def test_what_is_no_regular_expression_is_an_error_of_the_config():
         OptimConfig(groups=[{"match": "("}])
 
 
+class ArraysOfBigVision(dict[str, np.ndarray]):
+    """Weights of a SigLIP of big_vision by name, for width 64 and two heads: kernels are ones, the others zeros."""
+
+    SHAPES: ClassVar[dict[str, tuple[int, ...]]] = {
+        "img/embedding/kernel": (16, 16, 3, 64),
+        "img/pos_embedding": (1, 101, 64),
+        "txt/pos_embedding": (1, 8, 64),
+        "txt/Embed_0/embedding": (100, 64),
+        "img/cls": (1, 1, 64),
+        "probe": (1, 1, 64),
+        "out/kernel": (2, 32, 64),
+        "Dense_0/kernel": (64, 192),
+        "Dense_0/bias": (192,),
+        "Dense_1/kernel": (192, 64),
+        "head/kernel": (64, 64),
+        "kernel": (64, 2, 32),
+        "b": (1,),
+        "t": (1,),
+    }
+
+    def __missing__(self, name: str) -> np.ndarray:
+        shape = next((shape for ending, shape in self.SHAPES.items() if name.endswith(ending)), (64,))
+        return np.full(shape, float(name.endswith("/kernel")), np.float32)
+
+
+SIGLIP = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 160, "timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none"},
+    "text_cfg": {"context_length": 8, "vocab_size": 100, "width": 64, "heads": 2, "layers": 2, "mlp_ratio": 3}
+    | {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
+}
+
+
+def test_kernels_are_what_big_vision_calls_so(monkeypatch):
+    """Each parameter, by the name of what open_clip's converter puts into it."""
+    from open_clip.convert import load_big_vision_weights
+
+    module = build_model(ModelConfig(towers=SIGLIP))
+    monkeypatch.setattr(np, "load", lambda _: ArraysOfBigVision())
+    load_big_vision_weights(module, "siglip.npz")
+    kernels = {name for name, parameter in module.named_parameters() if parameter.ne(0).all()}
+    assert decayed_names(module, "kernels") == kernels
+    spared = decayed_names(module, "matrices") - kernels
+    assert {name.rpartition(".")[2] for name in spared} == {
+        *("cls_token", "pos_embed", "latent", "positional_embedding"),
+        "weight",  # of the token embedding
+    }
+
+
+def test_bare_projections_of_clip_are_kernels():
+    module = build_model(ModelConfig(towers=TOWERS))
+    spared = {"text.positional_embedding", "text.token_embedding.weight", "visual.positional_embedding"}
+    assert decayed_names(module, "matrices") - decayed_names(module, "kernels") == spared
+
+
+def test_decay_and_rates_by_layer_are_those_of_timm():
+    """Only the norm after the blocks is part of the last block in timm, and of what follows it in BEiT and here."""
+    model = ModelConfig(towers=SIGLIP)
+    module = build_model(model)
+    trunk = module.visual.trunk
+    names = {id(parameter): f"visual.trunk.{name}" for name, parameter in trunk.named_parameters()}
+    expected = [
+        (names[id(parameter)], group["weight_decay"], group["lr_scale"])
+        for group in param_groups_layer_decay(trunk, 0.1, trunk.no_weight_decay(), layer_decay=0.7)
+        for parameter in group["params"]
+    ]
+    decayed, scales = decayed_names(module, "timm"), layer_scales(module, model, {"visual": 0.7})
+    assert {name for name, decay, _ in expected if decay} == {name for name in decayed if name.startswith("visual.")}
+    norm = {"visual.trunk.norm.weight": 1.0, "visual.trunk.norm.bias": 1.0}
+    assert scales == pytest.approx({name: scale for name, _, scale in expected} | norm)
+    assert min(scales.values()) == pytest.approx(0.7**7)  # six blocks
+
+
+def test_layers_and_groups_multiply():
+    optim = OptimConfig(layer_decay={"text": 0.5}, groups=[{"match": ".*positional_embedding", "lr_scale": 3.0}])
+    module, model = build_model(ModelConfig(towers=TOWERS)), ModelConfig(towers=TOWERS)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    scales = {
+        names[id(parameter)]: group.get("lr_scale", 1.0)
+        for group in parameter_groups(module, optim, layer_scales(module, model, optim.layer_decay))
+        for parameter in group["params"]
+    }
+    assert (scales["text.positional_embedding"], scales["visual.positional_embedding"]) == (0.75, 3.0)
+    assert (scales["text.token_embedding.weight"], scales["text.text_projection"], scales["logit_scale"]) == (
+        0.25,
+        1,
+        1,
+    )
+
+
 def trainer_of(optim):
     return Trainer(
         ModelConfig(towers=TOWERS),
@@ -313,7 +406,8 @@ def test_adafactor_keeps_a_quarter_of_the_state():
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
 def test_a_resumed_run_with_groups_goes_on_as_the_unbroken_one(name):
-    optim = OptimConfig(name=name, lr=1e-3, groups=[{"match": r"visual\..*", "lr_scale": 0.1, "weight_decay": 0}])
+    groups = [{"match": r"visual\..*", "lr_scale": 0.1, "weight_decay": 0}]
+    optim = OptimConfig(name=name, groups=groups, weight_decay_on="kernels", layer_decay={"visual": 0.5, "text": 0.9})
     unbroken = trainer_of(optim)
     unbroken.step(part_of(0, 1))
     file = io.BytesIO()

@@ -1,6 +1,7 @@
 """One step, however the global batch is cut, against one process that sees all of it: loss and every gradient."""
 
 import functools
+import math
 
 import numpy as np
 import pytest
@@ -292,3 +293,44 @@ def test_learning_rate_counts_in_samples():
     assert learning_rate(optim, 550, 1000) == pytest.approx(0.5)
     assert learning_rate(optim, 1000, 1000) == pytest.approx(0)
     assert learning_rate(OptimConfig(lr=1.0, schedule="constant"), 999, 1000) == 1
+
+
+def rate_of_big_vision(step, *, decay_type, total_steps, warmup_steps, cooldown_steps, timescale):
+    """Its `create_learning_rate_schedule` after the warm-up, in float64."""
+    lr = 1.0
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    if decay_type == "cosine":
+        lr *= 0.5 * (1 + math.cos(math.pi * progress))
+    elif decay_type == "rsqrt":
+        lr /= math.sqrt(1 + (step - warmup_steps) / timescale)
+    return lr * min(1.0, (total_steps - step) / cooldown_steps) if cooldown_steps else lr
+
+
+@pytest.mark.parametrize("cooldown", [0, 3, 50])
+@pytest.mark.parametrize("schedule", ["cosine", "constant", "rsqrt"])
+def test_schedules_are_those_of_big_vision(schedule, cooldown):
+    batch, steps, warmup, timescale = 24, 60, 10, 7
+    optim = OptimConfig(
+        lr=1.0,
+        schedule=schedule,
+        num_warmup_samples=batch * warmup,
+        num_timescale_samples=batch * timescale if schedule == "rsqrt" else None,
+        num_cooldown_samples=batch * cooldown,
+    )
+    given = {"decay_type": schedule, "total_steps": steps, "warmup_steps": warmup, "timescale": timescale}
+    for step in range(warmup, steps + 1):
+        want = rate_of_big_vision(step, **given, cooldown_steps=cooldown)
+        assert learning_rate(optim, batch * step, batch * steps) == pytest.approx(want, rel=1e-15, abs=1e-15), step
+
+
+@pytest.mark.parametrize(
+    ("optim", "message"),
+    [
+        ({"schedule": "rsqrt"}, "schedule=rsqrt with num_timescale_samples=None: set it"),
+        ({"num_timescale_samples": 9}, "schedule=cosine with num_timescale_samples=9: only rsqrt has one"),
+        ({"layer_decay": {"visual": 1.1}}, "layer_decay.visual"),
+    ],
+)
+def test_schedules_and_layers_that_cannot_be(optim, message):
+    with pytest.raises(ValueError, match=message):
+        OptimConfig(**optim)
