@@ -13,20 +13,20 @@ SIZE, PATCH, LENGTH, WORDS = 32, 8, 8, 60  # pixels, pixels, tokens of a text, i
 _WIDTH, _HEADS, _LAYERS = 32, 2, 2
 
 
-@register_model
-def tiny_siglip(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """timm's SigLIP tower, as small as it gets."""
+def register(name: str, **options: Any) -> str:
+    """Add a model to timm, its SigLIP tower as small as it gets; returns the name."""
     shape = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": _WIDTH, "depth": _LAYERS, "num_heads": _HEADS}
-    options = {**shape, "class_token": False, "global_pool": "map", **options}
-    return build_model_with_cfg(VisionTransformer, "tiny_siglip", pretrained, **options)
+    shape |= {"class_token": False, "global_pool": "map", **options}
+
+    def build(pretrained: bool = False, **options: Any) -> nn.Module:
+        return build_model_with_cfg(VisionTransformer, name, pretrained, **{**shape, **options})
+
+    build.__name__, build.__module__ = name, __name__
+    register_model(build)
+    return name
 
 
-@register_model
-def tiny_siglip_large(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """As `tiny_siglip`, for larger images."""
-    return tiny_siglip(img_size=2 * SIZE, **options)
-
-
+register("tiny_siglip")
 _TEXT = {"context_length": LENGTH, "vocab_size": WORDS, "width": _WIDTH, "heads": _HEADS, "layers": _LAYERS}
 SIGLIP = {
     "embed_dim": _WIDTH,

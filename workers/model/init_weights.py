@@ -1,29 +1,28 @@
 """Initial weights (`model.init_from`): which tensors of a file the model takes.
 
 Every tensor of the model and of the file is accounted for: matched, resized, fresh, unused, or of another shape.
-Another shape is an error with two exceptions. Positional embeddings are resized as in open_clip (`resize_pos_embed`
-and `resize_text_pos_embed`), and `model.init_fresh` asks for fresh weights.
+Another shape is an error with two exceptions. `model.init_fresh` asks for fresh weights. And position embeddings are
+resized as in open_clip and timm, patch embeddings by pseudo-inverse (FlexiViT, arXiv 2212.08013).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
 from sigray.workers.checkpoint.index import CheckpointInfo
 from sigray.workers.checkpoint.writer import load_weights
 from sigray.workers.config import ModelConfig
-from sigray.workers.model.towers import TOWERS, build_bare_model, build_meta_model, build_model
-from sigray.workers.model.transformers_names import from_transformers
-from sigray.workers.model.untrusted import read_tensors
-from sigray.workers.model.weights_source import WeightsSource, find_weights
+from sigray.workers.model.towers import build_bare_model, build_meta_model, build_model
+from sigray.workers.model.weights_files import read_weights
+from sigray.workers.model.weights_source import find_weights
 from sigray.workers.sharding import shard_like
 from sigray.workers.storage import Storage
 from sigray.workers.texts import first_ten, ten_lines
-
-_POSITIONS = ("visual.positional_embedding", "text.positional_embedding")
 
 
 @dataclass
@@ -31,9 +30,10 @@ class InitialWeights:
     """Result for each tensor; names are those of the model."""
 
     path: str
+    origin: str  # format of the file, and which part of it
     matched: list[str] = field(default_factory=list)
     resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
-    """Positional embeddings: shape in the file, shape in the model."""
+    """Position and patch embeddings: shape in the file, shape in the model."""
     asked_fresh: list[str] = field(default_factory=list)  # because of model.init_fresh
     missing: list[str] = field(default_factory=list)  # fresh because the file lacks them
     unused: list[str] = field(default_factory=list)  # in the file, not in the model
@@ -43,7 +43,7 @@ class InitialWeights:
     def text(self) -> str:
         """One line for each non-empty kind."""
         total = len(self.matched) + len(self.resized) + len(self.asked_fresh) + len(self.missing)
-        lines = [f"weights from {self.path}: {len(self.matched)} of {total} tensors match"]
+        lines = [f"weights from {self.path}{self.origin}: {len(self.matched)} of {total} tensors match"]
         lines += [f"  resized: {name} {list(old)} -> {list(new)}" for name, (old, new) in self.resized.items()]
         for title, names in (
             ("fresh, by model.init_fresh", self.asked_fresh),
@@ -99,9 +99,10 @@ def build_trained_model(storage: Storage, info: CheckpointInfo, model: ModelConf
 
 def _match(module: nn.Module, model: ModelConfig) -> tuple[InitialWeights, dict[str, Tensor]]:
     assert model.init_from is not None
-    state = _read(find_weights(model.init_from))
-    found = InitialWeights(model.init_from)
     own = module.state_dict()
+    weights = read_weights(find_weights(model.init_from), own)
+    state = weights.tensors
+    found = InitialWeights(model.init_from, weights.origin)
     fresh = [re.compile(pattern) for pattern in model.init_fresh]
     for name in [name for name in own if any(pattern.fullmatch(name) for pattern in fresh)]:
         found.asked_fresh.append(name)
@@ -111,7 +112,6 @@ def _match(module: nn.Module, model: ModelConfig) -> tuple[InitialWeights, dict[
         raise ValueError(
             f"model.init_fresh={unmatched[0]!r} matches no parameter; their names are such as {_some(own)}"
         )
-    _resize_positions(state, module, found)
     taken: dict[str, Tensor] = {}
     for name, tensor in own.items():
         if name in found.asked_fresh:
@@ -122,20 +122,26 @@ def _match(module: nn.Module, model: ModelConfig) -> tuple[InitialWeights, dict[
             continue
         if theirs.numel() == tensor.numel() == 1:  # logit_scale and logit_bias are () here, (1,) in some checkpoints
             theirs = theirs.reshape(tensor.shape)
-        if theirs.shape != tensor.shape:
-            found.other_shape[name] = tuple(theirs.shape), tuple(tensor.shape)
+        old, new = tuple(theirs.shape), tuple(tensor.shape)
+        if old != new:
+            theirs = _resize(name, theirs, tensor, module)
+        if tuple(theirs.shape) != new:
+            found.other_shape[name] = old, new
             continue
         taken[name] = theirs
-        if name not in found.resized:
+        if old == new:
             found.matched.append(name)
+        else:
+            found.resized[name] = old, new
     found.unused = [name for name in state if name not in own]
     if found.other_shape:
         lines = [f"{name}: {list(old)} in the file, {list(new)} here" for name, (old, new) in found.other_shape.items()]
-        parts = sorted({name.partition(".")[0] for name in found.other_shape})
-        shown = "', '".join(rf"{part}\..*" if part in TOWERS else part for part in parts)
+        patterns = [*model.init_fresh, *_fresh_patterns(list(found.other_shape), taken)]
+        shown = "', '".join(patterns)
+        remedy = f", or start these with fresh weights: model.init_fresh=['{shown}']" if len(patterns) <= 10 else ""
         raise ValueError(
             f"model.init_from={model.init_from}: {len(lines)} tensors have another shape:\n  {ten_lines(lines)}\n"
-            f"Take towers of the checkpoint's shape, or start with fresh weights: model.init_fresh=['{shown}']"
+            f"Take towers of the checkpoint's shape{remedy}"
         )
     if not any(name.startswith(("visual.", "text.")) for name in taken):
         raise ValueError(
@@ -145,44 +151,49 @@ def _match(module: nn.Module, model: ModelConfig) -> tuple[InitialWeights, dict[
     return found, taken
 
 
-def _read(source: WeightsSource) -> dict[str, Tensor]:
-    """Tensors by CustomTextCLIP's names."""
-    from open_clip.model import convert_to_custom_text_state_dict
-
-    state: dict[str, Tensor] = {}
-    for file in source.files:
-        try:
-            content = read_tensors(str(file))
-        except ValueError as error:
-            raise ValueError(f"model.init_from: {error}") from error
-        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):  # of open_clip's own training
-            content = content["state_dict"]
-        if not isinstance(content, dict) or not all(
-            isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
-        ):
-            raise ValueError(f"model.init_from: {file} holds no mapping of names to tensors")
-        state |= {name.removeprefix("module."): tensor for name, tensor in content.items()}
-    if any(name.startswith(("vision_model.", "text_model.")) for name in state):
-        return from_transformers(state)
-    if "positional_embedding" in state:  # open_clip's CLIP class has the text tower's parts at the top
-        state = dict(convert_to_custom_text_state_dict(state))
-    state.pop("text.transformer.embeddings.position_ids", None)  # a buffer of older transformers
-    return state
-
-
-def _resize_positions(state: dict[str, Tensor], module: nn.Module, found: InitialWeights) -> None:
-    """Resize positional embeddings to the model's length, if their width allows it."""
+def _resize(name: str, theirs: Tensor, own: Tensor, module: nn.Module) -> Tensor:
+    """Return position or patch embeddings in the model's size."""
     from open_clip.model import resize_pos_embed, resize_text_pos_embed
+    from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
-    own = module.state_dict()
-    for name, resize in zip(_POSITIONS, (resize_pos_embed, resize_text_pos_embed), strict=True):
-        if name not in state or name not in own or state[name].shape == own[name].shape:
-            continue
-        old = tuple(state[name].shape)
-        is_square = name.startswith("text") or round((old[0] - 1) ** 0.5) ** 2 == old[0] - 1
-        if old[1:] == tuple(own[name].shape[1:]) and is_square:
-            resize(state, module)
-            found.resized[name] = old, tuple(own[name].shape)
+    parent = module.get_submodule(name.rpartition(".")[0])
+    if name == "text.positional_embedding" and theirs.shape[1:] == own.shape[1:]:
+        state = {name: theirs.float()}
+        resize_text_pos_embed(state, module)
+        return state[name]
+    if name == "visual.positional_embedding" and theirs.shape[1:] == own.shape[1:] and _is_square(theirs.shape[0] - 1):
+        state = {name: theirs.float()}
+        resize_pos_embed(state, module)
+        return state[name]
+    if name.endswith(".pos_embed") and theirs.ndim == 3 and hasattr(parent, "patch_embed"):
+        num_prefix = 0 if getattr(parent, "no_embed_class", False) else getattr(parent, "num_prefix_tokens", 0)
+        if theirs.shape[::2] == own.shape[::2] and _is_square(theirs.shape[1] - num_prefix):
+            size: Any = parent.get_submodule("patch_embed").grid_size
+            return resample_abs_pos_embed(theirs.float(), list(size), num_prefix_tokens=num_prefix)
+    is_patches = isinstance(parent, nn.Conv2d) and parent.kernel_size == parent.stride
+    if is_patches and theirs.ndim == 4 and theirs.shape[:2] == own.shape[:2]:
+        return resample_patch_embed(theirs.float(), list(own.shape[2:]))
+    return theirs
+
+
+def _is_square(number: int) -> bool:
+    return number > 0 and round(number**0.5) ** 2 == number
+
+
+def _fresh_patterns(wrong: Sequence[str], fitting: Iterable[str]) -> list[str]:
+    """Return patterns of the wrong tensors alone, by modules if possible."""
+
+    def numbered(name: str) -> list[str]:
+        return re.sub(r"\.\d+(?=\.)", ".#", name).split(".")
+
+    kept = {tuple(numbered(name)[:depth]) for name in fitting for depth in range(1, name.count(".") + 2)}
+    patterns = []
+    for name in wrong:
+        parts = numbered(name)
+        depth = next((depth for depth in range(1, len(parts) + 1) if tuple(parts[:depth]) not in kept), None)
+        pattern = r"\.".join(parts[:depth]).replace("#", r"\d+") if depth else re.escape(name)
+        patterns.append(pattern + (r"\..*" if depth and depth < len(parts) else ""))
+    return list(dict.fromkeys(patterns))
 
 
 def _some(names: dict[str, Tensor]) -> str:

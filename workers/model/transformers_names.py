@@ -1,5 +1,6 @@
-"""Renames tensors between open_clip's `CustomTextCLIP` and transformers' `SiglipModel`, `Siglip2Model`, `CLIPModel`.
+"""Renames tensors between open_clip's `CustomTextCLIP` and transformers.
 
+Their classes are `SiglipModel`, `Siglip2Model` and `CLIPModel`.
 One table serves both directions. A row gives our names and theirs of equal parts along dimension 0, in order: "q kv kv"
 and "in in in" say that q is the first third of `in` and kv the other two. `{i}` stands for the number of a block, `{p}`
 for weight and bias.
@@ -137,7 +138,10 @@ def _expand(rows: list[_Row], numbers: list[str]) -> Iterator[tuple[list[str], l
 
 
 def _convolution(weight: Tensor) -> Tensor:
-    """Return a patch embedding as a convolution; `Siglip2Model` has a linear layer of (row, column, channel)."""
+    """Return a patch embedding as a convolution.
+
+    `Siglip2Model` has a linear layer of (row, column, channel).
+    """
     if weight.ndim != 2:
         return weight
     size = round((weight.shape[1] / 3) ** 0.5)

@@ -10,12 +10,20 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib.util
+import io
+import pickletools
 import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from sigray.workers.parse import ParseError, parse_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOCAL_DIR = "local-dir"
 HF_HUB = "hf-hub"
@@ -86,9 +94,9 @@ def refuse_code(source: str) -> None:
 
 
 def read_tensors(path: str) -> Any:
-    """Content of a .safetensors file, or of a file for torch.load.
+    """Return the content of a file of weights.
 
-    torch.load runs with weights_only.
+    It is .safetensors, .npz, TorchScript ({name: tensor}), or what torch.load reads with weights_only.
 
     Raises:
         ValueError: if it cannot be read; names what an unsafe file wanted to load.
@@ -100,11 +108,67 @@ def read_tensors(path: str) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
+        if path.endswith(".npz"):
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: _tensor(arrays[name]) for name in arrays}
+        if script := _script_tensors(path):
+            return script
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises one of a dozen types
         raise ValueError(
             f"{path} cannot be read as safetensors, or by torch.load with weights_only: {reason(error)}"
         ) from error
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    import torch
+
+    if array.dtype.kind == "V" and array.itemsize == 2:  # numpy has no bfloat16
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+class _Script:
+    """Stand for every class of a TorchScript file.
+
+    It holds the attributes and has no code.
+    """
+
+
+def _script_tensors(path: str) -> dict[str, Tensor] | None:
+    """Return the tensors of a TorchScript file, or None for another file.
+
+    torch.jit.load would load the file's code. So torch.load reads a copy without the code, with weights_only.
+    """
+    import torch
+
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if not any(name.endswith("/constants.pkl") for name in names):
+            return None
+        copy = io.BytesIO()
+        with zipfile.ZipFile(copy, "w") as objects:
+            for name in names:
+                if name.partition("/")[2].startswith(("data/", "data.pkl", "version", "byteorder")):
+                    objects.writestr(name, archive.read(name))
+        pickled = archive.read(next(name for name in names if name.endswith("/data.pkl")))
+    named = {str(value).replace(" ", ".") for code, value, _ in pickletools.genops(pickled) if code.name == "GLOBAL"}
+    classes: Any = [(_Script, name) for name in named if name.startswith("__torch__.")]
+    copy.seek(0)
+    with torch.serialization.safe_globals(classes):
+        return dict(_attributes("", torch.load(copy, map_location="cpu", weights_only=True)))
+
+
+def _attributes(prefix: str, module: Any) -> Iterator[tuple[str, Tensor]]:
+    import torch
+
+    for name, value in vars(module).items():
+        if isinstance(value, torch.Tensor):
+            yield prefix + name, value
+        elif isinstance(value, _Script):
+            yield from _attributes(f"{prefix}{name}.", value)
 
 
 def reason(error: Exception) -> str:

@@ -47,7 +47,8 @@ class WeightsSource:
     config: dict[str, Any]
     """Content of open_clip_config.json or config.json; empty for the format `tensors`."""
     folder: Path
-    """Local folder of the files; tokenizer and preprocessing of the model stand here, if the source has them."""
+    """Local folder of the files.
+    Files of tokenizer and preprocessing stand here, if the source has them."""
     files: tuple[Path, ...]  # with the tensors
 
 
@@ -81,7 +82,7 @@ def _weights_file(place: str, names: Iterable[str]) -> str:
 
 
 def _parts(path: Path) -> list[str]:
-    """Names of the files with the tensors: those that an index names, or the file itself."""
+    """Return the names of the files with the tensors."""
     if not path.name.endswith(_INDEX):
         return [path.name]
     content = (read_json(path) or {}).get("weight_map")
@@ -112,7 +113,7 @@ def _config(folder: Path) -> tuple[Format, dict[str, Any]]:
 
 
 def _copy(url: str) -> Path:
-    """Return a file of this machine, or a folder with weights and the files beside them, for a URL."""
+    """Return a URL's file, or folder of weights and files beside them, here."""
     name = url.rpartition("/")[2]
     if url.endswith(_INDEX):
         return _copy(url.removesuffix(f"/{name}")) / name

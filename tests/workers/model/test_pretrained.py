@@ -1,7 +1,10 @@
 """Weights in the formats of other libraries: every tensor in its place, and the features that the library gives."""
 
+import functools
+
 import pytest
 import torch
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch.nn.functional import normalize
 
 from sigray.workers.config import ModelConfig
@@ -83,3 +86,52 @@ def test_files_of_transformers(tmp_path, form):
     assert not found.missing + found.unused
     ours = from_transformers(theirs.state_dict())
     assert all(torch.equal(tensor, ours[name]) for name, tensor in module.state_dict().items())
+
+
+SHAPES = functools.cache(lambda: build_model(ModelConfig(towers=pretrained.CLIP)).state_dict())
+
+
+def ones(prefix=""):
+    return {prefix + name: torch.ones_like(tensor) for name, tensor in SHAPES().items()}
+
+
+def twos():
+    return {name: torch.full_like(tensor, 2) for name, tensor in SHAPES().items()}
+
+
+@pytest.mark.parametrize(
+    ("content", "origin"),
+    [
+        (lambda: ones(), ""),
+        (lambda: {"state_dict": ones(), "epoch": 3}, " (its state_dict)"),
+        (lambda: {"model": {"state_dict": ones("module.")}}, " (its model, its state_dict, names without module.)"),
+        (lambda: {"model": twos(), "model_ema": ones(), "optimizer": {}}, " (its model_ema, not model)"),
+        (lambda: {"state_dict": twos(), "state_dict_ema": ones()}, " (its state_dict_ema, not state_dict)"),
+        (lambda: twos() | ones("ema.module."), " (names without ema., not the 63 others, names without module.)"),
+        (lambda: ones("module.ema."), " (names without module., names without ema.)"),
+        (lambda: ones("_orig_mod.module."), " (names without _orig_mod., names without module.)"),
+        (lambda: {name.replace("resblocks.", "resblocks._orig_mod."): t for name, t in ones().items()},
+         " (names without _orig_mod.)"),
+    ],
+)  # fmt: skip
+def test_wrappers_and_prefixes_and_which_one_is_taken(tmp_path, content, origin):
+    """Every tensor of the right part is 1, every tensor of the other part 2."""
+    torch.save(content(), tmp_path / "checkpoint.pt")
+    module, found = loaded(model_from(tmp_path / "checkpoint.pt", pretrained.CLIP))
+    assert {value for tensor in module.state_dict().values() for value in tensor.unique().tolist()} == {1.0}
+    assert found.text() == f"weights from {tmp_path}/checkpoint.pt{origin}: 63 of 63 tensors match"
+
+
+@pytest.mark.parametrize("large", [{"img_size": 64}, {"img_size": 64, "patch_size": 16}, {"patch_size": 16}])
+def test_embeddings_of_a_timm_tower_are_resized_as_timm_does(tmp_path, large):
+    """Positions by bicubic interpolation, patches by the pseudo-inverse of FlexiViT."""
+    torch.save(pretrained.randomize(build_model(ModelConfig(towers=pretrained.SIGLIP))).state_dict(), tmp_path / "a.pt")
+    name = pretrained.register("siglip" + "".join(f"_{value}" for value in large.values()), **large)
+    towers = pretrained.SIGLIP | {"vision_cfg": pretrained.SIGLIP["vision_cfg"] | {"timm_model_name": name}}
+    module, found = loaded(model_from(tmp_path / "a.pt", towers))
+    state = torch.load(tmp_path / "a.pt", weights_only=True)
+    trunk = {name.removeprefix("visual.trunk."): t for name, t in state.items() if "trunk" in name}
+    for name, tensor in checkpoint_filter_fn(trunk, module.visual.trunk).items():
+        assert torch.equal(module.visual.trunk.state_dict()[name], tensor), name
+    assert not found.missing + found.unused
+    assert "resized: visual.trunk.p" in found.text()

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -158,12 +159,22 @@ def add_files(attacker: Attacker) -> None:
         ("new.pth", lambda path: path.write_bytes(pickle.dumps(touch)), "cannot be read"),
         ("pickle.safetensors", lambda path: path.write_bytes(pickle.dumps(touch)), "cannot be read"),
         ("keys.pt", lambda path: torch.save({0: torch.zeros(1)}, path), "holds no mapping of names to tensors"),
-        ("script.ts", lambda path: torch.jit.script(torch.nn.Linear(1, 1)).save(str(path)), "cannot be read"),
+        ("evil.ts", lambda path: save_script(path, touch), names),
     ):
         path = attacker.folder / file
         save(path)
         section = {"towers": TOWERS, "init_from": str(path)}
         attacker.add(file, section, "start embed", f"model.init_from: {re.escape(str(path))} {pattern}")
+
+
+def save_script(path: Path, content: Any) -> None:
+    """A TorchScript file whose objects are an ordinary pickle."""
+    torch.jit.script(torch.nn.Linear(1, 1)).save(str(path))
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, pickle.dumps(content, protocol=2) if name.endswith("/data.pkl") else data)
 
 
 def run(program: str, *arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
