@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import timm
 import torch
 from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer
@@ -13,8 +14,17 @@ SIZE, PATCH, LENGTH, WORDS = 32, 8, 8, 60  # pixels, pixels, tokens of a text, i
 _WIDTH, _HEADS, _LAYERS = 32, 2, 2
 
 
-def register(name: str, **options: Any) -> str:
-    """Add a model to timm, its SigLIP tower as small as it gets; returns the name."""
+_TEXT = {"context_length": LENGTH, "vocab_size": WORDS, "width": _WIDTH, "heads": _HEADS, "layers": _LAYERS}
+_LAST = {"no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}}
+
+
+def towers(name: str, **options: Any) -> dict[str, Any]:
+    """Towers of SigLIP's architecture, as small as they get.
+
+    Args:
+        name: what timm calls the image tower from now on.
+        options: of the image tower.
+    """
     shape = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": _WIDTH, "depth": _LAYERS, "num_heads": _HEADS}
     shape |= {"class_token": False, "global_pool": "map", **options}
 
@@ -23,16 +33,17 @@ def register(name: str, **options: Any) -> str:
 
     build.__name__, build.__module__ = name, __name__
     register_model(build)
-    return name
+    vision = {"image_size": shape["img_size"], "timm_model_name": name, "timm_pool": "map", "timm_proj": "none"}
+    return {"embed_dim": _WIDTH, "vision_cfg": vision, "text_cfg": _TEXT | _LAST}
 
 
-register("tiny_siglip")
-_TEXT = {"context_length": LENGTH, "vocab_size": WORDS, "width": _WIDTH, "heads": _HEADS, "layers": _LAYERS}
-SIGLIP = {
-    "embed_dim": _WIDTH,
-    "vision_cfg": {"image_size": SIZE, "timm_model_name": "tiny_siglip", "timm_pool": "map", "timm_proj": "none"},
-    "text_cfg": _TEXT | {"no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}},
-}
+SIGLIP = towers("tiny_siglip")
+
+
+def image_tower() -> nn.Module:
+    return timm.create_model("tiny_siglip", num_classes=0)
+
+
 CLIP = {
     "embed_dim": 24,
     "quick_gelu": True,

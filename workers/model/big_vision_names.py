@@ -1,4 +1,7 @@
-"""Renames tensors of google-research/big_vision (`models/proj/image_text/two_towers.py`) to those of `SiglipModel`."""
+"""Renames tensors of google-research/big_vision to those of transformers' `SiglipModel`.
+
+The model is `models/proj/image_text/two_towers.py`. flax has kernels as (inputs, outputs), and heads as a dimension.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,9 @@ _NAMES = {  # replaced in this order
     f"{_ATTENTION}key/": "self_attn.k_proj.",
     f"{_ATTENTION}value/": "self_attn.v_proj.",
     f"{_ATTENTION}out/": "self_attn.out_proj.",
-    "kernel": "weight",
-    "scale": "weight",
     "/": ".",
+    ".kernel": ".weight",
+    ".scale": ".weight",
 }
 
 
@@ -41,7 +44,7 @@ def is_big_vision(state: dict[str, Tensor]) -> bool:
 
 
 def from_big_vision(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint by the names of `SiglipModel`; unknown ones keep their names."""
+    """Return a checkpoint's tensors by new names; unknown ones keep theirs."""
     renamed = {}
     for name, tensor in _unstacked(state).items():
         new = {"t": "logit_scale", "b": "logit_bias"}.get(name, name)
@@ -70,7 +73,7 @@ def _unstacked(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _torch_shape(name: str, tensor: Tensor) -> Tensor:
-    """Return a tensor in torch's shape; flax has kernels as (inputs, outputs), and a dimension of heads."""
+    """Return a tensor in torch's shape."""
     layer, _, leaf = name.rpartition("/")
     if leaf == "pos_embedding":
         return tensor[0]

@@ -1,4 +1,4 @@
-"""Reads the tensors of other people's checkpoints by the names of `CustomTextCLIP`."""
+"""Reads checkpoints of other programs by the names of `CustomTextCLIP`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from sigray.workers.model.untrusted import read_tensors
 from sigray.workers.model.weights_source import WeightsSource
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-"""Keys of a training program's file; the first one counts, so averaged weights go first, as in timm."""
+"""Keys of a training program's file.
+The first one counts: averaged weights go first, as in timm."""
 _COMPILED = "_orig_mod."  # torch.compile's
 _TOWERS = ("visual.trunk.", "visual.")  # a tower alone is the trunk of a timm model, or model.image_tower
 _OPENAI = ("input_resolution", "context_length", "vocab_size")  # numbers that its files have as tensors
@@ -82,7 +83,10 @@ def _unwrap(content: object, notes: list[str]) -> object:
 
 
 def _without_prefixes(state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    """Return tensors without the prefixes of wrapping modules; `ema.` before half of the names leaves the rest out."""
+    """Return tensors without the prefixes of wrapping modules.
+
+    If half of the names begin with `ema.`, the others are left out.
+    """
     if any(_COMPILED in name for name in state):  # also before a block
         notes.append(f"names without {_COMPILED}")
         state = {name.replace(_COMPILED, ""): tensor for name, tensor in state.items()}

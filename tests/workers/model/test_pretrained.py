@@ -1,17 +1,27 @@
 """Weights in the formats of other libraries: every tensor in its place, and the features that the library gives."""
 
 import functools
+import json
+import warnings
 
+import numpy as np
+import open_clip
 import pytest
+import timm
 import torch
+from open_clip.convert import load_big_vision_weights
+from open_clip.model import CustomTextCLIP, convert_to_custom_text_state_dict
+from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch.nn.functional import normalize
 
 from sigray.workers.config import ModelConfig
+from sigray.workers.model.export import EXPORTERS
 from sigray.workers.model.init_weights import load_initial_weights
 from sigray.workers.model.towers import build_model
 from sigray.workers.model.transformers_names import CLIP, SIGLIP, from_transformers, to_transformers
 from sigray.workers.model.weights_source import find_weights
+from tests.golden import big_vision
 from tests.helpers import pretrained
 from tests.helpers.pretrained import LENGTH, SIZE, WORDS, transformers_model
 
@@ -19,6 +29,8 @@ PIXELS = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0
 TOKENS = torch.randint(1, WORDS - 1, (3, LENGTH), generator=torch.Generator().manual_seed(1))
 TOKENS[:, -1] = WORDS - 1  # the highest id, which CLIP pools
 TOWERS = {"siglip": pretrained.SIGLIP, "siglip2": pretrained.SIGLIP, "clip": pretrained.CLIP}
+SIGLIP_TANH = pretrained.towers("siglip_tanh", act_layer="gelu_tanh")
+SIGLIP_TANH["text_cfg"] |= {"act_kwargs": {"approximate": "tanh"}}  # jax has no other GELU by default
 TABLES = {"siglip": SIGLIP, "siglip2": SIGLIP, "clip": CLIP}
 
 
@@ -45,10 +57,10 @@ def their_features(theirs, kind):
     return output.image_embeds, output.text_embeds
 
 
-def check_features(module, image_features, text_features):
+def check_features(module, image_features, text_features, pixels=PIXELS, tokens=TOKENS):
     """At most 1e-6 apart, in float32."""
     with torch.inference_mode():
-        images, texts = module.encode_image(PIXELS, normalize=True), module.encode_text(TOKENS, normalize=True)
+        images, texts = module.encode_image(pixels, normalize=True), module.encode_text(tokens, normalize=True)
     torch.testing.assert_close(images, normalize(image_features, dim=-1), atol=1e-6, rtol=0)
     torch.testing.assert_close(texts, normalize(text_features, dim=-1), atol=1e-6, rtol=0)
 
@@ -126,8 +138,7 @@ def test_wrappers_and_prefixes_and_which_one_is_taken(tmp_path, content, origin)
 def test_embeddings_of_a_timm_tower_are_resized_as_timm_does(tmp_path, large):
     """Positions by bicubic interpolation, patches by the pseudo-inverse of FlexiViT."""
     torch.save(pretrained.randomize(build_model(ModelConfig(towers=pretrained.SIGLIP))).state_dict(), tmp_path / "a.pt")
-    name = pretrained.register("siglip" + "".join(f"_{value}" for value in large.values()), **large)
-    towers = pretrained.SIGLIP | {"vision_cfg": pretrained.SIGLIP["vision_cfg"] | {"timm_model_name": name}}
+    towers = pretrained.towers("siglip" + "".join(f"_{value}" for value in large.values()), **large)
     module, found = loaded(model_from(tmp_path / "a.pt", towers))
     state = torch.load(tmp_path / "a.pt", weights_only=True)
     trunk = {name.removeprefix("visual.trunk."): t for name, t in state.items() if "trunk" in name}
@@ -135,3 +146,97 @@ def test_embeddings_of_a_timm_tower_are_resized_as_timm_does(tmp_path, large):
         assert torch.equal(module.visual.trunk.state_dict()[name], tensor), name
     assert not found.missing + found.unused
     assert "resized: visual.trunk.p" in found.text()
+
+
+@pytest.mark.parametrize("layout", ["plain", "scan", "bfloat16"])
+def test_a_checkpoint_of_big_vision(tmp_path, layout):
+    """The features that its own flax model gives; blocks apart or in one tensor."""
+    golden = json.loads(big_vision.FILE.read_text())["scan" if layout == "scan" else "plain"]
+    weights = big_vision.drawn_weights(golden["shapes"])
+    if layout == "bfloat16":  # as big_vision saves it: numpy knows no such type
+        weights = {name: (array.view("<u4") >> 16).astype("<u2").view("V2") for name, array in weights.items()}
+    path = tmp_path / "siglip.npz"
+    np.savez(path, **weights, **{"opt/count": np.zeros(())})
+    module, found = loaded(model_from(path, SIGLIP_TANH))
+    assert (found.missing, found.unused, found.origin) == ([], [], " (big_vision)")
+    if layout == "bfloat16":
+        assert {tensor.bfloat16().float().equal(tensor) for tensor in module.state_dict().values()} == {True}
+        return
+    pixels, tokens = (torch.from_numpy(array) for array in big_vision.drawn_inputs())
+    their_features = (torch.tensor(golden[key]) for key in ("image_features", "text_features"))
+    check_features(module, *their_features, pixels.permute(0, 3, 1, 2), tokens)
+    peer = build_model(ModelConfig(towers=SIGLIP_TANH))
+    load_big_vision_weights(peer, str(path))
+    assert all(torch.equal(tensor, module.state_dict()[name]) for name, tensor in peer.state_dict().items())
+
+
+def test_a_torchscript_file_of_openai(tmp_path):
+    """Half precision, sizes as tensors, and names of the CLIP class; code is not read."""
+    plain = open_clip.model.CLIP(**pretrained.CLIP)
+    for name in ("input_resolution", "context_length", "vocab_size"):
+        vars(plain).pop(name, None)
+        plain.register_buffer(name, torch.tensor(7))
+    pretrained.randomize(plain)
+    weights = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer
+        script = torch.jit.trace(plain, (PIXELS, TOKENS), strict=False, check_trace=False)
+    script.half().save(str(tmp_path / "ViT.pt"))
+    module, found = loaded(model_from(tmp_path / "ViT.pt", pretrained.CLIP))
+    assert (found.missing, found.unused) == (["logit_bias"], ["attn_mask"])
+    own = module.state_dict()
+    assert torch.equal(own["visual.proj"], weights["visual.proj"].half().float())
+    assert torch.equal(own["text.token_embedding.weight"], weights["token_embedding.weight"].half().float())
+
+
+@pytest.mark.parametrize("form", ["timm", "factory"])
+def test_an_image_tower_alone(tmp_path, form):
+    """A timm checkpoint begins the trunk of a timm tower, or a whole image tower of a factory; the text stays fresh."""
+    tower = timm.create_model("tiny_siglip", num_classes=0)
+    weights = pretrained.randomize(tower).state_dict()
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "tiny_siglip", "pretrained_cfg": {"std": [1]}}))
+    image_tower = "tests.helpers.pretrained:image_tower" if form == "factory" else None
+    module, found = loaded(model_from(tmp_path, pretrained.SIGLIP, image_tower=image_tower))
+    source = find_weights(str(tmp_path))
+    assert (source.format, source.config["architecture"]) == ("timm", "tiny_siglip")
+    part, name = (module.visual, "visual") if form == "factory" else (module.visual.trunk, "visual.trunk")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in part.state_dict().items())
+    assert found.origin == f" (a tower alone, for {name})"
+    assert all(name.startswith(("text.", "logit_")) for name in found.missing)
+
+
+@pytest.mark.parametrize("name", ["open_clip", "safetensors", "clip_class"])
+def test_folders_of_open_clip_and_of_our_export(tmp_path, name):
+    model = ModelConfig(towers=pretrained.CLIP)
+    trained = pretrained.randomize(build_model(model))
+    if name == "clip_class":  # as open_clip's push_to_hf_hub writes it, for a model with the text tower at the top
+        plain = pretrained.randomize(open_clip.model.CLIP(**pretrained.CLIP))
+        config = {"model_cfg": pretrained.CLIP, "preprocess_cfg": {"mean": [0.48145466, 0.4578275, 0.40821073]}}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+        torch.save(plain.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+        trained = CustomTextCLIP(**pretrained.CLIP)
+        trained.load_state_dict(convert_to_custom_text_state_dict(plain.state_dict()))
+    else:
+        EXPORTERS[name](trained, model, tmp_path)
+    source = find_weights(str(tmp_path))
+    assert source.format == ("sigray" if name == "safetensors" else "open_clip")
+    assert "preprocess_cfg" in source.config or source.config["preprocessing"]["size"] == SIZE
+    module, found = loaded(model_from(tmp_path, pretrained.CLIP))
+    assert found.missing == (["logit_bias"] if name == "clip_class" else [])
+    assert all(torch.equal(module.state_dict()[key], tensor) for key, tensor in trained.state_dict().items())
+
+
+@pytest.mark.parametrize(("files", "message"), [
+    ({}, r"the folder .* has no weights \(open_clip_model.safetensors, .*\); it has no files"),
+    ({"image.onnx": b"", "config.json": b"{}"}, r"has no weights .*; it has config.json, image.onnx"),
+    ({"config.json": b'{"model_type": "bert"}', "model.safetensors": b""}, "model_type 'bert'; sigray reads clip, "),
+    ({"model.safetensors.index.json": b'{"weight_map": {"a": "../../secret"}}'}, "is no index of weights"),
+    ({"model.safetensors.index.json": b'{"weight_map": {"a": "part-1"}}'}, "lacks part-1, which .*index.json names"),
+    ({"config.json": b"[", "model.safetensors": b""}, "config.json: not JSON"),
+])  # fmt: skip
+def test_a_folder_without_weights_that_can_be_read_says_why(tmp_path, files, message):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        find_weights(str(tmp_path))
