@@ -52,7 +52,12 @@ class Place:
 LocalOrUri = Annotated[str, AfterValidator(local_or_url), Place("shared")]
 LocalFolder = Annotated[str, AfterValidator(local_or_url), Place("host")]
 LocalPath = Annotated[str, AfterValidator(local_path), Place("host")]
-LocalFile = Annotated[str, AfterValidator(readable), Place("file")]
+_HUB = "hf-hub:"
+WeightsPlace = Annotated[
+    str,
+    AfterValidator(lambda place: place if place.startswith(_HUB) else readable(place)),
+    Place("file", lambda place: None if place.startswith(_HUB) else place),
+]
 # Checked outside the union, so that an error names the key and not the members of the union.
 Patterns = Annotated[str | list[str], AfterValidator(_patterns), Place("shared")]
 
@@ -329,11 +334,12 @@ class ModelConfig(Section):
     token_bottleneck: PositiveInt | None = None
     """K of a token embedding in two parts, vocabulary x K and K x width.
     For large vocabularies of many languages (paper, section 4.3; K = 96 there). Null: one table."""
-    init_from: LocalFile | None = None
-    """Local file with initial weights, visible to all training workers.
-    A job carries a file of at most 16 MiB.
-    A sigray or open_clip checkpoint: .safetensors, or a file that torch.load reads with weights_only. Positional
-    embeddings are resized. Null: fresh weights."""
+    init_from: WeightsPlace | None = None
+    """Initial weights: a folder, a file, a URL of either, or `hf-hub:ORG/NAME`.
+    All training workers must see them. Written by transformers (SigLIP, CLIP), open_clip, sigray, big_vision (.npz),
+    OpenAI (TorchScript) or timm; docs/models.md has the table. Position and patch embeddings are resized. A job carries
+    a file of at most 16 MiB.
+    Null: fresh weights."""
     init_fresh: list[Pattern] = []
     """Regular expressions for parameters that stay fresh despite init_from.
     They match whole parameter names, such as text\\..*"""

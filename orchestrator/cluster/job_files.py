@@ -92,7 +92,7 @@ class JobFiles:
         why = "is a path on this machine, which the hosts of the cluster do not see"
         if place.kind == "file" and not is_remote(path):
             file = Path(local_path(path))
-            why = "is no file"
+            why = "is a folder" if file.is_dir() else "is no file"
             if file.is_file() and file.stat().st_size > _MAX_MIB << 20:
                 why = f"is larger than {_MAX_MIB} MiB, the most that a job carries"
             elif file.is_file():

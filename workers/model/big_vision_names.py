@@ -1,4 +1,4 @@
-"""Renames tensors of google-research/big_vision to those of transformers' `SiglipModel`.
+"""Renames tensors of google-research/big_vision to those of `SiglipModel`.
 
 The model is `models/proj/image_text/two_towers.py`. flax has kernels as (inputs, outputs), and heads as a dimension.
 """

@@ -55,7 +55,7 @@ def read_open_clip_config(name: str) -> dict[str, Any]:
     """
     source, _, place = name.partition(":")
     if source in (LOCAL_DIR, HF_HUB):
-        content = read_json(Path(place) / CONFIG if source == LOCAL_DIR else _from_hub(place, CONFIG))
+        content = read_json(Path(place) / CONFIG if source == LOCAL_DIR else from_hub(place, CONFIG))
         if content is None:
             raise ValueError(f"model.name: {name} has no {CONFIG}")
         config = content.get("model_cfg", content)
@@ -83,7 +83,7 @@ def refuse_code(source: str) -> None:
     """
     for file in _OTHERS_CONFIGS:
         # A folder of this name goes before the repository, as in transformers.
-        path = Path(source) / file if Path(source).is_dir() else _from_hub(source, file)
+        path = Path(source) / file if Path(source).is_dir() else from_hub(source, file)
         for key, value in _entries(read_json(path) or {}):
             is_kernel = str(key).endswith("attn_implementation") and "/" in str(value)  # code of a repository
             if key in _NAMES_CODE or is_kernel:
@@ -206,7 +206,12 @@ def read_json(path: Path | None) -> dict[str, Any] | None:
 
 
 @functools.cache
-def _from_hub(repository: str, file: str) -> Path | None:
+def from_hub(repository: str, file: str) -> Path | None:
+    """Return a file of a repository, here; None if the repository lacks it.
+
+    Raises:
+        ValueError: if the hub cannot be reached, or has no such repository.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 

@@ -3,6 +3,7 @@
     a folder    of transformers or timm (config.json), of open_clip (open_clip_config.json), of `sigray export`
     a file      of tensors, in such a folder or alone
     a URL       of either; a copy is kept on this machine
+    hf-hub:ORG/NAME    a repository of the Hugging Face hub, or its copy in huggingface_hub's cache
 
 Without torch, so that a process that reads only what a model expects of its inputs stays light.
 """
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sigray.workers.model.untrusted import CONFIG, read_json
+from sigray.workers.model.untrusted import CONFIG, HF_HUB, from_hub, read_json, reason
 from sigray.workers.storage import Storage, local_copy, url_cache
 from sigray.workers.texts import first_ten
 from sigray.workers.urls import STORES, is_remote
@@ -53,13 +54,16 @@ class WeightsSource:
 
 
 def find_weights(place: str) -> WeightsSource:
-    """Find the weights at a path or URL.
+    """Find the weights at a path or URL, or in a repository.
 
     Raises:
         ValueError: if there are none, or a folder is of an unknown kind.
         StoreError: if a URL's store cannot be reached or refuses.
     """
-    path = _copy(place) if is_remote(place) else Path(place)
+    if place.startswith(f"{HF_HUB}:"):
+        path = _hub_folder(place.removeprefix(f"{HF_HUB}:"))
+    else:
+        path = _copy(place) if is_remote(place) else Path(place)
     if path.is_dir():
         names = os.listdir(path)
         path /= _weights_file(place, names)
@@ -133,4 +137,24 @@ def _copy(url: str) -> Path:
         part.unlink(missing_ok=True)
         part.symlink_to(copy)
         part.replace(folder / copy.name)
+    return folder
+
+
+def _hub_folder(repository: str) -> Path:
+    """Return the folder of a repository's weights and the files beside them."""
+    from huggingface_hub import snapshot_download
+
+    beside = [f"*{ending}" for ending in _BESIDE]
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=beside, ignore_patterns=f"*{_INDEX}"))
+        is_complete = any((folder / name).is_file() for name in _WEIGHTS)
+        weights = None if is_complete else next((name for name in _WEIGHTS if from_hub(repository, name)), None)
+        for name in _parts(folder / weights) if weights else []:
+            from_hub(repository, name)
+    except Exception as error:  # of the network, or what the hub answers
+        raise ValueError(
+            f"model.init_from={HF_HUB}:{repository} cannot be fetched from the Hugging Face hub or its cache here: "
+            f"{reason(error)}\nOn a machine with network: hf download {repository} --local-dir FOLDER; then set "
+            "model.init_from=FOLDER. A private repository needs the variable HF_TOKEN"
+        ) from error
     return folder

@@ -110,7 +110,7 @@ SHARED_KEYS = [
     *((key, "missing.pt", "is no file") for key in FILE_KEYS),
     ("model.init_from", "large.pt", "larger than 16 MiB"),
     ("model.image_tower", "large.pt", "larger than 16 MiB"),
-    ("model.tokenizer", "folder", "is no file"),
+    ("model.tokenizer", "folder", "is a folder"), ("model.init_from", "folder", "is a folder"),
     *((key, "folder", "a path on this machine") for key in SHARED_KEYS),
     ("data.shards", ["s3://b/tars", "tars"], "data.shards=tars is a path on this machine"),
     ("model.name", "local-dir:folder", "a path on this machine"),
@@ -126,7 +126,8 @@ def test_a_file_that_the_hosts_cannot_see_is_refused_by_its_key(here, key, value
     *((key, f"s3://bucket/{key}") for key in SHARED_KEYS[:2]),
     *((key, "/mnt/elsewhere") for key in SHARED_KEYS),
     *((key, "/mnt/elsewhere/large.pt") for key in FILE_KEYS),
-    ("model.name", "ViT-B-16-SigLIP"), ("model.name", "hf-hub:org/name"), ("model.name", "local-dir:/mnt/model"),
+    ("model.name", "ViT-B-16-SigLIP"), ("model.name", "hf-hub:org/name"), ("model.init_from", "hf-hub:org/name"),
+    ("model.name", "local-dir:/mnt/model"),
     ("model.tokenizer", "open_clip"), ("eval.sets.a.classes", "subfolders"), ("model.image_tower", "package.module:f"),
     ("run.name", "a.json"), ("train.num_samples", 5), ("data.captions", {"txt": 1}),
 ])  # fmt: skip

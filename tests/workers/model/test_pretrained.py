@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 from open_clip.convert import load_big_vision_weights
 from open_clip.model import CustomTextCLIP, convert_to_custom_text_state_dict
 from safetensors.torch import save_file
@@ -23,6 +24,7 @@ from sigray.workers.model.transformers_names import CLIP, SIGLIP, from_transform
 from sigray.workers.model.weights_source import find_weights
 from tests.golden import big_vision
 from tests.helpers import pretrained
+from tests.helpers.hub import hub
 from tests.helpers.pretrained import LENGTH, SIZE, WORDS, transformers_model
 
 PIXELS = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
@@ -240,3 +242,21 @@ def test_a_folder_without_weights_that_can_be_read_says_why(tmp_path, files, mes
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         find_weights(str(tmp_path))
+
+
+def test_a_repository_of_the_hub_and_its_copy_in_the_cache(tmp_path, monkeypatch):
+    theirs = transformers_model("siglip")
+    theirs.save_pretrained(tmp_path / "files", max_shard_size="100KB")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "files").iterdir()} | {"model.onnx": b"not fetched"}
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with hub(files) as url:
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        source = find_weights("hf-hub:a/b")
+        assert {path.name for path in source.folder.iterdir()} == set(files) - {"model.onnx"}
+    module, found = loaded(ModelConfig(towers=pretrained.SIGLIP, init_from="hf-hub:a/b"))  # the hub is gone
+    assert not found.missing + found.unused
+    own = from_transformers(theirs.state_dict())
+    assert all(torch.equal(tensor, own[name]) for name, tensor in module.state_dict().items())
+    with pytest.raises(ValueError, match=r"hf-hub:c/d cannot be fetched [^\n]*\nOn .* set model.init_from=FOLDER"):
+        find_weights("hf-hub:c/d")

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
 import pickle
 import re
 import subprocess
 import sys
-import threading
 import zipfile
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.helpers.data import TOWERS
+from tests.helpers.hub import hub
 
 BERT = {
     "model_type": "bert",
@@ -191,39 +187,6 @@ def add_repository(attacker: Attacker) -> dict[str, bytes]:
     everything = "check tokenize export train"
     attacker.add("repository", {"name": "hf-hub:a/b"}, everything, r"a/b/config\.json names auto_map")
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@contextlib.contextmanager
-def hub(files: dict[str, bytes]) -> Iterator[str]:
-    """A Hugging Face hub with one repository, a/b, of these files; gives its URL."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            content = files.get(self.path.removeprefix("/a/b/resolve/main/"))
-            self.send_response(404 if content is None else 200)
-            if content is None:
-                self.send_header("X-Error-Code", "EntryNotFound")
-            self.send_header("ETag", f'"{hashlib.sha1(content or b"").hexdigest()}"')  # names the file in the cache
-            self.send_header("X-Repo-Commit", "0" * 40)
-            self.send_header("Content-Length", str(len(content or b"")))
-            self.end_headers()
-            if self.command == "GET" and content is not None:
-                self.wfile.write(content)
-
-        do_GET = do_HEAD
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def test_no_code_of_a_folder_or_file_runs_and_the_refusal_names_it(tmp_path):
