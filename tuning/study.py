@@ -37,7 +37,12 @@ if TYPE_CHECKING:
 STUDY = "study.yaml"  # in the folder of a sweep
 _FIGURES = {
     "zero_shot": ("top1", "top5"),
-    "retrieval": tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)),
+    "retrieval": tuple(
+        f"{merged}{way}_r{k}"
+        for merged in ("", "merged_")
+        for way in ("image_to_text", "text_to_image")
+        for k in (1, 5, 10)
+    ),
 }
 _FIGURES["multilingual"] = _FIGURES["retrieval"]
 
@@ -145,7 +150,7 @@ class StudyConfig(Section):
     """The metric that ranks trials, higher is better.
 
     zero_shot.SET.top1, retrieval.SET.image_to_text_r10, or multilingual.SET.image_to_text_r1, the mean over the
-    languages of the set."""
+    languages of the set. merged_image_to_text_r10 merges equal captions."""
     budget: PositiveInt | Annotated[list[PositiveInt], Field(min_length=1)]
     """Samples seen by a trial in its whole run (train.num_samples).
 

@@ -96,6 +96,7 @@ def _by_seed(pairs: Sequence[tuple[Row, Result, Result]], metric: str) -> tuple[
 def sample_variance(result: Result, metric: str) -> float:
     """The variance p(1-p)/n of a rate over n images or captions."""
     task, name, figure = split_metric(metric)
-    counted = "num_captions" if figure.startswith("text_to_image") else "num_images"
+    asked = {"text_to_image": "num_captions", "merged_text_to_image": "num_distinct_captions"}
+    counted = asked.get(figure.rpartition("_")[0], "num_images")
     count = result.figures.get(task, {}).get(name, {}).get(counted) or 1
     return result.value * (1 - result.value) / count

@@ -553,15 +553,15 @@ class EvalSet(Section):
     """Prompts; `{}` is the class name. The features of several are averaged."""
     retrieval: bool = True
     """Measure image-to-text and text-to-image recall over the whole set.
-    Set it to false if the set has no captions."""
+    All captions of an image count. Set it to false if the set has no captions."""
     linear_probe: Patterns | None = None
     """Images with classes, as `shards`, to fit a linear classifier on.
     The classifier of image features is measured on `shards`. All features are held in memory."""
     languages: list[str] = []
     """Languages to measure one by one, with the captions of language_captions."""
     language_captions: Annotated[str, AfterValidator(_caption_source)] = "json:captions.{language}.name"
-    """Source, as in data.captions, of a sample's caption in a language.
-    If the set has classes, the caption is the name of the class in that language."""
+    """Source, as in data.captions, of a sample's captions in a language.
+    If the set has classes, the first caption is the name of the class in that language."""
 
     @model_validator(mode="after")
     def _check_fields(self) -> EvalSet:

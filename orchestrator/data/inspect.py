@@ -383,7 +383,7 @@ class _ShardReader:
         reasons = [sample.refusal] if sample.refusal else []
         if not is_captioned:
             try:
-                self.decoder.choose_caption(sample.members, None)
+                self.decoder.captions(sample.members)
             except Refused as refused:
                 reasons.append(str(refused))
         ending = next((ending for ending in self.data.image_keys if ending in sample.members), None)

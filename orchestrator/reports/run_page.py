@@ -271,10 +271,17 @@ def _retrieval(run: RunFiles) -> list[dict[str, Any]]:
     rows = []
     for name, figures in run.retrieval.items():
         num_images, num_captions = find_number(figures, "num_images"), find_number(figures, "num_captions")
+        num_distinct = find_number(figures, "num_distinct_captions")
         size = [words.counted(num_images, "image")] if num_images else []
-        size += [words.counted(num_captions, "different caption")] if num_captions else []
+        size += [words.counted(num_captions, "caption")] if num_captions else []
+        asked_of = [("image_to_text", num_images), ("text_to_image", num_captions)]
+        if num_distinct is None:  # measured before sigray read all captions of an image
+            size.append("equal captions merged")
+        elif num_distinct != num_captions:
+            size.append(f"{words.count(num_distinct)} of them different")
+            asked_of += [("merged_image_to_text", num_images), ("merged_text_to_image", num_distinct)]
         ways = []
-        for way, asked in (("image_to_text", num_images), ("text_to_image", num_captions)):
+        for way, asked in asked_of:
             cells = []
             for k in (1, 5, 10):
                 rate, chance = find_number(figures, f"{way}_r{k}"), find_number(figures, f"{way}_chance{k}")
@@ -282,7 +289,10 @@ def _retrieval(run: RunFiles) -> list[dict[str, Any]]:
                 if "times" in against and chance:
                     against = f"{against.replace(' times ', words.TIMES + words.NBSP)} ({words.percent(chance)})"
                 cells.append(_cell(rate, against))
-            ways.append({"name": way.replace("_", " "), "cells": cells})
+            name = way.removeprefix("merged_").replace("_", " ") + (
+                ", equal captions merged" if "merged" in way else ""
+            )
+            ways.append({"name": name, "cells": cells})
         rows.append({"name": name, "size": ", ".join(size), "ways": ways})
     return rows
 

@@ -131,16 +131,31 @@ def figures_table(result: dict[str, Any]) -> Group:
             rows[0][-1] = f"{figures['pixel_baseline_top1']:.2%}"
         parts += [Text(f"{name}: zero-shot, {figures['num_classes']:,} classes", style="bold"), _table(rows)]
     for name, figures in result["retrieval"].items():
-        rows = [
-            _figure(f"{way.replace('_', ' ')} R@{k}", figures[f"{way}_r{k}"], figures[f"{way}_chance{k}"])
-            for way in ("image_to_text", "text_to_image")
-            for k in (1, 5, 10)
-        ]
-        parts += [Text(f"{name}: retrieval, {figures['num_images']:,} images", style="bold"), _table(rows)]
+        for title, prefix in _retrieval_titles(figures).items():
+            rows = [
+                _figure(
+                    f"{way.replace('_', ' ')} R@{k}",
+                    figures[f"{prefix}{way}_r{k}"],
+                    figures[f"{prefix}{way}_chance{k}"],
+                )
+                for way in ("image_to_text", "text_to_image")
+                for k in (1, 5, 10)
+            ]
+            parts += [Text(f"{name}: retrieval, {title}", style="bold"), _table(rows)]
     for name, figures in result.get("linear_probe", {}).items():
         rows = [_figure("top-1", figures["top1"], figures["chance1"])]
         parts += [Text(f"{name}: linear probe, fitted on {figures['num_fit']:,} images", style="bold"), _table(rows)]
     return Group(*parts)
+
+
+def _retrieval_titles(figures: dict[str, Any]) -> dict[str, str]:
+    """What was counted -> prefix of its figures; merged ones only if captions are equal."""
+    images, captions = f"{figures['num_images']:,} images", f"{figures['num_captions']:,} captions"
+    num_distinct = figures.get("num_distinct_captions")
+    if num_distinct is None:  # measured before sigray read all captions of an image
+        return {f"{images}, equal captions merged": ""}
+    titles = {f"{images}, {captions}": ""}
+    return titles if num_distinct == figures["num_captions"] else titles | {"equal captions merged": "merged_"}
 
 
 def _table(rows: list[list[str]]) -> Table:

@@ -20,9 +20,10 @@ def zero_shot(top1: float, top5: float, num_classes: int, num_images: int) -> di
     return figures | {"chance1": 1 / num_classes, "chance5": min(5, num_classes) / num_classes}
 
 
-def retrieval(recall: float, num: int) -> dict[str, Any]:
-    figures: dict[str, Any] = {"num_images": num, "num_captions": num}
-    for way in ("image_to_text", "text_to_image"):
+def retrieval(recall: float, num: int, num_distinct: int | None = None) -> dict[str, Any]:
+    distinct = num_distinct or num
+    figures: dict[str, Any] = {"num_images": num, "num_captions": num, "num_distinct_captions": distinct}
+    for way in ("image_to_text", "text_to_image", "merged_image_to_text", "merged_text_to_image"):
         for k in (1, 5, 10):
             figures |= {f"{way}_r{k}": recall * k, f"{way}_chance{k}": k / num}
     return figures

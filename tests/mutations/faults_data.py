@@ -530,13 +530,6 @@ FAULTS = [
         ("tests/workers/evaluation/test_evaluate.py::test_a_collapsed_model_is_not_rewarded",),
     ),
     Fault(
-        "a caption of several images finds only its first",
-        "sigray.workers.evaluation.evaluate:retrieval_recall",
-        "similarity[owner == caption, caption].max()",
-        "similarity[owner == caption, caption][0]",
-        ("tests/workers/evaluation/test_evaluate.py::test_a_caption_finds_any_of_its_images",),
-    ),
-    Fault(
         "a data worker's totals are added again and again",
         "sigray.workers.metrics:WorkerMetrics._add",
         "self._exported[name, key] = int(total)",

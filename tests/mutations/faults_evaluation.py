@@ -6,7 +6,37 @@ _CHECKS = "tests/workers/evaluation/test_set_checks.py"
 _KEYS = "tests/test_keys_arrive.py"
 _PROBE = "tests/workers/evaluation/test_linear_probe.py"
 
+_RECALL = "tests/workers/evaluation/test_evaluate.py::test_recall_is_that_of_clip_benchmark"
+
 FAULTS = [
+    Fault(
+        "one caption of an image counts",
+        "sigray.workers.evaluation.datasets:load",
+        "decoder.captions(sample.members) if",
+        "decoder.captions(sample.members)[:1] if",
+        ("tests/workers/evaluation/test_evaluate.py::test_all_captions_of_a_list_are_read",),
+    ),
+    Fault(
+        "equal captions are merged for images",
+        "sigray.workers.evaluation.evaluate:retrieval_recall",
+        "(image, nearest_captions, image, every, len(text))",
+        "(image, nearest_texts, image, text, len(text))",
+        (f"{_RECALL}[2-16777216]",),
+    ),
+    Fault(
+        "the rate over distinct captions",
+        "sigray.workers.evaluation.evaluate:retrieval_recall",
+        "(every, nearest_images, text, image,",
+        "(text, nearest_images, text, image,",
+        (f"{_RECALL}[2-16777216]",),
+    ),
+    Fault(
+        "the chance of an image with several captions is that of one",
+        "sigray.workers.evaluation.evaluate:_chance",
+        "num_candidates - right, min(",
+        "num_candidates - 1, min(",
+        ("tests/workers/evaluation/test_evaluate.py::test_chance_of_retrieval_is_that_of_a_blind_draw[5]",),
+    ),
     Fault(
         "ties of penalties are resolved the other way",
         "sigray.workers.evaluation.linear_probe:_choose_penalty",

@@ -218,8 +218,8 @@ FAULTS = [
     Fault(
         "captions are counted as images",
         "sigray.tuning.verdict:sample_variance",
-        '"num_captions" if',
-        '"num_images" if',
+        '"text_to_image": "num_captions"',
+        '"text_to_image": "num_images"',
         (f"{_VERDICT}::test_text_to_image_counts_captions",),
     ),
     Fault(

@@ -49,6 +49,7 @@ _OTHER = {
     "train.label_noise.fraction": "value / 2",
     "cluster.tpu_type": "'TPU-V5P'",
     "cluster.tpu_topology": "'1x2x4'",
+    "optim.num_timescale_samples": "value and 2 * value",
     "optim.groups.*.match": "'text.*' if value.startswith('visual') else 'visual.*'",
 }
 

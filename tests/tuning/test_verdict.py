@@ -107,6 +107,9 @@ def test_failed_trials_are_no_evidence():
 
 def test_text_to_image_counts_captions():
     (row,) = rows({("sigmoid", 1): [0.5]})
-    row.results[0].figures = {"retrieval": {"colours": {"num_images": 100, "num_captions": 25}}}
+    counts = {"num_images": 100, "num_captions": 25, "num_distinct_captions": 20}
+    row.results[0].figures = {"retrieval": {"colours": counts}}
+    assert sample_variance(row.results[0], "retrieval.colours.merged_text_to_image_r1") == 0.25 / 20
+    assert sample_variance(row.results[0], "retrieval.colours.merged_image_to_text_r1") == 0.25 / 100
     assert sample_variance(row.results[0], "retrieval.colours.text_to_image_r1") == 0.25 / 25
     assert sample_variance(row.results[0], "retrieval.colours.image_to_text_r1") == 0.25 / 100

@@ -146,32 +146,35 @@ class Decoder:
         box = random_box(height, width, self._data.crop_scale, self._data.crop_ratio, random.uniforms("crop"))
         resize(_cut(pixels, *box), out, size=out.shape[:2])
 
-    def choose_caption(self, members: Members, random: SampleRandom | None) -> str:
-        """Return one of the sample's usable captions, drawn by weight.
+    def choose_caption(self, members: Members, random: SampleRandom) -> str:
+        """Return one of the sample's usable captions, drawn by weight; raises as `captions`."""
+        # Exponential arrival times: source i is first with probability w_i / sum w, and so among any subset. So
+        # sources are tried in the order of arrival until one is usable, and JSON is parsed only if it is needed.
+        uniforms = random.uniforms("caption")
+        sources = sorted(self._captions, key=lambda source: -math.log1p(-next(uniforms)) / source[1])
+        texts = _first_usable(sources, members)
+        return texts[int(next(uniforms) * len(texts))]
 
-        Args:
-            random: None for evaluation, which takes the caption with the most weight, the first of equals.
+    def captions(self, members: Members) -> list[str]:
+        """Return the sample's captions for evaluation.
+
+        They are all captions of the usable source with the most weight, the first of equals.
 
         Raises:
             Refused: no caption is usable. The most specific reason: "caption is not UTF-8", "unreadable json caption",
                 "empty caption", "no caption".
         """
-        sources = self._captions
-        uniforms: Iterator[float] = itertools.repeat(0.0)
-        if random is not None:
-            # Exponential arrival times: source i is first with probability w_i / sum w, and so among any subset. So
-            # sources are tried in the order of arrival until one is usable, and JSON is parsed only if it is needed.
-            uniforms = random.uniforms("caption")
-            sources = sorted(sources, key=lambda source: -math.log1p(-next(uniforms)) / source[1])
-        reasons = []
-        for source, _ in sources:
-            try:
-                texts = captions_at(source, members)
-            except Refused as refused:
-                reasons.append(str(refused))
-            else:
-                return texts[int(next(uniforms) * len(texts))]
-        raise Refused(min(reasons, key=_CAPTION_REASONS.index))
+        return _first_usable(self._captions, members)
+
+
+def _first_usable(sources: list[tuple[str, float]], members: Members) -> list[str]:
+    reasons = []
+    for source, _ in sources:
+        try:
+            return captions_at(source, members)
+        except Refused as refused:
+            reasons.append(str(refused))
+    raise Refused(min(reasons, key=_CAPTION_REASONS.index))
 
 
 def random_box(

@@ -75,11 +75,11 @@ class LoadedSet:
     """Decoded samples; unusable samples are left out and counted."""
 
     images: np.ndarray  # (n, S, S, 3) uint8
-    captions: list[str]  # n; empty strings if the set needs no captions
+    captions: list[list[str]]  # n; of an image, all its captions; none if the set needs no captions
     places: list[int]  # n; numbers in their shard, or in the folder
     class_ids: list[str]  # n; empty strings if the set has no classes
     refused: Counter[str]  # by reason
-    translations: list[list[str | None]] = field(default_factory=list)  # n; by language of the set
+    translations: list[list[list[str]]] = field(default_factory=list)  # n; by language of the set, as `translations`
 
 
 def cut(
@@ -133,7 +133,7 @@ def load(samples: Iterable[TarSample], spec: EvalSet, data: DataConfig, image_si
     loaded = LoadedSet(np.empty((0, image_size, image_size, 3), np.uint8), [], [], [], Counter())
     for sample in samples:
         try:
-            caption = decoder.choose_caption(sample.members, None) if spec.retrieval else ""
+            captions = decoder.captions(sample.members) if spec.retrieval else []
             own_class = class_id(sample.members, spec) if spec.classes else ""
             image = np.empty((image_size, image_size, 3), np.uint8)
             decoder.decode_image(sample.members, image, None)
@@ -141,7 +141,7 @@ def load(samples: Iterable[TarSample], spec: EvalSet, data: DataConfig, image_si
             loaded.refused[str(reason)] += 1
             continue
         images.append(image)
-        loaded.captions.append(caption)
+        loaded.captions.append(captions)
         loaded.places.append(sample.index)
         loaded.class_ids.append(own_class)
         loaded.translations.append(translations(sample.members, spec))
@@ -150,17 +150,14 @@ def load(samples: Iterable[TarSample], spec: EvalSet, data: DataConfig, image_si
     return loaded
 
 
-def translations(members: Members, spec: EvalSet) -> list[str | None]:
-    """A sample's caption in each language of the set; None for an unusable caption.
-
-    The caption comes from `language_captions`; of a list, the first one counts.
-    """
-    found: list[str | None] = []
+def translations(members: Members, spec: EvalSet) -> list[list[str]]:
+    """A sample's captions in each language of the set, from `language_captions`; empty lists if none is usable."""
+    found: list[list[str]] = []
     for language in spec.languages:
         try:
-            found.append(captions_at(spec.language_captions.replace("{language}", language), members)[0])
+            found.append(captions_at(spec.language_captions.replace("{language}", language), members))
         except Refused:
-            found.append(None)
+            found.append([])
     return found
 
 

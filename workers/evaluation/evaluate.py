@@ -1,6 +1,6 @@
 """Evaluation of one checkpoint: zero-shot, retrieval, linear probe, baselines.
 
-    n  images of a set       C  classes       U  distinct captions       D  embedding dimension
+    n  images of a set       C  classes       T  captions       D  embedding dimension
 
 Every figure has its chance level beside it. The driver runs `evaluate_checkpoint` as a Ray task beside training.
 Features come from one or more workers (`workers/evaluation/features.py`); the figures are computed once from all of
@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,9 @@ from sigray.workers.evaluation.datasets import LoadedSet, check_classes, classes
 from sigray.workers.evaluation.features import EvaluationJob, SetFeatures, WorkerGroup
 from sigray.workers.evaluation.linear_probe import linear_probe
 
+WAYS = ("image_to_text", "text_to_image", "merged_image_to_text", "merged_text_to_image")
+TOP = (1, 5, 10)
+_MAX_SIMILARITIES = 1 << 24  # in one chunk; with its copy by caption, 128 MiB
 _PIXEL_BASELINE_SIZE = 16
 
 
@@ -53,8 +57,8 @@ def evaluate_checkpoint(job: EvaluationJob) -> dict[str, Any]:
                 result["zero_shot"][name] = zero_shot_accuracy(logits, labels) | {"num_refused": found.refused.total()}
                 result["sheets"][name] = _sheet(found, logits, labels, classes)
             if spec.retrieval:
-                numbers, owner = _numbered(found.captions)
-                result["retrieval"][name] = retrieval_recall(features @ workers.texts(list(numbers)).T, owner)
+                numbers, image, text = numbered_captions(found.captions)
+                result["retrieval"][name] = retrieval_recall(features, workers.texts(list(numbers)), image, text)
             if spec.linear_probe is not None:
                 fit = workers.images(name, probe_set(spec))
                 result["linear_probe"][name] = linear_probe(fit.features, fit.class_ids, features, found.class_ids)
@@ -91,34 +95,85 @@ def zero_shot_accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
-def retrieval_recall(similarity: Tensor, owner: Tensor) -> dict[str, float]:
+def retrieval_recall(features: Tensor, texts: Tensor, image: Tensor, text: Tensor) -> dict[str, float]:
     """Recall at 1, 5 and 10 in both directions, with chance levels.
 
+    As CLIP_benchmark counts, each caption of each image is a text of its own. An image is found if any of its captions
+    is among the k nearest texts, a caption if its image is among the k nearest images; an equal caption of another
+    image is a wrong answer. In the figures `merged_...`, equal captions are one text, right for each of its images.
+
     Args:
-        similarity: (n, U), images against distinct captions.
-        owner: (n,) int64, the caption of each image; several images may share one.
+        features: (n, D) of images, of unit norm; each has a caption.
+        texts: (U, D) of the distinct captions, of unit norm.
+        image, text: (T,) int64, the image and the distinct caption of each caption, from `numbered_captions`.
 
     Returns:
-        image_to_text: rate of images whose caption is among the k nearest captions; text_to_image: rate of captions
-            with one of their images among the k nearest images.
+        num_images, num_captions, num_distinct_captions; {way}_r{k} and {way}_chance{k} for the `WAYS`.
     """
-    num_images, num_captions = similarity.shape
-    image_rank = _rank_of(similarity, owner)
-    text_rank = torch.empty(num_captions)
-    for caption in range(num_captions):
-        own = similarity[owner == caption, caption].max()
-        others = similarity[owner != caption, caption]
-        text_rank[caption] = (others > own).sum() + (others == own).sum() / 2
-    counts = torch.bincount(owner, minlength=num_captions).tolist()
-    result: dict[str, float] = {"num_images": num_images, "num_captions": num_captions}
-    for k in (1, 5, 10):
-        result[f"image_to_text_r{k}"] = float((image_rank < k).double().mean())
-        result[f"image_to_text_chance{k}"] = min(1.0, k / num_captions)
-        result[f"text_to_image_r{k}"] = float((text_rank < k).double().mean())
-        misses = [math.comb(num_images - m, min(k, num_images)) for m in counts]
-        ways = math.comb(num_images, min(k, num_images))
-        result[f"text_to_image_chance{k}"] = sum(1 - miss / ways for miss in misses) / num_captions
+    every = torch.arange(len(text))
+    # Equal captions of one image count once if they are merged.
+    merged_image, merged_text = torch.stack([image, text]).unique(dim=1)
+    nearest_captions, nearest_texts = _nearest(features, texts, text), _nearest(features, texts)
+    nearest_images = _nearest(texts, features)
+    # way -> who is asked, the row of what is found, the right answer, and between how many; by pair of both
+    ways = {
+        "image_to_text": (image, nearest_captions, image, every, len(text)),
+        "text_to_image": (every, nearest_images, text, image, len(features)),
+        "merged_image_to_text": (merged_image, nearest_texts, merged_image, merged_text, len(texts)),
+        "merged_text_to_image": (merged_text, nearest_images, merged_text, merged_image, len(features)),
+    }
+    result: dict[str, float] = {
+        "num_images": len(features),
+        "num_captions": len(text),
+        "num_distinct_captions": len(texts),
+    }
+    for way, (asked, nearest, row, answer, num_candidates) in ways.items():
+        num_answers = torch.bincount(asked)
+        for k in TOP:
+            is_found = torch.zeros(len(num_answers), dtype=torch.bool)
+            is_found[asked[(nearest[k][row] == answer[:, None]).any(dim=1)]] = True
+            result[f"{way}_r{k}"] = float(is_found.double().mean())
+            result[f"{way}_chance{k}"] = _chance(Counter(num_answers.tolist()), num_candidates, k)
     return result
+
+
+def numbered_captions(captions: Sequence[Sequence[str]]) -> tuple[dict[str, int], Tensor, Tensor]:
+    """The distinct captions of images with numbers; of each caption its image and number, (T,) int64."""
+    numbers, text = _numbered([caption for own in captions for caption in own])
+    return numbers, torch.tensor([number for number, own in enumerate(captions) for _ in own]), text
+
+
+def _nearest(queries: Tensor, candidates: Tensor, columns: Tensor | None = None) -> dict[int, Tensor]:
+    """{k: (queries, k)} the nearest candidates, in chunks of bounded memory.
+
+    `torch.topk` decides between equals, as in CLIP_benchmark. If all features are equal, each query finds the same
+    candidates, so that recall is at its chance level.
+
+    Args:
+        columns: (T,) candidate of each column; None: one column for each candidate.
+    """
+    num_columns = len(candidates) if columns is None else len(columns)
+    nearest: dict[int, list[Tensor]] = {k: [] for k in TOP}
+    for rows in queries.split(max(1, _MAX_SIMILARITIES // num_columns)):
+        similarity = rows @ candidates.T
+        similarity = similarity if columns is None else similarity[:, columns]
+        for k in TOP:
+            nearest[k].append(similarity.topk(min(k, num_columns), dim=1).indices)
+    return {k: torch.cat(parts) for k, parts in nearest.items()}
+
+
+def _chance(num_answers: Counter[int], num_candidates: int, k: int) -> float:
+    """Rate at which k blind draws of all candidates hold a right answer.
+
+    Args:
+        num_answers: number of right answers -> number of queries.
+    """
+    ways = math.comb(num_candidates, min(k, num_candidates))
+    hits = sum(
+        count * ((ways - math.comb(num_candidates - right, min(k, num_candidates))) / ways)
+        for right, count in num_answers.items()
+    )
+    return hits / num_answers.total()
 
 
 def _numbered(names: Sequence[str]) -> tuple[dict[str, int], Tensor]:
@@ -129,7 +184,7 @@ def _numbered(names: Sequence[str]) -> tuple[dict[str, int], Tensor]:
 
 def figures_by_language(
     features: Tensor,
-    captions: Sequence[Sequence[str | None]],
+    captions: Sequence[Sequence[Sequence[str]]],
     class_ids: Sequence[str],
     spec: EvalSet,
     encode: Callable[[list[str]], Tensor],
@@ -149,18 +204,17 @@ def figures_by_language(
     """
     result: dict[str, dict[str, Any]] = {}
     for number, language in enumerate(spec.languages):
-        rows = [row for row, by_language in enumerate(captions) if by_language[number] is not None]
+        rows = [row for row, by_language in enumerate(captions) if by_language[number]]
         if not rows:
             continue
-        texts = [str(captions[row][number]) for row in rows]
-        distinct, owner = _numbered(texts)
-        encoded = encode(list(distinct))
-        result[language] = {"retrieval": retrieval_recall(features[rows] @ encoded.T, owner)}
+        distinct, image, text = numbered_captions([captions[row][number] for row in rows])
+        texts = encode(list(distinct))
+        result[language] = {"retrieval": retrieval_recall(features[rows], texts, image, text)}
         if spec.classes:
             classes, labels = _numbered([class_ids[row] for row in rows])
-            # The first image of a class names it.
-            names = {class_ids[row]: text for row, text in zip(reversed(rows), reversed(texts), strict=True)}
-            of_classes = encoded[[distinct[names[class_id]] for class_id in classes]]
+            # The first image of a class names it, by its first caption.
+            names = {class_ids[row]: captions[row][number][0] for row in reversed(rows)}
+            of_classes = texts[[distinct[names[class_id]] for class_id in classes]]
             result[language]["zero_shot"] = zero_shot_accuracy(features[rows] @ of_classes.T, labels)
     return result
 
@@ -168,14 +222,13 @@ def figures_by_language(
 def mean_over_languages(figures: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Mean of each retrieval rate over the languages.
 
-    As the paper reports XM3600 (section 4.3). Also `num_languages`, and the smallest `num_images` and `num_captions` of
-    any language.
+    As the paper reports XM3600 (section 4.3). Also `num_languages`, and the smallest of each count of any language.
 
     Args:
         figures: of at least one language, from `figures_by_language`.
     """
     retrieval = [of_language["retrieval"] for of_language in figures.values()]
-    counts = ("num_images", "num_captions")
+    counts = [key for key in retrieval[0] if key.startswith("num_")]
     means = {key: sum(of[key] for of in retrieval) / len(retrieval) for key in retrieval[0] if key not in counts}
     return means | {key: min(of[key] for of in retrieval) for key in counts} | {"num_languages": len(retrieval)}
 

@@ -89,9 +89,9 @@ class SetFeatures:
     """Features and other values of the images of a set, or of a part of it."""
 
     features: Tensor  # (n, D) of unit norm
-    captions: list[str]  # n
+    captions: list[list[str]]  # n; of an image, all its captions
     class_ids: list[str]  # n
-    translations: list[list[str | None]]  # n; by language of the set
+    translations: list[list[list[str]]]  # n; by language of the set
     refused: Counter[str]  # samples that are not usable, by reason
     shown: dict[int, np.ndarray] = field(default_factory=dict)  # row -> (S, S, 3) uint8, for the sheet
 
@@ -303,7 +303,7 @@ def _join(parts: list[SetFeatures]) -> SetFeatures:
         first += len(part.captions)
     return SetFeatures(
         torch.cat([part.features for part in parts]),
-        [caption for part in parts for caption in part.captions],
+        [captions for part in parts for captions in part.captions],
         [class_id for part in parts for class_id in part.class_ids],
         [languages for part in parts for languages in part.translations],
         sum((part.refused for part in parts), Counter()),

@@ -108,7 +108,7 @@ def _check_samples(key: str, spec: EvalSet, data: DataConfig, where: str, sample
     )
     if spec.retrieval or not spec.classes:
         needs[f"data.captions={','.join(data.captions)}"] = (
-            lambda members: decoder.choose_caption(members, None),
+            decoder.captions,
             f"set data.captions, or {key}.classes and {key}.retrieval=false",
         )
     if spec.classes:

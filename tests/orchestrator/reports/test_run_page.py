@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from sigray.orchestrator.config import ConfigError
 from sigray.orchestrator.reports.run_page import write_report
+from sigray.orchestrator.run.progress import figures_table
 from tests.helpers.run_folders import (
     HOSTILE,
     OTHER,
@@ -193,6 +196,27 @@ def test_set_without_classes_has_only_retrieval(tmp_path: Path) -> None:
         in page.text
     )
     assert f"{SET} has no class names, so only retrieval is measured on it." in page.text
+
+
+@pytest.mark.parametrize("kind", ["different", "equal", "measured before"])
+def test_equal_captions_are_shown_merged_too(kind: str, tmp_path: Path) -> None:
+    figures = retrieval(0.02, 1720, 1000 if kind == "equal" else None)
+    if kind == "measured before":
+        figures = {key: figures[key] for key in figures if "merged" not in key and "distinct" not in key}
+    done = evaluation(332, 0.0, 0.0) | {"retrieval": {SET: figures}}
+    page = page_of(write_run(tmp_path, metrics=[], evaluations=[done]))
+    out = io.StringIO()
+    Console(file=out, width=80).print(figures_table(done))
+    printed = out.getvalue()
+    shown = {
+        "different": ("1,720 images, 1,720 captions", 0),
+        "equal": ("1,720 images, 1,720 captions, 1,000 of them different", 2),
+        "measured before": ("1,720 images, 1,720 captions, equal captions merged", 0),
+    }
+    assert shown[kind][0] in page.text.replace("\xa0", " ")
+    assert len(re.findall("(text|image), equal captions merged", page.text)) == shown[kind][1]
+    assert printed.count("image to text R@1 ") == (2 if kind == "equal" else 1)
+    assert ("equal captions merged" in printed) == (kind != "different")
 
 
 def test_few_classes_are_summed_up_by_the_first_guess(tmp_path: Path) -> None:

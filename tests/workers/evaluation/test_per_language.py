@@ -11,7 +11,7 @@ from sigray.orchestrator.config import parse_config
 from sigray.workers.config import DataConfig, EvalSet, ModelConfig
 from sigray.workers.data.decode import Decoder, sample_random
 from sigray.workers.evaluation.datasets import load_set
-from sigray.workers.evaluation.evaluate import figures_by_language
+from sigray.workers.evaluation.evaluate import figures_by_language, mean_over_languages
 from sigray.workers.model.bottleneck import BottleneckEmbedding, fold_bottleneck
 from sigray.workers.model.export import compare_open_clip, export_open_clip
 from sigray.workers.model.towers import build_model, check_model, num_parameters
@@ -96,6 +96,7 @@ def test_figures_by_language_by_hand(tmp_path):
         sample = drawn_sample(number % 2)
         colour = list(names)[number % 2]
         captions = {language: {"name": name} for language, name in names[colour].items()}
+        captions["en"]["name"] = [colour, f"{colour} thing"]
         if number == 3:
             del captions["de"]
         samples.append(sample | {"__key__": f"s{number}", "json": json.dumps({"class": colour, "captions": captions})})
@@ -105,13 +106,14 @@ def test_figures_by_language_by_hand(tmp_path):
     spec = EvalSet(shards=str(tmp_path / "set.tar"), classes=str(classes), languages=["en", "de", "fr"])
     loaded = load_set(spec, DataConfig(shards=str(tmp_path)), 8)
     assert loaded.translations == [
-        ["red", "rot", None],
-        ["green", "gruen", None],
-        ["red", "rot", None],
-        ["green", None, None],
+        [["red", "red thing"], ["rot"], []],
+        [["green", "green thing"], ["gruen"], []],
+        [["red", "red thing"], ["rot"], []],
+        [["green", "green thing"], [], []],
     ]
     features = torch.tensor([[1.0, 0], [0, 1.0], [0.8, 0.6], [0.6, 0.8]])
     table = {"red": [1.0, 0], "green": [0, 1.0], "rot": [0, 1.0], "gruen": [1.0, 0]}  # the German names are swapped
+    table |= {"red thing": [-1.0, 0], "green thing": [0, -1.0]}
     figures = figures_by_language(
         features,
         loaded.translations,
@@ -120,7 +122,14 @@ def test_figures_by_language_by_hand(tmp_path):
         lambda texts: torch.tensor([table[text] for text in texts]),
     )
     assert list(figures) == ["en", "de"]
-    assert figures["en"]["zero_shot"]["top1"] == figures["en"]["retrieval"]["image_to_text_r1"] == 1
-    assert figures["de"]["zero_shot"]["top1"] == figures["de"]["retrieval"]["image_to_text_r1"] == 0
+    assert figures["en"]["zero_shot"]["top1"] == figures["en"]["retrieval"]["merged_image_to_text_r1"] == 1
+    assert figures["de"]["zero_shot"]["top1"] == figures["de"]["retrieval"]["merged_image_to_text_r1"] == 0
     assert (figures["en"]["zero_shot"]["num_images"], figures["de"]["zero_shot"]["num_images"]) == (4, 3)
-    assert figures["de"]["retrieval"]["num_captions"] == 2
+    sizes = [
+        tuple(figures[language]["retrieval"][f"num_{each}"] for each in ("images", "captions", "distinct_captions"))
+        for language in figures
+    ]
+    assert sizes == [(4, 8, 4), (3, 3, 2)]
+    mean = mean_over_languages(figures)
+    assert (mean["num_languages"], mean["num_images"], mean["num_distinct_captions"]) == (2, 3, 2)
+    assert mean["merged_image_to_text_r1"] == 0.5
