@@ -289,10 +289,8 @@ def _retrieval(run: RunFiles) -> list[dict[str, Any]]:
                 if "times" in against and chance:
                     against = f"{against.replace(' times ', words.TIMES + words.NBSP)} ({words.percent(chance)})"
                 cells.append(_cell(rate, against))
-            name = way.removeprefix("merged_").replace("_", " ") + (
-                ", equal captions merged" if "merged" in way else ""
-            )
-            ways.append({"name": name, "cells": cells})
+            merged = ", equal captions merged" if way.startswith("merged_") else ""
+            ways.append({"name": way.removeprefix("merged_").replace("_", " ") + merged, "cells": cells})
         rows.append({"name": name, "size": ", ".join(size), "ways": ways})
     return rows
 
