@@ -30,6 +30,7 @@ from sigray.workers.checkpoint.index import metrics_line, newest_checkpoint, rea
 from sigray.workers.checkpoint.lease import LEASE_FILE
 from sigray.workers.data.manifest import Manifest
 from sigray.workers.data.tar import DataError
+from sigray.workers.model.inputs import inputs_of
 from sigray.workers.parse import ParseError, parse_json
 from sigray.workers.storage import Storage
 from sigray.workers.texts import first_ten
@@ -276,4 +277,6 @@ def read_run(run: str) -> RunConfig:
         ) from error
     source = f"{run}/{CONFIG}"
     saved = parse_mapping(content, source, "the config of a run expected")
-    return parse_config(find_carried(saved, lambda: storage), source)
+    config = parse_config(find_carried(saved, lambda: storage), source)
+    # A run that began until November 2026 recorded no inputs: it goes on with what was usual then.
+    return config.model_copy(update={"model": config.model.model_copy(update=inputs_of(config.model))})

@@ -44,6 +44,7 @@ from sigray.orchestrator.data.audit import audit_run
 from sigray.orchestrator.run import driver, monitor, places, policy, supervisor, trackers
 from sigray.orchestrator.run.embed import embed
 from sigray.orchestrator.run.evaluations import evaluates_at_start
+from sigray.orchestrator.run.preflight import with_inputs
 from sigray.orchestrator.run.ray_session import ray_session
 from sigray.orchestrator.run.supervisor import PoolAutoscaler
 from sigray.orchestrator.run.trial import Rungs
@@ -53,6 +54,7 @@ from sigray.workers.checkpoint.async_writer import BackgroundWriter
 from sigray.workers.checkpoint.index import list_checkpoints
 from sigray.workers.checkpoint.writer import read_best, read_left_out
 from sigray.workers.config import LabelNoise, ModelConfig
+from sigray.workers.data.embedding_store import EmbeddingStore, StoreFormat
 from sigray.workers.data.label_noise import Noise
 from sigray.workers.data.loader import Batch
 from sigray.workers.data.manifest import Shard, open_shard, scan_shards
@@ -1132,6 +1134,35 @@ def test_weights_to_begin_with(configure, spy, tmp_path, fresh):
     assert seen["logit_bias"].item() == (-10 if fresh else -5)
 
 
+def test_a_run_begins_with_the_inputs_of_its_weights_and_keeps_them(configure, plain, tmp_path):
+    plain.train = end_at_once
+    start_weights(tmp_path / "model.safetensors")
+    inputs = tmp_path / "open_clip_config.json"
+    inputs.write_text(json.dumps({"model_cfg": {}, "preprocess_cfg": {"resize_mode": "squash"}}))
+    config = configure(model={"init_from": str(tmp_path / "model.safetensors")})
+
+    def recorded() -> str | None:
+        with contextlib.suppress(Enough):
+            drive(config)
+        return RunFolder(config).saved_config().model.image_resize
+
+    assert recorded() == "squash"
+    inputs.write_text(inputs.read_text().replace("squash", "longest"))
+    assert recorded() == "squash"
+
+
+def test_a_run_that_reads_a_store_keeps_the_images_of_the_store(configure, tmp_path):
+    store = EmbeddingStore(str(tmp_path / "store"))
+    store.begin({"image_mean": [0.1, 0.2, 0.3], "image_resize": "squash"}, StoreFormat("fp32", 16, 1))
+    config = configure(
+        model={"name": "ViT-B-32", "towers": None, "locked": ["visual"], "init_from": "no/file"},
+        embeddings={"store": str(tmp_path / "store")},
+    )
+    config = config.model_copy(update={"model": config.model.model_copy(update={"init_from": None})})
+    model = with_inputs(config, lambda remark: None).model
+    assert (model.image_mean, model.image_std, model.image_resize) == ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5), "squash")
+
+
 def test_a_tower_of_a_function(configure, spy):
     train_here(configure(model={"image_tower": "tests.test_keys_arrive:small_tower"}, train={"num_samples": 8}))
     assert isinstance(spy.trainer.module.visual, torch.nn.Sequential)
@@ -1146,6 +1177,27 @@ def test_the_tokenizer_of_a_file(configure, tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     tokens = data_worker(configure(model={"tokenizer": str(tmp_path / "tokenizer.json")})).block(0, 0).tokens
     assert tokens.max() <= 3  # "red field number 7"
+
+
+def test_inputs_as_the_config_says(configure, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: number for number, word in enumerate(["[UNK]", "[PAD]", "-", "red", "field", "RED"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    pixels = np.random.default_rng(0).integers(90, 256, (20, 40, 3), dtype=np.uint8)
+    sample = {"png": encode_image(pixels), "txt": "RED field"}
+    write_tar(tmp_path / "wide" / "wide.tar", [{"__key__": f"{number:03d}", **sample} for number in range(8)])
+    model = {"image_resize": "longest", "image_interpolation": "bilinear", "image_fill": 7, "text_clean": "lower"}
+    model |= {"text_pad_id": 2, "text_pad_side": "left", "tokenizer": str(tmp_path / "tokenizer.json")}
+    data = {"shards": str(tmp_path / "wide"), "num_lanes": 1, "crop": "center"}
+    block = data_worker(configure(data=data, model=model)).block(0, 0)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    expected = torch.nn.functional.interpolate(tensor, (8, 16), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+    assert np.array_equal(block.images[0][4:12], expected.numpy())
+    assert (block.images[0][[0, 3, 12, 15]] == 7).all()
+    assert block.tokens[0].tolist() == [*[2] * (block.tokens.shape[1] - 2), 3, 4]
 
 
 def test_embeddings_are_stored_and_read_as_the_config_says(configure, plain, spy, monkeypatch, tmp_path):

@@ -9,8 +9,9 @@ from typing import Any
 
 from sigray.orchestrator.config import RunConfig, parse_config
 from sigray.orchestrator.planning.plan import check_memory
-from sigray.orchestrator.run.preflight import check_batch, check_model_config
+from sigray.orchestrator.run.preflight import check_batch, check_model_config, with_inputs
 from sigray.orchestrator.run.trial import rung_step
+from sigray.orchestrator.run_folder import RunFolder
 from sigray.workers.config import DataConfig, EvalConfig
 from sigray.workers.data.manifest import Manifest
 
@@ -64,6 +65,9 @@ def feasible(
     """
     try:
         config = parse_config(content, content["run"]["name"])
+        folder = RunFolder(config)
+        begun = folder.saved_config() if folder.is_used() else None
+        config = with_inputs(config, lambda remark: None, begun)  # the trial says it
         manifest = manifest_of(config)
         for check in CHECKS:
             check(config, manifest, rungs)

@@ -503,12 +503,14 @@ class _Sweep:
 
     def _stream_key(self, config: RunConfig) -> str:
         """A key of all settings that decide samples, images and tokens of a stream."""
-        from sigray.workers.model.inputs import shapes
+        from sigray.workers.model.inputs import image_inputs, shapes, text_inputs
 
         data = config.data.model_dump(mode="json")
         for name in ("num_workers", "cpus_per_worker", "prefetch_batches", "shared_blocks", "worker_timeout_s"):
             data.pop(name)
-        return json.dumps([data, config.run.seed, shapes(config.model), config.model.tokenizer], sort_keys=True)
+        model = config.model
+        inputs = [shapes(model), model.name, model.tokenizer, repr(image_inputs(model)), repr(text_inputs(model))]
+        return json.dumps([data, config.run.seed, *inputs], sort_keys=True)
 
     def _close_finished_pools(self) -> None:
         """Close the pools of streams that no trial will read any more."""

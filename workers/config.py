@@ -328,9 +328,9 @@ class ModelConfig(Section):
     """An image tower in place of the one that vision_cfg describes.
     `package.module:function`, called without arguments, returns a torch.nn.Module; or a TorchScript (.pt, .ts) or
     ONNX (.onnx) file. The tower maps (b, 3, S, S) to (b, embed_dim)."""
-    tokenizer: TokenizerName = "open_clip"
+    tokenizer: TokenizerName | None = None
     """`open_clip` for the model's own tokenizer (its BPE), or a file.
-    The file is a Hugging Face tokenizer.json."""
+    The file is a Hugging Face tokenizer.json. Null: the one beside the weights of init_from, else `open_clip`."""
     token_bottleneck: PositiveInt | None = None
     """K of a token embedding in two parts, vocabulary x K and K x width.
     For large vocabularies of many languages (paper, section 4.3; K = 96 there). Null: one table."""
@@ -354,10 +354,29 @@ class ModelConfig(Section):
     trained_blocks: dict[Tower, PositiveInt] = {}
     """Per tower, number of last blocks to train: {visual: 2}.
     The layers after these blocks train too. The layers before them keep their weights, as if locked."""
-    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Mean per channel, of pixels in 0..1; SigLIP's models use 0.5."""
-    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Standard deviation per channel, of pixels in 0..1."""
+    image_mean: tuple[float, float, float] | None = None
+    """Mean per channel, of pixels in 0..1.
+    Null, here and in the keys below: as the weights or the model of this name were trained; 0.5 with towers."""
+    image_std: tuple[float, float, float] | None = None
+    """Standard deviation per channel, of pixels in 0..1; null: as image_mean."""
+    image_resize: Literal["shortest", "squash", "longest"] | None = None
+    """How a whole image becomes a square: in evaluation, and with data.crop=center.
+    shortest: the shorter side to S, then the centre; squash: both sides to S; longest: the longer side to S, the rest
+    filled. Null: as the weights say; shortest with towers."""
+    image_interpolation: Literal["bicubic", "bilinear"] | None = None
+    """Filter of every resize, antialiased. Null: as the weights say; bicubic with towers."""
+    image_fill: Annotated[int, Field(ge=0, le=255)] | None = None
+    """Level of the pixels that image_resize=longest adds. Null: as the weights say, else 0."""
+    text_clean: Literal["none", "lower", "canonicalize", "whitespace"] | None = None
+    """How a caption is cleaned for a tokenizer file, by open_clip's names and rules.
+    All but none correct encodings, HTML and spaces; lower makes lower case; canonicalize, SigLIP's rule, also removes punctuation. Null: as
+    the weights say; none with towers."""
+    text_pad_id: NonNegativeInt | None = None
+    """Token that fills a short caption, with a tokenizer file.
+    Null: as the file says, else its token of a usual name such as [PAD], else 0."""
+    text_pad_side: Literal["right", "left"] | None = None
+    """Side on which a short caption is filled.
+    Null: as the tokenizer file says, else right."""
 
     @model_validator(mode="after")
     def _one_of_name_and_towers(self) -> ModelConfig:

@@ -59,20 +59,25 @@ def plan(options: Namespace, console: Console) -> None:
     """
     config = load_config(options.config, options.overrides)
     from sigray.orchestrator.planning.plan import check_fits, default_num_devices, plan, run_device, tables
-    from sigray.orchestrator.run.preflight import check_model_config
+    from sigray.orchestrator.run.preflight import check_model_config, with_inputs
     from sigray.workers.evaluation.set_checks import check_sets
     from sigray.workers.model.init_weights import check_initial_weights
+    from sigray.workers.model.inputs import tokenizer_file
     from sigray.workers.model.tokenizer import is_plain
 
     device = options.device or run_device(config)
     if device is None:
         raise ConfigError("which device? Give --device or cluster.device: " + ", ".join([CPU, *DEVICES]))
-    tokenizer = config.model.tokenizer
+    weights = config.model.init_from
+    has_weights = weights is not None and Path(weights).exists()
+    if weights is None or has_weights:
+        config = with_inputs(config, lambda remark: None if options.json else console.print(remark, soft_wrap=True))
+    tokenizer = tokenizer_file(config.model)
     # Without network, and without the file if it is elsewhere.
-    is_here = is_plain(config.model) if tokenizer == "open_clip" else Path(tokenizer).is_file()
+    is_here = is_plain(config.model) if tokenizer is None else Path(tokenizer).is_file()
     check_model_config(config, reads_tokenizer=is_here)
     check_sets(config.eval, config.data, only_here=True)
-    if config.model.init_from is not None and Path(config.model.init_from).exists():
+    if has_weights:
         check_initial_weights(config.model)
     num_devices = options.devices or default_num_devices(config, device)
     predicted = plan(config, device, num_devices, price_per_hour=options.price_per_hour)

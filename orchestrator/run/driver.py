@@ -29,7 +29,7 @@ from sigray.orchestrator.run.monitor import RunMonitor
 from sigray.orchestrator.run.own_ray import check_start
 from sigray.orchestrator.run.places import Places
 from sigray.orchestrator.run.policy import RunFailed
-from sigray.orchestrator.run.preflight import check_model_and_sets, check_run, longer_text
+from sigray.orchestrator.run.preflight import check_model_and_sets, check_run, longer_text, with_inputs
 from sigray.orchestrator.run.progress import Display
 from sigray.orchestrator.run.ray_death import RayDied
 from sigray.orchestrator.run.ray_session import ray_session
@@ -143,12 +143,15 @@ class _Run:
         folder.storage.check_writable()
         self.lease = stack.enter_context(RunLease(folder.storage))
         saved: Manifest | None = None
+        begun: RunConfig | None = None
         is_begun = is_resumed or (not overwrite and folder.is_used())
         if is_begun:
             begun = folder.saved_config()
             if not is_resumed:
                 taken = f"{folder.storage.uri} holds a run of this name"
                 display.say(f"{taken}: going on with it (--overwrite starts again)")
+        config = self.config = with_inputs(config, display.say, begun)
+        if begun is not None:
             check_resume(begun, config)
             finished = folder.finished_summary(config, at_start=evaluates_at_start(config, is_trial=False))
             if finished is not None and self.trial is None and config.eval == begun.eval:

@@ -20,7 +20,7 @@ from sigray.orchestrator.formatting import format_duration
 from sigray.orchestrator.resources import worker_resources
 from sigray.orchestrator.run.own_ray import check_start
 from sigray.orchestrator.run.places import Places
-from sigray.orchestrator.run.preflight import open_store, scan
+from sigray.orchestrator.run.preflight import open_store, scan, with_inputs
 from sigray.orchestrator.run.progress import Display
 from sigray.orchestrator.run.ray_session import ray_session
 from sigray.orchestrator.run.summary import environment
@@ -46,6 +46,7 @@ def embed(config: RunConfig, console: Console) -> str:
     begin = time.monotonic()
     display = Display(console)
     check_start(config, num_workers=config.cluster.worker_range[1])
+    config = with_inputs(config, display.say)
     without_store = config.embeddings.model_copy(update={"store": None})
     source = scan(config.model_copy(update={"embeddings": without_store}), display)
     sets = list(config.eval.sets.items())

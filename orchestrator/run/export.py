@@ -128,6 +128,7 @@ def model_card(
     from jinja2 import Environment, StrictUndefined
 
     from sigray.workers.model.export import preprocessing
+    from sigray.workers.model.inputs import tokenizer_file
 
     template = importlib.resources.files("sigray.orchestrator.run").joinpath("card.md.j2").read_text(encoding="utf-8")
     environment = Environment(
@@ -143,7 +144,7 @@ def model_card(
         million_parameters=num_parameters / 1e6,
         preprocessing=preprocessing(config.model),
         remarks=remarks,
-        has_file=config.model.tokenizer != "open_clip",
+        has_file=tokenizer_file(config.model) is not None,
     )
 
 

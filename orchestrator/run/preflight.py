@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sigray.orchestrator.address import cluster_address
@@ -48,6 +49,31 @@ def check_run(config: RunConfig, display: Display, *, saved: Manifest | None, is
 
         display.say(check_initial_weights(config.model).text())
     return manifest
+
+
+def with_inputs(config: RunConfig, say: Callable[[str], None], begun: RunConfig | None = None) -> RunConfig:
+    """Return a run's config with the inputs that its model expects.
+
+    Args:
+        say: shows a remark.
+        begun: the config of the run, if it goes on.
+
+    Raises:
+        ValueError, StoreError: as `take_inputs`.
+    """
+    from sigray.workers.data.embedding_store import EmbeddingStore
+    from sigray.workers.model.inputs import inputs_of
+    from sigray.workers.model.trained_inputs import take_inputs
+
+    kept: dict[str, Any] = {}
+    if begun is not None:
+        kept = inputs_of(begun.model)
+    elif config.embeddings.store is not None:
+        kept = EmbeddingStore(config.embeddings.store).image_inputs()
+    model, remarks = take_inputs(config.model, kept)
+    for remark in remarks:
+        say(remark)
+    return config.model_copy(update={"model": model})
 
 
 def scan(config: RunConfig, display: Display, *, is_old: bool = False) -> Manifest:

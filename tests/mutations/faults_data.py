@@ -9,6 +9,8 @@ _BOUNDS = "tests/workers/training/test_bounds.py::test_"
 _PLANE, _LISTS = f"{_W}data_plane.py::test_", f"{_W}stream_registry.py::test_"
 _MEMORY, _DECODE, _STORE = f"{_W}buffers.py::test_", f"{_W}decode.py::test_", f"{_W}embedding_store.py::test_"
 _INTERLEAVINGS = f"{_W}buffers.py::TestInterleavings::runTest"
+_TRAINED = "tests/workers/model/test_trained_inputs.py::test_"
+_BEGUN = "tests/test_keys_arrive.py::test_a_run_"
 _PADS = "tests/orchestrator/run/test_export.py::test_a_tokenizer_pads_with_its_own_token"
 
 FAULTS = [
@@ -359,7 +361,7 @@ FAULTS = [
     ),
     Fault(
         "a picture is cut at its corner, not in the centre",
-        "sigray.workers.data.decode:_resize_and_cut_centre",
+        "sigray.workers.data.decode:_resize_whole",
         "corner=corner",
         "corner=(0, 0)",
         (f"{_DECODE}centre_is_the_middle_of_the_whole_image_resized",),
@@ -468,17 +470,59 @@ FAULTS = [
     ),
     Fault(
         "captions are padded with token 0",
-        "sigray.workers.model.tokenizer:_named_tokenizer",
+        "sigray.workers.model.tokenizer:fit_tokenizer",
         ", pad_id=pad",
         "",
         (_PADS,),
     ),
     Fault(
-        "an exported tokenizer pads with token 0",
-        "sigray.workers.model.export:_save_tokenizer",
-        ", pad_id=pad,",
-        ",",
-        (_PADS,),
+        "a file's own padding is not taken",
+        "sigray.workers.model.trained_inputs:_of_tokenizer",
+        'padding.get("pad_id"), ',
+        "",
+        (f"{_TRAINED}a_short_caption_is_filled_as_the_tokenizer_says",),
+    ),
+    Fault(
+        "transformers' square sizes are cut, not squashed",
+        "sigray.workers.model.trained_inputs:_of_transformers",
+        'resize = "squash"',
+        'resize = "shortest"',
+        (f"{_TRAINED}pixels_are_transformers",),
+    ),
+    Fault(
+        "the weights count before the config",
+        "sigray.workers.model.trained_inputs:take_inputs",
+        "_BEFORE | trained | kept | given",
+        "_BEFORE | given | kept | trained",
+        (f"{_TRAINED}the_config_counts_before_the_weights_and_that_is_said",),
+    ),
+    Fault(
+        "a run that goes on sees new pixels",
+        "sigray.workers.model.trained_inputs:take_inputs",
+        "trained | kept",
+        "kept | trained",
+        (f"{_TRAINED}a_run_that_goes_on_keeps_its_inputs",),
+    ),
+    Fault(
+        "a name's inputs are not taken",
+        "sigray.workers.model.trained_inputs:_trained_inputs",
+        "_of_name(model.name) if model.name is not None",
+        "_of_name(model.name) if model.name is None",
+        (f"{_TRAINED}a_name_brings_the_inputs_of_its_weights",),
+    ),
+    Fault(
+        "a new run does not take the inputs of its weights",
+        "sigray.orchestrator.run.driver:_Run.check",
+        "config = self.config = with_inputs(config, display.say, begun)",
+        "with_inputs(config, display.say, begun)",
+        (f"{_BEGUN}begins_with_the_inputs_of_its_weights_and_keeps_them",),
+    ),
+    Fault(
+        "a store of embeddings does not say how its images were prepared",
+        "sigray.workers.data.embedding_store:EmbeddingStore.image_inputs",
+        "key.get(name, before[name])",
+        "before[name]",
+        (f"{_BEGUN}that_reads_a_store_keeps_the_images_of_the_store",),
     ),
     Fault(
         "the number of tokens counts and not the highest",

@@ -319,14 +319,14 @@ FAULTS = [
     Fault(
         "image_mean ignored",
         "sigray.workers.model.towers:normalize_pixels",
-        "(model.image_mean, ",
+        "(inputs.image_mean, ",
         "((0.5, 0.5, 0.5), ",
         _run("adamw_sigmoid"),
     ),
     Fault(
         "image_std ignored",
         "sigray.workers.model.towers:normalize_pixels",
-        "model.image_std)",
+        "inputs.image_std)",
         "(0.5, 0.5, 0.5))",
         _run("adamw_sigmoid"),
     ),

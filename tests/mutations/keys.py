@@ -73,6 +73,7 @@ _AHEAD = (f"{_HERE}test_blocks_that_are_asked_for_ahead",)
 _BUCKET = (f"{_HERE}test_how_a_bucket_is_reached",)
 _SHARD_CACHE = (f"{_HERE}test_remote_shards_are_kept_where_the_config_says",)
 _EVALUATION = (f"{_HERE}test_what_an_evaluation_measures_and_how",)
+_INPUTS = (f"{_HERE}test_inputs_as_the_config_says",)
 _MODEL = (f"{_HERE}test_the_model_that_is_trained",)
 _STORE = (f"{_HERE}test_embeddings_are_stored_and_read_as_the_config_says",)
 _NOISE = (f"{_HERE}test_labels_are_corrupted_as_asked[text-0.5]",)
@@ -128,6 +129,12 @@ KEYS: dict[str, tuple[str, ...]] = {
     "model.trained_blocks": _MODEL,
     "model.image_mean": _MODEL,
     "model.image_std": _MODEL,
+    "model.image_resize": _INPUTS,
+    "model.image_interpolation": _INPUTS,
+    "model.image_fill": _INPUTS,
+    "model.text_clean": _INPUTS,
+    "model.text_pad_id": _INPUTS,
+    "model.text_pad_side": _INPUTS,
     "train.num_samples": _STEPS,
     "train.global_batch_size": _STEPS,
     "train.micro_batch_size": (f"{_STEP}[micro_batch_size]",),

@@ -37,6 +37,7 @@ from PIL import Image, ImageOps
 
 from sigray.workers.config import DataConfig
 from sigray.workers.data.resize import resize
+from sigray.workers.model.inputs import ImageInputs
 from sigray.workers.urls import is_utf8
 
 Members = Mapping[str, bytes | memoryview]
@@ -68,7 +69,7 @@ IMAGE_REASONS = ("no image", "unreadable image", "image too large", "duplicate k
 # From the most to the least specific reason.
 _CAPTION_REASONS = ("caption is not UTF-8", "unreadable json caption", "empty caption", "no caption")
 
-# `crop: center` cuts a longer image to this aspect before resizing: 1 x 89,000,000 pixels would become
+# `image_resize: shortest` cuts a longer image to this aspect before resizing: 1 x 89,000,000 pixels would become
 # 224 x 20,000,000,000.
 _MAX_ASPECT = 8
 
@@ -115,11 +116,13 @@ class Decoder:
     Args:
         data: section of the config with image_keys, captions, crop settings and max_image_pixels.
         image_size: S.
+        inputs: how a whole image becomes a square; None: by its centre.
     """
 
-    def __init__(self, data: DataConfig, image_size: int) -> None:
+    def __init__(self, data: DataConfig, image_size: int, inputs: ImageInputs | None = None) -> None:
         self._data = data
         self._image_size = image_size
+        self._inputs = inputs or ImageInputs()
         self._captions = sorted(data.captions.items(), key=lambda source: -source[1])
 
     def decode_image(self, members: Members, out: np.ndarray, random: SampleRandom | None) -> None:
@@ -140,11 +143,11 @@ class Decoder:
             raise Refused("no image")
         pixels = decode_pixels(members[ending], self._data.max_image_pixels)
         if random is None or self._data.crop == "center":
-            _resize_and_cut_centre(pixels, out)
+            _resize_whole(pixels, out, self._inputs)
             return
         height, width = pixels.shape[:2]
         box = random_box(height, width, self._data.crop_scale, self._data.crop_ratio, random.uniforms("crop"))
-        resize(_cut(pixels, *box), out, size=out.shape[:2])
+        resize(_cut(pixels, *box), out, size=out.shape[:2], interpolation=self._inputs.image_interpolation)
 
     def choose_caption(self, members: Members, random: SampleRandom) -> str:
         """Return one of the sample's usable captions, drawn by weight; raises as `captions`."""
@@ -347,16 +350,28 @@ def _cut(pixels: np.ndarray, top: int, left: int, height: int, width: int) -> np
     return pixels[top : top + height, left : left + width]
 
 
-def _resize_and_cut_centre(pixels: np.ndarray, out: np.ndarray) -> None:
-    """Resize the shorter side to S and cut the centre out."""
+def _resize_whole(pixels: np.ndarray, out: np.ndarray, inputs: ImageInputs) -> None:
+    """Make a square of a whole image."""
     size = len(out)
+    by = inputs.image_interpolation
+    if inputs.image_resize == "squash":
+        resize(pixels, out, size=(size, size), interpolation=by)
+        return
+    if inputs.image_resize == "longest":
+        scale = size / max(pixels.shape[:2])
+        height, width = (max(1, round(length * scale)) for length in pixels.shape[:2])
+        resized = np.empty((height, width, 3), np.uint8)
+        resize(pixels, resized, size=(height, width), interpolation=by)
+        out[:] = inputs.image_fill
+        _cut(out, (size - height) // 2, (size - width) // 2, height, width)[:] = resized
+        return
     longest = _MAX_ASPECT * min(pixels.shape[:2])
     height, width = (min(length, longest) for length in pixels.shape[:2])
     pixels = _cut(pixels, (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2, height, width)
     scale = size / min(height, width)
     resized_height, resized_width = (max(size, round(length * scale)) for length in (height, width))
     corner = (resized_height - size) // 2, (resized_width - size) // 2
-    resize(pixels, out, size=(resized_height, resized_width), corner=corner)
+    resize(pixels, out, size=(resized_height, resized_width), corner=corner, interpolation=by)
 
 
 def captions_at(source: str, members: Members) -> list[str]:

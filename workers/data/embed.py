@@ -33,7 +33,7 @@ from sigray.workers.data.manifest import Shard, read_samples
 from sigray.workers.data.tar import TarSample
 from sigray.workers.device import open_device
 from sigray.workers.model.init_weights import build_initial_model
-from sigray.workers.model.inputs import shapes, tower_config
+from sigray.workers.model.inputs import image_inputs, shapes, tower_config
 from sigray.workers.model.towers import normalize_pixels
 
 
@@ -78,7 +78,7 @@ class Embedder:
         """
         results: list[tuple[TarSample, Tensor | str]] = []
         num_views = self._embeddings.num_views if part == "train" else 1
-        decoder = Decoder(self._data, self._image_size)
+        decoder = Decoder(self._data, self._image_size, image_inputs(self._model))
         samples = read_samples(shard, self._data)
         while batch := list(islice(samples, max(1, self._embeddings.batch_size // num_views))):
             results += self._embed_batch(batch, decoder, num_views if part == "train" else None)

@@ -37,7 +37,7 @@ from sigray.workers.data.decode import IMAGE_REASONS, Refused
 from sigray.workers.data.manifest import Manifest, Shard, read_samples, scan_shards
 from sigray.workers.data.shard_list import ParallelMap, ShardFile, in_threads
 from sigray.workers.data.tar import DataError, TarSample
-from sigray.workers.model.inputs import shapes
+from sigray.workers.model.inputs import ImageInputs, image_inputs, shapes
 from sigray.workers.parse import Count, ParseError, Record, as_type, parse_json
 from sigray.workers.storage import Storage
 from sigray.workers.texts import ten_lines
@@ -162,8 +162,7 @@ def store_key(
         "tower_sha256": sha256,
         "precision": precision,
         "image_size": shapes(model)[0],
-        "image_mean": list(model.image_mean),
-        "image_std": list(model.image_std),
+        **_image_key(model),
         **crop,
         "max_image_pixels": data.max_image_pixels,
         "image_keys": data.image_keys,
@@ -171,6 +170,14 @@ def store_key(
         "dtype": embeddings.dtype,
         "num_views": embeddings.num_views,
     }
+
+
+def _image_key(model: ModelConfig) -> dict[str, Any]:
+    """Return how images are prepared, without what older stores lack and meant."""
+    found = dataclasses.asdict(image_inputs(model))
+    before = dataclasses.asdict(ImageInputs())
+    kept = {name for name in found if name in ("image_mean", "image_std") or found[name] != before[name]}
+    return {name: list(found[name]) if isinstance(found[name], tuple) else found[name] for name in sorted(kept)}
 
 
 def kept_members(data: DataConfig) -> list[str]:
@@ -226,6 +233,15 @@ class EmbeddingStore:
 
     def format(self) -> StoreFormat:
         return self._index().format
+
+    def image_inputs(self) -> dict[str, Any]:
+        """Return how the images of the store were prepared; empty without a store."""
+        if not self.storage.exists(_INDEX):
+            return {}
+        key = self._index().key
+        before = dataclasses.asdict(ImageInputs())
+        found = {name: key.get(name, before[name]) for name in before}
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
     def _index(self) -> _Index:
         try:

@@ -1,5 +1,5 @@
-/* Antialiased bicubic of uint8 RGB pixels, for processors with AVX2 or AVX-512: the same bytes as torch's
-   `_upsample_bicubic2d_aa`, which is torchvision's `resize(..., antialias=True)`. That fixes the arithmetic. Weights
+/* Antialiased bicubic or bilinear of uint8 RGB pixels, for processors with AVX2 or AVX-512: the same bytes as torch's
+   `_upsample_bicubic2d_aa` and `_upsample_bilinear2d_aa`, which are torchvision's `resize(..., antialias=True)`. That fixes the arithmetic. Weights
    have 16 bits, at the largest scale that the largest weight of an axis allows. Rows are resized first and rounded to
    bytes, then columns. Only the order of the work is free.
 
@@ -56,8 +56,9 @@ typedef struct {
     int32_t *weights;  /* (pixels, pairs) two of 16 bits */
 } Axis;
 
-static int64_t most_taps(int64_t from, int64_t to) {
-    double scale = (double)from / (double)to, support = scale >= 1 ? 2 * scale : 2;
+/* reach: of the filter in pixels, 2 of the cubic, 1 of the linear. */
+static int64_t most_taps(int64_t from, int64_t to, int reach) {
+    double scale = (double)from / (double)to, support = scale >= 1 ? reach * scale : reach;
     int64_t whole = (int64_t)support;
     return 2 * (whole + (whole < support)) + 1;
 }
@@ -68,10 +69,13 @@ INLINE double cubic(double x) {
     return x < 1 ? near : x < 2 ? far : 0;
 }
 
+INLINE double linear(double x) { return x < 1 ? 1 - x : 0; }
+
 /* Compute the weights of pixels [offset, offset + count) of `to` pixels made of `from`. memory: (taps + 5) * to
    doubles. The order of operations is torch's. */
-static void plan(Axis *axis, int64_t from, int64_t to, int64_t offset, int64_t count, double *memory) {
-    double scale = (double)from / (double)to, support = scale >= 1 ? 2 * scale : 2, shrink = scale >= 1 ? 1 / scale : 1;
+static void plan(Axis *axis, int64_t from, int64_t to, int64_t offset, int64_t count, int reach, double *memory) {
+    double scale = (double)from / (double)to, support = scale >= 1 ? reach * scale : reach;
+    double shrink = scale >= 1 ? 1 / scale : 1;
     double *centers = memory, *firsts = centers + to, *ends = firsts + to, *totals = ends + to;
     double *tops = totals + to, *weights = tops + to, largest = 0;
     int64_t taps = axis->taps;
@@ -83,7 +87,8 @@ static void plan(Axis *axis, int64_t from, int64_t to, int64_t offset, int64_t c
     }
     for (int64_t j = 0; j < taps; j++)
         for (int64_t i = 0; i < to; i++) {
-            double at = firsts[i] + j, x = (at - centers[i] + 0.5) * shrink, weight = cubic(x < 0 ? -x : x);
+            double at = firsts[i] + j, x = (at - centers[i] + 0.5) * shrink, far = x < 0 ? -x : x;
+            double weight = reach == 2 ? cubic(far) : linear(far);
             weights[j * to + i] = weight = at < ends[i] ? weight : 0;
             totals[i] += weight;
         }
@@ -276,10 +281,11 @@ INLINE void resize_column(const int64_t pairs, const uint8_t *units, int64_t lin
     }
 
 /* Resize (height, width, 3) pixels, rows `stride` bytes apart, to (to_height, to_width), and write the part
-   (out_height, out_width) from (top, left) on. Returns -1 if memory is missing. */
+   (out_height, out_width) from (top, left) on. reach: 2 bicubic, 1 bilinear. Returns -1 if memory is missing. */
 int resize_rgb(const uint8_t *pixels, int64_t stride, int64_t height, int64_t width, int64_t to_height,
-               int64_t to_width, int64_t top, int64_t left, uint8_t *out, int64_t out_height, int64_t out_width) {
-    Axis across = {.taps = most_taps(width, to_width)}, down = {.taps = most_taps(height, to_height)};
+               int64_t to_width, int64_t top, int64_t left, uint8_t *out, int64_t out_height, int64_t out_width,
+               int reach) {
+    Axis across = {.taps = most_taps(width, to_width, reach)}, down = {.taps = most_taps(height, to_height, reach)};
     across.pairs = across.taps / 2 + 1, down.pairs = down.taps / 2 + 1; /* one more, for an odd first pixel */
     int64_t groups = CEIL(out_width, GROUP) * GROUP, line = 4 * CEIL(3 * groups, COLUMNS) * COLUMNS;
     int64_t num_units = UNITS * CEIL(width, CHUNK), num_rows = CEIL(height, ROWS) * ROWS / 2 + down.pairs;
@@ -294,8 +300,8 @@ int resize_rgb(const uint8_t *pixels, int64_t stride, int64_t height, int64_t wi
     double *planning = (double *)(lines + lines_size);
     across.first = (int32_t *)((uint8_t *)planning + plan_size), across.weights = across.first + groups;
     down.first = across.weights + groups * across.pairs, down.weights = down.first + out_height;
-    plan(&across, width, to_width, left, out_width, planning);
-    plan(&down, height, to_height, top, out_height, planning);
+    plan(&across, width, to_width, left, out_width, reach, planning);
+    plan(&down, height, to_height, top, out_height, reach, planning);
     for (int64_t i = out_width; i < groups; i++) across.first[i] = across.first[out_width - 1];
     memset(across.weights + out_width * across.pairs, 0, 4 * (groups - out_width) * across.pairs);
     memset(units + num_units, 0, unit_size - num_units * sizeof(Vector)); /* after the last pixel, at weight 0 */

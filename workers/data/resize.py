@@ -1,4 +1,4 @@
-"""Resize uint8 images by an antialiased bicubic filter, in C or by torch.
+"""Resize uint8 images by an antialiased bicubic or bilinear filter, in C or torch.
 
     h, w  size of the image        H, W  size after resizing        S, S'  size of the part that is written
 
@@ -11,18 +11,29 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from sigray.native import compiled, cpu_flags
 
+Interpolation = Literal["bicubic", "bilinear"]
+
+_REACH = {"bicubic": 2, "bilinear": 1}  # of the filter, in pixels
 _SOURCE = Path(__file__).with_name("resize.c")
 _NARROW = "-mno-avx512vbmi"  # as for a processor with AVX2 only
 # A multiplication and an addition are rounded separately: the same weights on every machine.
 _FLAGS = ["-ffp-contract=off"]
 
 
-def resize(pixels: np.ndarray, out: np.ndarray, *, size: tuple[int, int], corner: tuple[int, int] = (0, 0)) -> None:
+def resize(
+    pixels: np.ndarray,
+    out: np.ndarray,
+    *,
+    size: tuple[int, int],
+    corner: tuple[int, int] = (0, 0),
+    interpolation: Interpolation = "bicubic",
+) -> None:
     """Resize an image and write a part of the result to `out`.
 
     Args:
@@ -43,27 +54,35 @@ def resize(pixels: np.ndarray, out: np.ndarray, *, size: tuple[int, int], corner
         pixels = np.ascontiguousarray(pixels)
     library = _library()
     if library is None:
-        _resize_by_torch(pixels, out, size, corner)
+        _resize_by_torch(pixels, out, size, corner, interpolation)
     else:
-        _resize_by_library(library, pixels, out, size, corner)
+        _resize_by_library(library, pixels, out, size, corner, interpolation)
 
 
 def _resize_by_library(
-    library: ctypes.CDLL, pixels: np.ndarray, out: np.ndarray, size: tuple[int, int], corner: tuple[int, int]
+    library: ctypes.CDLL,
+    pixels: np.ndarray,
+    out: np.ndarray,
+    size: tuple[int, int],
+    corner: tuple[int, int],
+    interpolation: Interpolation,
 ) -> None:
     image = pixels.ctypes.data, pixels.strides[0], *pixels.shape[:2]
-    if library.resize_rgb(*image, *size, *corner, out.ctypes.data, *out.shape[:2]):
+    if library.resize_rgb(*image, *size, *corner, out.ctypes.data, *out.shape[:2], _REACH[interpolation]):
         raise MemoryError(f"no memory to resize {pixels.shape[0]} x {pixels.shape[1]} pixels")
 
 
-def _resize_by_torch(pixels: np.ndarray, out: np.ndarray, size: tuple[int, int], corner: tuple[int, int]) -> None:
+def _resize_by_torch(
+    pixels: np.ndarray, out: np.ndarray, size: tuple[int, int], corner: tuple[int, int], interpolation: Interpolation
+) -> None:
     import torch
 
     if not pixels.flags.carray:  # torch takes no negative strides, and warns about read-only arrays
         pixels = pixels.copy()
     whole = out if size == out.shape[:2] else np.empty((*size, 3), np.uint8)
     tensors = (torch.from_numpy(array).permute(2, 0, 1).unsqueeze(0) for array in (pixels, whole))
-    torch.ops.aten._upsample_bicubic2d_aa.out(next(tensors), size, False, None, None, out=next(tensors))
+    upsample = getattr(torch.ops.aten, f"_upsample_{interpolation}2d_aa")
+    upsample.out(next(tensors), size, False, None, None, out=next(tensors))
     if whole is not out:
         top, left = corner
         height, width = out.shape[:2]
@@ -79,5 +98,5 @@ def _library(*flags: str) -> ctypes.CDLL | None:
     library = compiled(_SOURCE, flags=[*_FLAGS, *flags], without=without)
     if library is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        library.resize_rgb.argtypes = [pointer, *[number] * 7, pointer, number, number]
+        library.resize_rgb.argtypes = [pointer, *[number] * 7, pointer, number, number, ctypes.c_int]
     return library

@@ -30,7 +30,7 @@ from sigray.workers.data.embedding_store import EmbeddingReader, StoreFormat
 from sigray.workers.data.manifest import Manifest, read_samples
 from sigray.workers.data.order import LaneSlice, SampleRef, StreamOrder, Window
 from sigray.workers.data.tar import DataError, TarSample
-from sigray.workers.model.inputs import shapes
+from sigray.workers.model.inputs import image_inputs, shapes
 from sigray.workers.model.tokenizer import build_tokenizer, cut_caption
 from sigray.workers.texts import first_ten
 from sigray.workers.urls import is_remote
@@ -106,7 +106,7 @@ class DataWorker:
         self._order = build_order(manifest, data, seed)
         image_size, self._context_length, vocab_size = shapes(model)
         self._tokenizer = build_tokenizer(model, self._context_length, vocab_size)
-        self._decoder = Decoder(data, image_size)
+        self._decoder = Decoder(data, image_size, image_inputs(model))
         self._store = StoreFormat(**manifest.store) if manifest.store is not None else None
         self._image = image_kind(manifest, model)
         self._embeddings = EmbeddingReader(self._store) if self._store is not None else None

@@ -24,6 +24,7 @@ from sigray.workers.config import SUBFOLDERS, DataConfig, EvalSet
 from sigray.workers.data.decode import Decoder, Members, Refused, captions_at, read_json
 from sigray.workers.data.manifest import Manifest, Shard, read_samples, scan_shards
 from sigray.workers.data.tar import DataError, LocalFile, TarSample
+from sigray.workers.model.inputs import ImageInputs
 from sigray.workers.parse import as_type, parse_json
 from sigray.workers.storage import local_copy
 from sigray.workers.urls import is_remote
@@ -126,9 +127,15 @@ def _show(parts: list[Part], num_shown: int) -> list[Part]:
     return result
 
 
-def load(samples: Iterable[TarSample], spec: EvalSet, data: DataConfig, image_size: int) -> LoadedSet:
-    """Decode samples of a set."""
-    decoder = Decoder(data, image_size)
+def load(
+    samples: Iterable[TarSample], spec: EvalSet, data: DataConfig, image_size: int, inputs: ImageInputs | None = None
+) -> LoadedSet:
+    """Decode samples of a set.
+
+    Args:
+        inputs: how an image becomes a square; None: by its centre.
+    """
+    decoder = Decoder(data, image_size, inputs or ImageInputs())
     images: list[np.ndarray] = []
     loaded = LoadedSet(np.empty((0, image_size, image_size, 3), np.uint8), [], [], [], Counter())
     for sample in samples:

@@ -36,7 +36,7 @@ from sigray.workers.data.tar import DataError
 from sigray.workers.device import Device, open_device
 from sigray.workers.evaluation.datasets import LoadedSet, Part, check_usable, cut, load
 from sigray.workers.model.init_weights import build_trained_model
-from sigray.workers.model.inputs import shapes, tower_config
+from sigray.workers.model.inputs import image_inputs, shapes, tower_config
 from sigray.workers.model.tokenizer import Tokenizer, build_tokenizer
 from sigray.workers.model.towers import build_model, normalize_pixels
 from sigray.workers.storage import Storage
@@ -105,6 +105,7 @@ class FeatureWorker:
         self._data, self._batch_size = job.data, evaluation.batch_size
         self._image_size, context_length, vocab_size = shapes(model)
         self._dim = tower_config(model)["embed_dim"]
+        self._inputs = image_inputs(model)
         self._store = EmbeddingStore(job.embeddings.store) if job.embeddings.store is not None else None
         if self._store is None:
             module = build_trained_model(Storage(job.storage_uri), job.info, model)
@@ -133,7 +134,7 @@ class FeatureWorker:
         samples = part.samples(self._data)
         found = []
         while batch := list(islice(samples, self._batch_size)):
-            loaded = load(batch, spec, self._data, self._image_size)
+            loaded = load(batch, spec, self._data, self._image_size, self._inputs)
             features = torch.empty(0, self._dim)
             if loaded.places:
                 features = self._encoder.images(loaded.images) if self._store is None else self._stored(part, loaded)

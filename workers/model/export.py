@@ -27,8 +27,14 @@ from torch import Tensor, nn
 
 from sigray.workers.config import ModelConfig
 from sigray.workers.model.bottleneck import fold_bottleneck
-from sigray.workers.model.inputs import shapes, tower_config
-from sigray.workers.model.tokenizer import build_open_clip_tokenizer, build_tokenizer, is_plain, load_tokenizer_file
+from sigray.workers.model.inputs import image_inputs, shapes, text_inputs, tokenizer_file, tower_config
+from sigray.workers.model.tokenizer import (
+    build_open_clip_tokenizer,
+    build_tokenizer,
+    fit_tokenizer,
+    is_plain,
+    load_tokenizer_file,
+)
 
 Format = Literal["open_clip", "safetensors", "onnx"]
 
@@ -63,8 +69,7 @@ def export_open_clip(module: nn.Module, model: ModelConfig, folder: Path) -> Non
     towers["text_cfg"] |= _save_tokenizer(model, folder)
     towers["text_cfg"] = {key: value for key, value in towers["text_cfg"].items() if value is not None}
     initial = {"init_logit_scale": model.init_logit_scale, "init_logit_bias": model.init_logit_bias}
-    preprocess = preprocessing(model) | {"fill_color": 255}
-    config = {"model_cfg": {**towers, "custom_text": True, **initial}, "preprocess_cfg": preprocess}
+    config = {"model_cfg": {**towers, "custom_text": True, **initial}, "preprocess_cfg": preprocessing(model)}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     _save_weights(module, folder / "open_clip_model.safetensors")
 
@@ -126,9 +131,16 @@ EXPORTERS = {"open_clip": export_open_clip, "safetensors": export_safetensors, "
 
 
 def preprocessing(model: ModelConfig) -> dict[str, Any]:
-    """Preprocessing by open_clip's keys: the shorter side to S, the centre, mean, std."""
-    pixels = {"size": shapes(model)[0], "mean": list(model.image_mean), "std": list(model.image_std)}
-    return pixels | {"interpolation": "bicubic", "resize_mode": "shortest"}
+    """Return the image tower's inputs by the keys of open_clip's `preprocess_cfg`."""
+    inputs = image_inputs(model)
+    return {
+        "size": shapes(model)[0],
+        "mean": list(inputs.image_mean),
+        "std": list(inputs.image_std),
+        "interpolation": inputs.image_interpolation,
+        "resize_mode": inputs.image_resize,
+        "fill_color": inputs.image_fill,
+    }
 
 
 def compare_open_clip(
@@ -199,7 +211,8 @@ def _save_tokenizer(model: ModelConfig, folder: Path) -> dict[str, Any]:
     """
     _, context_length, vocab_size = shapes(model)
     no_file = {"hf_tokenizer_name": None, "tokenizer_kwargs": None, "tokenizer_mode": None}
-    if model.tokenizer == "open_clip":
+    path = tokenizer_file(model)
+    if path is None:
         if model.name is None:
             return no_file  # its BPE, for any towers
         if not is_plain(model):
@@ -208,20 +221,22 @@ def _save_tokenizer(model: ModelConfig, folder: Path) -> dict[str, Any]:
                 tokenizer.save_pretrained(str(folder))
         return {}
     build_tokenizer(model, context_length, vocab_size)  # checks the file
-    file = load_tokenizer_file(model.tokenizer)
-    pad = file.token_to_id("[PAD]") or 0
-    file.enable_truncation(context_length)
-    file.enable_padding(length=context_length, pad_id=pad, pad_token=file.id_to_token(pad))
+    file = load_tokenizer_file(path)
+    fit_tokenizer(file, model, context_length)
+    padding = file.padding
+    assert padding is not None
     file.save(str(folder / TOKENIZER))
     names = {"unk_token": "[UNK]", "eos_token": "[EOS]"}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
-        "padding_side": "right",
+        "padding_side": padding["direction"],
         "truncation_side": "right",
         "clean_up_tokenization_spaces": False,
-        "pad_token": file.id_to_token(pad),
+        "pad_token": padding["pad_token"],
         **{key: name for key, name in names.items() if file.token_to_id(name) is not None},
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return no_file | {"hf_tokenizer_name": TOKENIZER}
+    clean = text_inputs(model).text_clean
+    options = {"clean": clean} if clean != "none" else None
+    return no_file | {"hf_tokenizer_name": TOKENIZER, "tokenizer_kwargs": options}

@@ -1,12 +1,14 @@
-"""Sizes of a model and open_clip's config of its towers, from the config alone.
+"""Inputs and sizes of a model, and open_clip's config of its towers.
 
-Without torch, and without building the model.
+From the config alone, without torch and without building the model.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from sigray.workers.config import ModelConfig
 from sigray.workers.model.untrusted import read_open_clip_config
@@ -14,6 +16,58 @@ from sigray.workers.tower_limits import check_towers
 
 # Keys of open_clip's config files that choose a class, not a shape; the class is always CustomTextCLIP here.
 _CLASS_KEYS = {"custom_text", "init_logit_scale", "init_logit_bias"}
+
+
+OPEN_CLIP = "open_clip"
+"""Value of `model.tokenizer`: the tokenizer that open_clip has for the model."""
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """How an image becomes the input of the image tower: keys of `model`.
+
+    The defaults are those of towers without weights, and of runs that began until November 2026.
+    """
+
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_resize: Literal["shortest", "squash", "longest"] = "shortest"
+    image_interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    image_fill: int = 0
+
+
+@dataclass(frozen=True)
+class TextInputs:
+    """How a caption becomes tokens, if `model.tokenizer` is a file; as `ImageInputs`."""
+
+    text_clean: Literal["none", "lower", "canonicalize", "whitespace"] = "none"
+    text_pad_id: int | None = None
+    """None: the token [PAD], else 0."""
+    text_pad_side: Literal["right", "left"] = "right"
+
+
+def image_inputs(model: ModelConfig) -> ImageInputs:
+    return ImageInputs(**_given(model, ImageInputs))
+
+
+def text_inputs(model: ModelConfig) -> TextInputs:
+    return TextInputs(**_given(model, TextInputs))
+
+
+def inputs_of(model: ModelConfig) -> dict[str, Any]:
+    """Return the value of each input key; of a key without one, that of older runs."""
+    given = dataclasses.asdict(image_inputs(model)) | dataclasses.asdict(text_inputs(model))
+    return given | {"tokenizer": model.tokenizer or OPEN_CLIP}
+
+
+def tokenizer_file(model: ModelConfig) -> str | None:
+    """Return path or URL of the tokenizer's file; None for open_clip's own."""
+    return None if model.tokenizer in (None, OPEN_CLIP) else model.tokenizer
+
+
+def _given(model: ModelConfig, kind: type) -> dict[str, Any]:
+    values = {each.name: getattr(model, each.name) for each in dataclasses.fields(kind)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def tower_config(model: ModelConfig) -> dict[str, Any]:

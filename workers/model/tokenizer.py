@@ -13,6 +13,7 @@ import gzip
 import html
 import itertools
 import math
+import string
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from sigray.workers.config import ModelConfig
-from sigray.workers.model.inputs import tower_config
+from sigray.workers.model.inputs import text_inputs, tokenizer_file, tower_config
 from sigray.workers.model.untrusted import LOCAL_DIR, open_clip_folder, reason, refuse_code
 from sigray.workers.storage import local_copy
 
@@ -45,6 +46,7 @@ _CLIP_SPECIAL = ("<start_of_text>", "<end_of_text>")
 _NUM_WORDS = 2**16  # whose tokens are cached
 _MAX_SIMPLE = 1024  # characters of a caption whose words are cached, to bound the cache's memory
 _MAX_WORD = 64  # characters of a word whose tokens are cached, for the same reason
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _SPECIAL = ["[PAD]", "[UNK]", "[EOS]"]  # 0, 1, 2
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # the library's names of the tokens for byte fallback
 _SEED_FACTOR = 4  # Unigram training starts from so many pieces for each that it keeps
@@ -74,7 +76,8 @@ def cut_caption(caption: str, context_length: int) -> str:
 
 
 def _named_tokenizer(model: ModelConfig, context_length: int, vocab_size: int) -> Tokenizer:
-    if model.tokenizer == "open_clip":
+    file = tokenizer_file(model)
+    if file is None:
         if not is_plain(model):
             encode = build_open_clip_tokenizer(model, context_length)
             return lambda captions: encode(captions).numpy().astype(np.int32)
@@ -84,21 +87,39 @@ def _named_tokenizer(model: ModelConfig, context_length: int, vocab_size: int) -
                 f"set it to {CLIP_VOCAB_SIZE}, or give a tokenizer.json"
             )
         return _ClipTokenizer(context_length)
-    tokenizer = load_tokenizer_file(model.tokenizer)
+    tokenizer = load_tokenizer_file(file)
     highest = max(tokenizer.get_vocab().values(), default=0)
     if highest >= vocab_size:
         raise ValueError(
-            f"model.tokenizer: the highest token of {model.tokenizer} is {highest}, but text_cfg.vocab_size is "
+            f"model.tokenizer: the highest token of {file} is {highest}, but text_cfg.vocab_size is "
             f"{vocab_size}: set it to {highest + 1} or more"
         )
-    pad = tokenizer.token_to_id("[PAD]") or 0
-    tokenizer.enable_truncation(context_length)
-    tokenizer.enable_padding(length=context_length, pad_id=pad)
+    fit_tokenizer(tokenizer, model, context_length)
+    clean = _CLEANERS[text_inputs(model).text_clean]
 
     def tokenize(captions: list[str]) -> np.ndarray:
-        return np.array([encoding.ids for encoding in tokenizer.encode_batch(captions)], dtype=np.int32)
+        return np.array([each.ids for each in tokenizer.encode_batch(list(map(clean, captions)))], dtype=np.int32)
 
     return tokenize
+
+
+def fit_tokenizer(tokenizer: tokenizers.Tokenizer, model: ModelConfig, context_length: int) -> None:
+    """Let a file's tokenizer cut and fill captions to the context, as a model expects.
+
+    Raises:
+        ValueError: the tokenizer has no token `model.text_pad_id`.
+    """
+    inputs = text_inputs(model)
+    pad = inputs.text_pad_id
+    if pad is None:
+        pad = tokenizer.token_to_id("[PAD]") or 0
+    name = tokenizer.id_to_token(pad)
+    if name is None and inputs.text_pad_id is not None:
+        raise ValueError(f"model.text_pad_id={pad}: {model.tokenizer} has no token {pad}")
+    tokenizer.enable_truncation(context_length)
+    tokenizer.enable_padding(
+        length=context_length, pad_id=pad, pad_token=name or "[PAD]", direction=inputs.text_pad_side
+    )
 
 
 def load_tokenizer_file(path: str) -> tokenizers.Tokenizer:
@@ -128,15 +149,16 @@ def check_pooling(model: ModelConfig) -> None:
         ValueError: with the remedy.
     """
     text = tower_config(model)["text_cfg"]
-    if model.tokenizer == "open_clip" or text.get("hf_model_name") or text.get("pool_type", "argmax") != "argmax":
+    file = tokenizer_file(model)
+    if file is None or text.get("hf_model_name") or text.get("pool_type", "argmax") != "argmax":
         return
-    tokenizer = load_tokenizer_file(model.tokenizer)
+    tokenizer = load_tokenizer_file(file)
     highest = max(tokenizer.get_vocab().values(), default=0)
     ends = {tuple(tokenizer.encode(caption).ids[-1:]) for caption in ("a", "two words")}
     if ends != {(highest,)}:
         raise ValueError(
             f"model.towers: text_cfg.pool_type=argmax (the default) reads a text at its highest token, and {highest}, "
-            f"the highest of {model.tokenizer}, does not end each text: set text_cfg.pool_type=last, with "
+            f"the highest of {file}, does not end each text: set text_cfg.pool_type=last, with "
             "no_causal_mask=true as in examples/emoji_cpu.yaml"
         )
 
@@ -231,11 +253,34 @@ class _ClipTokenizer:
         return [token.id for token in self._words.tokenize("".join(self._letters[byte] for byte in word.encode()))]
 
 
-def _cleaned(text: str) -> str:
-    """Clean a text as CLIP does: ftfy, HTML entities twice, single spaces, lower case."""
+def _corrected(text: str) -> str:
+    """Correct encodings by ftfy, and HTML entities twice."""
     import ftfy
 
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+    return html.unescape(html.unescape(ftfy.fix_text(text)))
+
+
+def _with_single_spaces(text: str) -> str:
+    return " ".join(_corrected(text).split())
+
+
+def _cleaned(text: str) -> str:
+    """Clean a text as CLIP does: correct, single spaces, lower case."""
+    return _with_single_spaces(text).lower()
+
+
+def _canonical(text: str) -> str:
+    """Clean a text as SigLIP does: as CLIP, and without punctuation."""
+    return " ".join(_corrected(text).replace("_", " ").translate(_NO_PUNCTUATION).lower().split())
+
+
+# By the names of open_clip's `get_clean_fn`, whose rules these are.
+_CLEANERS: dict[str, Callable[[str], str]] = {
+    "none": str,
+    "lower": _cleaned,
+    "canonicalize": _canonical,
+    "whitespace": _with_single_spaces,
+}
 
 
 def train_tokenizer(

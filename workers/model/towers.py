@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sigray.workers.config import ModelConfig, Tower
 from sigray.workers.model.bottleneck import use_bottleneck
 from sigray.workers.model.image_towers import StoredTower, load_image_tower
-from sigray.workers.model.inputs import shapes, tower_config
+from sigray.workers.model.inputs import image_inputs, shapes, tower_config
 from sigray.workers.model.untrusted import read_tensors, reason, refuse_code
 
 TOWERS: tuple[Tower, ...] = ("visual", "text")
@@ -199,10 +199,11 @@ def normalize_pixels(images: Tensor, model: ModelConfig) -> Tensor:
 
     Runs on the device, so a quarter of the bytes cross to it.
     """
+    inputs = image_inputs(model)
     mean, std = (
         # Filled on the device: to copy numbers to a GPU, the host would wait for all queued work.
         torch.stack([torch.full((), float(np.float32(v) * 255), device=images.device) for v in values])
-        for values in (model.image_mean, model.image_std)
+        for values in (inputs.image_mean, inputs.image_std)
     )
     return images.float().sub_(mean).div_(std).permute(0, 3, 1, 2)
 

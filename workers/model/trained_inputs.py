@@ -1,0 +1,237 @@
+"""Finds the inputs that weights were trained with.
+
+    transformers    preprocessor_config.json or processor_config.json, tokenizer.json, tokenizer_config.json
+    open_clip       preprocess_cfg and text_cfg of open_clip_config.json, tokenizer.json
+    sigray          config.json of an export; config.yaml of a run, for a file in its checkpoints/
+    timm            pretrained_cfg of config.json
+    model.name      without any of these, what open_clip's pretrained weights of that name expect
+
+A model that sees other inputs works, only worse, and nothing tells. So `take_inputs` puts these values into the config
+of a run at its start. The run's config.yaml then holds what the model expects, for every later command.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sigray.workers.config import ModelConfig
+from sigray.workers.model.inputs import OPEN_CLIP, inputs_of, tower_config
+from sigray.workers.model.untrusted import read_json
+from sigray.workers.model.weights_source import WeightsSource, find_weights
+from sigray.workers.parse import parse_yaml
+from sigray.workers.storage import local_copy
+
+_TOKENIZER = "tokenizer.json"
+_PAD_NAMES = ("[PAD]", "<pad>", "<|pad|>", "<|padding|>")
+_RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, in transformers' files
+_TIMM_CROP = {"center": "shortest", "squash": "squash", "border": "longest"}
+_NO_TOWERS: dict[str, Any] = {"embed_dim": 1, "vision_cfg": {}, "text_cfg": {}}
+_BEFORE = inputs_of(ModelConfig(towers=_NO_TOWERS))
+
+
+def take_inputs(model: ModelConfig, kept: dict[str, Any]) -> tuple[ModelConfig, list[str]]:
+    """Return a config with the inputs that the model expects, and remarks.
+
+    A key of the config counts first, then what is kept, then the weights.
+
+    Args:
+        kept: inputs of a run that goes on, or of the store of embeddings that a run reads: they stay, whatever the
+            weights say.
+
+    Raises:
+        ValueError: the weights' files are missing or damaged, or expect inputs that sigray cannot make.
+        StoreError: a URL's store cannot be reached or refuses.
+    """
+    try:
+        trained = _trained_inputs(model)
+    except (ValueError, OSError):
+        if kept.keys() != _BEFORE.keys():
+            raise
+        trained = {}  # a run that goes on does not need its initial weights any more
+    given = {name: getattr(model, name) for name in _BEFORE if getattr(model, name) is not None}
+    taken = _BEFORE | trained | kept | given
+    remarks = []
+    for name, value in trained.items():
+        if name in given and taken[name] != value:
+            remarks.append(f"model.{name}={_shown(taken[name])}, though the weights were trained with {_shown(value)}")
+        elif taken[name] != value:
+            remarks.append(
+                f"model.{name}={_shown(taken[name])} is kept, as the run or its store of embeddings began with it, "
+                f"though the weights were trained with {_shown(value)}"
+            )
+    return model.model_copy(update=taken), remarks
+
+
+def _shown(value: Any) -> str:
+    return str(list(value) if isinstance(value, tuple) else value)
+
+
+def _trained_inputs(model: ModelConfig) -> dict[str, Any]:
+    """Return what is known of the inputs; the keys are those of the config."""
+    source = find_weights(model.init_from) if model.init_from is not None else None
+    found = _of_name(model.name) if model.name is not None else {}
+    if source is not None:
+        found |= {
+            "transformers": _of_transformers,
+            "open_clip": _of_open_clip,
+            "sigray": _of_export,
+            "timm": _of_timm,
+            "tensors": _of_run,
+        }[source.format](source)
+    if model.tokenizer is None and source is not None and "tokenizer" not in found:
+        _refuse_sentencepiece(source)
+    tokenizer = found.get("tokenizer", OPEN_CLIP) if model.tokenizer is None else model.tokenizer
+    if tokenizer == OPEN_CLIP:
+        return {name: value for name, value in found.items() if not name.startswith("text_")}
+    trained = found.get("tokenizer", tokenizer)
+    if trained != OPEN_CLIP and local_copy(tokenizer).read_bytes() == local_copy(trained).read_bytes():
+        found["tokenizer"] = tokenizer  # perhaps a copy of it
+    else:
+        found.pop("text_clean", None)
+    return _of_tokenizer(tokenizer) | found
+
+
+def _of_name(name: str) -> dict[str, Any]:
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
+    tags = list_pretrained_tags_by_model(name)
+    config = get_pretrained_cfg(name, tags[0]) if tags else {}
+    options = tower_config(ModelConfig(name=name))["text_cfg"].get("tokenizer_kwargs") or {}
+    return _of_preprocess_cfg(config) | ({"text_clean": options["clean"]} if "clean" in options else {})
+
+
+def _of_preprocess_cfg(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of the config that open_clip's `preprocess_cfg` stands for."""
+    if not config:
+        return {}
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+    merged = merge_preprocess_dict(PreprocessCfg(), config)
+    return {
+        "image_mean": tuple(merged["mean"]),
+        "image_std": tuple(merged["std"]),
+        "image_resize": merged["resize_mode"],
+        "image_interpolation": merged["interpolation"],
+        "image_fill": merged["fill_color"],
+    }
+
+
+def _of_open_clip(source: WeightsSource) -> dict[str, Any]:
+    text = (source.config.get("model_cfg") or {}).get("text_cfg") or {}
+    found = _of_preprocess_cfg(source.config.get("preprocess_cfg") or {})
+    if text.get("hf_tokenizer_name"):
+        found |= _tokenizer_beside(source.folder)
+        # The default of open_clip's HFTokenizer; `sigray export` writes what the model was trained with.
+        found["text_clean"] = (text.get("tokenizer_kwargs") or {}).get("clean", "whitespace")
+    return found
+
+
+def _of_export(source: WeightsSource) -> dict[str, Any]:
+    section = source.config["model"]
+    found = _of_preprocess_cfg(source.config["preprocessing"]) | _tokenizer_beside(source.folder)
+    return found | {name: section[name] for name in ("text_clean",) if section.get(name) is not None}
+
+
+def _of_timm(source: WeightsSource) -> dict[str, Any]:
+    config = source.config.get("pretrained_cfg") or {}
+    resize = _TIMM_CROP.get(config.get("crop_mode", "center"), "shortest")
+    found = {
+        "image_mean": _triple(config.get("mean")),
+        "image_std": _triple(config.get("std")),
+        "image_resize": resize,
+        "image_interpolation": config.get("interpolation"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _of_run(source: WeightsSource) -> dict[str, Any]:
+    """Return the inputs of the run whose checkpoint this is, if it is one."""
+    run, _, rest = source.place.rpartition("/checkpoints/")
+    if not run or rest.count("/") != 1:
+        return {}
+    try:
+        content = parse_yaml(local_copy(f"{run}/config.yaml").read_bytes())
+    except FileNotFoundError:
+        return {}
+    section = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(section, dict):
+        return {}
+    return inputs_of(ModelConfig(towers=_NO_TOWERS, **{name: section[name] for name in _BEFORE if name in section}))
+
+
+def _of_transformers(source: WeightsSource) -> dict[str, Any]:
+    found = _tokenizer_beside(source.folder)
+    if "tokenizer" in found:
+        found["text_clean"] = _clean_of_transformers(source)
+    images = read_json(source.folder / "preprocessor_config.json")
+    if images is None:
+        images = (read_json(source.folder / "processor_config.json") or {}).get("image_processor")
+    if not images:
+        return found
+    where = f"{source.place}: its image processor has"
+    size, crop = images.get("size") or {}, images.get("crop_size") or {}
+    interpolation = _RESAMPLE.get(images.get("resample", 3))
+    if interpolation is None:
+        raise ValueError(f"{where} resample={images.get('resample')}, and sigray has 2 (bilinear) and 3 (bicubic)")
+    if "shortest_edge" in size:
+        resize = "shortest"
+        if images.get("do_center_crop", True) and crop.get("height", size["shortest_edge"]) != size["shortest_edge"]:
+            raise ValueError(
+                f"{where} size={size} and crop_size={crop}, and sigray cuts the centre of the shorter side's length: "
+                "set model.image_resize to shortest to take that"
+            )
+    else:
+        resize = "squash"
+    mean, std = (_triple(images.get(name)) for name in ("image_mean", "image_std"))
+    found |= {"image_resize": resize, "image_interpolation": interpolation}
+    return found | {name: value for name, value in (("image_mean", mean), ("image_std", std)) if value is not None}
+
+
+def _clean_of_transformers(source: WeightsSource) -> str:
+    """Return the cleaning of SigLIP's tokenizers that tokenizer.json lacks."""
+    if not str(source.config.get("model_type")).startswith("siglip"):
+        return "none"
+    from sigray.workers.model.tokenizer import load_tokenizer_file
+
+    config = read_json(source.folder / "tokenizer_config.json") or {}
+    normalizer = load_tokenizer_file(str(source.folder / _TOKENIZER)).normalizer
+    cleaned = normalizer.normalize_str("A!") if normalizer is not None else "A!"
+    if str(config.get("tokenizer_class")).startswith("SiglipTokenizer"):  # SigLIP of 2023
+        return "none" if "!" not in cleaned else "canonicalize"
+    return "none" if "A" not in cleaned else "lower"
+
+
+def _tokenizer_beside(folder: Path) -> dict[str, Any]:
+    file = folder / _TOKENIZER
+    return {"tokenizer": str(file)} if file.is_file() else {}
+
+
+def _refuse_sentencepiece(source: WeightsSource) -> None:
+    if any((source.folder / name).is_file() for name in ("spiece.model", "tokenizer.model")):
+        raise ValueError(
+            f"model.init_from: {source.place} has its tokenizer as a SentencePiece file only: write tokenizer.json "
+            "beside it (AutoTokenizer of transformers, save_pretrained), or set model.tokenizer"
+        )
+
+
+def _of_tokenizer(path: str) -> dict[str, Any]:
+    """Return how a tokenizer file fills short captions."""
+    from sigray.workers.model.tokenizer import load_tokenizer_file
+
+    tokenizer = load_tokenizer_file(path)
+    config = read_json(Path(path).with_name("tokenizer_config.json")) if Path(path).is_file() else None
+    config = config or {}
+    padding = tokenizer.padding or {}
+    name = config.get("pad_token")
+    name = name.get("content") if isinstance(name, dict) else name
+    ids = [padding.get("pad_id"), *(tokenizer.token_to_id(each) for each in (str(name), *_PAD_NAMES))]
+    side = padding.get("direction") or config.get("padding_side") or "right"
+    return {
+        "text_pad_id": next((number for number in ids if number is not None), 0),
+        "text_pad_side": side,
+    }
+
+
+def _triple(values: Any) -> tuple[float, ...] | None:
+    return tuple(map(float, values)) if values is not None else None
