@@ -364,13 +364,15 @@ class ModelConfig(Section):
     shortest: the shorter side to S, then the centre; squash: both sides to S; longest: the longer side to S, the rest
     filled. Null: as the weights say; shortest with towers."""
     image_interpolation: Literal["bicubic", "bilinear"] | None = None
-    """Filter of every resize, antialiased. Null: as the weights say; bicubic with towers."""
+    """Filter of every resize, antialiased.
+    Null: as the weights say; bicubic with towers."""
     image_fill: Annotated[int, Field(ge=0, le=255)] | None = None
-    """Level of the pixels that image_resize=longest adds. Null: as the weights say, else 0."""
+    """Level of the pixels that image_resize=longest adds.
+    Null: as the weights say, else 0."""
     text_clean: Literal["none", "lower", "canonicalize", "whitespace"] | None = None
     """How a caption is cleaned for a tokenizer file, by open_clip's names and rules.
-    All but none correct encodings, HTML and spaces; lower makes lower case; canonicalize, SigLIP's rule, also removes punctuation. Null: as
-    the weights say; none with towers."""
+    All but none correct encodings, HTML and spaces; lower makes lower case; canonicalize, SigLIP's rule, also removes
+    punctuation. Null: as the weights say; none with towers."""
     text_pad_id: NonNegativeInt | None = None
     """Token that fills a short caption, with a tokenizer file.
     Null: as the file says, else its token of a usual name such as [PAD], else 0."""
