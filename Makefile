@@ -24,7 +24,7 @@ test: $(STAMP)
 	$(MAKE) --no-print-directory -j2 test-parts test-run
 
 test-parts: $(STAMP)
-	OMP_NUM_THREADS=1 nice $(BIN)/python -m pytest -m "not ray" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 nice $(BIN)/python -m pytest -m "not ray" -n 2 --dist loadfile --junitxml=$(VENV)/tests.xml
 
 test-run: $(STAMP)
 	$(BIN)/python -m pytest -m ray -v

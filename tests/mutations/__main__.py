@@ -1,9 +1,10 @@
 """Put small faults into a copy of the tree, one at a time, and see whether the tests named for each notice.
 
-The faults are the lists FAULTS of tests/mutations/faults_*.py and keys.py. First all named tests run without a fault:
-one that is red or skipped is an error. A fault is caught if a test fails by an assertion on a value while it is in; an
-import error, another exception, a crash or no end at all does not count. Changes that are not committed are copied too.
-The last line is `mutations=N survivors=M`; the exit code is 1 if a fault survived or cannot be judged.
+The faults are the lists FAULTS of tests/mutations/faults_*.py and keys.py. First all named tests run without a fault,
+but for those that passed in the report of `--passed`: one that is red or skipped is an error. A fault is caught if a
+test fails by an assertion on a value while it is in; an import error, another exception, a crash or no end at all does
+not count. Changes that are not committed are copied too. The last line is `mutations=N survivors=M`; the exit code is 1
+if a fault survived or cannot be judged.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from tests.mutations.fault import AnyFault, name_of
-from tests.mutations.runner import LIBRARIES, Verdict, Worker, baseline, judge, workers
+from tests.mutations.runner import LIBRARIES, Verdict, Worker, baseline, judge, passed_tests, workers
 from tests.mutations.source import check
 
 TREE = Path(__file__).resolve().parents[2]
@@ -30,6 +32,12 @@ def main() -> None:
         prog="python -m tests.mutations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="part of a list's name, a symbol, a test or a text")
+    parser.add_argument(
+        "--passed",
+        type=Path,
+        metavar="FILE",
+        help="pytest's JUnit report of this tree: tests that passed there do not run without a fault again",
+    )
     parser.add_argument("--list", action="store_true", help="print the faults and run nothing")
     options = parser.parse_args()
     known = [(name, fault) for name, faults in fault_lists().items() for fault in faults]
@@ -40,7 +48,8 @@ def main() -> None:
         return
     if problems := check(TREE, [fault for _, fault in known]):
         sys.exit("\n".join(problems))
-    sys.exit(run(TREE, chosen, show_where=not options.names))
+    passed = passed_tests(options.passed) if options.passed else {}
+    sys.exit(run(TREE, chosen, passed=passed, show_where=not options.names))
 
 
 def fault_lists() -> dict[str, Sequence[AnyFault]]:
@@ -50,8 +59,19 @@ def fault_lists() -> dict[str, Sequence[AnyFault]]:
     return {name: importlib.import_module(f"tests.mutations.{name}").FAULTS for name in names}
 
 
-def run(tree: Path, faults: Sequence[AnyFault], *, libraries: Sequence[str] = LIBRARIES, show_where: bool) -> int:
-    """Judge each fault, print what came of it; the exit code."""
+def run(
+    tree: Path,
+    faults: Sequence[AnyFault],
+    *,
+    passed: Mapping[str, float] = MappingProxyType({}),
+    libraries: Sequence[str] = LIBRARIES,
+    show_where: bool,
+) -> int:
+    """Judge each fault, print what came of it; the exit code.
+
+    Args:
+        passed: seconds of tests that are known to be green without a fault.
+    """
     began = time.monotonic()
     lock = threading.Lock()
     survivors = 0
@@ -66,7 +86,7 @@ def run(tree: Path, faults: Sequence[AnyFault], *, libraries: Sequence[str] = LI
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder, workers(tree, Path(folder), libraries) as made:
         if show_where and not _all_import_the_copy(made[0]):
             return 1
-        seconds, red = baseline(made, [test for fault in faults for test in fault.tests])
+        seconds, red = baseline(made, [test for fault in faults for test in fault.tests], passed)
         print(f"{len(seconds)} tests are green without a fault, {time.monotonic() - began:.0f} s so far", flush=True)
         sound = []
         for fault in faults:

@@ -21,11 +21,12 @@ import threading
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+from xml.etree import ElementTree
 
 from tests.mutations.fault import AnyFault
 from tests.mutations.server import processes_with
@@ -184,17 +185,38 @@ def workers(tree: Path, folder: Path, libraries: Sequence[str] = LIBRARIES) -> I
             worker.close()
 
 
-def baseline(made: Sequence[Worker], tests: Iterable[str]) -> tuple[dict[str, float], dict[str, str]]:
+def passed_tests(report: Path) -> dict[str, float]:
+    """Return the seconds of each test that passed, by its name, from pytest's JUnit report."""
+    seconds: dict[str, float] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        if not any(child.tag in ("failure", "error", "skipped") for child in case):
+            parts = case.attrib["classname"].split(".")
+            num_modules = next(number for number, part in enumerate(parts, 1) if part.startswith("test_"))
+            file = "/".join(parts[:num_modules]) + ".py"
+            seconds["::".join([file, *parts[num_modules:], case.attrib["name"]])] = float(case.attrib["time"])
+    return seconds
+
+
+def baseline(
+    made: Sequence[Worker], tests: Iterable[str], passed: Mapping[str, float]
+) -> tuple[dict[str, float], dict[str, str]]:
     """Run each test once without a fault, those of a file together.
+
+    Args:
+        passed: seconds of tests that are green and do not run. A name of several examples counts by all of them: it
+            runs if none of them passed.
 
     Returns:
         Seconds of each test that is green, and why another one is not.
     """
     by_file: dict[str, list[str]] = defaultdict(list)
-    for test in sorted(set(tests)):
-        by_file[test.partition("::")[0]].append(test)
     seconds: dict[str, float] = {}
     red: dict[str, str] = {}
+    for test in sorted(set(tests)):
+        if known := [passed[name] for name in passed if _belongs(name, test)]:
+            seconds[test] = sum(known)
+        else:
+            by_file[test.partition("::")[0]].append(test)
 
     def run(worker: Worker, file: str) -> None:
         answer = worker.run(by_file[file], _BASELINE_S)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from tests.mutations.__main__ import fault_lists, run
 from tests.mutations.fault import Fault
+from tests.mutations.runner import passed_tests
 from tests.mutations.source import changed, check
 
 TREE = Path(__file__).parents[2]
@@ -143,6 +146,20 @@ def test_all_caught_is_a_success_and_leaves_no_process(tree, capsys, tmp_path, m
     assert run(tree, [price, label], libraries=(), show_where=False) == 0
     assert not is_running(int((tmp_path / "left").read_text()))
     assert capsys.readouterr().out.splitlines()[-1] == "mutations=2 survivors=0"
+
+
+def test_tests_that_passed_before_do_not_run_without_a_fault(tree, capsys):
+    """Shown by a report that is wrong: a fault of a red test is judged as if the test were green without it."""
+    command = [sys.executable, "-m", "pytest", "-q", "--junitxml=report.xml", "-p", "no:cacheprovider", "tests"]
+    subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree), "LEFT": "left"}, check=False)
+    passed = passed_tests(tree / "report.xml")
+    names = "test_total", "test_more[0]", "test_more[1]", "test_refused", "test_blind", "test_leaves_a_process"
+    assert passed.keys() == {f"tests/test_shop.py::{name}" for name in names}
+    passed["tests/test_shop.py::test_red"] = 0.0
+    red = fault("names a red test", "shop:name", "tea", "mate", "test_red")
+    more = fault("names examples", "shop:Shop.total", "*", "+", "test_more")
+    assert run(tree, [red, more], passed=passed, libraries=(), show_where=False) == 0
+    assert "2 tests are green without a fault" in capsys.readouterr().out
 
 
 def is_running(pid: int) -> bool:
