@@ -281,9 +281,11 @@ class DataConfig(Section):
         """Read `s3`, the former name of `stores`: runs begun before must resume."""
         if not isinstance(content, dict) or not isinstance(content.get("s3"), dict):
             return content
+        if content.get("stores"):
+            raise ValueError("s3 is the former name of stores: give all keys in data.stores, endpoint as s3_endpoint")
         former = {"s3_endpoint" if key == "endpoint" else key: value for key, value in content["s3"].items()}
         rest = {key: value for key, value in content.items() if key != "s3"}
-        return rest | {"stores": (content.get("stores") or {}) | former}
+        return rest | {"stores": former}
 
     @model_validator(mode="before")
     @classmethod

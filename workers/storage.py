@@ -15,7 +15,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -282,8 +282,10 @@ class Storage:
         found = []
         if not self.is_local:
             with self._store() as (store, prefix):
-                found = [item["path"] for item in listed(store, prefix, self.uri, _STORES.deadline_s)]
-            return sorted(path[len(prefix) :].lstrip("/") for path in found)
+                paths = {item["path"] for item in listed(store, prefix, self.uri, _STORES.deadline_s)}
+            paths = {path[len(prefix) :].lstrip("/") for path in paths}
+            # Consoles mark a folder by an empty object, whose name ends in a slash that obstore drops.
+            return sorted(paths - {"", *(str(parent) for path in paths for parent in PurePosixPath(path).parents)})
         for folder, folders, names in os.walk(self.uri):
             links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
             found += [os.path.join(folder, name) for name in [*names, *links]]
@@ -296,8 +298,8 @@ class Storage:
                 return sorted(os.listdir(self._at(path)))
             return []
         with self._store(path) as (store, prefix):
-            found = within(_LIST_S, store.list_with_delimiter_async(prefix or None), self._at(path))
-        paths = {*found["common_prefixes"], *(item["path"] for item in found["objects"])}
+            found = within(_LIST_S, lambda: store.list_with_delimiter(prefix or None), self._at(path))
+        paths = {*found["common_prefixes"], *(item["path"] for item in found["objects"])} - {prefix}  # its own mark
         return sorted(each.rstrip("/").rpartition("/")[2] for each in paths)
 
     def delete_files(self, paths: Iterable[str]) -> None:
@@ -371,17 +373,23 @@ class Storage:
         return f"{self.uri}/{path}" if path else self.uri
 
 
-def local_copy(place: str) -> Path:
+def local_copy(place: str, key: str = "") -> Path:
     """Return a file of this machine: a path itself, or a copy of a URL's object.
 
     A copy is kept by the version of its object.
+
+    Args:
+        key: of the config, for errors.
 
     Raises:
         StoreError: the object is missing, or its store cannot be reached or refuses.
     """
     if not is_remote(place):
         return Path(place)
-    found = stat(place)
+    try:
+        found = stat(place)
+    except StoreError as error:
+        raise type(error)(f"{key}: {error}" if key else str(error), error.kind) from None
     cache = url_cache(f"{place} {found.etag} {found.num_bytes}")
     file = cache / shown_url(place).rpartition("/")[2]
     if not file.exists() or not found.etag:  # without an ETag, nothing tells whether the object is the same

@@ -13,15 +13,15 @@ bytes. Credentials come from each provider's own library: boto3, google-auth, an
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
+import http.client
 import os
 import re
-import socket
 import threading
 from collections import OrderedDict
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -48,7 +48,7 @@ _PROVIDERS = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
 _ENDPOINTS = {
     "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
     "gs": ("GOOGLE_BASE_URL", "STORAGE_EMULATOR_HOST"),
-    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+    "az": ("AZURE_ENDPOINT", "AZURE_STORAGE_ENDPOINT"),
 }
 _GOOGLE_STATIC = (
     "GOOGLE_SERVICE_ACCOUNT",
@@ -149,7 +149,7 @@ def kind_of(error: BaseException) -> Failure:
         return failure("unreachable" if re.search(r"kind: Connect\b|\bConnectError", text) else "stalled")
     if re.search(r"kind: Connect\b|\bConnectError|dns error", text):
         return failure("unreachable")
-    if "NotPartial" in text or "not a partial" in text:
+    if re.search(r"NotPartial|Range request not supported", text):
         return failure("no ranges")
     if re.search(r"UnexpectedRange|Requested .*got|CONTENT_RANGE|Content-Range", text):
         return failure("wrong answer")
@@ -199,8 +199,16 @@ def error_of(url: str, failure: Failure, stores: StoresConfig = _DEFAULTS) -> St
     if kind in ("unreachable", "stalled", "cut"):
         names = [f"data.stores.{scheme}_endpoint", _ENDPOINTS[scheme][-1]] if scheme in _ENDPOINTS else ["the URL"]
         return StoreError(
-            f"{shown}: cannot reach the store {at}: {reason}; check the network, {' and '.join(names)}", kind
+            f"{shown}: cannot reach the store {at}: {reason}; check the network and {' and '.join(names)}", kind
         )
+    if kind == "no ranges":
+        return StoreError(
+            f"{shown}: the store {at} ignores ranges (it answers a Range request with the whole object), which sigray "
+            "needs to resume after a broken connection: use a store with ranges, or copy the shards",
+            kind,
+        )
+    if "invalid path" in reason:
+        return StoreError(f"{shown}: cannot be listed: {reason}; rename the object, or name the files one by one", kind)
     return StoreError(f"{shown}: {at} answers {reason}", kind)
 
 
@@ -341,10 +349,8 @@ def _make(url: str, scheme: str, bucket: str, stores: StoresConfig, max_retries:
             return store.HTTPStore(bucket, **given)
         return store.LocalStore("/")
     except (exceptions.BaseError, ValueError) as error:
-        raise StoreError(
-            f"{shown_url(url)}: no client can be made: {_message(str(error))}; check data.stores and the "
-            f"{_PROVIDERS.get(scheme, 'HF')}_ variables"
-        ) from None
+        named = f"data.stores and the {_PROVIDERS[scheme]}_ variables" if scheme in _PROVIDERS else "the URL"
+        raise StoreError(f"{shown_url(url)}: no client can be made: {_message(str(error))}; check {named}") from None
 
 
 def _checked(endpoint: str | None) -> str | None:
@@ -386,8 +392,6 @@ def _s3(url: str, bucket: str, stores: StoresConfig, client: dict[str, Any]) -> 
 def _region_of(bucket: str, has_endpoint: bool) -> str:
     """Return the region of a bucket at Amazon, which says it to everybody."""
     if not has_endpoint:
-        import http.client
-
         with contextlib.suppress(OSError, http.client.HTTPException):
             connection = http.client.HTTPSConnection("s3.amazonaws.com", timeout=_PROBE_S)
             connection.request("HEAD", f"/{quote(bucket)}")
@@ -405,7 +409,7 @@ def _gs(url: str, stores: StoresConfig, client: dict[str, Any]) -> dict[str, Any
         if not project:
             raise StoreError(f"{url}: data.stores.requester_pays needs the project that pays: set GOOGLE_CLOUD_PROJECT")
         client["default_headers"] = {"x-goog-user-project": project}
-    if stores.anonymous or _any_set(_GOOGLE_STATIC):
+    if stores.anonymous or any(map(os.environ.get, _GOOGLE_STATIC)):
         return options
     import google.auth
     from google.auth import exceptions as google_exceptions
@@ -431,23 +435,20 @@ def _az(url: str, stores: StoresConfig) -> dict[str, Any]:
     options: dict[str, Any] = {"skip_signature": stores.anonymous}
     if endpoint := _checked(_endpoint("az", stores)):
         options["endpoint"] = endpoint.rstrip("/")
-    if not _any_set(("AZURE_STORAGE_ACCOUNT_NAME",)):
+    if not os.environ.get("AZURE_STORAGE_ACCOUNT_NAME"):
         raise StoreError(f"{url}: no storage account: set AZURE_STORAGE_ACCOUNT_NAME", "no credentials")
     server = "169.254.169.254"
-    if not stores.anonymous and not _any_set(_AZURE_STATIC) and not _answers(server):
+    if not stores.anonymous and not any(map(os.environ.get, _AZURE_STATIC)) and not _answers(server):
         raise _no_credentials(url, f"looked in {', '.join(_AZURE_STATIC)} and {server}", stores)
     return options
 
 
-def _any_set(names: tuple[str, ...], variables: Mapping[str, str] = os.environ) -> bool:
-    return any(variables.get(name) for name in names)
-
-
 def _answers(server: str) -> bool:
-    """Return whether a metadata server accepts connections."""
-    host, _, port = server.partition(":")
-    with contextlib.suppress(OSError), socket.create_connection((host, int(port or 80)), _PROBE_S):
-        return True
+    """Return whether a metadata server answers."""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        connection = http.client.HTTPConnection(server, timeout=_PROBE_S)
+        connection.request("GET", "/")
+        return bool(connection.getresponse().status)
     return False
 
 
@@ -516,34 +517,38 @@ def listed(store: ObjectStore, folder: str, url: str, deadline_s: float) -> Iter
     Raises:
         StoreError: there are more than `MAX_LISTED`; no 1,000 names came within `deadline_s`.
     """
-    stream = store.list(folder or None, chunk_size=1000)
-
-    async def next_page() -> Sequence[ObjectMeta]:
-        async for page in stream:
-            return page
-        return []
-
+    pages = store.list(folder or None, chunk_size=1000)
     num_listed = 0
-    while page := within(deadline_s, next_page(), url):
+    while page := within(deadline_s, lambda: next(pages, None), url):
         num_listed += len(page)
         if num_listed > MAX_LISTED:
             raise StoreError(f"{url!r} lists more than {MAX_LISTED:,} names: use a longer prefix")
         yield from page
 
 
-def within(seconds: float, listing: Awaitable[Answer], url: str) -> Answer:
+def within(seconds: float, listing: Callable[[], Answer], url: str) -> Answer:
     """Return what a listing gives.
+
+    It runs in a thread, which stays until the process ends if the listing has no end. obstore's coroutines could be
+    cancelled, but 5 % of the processes that exited after one were aborted: its threads need the GIL a little longer.
 
     Raises:
         StoreError: it takes longer.
     """
+    answer: Future[Answer] = Future()
 
-    async def answer() -> Answer:
-        return await asyncio.wait_for(listing, seconds)
+    def run() -> None:
+        try:
+            answer.set_result(listing())
+        except BaseException as error:  # the caller raises it
+            answer.set_exception(error)
 
+    threading.Thread(target=run, name="listing", daemon=True).start()
     try:
-        return asyncio.run(answer())
+        return answer.result(seconds)
     except TimeoutError:
+        if answer.done():
+            raise  # of the listing
         message = f"{url!r}: the store sends pages of a listing for {seconds:g} s without an end: is the server broken?"
         raise StoreError(message, "stalled") from None
 
@@ -568,8 +573,8 @@ def stat(url: str, stores: StoresConfig = _DEFAULTS) -> ObjectInfo:
             # Not HEAD: a presigned URL allows only GET, and an answer without a body does not tell a missing bucket.
             return _info(url, obstore.get(store, key, options={"range": (0, 1)}).meta)
         except exceptions.BaseError as error:
-            if kind_of(error).status != 416 and kind_of(error).kind != "wrong answer":
-                raise  # an empty object has no first byte
+            if kind_of(error).status != 416 and kind_of(error).kind not in ("wrong answer", "no ranges"):
+                raise  # an empty object has no first byte; a single file can be read without ranges
             return _info(url, obstore.head(store, key))
 
 

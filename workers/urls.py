@@ -15,6 +15,8 @@ READ_ONLY = ("https", "http", "hf")
 """Schemes of stores that only read."""
 URL = "s3://, gs:// or az://BUCKET/KEY"
 _KIND = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(://|::|:/?)")
+_UNREADABLE = re.compile(r"^/|//|(^|/)\.\.?(/|$)|[\x00-\x1f]")
+_NO_KEY = "a key with an empty part, '.', '..' or a control character is not read here: rename the object"
 _MAX_SHOWN = 200  # characters of a place in a message
 
 
@@ -45,7 +47,9 @@ def local_path(text: str) -> str:
 
 
 def _place(text: str, schemes: tuple[str, ...]) -> str:
-    expected = " or ".join(["a local path", *([URL] if schemes else [])])
+    expected = " or ".join(
+        ["a local path", *([URL] if schemes else []), *(["https:// or hf://"] if "hf" in schemes else [])]
+    )
     shown = repr(text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}...")
     if not text:
         raise ValueError(f"is empty: give {expected}")
@@ -58,6 +62,8 @@ def _place(text: str, schemes: tuple[str, ...]) -> str:
         return os.path.abspath(text)
     rest = text[kind.end() :]
     if kind[2] == "://" and kind[1].lower() in schemes:
+        if kind[1].lower() in STORES and _UNREADABLE.search(rest.partition("/")[2].rstrip("/")):
+            raise ValueError(f"{shown}: {_NO_KEY}")
         return f"{kind[1].lower()}://{rest}"
     host, slash, path = rest.partition("/")
     if kind[0].lower() == "file://" and slash and host in ("", "localhost"):

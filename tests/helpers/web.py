@@ -27,11 +27,13 @@ class Site:
     Attributes:
         files: content by path, as requested.
         needs: text that the target or the Authorization header must hold; another request is refused.
+        has_ranges: whether a Range header is heeded.
         redirects_to: address of another server, followed by `query`; answers keep an ETag of their own.
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
     needs: str = ""
+    has_ranges: bool = True
     redirects_to: str = ""
     query: str = ""
     requests: list[Request] = field(default_factory=list)
@@ -69,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
             etag = f'"{hashlib.md5(content).hexdigest()}"'
             if headers.get("if-match", etag) != etag:
                 self._answer(412)
-            elif wanted := headers.get("range"):
+            elif (wanted := headers.get("range")) and site.has_ranges:
                 first, last = map(int, wanted.removeprefix("bytes=").split("-"))
                 part = content[first : last + 1]
                 content_range = f"bytes {first}-{first + len(part) - 1}/{len(content)}"

@@ -312,9 +312,23 @@ FAULTS = [
     Fault(
         "a listing may go on for ever",
         "sigray.workers.stores:within",
-        "asyncio.wait_for(listing, seconds)",
-        "asyncio.wait_for(listing, 8)",
+        "answer.result(seconds)",
+        "answer.result(8)",
         ("tests/workers/test_endless_listings.py::test_a_listing_ends[s3]",),
+    ),
+    Fault(
+        "a single file needs a server with ranges",
+        "sigray.workers.stores:stat",
+        '("wrong answer", "no ranges")',
+        '("wrong answer",)',
+        (f"{_W}web_stores.py::test_a_server_without_ranges_gives_single_files_and_no_shards",),
+    ),
+    Fault(
+        "the mark of a folder is a file of a run",
+        "sigray.workers.storage:Storage.walk",
+        '"", *(str(parent) for path in paths for parent in PurePosixPath(path).parents)',
+        '""',
+        ("tests/workers/test_storage.py::test_the_mark_of_a_folder_is_no_file[gs]",),
     ),
     Fault(
         "a glob is taken for the name of a file on the web",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,13 +23,14 @@ DATE = "2026-11-01T00:00:00Z"
 
 
 class Endless(ThreadingHTTPServer):
-    """Answers each request with the same page of `num_names`, and says that more follow."""
+    """Answers each request with the same page of `num_names`, and says that more follow if `is_endless`."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.num_names = self.num_requests = 0
+        self.num_names = 0
+        self.is_endless = True
 
     def page(self, is_az: bool) -> bytes:
         names = [f"folder/{number:04d}.tar" for number in range(self.num_names)]
@@ -43,7 +47,7 @@ class Endless(ThreadingHTTPServer):
         meta = f"<LastModified>{DATE}</LastModified><ETag>e</ETag><Size>1</Size>"
         keys = "".join(f"<Contents><Key>{name}</Key>{meta}</Contents>" for name in names)
         more = "<NextContinuationToken>t</NextContinuationToken><IsTruncated>true</IsTruncated>"
-        return f"<ListBucketResult>{keys}{more}</ListBucketResult>".encode()
+        return f"<ListBucketResult>{keys}{more if self.is_endless else ''}</ListBucketResult>".encode()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -54,7 +58,6 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self.server.num_requests += 1
         body = self.server.page("comp=list" in self.path)
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
@@ -91,9 +94,6 @@ def test_a_listing_ends(endless, monkeypatch, scheme):
     for list_names in (lambda: list(list_objects(f"{url}/", stores_config)), place.walk, lambda: place.list("")):
         with pytest.raises(StoreError, match=r"folder/?': the store sends pages of a listing for 1 s without an end"):
             list_names()
-    num_requests = endless.num_requests
-    time.sleep(0.2)
-    assert endless.num_requests <= num_requests + 1  # nothing goes on after the error
     endless.num_names = 1000
     for list_names in (lambda: list(list_objects(f"{url}/", stores_config)), place.walk):
         with pytest.raises(StoreError, match="lists more than 5,000 names"):
@@ -101,3 +101,19 @@ def test_a_listing_ends(endless, monkeypatch, scheme):
     with pytest.raises(DataError, match="data.shards: .*lists more than 5,000 names"):
         list_shards(url, stores_config)
     assert time.monotonic() - began < 20
+
+
+def test_a_process_may_exit_right_after_a_listing(endless):
+    """obstore's coroutines abort one exit in twenty: their threads still need the GIL."""
+    endless.is_endless = False
+    program = """
+import os, sys
+from sigray.workers import stores
+for _ in range(12):
+    if not os.fork():
+        list(stores.list_objects("gs://bucket/folder/"))
+        sys.exit(3)
+print({os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(12)})
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "{3}\n", done

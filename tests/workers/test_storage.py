@@ -1,13 +1,22 @@
 """Which URIs are a storage; a folder and buckets of s3, gs and az servers behave alike."""
 
+import os
+import socket
 import threading
 import time
+import urllib.request
 
+import boto3
 import numpy as np
 import pytest
 
 from sigray.workers import storage as storage_module
+from sigray.workers.config import StoresConfig
+from sigray.workers.data.shard_list import list_shards
+from sigray.workers.data.tar import DataError
+from sigray.workers.model.tokenizer import load_tokenizer_file
 from sigray.workers.storage import ChangedError, Storage, StorageError, fingerprint, local_copy
+from tests.helpers.gs import TOKEN
 from tests.helpers.stored import KINDS, SCHEMES
 
 
@@ -181,6 +190,36 @@ def test_credentials_that_are_wrong_or_missing_are_named(new_place, monkeypatch,
         storage.read("config.yaml")
 
 
+def test_a_metadata_server_that_is_silent_is_none(monkeypatch):
+    for name in ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_BEARER_TOKEN", "GOOGLE_SERVICE_ACCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/nowhere")
+    began = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(OSError, match="no credentials: looked in .*127.0.0.1"):
+            Storage("gs://bucket/runs").read("config.yaml")
+    assert time.monotonic() - began < 8
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_the_mark_of_a_folder_is_no_file(new_place, tmp_path, scheme):
+    """Consoles make a folder as an empty object whose name ends in a slash."""
+    place = Storage(new_place(scheme))
+    bucket, _, prefix = place.uri.partition("://")[2].partition("/")
+    for key in (f"{prefix}/", f"{prefix}/sub/", f"{prefix}/x/", f"{prefix}/x/y/"):
+        if scheme == "s3":
+            boto3.client("s3").put_object(Bucket=bucket, Key=key)
+        else:
+            url, headers = f"{os.environ['STORAGE_EMULATOR_HOST']}/{bucket}/{key}", {"Authorization": f"Bearer {TOKEN}"}
+            urllib.request.urlopen(urllib.request.Request(url, b"", headers, method="PUT")).close()
+    place.write("sub/0.tar", b"0")
+    place.write("x/y/z", b"0")
+    assert (place.list(""), place.list("x/y"), place.walk()) == (["sub", "x"], ["z"], ["sub/0.tar", "x/y/z"])
+    with pytest.raises(DataError, match="no object that ends in .tar"):
+        list_shards(f"{place.uri}/*", StoresConfig())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_of_a_place_is_copied_once_per_version(new_place, monkeypatch, tmp_path, kind):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -191,5 +230,8 @@ def test_a_file_of_a_place_is_copied_once_per_version(new_place, monkeypatch, tm
     assert local_copy(f"{storage.uri}/tokenizer.json") == first
     storage.write("tokenizer.json", b"other")
     assert local_copy(f"{storage.uri}/tokenizer.json").read_bytes() == b"other"
-    with pytest.raises(FileNotFoundError):
-        local_copy(f"{storage.uri}/none.json").read_bytes()
+    with pytest.raises(FileNotFoundError, match="none.json"):
+        local_copy(f"{storage.uri}/none.json", "model.tokenizer").read_bytes()
+    if kind != "local":
+        with pytest.raises(FileNotFoundError, match="model.tokenizer: .*none.json"):
+            load_tokenizer_file(f"{storage.uri}/none.json")

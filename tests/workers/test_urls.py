@@ -44,6 +44,16 @@ def test_what_is_meant_for_sure_is_mended():
     assert local_or_url("a/../b") == os.path.abspath("b")
 
 
+@pytest.mark.parametrize("key", ["a//b.tar", "/a.tar", "../a", "a/./b", "a/..", "a\nb.tar"])
+def test_a_key_that_obstore_cannot_name_is_refused(key):
+    for scheme in STORES:
+        for check in (local_or_url, readable):
+            with pytest.raises(ValueError, match="an empty part, '.', '..' or a control character is not read here"):
+                check(f"{scheme}://b/{key}")
+    assert readable(f"https://h/{key}") == f"https://h/{key}"
+    assert local_or_url("s3://b/...a/b..c/{0..9}.tar/") == "s3://b/...a/b..c/{0..9}.tar/"
+
+
 def test_s3_is_no_local_path():
     with pytest.raises(ValueError, match="s3:// is not read here: give a local path$"):
         local_path("s3://b/x")

@@ -144,7 +144,7 @@ def _in_store(pattern: str, stores: StoresConfig) -> Iterator[tuple[str, ShardFi
         if fixed.count("/") < 3:
             raise DataError(f"{pattern!r} names no bucket: SCHEME://BUCKET/PATTERN expected")
         infos = _bounded(list_objects(fixed, stores, is_flat="/" not in name[len(fixed) :]), pattern)
-        keys = ((info, info.url.split("/")) for info in infos if not info.url.endswith("/"))
+        keys = ((info, info.url.split("/")) for info in infos if info.num_bytes or info.url.endswith(".tar"))
         return [info for info, key in keys if len(key) == len(parts) and all(map(fnmatchcase, key, parts))]
 
     for name in _expanded(pattern, exists):

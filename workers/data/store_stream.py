@@ -174,11 +174,6 @@ class _Source:
             return DataError(f"{url} was replaced since the run's manifest was made: {remedy}")
         if failure.kind == "missing":
             return DataError(f"{url} is gone, though it was there when the run's manifest was made: {remedy}")
-        if failure.kind == "no ranges":
-            return DataError(
-                f"{url}: the store {at} ignores ranges (it answers a Range request with the whole object), which "
-                "sigray needs to resume after a broken connection: use a store with ranges, or copy the shards"
-            )
         tried = ", ".join(f"{count} x {kind}" for kind, count in failures.most_common())
         if failure.kind not in _FIRST_WAIT_S or set(failures) == {"unreachable"}:
             error = error_of(self.info.url, failure, self.stores)

@@ -317,9 +317,10 @@ def read_classes(path: str) -> list[dict[str, str]]:
         DataError: if the file is missing or is not a list of {id, name}.
     """
     try:
-        file = LocalFile(str(local_copy(path)))  # refuses a FIFO, for which a read would wait
+        copy = local_copy(path)
+        file = LocalFile(str(copy))  # refuses a FIFO, for which a read would wait
         content = bytes(file.read(file.num_bytes))
-        if path.endswith(".txt"):
+        if copy.suffix == ".txt":
             lines = content.decode().splitlines()
             return [{"id": str(number), "name": line.strip()} for number, line in enumerate(lines)]
         classes = as_type(list[_Class], parse_json(content))

@@ -33,7 +33,7 @@ def load_image_tower(name: str) -> nn.Module:
     """
     if not name.endswith(TOWER_FILE_ENDINGS):
         return _from_factory(name)
-    file = local_copy(name)
+    file = local_copy(name, "model.image_tower")
     if not file.is_file():
         raise ValueError(f"model.image_tower: there is no file {name}")
     if name.endswith(".onnx"):

@@ -130,7 +130,7 @@ def load_tokenizer_file(path: str) -> tokenizers.Tokenizer:
     """
     from tokenizers import Tokenizer as HFTokenizer
 
-    file = local_copy(path)
+    file = local_copy(path, "model.tokenizer")
     if not file.is_file():
         raise ValueError(f"model.tokenizer: {file.absolute()} does not exist; give a tokenizer.json or 'open_clip'")
     try:

@@ -17,6 +17,7 @@ from sigray.workers.data.manifest import read_samples, scan_shards
 from sigray.workers.data.shard_list import list_shards
 from sigray.workers.data.store_stream import StoreStream
 from sigray.workers.data.tar import DataError
+from sigray.workers.evaluation.datasets import read_classes
 from sigray.workers.stores import StoreError, list_objects, read_object, stat
 from tests.helpers.data import TOWERS
 from tests.helpers.web import Site, web_server
@@ -80,6 +81,16 @@ def test_redirects_that_never_end_or_lead_nowhere(cdn: Site) -> None:
         cdn.redirects_to = target
         with pytest.raises(StoreError, match="cannot reach the store"):
             stat(f"{cdn.address}/a.tar", StoresConfig(deadline_s=1))
+
+
+def test_a_server_without_ranges_gives_single_files_and_no_shards(cdn: Site) -> None:
+    cdn.has_ranges = False
+    cdn.files["/classes.txt"] = b"cat\ndog\n"
+    assert [one["name"] for one in read_classes(f"{cdn.address}/classes.txt?version=a/b")] == ["cat", "dog"]
+    cdn.files["/a.tar"] = CONTENT
+    url = f"{cdn.address}/a.tar"
+    with pytest.raises(DataError, match="a.tar: the store http.* ignores ranges .*: use a store with ranges"):
+        scan_shards(url, DataConfig(shards=url))
 
 
 def test_names_come_from_braces_and_lists_and_not_from_a_listing(cdn: Site, tar_folder: Path, tmp_path: Path) -> None:
@@ -160,6 +171,9 @@ def test_a_secret_in_the_url_of_a_config_is_refused_with_the_remedy() -> None:
             parse_config(content, "run.yaml")
         assert "c4n4ry" not in str(refused.value)
     assert parse_config(run | {"data": {"shards": "https://h/a.tar?versionId=1"}}, "run.yaml")
+    both = {"shards": "s3://b/a.tar", "s3": {"endpoint": "http://a"}, "stores": {"s3_endpoint": "http://b"}}
+    with pytest.raises(ConfigError, match=r"s3 is the former name of stores: .* endpoint as s3_endpoint"):
+        parse_config(run | {"data": both}, "run.yaml")
     with pytest.raises(StoreError, match="h/a.tar: name and password in a URL are not sent") as refused:
         stat("https://name:c4n4ry@h/a.tar")
     assert "c4n4ry" not in str(refused.value)
