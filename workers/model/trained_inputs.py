@@ -85,11 +85,16 @@ def _trained_inputs(model: ModelConfig) -> dict[str, Any]:
     if tokenizer == OPEN_CLIP:
         return {name: value for name, value in found.items() if not name.startswith("text_")}
     trained = found.get("tokenizer", tokenizer)
-    if trained != OPEN_CLIP and local_copy(tokenizer).read_bytes() == local_copy(trained).read_bytes():
+    if trained != OPEN_CLIP and _content(tokenizer) == _content(trained):
         found["tokenizer"] = tokenizer  # perhaps a copy of it
     else:
         found.pop("text_clean", None)
     return _of_tokenizer(tokenizer) | found
+
+
+def _content(tokenizer: str) -> bytes:
+    file = local_copy(tokenizer, "model.tokenizer")
+    return file.read_bytes() if file.is_file() else b""  # the tokenizer's own check names what is missing
 
 
 def _of_name(name: str) -> dict[str, Any]:

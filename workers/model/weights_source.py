@@ -124,11 +124,15 @@ def _copy(url: str) -> Path:
     scheme = url.partition("://")[0]
     names = Storage(url).list("") if scheme in STORES and not url.endswith(_ENDINGS) else []
     if not names:
-        return local_copy(url)
+        return local_copy(url, "model.init_from")
     weights = _weights_file(url, names)
-    copies = [local_copy(f"{url.rstrip('/')}/{name}") for name in names if name.endswith(_BESIDE) or name == weights]
+    copies = [
+        local_copy(f"{url.rstrip('/')}/{name}", "model.init_from")
+        for name in names
+        if name.endswith(_BESIDE) or name == weights
+    ]
     parts = _parts(next(copy for copy in copies if copy.name == weights))
-    copies += [local_copy(f"{url.rstrip('/')}/{name}") for name in parts if name != weights]
+    copies += [local_copy(f"{url.rstrip('/')}/{name}", "model.init_from") for name in parts if name != weights]
     # Each copy has a folder of its own; here they stand side by side.
     folder = url_cache(" ".join(map(str, copies)))
     folder.mkdir(parents=True, exist_ok=True)
