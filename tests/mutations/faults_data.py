@@ -574,6 +574,51 @@ FAULTS = [
         ("tests/workers/model/test_init_weights.py::test_more_and_less_than_the_model_has",),
     ),
     Fault(
+        "queries and values of transformers change places",
+        "sigray.workers.model.transformers_names:_rename",
+        "zip(parts, wanted, strict=True)",
+        "zip(parts[::-1], wanted, strict=True)",
+        ("tests/workers/model/test_pretrained.py::test_a_folder_of_transformers[siglip]",),
+    ),
+    Fault(
+        "averaged weights are passed over",
+        "sigray.workers.model.weights_files:_unwrap",
+        "content = content[found[0]]",
+        "content = content[found[-1]]",
+        ("tests/workers/model/test_pretrained.py::test_wrappers_and_prefixes_and_which_one_is_taken",),
+    ),
+    Fault(
+        "positions of a timm tower are resized bilinearly",
+        "sigray.workers.model.init_weights:_resize",
+        "num_prefix_tokens=num_prefix)",
+        'num_prefix_tokens=num_prefix, interpolation="bilinear")',
+        ("tests/workers/model/test_pretrained.py::test_embeddings_of_a_timm_tower_are_resized_as_timm_does",),
+    ),
+    Fault(
+        "the advice names tensors that fit",
+        "sigray.workers.model.init_weights:_fresh_patterns",
+        "if tuple(parts[:depth]) not in kept",
+        "if True",
+        (
+            "tests/workers/model/test_init_weights.py::"
+            "test_another_shape_is_refused_with_a_remedy_for_these_tensors_only",
+        ),
+    ),
+    Fault(
+        "keys and queries of big_vision's pooling change places",
+        "sigray.workers.model.big_vision_names:from_big_vision",
+        '("query", "key", "value")',
+        '("key", "query", "value")',
+        ("tests/workers/model/test_pretrained.py::test_a_checkpoint_of_big_vision",),
+    ),
+    Fault(
+        "an index of weights names a file of another folder",
+        "sigray.workers.model.weights_source:_parts",
+        "any(Path(name).name != name for name in names)",
+        "False",
+        ("tests/workers/model/test_pretrained.py::test_a_folder_without_weights_that_can_be_read_says_why",),
+    ),
+    Fault(
         "class names of several templates are mixed",
         "sigray.workers.evaluation.features:WorkerGroup.prompts",
         "for template in templates for name in names",

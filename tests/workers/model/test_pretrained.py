@@ -21,7 +21,9 @@ from sigray.workers.model.export import EXPORTERS
 from sigray.workers.model.init_weights import load_initial_weights
 from sigray.workers.model.towers import build_model
 from sigray.workers.model.transformers_names import CLIP, SIGLIP, from_transformers, to_transformers
+from sigray.workers.model.weights_files import read_weights
 from sigray.workers.model.weights_source import find_weights
+from sigray.workers.storage import Storage
 from tests.golden import big_vision
 from tests.helpers import pretrained
 from tests.helpers.hub import hub
@@ -260,3 +262,24 @@ def test_a_repository_of_the_hub_and_its_copy_in_the_cache(tmp_path, monkeypatch
     assert all(torch.equal(tensor, own[name]) for name, tensor in module.state_dict().items())
     with pytest.raises(ValueError, match=r"hf-hub:c/d cannot be fetched [^\n]*\nOn .* set model.init_from=FOLDER"):
         find_weights("hf-hub:c/d")
+
+
+@pytest.mark.parametrize("name", ["", "/", "/model.safetensors.index.json"])
+def test_a_folder_of_a_store_by_url(tmp_path, monkeypatch, new_place, name):
+    """The files stand side by side here, without the ONNX file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    theirs = transformers_model("siglip")
+    theirs.save_pretrained(tmp_path / "files", max_shard_size="100KB")
+    (tmp_path / "files" / "model.onnx").touch()
+    place = new_place("s3")
+    for path in (tmp_path / "files").iterdir():
+        Storage(place).upload(path, f"siglip/{path.name}")
+    url = f"{place}/siglip{name}"
+    source = find_weights(url)
+    assert (source.place, source.format) == (url, "transformers")
+    wanted = {path.name for path in (tmp_path / "files").iterdir()} - {"model.onnx"}
+    assert {path.name for path in source.folder.iterdir()} == wanted
+    assert source == find_weights(url)
+    own = read_weights(source, []).tensors
+    for key, tensor in from_transformers(theirs.state_dict()).items():
+        assert torch.equal(own[key], tensor), key
