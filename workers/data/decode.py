@@ -150,7 +150,7 @@ class Decoder:
         resize(_cut(pixels, *box), out, size=out.shape[:2], interpolation=self._inputs.image_interpolation)
 
     def choose_caption(self, members: Members, random: SampleRandom) -> str:
-        """Return one of the sample's usable captions, drawn by weight; raises as `captions`."""
+        """Return one of a sample's captions, drawn by weight; raises as `captions`."""
         # Exponential arrival times: source i is first with probability w_i / sum w, and so among any subset. So
         # sources are tried in the order of arrival until one is usable, and JSON is parsed only if it is needed.
         uniforms = random.uniforms("caption")

@@ -158,7 +158,7 @@ def load(
 
 
 def translations(members: Members, spec: EvalSet) -> list[list[str]]:
-    """A sample's captions in each language of the set, from `language_captions`; empty lists if none is usable."""
+    """A sample's captions in each language of the set; empty lists if none is usable."""
     found: list[list[str]] = []
     for language in spec.languages:
         try:

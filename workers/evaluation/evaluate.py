@@ -99,8 +99,9 @@ def retrieval_recall(features: Tensor, texts: Tensor, image: Tensor, text: Tenso
     """Recall at 1, 5 and 10 in both directions, with chance levels.
 
     As CLIP_benchmark counts, each caption of each image is a text of its own. An image is found if any of its captions
-    is among the k nearest texts, a caption if its image is among the k nearest images; an equal caption of another
-    image is a wrong answer. In the figures `merged_...`, equal captions are one text, right for each of its images.
+    is among the k nearest texts. A caption is found if its image is among the k nearest images. An equal caption of
+    another image is a wrong answer. In the figures `merged_...`, equal captions are one text, right for each of its
+    images.
 
     Args:
         features: (n, D) of images, of unit norm; each has a caption.
@@ -113,7 +114,8 @@ def retrieval_recall(features: Tensor, texts: Tensor, image: Tensor, text: Tenso
     every = torch.arange(len(text))
     # Equal captions of one image count once if they are merged.
     merged_image, merged_text = torch.stack([image, text]).unique(dim=1)
-    nearest_captions, nearest_texts = _nearest(features, texts, text), _nearest(features, texts)
+    nearest_captions = _nearest(features, texts, text)
+    nearest_texts = _nearest(features, texts)
     nearest_images = _nearest(texts, features)
     # way -> who is asked, the row of what is found, the right answer, and between how many; by pair of both
     ways = {
@@ -138,7 +140,11 @@ def retrieval_recall(features: Tensor, texts: Tensor, image: Tensor, text: Tenso
 
 
 def numbered_captions(captions: Sequence[Sequence[str]]) -> tuple[dict[str, int], Tensor, Tensor]:
-    """The distinct captions of images with numbers; of each caption its image and number, (T,) int64."""
+    """Number the distinct captions.
+
+    Returns:
+        The numbers; of each caption its image and its number, (T,) int64.
+    """
     numbers, text = _numbered([caption for own in captions for caption in own])
     return numbers, torch.tensor([number for number, own in enumerate(captions) for _ in own]), text
 

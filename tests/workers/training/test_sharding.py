@@ -31,7 +31,15 @@ def config_file(tmp_path):
             "micro_batch_size": 4,
             "log_every_steps": 1,
         },
-        optim={"lr": 3e-3, "num_warmup_samples": 32},
+        optim={
+            "lr": 3e-3,
+            "num_warmup_samples": 32,
+            "schedule": "rsqrt",
+            "num_timescale_samples": 64,
+            "num_cooldown_samples": 48,
+            "weight_decay_on": "kernels",
+            "layer_decay": {"text": 0.9},
+        },
         checkpoint={"save_every_steps": 5},
         cluster={"num_workers": 2},
     )
