@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sigray.workers.checkpoint.index import CheckpointInfo
 from sigray.workers.checkpoint.writer import load_weights
 from sigray.workers.config import ModelConfig
-from sigray.workers.model.towers import build_bare_model, build_meta_model, build_model
+from sigray.workers.model.towers import TOWERS, build_bare_model, build_meta_model, build_model
 from sigray.workers.model.weights_files import read_weights
 from sigray.workers.model.weights_source import find_weights
 from sigray.workers.sharding import shard_like
@@ -148,6 +148,17 @@ def _match(module: nn.Module, model: ModelConfig) -> tuple[InitialWeights, dict[
             f"model.init_from={model.init_from}: none of its {len(state)} tensors is one of the model's: "
             f"{_some(state) or 'nothing'} there, {_some(own)} here"
         )
+    for tower in TOWERS:
+        there, here, used = (
+            [name for name in names if name.startswith(f"{tower}.")]
+            for names in (found.unused, found.missing, [*taken, *found.asked_fresh])
+        )
+        if there and here and not used:
+            raise ValueError(
+                f"model.init_from={model.init_from}: its {tower} tower is of another kind: {_some(there)} there, "
+                f"{_some(here)} here. Take towers of its kind (docs/models.md), or start this one with fresh weights: "
+                rf"model.init_fresh=['{tower}\..*']"
+            )
     return found, taken
 
 
@@ -196,6 +207,6 @@ def _fresh_patterns(wrong: Sequence[str], fitting: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(patterns))
 
 
-def _some(names: dict[str, Tensor]) -> str:
+def _some(names: Iterable[str]) -> str:
     chosen = list(names)
     return ", ".join(chosen[:: max(1, len(chosen) // 4)][:4])

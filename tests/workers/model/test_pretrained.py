@@ -88,6 +88,19 @@ def test_a_folder_of_transformers(tmp_path, kind):
     assert not {name for name in back if "patch_embedding" not in name}
 
 
+def test_a_tower_of_another_kind_is_no_tower_with_fresh_weights(tmp_path):
+    """SigLIP's text tower would fit these towers, and its image tower would be left out."""
+    transformers_model("siglip").save_pretrained(tmp_path)
+    towers = pretrained.CLIP | {"embed_dim": 32, "text_cfg": pretrained.SIGLIP["text_cfg"]}
+    with pytest.raises(
+        ValueError, match=r"its visual tower is of another kind: visual.trunk.* there, .* here"
+    ) as error:
+        loaded(model_from(tmp_path, towers))
+    assert str(error.value).endswith(r"model.init_fresh=['visual\..*']")
+    _, found = loaded(model_from(tmp_path, towers, init_fresh=[r"visual\..*"]))
+    assert not found.missing
+
+
 @pytest.mark.parametrize("form", ["sharded", "bin", "file"])
 def test_files_of_transformers(tmp_path, form):
     theirs = transformers_model("siglip")
