@@ -40,7 +40,8 @@ EVENTS, EVALUATIONS, REPORT = "events.jsonl", "evaluations", "report.html"
 PENDING = "pending"  # kind of an event: the run waits for room; the next event of another kind ends that
 EXPORTED = (
     "README.md", "config.json", "tokenizer.json", "tokenizer_config.json", "open_clip_config.json",
-    "open_clip_model.safetensors", "model.safetensors", "*.onnx", "*.onnx.data",
+    "open_clip_model.safetensors", "model.safetensors", "*.onnx", "*.onnx.data", "processor_config.json",
+    "preprocessor_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
 )  # fmt: skip
 _MAX_MANIFEST_BYTES = 1 << 30  # of four million shards
 

@@ -63,22 +63,23 @@ def _export_job(options: Namespace) -> Job:
 
 @command(
     CHECKPOINT,
-    argument("--format", choices=["open_clip", "safetensors", "onnx"], default="open_clip"),
+    argument("--format", choices=["open_clip", "transformers", "safetensors", "onnx"], default="open_clip"),
     argument("--out", metavar="DIR", help="new folder, or its URL in a store (default RUN_DIR/NAME/export/FORMAT)"),
     argument("--overwrite", action="store_true", help="delete an earlier export first"),
     job=_export_job,
 )
 def export(options: Namespace, console: Console) -> None:
-    """Write a checkpoint for open_clip or onnxruntime, with a model card.
+    """Write a checkpoint for open_clip, transformers or onnxruntime.
 
     examples:
       sigray export runs/emoji_cpu                                  the newest checkpoint, for open_clip
+      sigray export runs/my_siglip --format transformers            for AutoModel and pipeline()
       sigray export runs/emoji_cpu --format onnx --out emoji_onnx   both towers, for onnxruntime
       sigray export s3://bucket/runs/a --format safetensors --out s3://bucket/models/a
       sigray export runs/emoji_cpu/checkpoints/step-0000000400      another checkpoint
 
-    sigray loads an open_clip export again with plain open_clip and compares the features. Each folder has a model card,
-    README.md: how to load the model, data, recipe, results.
+    sigray loads an export again with plain open_clip or transformers and compares the features. Each folder has a
+    model card, README.md: how to load the model, data, recipe, results.
     """
     run, config, checkpoint = _find_checkpoint(options.checkpoint)
     from sigray.orchestrator.run.export import export_run

@@ -35,10 +35,10 @@ def export_run(
 ) -> tuple[str, list[str]]:
     """Write a checkpoint as `workers/model/export.py` can; return place and remarks.
 
-    An open_clip export is loaded again and its features are compared.
+    An export for open_clip or transformers is loaded by it, and its features are compared.
 
     Args:
-        form: open_clip, safetensors or onnx.
+        form: open_clip, transformers, safetensors or onnx.
         out: the folder to write, or its s3:// URL; None: RUN/export/FORM.
         overwrite: delete an earlier export first.
 
@@ -47,7 +47,7 @@ def export_run(
         CheckpointError: for a damaged checkpoint.
         RuntimeError: if a package is missing, or the exported model computes other features.
     """
-    from sigray.workers.model.export import EXPORTERS, compare_open_clip
+    from sigray.workers.model.export import EXPORTERS, LOADERS, compare
     from sigray.workers.model.init_weights import build_trained_model
     from sigray.workers.model.towers import num_parameters
 
@@ -62,9 +62,9 @@ def export_run(
         if others or (place.is_local and (path.is_symlink() or not path.is_dir())):
             what = first_ten(others) or "it is a file or link"
             raise ConfigError(f"{place.uri} is no folder of an export: {what}. Give another --out")
-    if form == "open_clip" and config.model.image_tower is not None:
+    if form in LOADERS and config.model.image_tower is not None:
         raise ConfigError(
-            f"open_clip has no image tower of other packages (model.image_tower={config.model.image_tower}): "
+            f"{form} has no image tower of other packages (model.image_tower={config.model.image_tower}): "
             "use --format onnx or safetensors"
         )
     run = RunFolder(config)
@@ -76,26 +76,25 @@ def export_run(
         staging = Path(parent) / path.name
         staging.mkdir()
         EXPORTERS[form](module, config.model, staging)
-        if form == "open_clip":
+        if form in LOADERS:
             texts = _texts_of(config)
-            found = compare_open_clip(staging, module, config.model, texts)
+            found = compare(form, staging, module, config.model, texts)
             largest = max(found.image_difference, found.text_difference)
             if largest > MAX_DIFFERENCE:
                 raise RuntimeError(
-                    f"the exported model's features differ by {largest:.2g} in plain open_clip, by more than "
+                    f"the exported model's features differ by {largest:.2g} in plain {form}, by more than "
                     f"{MAX_DIFFERENCE:g}: nothing was written"
                 )
-            remarks.append(f"loaded in open_clip: features differ by {largest:.1e} at most")
+            remarks.append(f"loaded in {form}: features differ by {largest:.1e} at most")
             if found.other_tokens is None:
                 remarks.append("tokenizer not compared: open_clip reads it with transformers, which is not installed")
             elif found.other_tokens:
                 remarks.append(
-                    f"tokenizer: {len(found.other_tokens)} of {found.num_texts} prompts give other tokens in "
-                    f"open_clip, which cleans texts first (ftfy), such as {found.other_tokens[0]!r}; "
-                    f"{path.name}/tokenizer.json itself gives those of the training"
+                    f"tokenizer: {len(found.other_tokens)} of {found.num_texts} prompts give other tokens in {form}, "
+                    f"which cleans texts in another way, such as {found.other_tokens[0]!r}"
                 )
             else:
-                remarks.append(f"tokenizer: the same tokens in open_clip for all of {found.num_texts} prompts")
+                remarks.append(f"tokenizer: the same tokens in {form} for all of {found.num_texts} prompts")
         (staging / CARD).write_text(
             model_card(config, info, form, run.manifest(), _figures(run, info), num_parameters(module), remarks)
         )

@@ -490,6 +490,29 @@ FAULTS = [
         (_PADS,),
     ),
     Fault(
+        "transformers' default activation is kept",
+        "sigray.workers.model.export_transformers:_tower",
+        '"hidden_act": act,',
+        "",
+        ("tests/workers/model/test_export_transformers.py::test_the_activation_of_the_towers_is_written",),
+    ),
+    Fault(
+        "an exported tokenizer does not clean",
+        "sigray.workers.model.export_transformers:_tokenizer",
+        "    _clean_by(file, text_inputs(model).text_clean)\n",
+        "",
+        (
+            "tests/workers/model/test_export_transformers.py::test_features_and_tokens_are_the_same_and_the_weights_come_back",
+        ),
+    ),
+    Fault(
+        "a model of the softmax becomes a SiglipModel",
+        "sigray.workers.model.export_transformers:_check_siglip",
+        'getattr(module, "logit_bias", None) is not None',
+        "True",
+        ("tests/workers/model/test_export_transformers.py::test_what_transformers_cannot_hold_is_refused_by_name",),
+    ),
+    Fault(
         "a file's own padding is not taken",
         "sigray.workers.model.trained_inputs:_of_tokenizer",
         'padding.get("pad_id"), ',

@@ -4,12 +4,13 @@
 
     open_clip      open_clip_config.json, open_clip_model.safetensors, tokenizer: for open_clip's `local-dir:FOLDER`
     safetensors    model.safetensors by open_clip's names, config.json (the model section), tokenizer.json
+    transformers   config.json, model.safetensors, processor: for AutoModel and AutoProcessor (export_transformers.py)
     onnx           image.onnx: (b, 3, S, S) float32 normalised pixels -> (b, D) of unit norm
                    text.onnx: (b, T) int64 tokens -> (b, D) of unit norm
                    config.json: mean, std, size, logit_scale (already exponentiated), logit_bias; tokenizer.json
 
 open_clip cleans a text before a tokenizers file sees it (ftfy, HTML entities, spaces), sigray does not. So the two
-may tokenize a text with, say, a curly apostrophe differently. `compare_open_clip` counts such texts. tokenizer.json
+may tokenize a text with, say, a curly apostrophe differently. `compare` counts such texts. tokenizer.json
 itself, with its padding and truncation, gives the tokens of the training.
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from sigray.workers.config import ModelConfig
 from sigray.workers.model.bottleneck import fold_bottleneck
+from sigray.workers.model.export_transformers import export_transformers, load_transformers
 from sigray.workers.model.inputs import image_inputs, shapes, text_inputs, tokenizer_file, tower_config
 from sigray.workers.model.tokenizer import (
     build_open_clip_tokenizer,
@@ -36,8 +38,9 @@ from sigray.workers.model.tokenizer import (
     load_tokenizer_file,
 )
 
-Format = Literal["open_clip", "safetensors", "onnx"]
+Format = Literal["open_clip", "transformers", "safetensors", "onnx"]
 
+Encoder = Callable[[Tensor], Tensor]
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 _MAX_ONNX_BYTES = 2**31 - 2**26  # of weights inside a protobuf file; larger weights go into a second file
@@ -127,7 +130,12 @@ def export_onnx(module: nn.Module, model: ModelConfig, folder: Path) -> None:
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
 
 
-EXPORTERS = {"open_clip": export_open_clip, "safetensors": export_safetensors, "onnx": export_onnx}
+EXPORTERS = {
+    "open_clip": export_open_clip,
+    "transformers": export_transformers,
+    "safetensors": export_safetensors,
+    "onnx": export_onnx,
+}
 
 
 def preprocessing(model: ModelConfig) -> dict[str, Any]:
@@ -143,39 +151,51 @@ def preprocessing(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def compare_open_clip(
-    folder: Path, module: nn.Module, model: ModelConfig, texts: Sequence[str], *, num_images: int = 8
-) -> Comparison:
-    """Load an exported folder with plain open_clip and compare it.
-
-    Args:
-        texts: whose tokens and features are compared.
-        num_images: number of images of random pixels.
-    """
+def load_open_clip(folder: Path) -> tuple[Encoder, Encoder, Callable[[list[str]], Tensor] | None]:
+    """Load a folder with plain open_clip; no tokenizer without transformers."""
     import open_clip
 
     exported = open_clip.create_model(f"local-dir:{folder}").eval()
+    encoders = exported.encode_image, exported.encode_text
+    try:
+        return *encoders, open_clip.get_tokenizer(f"local-dir:{folder}")
+    except ImportError:
+        return *encoders, None
+
+
+LOADERS = {"open_clip": load_open_clip, "transformers": load_transformers}
+"""By format: load a folder; returns image encoder, text encoder and tokenizer."""
+
+
+def compare(
+    form: str, folder: Path, module: nn.Module, model: ModelConfig, texts: Sequence[str], *, num_images: int = 8
+) -> Comparison:
+    """Load an exported folder by its own library and compare it.
+
+    Args:
+        form: one of `LOADERS`.
+        texts: whose tokens and features are compared.
+        num_images: number of images of random pixels.
+    """
+    encode_image, encode_text, tokenizer = LOADERS[form](folder)
     size, context_length, vocab_size = shapes(model)
     pixels = torch.randn(num_images, 3, size, size, generator=torch.Generator().manual_seed(0))
     tokens = torch.from_numpy(build_tokenizer(model, context_length, vocab_size)(list(texts)))
     other_tokens: tuple[str, ...] | None = None
-    try:
-        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-    except ImportError:  # transformers, which open_clip does not need otherwise
-        pass
-    else:
+    if tokenizer is not None:
         is_same = (tokenizer(list(texts)) == tokens).all(dim=1).tolist()
         other_tokens = tuple(text for text, same in zip(texts, is_same, strict=True) if not same)
     with torch.inference_mode():
-        module.eval()
-        image, text = (
-            float((encode(exported) - encode(module)).abs().max())
-            for encode in (
-                lambda each: each.encode_image(pixels, normalize=True),
-                lambda each: torch.cat([each.encode_text(part, normalize=True) for part in tokens.split(256)]),
-            )
-        )
+        own: Any = module.eval()
+        image = _distance([(encode_image(pixels), own.encode_image(pixels))])
+        text = _distance((encode_text(part), own.encode_text(part)) for part in tokens.split(256))
     return Comparison(image, text, len(texts), other_tokens)
+
+
+def _distance(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Return the largest difference of features of unit norm."""
+    normalize = torch.nn.functional.normalize
+    return max(float((normalize(a, dim=-1) - normalize(b, dim=-1)).abs().max()) for a, b in pairs)
 
 
 class _UnitNorm(nn.Module):

@@ -197,6 +197,23 @@ def build_open_clip_tokenizer(model: ModelConfig, context_length: int) -> Any:
         raise ValueError(f"model.name={model.name}: its tokenizer cannot be loaded: {reason(error)}") from error
 
 
+def _letters() -> dict[int, str]:
+    """Return the character of each byte; bytes without one get those after Latin-1."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + number) for number, byte in enumerate(others)}
+
+
+def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return the ids of open_clip's BPE by piece, and its merges in order."""
+    content = gzip.decompress((open_clip_folder() / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
+    lines = content.split("\n")[1 : _NUM_MERGES + 1]  # the first line is a title
+    merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
+    letters = list(_letters().values())
+    pieces = [*letters, *(letter + _WORD_END for letter in letters), *map("".join, merges), *_CLIP_SPECIAL]
+    return {piece: number for number, piece in enumerate(pieces)}, merges
+
+
 class _ClipTokenizer:
     """CLIP's byte pair encoding of lower-case text, with open_clip's vocabulary.
 
@@ -210,16 +227,8 @@ class _ClipTokenizer:
         from tokenizers.models import BPE
 
         self._context_length = context_length
-        content = gzip.decompress((open_clip_folder() / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
-        lines = content.split("\n")[1 : _NUM_MERGES + 1]  # the first line is a title
-        merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
-        # Each byte stands as a printable character; bytes without one get the characters after Latin-1.
-        printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-        others = [byte for byte in range(256) if byte not in printable]
-        self._letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
-        letters = list(self._letters.values())
-        pieces = [*letters, *(letter + _WORD_END for letter in letters), *map("".join, merges), *_CLIP_SPECIAL]
-        self._ids = {piece: number for number, piece in enumerate(pieces)}
+        self._letters = _letters()
+        self._ids, merges = clip_vocabulary()
         # The library merges the first pair, then the next. CLIP merges all equal pairs at once, in quadratic time. The
         # result is the same: no two merges give one token, so every merge of a token comes after the token's own.
         self._words = BPE(vocab=self._ids, merges=merges, end_of_word_suffix=_WORD_END)

@@ -255,12 +255,12 @@ def test_the_card_has_a_line_for_each_language(trained):
 
 def test_texts_that_open_clip_cleans_are_counted(trained, tmp_path):
     """U+2019 becomes an apostrophe by ftfy before the tokenizer sees it."""
-    from sigray.workers.model.export import compare_open_clip
+    from sigray.workers.model.export import compare
 
     exported = trained.export("open_clip")
     module = build_model(trained.config.model)
     load_weights(trained.run.storage, trained.info, module)
-    found = compare_open_clip(exported, module, trained.config.model, ["a red field", "a &amp; field"])
+    found = compare("open_clip", exported, module, trained.config.model, ["a red field", "a &amp; field"])
     assert found.other_tokens == ("a &amp; field",)
     assert found.num_texts == 2
 
@@ -297,12 +297,12 @@ def test_what_is_no_run_is_told(tmp_path, capsys):
 
 def test_open_clips_own_tokenizer_needs_no_file(tmp_path):
     from sigray.workers.config import ModelConfig
-    from sigray.workers.model.export import compare_open_clip, export_open_clip
+    from sigray.workers.model.export import compare, export_open_clip
 
     model = ModelConfig(towers={**TOWERS, "text_cfg": {**TOWERS["text_cfg"], "hf_tokenizer_name": "not/used"}})
     module = build_model(model)
     export_open_clip(module, model, tmp_path)
-    found = compare_open_clip(tmp_path, module, model, ["a cat", "o\u2019clock &amp; more"])
+    found = compare("open_clip", tmp_path, module, model, ["a cat", "o\u2019clock &amp; more"])
     assert found.other_tokens == ()
     assert max(found.image_difference, found.text_difference) < 1e-5
 

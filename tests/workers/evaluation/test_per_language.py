@@ -13,7 +13,7 @@ from sigray.workers.data.decode import Decoder, sample_random
 from sigray.workers.evaluation.datasets import load_set
 from sigray.workers.evaluation.evaluate import figures_by_language, mean_over_languages
 from sigray.workers.model.bottleneck import BottleneckEmbedding, fold_bottleneck
-from sigray.workers.model.export import compare_open_clip, export_open_clip
+from sigray.workers.model.export import compare, export_open_clip
 from sigray.workers.model.towers import build_model, check_model, num_parameters
 from tests.helpers.data import TOWERS, drawn_sample, write_tar
 
@@ -44,7 +44,7 @@ def test_plain_open_clip_loads_the_folded_model(tmp_path):
     module = build_model(NARROW)
     assert "text.token_embedding.weight" in fold_bottleneck(module)
     export_open_clip(module, NARROW, tmp_path)
-    found = compare_open_clip(tmp_path, module, NARROW, ["a cat", "two dogs and one ball"])
+    found = compare("open_clip", tmp_path, module, NARROW, ["a cat", "two dogs and one ball"])
     assert found.image_difference == 0
     assert found.text_difference < 1e-5
     assert found.other_tokens == ()
