@@ -149,7 +149,7 @@ def figures_table(result: dict[str, Any]) -> Group:
 
 
 def _retrieval_titles(figures: dict[str, Any]) -> dict[str, str]:
-    """What was counted -> prefix of its figures; merged ones only if captions are equal."""
+    """What was counted -> prefix of its figures; merged only if captions are equal."""
     images, captions = f"{figures['num_images']:,} images", f"{figures['num_captions']:,} captions"
     num_distinct = figures.get("num_distinct_captions")
     if num_distinct is None:  # measured before sigray read all captions of an image

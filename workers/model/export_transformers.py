@@ -1,4 +1,4 @@
-"""Exports a trained model as a folder of transformers: `SiglipModel` or `CLIPModel`, with its processor.
+"""Exports a model as `SiglipModel` or `CLIPModel` of transformers.
 
     S  image size      T  context length
 
@@ -78,7 +78,7 @@ def export_transformers(module: nn.Module, model: ModelConfig, folder: Path) -> 
 
 
 def load_transformers(folder: Path) -> tuple[Any, Any, Any]:
-    """Load an exported folder; returns image encoder, text encoder and tokenizer, as functions."""
+    """Load a folder; returns image encoder, text encoder and tokenizer."""
     import transformers
 
     exported = transformers.AutoModel.from_pretrained(folder).eval()
