@@ -273,8 +273,9 @@ def read_run(run: str) -> RunConfig:
     try:
         content = storage.read(CONFIG)
     except (FileNotFoundError, NotADirectoryError) as error:
+        reason = f" ({error})" if "://" in run else ""  # there may be no such bucket
         raise ConfigError(
-            f"{run} is not a run: it holds no {CONFIG}. Give the folder that `sigray train` printed"
+            f"{run} is not a run: it holds no {CONFIG}{reason}. Give the folder that `sigray train` printed"
         ) from error
     source = f"{run}/{CONFIG}"
     saved = parse_mapping(content, source, "the config of a run expected")

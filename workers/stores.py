@@ -239,7 +239,7 @@ def _remedy(url: str, stores: StoresConfig) -> str:
         return "set HF_TOKEN, or log in with `hf auth login`; the terms of a gated data set must be accepted"
     if stores.signed_urls:
         return f"is the line of the URL in data.stores.signed_urls={stores.signed_urls} missing, or too old?"
-    return "a URL that is not public needs a signature: see data.stores.signed_urls"
+    return "private shards need data.stores.signed_urls; copy any other private file to a folder or a bucket"
 
 
 def split_url(url: str) -> tuple[str, str, str]:

@@ -159,7 +159,7 @@ def test_a_presigned_url_is_used_and_stands_nowhere(
     signed.unlink()
     with pytest.raises(StoreError, match="signed_urls: .*signed.txt cannot be read: No such file"):
         stat(url, data.stores)
-    with pytest.raises(StoreError, match="403.*needs a signature: see data.stores.signed_urls"):
+    with pytest.raises(StoreError, match="403.*private shards need data.stores.signed_urls"):
         read_object(url)
 
 
