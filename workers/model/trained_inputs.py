@@ -4,6 +4,7 @@
     open_clip       preprocess_cfg and text_cfg of open_clip_config.json, tokenizer.json
     sigray          config.json of an export; config.yaml of a run, for a file in its checkpoints/
     timm            pretrained_cfg of config.json
+    big_vision      what open_clip's SigLIP weights expect; openai: what its CLIP weights expect
     model.name      without any of these, what open_clip's pretrained weights of that name expect
 
 A model that sees other inputs works, only worse, and nothing tells. So `take_inputs` puts these values into the config
@@ -77,6 +78,8 @@ def _trained_inputs(model: ModelConfig) -> dict[str, Any]:
             "open_clip": _of_open_clip,
             "sigray": _of_export,
             "timm": _of_timm,
+            "big_vision": lambda _: _of_open_clips("ViT-B-16-SigLIP"),
+            "openai": lambda _: _of_open_clips("ViT-B-32"),
             "tensors": _of_run,
         }[source.format](source)
     if model.tokenizer is None and source is not None and "tokenizer" not in found:
@@ -98,12 +101,16 @@ def _content(tokenizer: str) -> bytes:
 
 
 def _of_name(name: str) -> dict[str, Any]:
+    options = tower_config(ModelConfig(name=name))["text_cfg"].get("tokenizer_kwargs") or {}
+    return _of_open_clips(name) | ({"text_clean": options["clean"]} if "clean" in options else {})
+
+
+def _of_open_clips(name: str) -> dict[str, Any]:
+    """Return the pixels of open_clip's first weights of a name."""
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
     tags = list_pretrained_tags_by_model(name)
-    config = get_pretrained_cfg(name, tags[0]) if tags else {}
-    options = tower_config(ModelConfig(name=name))["text_cfg"].get("tokenizer_kwargs") or {}
-    return _of_preprocess_cfg(config) | ({"text_clean": options["clean"]} if "clean" in options else {})
+    return _of_preprocess_cfg(get_pretrained_cfg(name, tags[0]) if tags else {})
 
 
 def _of_preprocess_cfg(config: dict[str, Any]) -> dict[str, Any]:

@@ -135,6 +135,14 @@ class _Script:
     """
 
 
+def is_torchscript(path: str | Path) -> bool:
+    """Return whether a file is a TorchScript archive."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
 def _script_tensors(path: str) -> dict[str, Tensor] | None:
     """Return the tensors of a TorchScript file, or None for another file.
 
@@ -142,12 +150,10 @@ def _script_tensors(path: str) -> dict[str, Tensor] | None:
     """
     import torch
 
-    if not zipfile.is_zipfile(path):
+    if not is_torchscript(path):
         return None
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
-        if not any(name.endswith("/constants.pkl") for name in names):
-            return None
         copy = io.BytesIO()
         with zipfile.ZipFile(copy, "w") as objects:
             for name in names:

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sigray.workers.model.untrusted import CONFIG, HF_HUB, from_hub, read_json, reason
+from sigray.workers.model.untrusted import CONFIG, HF_HUB, from_hub, is_torchscript, read_json, reason
 from sigray.workers.storage import Storage, local_copy, url_cache
 from sigray.workers.texts import first_ten
 from sigray.workers.urls import STORES, is_remote
 
-Format = Literal["transformers", "open_clip", "sigray", "timm", "tensors"]
-"""The program that wrote the folder.
+Format = Literal["transformers", "open_clip", "sigray", "timm", "big_vision", "openai", "tensors"]
+"""The program that wrote the weights.
 open_clip is also `sigray export`'s, sigray `sigray export --format safetensors`; tensors: no config tells."""
 
 _INDEX = ".index.json"  # of a file in several parts, as transformers writes it
@@ -73,7 +73,7 @@ def find_weights(place: str) -> WeightsSource:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ValueError(f"model.init_from: {place} lacks {first_ten(missing)}, which {path.name} names")
-    written_by, config = _config(path.parent)
+    written_by, config = _config(path)
     return WeightsSource(place, written_by, config, path.parent, files)
 
 
@@ -98,7 +98,12 @@ def _parts(path: Path) -> list[str]:
     return names
 
 
-def _config(folder: Path) -> tuple[Format, dict[str, Any]]:
+def _config(path: Path) -> tuple[Format, dict[str, Any]]:
+    folder = path.parent
+    if path.suffix == ".npz":
+        return "big_vision", {}
+    if is_torchscript(path):
+        return "openai", {}
     if content := read_json(folder / CONFIG):
         return "open_clip", content
     content = read_json(folder / "config.json") or {}

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub import constants
+from open_clip import OPENAI_DATASET_MEAN
 from open_clip.convert import load_big_vision_weights
 from open_clip.model import CustomTextCLIP, convert_to_custom_text_state_dict
 from safetensors.torch import save_file
@@ -20,6 +21,7 @@ from sigray.workers.config import ModelConfig
 from sigray.workers.model.export import EXPORTERS
 from sigray.workers.model.init_weights import load_initial_weights
 from sigray.workers.model.towers import build_model
+from sigray.workers.model.trained_inputs import take_inputs
 from sigray.workers.model.transformers_names import CLIP, SIGLIP, from_transformers, to_transformers
 from sigray.workers.model.weights_files import read_weights
 from sigray.workers.model.weights_source import find_weights
@@ -176,6 +178,8 @@ def test_a_checkpoint_of_big_vision(tmp_path, layout):
     np.savez(path, **weights, **{"opt/count": np.zeros(())})
     module, found = loaded(model_from(path, SIGLIP_TANH))
     assert (found.missing, found.unused, found.origin) == ([], [], " (big_vision)")
+    inputs, _ = take_inputs(model_from(path, SIGLIP_TANH), {})
+    assert (inputs.image_mean, inputs.image_resize) == ((0.5, 0.5, 0.5), "squash")
     if layout == "bfloat16":
         assert {tensor.bfloat16().float().equal(tensor) for tensor in module.state_dict().values()} == {True}
         return
@@ -201,6 +205,8 @@ def test_a_torchscript_file_of_openai(tmp_path):
     script.half().save(str(tmp_path / "ViT.pt"))
     module, found = loaded(model_from(tmp_path / "ViT.pt", pretrained.CLIP))
     assert (found.missing, found.unused) == (["logit_bias"], ["attn_mask"])
+    inputs, _ = take_inputs(model_from(tmp_path / "ViT.pt", pretrained.CLIP), {})
+    assert (inputs.image_mean, inputs.image_resize) == (OPENAI_DATASET_MEAN, "shortest")
     own = module.state_dict()
     assert torch.equal(own["visual.proj"], weights["visual.proj"].half().float())
     assert torch.equal(own["text.token_embedding.weight"], weights["token_embedding.weight"].half().float())
