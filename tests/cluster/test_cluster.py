@@ -29,7 +29,7 @@ from tests.helpers.hosts import ROOT, Hosts
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import LIMIT_S
 
-NUM_STEPS, BATCH = 600, 24
+NUM_STEPS, BATCH = 400, 24
 KEYS = {"AWS_ACCESS_KEY_ID": "ak", "AWS_SECRET_ACCESS_KEY": "sk1234567890", "AWS_DEFAULT_REGION": "us-east-1"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 NUM_SAMPLES, BATCH = 1600, 16
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SCHEMES[1:])  # of s3, test_jobs.py
 def test_embedded_killed_resumed_and_evaluated(own_ray, new_place, scheme, tmp_path):
     place = new_place(scheme)
     variables = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -66,7 +67,7 @@ def test_embedded_killed_resumed_and_evaluated(own_ray, new_place, scheme, tmp_p
     killed.wait_until(lambda: any("commit.json" in name for name in names(given, "runs/walk/checkpoints")))
     os.killpg(killed.process.pid, signal.SIGKILL)
     killed.process.wait()
-    assert "from step" in sigray("resume", run)
+    assert re.search(r"steps +[1-9][\d,]* to", sigray("resume", run))  # not from its beginning
     assert json.loads(given.read("runs/walk/summary.json"))["status"] == "finished"
 
     assert "top-1" in sigray("eval", run)
