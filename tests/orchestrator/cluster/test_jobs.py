@@ -27,6 +27,7 @@ from sigray.orchestrator.cluster.jobs import FILE, Job, environment_differences,
 from sigray.orchestrator.config import ConfigError, check_resume, load_config
 from sigray.orchestrator.reports.http_server import serve
 from sigray.orchestrator.reports.live_server import RUNS, Pages
+from sigray.orchestrator.run.preflight import with_inputs
 from sigray.orchestrator.run_folder import RunFolder, read_run
 from sigray.tuning.cli import main, sweep
 from sigray.tuning.study import load_study
@@ -114,7 +115,7 @@ def test_a_resubmission_is_the_same_run_if_its_files_are(run_config, tmp_path, m
         saved = read_run(config.storage_uri)
         assert Path(saved.model.tokenizer).read_text() == "a"
         with nullcontext() if folder == "second" else pytest.raises(ConfigError, match="model.tokenizer"):
-            check_resume(saved, config)
+            check_resume(saved, with_inputs(config, print, saved))
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,7 @@ def test_every_command_names_it_before_ray_starts(folder, tmp_path, capsys, monk
     monkeypatch.chdir(tmp_path)
     original, num_checks = set_checks._check_set, []
     monkeypatch.setattr(set_checks, "_check_set", lambda *given: num_checks.append(given) or original(*given))
+    (tmp_path / "x.safetensors").write_bytes(b"")  # its tensors come later
     stored = ["embeddings.store=store", "model.init_from=x.safetensors"]
     for command in (["train", run], ["plan", run, "--device", "l4"], ["embed", run, *stored], ["sweep", "study.yaml"]):
         num_checks.clear()
