@@ -93,14 +93,14 @@ FAULTS = [
         "sigray.workers.training.ledger:Ledger.__init__",
         "int(match[2]) > first_step",
         "int(match[1]) > first_step",
-        (f"{_LEDGER}what_a_dead_attempt_wrote_beyond_its_checkpoint_goes[0]",),
+        (f"{_LEDGER}what_a_dead_attempt_wrote_beyond_its_checkpoint_goes[local-0]",),
     ),
     Fault(
         "each rank deletes a dead attempt's ledger files",
         "sigray.workers.training.ledger:Ledger.__init__",
         "if rank == 0:",
         "if True:",
-        (f"{_LEDGER}what_a_dead_attempt_wrote_beyond_its_checkpoint_goes[1]",),
+        (f"{_LEDGER}what_a_dead_attempt_wrote_beyond_its_checkpoint_goes[local-1]",),
     ),
     Fault(
         "the ledger does not say what was replaced",
