@@ -315,14 +315,14 @@ def read_mapping(path: str | Path, expected: str) -> dict[str, Any]:
         ConfigError: for a missing or unreadable file, or another content.
     """
     content = parse_mapping(read_file(path), str(path), expected)
-    return find_carried(content, lambda: _folder_of(path)[0])
+    return find_carried(content, lambda: folder_of(path)[0])
 
 
 def read_file(path: str | Path) -> bytes:
     """Return the content of a file or an s3:// object; raises as `read_mapping`."""
     try:
         if "://" in str(path):
-            folder, name = _folder_of(path)
+            folder, name = folder_of(path)
             return folder.read(name)
         return Path(path).read_bytes()
     except FileNotFoundError as error:
@@ -332,7 +332,7 @@ def read_file(path: str | Path) -> bytes:
         raise ConfigError(f"{path}: {strerror.lower() if strerror else error}") from error
 
 
-def _folder_of(path: str | Path) -> tuple[Storage, str]:
+def folder_of(path: str | Path) -> tuple[Storage, str]:
     """Return the folder of a file, local or in a bucket, and the file's name."""
     from sigray.workers.storage import Storage
 

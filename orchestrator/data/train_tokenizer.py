@@ -8,12 +8,12 @@ from typing import Literal
 
 import numpy as np
 
+from sigray.orchestrator.config import folder_of
 from sigray.orchestrator.data.inspect import Progress
 from sigray.workers.config import DataConfig
 from sigray.workers.data.decode import Refused, captions_at
 from sigray.workers.data.manifest import read_samples, scan_shards
 from sigray.workers.model.tokenizer import train_tokenizer
-from sigray.workers.storage import Storage
 from sigray.workers.urls import local_or_url
 
 
@@ -59,8 +59,7 @@ def train_caption_tokenizer(
         OSError: if the file cannot be written.
     """
     path = local_or_url(path)
-    parent, _, name = path.rpartition("/")
-    folder = Storage(parent or "/")
+    folder, name = folder_of(path)
     folder.check_writable()
     manifest = scan_shards(data.shards, data, lambda done, total: progress("headers", done, total))
     captions: list[str] = []

@@ -135,7 +135,7 @@ def load(
     Args:
         inputs: how an image becomes a square; None: by its centre.
     """
-    decoder = Decoder(data, image_size, inputs or ImageInputs())
+    decoder = Decoder(data, image_size, inputs)
     images: list[np.ndarray] = []
     loaded = LoadedSet(np.empty((0, image_size, image_size, 3), np.uint8), [], [], [], Counter())
     for sample in samples:

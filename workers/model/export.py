@@ -31,6 +31,7 @@ from sigray.workers.model.bottleneck import fold_bottleneck
 from sigray.workers.model.export_transformers import export_transformers, load_transformers
 from sigray.workers.model.inputs import image_inputs, shapes, text_inputs, tokenizer_file, tower_config
 from sigray.workers.model.tokenizer import (
+    TOKENIZER,
     build_open_clip_tokenizer,
     build_tokenizer,
     fit_tokenizer,
@@ -42,7 +43,6 @@ Format = Literal["open_clip", "transformers", "safetensors", "onnx"]
 
 Encoder = Callable[[Tensor], Tensor]
 CONFIG = "config.json"
-TOKENIZER = "tokenizer.json"
 _MAX_ONNX_BYTES = 2**31 - 2**26  # of weights inside a protobuf file; larger weights go into a second file
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import nn
 
 from sigray.workers.config import ModelConfig
@@ -25,7 +26,6 @@ from sigray.workers.model.tokenizer import (
 )
 from sigray.workers.model.transformers_names import CLIP, SIGLIP, to_transformers
 
-_PILLOW = {"bilinear": 2, "bicubic": 3}
 _PUNCTUATION = r"[!-/:-@\[-\^`{-~]"  # ASCII's, without the underscore, which becomes a space
 
 
@@ -51,10 +51,9 @@ def export_transformers(module: nn.Module, model: ModelConfig, folder: Path) -> 
         name = "SiglipModel" if is_siglip else "CLIPModel"
         raise ValueError(f"transformers' {name} cannot hold this model: {'; '.join(problems)}")
     vision: Any = visual.trunk if is_siglip else visual
-    blocks = (vision.blocks if is_siglip else vision.transformer.resblocks), text.transformer.resblocks
     size, context_length, vocab_size = shapes(model)
     tokenizer = _tokenizer(model, context_length, vocab_size)
-    texts = _tower(*_sizes(blocks[1][0]), blocks[1]) | {
+    texts = _tower(text.transformer.resblocks) | {
         "vocab_size": vocab_size,
         "max_position_embeddings": context_length,
         "pad_token_id": tokenizer.pad_token_id,
@@ -62,7 +61,8 @@ def export_transformers(module: nn.Module, model: ModelConfig, folder: Path) -> 
         "eos_token_id": tokenizer.eos_token_id,
     }
     patches = vision.patch_embed.proj if is_siglip else vision.conv1
-    images = _tower(*_sizes(blocks[0][0]), blocks[0]) | {"image_size": size, "patch_size": patches.kernel_size[0]}
+    images = _tower(vision.blocks if is_siglip else vision.transformer.resblocks)
+    images |= {"image_size": size, "patch_size": patches.kernel_size[0]}
     weights = fold_bottleneck(module)
     if is_siglip:
         texts["projection_size"] = text.text_projection.out_features
@@ -126,24 +126,22 @@ def _check_clip(module: nn.Module, visual: Any, text: Any) -> dict[str, bool]:
     }
 
 
-def _sizes(block: Any) -> tuple[int, int, str, float]:
-    """Return heads, width inside the MLP, activation and epsilon of a block."""
+def _tower(blocks: Any) -> dict[str, Any]:
+    """Return the keys of a config that the blocks of a tower decide."""
+    block = blocks[0]
     is_timm = hasattr(block, "norm1")
-    first, act = (block.mlp.fc1, block.mlp.act) if is_timm else (block.mlp.c_fc, block.mlp.gelu)
-    is_exact = getattr(act, "approximate", "none") == "none"
-    name = "quick_gelu" if type(act).__name__ == "QuickGELU" else "gelu" if is_exact else "gelu_pytorch_tanh"
-    return block.attn.num_heads, first.out_features, name, (block.norm1 if is_timm else block.ln_1).eps
-
-
-def _tower(num_heads: int, inside: int, act: str, epsilon: float, blocks: Any) -> dict[str, Any]:
-    first = blocks[0]
+    norm, inside, gelu = (
+        (block.norm1, block.mlp.fc1, block.mlp.act) if is_timm else (block.ln_1, block.mlp.c_fc, block.mlp.gelu)
+    )
+    is_exact = getattr(gelu, "approximate", "none") == "none"
+    act = "quick_gelu" if type(gelu).__name__ == "QuickGELU" else "gelu" if is_exact else "gelu_pytorch_tanh"
     return {
-        "hidden_size": (first.norm1 if hasattr(first, "norm1") else first.ln_1).normalized_shape[0],
-        "intermediate_size": inside,
+        "hidden_size": norm.normalized_shape[0],
+        "intermediate_size": inside.out_features,
         "num_hidden_layers": len(blocks),
-        "num_attention_heads": num_heads,
+        "num_attention_heads": block.attn.num_heads,
         "hidden_act": act,  # transformers' default is another one for SigLIP
-        "layer_norm_eps": epsilon,
+        "layer_norm_eps": norm.eps,
     }
 
 
@@ -153,7 +151,7 @@ def _image_processor(model: ModelConfig, size: int) -> Any:
     inputs = image_inputs(model)
     square = {"height": size, "width": size}
     options: dict[str, Any] = {
-        "resample": _PILLOW[inputs.image_interpolation],
+        "resample": Image.Resampling[inputs.image_interpolation.upper()].value,
         "image_mean": list(inputs.image_mean),
         "image_std": list(inputs.image_std),
     }

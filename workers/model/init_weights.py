@@ -168,13 +168,11 @@ def _resize(name: str, theirs: Tensor, own: Tensor, module: nn.Module) -> Tensor
     from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
     parent = module.get_submodule(name.rpartition(".")[0])
-    if name == "text.positional_embedding" and theirs.shape[1:] == own.shape[1:]:
+    by_open_clip = {"text.positional_embedding": resize_text_pos_embed, "visual.positional_embedding": resize_pos_embed}
+    is_resizable = name.startswith("text.") or (theirs.ndim > 0 and _is_square(theirs.shape[0] - 1))
+    if name in by_open_clip and theirs.shape[1:] == own.shape[1:] and is_resizable:
         state = {name: theirs.float()}
-        resize_text_pos_embed(state, module)
-        return state[name]
-    if name == "visual.positional_embedding" and theirs.shape[1:] == own.shape[1:] and _is_square(theirs.shape[0] - 1):
-        state = {name: theirs.float()}
-        resize_pos_embed(state, module)
+        by_open_clip[name](state, module)
         return state[name]
     if name.endswith(".pos_embed") and theirs.ndim == 3 and hasattr(parent, "patch_embed"):
         num_prefix = 0 if getattr(parent, "no_embed_class", False) else getattr(parent, "num_prefix_tokens", 0)

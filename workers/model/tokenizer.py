@@ -40,6 +40,7 @@ Tokenizer = Callable[[list[str]], np.ndarray]
 """n captions -> (n, T) int32."""
 
 CLIP_VOCAB_SIZE = 49408
+TOKENIZER = "tokenizer.json"  # beside weights, in folders of transformers and open_clip
 _NUM_MERGES = 49152 - 256 - 2  # of CLIP's vocabulary; its file holds more
 _WORD_END = "</w>"
 _CLIP_SPECIAL = ("<start_of_text>", "<end_of_text>")

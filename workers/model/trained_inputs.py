@@ -13,17 +13,18 @@ of a run at its start. The run's config.yaml then holds what the model expects, 
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from sigray.workers.config import ModelConfig
 from sigray.workers.model.inputs import OPEN_CLIP, inputs_of, tower_config
+from sigray.workers.model.tokenizer import TOKENIZER, load_tokenizer_file
 from sigray.workers.model.untrusted import read_json
 from sigray.workers.model.weights_source import WeightsSource, find_weights
 from sigray.workers.parse import parse_yaml
 from sigray.workers.storage import local_copy
 
-_TOKENIZER = "tokenizer.json"
 _PAD_NAMES = ("[PAD]", "<pad>", "<|pad|>", "<|padding|>")
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, in transformers' files
 _TIMM_CROP = {"center": "shortest", "squash": "squash", "border": "longest"}
@@ -44,12 +45,13 @@ def take_inputs(model: ModelConfig, kept: dict[str, Any]) -> tuple[ModelConfig, 
         ValueError: the weights' files are missing or damaged, or expect inputs that sigray cannot make.
         StoreError: a URL's store cannot be reached or refuses.
     """
-    try:
+    trained: dict[str, Any] = {}
+    if kept.keys() != _BEFORE.keys():
         trained = _trained_inputs(model)
-    except (ValueError, OSError):
-        if kept.keys() != _BEFORE.keys():
-            raise
-        trained = {}  # a run that goes on does not need its initial weights any more
+    elif model.init_from is None or Path(model.init_from).exists():
+        # A run that goes on needs its initial weights no more: they are not fetched, and may be damaged.
+        with contextlib.suppress(ValueError, OSError):
+            trained = _trained_inputs(model)
     given = {name: getattr(model, name) for name in _BEFORE if getattr(model, name) is not None}
     taken = _BEFORE | trained | kept | given
     remarks = []
@@ -140,21 +142,18 @@ def _of_open_clip(source: WeightsSource) -> dict[str, Any]:
 
 
 def _of_export(source: WeightsSource) -> dict[str, Any]:
-    section = source.config["model"]
     found = _of_preprocess_cfg(source.config["preprocessing"]) | _tokenizer_beside(source.folder)
-    return found | {name: section[name] for name in ("text_clean",) if section.get(name) is not None}
+    return found | _without_none(text_clean=source.config["model"].get("text_clean"))
 
 
 def _of_timm(source: WeightsSource) -> dict[str, Any]:
     config = source.config.get("pretrained_cfg") or {}
-    resize = _TIMM_CROP.get(config.get("crop_mode", "center"), "shortest")
-    found = {
-        "image_mean": _triple(config.get("mean")),
-        "image_std": _triple(config.get("std")),
-        "image_resize": resize,
-        "image_interpolation": config.get("interpolation"),
-    }
-    return {name: value for name, value in found.items() if value is not None}
+    return _without_none(
+        image_mean=_triple(config.get("mean")),
+        image_std=_triple(config.get("std")),
+        image_resize=_TIMM_CROP.get(config.get("crop_mode", "center"), "shortest"),
+        image_interpolation=config.get("interpolation"),
+    )
 
 
 def _of_run(source: WeightsSource) -> dict[str, Any]:
@@ -195,19 +194,20 @@ def _of_transformers(source: WeightsSource) -> dict[str, Any]:
             )
     else:
         resize = "squash"
-    mean, std = (_triple(images.get(name)) for name in ("image_mean", "image_std"))
-    found |= {"image_resize": resize, "image_interpolation": interpolation}
-    return found | {name: value for name, value in (("image_mean", mean), ("image_std", std)) if value is not None}
+    return found | _without_none(
+        image_mean=_triple(images.get("image_mean")),
+        image_std=_triple(images.get("image_std")),
+        image_resize=resize,
+        image_interpolation=interpolation,
+    )
 
 
 def _clean_of_transformers(source: WeightsSource) -> str:
     """Return the cleaning of SigLIP's tokenizers that tokenizer.json lacks."""
     if not str(source.config.get("model_type")).startswith("siglip"):
         return "none"
-    from sigray.workers.model.tokenizer import load_tokenizer_file
-
     config = read_json(source.folder / "tokenizer_config.json") or {}
-    normalizer = load_tokenizer_file(str(source.folder / _TOKENIZER)).normalizer
+    normalizer = load_tokenizer_file(str(source.folder / TOKENIZER)).normalizer
     cleaned = normalizer.normalize_str("A!") if normalizer is not None else "A!"
     if str(config.get("tokenizer_class")).startswith("SiglipTokenizer"):  # SigLIP of 2023
         return "none" if "!" not in cleaned else "canonicalize"
@@ -215,7 +215,7 @@ def _clean_of_transformers(source: WeightsSource) -> str:
 
 
 def _tokenizer_beside(folder: Path) -> dict[str, Any]:
-    file = folder / _TOKENIZER
+    file = folder / TOKENIZER
     return {"tokenizer": str(file)} if file.is_file() else {}
 
 
@@ -229,8 +229,6 @@ def _refuse_sentencepiece(source: WeightsSource) -> None:
 
 def _of_tokenizer(path: str) -> dict[str, Any]:
     """Return how a tokenizer file fills short captions."""
-    from sigray.workers.model.tokenizer import load_tokenizer_file
-
     tokenizer = load_tokenizer_file(path)
     config = read_json(Path(path).with_name("tokenizer_config.json")) if Path(path).is_file() else None
     config = config or {}
@@ -243,6 +241,10 @@ def _of_tokenizer(path: str) -> dict[str, Any]:
         "text_pad_id": next((number for number in ids if number is not None), 0),
         "text_pad_side": side,
     }
+
+
+def _without_none(**found: Any) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _triple(values: Any) -> tuple[float, ...] | None:

@@ -131,13 +131,13 @@ def _copy(url: str) -> Path:
     if not names:
         return local_copy(url, "model.init_from")
     weights = _weights_file(url, names)
-    copies = [
-        local_copy(f"{url.rstrip('/')}/{name}", "model.init_from")
-        for name in names
-        if name.endswith(_BESIDE) or name == weights
-    ]
-    parts = _parts(next(copy for copy in copies if copy.name == weights))
-    copies += [local_copy(f"{url.rstrip('/')}/{name}", "model.init_from") for name in parts if name != weights]
+
+    def copy_of(name: str) -> Path:
+        return local_copy(f"{url.rstrip('/')}/{name}", "model.init_from")
+
+    by_name = {name: copy_of(name) for name in names if name.endswith(_BESIDE) or name == weights}
+    by_name |= {name: copy_of(name) for name in _parts(by_name[weights]) if name not in by_name}
+    copies = list(by_name.values())
     # Each copy has a folder of its own; here they stand side by side.
     folder = url_cache(" ".join(map(str, copies)))
     folder.mkdir(parents=True, exist_ok=True)

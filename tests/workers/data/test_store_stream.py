@@ -272,14 +272,18 @@ def test_what_no_retry_can_mend_has_its_own_message(proxy: FaultProxy, fault: st
             stream.read(1)
 
 
-def test_a_replaced_object_is_an_error_and_no_mixture(proxy: FaultProxy) -> None:
+def read_what_is_replaced(proxy: FaultProxy, message: str) -> None:
     info = put("replaced", LARGE)
     with stream_through(proxy, info) as stream:
         wait_until(lambda: proxy.num_sent >= 2 * PART)
         put("replaced", LARGE[::-1])
         assert stream.read(2 * PART) == LARGE[: 2 * PART]
-        with pytest.raises(DataError, match="was replaced since the run's manifest was made: put .* back"):
+        with pytest.raises(DataError, match=message):
             stream.read(1)
+
+
+def test_a_replaced_object_is_an_error_and_no_mixture(proxy: FaultProxy) -> None:
+    read_what_is_replaced(proxy, "was replaced since the run's manifest was made: put .* back")
 
 
 def test_every_get_asks_for_the_version_of_the_manifest(proxy: FaultProxy) -> None:
@@ -293,14 +297,8 @@ def test_every_get_asks_for_the_version_of_the_manifest(proxy: FaultProxy) -> No
 
 def test_a_store_without_if_match_gives_no_mixture_either(proxy: FaultProxy) -> None:
     unsigned_only()
-    info = put("replaced", LARGE)
     proxy.schedule = lambda: Fault("no if-match")
-    with stream_through(proxy, info) as stream:
-        wait_until(lambda: proxy.num_sent >= 2 * PART)
-        put("replaced", LARGE[::-1])
-        assert stream.read(2 * PART) == LARGE[: 2 * PART]
-        with pytest.raises(DataError, match="was replaced"):
-            stream.read(1)
+    read_what_is_replaced(proxy, "was replaced")
 
 
 def test_the_deadline_names_what_was_tried(proxy: FaultProxy) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from sigray.workers.config import DataConfig, ModelConfig
 from sigray.workers.data.decode import Decoder
+from sigray.workers.model import trained_inputs
 from sigray.workers.model.inputs import ImageInputs, image_inputs, inputs_of
 from sigray.workers.model.tokenizer import _CLEANERS, build_tokenizer
 from sigray.workers.model.towers import normalize_pixels
@@ -152,6 +153,14 @@ def test_a_run_that_goes_on_keeps_its_inputs(tmp_path):
     assert take_inputs(config, before) == (model, [])  # its initial weights are not needed any more
     with pytest.raises(ValueError, match="no weights"):
         take_inputs(config, {})
+
+
+def test_a_run_that_goes_on_fetches_no_weights(monkeypatch):
+    fetched = []
+    monkeypatch.setattr(trained_inputs, "find_weights", fetched.append)
+    config = ModelConfig(towers=TOWERS, init_from="s3://bucket/model")
+    model, remarks = take_inputs(config, inputs_of(ModelConfig(towers=TOWERS)))
+    assert (image_inputs(model), remarks, fetched) == (ImageInputs(), [], [])
 
 
 @pytest.mark.parametrize(
