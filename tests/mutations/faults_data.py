@@ -282,6 +282,13 @@ FAULTS = [
         (f"{_W}store_stream.py::test_nothing_goes_on_behind_a_stream_that_ended",),
     ),
     Fault(
+        "a stream that once needed threads keeps them",
+        "sigray.workers.data.store_stream:StoreStream._from_part",
+        "if part.is_fast:",
+        "if False:",
+        (f"{_W}store_stream.py::test_a_fast_part_ends_the_threads",),
+    ),
+    Fault(
         "waits between tries do not grow",
         "sigray.workers.data.store_stream:after_failure",
         "* 2 ** min(failures.total() - 1, 16)",

@@ -7,7 +7,8 @@ many ranges of an object are read at once:
                     stream begins so, and continues so while the reader waits less than 224 ms for 16 MiB (75 MB/s).
     over threads    Threads prefetch parts of 16 MiB: two at first, and one more each time that the reader waits 56 ms
                     for a part, up to `stores.num_connections`. Amazon's store gives each connection 30 ms and 60 MB/s:
-                    it is soon read over all connections, and the next object of its bucket at once.
+                    it is soon read over all connections, and the next object of its bucket at once. A part that came
+                    faster than 75 MB/s shows that one connection is enough: the stream reads directly again.
 
 After a failure another GET begins at the first missing byte. Every GET carries If-Match with the ETag of the run's
 manifest, and the answer's ETag is compared: an object that is replaced during a run is an error and never a mixture.
@@ -193,10 +194,14 @@ class _Part:
     end: int
     dropped: threading.Event = field(default_factory=threading.Event)
     chunks: Future[list[bytes]] = field(default_factory=Future)
+    is_fast = False  # one connection is enough, says the time that it took
 
     def receive(self, source: _Source) -> None:
+        begin = source.clock()
         try:
-            self.chunks.set_result(list(source.chunks(self.begin, self.end, self.dropped)))
+            chunks = list(source.chunks(self.begin, self.end, self.dropped))
+            self.is_fast = source.clock() - begin < (self.end - self.begin) / _FAST_BYTES_PER_S
+            self.chunks.set_result(chunks)
         except BaseException as error:  # the reader raises it
             self.chunks.set_exception(error)
 
@@ -316,7 +321,7 @@ class StoreStream:
         self._view_begin = self._view_end = self.position
         while self._next <= self.position:
             if not self._received:
-                self._received.extend(self._from_part() if self.num_parts else self._directly())
+                self._received.extend(self._from_part() if self.num_parts or self._parts else self._directly())
             chunk = self._received.popleft()
             self._next += len(chunk)
         self._view = memoryview(chunk)
@@ -328,6 +333,7 @@ class StoreStream:
         if self._next >= self._decide_at:
             if self._waited_s > self._part_bytes / _FAST_BYTES_PER_S:
                 self._direct = None
+                self._range_end = self._next
                 self.num_parts = min(FIRST_PARTS, self._max_parts)
                 return self._from_part()
             self._waited_s = 0.0
@@ -363,6 +369,10 @@ class StoreStream:
         self._parts.popleft()
         self._is_judged |= is_judged
         self._judged_from = min(self._judged_from, self._asked)
+        if part.is_fast:
+            self.num_parts = 0  # what is requested comes from the threads; then the reader reads directly
+            self._waited_s = 0.0
+            self._decide_at = self._asked + self._part_bytes
         self._start_parts()
         return chunks
 

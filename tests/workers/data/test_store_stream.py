@@ -415,7 +415,10 @@ def test_a_fast_store_is_read_directly_in_long_ranges(proxy: FaultProxy) -> None
     assert proxy.most_at_once == 1
 
 
-def test_a_reader_that_never_waits_needs_two_connections_and_then_none(proxy: FaultProxy) -> None:
+def test_a_reader_that_never_waits_needs_two_connections_and_then_none(
+    proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_stream, "_FAST_BYTES_PER_S", 1e15)  # no part shows a fast store
     with stream_through(proxy, info_of("large")) as stream:
         while stream.position + 1000 < len(LARGE):
             wait_until(lambda: all(part.chunks.done() for part in stream._parts))
@@ -423,6 +426,18 @@ def test_a_reader_that_never_waits_needs_two_connections_and_then_none(proxy: Fa
             stream.skip(min(PART // 2, len(LARGE) - stream.position))
         assert stream.num_parts == 2
     assert proxy.most_at_once <= 2  # 1 where the first part is done before the second is asked for
+    assert store_stream._num_parts[_SCHEME[0], BUCKET, config(proxy, read_timeout_s=5)] == 0
+
+
+@pytest.mark.usefixtures("every_store_is_fast")
+def test_a_fast_part_ends_the_threads(proxy: FaultProxy) -> None:
+    with stream_through(proxy, info_of("large"), num_parts=2) as stream:
+        assert stream.num_parts == 2
+        assert read_all(stream) == LARGE
+        assert stream.num_parts == 0
+        assert num_part_threads() == 0
+    ends = [PART - 1, 2 * PART - 1, 3 * PART - 1, len(LARGE) - 1]
+    assert sorted(proxy.ranges) == list(zip([0, PART, 2 * PART, 3 * PART], ends, strict=True))
     assert store_stream._num_parts[_SCHEME[0], BUCKET, config(proxy, read_timeout_s=5)] == 0
 
 
