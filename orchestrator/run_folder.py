@@ -50,8 +50,9 @@ _MAX_MANIFEST_BYTES = 1 << 30  # of four million shards
 WRITTEN = (
     CONFIG, MANIFEST, METRICS, EVENTS, SUMMARY, REPORT, "best_checkpoint.json", "left_out.json", LEASE_FILE,
     "evaluations/step-*.json", "checkpoints/step-*/model.safetensors", "checkpoints/step-*/optimizer.pt",
-    "checkpoints/step-*/commit.json", "metrics/*.jsonl", "ledger/*.parquet", "profile/rank-*", "profile/step.png",
-    "profile/ray_timeline.json", "tensorboard/events.out.tfevents.*", *(f"export/*/{name}" for name in EXPORTED),
+    "checkpoints/step-*/ema.safetensors", "checkpoints/step-*/commit.json", "metrics/*.jsonl", "ledger/*.parquet",
+    "profile/rank-*", "profile/step.png", "profile/ray_timeline.json", "tensorboard/events.out.tfevents.*",
+    *(f"export/*/{name}" for name in EXPORTED),
     f"{FILES}/*/*", ".validate_storage_marker", "checkpoint_manager_snapshot.json",
     # These names are of symlinks: the next run must not write to where they point.
     EVALUATIONS, "checkpoints", "checkpoints/step-??????????", "metrics", "ledger", "profile", "tensorboard", "export",

@@ -463,6 +463,11 @@ class TrainConfig(Section):
     max_loss_ratio: Annotated[float, Field(gt=1)] | None = None
     """A loss above this multiple of the recent median is bad too.
     The median is that of the 100 steps before. Null: only NaN and infinity are bad."""
+    ema: PositiveInt | None = None
+    """Half-life of an average (EMA) of the weights, in samples; null: none.
+    Such as a twentieth of num_samples. After each step, average = d average + (1 - d) weights, where d = 0.5 **
+    (global_batch_size / ema). The average begins with the weights after the first step. Checkpoints hold both.
+    Evaluations give the figures of the average, and those without it beside; exports take the average."""
     ledger: bool = False
     """Write every pair that entered a loss to RUN/ledger/, for `sigray data audit`."""
     label_noise: LabelNoise | None = None

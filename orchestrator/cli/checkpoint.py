@@ -53,6 +53,7 @@ def _export_job(options: Namespace) -> Job:
     run = options.checkpoint.rstrip("/").partition("/checkpoints/")[0]
     out = options.out or f"{run}/export/{options.format}"
     flags = ["--format", options.format, "--out", out, *(["--overwrite"] if options.overwrite else [])]
+    flags += ["--weights", options.weights] if options.weights else []
     job = place_job("export", options.checkpoint, "run", flags=flags)
     if not is_shared(out):
         raise ConfigError(f"--out {out} is a folder of this machine: give {URL}, or leave it out for {run}")
@@ -64,6 +65,9 @@ def _export_job(options: Namespace) -> Job:
 @command(
     CHECKPOINT,
     argument("--format", choices=["open_clip", "transformers", "safetensors", "onnx"], default="open_clip"),
+    argument(
+        "--weights", choices=["ema", "last"], help="with train.ema: the average, the default, or the last weights"
+    ),
     argument("--out", metavar="DIR", help="new folder, or its URL in a store (default RUN_DIR/NAME/export/FORMAT)"),
     argument("--overwrite", action="store_true", help="delete an earlier export first"),
     job=_export_job,
@@ -84,7 +88,9 @@ def export(options: Namespace, console: Console) -> None:
     run, config, checkpoint = _find_checkpoint(options.checkpoint)
     from sigray.orchestrator.run.export import export_run
 
-    place, remarks = export_run(config, checkpoint, options.format, options.out, overwrite=options.overwrite)
+    place, remarks = export_run(
+        config, checkpoint, options.format, options.out, weights=options.weights, overwrite=options.overwrite
+    )
     say(console, f"checkpoint {checkpoint.name} of {run}", *remarks, f"exported: {place}")
 
 

@@ -208,6 +208,7 @@ def plan(
         split = {name: getattr(towers, name) // num_devices for name in names}
         peak = towers.peak - towers.gradients_at_peak + split["gradients_at_peak"]
         towers = dataclasses.replace(towers, peak=peak, **split)
+    ema = towers.gradients if config.train.ema is not None else 0  # float32, of what is trained
     dim = towers.embed_dim
     f = 2 if precision == "bf16" else _FLOAT32
     size, context_length, _ = shapes(config.model)
@@ -216,6 +217,7 @@ def plan(
     always = {
         "weights": towers.weights,
         "optimizer state": towers.optimizer_state,
+        **({"average of the weights": ema} if ema else {}),
         # CPU: two ready batches, the batch in use, the batch in assembly. Else: the batch in use and the next.
         "input batches": (4 if accelerator == CPU else 2) * part * sample_bytes,
         "framework": int(kind.framework),
@@ -223,7 +225,7 @@ def plan(
     }
     if accelerator == CPU:
         # Checkpoints are written from the copy of one worker, in memory that all share.
-        always["checkpoint copy"] = (towers.weights + towers.optimizer_state) // num_devices
+        always["checkpoint copy"] = (towers.weights + towers.optimizer_state + ema) // num_devices
     edge = config.loss.tile_size or default_tile_size(torch.device(accelerator if accelerator == "cuda" else CPU))
     loss = loss_bytes(config.loss, part, dim, num_devices, f, product_bytes(precision, accelerator), edge)
     averages = num_devices > 1 and not gathered

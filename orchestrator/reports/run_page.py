@@ -16,6 +16,7 @@ from __future__ import annotations
 import base64
 import math
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,13 +134,18 @@ def _finding(run: RunFiles) -> str:
 
 def newest_figure(run: RunFiles) -> str:
     """Return the main rate of the newest evaluation in a few words, if it has one."""
+    return next(_main_rates(run.newest), "")
+
+
+def _main_rates(evaluation: dict[str, Any]) -> Iterator[str]:
+    """Yield the main rate of each task and set in a few words."""
     keys = (("zero_shot", "top1", "top-1"), ("retrieval", "image_to_text_r1", "image to text R@1"))
     rates = (
         (name, what, find_number(figures, key))
         for task, key, what in keys
-        for name, figures in sets_of(run.newest, task).items()
+        for name, figures in sets_of(evaluation, task).items()
     )
-    return next((f"{what} {words.percent(rate)} of {name}" for name, what, rate in rates if rate is not None), "")
+    return (f"{what} {words.percent(rate)} of {name}" for name, what, rate in rates if rate is not None)
 
 
 def _best_of(run: RunFiles, name: str) -> tuple[str, str] | None:
@@ -396,6 +402,11 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
         ("Model", _model(run)),
         ("Recipe", ", ".join(f"{key} {value}" for key, value in recipe.items() if value)),
         ("Training data", _data(run)),
+        *(
+            [("Without EMA", ", ".join(_main_rates(without)))]
+            if (without := find_dict(run.newest, "without_ema"))
+            else []
+        ),
         ("Refused samples", words.count(refused) if refused is not None else None),
         ("Peak memory", f"{peak_gib:.2f}{words.NBSP}GiB in the first worker" if peak_gib else None),
         ("Date", environment.pop("date", None)),

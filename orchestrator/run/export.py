@@ -31,7 +31,7 @@ _SOME_TEXTS = ("a photo of a cat", "two dogs, one ball", "rain")
 
 
 def export_run(
-    config: RunConfig, info: CheckpointInfo, form: str, out: str | None, *, overwrite: bool
+    config: RunConfig, info: CheckpointInfo, form: str, out: str | None, *, weights: str | None = None, overwrite: bool
 ) -> tuple[str, list[str]]:
     """Write a checkpoint as `workers/model/export.py` can; return place and remarks.
 
@@ -40,10 +40,11 @@ def export_run(
     Args:
         form: open_clip, transformers, safetensors or onnx.
         out: the folder to write, or its s3:// URL; None: RUN/export/FORM.
+        weights: ema or last; None: ema if the checkpoint has it.
         overwrite: delete an earlier export first.
 
     Raises:
-        ConfigError: if the folder is in use, or the model cannot be exported.
+        ConfigError: if the folder is in use, the model cannot be exported, or the checkpoint has no average.
         CheckpointError: for a damaged checkpoint.
         RuntimeError: if a package is missing, or the exported model computes other features.
     """
@@ -51,6 +52,9 @@ def export_run(
     from sigray.workers.model.init_weights import build_trained_model
     from sigray.workers.model.towers import num_parameters
 
+    ema = info.has_ema if weights is None else weights == "ema"
+    if ema and not info.has_ema:
+        raise ConfigError(f"{info.name} of {config.storage_uri} holds no average of the weights: train.ema keeps one")
     place = Storage(out or config.folder / "export" / form)
     path = Path(place.uri)
     is_used = place.exists("") or (not place.is_local and bool(place.list("")))
@@ -68,10 +72,15 @@ def export_run(
             "use --format onnx or safetensors"
         )
     run = RunFolder(config)
-    module = build_trained_model(run.storage, info, config.model).eval()
+    module = build_trained_model(run.storage, info, config.model, ema=ema).eval()
     if place.is_local:
         path.parent.mkdir(parents=True, exist_ok=True)
     remarks = []
+    if info.has_ema:
+        half_life = f"half-life {config.train.ema:,} samples"
+        remarks.append(
+            f"weights: their average ({half_life})" if ema else "weights: of the last step, not their average"
+        )
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent if place.is_local else None) as parent:
         staging = Path(parent) / path.name
         staging.mkdir()
@@ -96,7 +105,9 @@ def export_run(
             else:
                 remarks.append(f"tokenizer: the same tokens in {form} for all of {found.num_texts} prompts")
         (staging / CARD).write_text(
-            model_card(config, info, form, run.manifest(), _figures(run, info), num_parameters(module), remarks)
+            model_card(
+                config, info, form, run.manifest(), _figures(run, info, ema=ema), num_parameters(module), remarks
+            )
         )
         if place.is_local:
             if path.exists():
@@ -160,12 +171,12 @@ def _texts_of(config: RunConfig) -> list[str]:
     return list(dict.fromkeys(texts))[:_MAX_TEXTS] or list(_SOME_TEXTS)
 
 
-def _figures(run: RunFolder, info: CheckpointInfo) -> dict[str, Any]:
-    """Return the evaluation of this checkpoint from the run's records, if any."""
+def _figures(run: RunFolder, info: CheckpointInfo, *, ema: bool) -> dict[str, Any]:
+    """Return the evaluation of the exported weights from the run's records, if any."""
     for name in (evaluation_name(info.step), SUMMARY):
         local = run.path / name
         with contextlib.suppress(OSError, ParseError):
             content = parse_json(local.read_bytes() if local.exists() else run.storage.read(name))
             if isinstance(content, dict) and content.get("samples_seen") == info.samples_seen:
-                return content
+                return content if ema or not info.has_ema else content.get("without_ema", {})
     return {}

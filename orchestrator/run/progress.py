@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -105,13 +105,14 @@ class Display:
             self._print(f"{text}  {left}" if left else text)
 
     def evaluation(self, result: dict[str, Any]) -> None:
-        """Print a line per zero-shot set of an evaluated checkpoint."""
-        for name, figures in result["zero_shot"].items():
-            self._print(
-                f"  zero-shot at {result['samples_seen']:,} samples, {name}: "
-                f"top-1 {figures['top1']:.1%} (chance {figures['chance1']:.2%}), "
-                f"top-5 {figures['top5']:.1%} (chance {figures['chance5']:.2%})"
-            )
+        """Print a line per zero-shot set of an evaluated checkpoint, and one without EMA."""
+        for which, figures_of in (("", result), (", without EMA", result.get("without_ema") or {})):
+            for name, figures in figures_of.get("zero_shot", {}).items():
+                self._print(
+                    f"  zero-shot at {result['samples_seen']:,} samples, {name}{which}: "
+                    f"top-1 {figures['top1']:.1%} (chance {figures['chance1']:.2%}), "
+                    f"top-5 {figures['top5']:.1%} (chance {figures['chance5']:.2%})"
+                )
 
     def close(self) -> None:
         if self._progress is not None:
@@ -122,9 +123,9 @@ class Display:
 def figures_table(result: dict[str, Any]) -> Group:
     """Return the figures of a summary or an evaluation beside their chance levels.
 
-    The table fits 80 columns.
+    With an average of the weights, the figures without it follow. The table fits 80 columns.
     """
-    parts: list[Text | Table] = []
+    parts: list[RenderableType] = []
     for name, figures in result["zero_shot"].items():
         rows = [_figure(f"top-{k}", figures[f"top{k}"], figures[f"chance{k}"]) for k in (1, 5)]
         if "pixel_baseline_top1" in figures:
@@ -145,6 +146,8 @@ def figures_table(result: dict[str, Any]) -> Group:
     for name, figures in result.get("linear_probe", {}).items():
         rows = [_figure("top-1", figures["top1"], figures["chance1"])]
         parts += [Text(f"{name}: linear probe, fitted on {figures['num_fit']:,} images", style="bold"), _table(rows)]
+    if without := result.get("without_ema"):
+        parts += [Text("\nwithout EMA:"), figures_table(without)]
     return Group(*parts)
 
 

@@ -45,7 +45,9 @@ def summarize(
         "facts": facts,
         "data": data_facts(manifest),
         "embeddings": _embedding_facts(config),
-        **{task: (evaluation or {}).get(task, {}) for task in ("zero_shot", "retrieval", "linear_probe")},
+        **{
+            task: (evaluation or {}).get(task, {}) for task in ("zero_shot", "retrieval", "linear_probe", "without_ema")
+        },
         "environment": environment(),
     }
 

@@ -113,11 +113,12 @@ class TensorBoard:
                 self._writer.add_scalar(key, value, int(line["samples_seen"]))
 
     def evaluation(self, result: dict[str, Any]) -> None:
-        for task in ("zero_shot", "retrieval"):
-            for name, figures in result[task].items():
-                for key, value in figures.items():
-                    if not key.startswith("num_"):
-                        self._writer.add_scalar(f"{task}_{name}/{key}", value, result["samples_seen"])
+        for which, figures_of in (("", result), ("without_ema_", result.get("without_ema") or {})):
+            for task in ("zero_shot", "retrieval"):
+                for name, figures in figures_of.get(task, {}).items():
+                    for key, value in figures.items():
+                        if not key.startswith("num_"):
+                            self._writer.add_scalar(f"{which}{task}_{name}/{key}", value, result["samples_seen"])
 
     def close(self) -> None:
         self._writer.close()

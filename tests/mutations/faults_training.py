@@ -23,7 +23,47 @@ _STEP, _OPTIM, _TRAIN, _WORKER = (
     "sigray.workers.data.worker:",
 )
 
+_EMA = "tests/workers/training/test_ema.py::test_"
+
 FAULTS = [
+    Fault(
+        "the average of the weights moves by d and not by 1 - d",
+        _OPTIM + "update_ema",
+        "1 - decay",
+        "decay",
+        (f"{_EMA}the_average_is_its_closed_form[adamw]",),
+    ),
+    Fault(
+        "the average of the weights begins with zeros",
+        _OPTIM + "update_ema",
+        "parameter.detach().clone()",
+        "torch.zeros_like(parameter)",
+        (f"{_EMA}the_average_is_its_closed_form[lion]",),
+    ),
+    Fault(
+        "a resume begins the average of the weights anew",
+        "sigray.workers.checkpoint.writer:load_checkpoint",
+        "if info.has_ema else {}",
+        "if False else {}",
+        (f"{_EMA}a_killed_and_resized_run_ends_with_the_same_bits",),
+    ),
+    Fault(
+        "the last weights are exported in place of their average",
+        "sigray.orchestrator.run.export:export_run",
+        "ema=ema).eval()",
+        "ema=False).eval()",
+        (
+            "tests/orchestrator/run/test_export.py::"
+            "test_the_average_of_the_weights_is_exported_unless_the_last_ones_are_wanted",
+        ),
+    ),
+    Fault(
+        "the average of the weights is not planned",
+        "sigray.orchestrator.planning.plan:plan",
+        "towers.gradients if config.train.ema is not None else 0",
+        "0",
+        ("tests/orchestrator/planning/test_plan.py::test_an_average_of_the_weights_takes_what_trains",),
+    ),
     Fault(
         "clipping never applied",
         _STEP + "Trainer.step",

@@ -144,6 +144,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "train.log_every_steps": _STEPS,
     "train.on_bad_loss": _LEAP,
     "train.max_loss_ratio": _LEAP,
+    "train.ema": ("tests/workers/training/test_ema.py::test_a_checkpoint_holds_the_average_of_what_trains",),
     "train.ledger": (f"{_HERE}test_every_pair_is_written_to_the_ledger",),
     "train.label_noise.kind": _NOISE,
     "train.label_noise.fraction": _NOISE,

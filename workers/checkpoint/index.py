@@ -17,6 +17,7 @@ from sigray.workers.storage import Storage
 FOLDER = "checkpoints"
 METRICS_FOLDER = "metrics"
 COMMIT = "commit.json"
+EMA_FILE = "ema.safetensors"
 _METRICS_NAME = re.compile(r"\d{10}-(\d{10})\.jsonl")
 
 
@@ -37,6 +38,11 @@ class CheckpointInfo:
     samples_seen: Count
     files: dict[str, dict[str, Any]]  # name -> bytes, xxh3_128
     model: dict[str, Any]  # the run's model section
+
+    @property
+    def has_ema(self) -> bool:
+        """Whether the checkpoint holds an average of the weights beside the last ones."""
+        return EMA_FILE in self.files
 
 
 def list_checkpoints(storage: Storage) -> list[CheckpointInfo]:

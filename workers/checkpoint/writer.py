@@ -2,6 +2,7 @@
 
     RUN/checkpoints/step-0000000400/model.safetensors    the towers, logit_scale, logit_bias, by open_clip's names
     RUN/checkpoints/step-0000000400/optimizer.pt         the optimizer's state
+    RUN/checkpoints/step-0000000400/ema.safetensors      the average of the trained parameters, with train.ema
     RUN/checkpoints/step-0000000400/commit.json          step, samples seen, size and hash of the files, the model
     RUN/best_checkpoint.json                             name and figure of the best checkpoint, for keep_best
     RUN/left_out.json                                    steps whose batches are left out, after a bad loss
@@ -28,6 +29,7 @@ from torch import nn
 from sigray.workers.checkpoint.async_writer import BackgroundWriter
 from sigray.workers.checkpoint.index import (
     COMMIT,
+    EMA_FILE,
     FOLDER,
     METRICS_FOLDER,
     CheckpointError,
@@ -45,6 +47,8 @@ from sigray.workers.storage import Storage, fingerprint
 
 _WEIGHTS = "model.safetensors"
 _OPTIMIZER = "optimizer.pt"
+EMA = "ema"
+"""Key of a parameter's average in the optimizer's state."""
 _BEST = "best_checkpoint.json"
 _LEFT_OUT = "left_out.json"
 # Data types by safetensors' names, in the order in which the library sorts tensors, last first.
@@ -182,6 +186,7 @@ class CheckpointWriter:
         self._writer.wait(self._config.storage_timeout_s)
         weights = {name: self._copy(value, name) for name, value in self._module.state_dict().items()}
         optimizer = self._copy(self._optimizer.state_dict(), "optimizer")
+        ema = _without_ema(optimizer, self._module, self._optimizer)
         lines = "".join(json.dumps(line) + "\n" for line in metrics)
         history = f"{METRICS_FOLDER}/{self._saved_step:010d}-{steps_done:010d}.jsonl"
         after = list(after)
@@ -189,7 +194,7 @@ class CheckpointWriter:
         def write() -> None:
             began = time.monotonic()
             self._storage.write(history, lines.encode())
-            self._write(weights, optimizer, steps_done, samples_seen, after)
+            self._write(weights, optimizer, ema, steps_done, samples_seen, after)
             try:
                 delete_superseded(self._storage, self._config)
             except OSError as error:
@@ -237,7 +242,13 @@ class CheckpointWriter:
         return host.copy_(gather(value.detach()))
 
     def _write(
-        self, weights: dict[str, torch.Tensor], optimizer: Any, step: int, samples_seen: int, after: list[str]
+        self,
+        weights: dict[str, torch.Tensor],
+        optimizer: Any,
+        ema: dict[str, torch.Tensor],
+        step: int,
+        samples_seen: int,
+        after: list[str],
     ) -> None:
         name = f"step-{step:010d}"
         folder = f"{FOLDER}/{name}"
@@ -246,6 +257,7 @@ class CheckpointWriter:
         writers = {
             _WEIGHTS: partial(write_safetensors, weights),
             _OPTIMIZER: partial(_save_without_checksum, optimizer),
+            **({EMA_FILE: partial(write_safetensors, ema)} if ema else {}),
         }
         files = {file: self._storage.write_hashed(f"{folder}/{file}", write) for file, write in writers.items()}
         while not all(map(self._storage.exists, after)):
@@ -255,6 +267,18 @@ class CheckpointWriter:
         # On condition: if another writer has committed, its files may be of another attempt. All is written again.
         self._storage.write_if(f"{folder}/{COMMIT}", json.dumps(asdict(info), indent=1).encode(), None)
         self._committed.put(info)
+
+
+def _names(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the optimizer's parameters, as its state numbers them."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _without_ema(state: Any, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Take the averages out of the content of `state_dict`; returns them by name."""
+    names = enumerate(_names(module, optimizer))
+    return {name: state["state"][number].pop(EMA) for number, name in names if EMA in state["state"].get(number, {})}
 
 
 def help_to_save(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -272,11 +296,17 @@ def help_to_save(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def load_weights(
-    storage: Storage, info: CheckpointInfo, module: nn.Module, load_tower: Callable[[], object] = lambda: None
+    storage: Storage,
+    info: CheckpointInfo,
+    module: nn.Module,
+    load_tower: Callable[[], object] = lambda: None,
+    *,
+    ema: bool = False,
 ) -> None:
     """Load a checkpoint's weights into the model.
 
     Args:
+        ema: load the average of the trained parameters; buffers and locked parameters are those of the last step.
         load_tower: loads a locked image tower into the module. Called if the checkpoint lacks that tower, because its
             run read the embeddings from a store.
 
@@ -287,6 +317,8 @@ def load_weights(
     from safetensors.torch import load
 
     tensors = load(_verified(storage, info, _WEIGHTS))
+    if ema:
+        tensors |= load(_verified(storage, info, EMA_FILE))
     is_stored = "visual" in info.model.get("locked", ()) and not any(name.startswith("visual.") for name in tensors)
     if is_stored:
         load_tower()
@@ -305,8 +337,14 @@ def load_checkpoint(
     storage: Storage, info: CheckpointInfo, module: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
     """Load a checkpoint's weights and optimizer state; raises as `load_weights`."""
+    from safetensors.torch import load
+
     load_weights(storage, info, module)
     state = torch.load(io.BytesIO(_verified(storage, info, _OPTIMIZER)), map_location="cpu", weights_only=True)
+    ema = load(_verified(storage, info, EMA_FILE)) if info.has_ema else {}
+    for number, name in enumerate(_names(module, optimizer)):
+        if name in ema:
+            state["state"][number][EMA] = ema[name]
     for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
         # The run may have used another kind of device, with another implementation of the optimizer.
         saved |= {key: group[key] for key in _DEVICE_OPTIONS if key in group}

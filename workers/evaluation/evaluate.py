@@ -14,6 +14,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,7 +33,10 @@ _PIXEL_BASELINE_SIZE = 16
 
 
 def evaluate_checkpoint(job: EvaluationJob) -> dict[str, Any]:
-    """All figures of one checkpoint.
+    """All figures of one checkpoint; of both weights, if it has an average of them.
+
+    The figures are those of the weights that `sigray export` writes: the average, if the checkpoint has one. Then the
+    figures of the last weights are the value of `without_ema`, without sheets.
 
     With an embedding store, the image features come from the store. On machines of one kind the figures are the same,
     bit for bit, with any `eval.num_workers`. More than 1 worker needs a Ray cluster around this process.
@@ -43,6 +47,17 @@ def evaluate_checkpoint(job: EvaluationJob) -> dict[str, Any]:
         fractions. `multilingual` is the mean over the languages, `sheets` images as base64 PNG with their five best
         captions.
     """
+    if not job.info.has_ema:
+        return _figures(job)
+    without = _figures(replace(job, evaluation=job.evaluation.model_copy(update={"num_sheet_images": 0})))
+    return _figures(replace(job, ema=True)) | {
+        "without_ema": {
+            key: figures for key, figures in without.items() if key not in ("step", "samples_seen", "sheets")
+        }
+    }
+
+
+def _figures(job: EvaluationJob) -> dict[str, Any]:
     evaluation = job.evaluation
     kinds = ("zero_shot", "retrieval", "linear_probe", "languages", "multilingual", "sheets")
     result: dict[str, Any] = {"step": job.info.step, "samples_seen": job.info.samples_seen, **{k: {} for k in kinds}}

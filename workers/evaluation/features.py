@@ -56,6 +56,7 @@ class EvaluationJob:
     data: DataConfig
     evaluation: EvalConfig
     embeddings: EmbeddingsConfig
+    ema: bool = False  # the average of the weights, not the last ones
 
 
 class Encoder:
@@ -108,10 +109,10 @@ class FeatureWorker:
         self._inputs = image_inputs(model)
         self._store = EmbeddingStore(job.embeddings.store) if job.embeddings.store is not None else None
         if self._store is None:
-            module = build_trained_model(Storage(job.storage_uri), job.info, model)
+            module = build_trained_model(Storage(job.storage_uri), job.info, model, ema=job.ema)
         else:
             module = build_model(model, stored_embeddings=True)
-            load_weights(Storage(job.storage_uri), job.info, module)
+            load_weights(Storage(job.storage_uri), job.info, module, ema=job.ema)
         tokenizer = build_tokenizer(model, context_length, vocab_size)
         device = open_device(evaluation.accelerator, 0, "fp32")
         self._encoder = Encoder(module, model, tokenizer, evaluation.batch_size, device)

@@ -81,11 +81,14 @@ def load_initial_weights(module: nn.Module, model: ModelConfig) -> InitialWeight
     return found
 
 
-def build_trained_model(storage: Storage, info: CheckpointInfo, model: ModelConfig) -> nn.Module:
+def build_trained_model(storage: Storage, info: CheckpointInfo, model: ModelConfig, *, ema: bool = False) -> nn.Module:
     """The whole model of a checkpoint.
 
     If the run read embeddings from a store, its checkpoints lack the locked image tower. The tower then comes from
     model.image_tower or model.init_from, as it did for the store.
+
+    Args:
+        ema: take the average of the weights, which the checkpoint has; else the last ones.
 
     Raises:
         DamagedCheckpoint, CheckpointError: as `load_weights`.
@@ -93,7 +96,7 @@ def build_trained_model(storage: Storage, info: CheckpointInfo, model: ModelConf
     """
     module = build_bare_model(model)
     is_initial = model.init_from is not None
-    load_weights(storage, info, module, lambda: load_initial_weights(module, model) if is_initial else None)
+    load_weights(storage, info, module, lambda: load_initial_weights(module, model) if is_initial else None, ema=ema)
     return module
 
 

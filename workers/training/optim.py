@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sigray.workers.checkpoint.writer import EMA
 from sigray.workers.config import OptimConfig, ParameterGroup
 
 
@@ -35,6 +36,21 @@ def learning_rate(optim: OptimConfig, samples_seen: int, num_samples: int) -> fl
     if optim.num_cooldown_samples:
         lr *= max(0.0, min(1.0, (num_samples - samples_seen) / optim.num_cooldown_samples))
     return lr
+
+
+@torch.no_grad()
+def update_ema(optimizer: torch.optim.Optimizer, decay: float) -> None:
+    """Move the exponential moving average of each trained parameter.
+
+    average = decay average + (1 - decay) parameter. The averages lie in the optimizer's state under `EMA`, so what saves, loads, moves or splits the state does so with
+    them. The first call sets them to the parameters. To be called after a step of the optimizer: torch's optimizers
+    take a parameter that has a state for one that has all of theirs.
+    """
+    for parameter, state in optimizer.state.items():
+        if EMA in state:
+            state[EMA].lerp_(parameter, 1 - decay)
+        else:
+            state[EMA] = parameter.detach().clone()
 
 
 def decayed_names(model: nn.Module, choice: str) -> set[str]:

@@ -29,7 +29,7 @@ from sigray.workers.model.towers import (
     lock_towers,
     normalize_pixels,
 )
-from sigray.workers.training.optim import build_optimizer, learning_rate
+from sigray.workers.training.optim import build_optimizer, learning_rate, update_ema
 
 
 @dataclass
@@ -64,6 +64,7 @@ class Trainer:
         micro_batch_size: pairs per forward pass; None: all b of this rank.
         activation_checkpointing: whether the blocks of the towers keep their inputs only.
         stored_embeddings: whether batches hold embeddings of the locked image tower in place of images.
+        ema: half-life in samples of an average of the weights; None: none.
         seed: of the run; determines the weights and the random state of every step.
 
     Attributes:
@@ -84,10 +85,12 @@ class Trainer:
         activation_checkpointing: bool = False,
         compile_blocks: bool = False,
         stored_embeddings: bool = False,
+        ema: int | None = None,
     ) -> None:
         self._model, self._optim, self._loss, self._device = model, optim, loss, device
         self._num_samples, self._global_batch_size, self._seed = num_samples, global_batch_size, seed
         self._micro_batch_size = micro_batch_size
+        self._ema_decay = None if ema is None else 0.5 ** (global_batch_size / ema)
         self._is_first = True
         torch.manual_seed(seed)
         self.module = device.place(build_model(model, stored_embeddings=stored_embeddings))
@@ -146,6 +149,8 @@ class Trainer:
             # Before the update: the values that this loss was computed with.
             logit_scale, logit_bias = self._log_logit_scale.detach().exp(), self._logit_bias.detach().clone()
             self.optimizer.step()
+            if self._ema_decay is not None:
+                update_ema(self.optimizer, self._ema_decay)
         if self._is_first:
             self._device.split_state(self.optimizer)
             self._is_first = False

@@ -65,6 +65,7 @@ def train_loop_per_worker(job: TrainJob) -> None:
         activation_checkpointing=job.train.activation_checkpointing,
         compile_blocks=job.train.compile_blocks,
         stored_embeddings=job.manifest.store is not None,
+        ema=job.train.ema,
     )
     storage = Storage(job.storage_uri)
     restored = restore(job, storage, trainer, rank)

@@ -242,6 +242,17 @@ def test_activation_checkpointing_takes_less_memory_and_at_most_one_forward_pass
     assert 0 < locked[1] - locked[0] <= whole.flops["text tower"]
 
 
+@pytest.mark.parametrize("locked", [[], ["visual"]])
+def test_an_average_of_the_weights_takes_what_trains(locked):
+    plain, averaging = (plan(small(f"model.locked={locked}", *more), CPU, 1) for more in ([], ["train.ema=1000"]))
+    size = 4 * plain.parameters["trained"]
+    for before, after in zip(plain.phases, averaging.phases, strict=True):
+        copy = before.items["checkpoint copy"] + size
+        assert after.items == before.items | {"average of the weights": size, "checkpoint copy": copy}
+    split = plan(small(f"model.locked={locked}", "train.ema=1000", "sharding.weights=split"), CPU, 2)
+    assert split.phases[0].items["average of the weights"] == pytest.approx(size / 2, abs=8)
+
+
 def test_four_tpu_v4_take_the_batch_of_the_paper(minutes):
     """Section 4.2: Base SigLIP with a batch of 4,096 on four chips."""
     config = load_config("examples/siglip_b16_5days_32xtpu_v4.yaml", ["train.global_batch_size=4096"])

@@ -219,6 +219,19 @@ def test_equal_captions_are_shown_merged_too(kind: str, tmp_path: Path) -> None:
     assert ("equal captions merged" in printed) == (kind != "different")
 
 
+def test_figures_without_the_average_of_the_weights_stand_beside(tmp_path: Path) -> None:
+    done = evaluation(332, 0.3, 0.6)
+    last = evaluation(332, 0.217, 0.5)
+    done["without_ema"] = {key: last[key] for key in ("zero_shot", "retrieval")}
+    page = page_of(write_run(tmp_path, metrics=[], evaluations=[done]))
+    out = io.StringIO()
+    Console(file=out, width=80).print(figures_table(done))
+    assert re.search(f"Without EMA\\s+top-1 21.7 % of {SET}, top-1", page.text.replace("\xa0", " "))
+    with_ema, without = out.getvalue().split("without EMA:")
+    assert "30.00%" in with_ema
+    assert "21.70%" in without
+
+
 def test_few_classes_are_summed_up_by_the_first_guess(tmp_path: Path) -> None:
     done = evaluation(332, 0.0, 0.0) | {"zero_shot": {"pets": zero_shot(0.621, 1.0, 4, 200)}, "retrieval": {}}
     page = page_of(write_run(tmp_path, metrics=[], evaluations=[done]))

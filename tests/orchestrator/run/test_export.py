@@ -84,7 +84,7 @@ print(json.dumps({"scale": config["logit_scale"], "bias": config["logit_bias"], 
 class ExportedRun:
     """A short run without Ray: 40 steps on drawn colours, with a tokenizers file, evaluated."""
 
-    def __init__(self, folder: Path, **model: Any) -> None:
+    def __init__(self, folder: Path, *, ema: int | None = None, **model: Any) -> None:
         size = TOWERS["vision_cfg"]["image_size"]  # no resizing: open_clip's is Pillow's, which rounds otherwise
         for name, numbers in {"train": range(96), "held_out": range(100, 140)}.items():
             write_tar(folder / name / "shard.tar", [drawn_sample(number, size) for number in numbers])
@@ -104,7 +104,7 @@ class ExportedRun:
                 "image_mean": [0.4, 0.5, 0.6],
                 **model,
             },
-            "train": {"num_samples": 40 * 24, "global_batch_size": 24},
+            "train": {"num_samples": 40 * 24, "global_batch_size": 24, "ema": ema},
             "optim": {"lr": 3e-3},
             "eval": {"sets": {"colours": colours}},
         }
@@ -251,6 +251,36 @@ def test_the_card_has_a_line_for_each_language(trained):
     assert f"| en | colours | 40 | {zero_shot['top1']:.2%} | 25.00% | {both_ways} " in card
     assert f"| sw | colours | 40 |  |  | {both_ways} " in card
     assert "| language |" not in model_card(config, trained.info, "safetensors", manifest, trained.figures, 1, [])
+
+
+def test_the_average_of_the_weights_is_exported_unless_the_last_ones_are_wanted(tmp_path, capsys):
+    from safetensors.torch import load_file
+
+    run = ExportedRun(tmp_path, ema=400)
+    without = run.figures["without_ema"]["zero_shot"]["colours"]
+    assert run.figures["zero_shot"]["colours"]["top1"] != without["top1"], "the card would say nothing"
+    assert len(run.figures["sheets"]["colours"]) > 0
+    checkpoint = Path(run.run.storage.uri, "checkpoints", run.info.name)
+    last = load_file(checkpoint / "model.safetensors")
+    for words, weights, figures in (
+        ([], last | load_file(checkpoint / "ema.safetensors"), run.figures["zero_shot"]["colours"]),
+        (["--weights", "last"], last, without),
+    ):
+        exported = tmp_path / "exported"
+        assert main(["export", str(run.config.folder), "--out", str(exported), "--overwrite", *words]) == 0
+        found = load_file(exported / "open_clip_model.safetensors")
+        assert found.keys() == weights.keys()
+        assert all(torch.equal(found[name], own) for name, own in weights.items())
+        assert f"| colours | 4 | 40 | {figures['top1']:.2%} | 25.00% |" in (exported / "README.md").read_text()
+        said = "of the last step, not their average" if words else "their average (half-life 400 samples)"
+        assert f"weights: {said}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_average_that_the_run_does_not_keep_is_not_exported(trained, tmp_path, capsys):
+    out = tmp_path / "exported"
+    assert main(["export", str(trained.config.folder), "--weights", "ema", "--out", str(out)]) == 2
+    assert "holds no average of the weights: train.ema keeps one" in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()
 
 
 def test_texts_that_open_clip_cleans_are_counted(trained, tmp_path):

@@ -31,6 +31,7 @@ SLICE = [
     "data.num_workers=1",
     f"train.num_samples={NUM_STEPS * BATCH}",
     "train.micro_batch_size=null",
+    "train.ema=100",
     # What is dropped depends on the random numbers of the device.
     "model.towers.vision_cfg.patch_dropout=0",
     "eval.pixel_baseline=false",
@@ -117,6 +118,7 @@ def test_the_run_is_evaluated(small, second_output):
     summary = json.loads((small.path / "summary.json").read_text())
     assert summary["status"] == "finished"
     assert summary["zero_shot"]["colours"]["num_images"] == 24
+    assert summary["without_ema"]["zero_shot"]["colours"]["num_images"] == 24
     assert "2 training worker(s) on torch-xla, 2 CPU devices each" in second_output
 
 
