@@ -29,8 +29,8 @@ FAULTS = [
     Fault(
         "the average of the weights moves by d and not by 1 - d",
         _OPTIM + "update_ema",
-        "1 - decay",
-        "decay",
+        "(parameter, 1 - decay)",
+        "(parameter, decay)",
         (f"{_EMA}the_average_is_its_closed_form[adamw]",),
     ),
     Fault(
@@ -56,13 +56,6 @@ FAULTS = [
             "tests/orchestrator/run/test_export.py::"
             "test_the_average_of_the_weights_is_exported_unless_the_last_ones_are_wanted",
         ),
-    ),
-    Fault(
-        "the average of the weights is not planned",
-        "sigray.orchestrator.planning.plan:plan",
-        "towers.gradients if config.train.ema is not None else 0",
-        "0",
-        ("tests/orchestrator/planning/test_plan.py::test_an_average_of_the_weights_takes_what_trains",),
     ),
     Fault(
         "clipping never applied",

@@ -42,9 +42,9 @@ def learning_rate(optim: OptimConfig, samples_seen: int, num_samples: int) -> fl
 def update_ema(optimizer: torch.optim.Optimizer, decay: float) -> None:
     """Move the exponential moving average of each trained parameter.
 
-    average = decay average + (1 - decay) parameter. The averages lie in the optimizer's state under `EMA`, so what saves, loads, moves or splits the state does so with
-    them. The first call sets them to the parameters. To be called after a step of the optimizer: torch's optimizers
-    take a parameter that has a state for one that has all of theirs.
+    average = decay average + (1 - decay) parameter. The averages lie in the optimizer's state under `EMA`, so what
+    saves, loads, moves or splits the state does so with them. The first call sets them to the parameters. To be called
+    after a step of the optimizer: torch's optimizers take a parameter that has a state for one that has all of theirs.
     """
     for parameter, state in optimizer.state.items():
         if EMA in state:

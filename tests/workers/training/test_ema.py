@@ -37,8 +37,9 @@ def averaged(history: list[np.ndarray], decay: float) -> np.ndarray:
 
 def averages(config: RunConfig) -> dict[str, np.ndarray]:
     """Of the newest checkpoint, by name."""
-    folder = Path(config.storage_uri, "checkpoints", list_checkpoints(Storage(config.storage_uri))[-1].name)
-    return load_file(folder / "ema.safetensors")
+    info = list_checkpoints(Storage(config.storage_uri))[-1]
+    assert info.has_ema
+    return load_file(Path(config.storage_uri, "checkpoints", info.name, "ema.safetensors"))
 
 
 @pytest.fixture
@@ -97,14 +98,15 @@ def test_a_checkpoint_holds_the_average_of_what_trains(
 
 
 def test_a_killed_and_resized_run_ends_with_the_same_bits(config_file: Path) -> None:
-    """Two ranks with split weights for four steps, then one rank; with a stop before the fourth step and without."""
+    """Two ranks with split weights for four steps, then one rank; with stops in both parts and without."""
     files = {}
-    for name, stops in {"straight": (4,), "stopped": (2, 4)}.items():
+    for name, stops in {"straight": ((4,), (6,)), "stopped": ((2, 4), (5, 6))}.items():
         config = load_config(config_file, [f"run.name={name}"])
         split = load_config(config_file, [f"run.name={name}", "sharding.weights=split"])
-        for step in stops:
+        for step in stops[0]:
             run_on_ranks(2, train_bare, split, step)
-        files[name] = run_on_ranks(1, train_bare, config)[0]["files"]
+        for step in stops[1]:
+            files[name] = train_bare(0, 1, config, step)["files"]
     assert files["straight"] == files["stopped"]
     assert "ema.safetensors" in files["straight"]
 
