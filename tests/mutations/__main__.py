@@ -38,10 +38,15 @@ def main() -> None:
         metavar="FILE",
         help="pytest's JUnit report of this tree: tests that passed there do not run without a fault again",
     )
+    parser.add_argument(
+        "--part", type=_part, default=(1, 1), metavar="K/N", help="each N-th of the chosen faults, from the K-th on"
+    )
     parser.add_argument("--list", action="store_true", help="print the faults and run nothing")
     options = parser.parse_args()
     known = [(name, fault) for name, faults in fault_lists().items() for fault in faults]
     chosen = [fault for name, fault in known if _is_meant(name, fault, options.names)]
+    first, step = options.part
+    chosen = chosen[first - 1 :: step]
     if options.list:
         for fault in chosen:
             print(f"{name_of(fault)}: {fault.says}  [{', '.join(fault.tests)}]")
@@ -112,6 +117,13 @@ def _all_import_the_copy(worker: Worker) -> bool:
     if answer["ended"] or not calls:
         print(answer["ended"], answer["log"])
     return bool(calls) and not failed and not answer["ended"]
+
+
+def _part(text: str) -> tuple[int, int]:
+    first, _, step = text.partition("/")
+    if not (first.isdecimal() and step.isdecimal() and 1 <= int(first) <= int(step)):
+        raise argparse.ArgumentTypeError(f"{text}: K/N expected, such as 1/4")
+    return int(first), int(step)
 
 
 def _is_meant(name: str, fault: AnyFault, wanted: Sequence[str]) -> bool:

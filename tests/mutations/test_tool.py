@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutations.__main__ import fault_lists, run
+from tests.mutations.__main__ import fault_lists, main, run
 from tests.mutations.fault import Fault
 from tests.mutations.runner import passed_tests
 from tests.mutations.source import changed, check
@@ -99,6 +100,19 @@ def tree(tmp_path: Path) -> Path:
 
 def fault(says: str, symbol: str, old: str, new: str, *tests: str) -> Fault:
     return Fault(says, symbol, old, new, tuple(f"tests/test_shop.py::{test}" for test in tests))
+
+
+def test_the_parts_are_all_faults_once(monkeypatch, capsys):
+    def listed(*words: str) -> list[str]:
+        monkeypatch.setattr("sys.argv", ["mutations", "--list", *words])
+        main()
+        return capsys.readouterr().out.splitlines()
+
+    parts = [listed("--part", f"{number}/4") for number in (1, 2, 3, 4)]
+    assert sorted(itertools.chain(*parts)) == sorted(listed())
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    with pytest.raises(SystemExit):
+        listed("--part", "5/4")
 
 
 def test_what_is_caught_and_what_is_not(tree, capsys):
