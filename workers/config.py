@@ -160,8 +160,12 @@ class WeightedShards(Section):
     """Weight of this dataset among the samples seen."""
 
 
+LINES = "lines"
+"""After the colon of a caption source: each line of the member is a caption."""
+
+
 def caption_member(source: str) -> str:
-    """Return the ending of a caption source's member: `json` for `json:captions.en`."""
+    """Return the ending of a caption source's member: `json` of `json:captions.en`."""
     return source.partition(":")[0]
 
 
@@ -182,8 +186,10 @@ def _image_keys(keys: list[str]) -> list[str]:
 def _caption_source(source: str) -> str:
     member, colon, path = source.partition(":")
     ending = _ending(member)
-    if colon and (ending != "json" or not all(path.split("."))):
-        raise ValueError(f"{source!r} can match no member: write an ending, as in txt, or json:KEY, or json:KEY.KEY")
+    if colon and not (all(path.split(".")) if ending == "json" else path == LINES):
+        raise ValueError(
+            f"{source!r} can match no member: write an ending, as in txt, or txt:{LINES}, json:KEY or json:KEY.KEY"
+        )
     return ending + colon + path
 
 
@@ -206,8 +212,8 @@ class DataConfig(Section):
         dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1), AfterValidator(_caption_sources)
     ] = {"txt": 1.0}
     """Sources of a sample's caption, with weights.
-    A source is a member's ending (txt) or a field of a JSON member (json:captions.en). Each epoch draws one of the
-    sources that a sample has."""
+    A source is a member's ending (txt), its lines (txt:lines: each is a caption), or a field of a JSON member
+    (json:captions.en). Each epoch draws one of the sources that a sample has, and one of the source's captions."""
     languages: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Languages with weights, for caption sources that contain {language}.
     {json:captions.{language}.name: 1} with {en: 2, sw: 1} draws json:captions.en.name twice as often as

@@ -94,6 +94,7 @@ class Captions:
     """The texts of one source of data.captions; a sample may have several."""
 
     num_present: int = 0  # samples with a usable text
+    num_lined: int = 0  # of these, samples with a text of several lines
     reasons: Counter[str] = field(default_factory=Counter)  # samples without, by reason
     num_characters: array[int] = field(default_factory=lambda: array("I"))  # per text
     num_words: array[int] = field(default_factory=lambda: array("I"))
@@ -425,6 +426,7 @@ class _ShardReader:
                 continue
             is_captioned = True
             captions.num_present += 1
+            captions.num_lined += any("\n" in text for text in texts)
             captions.num_characters.extend(map(len, texts))
             captions.num_words.extend(len(text.split()) for text in texts)
             captions.hashes.extend(map(hash, texts))

@@ -28,7 +28,7 @@ from sigray.orchestrator.data.inspect import (
 from sigray.orchestrator.formatting import byte_count
 from sigray.orchestrator.reports.template import page, render
 from sigray.orchestrator.tables import add, printable, rows_table, table
-from sigray.workers.config import DataConfig, caption_member
+from sigray.workers.config import LINES, DataConfig, caption_member
 from sigray.workers.data.decode import Refused, captions_at
 from sigray.workers.data.tar import WHY_UNUSABLE, read_tar
 from sigray.workers.storage import Storage
@@ -80,6 +80,11 @@ def _overview(found: Inspection) -> dict[str, str]:
         num_pairs = sum(shard.num_pairs for shard in shards)
         share_text = _percent(num_pairs, found.num_samples)
         rows["pairs"] = f"{num_pairs:,} samples ({share_text}) have an image and a caption member"
+    for source in found.data.captions:
+        captions = [shard.captions[source] for shard in shards if shard.captions]
+        num_lined = sum(one.num_lined for one in captions)
+        if num_lined > sum(one.num_present for one in captions) / 2 and caption_member(source) == source:
+            rows[f"{source} of several lines"] = f"{num_lined:,} samples; {source}:{LINES} takes each line as a caption"
     rows["decoded"] = f"every sample, in {found.seconds:.1f} s"
     if found.num_decoded != found.num_samples or found.is_over_time:
         limit = ", until the time limit" * found.is_over_time

@@ -367,6 +367,13 @@ FAULTS = [
         (f"{_DECODE}memory_is_bounded_too",),
     ),
     Fault(
+        "the lines of a text are one caption",
+        "sigray.workers.data.decode:captions_at",
+        "if path == LINES else [text]",
+        "if False else [text]",
+        ("tests/workers/data/test_decode.py::test_each_line_of_a_text_is_a_caption_where_asked",),
+    ),
+    Fault(
         "a list of captions with a null is refused",
         "sigray.workers.data.decode:_texts_in_json",
         "if values and not texts",

@@ -177,6 +177,7 @@ def test_endings_are_mended_where_they_are_unambiguous(tmp_path):
         ("data.captions={TXT: 1, .txt: 2}", r"data.captions: \['TXT', '.txt'\] name a source twice"),
         ("data.captions={'json:': 1}", r"data.captions: 'json:' can match no member"),
         ("data.captions={'json:a..b': 1}", r"data.captions: 'json:a..b' can match no member"),
+        ("data.captions={'txt:line': 1}", r"data.captions: 'txt:line' can match no member: .* or txt:lines"),
         ("data.captions={'txt:a': 1}", r"data.captions: 'txt:a' can match no member"),
         ("data.captions={'.': 1}", r"data.captions: '.' can be no member's ending"),
         (

@@ -35,7 +35,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
-from sigray.workers.config import DataConfig
+from sigray.workers.config import LINES, DataConfig
 from sigray.workers.data.resize import resize
 from sigray.workers.model.inputs import ImageInputs
 from sigray.workers.urls import is_utf8
@@ -382,11 +382,15 @@ def captions_at(source: str, members: Members) -> list[str]:
     Raises:
         Refused: the source has no usable caption.
     """
-    path = source.removeprefix("json:")
-    content = members.get(source if path == source else "json")
+    ending, _, path = source.partition(":")
+    content = members.get(ending)
     if content is None:
         raise Refused("no caption")
-    texts = [_decode_text(content, _MAX_TEXT_BYTES)] if path == source else _texts_in_json(content, path)
+    if path and ending == "json":
+        texts = _texts_in_json(content, path)
+    else:
+        text = _decode_text(content, _MAX_TEXT_BYTES)
+        texts = text.split("\n") if path == LINES else [text]
     texts = [stripped for text in texts if (stripped := text[:_MAX_TEXT_BYTES].strip())]
     if not texts:
         raise Refused("empty caption")

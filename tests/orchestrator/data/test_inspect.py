@@ -233,6 +233,17 @@ def test_what_was_read_need_not_be_read_again(tar_folder, tmp_path):
     assert scan_shards(data.shards, data, parallel_map=nothing_left).num_samples == 76
 
 
+def test_several_captions_in_one_text_are_pointed_out(tmp_path, capsys):
+    samples = [drawn_sample(number, 16) | {"txt": b"a cat\na dog\nrain"} for number in range(8)]
+    write_tar(tmp_path / "a-000.tar", samples)
+    code, out, _ = run(capsys, tmp_path)
+    assert code == 0
+    assert lines_with(out, "txt of several lines", "8 samples; txt:lines takes each line as a caption")
+    code, out, _ = run(capsys, tmp_path, "data.captions={txt:lines: 1}")
+    assert "several lines" not in out
+    assert lines_with(out, "txt:lines", "100.0 %", "8", "24", "3")
+
+
 def test_captions_of_several_sources(tmp_path, capsys):
     samples = []
     for number in range(8):

@@ -598,6 +598,24 @@ def test_captions_of_a_list_are_its_texts(values):
         assert not expected
 
 
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("a cat\na dog\n", ["a cat", "a dog"]),
+        ("a cat\r\n\r\n  a dog", ["a cat", "a dog"]),
+        ("a\u2028cat\x0b or a dog", ["a\u2028cat\x0b or a dog"]),
+    ],
+)
+def test_each_line_of_a_text_is_a_caption_where_asked(text, lines):
+    members = {"txt": text.encode()}
+    assert captions_at("txt:lines", members) == lines
+    assert captions_at("txt", members) == [text.strip()]
+    with pytest.raises(Refused, match="empty caption"):
+        captions_at("txt:lines", {"txt": b"\n \n"})
+    with pytest.raises(Refused, match="no caption"):
+        captions_at("txt:lines", {"cap": b"a cat"})
+
+
 @pytest.mark.parametrize("letter", ["x", "\u00e9", "\u5e0c", "\U0001f600"])
 @pytest.mark.parametrize("start", ["", "1", "12", "123"])
 def test_a_long_text_ends_at_a_character(letter, start):
