@@ -327,11 +327,14 @@ class DataConfig(Section):
 
 class ModelConfig(Section):
     name: ModelName | None = None
-    """An open_clip model config such as ViT-B-16-SigLIP. Give either this or `towers`.
+    """An open_clip model config such as ViT-B-16-SigLIP.
+    Give this or `towers`, or neither with an init_from that says its towers.
     `local-dir:FOLDER` or `hf-hub:ORG/NAME` takes the config from a folder or repository that has an
     open_clip_config.json. Weights come from init_from."""
     towers: Towers | None = None
-    """An open_clip model config written out: embed_dim, vision_cfg, text_cfg."""
+    """An open_clip model config written out: embed_dim, vision_cfg, text_cfg.
+    Null, and no name: the towers of the folder init_from. timm_model_name: siglip_vit_w64_d4_h4_m256_p8_s32 is SigLIP's
+    image tower of any shape (width, depth, heads, MLP, patch, image size), for example."""
     image_tower: ImageTowerName | None = None
     """An image tower in place of the one that vision_cfg describes.
     `package.module:function`, called without arguments, returns a torch.nn.Module; or a TorchScript (.pt, .ts) or
@@ -390,9 +393,10 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _one_of_name_and_towers(self) -> ModelConfig:
-        if (self.name is None) == (self.towers is None):
-            given = "both are given" if self.name else "neither is given"
-            raise ValueError(f"give exactly one of name and towers: {given}")
+        if self.name is not None and self.towers is not None:
+            raise ValueError("give one of name and towers: both are given")
+        if self.name is None and self.towers is None and self.init_from is None:
+            raise ValueError("give name or towers, or init_from with a folder that says its towers: none is given")
         if self.towers is not None:
             required = {"embed_dim", "vision_cfg", "text_cfg"}
             missing = required - self.towers.keys()

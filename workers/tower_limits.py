@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from sigray.workers.siglip_vits import siglip_vit
+
 # Larger ones are mistakes; some would fill the memory before the plan of a run refuses them.
 _LARGEST = {"layers": 1000, "vocab_size": 2**31 - 1, "image_size": 2**13, "patch_size": 2**13} | dict.fromkeys(
     ("embed_dim", "width", "head_width", "heads", "attn_pooler_queries", "attn_pooler_heads", "context_length"), 2**14
@@ -44,7 +46,9 @@ def check_towers(towers: dict[str, Any]) -> None:
             f"vision_cfg.timm_model_name={timm_name!r:.200} names a folder or a repository: give the name of a model "
             "that timm itself has"
         )
-    if not timm_name and not isinstance(vision.get("layers"), list | tuple):
+    if timm_name.startswith("siglip_vit"):
+        _check_siglip_vit(timm_name, vision)
+    elif not timm_name and not isinstance(vision.get("layers"), list | tuple):
         _check_patches(vision)
     options = text.get("tokenizer_kwargs") or {}
     if not isinstance(options, dict):
@@ -68,6 +72,28 @@ def _check_sizes(section: str, content: dict[str, Any]) -> None:
     ratio = content.get("mlp_ratio", 1)
     if type(ratio) not in (int, float) or not 0 < ratio <= _MAX_MLP_RATIO:
         raise ValueError(f"{section}mlp_ratio={ratio!r:.80}: a number above 0, at most {_MAX_MLP_RATIO:g}, expected")
+
+
+def _check_siglip_vit(timm_name: str, vision: dict[str, Any]) -> None:
+    key = "vision_cfg.timm_model_name"
+    try:
+        shape = siglip_vit(timm_name)
+    except ValueError as error:
+        raise ValueError(f"{key}={error}") from None
+    if shape is None:
+        return
+    sizes = {"width": shape.width, "layers": shape.depth, "heads": shape.heads, "patch_size": shape.patch_size}
+    _check_sizes(f"{key}={timm_name}: ", sizes | {"image_size": shape.image_size})
+    _check_patches({"image_size": shape.image_size, "patch_size": shape.patch_size})
+    if shape.width % shape.heads:
+        raise ValueError(f"{key}={timm_name}: its width {shape.width} is no multiple of its {shape.heads} heads")
+    if not 0 < shape.mlp <= _MAX_MLP_RATIO * shape.width:
+        raise ValueError(f"{key}={timm_name}: its MLP needs 1 to {_MAX_MLP_RATIO * shape.width:g} units")
+    if vision.get("image_size", 224) != shape.image_size:
+        raise ValueError(
+            f"vision_cfg.image_size={vision.get('image_size', 224)}, and {key}={timm_name} has images of "
+            f"{shape.image_size} pixels: give both the same size"
+        )
 
 
 def _check_patches(vision: dict[str, Any]) -> None:

@@ -70,7 +70,7 @@ def plan(options: Namespace, console: Console) -> None:
         raise ConfigError("which device? Give --device or cluster.device: " + ", ".join([CPU, *DEVICES]))
     weights = config.model.init_from
     has_weights = weights is not None and Path(weights).exists()
-    if weights is None or has_weights:
+    if weights is None or has_weights or (config.model.name is None and config.model.towers is None):
         config = with_inputs(config, lambda remark: None if options.json else console.print(remark, soft_wrap=True))
     tokenizer = tokenizer_file(config.model)
     # Without network, and without the file if it is elsewhere.

@@ -52,7 +52,7 @@ def check_run(config: RunConfig, display: Display, *, saved: Manifest | None, is
 
 
 def with_inputs(config: RunConfig, say: Callable[[str], None], begun: RunConfig | None = None) -> RunConfig:
-    """Return a run's config with the inputs that its model expects.
+    """Return a run's config with towers and the inputs that its model expects.
 
     Args:
         say: shows a remark.
@@ -66,11 +66,16 @@ def with_inputs(config: RunConfig, say: Callable[[str], None], begun: RunConfig 
     from sigray.workers.model.trained_inputs import take_inputs
 
     kept: dict[str, Any] = {}
+    wanted = config.model
     if begun is not None:
         kept = inputs_of(begun.model)
+        if wanted.name is None and wanted.towers is None:  # the run has its towers, whatever the weights say now
+            own = begun.model
+            taken = {"name": own.name, "towers": own.towers, "token_bottleneck": own.token_bottleneck}
+            wanted = wanted.model_copy(update=taken)
     elif config.embeddings.store is not None:
         kept = EmbeddingStore(config.embeddings.store).image_inputs()
-    model, remarks = take_inputs(config.model, kept)
+    model, remarks = take_inputs(wanted, kept)
     for remark in remarks:
         say(remark)
     return config.model_copy(update={"model": model})

@@ -10,6 +10,7 @@ _PLANE, _LISTS = f"{_W}data_plane.py::test_", f"{_W}stream_registry.py::test_"
 _MEMORY, _DECODE, _STORE = f"{_W}buffers.py::test_", f"{_W}decode.py::test_", f"{_W}embedding_store.py::test_"
 _INTERLEAVINGS = f"{_W}buffers.py::TestInterleavings::runTest"
 _TRAINED = "tests/workers/model/test_trained_inputs.py::test_"
+_ALONE = "tests/workers/model/test_weights_towers.py::test_"
 _BEGUN = "tests/test_keys_arrive.py::test_a_run_"
 _PADS = "tests/orchestrator/run/test_export.py::test_a_tokenizer_pads_with_its_own_token"
 
@@ -595,6 +596,34 @@ FAULTS = [
         "if lower_case else []",
         "if True else []",
         ("tests/workers/model/test_tokenizer.py::test_case_is_folded_where_asked",),
+    ),
+    Fault(
+        "towers that compute something else than the weights did are accepted",
+        "sigray.workers.model.init_weights:_check_traits",
+        "ours[trait] != value",
+        "ours[trait] == ''",
+        (f"{_ALONE}towers_that_compute_something_else_than_the_weights_did_are_an_error",),
+    ),
+    Fault(
+        "the activation that a config names is not taken",
+        "sigray.workers.model.weights_towers:_Fields.act",
+        "return ACTIVATIONS[act]",
+        'return "gelu"',
+        (f"{_ALONE}a_folder_of_transformers_alone_and_back[siglip-gelu_pytorch_tanh]",),
+    ),
+    Fault(
+        "a run that goes on takes the towers that its weights have now",
+        "sigray.orchestrator.run.preflight:with_inputs",
+        "if wanted.name is None and wanted.towers is None:",
+        "if wanted.name is not None:",
+        (f"{_ALONE}a_run_that_goes_on_keeps_its_towers_without_the_weights",),
+    ),
+    Fault(
+        "a tower that plain open_clip cannot build is exported for it",
+        "sigray.workers.model.export:export_open_clip",
+        "if siglip_vit(timm_name):",
+        "if not timm_name and siglip_vit(timm_name):",
+        (f"{_ALONE}a_shape_that_open_clip_cannot_name_is_not_exported_for_it",),
     ),
     Fault(
         "tensors that the model does not have are not named",

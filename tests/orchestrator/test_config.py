@@ -47,7 +47,7 @@ def write(tmp_path, content):
             r"num_cooldown_samples=2000 together are larger than train.num_samples=1000",
         ),
         ("train.global_batch_size=2000", r"global_batch_size=2000 is larger than train.num_samples=1000"),
-        ("model.towers={embed_dim: 8}", r"model: give exactly one of name and towers: both are given"),
+        ("model.towers={embed_dim: 8}", r"model: give one of name and towers: both are given"),
         ("eval.sets={a: {shards: x, templates: [photo]}}", r"eval.sets.a: template 'photo' has no \{\}"),
         ("eval.sets.a.shard=x", r"eval.sets.a.shard: unknown key .* did you mean 'shards'"),
         ("cluster.hang_timeout_s=60", r"cluster.hang_timeout_s=60 is not above data.worker_timeout_s=\d+: "),

@@ -38,6 +38,7 @@ from sigray.workers.model.tokenizer import (
     is_plain,
     load_tokenizer_file,
 )
+from sigray.workers.siglip_vits import siglip_vit
 
 Format = Literal["open_clip", "transformers", "safetensors", "onnx"]
 
@@ -65,9 +66,15 @@ def export_open_clip(module: nn.Module, model: ModelConfig, folder: Path) -> Non
         folder: exists.
 
     Raises:
-        ValueError: if the tokenizer's file is missing.
+        ValueError: if open_clip has no such image tower, or the tokenizer's file is missing.
     """
     towers = tower_config(model)
+    timm_name = towers["vision_cfg"].get("timm_model_name") or ""
+    if siglip_vit(timm_name):
+        raise ValueError(
+            f"plain open_clip knows no image tower {timm_name}, a name of sigray's: take --format transformers, "
+            "onnx or safetensors"
+        )
     towers["vision_cfg"].pop("timm_model_pretrained", None)
     towers["text_cfg"] |= _save_tokenizer(model, folder)
     towers["text_cfg"] = {key: value for key, value in towers["text_cfg"].items() if value is not None}

@@ -24,6 +24,7 @@ from sigray.workers.model.tokenizer import (
     is_plain,
     load_tokenizer_file,
 )
+from sigray.workers.model.tower_traits import activation_of
 from sigray.workers.model.transformers_names import CLIP, SIGLIP, to_transformers
 
 _PUNCTUATION = r"[!-/:-@\[-\^`{-~]"  # ASCII's, without the underscore, which becomes a space
@@ -68,7 +69,8 @@ def export_transformers(module: nn.Module, model: ModelConfig, folder: Path) -> 
         texts["projection_size"] = text.text_projection.out_features
         exported: Any = transformers.SiglipModel(transformers.SiglipConfig(text_config=texts, vision_config=images))
     else:
-        texts["eos_token_id"] = 2  # stands for "the highest token", as open_clip reads a text
+        # 2 stands for "the highest token", as open_clip reads a text.
+        texts["eos_token_id"] = text.eos_id if text.pool_type == "eos" else 2
         config = transformers.CLIPConfig(text_config=texts, vision_config=images, projection_dim=visual.output_dim)
         exported = transformers.CLIPModel(config)
     exported.load_state_dict(to_transformers(weights, SIGLIP if is_siglip else CLIP))
@@ -120,7 +122,8 @@ def _check_clip(module: nn.Module, visual: Any, text: Any) -> dict[str, bool]:
             and isinstance(visual.proj, nn.Parameter)
         ),
         "it has a logit_bias, so it is of the sigmoid": getattr(module, "logit_bias", None) is None,
-        "its text tower is not pooled at its highest token": getattr(text, "pool_type", None) == "argmax",
+        "its text tower is not pooled at its highest token or end": getattr(text, "pool_type", None)
+        in ("argmax", "eos"),
         "its text tower has no causal mask": getattr(text, "attn_mask", None) is not None,
         "its text projection has a bias": isinstance(getattr(text, "text_projection", None), nn.Parameter),
     }
@@ -133,8 +136,9 @@ def _tower(blocks: Any) -> dict[str, Any]:
     norm, inside, gelu = (
         (block.norm1, block.mlp.fc1, block.mlp.act) if is_timm else (block.ln_1, block.mlp.c_fc, block.mlp.gelu)
     )
-    is_exact = getattr(gelu, "approximate", "none") == "none"
-    act = "quick_gelu" if type(gelu).__name__ == "QuickGELU" else "gelu" if is_exact else "gelu_pytorch_tanh"
+    act = activation_of(gelu)
+    if act is None:
+        raise ValueError(f"transformers' SiglipModel and CLIPModel have no activation {type(gelu).__name__}")
     return {
         "hidden_size": norm.normalized_shape[0],
         "intermediate_size": inside.out_features,

@@ -12,14 +12,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sigray.workers.checkpoint.index import CheckpointInfo
 from sigray.workers.checkpoint.writer import load_weights
-from sigray.workers.config import ModelConfig
+from sigray.workers.config import ModelConfig, Tower
+from sigray.workers.model.tower_traits import tower_traits
 from sigray.workers.model.towers import TOWERS, build_bare_model, build_meta_model, build_model
 from sigray.workers.model.weights_files import read_weights
 from sigray.workers.model.weights_source import find_weights
+from sigray.workers.model.weights_towers import weights_model
 from sigray.workers.sharding import shard_like
 from sigray.workers.storage import Storage
 from sigray.workers.texts import first_ten, ten_lines
@@ -56,8 +59,37 @@ class InitialWeights:
 
 
 def check_initial_weights(model: ModelConfig) -> InitialWeights:
-    """As `load_initial_weights`, without memory for the model."""
-    return _match(build_meta_model(model), model)[0]
+    """As `load_initial_weights`, without memory for the model.
+
+    Raises:
+        ValueError: also if a tower takes weights and differs in activation, norm epsilon, pooling or mask from what the
+            config beside them says.
+    """
+    module = build_meta_model(model)
+    found, tensors = _match(module, model)
+    for name in TOWERS:
+        if any(key.startswith(f"{name}.") for key in tensors) and not (name == "visual" and model.image_tower):
+            _check_traits(module, model, name)
+    return found
+
+
+def _check_traits(module: nn.Module, model: ModelConfig, name: Tower) -> None:
+    assert model.init_from is not None
+    source = find_weights(model.init_from)
+    trained = weights_model(source, [name])
+    if trained is None or (trained.name, trained.towers) == (model.name, model.towers):
+        return
+    with torch.device("meta"):
+        theirs = tower_traits(build_bare_model(trained).get_submodule(name))
+    ours = tower_traits(module.get_submodule(name))
+    key = f"model.name={model.name}" if model.name else "model.towers"
+    for trait, value in theirs.items():
+        if ours[trait] != value:
+            raise ValueError(
+                f"model.init_from={source.place}: the config beside the weights says {trait} {value!r} of the {name} "
+                f"tower, and {key} has {ours[trait]!r}: leave out model.name and model.towers, or give towers with the "
+                "weights' own"
+            )
 
 
 def build_initial_model(model: ModelConfig) -> nn.Module:

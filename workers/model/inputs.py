@@ -15,7 +15,7 @@ from sigray.workers.model.untrusted import read_open_clip_config
 from sigray.workers.tower_limits import check_towers
 
 # Keys of open_clip's config files that choose a class, not a shape; the class is always CustomTextCLIP here.
-_CLASS_KEYS = {"custom_text", "init_logit_scale", "init_logit_bias"}
+CLASS_KEYS = {"custom_text", "init_logit_scale", "init_logit_bias"}
 
 
 OPEN_CLIP = "open_clip"
@@ -80,8 +80,8 @@ def tower_config(model: ModelConfig) -> dict[str, Any]:
     """
     if model.towers is not None:
         return copy.deepcopy(model.towers)
-    assert model.name is not None
-    config = {key: value for key, value in read_open_clip_config(model.name).items() if key not in _CLASS_KEYS}
+    assert model.name is not None, "init_from alone: take_inputs puts the towers in"
+    config = {key: value for key, value in read_open_clip_config(model.name).items() if key not in CLASS_KEYS}
     try:
         check_towers(config)
     except ValueError as error:

@@ -21,6 +21,7 @@ from sigray.workers.config import ModelConfig, Tower
 from sigray.workers.model.bottleneck import use_bottleneck
 from sigray.workers.model.image_towers import StoredTower, load_image_tower
 from sigray.workers.model.inputs import image_inputs, shapes, tower_config
+from sigray.workers.model.timm_vits import register_siglip_vit
 from sigray.workers.model.untrusted import read_tensors, reason, refuse_code
 
 TOWERS: tuple[Tower, ...] = ("visual", "text")
@@ -42,6 +43,7 @@ def build_model(model: ModelConfig, *, stored_embeddings: bool = False) -> nn.Mo
     from open_clip.model import CustomTextCLIP
 
     config = tower_config(model)
+    register_siglip_vit(config["vision_cfg"].get("timm_model_name") or "")
     if stored_embeddings or model.image_tower is not None:
         # A small tower, replaced below: open_clip cannot leave it out.
         size = config["vision_cfg"].get("image_size", 224)

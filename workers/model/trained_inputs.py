@@ -21,8 +21,8 @@ from sigray.workers.config import ModelConfig
 from sigray.workers.model.inputs import OPEN_CLIP, inputs_of, tower_config
 from sigray.workers.model.tokenizer import TOKENIZER, load_tokenizer_file
 from sigray.workers.model.untrusted import read_json
-from sigray.workers.model.weights_source import WeightsSource, find_weights
-from sigray.workers.parse import parse_yaml
+from sigray.workers.model.weights_source import WeightsSource, find_weights, run_section
+from sigray.workers.model.weights_towers import with_towers
 from sigray.workers.storage import local_copy
 
 _PAD_NAMES = ("[PAD]", "<pad>", "<|pad|>", "<|padding|>")
@@ -35,16 +35,18 @@ _BEFORE = inputs_of(ModelConfig(towers=_NO_TOWERS))
 def take_inputs(model: ModelConfig, kept: dict[str, Any]) -> tuple[ModelConfig, list[str]]:
     """Return a config with the inputs that the model expects, and remarks.
 
-    A key of the config counts first, then what is kept, then the weights.
+    A key of the config counts first, then what is kept, then the weights. A config without towers gets those of its
+    weights.
 
     Args:
         kept: inputs of a run that goes on, or of the store of embeddings that a run reads: they stay, whatever the
             weights say.
 
     Raises:
-        ValueError: the weights' files are missing or damaged, or expect inputs that sigray cannot make.
+        ValueError: the weights' files are missing or damaged, or expect inputs or towers that sigray cannot make.
         StoreError: a URL's store cannot be reached or refuses.
     """
+    model = with_towers(model)
     trained: dict[str, Any] = {}
     if kept.keys() != _BEFORE.keys():
         trained = _trained_inputs(model)
@@ -158,15 +160,8 @@ def _of_timm(source: WeightsSource) -> dict[str, Any]:
 
 def _of_run(source: WeightsSource) -> dict[str, Any]:
     """Return the inputs of the run whose checkpoint this is, if it is one."""
-    run, _, rest = source.place.rpartition("/checkpoints/")
-    if not run or rest.count("/") != 1:
-        return {}
-    try:
-        content = parse_yaml(local_copy(f"{run}/config.yaml").read_bytes())
-    except FileNotFoundError:
-        return {}
-    section = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(section, dict):
+    section = run_section(source)
+    if not section:
         return {}
     return inputs_of(ModelConfig(towers=_NO_TOWERS, **{name: section[name] for name in _BEFORE if name in section}))
 

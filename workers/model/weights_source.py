@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sigray.workers.model.untrusted import CONFIG, HF_HUB, from_hub, is_torchscript, read_json, reason
+from sigray.workers.parse import parse_yaml
 from sigray.workers.storage import Storage, local_copy, url_cache
 from sigray.workers.texts import first_ten
 from sigray.workers.urls import STORES, is_remote
@@ -75,6 +76,19 @@ def find_weights(place: str) -> WeightsSource:
         raise ValueError(f"model.init_from: {place} lacks {first_ten(missing)}, which {path.name} names")
     written_by, config = _config(path)
     return WeightsSource(place, written_by, config, path.parent, files)
+
+
+def run_section(source: WeightsSource) -> dict[str, Any]:
+    """Return the model section of the run whose checkpoint this is; empty without one."""
+    run, _, rest = source.place.rpartition("/checkpoints/")
+    if not run or rest.strip("/").count("/") > 1:
+        return {}
+    try:
+        content = parse_yaml(local_copy(f"{run}/config.yaml").read_bytes())
+    except FileNotFoundError:
+        return {}
+    section = content.get("model") if isinstance(content, dict) else None
+    return section if isinstance(section, dict) else {}
 
 
 def _weights_file(place: str, names: Iterable[str]) -> str:

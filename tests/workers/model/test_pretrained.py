@@ -7,7 +7,6 @@ import warnings
 import numpy as np
 import open_clip
 import pytest
-import timm
 import torch
 from huggingface_hub import constants
 from open_clip import OPENAI_DATASET_MEAN
@@ -35,7 +34,7 @@ PIXELS = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0
 TOKENS = torch.randint(1, WORDS - 1, (3, LENGTH), generator=torch.Generator().manual_seed(1))
 TOKENS[:, -1] = WORDS - 1  # the highest id, which CLIP pools
 TOWERS = {"siglip": pretrained.SIGLIP, "siglip2": pretrained.SIGLIP, "clip": pretrained.CLIP}
-SIGLIP_TANH = pretrained.towers("siglip_tanh", act_layer="gelu_tanh")
+SIGLIP_TANH = pretrained.towers("gelu_tanh")
 SIGLIP_TANH["text_cfg"] |= {"act_kwargs": {"approximate": "tanh"}}  # jax has no other GELU by default
 TABLES = {"siglip": SIGLIP, "siglip2": SIGLIP, "clip": CLIP}
 
@@ -153,11 +152,11 @@ def test_wrappers_and_prefixes_and_which_one_is_taken(tmp_path, content, origin)
     assert found.text() == f"weights from {tmp_path}/checkpoint.pt{origin}: 63 of 63 tensors match"
 
 
-@pytest.mark.parametrize("large", [{"img_size": 64}, {"img_size": 64, "patch_size": 16}, {"patch_size": 16}])
+@pytest.mark.parametrize("large", [{"image_size": 64}, {"image_size": 64, "patch_size": 16}, {"patch_size": 16}])
 def test_embeddings_of_a_timm_tower_are_resized_as_timm_does(tmp_path, large):
     """Positions by bicubic interpolation, patches by the pseudo-inverse of FlexiViT."""
     torch.save(pretrained.randomize(build_model(ModelConfig(towers=pretrained.SIGLIP))).state_dict(), tmp_path / "a.pt")
-    towers = pretrained.towers("siglip" + "".join(f"_{value}" for value in large.values()), **large)
+    towers = pretrained.towers(**large)
     module, found = loaded(model_from(tmp_path / "a.pt", towers))
     state = torch.load(tmp_path / "a.pt", weights_only=True)
     trunk = {name.removeprefix("visual.trunk."): t for name, t in state.items() if "trunk" in name}
@@ -215,14 +214,16 @@ def test_a_torchscript_file_of_openai(tmp_path):
 @pytest.mark.parametrize("form", ["timm", "factory"])
 def test_an_image_tower_alone(tmp_path, form):
     """A timm checkpoint begins the trunk of a timm tower, or a whole image tower of a factory; the text stays fresh."""
-    tower = timm.create_model("tiny_siglip", num_classes=0)
+    tower = pretrained.image_tower()
     weights = pretrained.randomize(tower).state_dict()
     save_file(weights, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": "tiny_siglip", "pretrained_cfg": {"std": [1]}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architecture": pretrained.IMAGE_TOWER, "pretrained_cfg": {"std": [1]}})
+    )
     image_tower = "tests.helpers.pretrained:image_tower" if form == "factory" else None
     module, found = loaded(model_from(tmp_path, pretrained.SIGLIP, image_tower=image_tower))
     source = find_weights(str(tmp_path))
-    assert (source.format, source.config["architecture"]) == ("timm", "tiny_siglip")
+    assert (source.format, source.config["architecture"]) == ("timm", pretrained.IMAGE_TOWER)
     part, name = (module.visual, "visual") if form == "factory" else (module.visual.trunk, "visual.trunk")
     assert all(torch.equal(tensor, weights[name]) for name, tensor in part.state_dict().items())
     assert found.origin == f" (a tower alone, for {name})"
