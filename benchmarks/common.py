@@ -18,7 +18,7 @@ from sigray.orchestrator.run.summary import environment
 from sigray.workers.config import ModelConfig
 from sigray.workers.data.loader import Batch
 from sigray.workers.device import Device
-from sigray.workers.model.inputs import shapes
+from sigray.workers.model.inputs import CLIP_VOCAB_SIZE, shapes
 from sigray.workers.training.step import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +52,7 @@ def random_batch(num_pairs: int, model: ModelConfig, *, pin_memory: bool = False
     edge, length, vocabulary = shapes(model)
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (num_pairs, edge, edge, 3), generator=generator, dtype=torch.uint8)
-    tokens = torch.randint(1, vocabulary, (num_pairs, length), generator=generator).int()
+    tokens = torch.randint(1, vocabulary or CLIP_VOCAB_SIZE, (num_pairs, length), generator=generator).int()
     if pin_memory:
         images, tokens = images.pin_memory(), tokens.pin_memory()
     return Batch(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sigray.orchestrator.address import cluster_address
 from sigray.orchestrator.config import ConfigError, RunConfig
@@ -18,6 +18,8 @@ from sigray.workers.data.tar import DataError
 from sigray.workers.texts import ten_lines
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from sigray.workers.data.embedding_store import EmbeddingStore, StoreFormat
     from sigray.workers.storage import Storage
 
@@ -163,25 +165,40 @@ def check_model_config(config: RunConfig, *, is_begun: bool = False, reads_token
         is_begun: whether the run exists, so that its model stays as it is.
         reads_tokenizer: whether the tokenizer's file is here, or may be fetched.
     """
+    from sigray.workers.model.tokenizer import check_tokenizer_keys
     from sigray.workers.model.towers import check_model, layer_scales
     from sigray.workers.training.optim import parameter_groups
 
-    if reads_tokenizer:
-        check_tokenizer(config.model, is_begun=is_begun)
     module = check_model(config.model)
+    if not is_begun:
+        check_tokenizer_keys(config.model)
+    if reads_tokenizer:
+        check_tokenizer(config.model, module.get_submodule("text"), is_begun=is_begun)
     parameter_groups(module, config.optim, layer_scales(module, config.model, config.optim.layer_decay))
     check_slices(config.cluster)
 
 
-def check_tokenizer(model: ModelConfig, *, is_begun: bool = False) -> None:
-    """Check the tokenizer against the text tower; arguments as `check_model_config`."""
+def check_tokenizer(model: ModelConfig, text_tower: nn.Module | None = None, *, is_begun: bool = False) -> None:
+    """Check the tokenizer against the text tower.
+
+    Args:
+        text_tower: as built from the config; None: the config alone counts.
+        is_begun: as for `check_model_config`.
+    """
     from sigray.workers.model.inputs import shapes
-    from sigray.workers.model.tokenizer import build_tokenizer, check_pooling
+    from sigray.workers.model.tokenizer import build_tokenizer, check_pads, check_pooling
+    from sigray.workers.model.towers import masked_token
 
     _, context_length, vocab_size = shapes(model)
-    build_tokenizer(model, context_length, vocab_size)
-    if not is_begun:
-        check_pooling(model)
+    if text_tower is not None:
+        vocab_size = cast(int, text_tower.vocab_size)
+    tokenize = build_tokenizer(model, context_length, vocab_size)
+    if is_begun:
+        return
+    check_pooling(model, context_length, tokenize)
+    masked = masked_token(text_tower) if text_tower is not None else None
+    if masked is not None:
+        check_pads(context_length, tokenize, masked)
 
 
 def check_store(config: RunConfig) -> EmbeddingStore:

@@ -11,6 +11,7 @@ _MEMORY, _DECODE, _STORE = f"{_W}buffers.py::test_", f"{_W}decode.py::test_", f"
 _INTERLEAVINGS = f"{_W}buffers.py::TestInterleavings::runTest"
 _TRAINED = "tests/workers/model/test_trained_inputs.py::test_"
 _ALONE = "tests/workers/model/test_weights_towers.py::test_"
+_TEXT = "tests/workers/model/test_text_contract.py::test_"
 _BEGUN = "tests/test_keys_arrive.py::test_a_run_"
 _PADS = "tests/orchestrator/run/test_export.py::test_a_tokenizer_pads_with_its_own_token"
 
@@ -582,6 +583,34 @@ FAULTS = [
         "isinstance(value, dict | list)",
         "isinstance(value, list)",
         ("tests/workers/model/test_untrusted.py::test_no_code_of_a_folder_or_file_runs_and_the_refusal_names_it",),
+    ),
+    Fault(
+        "towers may name a tokenizer that nobody reads",
+        "sigray.workers.model.tokenizer:check_tokenizer_keys",
+        'None if is_file else text.get("hf_tokenizer_name")',
+        "None",
+        (f"{_TEXT}towers_that_name_a_tokenizer_are_refused[hf_tokenizer_name-bert-base-uncased]",),
+    ),
+    Fault(
+        "tokens of open_clip's own tokenizers have no rows",
+        "sigray.workers.model.tokenizer:_open_clips",
+        "_check_vocabulary(model, highest, vocab_size)",
+        "pass",
+        (f"{_TEXT}tokens_of_open_clips_tokenizers_have_rows",),
+    ),
+    Fault(
+        "a special token without a row reaches the tower",
+        "sigray.workers.model.tokenizer:_open_clips",
+        "np.where(tokens <= highest, tokens, np.int32(unknown))",
+        "tokens",
+        (f"{_TEXT}a_special_token_without_a_row_is_unknown",),
+    ),
+    Fault(
+        "the tower masks another token than the tokenizer's pad",
+        "sigray.workers.model.tokenizer:check_pads",
+        "masked not in row",
+        "False",
+        (f"{_TEXT}pads_of_an_appended_token_are_masked",),
     ),
     Fault(
         "a folder's tokenizer may name code",

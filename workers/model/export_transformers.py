@@ -16,9 +16,8 @@ from torch import nn
 
 from sigray.workers.config import ModelConfig
 from sigray.workers.model.bottleneck import fold_bottleneck
-from sigray.workers.model.inputs import image_inputs, shapes, text_inputs, tokenizer_file
+from sigray.workers.model.inputs import CLIP_VOCAB_SIZE, image_inputs, shapes, text_inputs, tokenizer_file
 from sigray.workers.model.tokenizer import (
-    CLIP_VOCAB_SIZE,
     clip_vocabulary,
     fit_tokenizer,
     is_plain,
@@ -166,7 +165,7 @@ def _image_processor(model: ModelConfig, size: int) -> Any:
     raise ValueError("transformers' processors of SigLIP and CLIP cannot fill an image (model.image_resize=longest)")
 
 
-def _tokenizer(model: ModelConfig, context_length: int, vocab_size: int) -> Any:
+def _tokenizer(model: ModelConfig, context_length: int, vocab_size: int | None) -> Any:
     import transformers
 
     path = tokenizer_file(model)

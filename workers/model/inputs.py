@@ -18,6 +18,8 @@ from sigray.workers.tower_limits import check_towers
 CLASS_KEYS = {"custom_text", "init_logit_scale", "init_logit_bias"}
 
 
+CLIP_VOCAB_SIZE = 49408
+
 OPEN_CLIP = "open_clip"
 """Value of `model.tokenizer`: the tokenizer that open_clip has for the model."""
 
@@ -89,8 +91,10 @@ def tower_config(model: ModelConfig) -> dict[str, Any]:
     return config
 
 
-def shapes(model: ModelConfig) -> tuple[int, int, int]:
+def shapes(model: ModelConfig) -> tuple[int, int, int | None]:
     """Image size S, context length T and vocabulary size of a model.
+
+    The vocabulary size of a text tower of transformers is None: only that model's own config has it.
 
     Raises:
         ValueError: for images that are not square.
@@ -102,4 +106,5 @@ def shapes(model: ModelConfig) -> tuple[int, int, int]:
             raise ValueError(f"model: image_size {size} is not square, and only square images are supported")
         size = size[0]
     text = config["text_cfg"]
-    return size, text.get("context_length", 77), text.get("vocab_size", 49408)
+    vocab_size = None if text.get("hf_model_name") else text.get("vocab_size", CLIP_VOCAB_SIZE)
+    return size, text.get("context_length", 77), vocab_size

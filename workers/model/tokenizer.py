@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from sigray.workers.config import ModelConfig
-from sigray.workers.model.inputs import text_inputs, tokenizer_file, tower_config
+from sigray.workers.model.inputs import CLIP_VOCAB_SIZE, text_inputs, tokenizer_file, tower_config
 from sigray.workers.model.untrusted import LOCAL_DIR, open_clip_folder, reason, refuse_code
 from sigray.workers.storage import local_copy
 
@@ -39,7 +39,6 @@ byte a token (Chinese, CLIP's tokens) to 12, so a cut caption still fills its co
 Tokenizer = Callable[[list[str]], np.ndarray]
 """n captions -> (n, T) int32."""
 
-CLIP_VOCAB_SIZE = 49408
 TOKENIZER = "tokenizer.json"  # beside weights, in folders of transformers and open_clip
 _NUM_MERGES = 49152 - 256 - 2  # of CLIP's vocabulary; its file holds more
 _WORD_END = "</w>"
@@ -47,6 +46,7 @@ _CLIP_SPECIAL = ("<start_of_text>", "<end_of_text>")
 _NUM_WORDS = 2**16  # whose tokens are cached
 _MAX_SIMPLE = 1024  # characters of a caption whose words are cached, to bound the cache's memory
 _MAX_WORD = 64  # characters of a word whose tokens are cached, for the same reason
+_MAX_OF_A = 4  # tokens of the caption "a", special ones included
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _SPECIAL = ["[PAD]", "[UNK]", "[EOS]"]  # 0, 1, 2
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # the library's names of the tokens for byte fallback
@@ -54,8 +54,11 @@ _SEED_FACTOR = 4  # Unigram training starts from so many pieces for each that it
 _KEPT_PER_ROUND = 0.75  # of the pieces, as in SentencePiece
 
 
-def build_tokenizer(model: ModelConfig, context_length: int, vocab_size: int) -> Tokenizer:
+def build_tokenizer(model: ModelConfig, context_length: int, vocab_size: int | None) -> Tokenizer:
     """Return the tokenizer that a model config names; it cuts long captions first.
+
+    Args:
+        vocab_size: rows of the text tower's table; None: unknown.
 
     Raises:
         ValueError: the file is missing or no tokenizers file, or a token has no row in the text tower's table.
@@ -76,25 +79,15 @@ def cut_caption(caption: str, context_length: int) -> str:
     return caption if len(content) <= max_bytes else content[:max_bytes].decode(errors="ignore")
 
 
-def _named_tokenizer(model: ModelConfig, context_length: int, vocab_size: int) -> Tokenizer:
+def _named_tokenizer(model: ModelConfig, context_length: int, vocab_size: int | None) -> Tokenizer:
     file = tokenizer_file(model)
-    if file is None:
-        if not is_plain(model):
-            encode = build_open_clip_tokenizer(model, context_length)
-            return lambda captions: encode(captions).numpy().astype(np.int32)
-        if vocab_size < CLIP_VOCAB_SIZE:
-            raise ValueError(
-                f"model.tokenizer: open_clip's BPE has {CLIP_VOCAB_SIZE} tokens, text_cfg.vocab_size is {vocab_size}: "
-                f"set it to {CLIP_VOCAB_SIZE}, or give a tokenizer.json"
-            )
+    if file is None and is_plain(model):
+        _check_vocabulary(model, CLIP_VOCAB_SIZE - 1, vocab_size)
         return _ClipTokenizer(context_length)
+    if file is None:
+        return _open_clips(model, context_length, vocab_size)
     tokenizer = load_tokenizer_file(file)
-    highest = max(tokenizer.get_vocab().values(), default=0)
-    if highest >= vocab_size:
-        raise ValueError(
-            f"model.tokenizer: the highest token of {file} is {highest}, but text_cfg.vocab_size is "
-            f"{vocab_size}: set it to {highest + 1} or more"
-        )
+    _check_vocabulary(model, max(tokenizer.get_vocab().values(), default=0), vocab_size)
     fit_tokenizer(tokenizer, model, context_length)
     clean = _CLEANERS[text_inputs(model).text_clean]
 
@@ -102,6 +95,45 @@ def _named_tokenizer(model: ModelConfig, context_length: int, vocab_size: int) -
         return np.array([each.ids for each in tokenizer.encode_batch(list(map(clean, captions)))], dtype=np.int32)
 
     return tokenize
+
+
+def _open_clips(model: ModelConfig, context_length: int, vocab_size: int | None) -> Tokenizer:
+    encode = build_open_clip_tokenizer(model, context_length)
+    inner = getattr(encode, "tokenizer", None)  # that of transformers
+    unknown = 0
+    if inner is None:
+        vocabulary: dict[str, int] = encode.encoder
+    else:
+        # Special tokens such as <extra_id_0> may be beyond the table: no text gives one, unless it spells its name.
+        vocabulary = {name: number for name, number in inner.get_vocab().items() if name not in inner.get_added_vocab()}
+        unknown = next((each for each in (inner.unk_token_id, inner.pad_token_id) if each is not None), 0)
+
+    def tokenize(captions: list[str]) -> np.ndarray:
+        return encode(captions).numpy().astype(np.int32)
+
+    highest = max(*vocabulary.values(), int(tokenize(["", "a b"]).max()))
+    _check_vocabulary(model, highest, vocab_size)
+
+    def in_table(captions: list[str]) -> np.ndarray:
+        tokens = tokenize(captions)
+        return np.where(tokens <= highest, tokens, np.int32(unknown))
+
+    return in_table
+
+
+def _check_vocabulary(model: ModelConfig, highest: int, vocab_size: int | None) -> None:
+    """Refuse tokens without a row in the text tower's table."""
+    if vocab_size is None or highest < vocab_size:
+        return
+    if tokenizer_file(model) is None and is_plain(model):
+        raise ValueError(
+            f"model.tokenizer: open_clip's BPE has {CLIP_VOCAB_SIZE} tokens, text_cfg.vocab_size is {vocab_size}: "
+            f"set it to {CLIP_VOCAB_SIZE}, or give a tokenizer.json"
+        )
+    raise ValueError(
+        f"model.tokenizer: the highest token of {tokenizer_file(model) or model.name} is {highest}, but "
+        f"text_cfg.vocab_size is {vocab_size}: set it to {highest + 1} or more"
+    )
 
 
 def fit_tokenizer(tokenizer: tokenizers.Tokenizer, model: ModelConfig, context_length: int) -> None:
@@ -143,24 +175,87 @@ def load_tokenizer_file(path: str) -> tokenizers.Tokenizer:
         ) from error
 
 
-def check_pooling(model: ModelConfig) -> None:
-    """Refuse pooling at the highest token, as in CLIP, if it ends no text.
+def check_pooling(model: ModelConfig, context_length: int, tokenize: Tokenizer) -> None:
+    """Refuse a text tower that does not read its tokenizer's texts at their end.
+
+    The pool types are those of open_clip's `text_global_pool`.
+
+    Args:
+        tokenize: the model's tokenizer, as `build_tokenizer` returns it.
 
     Raises:
         ValueError: with the remedy.
     """
     text = tower_config(model)["text_cfg"]
-    file = tokenizer_file(model)
-    if file is None or text.get("hf_model_name") or text.get("pool_type", "argmax") != "argmax":
+    pool = text.get("pool_type", "argmax")
+    if text.get("hf_model_name") or text.get("embed_cls"):  # they pool elsewhere
         return
-    tokenizer = load_tokenizer_file(file)
-    highest = max(tokenizer.get_vocab().values(), default=0)
-    ends = {tuple(tokenizer.encode(caption).ids[-1:]) for caption in ("a", "two words")}
-    if ends != {(highest,)}:
+    remedy = "set text_cfg.pool_type=last, with no_causal_mask=true as in examples/emoji_cpu.yaml"
+    if pool == "first" and not text.get("no_causal_mask"):
         raise ValueError(
-            f"model.towers: text_cfg.pool_type=argmax (the default) reads a text at its highest token, and {highest}, "
-            f"the highest of {file}, does not end each text: set text_cfg.pool_type=last, with "
-            "no_causal_mask=true as in examples/emoji_cpu.yaml"
+            "model.towers: text_cfg.pool_type=first reads a text at its first token, which sees no other with a causal "
+            f"mask, so that texts with one beginning are one: set text_cfg.no_causal_mask=true, or {remedy}"
+        )
+    file = tokenizer_file(model)
+    if pool == "argmax" and file is not None:
+        tokenizer = load_tokenizer_file(file)
+        highest = max(tokenizer.get_vocab().values(), default=0)
+        ends = {tuple(tokenizer.encode(caption).ids[-1:]) for caption in ("a", "two words")}
+        if ends != {(highest,)}:
+            raise ValueError(
+                f"model.towers: text_cfg.pool_type=argmax (the default) reads a text at its highest token, and "
+                f"{highest}, the highest of {file}, does not end each text: {remedy}"
+            )
+    if pool == "eos":
+        eos = text.get("eos_id", 2)
+        short, long = tokenize(["a", "two words " * context_length]).tolist()
+        end = next((number for number in reversed(short) if number != short[-1]), short[-1])
+        if eos not in short or long[-1] != eos or eos in long[:-1]:
+            raise ValueError(
+                f"model.towers: text_cfg.pool_type=eos reads a text at token {eos} (text_cfg.eos_id), which does not "
+                f"end each text of the tokenizer; its texts end with {end}: set text_cfg.eos_id, or {remedy}"
+            )
+
+
+def check_tokenizer_keys(model: ModelConfig) -> None:
+    """Refuse keys of `model.towers` that name a tokenizer and are not followed.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if model.towers is None:
+        return
+    text = model.towers["text_cfg"]
+    options = dict(text.get("tokenizer_kwargs") or {})
+    is_file = tokenizer_file(model) is not None
+    if options.get("clean") == (text_inputs(model).text_clean if is_file else "lower"):
+        del options["clean"]
+    # A file may be that of the name: a copy of an open_clip config names both.
+    ignored = {"hf_tokenizer_name": None if is_file else text.get("hf_tokenizer_name")}
+    ignored |= {"tokenizer_mode": text.get("tokenizer_mode"), "tokenizer_kwargs": options}
+    for key, value in ignored.items():
+        if value:
+            raise ValueError(
+                f"model.towers: text_cfg.{key}={value!r:.100} is followed with model.name only: remove the key and set "
+                "model.tokenizer to the tokenizer.json, model.text_clean to how it cleans a text"
+            )
+
+
+def check_pads(context_length: int, tokenize: Tokenizer, masked: int) -> None:
+    """Refuse pads that the text tower's attention does not leave out.
+
+    Args:
+        tokenize: the model's tokenizer, as `build_tokenizer` returns it.
+        masked: the token that the tower takes for a pad.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    row = tokenize(["a"])[0].tolist()
+    if context_length > _MAX_OF_A and masked not in row:
+        raise ValueError(
+            f"model.text_pad_id: the text tower leaves out token {masked} as a pad, and the tokens of 'a' are "
+            f"{row[:_MAX_OF_A]}...: set model.text_pad_id={masked}, if the tokenizer has that token for a pad"
         )
 
 

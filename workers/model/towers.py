@@ -8,14 +8,18 @@ names.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 from sigray.workers.config import ModelConfig, Tower
 from sigray.workers.model.bottleneck import use_bottleneck
@@ -126,7 +130,9 @@ def _last_names(model: ModelConfig, name: Tower, num_blocks: int) -> set[str]:
     """
     size, context_length, _ = shapes(model)
     with torch.device("meta"):
-        tower = build_model(model).get_submodule(name)
+        tower = build_bare_model(model).get_submodule(name)
+    with _without_memory(model) as device:
+        tower = tower.to_empty(device=device)
         block = _block_chain(tower)[-num_blocks]
         block.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(), *inputs[1:]))
         text = torch.zeros(2, context_length, dtype=torch.int32)
@@ -168,13 +174,15 @@ def check_model(model: ModelConfig) -> nn.Module:
     size, context_length, _ = shapes(model)
     module = build_meta_model(model)
     _check_text_weights(tower_config(model)["text_cfg"])
-    with torch.device("meta"):
-        try:
-            output = module(torch.empty(2, 3, size, size), torch.zeros(2, context_length, dtype=torch.int32))
-        except Exception as error:  # a tower may fail in any way
-            raise ValueError(
-                f"model: the towers cannot run on {size} x {size} pixel images: {reason(error)}"
-            ) from error
+    try:
+        with _without_memory(model) as device:
+            pairs = torch.empty(2, 3, size, size), torch.zeros(2, context_length, dtype=torch.int32)
+            tensors = chain(module.named_parameters(), module.named_buffers()) if device == "cpu" else ()
+            output = functional_call(
+                module, {name: torch.empty_like(each, device=device) for name, each in tensors}, pairs
+            )
+    except Exception as error:  # a tower may fail in any way
+        raise ValueError(f"model: the towers cannot run on {size} x {size} pixel images: {reason(error)}") from error
     for key in ("image_features", "text_features"):
         shape = tuple(output[key].shape)
         if len(shape) != 2:
@@ -186,6 +194,27 @@ def check_model(model: ModelConfig) -> nn.Module:
             f"model.towers.embed_dim={image_dim}"
         )
     return module
+
+
+@contextlib.contextmanager
+def _without_memory(model: ModelConfig) -> Iterator[str]:
+    """Make tensors without memory; gives the device on which a module's belong."""
+    if tower_config(model)["text_cfg"].get("hf_model_name"):
+        # transformers reads a value of its mask, unless the mask is fake.
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield "cpu"
+    else:
+        with torch.device("meta"):
+            yield "meta"
+
+
+def masked_token(text_tower: nn.Module) -> int | None:
+    """Return the token that a text tower's attention leaves out; None: none."""
+    config: Any = getattr(text_tower, "config", None)  # of transformers
+    if config is not None:
+        return config.pad_token_id
+    has_mask = getattr(text_tower, "cls_emb", None) is not None
+    return cast(int, text_tower.pad_id) if has_mask else None
 
 
 def _check_text_weights(text: dict[str, Any]) -> None:

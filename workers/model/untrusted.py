@@ -13,6 +13,7 @@ import importlib.util
 import io
 import pickletools
 import re
+import traceback
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,7 +186,10 @@ def reason(error: Exception) -> str:
         return f"it names {names[1].strip('`.,')}, which could run code; a .safetensors file cannot name any"
     if "Unsupported operand" in text:
         return "it is a pickle of another writer, which could run code; write it by torch.save, or as .safetensors"
-    return (text.strip().splitlines() or [type(error).__name__])[0][:300]
+    if not text.strip():  # an assertion of another library: its line says what it expects
+        lines = [frame.line for frame in traceback.extract_tb(error.__traceback__)[-1:]]
+        text = ": ".join([type(error).__name__, *filter(None, lines)])
+    return text.strip().splitlines()[0][:300]
 
 
 def _entries(content: Any) -> Iterator[tuple[Any, Any]]:

@@ -22,7 +22,6 @@ from sigray.workers.data.loader import Loader
 from sigray.workers.data.worker import build_order, image_kind
 from sigray.workers.device import Device, check_collectives, open_device
 from sigray.workers.model.init_weights import load_initial_weights
-from sigray.workers.model.inputs import shapes
 from sigray.workers.model.towers import TOWERS, num_parameters
 from sigray.workers.storage import Storage
 from sigray.workers.training.job import Request, TrainJob
@@ -75,6 +74,7 @@ def train_loop_per_worker(job: TrainJob) -> None:
     check_collectives(device, global_batch_size // world_size)
     if job.profile is not None:  # after the trainer: the schedule of the learning rate is that of the whole run
         num_steps = min(num_steps, job.profile.total)
+    vocab_size: Any = trainer.module.get_submodule("text").vocab_size  # rows of its table
     loader = Loader(
         build_order(job.manifest, job.data, job.seed),
         job.blocks,
@@ -86,7 +86,7 @@ def train_loop_per_worker(job: TrainJob) -> None:
         first_step=first_step,
         last_step=num_steps,
         page_lock=device.page_lock if device.pins_memory else None,
-        noise=Noise(job.train.label_noise, job.seed, shapes(job.model)[2]) if job.train.label_noise else None,
+        noise=Noise(job.train.label_noise, job.seed, vocab_size) if job.train.label_noise else None,
     )
     saver = Saver(
         job, storage, trainer, device, rank=rank, world_size=world_size, first_step=first_step, num_steps=num_steps

@@ -458,6 +458,9 @@ def test_nothing_is_refused_where_the_memory_is_not_known(monkeypatch):
             "a TPU-V4 slice of 2x2x2 has 2 host",
         ),
         ("model.towers.text_cfg.vocab_size=4096", "vocab_size is 4096"),
+        ("model.towers.text_cfg.hf_tokenizer_name=a/b", "hf_tokenizer_name='a/b' is followed with model.name only"),
+        ("model.towers.text_cfg.pool_type=eos", "its texts end with 49407: set text_cfg.eos_id"),
+        ("model.towers.text_cfg.pool_type=7", "AssertionError: assert pool_type in ('first', 'last'"),
     ],
 )
 def test_a_plan_refuses_what_a_run_refuses(small_yaml, override, why, capsys):
