@@ -10,6 +10,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -1177,6 +1178,22 @@ def test_the_tokenizer_of_a_file(configure, tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     tokens = data_worker(configure(model={"tokenizer": str(tmp_path / "tokenizer.json")})).block(0, 0).tokens
     assert tokens.max() <= 3  # "red field number 7"
+
+
+def test_another_tokenizer_than_the_configs_is_refused(configure, tmp_path):
+    from tokenizers import Tokenizer, models
+
+    path = tmp_path / "tokenizer.json"
+    Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]")).save(str(path))
+    right = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = []
+    for sha256 in (right, "0" * 64):
+        try:
+            data_worker(configure(model={"tokenizer": str(path), "tokenizer_sha256": sha256}))
+            found.append("")
+        except ValueError as error:
+            found.append(str(error))
+    assert ["is not the file that the model was trained with" in each for each in found] == [False, True]
 
 
 def test_inputs_as_the_config_says(configure, tmp_path):

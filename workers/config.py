@@ -342,6 +342,9 @@ class ModelConfig(Section):
     tokenizer: TokenizerName | None = None
     """`open_clip` for the model's own tokenizer (its BPE), or a file.
     The file is a Hugging Face tokenizer.json. Null: the one beside the weights of init_from, else `open_clip`."""
+    tokenizer_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    """Hash of the tokenizer's file. A file of another content is refused.
+    Null: a new run records that of the file it begins with."""
     token_bottleneck: PositiveInt | None = None
     """K of a token embedding in two parts, vocabulary x K and K x width.
     For large vocabularies of many languages (paper, section 4.3; K = 96 there). Null: one table."""

@@ -11,6 +11,7 @@ _MEMORY, _DECODE, _STORE = f"{_W}buffers.py::test_", f"{_W}decode.py::test_", f"
 _INTERLEAVINGS = f"{_W}buffers.py::TestInterleavings::runTest"
 _TRAINED = "tests/workers/model/test_trained_inputs.py::test_"
 _ALONE = "tests/workers/model/test_weights_towers.py::test_"
+_SAME = "tests/orchestrator/run/test_same_tokenizer.py::test_"
 _TEXT = "tests/workers/model/test_text_contract.py::test_"
 _BEGUN = "tests/test_keys_arrive.py::test_a_run_"
 _PADS = "tests/orchestrator/run/test_export.py::test_a_tokenizer_pads_with_its_own_token"
@@ -583,6 +584,20 @@ FAULTS = [
         "isinstance(value, dict | list)",
         "isinstance(value, list)",
         ("tests/workers/model/test_untrusted.py::test_no_code_of_a_folder_or_file_runs_and_the_refusal_names_it",),
+    ),
+    Fault(
+        "a run goes on with another tokenizer",
+        "sigray.workers.model.tokenizer:_check_content",
+        "not in (None, found)",
+        "in ()",
+        (f"{_SAME}a_run_does_not_go_on_with_another_file", f"{_SAME}another_file_is_not_exported[open_clip]"),
+    ),
+    Fault(
+        "weights of a run take the file that its tokenizer has become",
+        "sigray.workers.model.trained_inputs:_trained_inputs",
+        "in (None, trained)",
+        "in ()",
+        (f"{_SAME}weights_of_a_checkpoint_bring_the_file_they_were_trained_with",),
     ),
     Fault(
         "towers may name a tokenizer that nobody reads",

@@ -120,6 +120,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "model.towers": _MODEL,
     "model.image_tower": (f"{_HERE}test_a_tower_of_a_function",),
     "model.tokenizer": (f"{_HERE}test_the_tokenizer_of_a_file",),
+    "model.tokenizer_sha256": (f"{_HERE}test_another_tokenizer_than_the_configs_is_refused",),
     "model.token_bottleneck": _MODEL,
     "model.init_from": (f"{_HERE}test_weights_to_begin_with[fresh0]",),
     "model.init_fresh": (f"{_HERE}test_weights_to_begin_with[fresh1]",),

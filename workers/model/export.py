@@ -37,6 +37,7 @@ from sigray.workers.model.tokenizer import (
     fit_tokenizer,
     is_plain,
     load_tokenizer_file,
+    tokenizer_sha256,
 )
 from sigray.workers.siglip_vits import siglip_vit
 
@@ -88,7 +89,7 @@ def export_safetensors(module: nn.Module, model: ModelConfig, folder: Path) -> N
     """As `export_open_clip`: the weights by open_clip's names, and the model section."""
     _save_tokenizer(model, folder)
     section = model.model_dump(mode="json", exclude={"init_from", "init_fresh", "token_bottleneck"})
-    section["tokenizer"] = _tokenizer_name(folder)
+    section |= _tokenizer_of(folder)
     content = {"model": section, "preprocessing": preprocessing(model)}
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
     _save_weights(module, folder / "model.safetensors")
@@ -132,7 +133,7 @@ def export_onnx(module: nn.Module, model: ModelConfig, folder: Path) -> None:
         "context_length": context_length,
         "logit_scale": float(module.get_parameter("logit_scale").detach().exp()),
         "logit_bias": float(module.logit_bias.detach()) if isinstance(module.logit_bias, torch.Tensor) else 0.0,
-        "tokenizer": _tokenizer_name(folder),
+        **_tokenizer_of(folder),
     }
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
 
@@ -226,8 +227,9 @@ def _save_weights(module: nn.Module, path: Path) -> None:
     path.chmod(mode)
 
 
-def _tokenizer_name(folder: Path) -> str:
-    return TOKENIZER if (folder / TOKENIZER).exists() else "open_clip"
+def _tokenizer_of(folder: Path) -> dict[str, str | None]:
+    sha256 = tokenizer_sha256(str(folder / TOKENIZER))
+    return {"tokenizer": TOKENIZER if sha256 else "open_clip", "tokenizer_sha256": sha256}
 
 
 def _save_tokenizer(model: ModelConfig, folder: Path) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def text_inputs(model: ModelConfig) -> TextInputs:
 def inputs_of(model: ModelConfig) -> dict[str, Any]:
     """Return the value of each input key; of a key without one, that of older runs."""
     given = dataclasses.asdict(image_inputs(model)) | dataclasses.asdict(text_inputs(model))
-    return given | {"tokenizer": model.tokenizer or OPEN_CLIP}
+    return given | {"tokenizer": model.tokenizer or OPEN_CLIP, "tokenizer_sha256": model.tokenizer_sha256}
 
 
 def tokenizer_file(model: ModelConfig) -> str | None:

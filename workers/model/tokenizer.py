@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import hashlib
 import html
 import itertools
 import math
@@ -87,6 +88,7 @@ def _named_tokenizer(model: ModelConfig, context_length: int, vocab_size: int | 
     if file is None:
         return _open_clips(model, context_length, vocab_size)
     tokenizer = load_tokenizer_file(file)
+    _check_content(model, file)
     _check_vocabulary(model, max(tokenizer.get_vocab().values(), default=0), vocab_size)
     fit_tokenizer(tokenizer, model, context_length)
     clean = _CLEANERS[text_inputs(model).text_clean]
@@ -173,6 +175,22 @@ def load_tokenizer_file(path: str) -> tokenizers.Tokenizer:
             f"model.tokenizer: {path} is no tokenizers file ({reason(error)}): give a tokenizer.json as "
             "`sigray data tokenizer` or the tokenizers library writes"
         ) from error
+
+
+def tokenizer_sha256(path: str) -> str | None:
+    """Return the hash of a tokenizer's file; None without a file."""
+    file = local_copy(path, "model.tokenizer")
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+def _check_content(model: ModelConfig, file: str) -> None:
+    """Refuse another file under the name of the one that the model was trained with."""
+    found = tokenizer_sha256(file)
+    if model.tokenizer_sha256 not in (None, found):
+        raise ValueError(
+            f"model.tokenizer: {file} is not the file that the model was trained with: its sha256 is {found}, "
+            f"model.tokenizer_sha256 is {model.tokenizer_sha256}. Put that file back, or start a new run"
+        )
 
 
 def check_pooling(model: ModelConfig, context_length: int, tokenize: Tokenizer) -> None:

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from sigray.workers.config import ModelConfig
-from sigray.workers.model.inputs import OPEN_CLIP, inputs_of, tower_config
-from sigray.workers.model.tokenizer import TOKENIZER, load_tokenizer_file
+from sigray.workers.model.inputs import OPEN_CLIP, inputs_of, tokenizer_file, tower_config
+from sigray.workers.model.tokenizer import TOKENIZER, load_tokenizer_file, tokenizer_sha256
 from sigray.workers.model.untrusted import read_json
 from sigray.workers.model.weights_source import WeightsSource, find_weights, run_section
 from sigray.workers.model.weights_towers import with_towers
-from sigray.workers.storage import local_copy
 
 _PAD_NAMES = ("[PAD]", "<pad>", "<|pad|>", "<|padding|>")
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, in transformers' files
@@ -57,7 +56,11 @@ def take_inputs(model: ModelConfig, kept: dict[str, Any]) -> tuple[ModelConfig, 
     given = {name: getattr(model, name) for name in _BEFORE if getattr(model, name) is not None}
     taken = _BEFORE | trained | kept | given
     remarks = []
+    if kept.keys() == _BEFORE.keys() and tokenizer_file(model) is not None and taken["tokenizer_sha256"] is None:
+        remarks.append(f"the run recorded no hash of {taken['tokenizer']}: the file counts as it is now")
     for name, value in trained.items():
+        if name == "tokenizer_sha256":  # the reader of the file compares it
+            continue
         if name in given and taken[name] != value:
             remarks.append(f"model.{name}={_shown(taken[name])}, though the weights were trained with {_shown(value)}")
         elif taken[name] != value:
@@ -90,18 +93,17 @@ def _trained_inputs(model: ModelConfig) -> dict[str, Any]:
         _refuse_sentencepiece(source)
     tokenizer = found.get("tokenizer", OPEN_CLIP) if model.tokenizer is None else model.tokenizer
     if tokenizer == OPEN_CLIP:
-        return {name: value for name, value in found.items() if not name.startswith("text_")}
+        return {name: value for name, value in found.items() if not name.startswith(("text_", "tokenizer_"))}
     trained = found.get("tokenizer", tokenizer)
-    if trained != OPEN_CLIP and _content(tokenizer) == _content(trained):
+    own = tokenizer_sha256(tokenizer)  # None: the tokenizer's own check names what is missing
+    recorded = found.get("tokenizer_sha256") or (None if trained == OPEN_CLIP else tokenizer_sha256(trained))
+    if own == recorded:
         found["tokenizer"] = tokenizer  # perhaps a copy of it
+    elif model.tokenizer in (None, trained):
+        own = recorded  # `build_tokenizer` refuses the file
     else:
         found.pop("text_clean", None)
-    return _of_tokenizer(tokenizer) | found
-
-
-def _content(tokenizer: str) -> bytes:
-    file = local_copy(tokenizer, "model.tokenizer")
-    return file.read_bytes() if file.is_file() else b""  # the tokenizer's own check names what is missing
+    return _of_tokenizer(tokenizer) | found | {"tokenizer_sha256": own}
 
 
 def _of_name(name: str) -> dict[str, Any]:
@@ -145,7 +147,8 @@ def _of_open_clip(source: WeightsSource) -> dict[str, Any]:
 
 def _of_export(source: WeightsSource) -> dict[str, Any]:
     found = _of_preprocess_cfg(source.config["preprocessing"]) | _tokenizer_beside(source.folder)
-    return found | _without_none(text_clean=source.config["model"].get("text_clean"))
+    section = source.config["model"]
+    return found | _without_none(**{name: section.get(name) for name in ("text_clean", "tokenizer_sha256")})
 
 
 def _of_timm(source: WeightsSource) -> dict[str, Any]:
