@@ -41,3 +41,8 @@ def test_the_pages_have_commands():
 def test_the_tutorials_config_loads():
     block = re.search(r"^```yaml\n(run:.*?)^```", Path("docs/tutorial.md").read_text(), re.MULTILINE | re.DOTALL)
     assert parse_config(yaml.safe_load(block.group(1)), "tutorial").run.name == "my_run"
+
+
+def test_the_config_of_the_fine_tuning_page_is_the_example():
+    block = re.search(r"^```yaml\n(run:.*?)^```", Path("docs/fine_tuning.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert Path("examples/emoji_finetune.yaml").read_text().endswith(f"\n{block.group(1)}")

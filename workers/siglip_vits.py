@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
-"""By transformers' name (`hidden_act`): timm's name of an activation that towers can have."""
+"""By transformers' name (`hidden_act`): timm's name of the same activation."""
 _PREFIX = "siglip_vit_"
 _SIZES = "_".join(rf"{letter}(\d{{1,9}})" for letter in "wdhmps")
 _NAME = re.compile(rf"{_PREFIX}{_SIZES}(?:_(gelu_tanh|quick_gelu))?", re.ASCII)

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from sigray.workers.checkpoint.index import CheckpointInfo
 from sigray.workers.checkpoint.writer import load_weights
 from sigray.workers.config import ModelConfig, Tower
+from sigray.workers.model.inputs import tower_config
 from sigray.workers.model.tower_traits import tower_traits
 from sigray.workers.model.towers import TOWERS, build_bare_model, build_meta_model, build_model
 from sigray.workers.model.weights_files import read_weights
 from sigray.workers.model.weights_source import find_weights
-from sigray.workers.model.weights_towers import weights_model
+from sigray.workers.model.weights_towers import SIDES, SMALL, weights_model
 from sigray.workers.sharding import shard_like
 from sigray.workers.storage import Storage
 from sigray.workers.texts import first_ten, ten_lines
@@ -79,8 +80,10 @@ def _check_traits(module: nn.Module, model: ModelConfig, name: Tower) -> None:
     trained = weights_model(source, [name])
     if trained is None or (trained.name, trained.towers) == (model.name, model.towers):
         return
+    others = {f"{SIDES[other]}_cfg": SMALL[other] for other in TOWERS if other != name}  # may need the network
     with torch.device("meta"):
-        theirs = tower_traits(build_bare_model(trained).get_submodule(name))
+        alone = build_bare_model(ModelConfig(towers=tower_config(trained) | others))
+    theirs = tower_traits(alone.get_submodule(name))
     ours = tower_traits(module.get_submodule(name))
     key = f"model.name={model.name}" if model.name else "model.towers"
     for trait, value in theirs.items():

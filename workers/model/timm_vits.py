@@ -1,4 +1,4 @@
-"""Registers SigLIP's image towers of any shape with timm, by the names of `siglip_vits`."""
+"""Registers SigLIP's image towers with timm, by the names of `siglip_vits`."""
 
 from __future__ import annotations
 

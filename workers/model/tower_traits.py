@@ -1,4 +1,7 @@
-"""Traits of towers that change features without changing a tensor: activation, norm epsilon, pooling, causal mask."""
+"""Names what changes a tower's features without changing a tensor.
+
+Activation, norm epsilon, pooling and causal mask.
+"""
 
 from __future__ import annotations
 

@@ -207,7 +207,10 @@ def _clean_of_transformers(source: WeightsSource) -> str:
     config = read_json(source.folder / "tokenizer_config.json") or {}
     normalizer = load_tokenizer_file(str(source.folder / TOKENIZER)).normalizer
     cleaned = normalizer.normalize_str("A!") if normalizer is not None else "A!"
-    if str(config.get("tokenizer_class")).startswith("SiglipTokenizer"):  # SigLIP of 2023
+    kind = str(config.get("tokenizer_class"))
+    if kind.startswith(("TokenizersBackend", "PreTrainedTokenizer")):  # `sigray export`: the file cleans by itself
+        return "none"
+    if kind.startswith("SiglipTokenizer"):  # SigLIP of 2023
         return "none" if "!" not in cleaned else "canonicalize"
     return "none" if "A" not in cleaned else "lower"
 

@@ -22,7 +22,7 @@ from sigray.workers.siglip_vits import ACTIVATIONS, SiglipVit
 
 _BOTH: tuple[Tower, ...] = ("visual", "text")
 _Side = Literal["vision", "text"]
-_SIDES: dict[Tower, _Side] = {"visual": "vision", "text": "text"}
+SIDES: dict[Tower, _Side] = {"visual": "vision", "text": "text"}
 _SIGLIP_EPSILON = 1e-6  # of the norms of timm's ViTs
 _OPEN_CLIP_EPSILON = 1e-5
 _LEGACY_EOS = 2  # in a config of CLIP: the text is read at its highest token
@@ -51,8 +51,8 @@ DEFAULTS: dict[tuple[str, _Side], dict[str, Any]] = {
     | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
     | {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407},
 }
-"""By family and tower: the fields that are read, and their defaults in transformers."""
-_SMALL: dict[Tower, dict[str, Any]] = {
+"""By family and tower: the fields that are read, with transformers' defaults."""
+SMALL: dict[Tower, dict[str, Any]] = {
     "visual": {"image_size": 32, "patch_size": 32, "width": 32, "head_width": 32, "layers": 1},
     "text": {"context_length": 2, "vocab_size": 2, "width": 32, "heads": 1, "layers": 1},
 }
@@ -212,10 +212,10 @@ class _Fields:
 
 def _of_transformers(source: WeightsSource, wanted: set[Tower]) -> dict[str, Any]:
     """Return open_clip's config of the wanted towers."""
-    parts = {tower: _Fields(source, side) for tower, side in _SIDES.items() if tower in wanted}
+    parts = {tower: _Fields(source, side) for tower, side in SIDES.items() if tower in wanted}
     is_clip = next(iter(parts.values())).family == "clip"
     make = {"visual": _clip_vision if is_clip else _siglip_vision, "text": _clip_text if is_clip else _siglip_text}
-    made = {tower: make[tower](parts[tower]) if tower in parts else _SMALL[tower] for tower in _BOTH}
+    made = {tower: make[tower](parts[tower]) if tower in parts else SMALL[tower] for tower in _BOTH}
     acts = {part.act() for part in parts.values()}
     if is_clip:
         dim = source.config.get("projection_dim", 512)

@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 import transformers
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
@@ -352,3 +354,29 @@ def test_a_shape_that_open_clip_cannot_name_is_not_exported_for_it(tmp_path):
     with pytest.raises(ValueError, match="plain open_clip knows no image tower siglip_vit_.*: take --format transf"):
         EXPORTERS["open_clip"](build_model(model), model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_way_of_the_fine_tuning_page(tmp_path):
+    """The small SigLIP of the examples: written by transformers, read by init_from alone, exported, classified with."""
+    sections = {name: yaml.safe_load(Path(f"examples/{name}.yaml").read_text())["model"] for name in (
+        "small_siglip", "emoji_finetune")}  # fmt: skip
+    write_tokenizer(tmp_path)
+    small = ModelConfig(**sections["small_siglip"] | {"tokenizer": str(tmp_path / "tokenizer.json")})
+    module = pretrained.randomize(build_model(small))
+    (tmp_path / "small").mkdir()
+    EXPORTERS["transformers"](module, small, tmp_path / "small")
+    for kind in (transformers.AutoModel, transformers.AutoProcessor):
+        kind.from_pretrained(tmp_path / "small").save_pretrained(tmp_path / "again")
+    assert sections["emoji_finetune"] == {"init_from": "data/small_siglip"}
+    model, remarks = take_inputs(ModelConfig(init_from=str(tmp_path / "again")), {})
+    assert (remarks, model.text_clean) == ([], "none")
+    assert model.towers["vision_cfg"] == small.towers["vision_cfg"]
+    assert not check_initial_weights(model).missing
+    own = build_initial_model(model)
+    assert all(torch.equal(tensor, own.state_dict()[name]) for name, tensor in module.state_dict().items())
+    (tmp_path / "out").mkdir()
+    EXPORTERS["transformers"](own, model, tmp_path / "out")
+    classify = transformers.pipeline("zero-shot-image-classification", model=str(tmp_path / "out"))
+    image = Image.fromarray(np.full((40, 40, 3), 90, np.uint8))
+    answers = classify(image, candidate_labels=["w1", "w2"], hypothesis_template="{}")
+    assert {each["label"] for each in answers} == {"w1", "w2"}
