@@ -66,7 +66,7 @@ def read_a_run(folder: Path) -> None:
     run.manifest()
     run.metrics()
     for info in list_checkpoints(storage):
-        _figures(run, info)
+        _figures(run, info, ema=False)
     found = read_run_files(ForeignFolder(Storage(folder)))
     assert found.status
     assert found.samples_seen >= 0

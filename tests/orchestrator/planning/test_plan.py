@@ -468,6 +468,14 @@ def test_a_plan_refuses_what_a_run_refuses(small_yaml, override, why, capsys):
     assert why in capsys.readouterr().err
 
 
+def test_weights_that_would_bring_the_towers_must_be_here(small_yaml, capsys):
+    """With towers of its own, a plan needs no weights."""
+    place = "model.init_from=/elsewhere/siglip"
+    assert main(["plan", small_yaml, "--device", "cpu", place]) == 0
+    assert main(["plan", small_yaml, "--device", "cpu", place, "model.towers=null"]) == 2
+    assert "model.init_from: there is no file or folder /elsewhere/siglip" in " ".join(capsys.readouterr().err.split())
+
+
 def flat_tower() -> torch.nn.Module:
     """(b, 3, 16, 16) -> (b, 768): not the embed_dim of the text tower."""
     return torch.nn.Flatten()
