@@ -34,6 +34,7 @@ from sigray.orchestrator.planning.this_machine import this_cpu
 from sigray.orchestrator.tables import rows_table
 from sigray.workers.config import LossConfig, Precision
 from sigray.workers.model.inputs import shapes
+from sigray.workers.model.weights_towers import with_towers
 
 FITS = 0.95
 """Fraction of a device's memory that a plan may fill: allocators leave holes."""
@@ -173,7 +174,9 @@ def plan(
 
     Raises:
         ConfigError: if the device is not known, or if the batch does not divide over the devices.
+        ValueError: if model.init_from would bring the towers and does not.
     """
+    model = with_towers(config.model)
     if isinstance(kind, str):
         kind = named_device(kind, num_devices, config.cluster.cpus_per_worker)
     if config.train.compile_blocks and "cuda" in kind.accelerators:
@@ -192,7 +195,7 @@ def plan(
     micro = part if limit is None else micro_batch(part, max(1, limit // _devices_per_worker(config, kind)))
     precision = config.train.precision
     towers = measure_towers(
-        config.model,
+        model,
         config.optim,
         precision,
         micro,
@@ -201,7 +204,7 @@ def plan(
         activation_checkpointing=config.train.activation_checkpointing,
         stored_embeddings=stored_embeddings,
     )
-    gathered = gathered_bytes(config.model) if config.sharding.weights == "split" else 0
+    gathered = gathered_bytes(model) if config.sharding.weights == "split" else 0
     if gathered:
         # The memory of an update grows with the weights that it updates.
         names = ("weights", "optimizer_state", "gradients", "gradients_at_peak", "update_peak")
@@ -211,7 +214,7 @@ def plan(
     ema = towers.gradients if config.train.ema is not None else 0  # float32, of what is trained
     dim = towers.embed_dim
     f = 2 if precision == "bf16" else _FLOAT32
-    size, context_length, _ = shapes(config.model)
+    size, context_length, _ = shapes(model)
     image_bytes = dim * f if stored_embeddings else size * size * 3  # a stored image is a row of features
     sample_bytes = image_bytes + context_length * 4
     always = {

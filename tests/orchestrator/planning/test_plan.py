@@ -38,6 +38,8 @@ from sigray.orchestrator.planning.this_machine import machine_memory, this_cpu
 from sigray.workers.config import LossConfig, ModelConfig, OptimConfig
 from sigray.workers.data.loader import Batch
 from sigray.workers.device import open_device
+from sigray.workers.model.export import export_safetensors
+from sigray.workers.model.towers import build_model
 from sigray.workers.training.step import Trainer
 from tests.helpers.data import TOWERS
 
@@ -364,15 +366,25 @@ def test_a_twentieth_of_the_memory_stays_free():
         assert plan(small(), dataclasses.replace(CPU, memory=memory), 1).fits is fits
 
 
-@pytest.mark.parametrize("path", sorted(Path("examples").glob("emoji*.yaml")), ids=lambda path: path.stem)
-def test_the_demos_are_planned_on_this_machine(path, monkeypatch):
+DEMOS = [path for path in sorted(Path("examples").glob("*.yaml")) if path.stem.startswith(("emoji", "small"))]
+
+
+@pytest.mark.parametrize("path", DEMOS, ids=lambda path: path.stem)
+def test_the_demos_are_planned_on_this_machine(path, monkeypatch, tmp_path):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = load_config(path)
+    if config.model.init_from is not None:  # its towers are those of the weights that the other demo trains
+        trained = load_config("examples/small_siglip.yaml", ["model.tokenizer=null"]).model
+        export_safetensors(build_model(trained), trained, tmp_path)
+        config = load_config(path, [f"model.init_from={tmp_path}"])
     device = run_device(config)
     found = plan(config, device, default_num_devices(config, device))
     assert found.device.name == device == "cpu"
     assert found.num_devices == config.cluster.worker_range[1] * config.cluster.num_devices
     assert found.num_steps == -(-config.train.num_samples // config.train.global_batch_size)
+    if config.model.init_from is not None:
+        alike = load_config("examples/small_siglip.yaml", ["optim.layer_decay={visual: 0.75}"])
+        assert found.peak.total == plan(alike, device, default_num_devices(config, device)).peak.total
 
 
 def test_cost_is_device_hours_by_price():
