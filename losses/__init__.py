@@ -4,6 +4,7 @@ They know no config, logger or Ray; `sigray.native` is all of sigray that they i
 """
 
 from sigray.losses.gradcache import cached_backward
+from sigray.losses.gradients import all_reduce_gradients
 from sigray.losses.logit_means import feature_means, mean_logits
 from sigray.losses.negatives import Negatives
 from sigray.losses.ring import NonFiniteFeatures, ring_sigmoid_loss, ring_softmax_loss
@@ -15,6 +16,7 @@ __all__ = [
     "Negatives",
     "NonFiniteFeatures",
     "Slices",
+    "all_reduce_gradients",
     "cached_backward",
     "feature_means",
     "mean_logits",

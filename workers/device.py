@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from sigray.losses import (
     Negatives,
     Slices,
+    all_reduce_gradients,
     ring_sigmoid_loss,
     ring_softmax_loss,
     sharded_sigmoid_loss,
@@ -209,22 +210,8 @@ class Device:
         return ""
 
     def average_gradients(self, module: nn.Module) -> None:
-        """Mean over ranks of every gradient, in one all-reduce of one flat buffer.
-
-        Not DistributedDataParallel: it regroups its buckets after the first step. With three or more ranks, a
-        resumed run would then add the same numbers in another order than the unbroken run. The weights would differ
-        in the last bit.
-        """
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return
-        # FSDP2 has averaged the gradients of split weights in the backward pass.
-        found = (parameter.grad for parameter in module.parameters())
-        gradients = [gradient for gradient in found if gradient is not None and not isinstance(gradient, DTensor)]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        self._all_reduce(flat)
-        flat.div_(dist.get_world_size())
-        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+        """Mean over ranks of every gradient, see `losses.all_reduce_gradients`."""
+        all_reduce_gradients(module, all_reduce=self._all_reduce)
 
     def _all_reduce(self, tensor: Tensor) -> None:
         dist.all_reduce(tensor)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "RunConfig",
+    "all_reduce_gradients",
     "cached_backward",
     "load_config",
     "load_study",
@@ -25,6 +26,7 @@ __all__ = [
 
 _MODULES = {
     "RunConfig": "sigray.orchestrator.config",
+    "all_reduce_gradients": "sigray.losses.gradients",
     "cached_backward": "sigray.losses.gradcache",
     "load_config": "sigray.orchestrator.config",
     "load_study": "sigray.tuning.study",
@@ -37,6 +39,7 @@ _MODULES = {
 
 if TYPE_CHECKING:
     from sigray.losses.gradcache import cached_backward
+    from sigray.losses.gradients import all_reduce_gradients
     from sigray.losses.ring import ring_sigmoid_loss
     from sigray.losses.sigmoid import sigmoid_loss
     from sigray.orchestrator.config import RunConfig, load_config
