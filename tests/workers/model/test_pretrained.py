@@ -300,6 +300,8 @@ def test_a_folder_of_a_store_by_url(tmp_path, monkeypatch, new_place, name):
     wanted = {path.name for path in (tmp_path / "files").iterdir()} - {"model.onnx"}
     assert {path.name for path in source.folder.iterdir()} == wanted
     assert source == find_weights(url)
+    model, _ = take_inputs(ModelConfig(init_from=url, tokenizer="open_clip"), {})  # the URL alone
+    assert model.towers["vision_cfg"] == pretrained.SIGLIP["vision_cfg"]
     own = read_weights(source, []).tensors
     for key, tensor in from_transformers(theirs.state_dict()).items():
         assert torch.equal(own[key], tensor), key
