@@ -20,6 +20,7 @@ from sigray.workers.tower_limits import check_towers
 from sigray.workers.urls import local_or_url, local_path, readable
 
 PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Accelerator = Literal["cpu", "cuda", "tpu", "xla_cpu"]
@@ -371,7 +372,7 @@ class ModelConfig(Section):
     image_mean: tuple[float, float, float] | None = None
     """Mean per channel, of pixels in 0..1.
     Null, here and in the keys below: as the weights or the model of this name were trained; 0.5 with towers."""
-    image_std: tuple[float, float, float] | None = None
+    image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     """Standard deviation per channel, of pixels in 0..1; null: as image_mean."""
     image_resize: Literal["shortest", "squash", "longest"] | None = None
     """How a whole image becomes a square: in evaluation, and with data.crop=center.

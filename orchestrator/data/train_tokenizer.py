@@ -36,7 +36,10 @@ class TrainedTokenizer:
             f"  tokenizer: {self.path}\n"
             "  towers:\n"
             "    text_cfg:\n"
-            f"      vocab_size: {self.vocab_size}  # and a context_length of {self.tokens_95_pct:.0f} or more tokens"
+            f"      vocab_size: {self.vocab_size}\n"
+            f"      context_length: {self.tokens_95_pct:.0f}  # 95 % of the captions fit; the others are cut\n"
+            "      pool_type: last  # a text is read at its last token\n"
+            "      no_causal_mask: true"
         )
 
 

@@ -11,6 +11,7 @@ _MEMORY, _DECODE, _STORE = f"{_W}buffers.py::test_", f"{_W}decode.py::test_", f"
 _INTERLEAVINGS = f"{_W}buffers.py::TestInterleavings::runTest"
 _TRAINED = "tests/workers/model/test_trained_inputs.py::test_"
 _ALONE = "tests/workers/model/test_weights_towers.py::test_"
+_PIXELS = "tests/workers/model/test_image_processors.py::test_"
 _SAME = "tests/orchestrator/run/test_same_tokenizer.py::test_"
 _TEXT = "tests/workers/model/test_text_contract.py::test_"
 _BEGUN = "tests/test_keys_arrive.py::test_a_run_"
@@ -531,9 +532,9 @@ FAULTS = [
     ),
     Fault(
         "transformers' square sizes are cut, not squashed",
-        "sigray.workers.model.trained_inputs:_of_transformers",
-        'resize = "squash"',
-        'resize = "shortest"',
+        "sigray.workers.model.image_processors:_resize",
+        'return "squash"',
+        'return "shortest"',
         (f"{_TRAINED}pixels_are_transformers",),
     ),
     Fault(
@@ -584,6 +585,30 @@ FAULTS = [
         "isinstance(value, dict | list)",
         "isinstance(value, list)",
         ("tests/workers/model/test_untrusted.py::test_no_code_of_a_folder_or_file_runs_and_the_refusal_names_it",),
+    ),
+    Fault(
+        "pixels of another scale are taken for levels by 255",
+        "sigray.workers.model.image_processors:_normalization",
+        "scale = 255 * factor",
+        "scale = 1",
+        (f"{_PIXELS}pixels_are_the_processors[processor5]",),
+    ),
+    Fault(
+        "quantized weights are weights",
+        "sigray.workers.model.init_weights:_problem",
+        "theirs.dtype not in _FLOATS",
+        "False",
+        ("tests/workers/model/test_pretrained.py::test_numbers_that_are_no_weights_are_refused[int8]",),
+    ),
+    Fault(
+        "an index may promise tensors that its files lack",
+        "sigray.workers.model.weights_files:read_weights",
+        "source.tensors - state.keys()",
+        "()",
+        (
+            "tests/workers/model/test_pretrained.py::"
+            "test_one_part_of_several_is_refused_and_so_is_an_index_that_promises_more",
+        ),
     ),
     Fault(
         "a run goes on with another tokenizer",

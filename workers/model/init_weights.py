@@ -28,6 +28,8 @@ from sigray.workers.sharding import shard_like
 from sigray.workers.storage import Storage
 from sigray.workers.texts import first_ten, ten_lines
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 @dataclass
 class InitialWeights:
@@ -158,6 +160,8 @@ def _match(module: nn.Module, model: ModelConfig) -> tuple[InitialWeights, dict[
         if theirs is None:
             found.missing.append(name)
             continue
+        if problem := _problem(theirs, tensor):
+            raise ValueError(f"model.init_from={model.init_from}: {name} {problem}")
         if theirs.numel() == tensor.numel() == 1:  # logit_scale and logit_bias are () here, (1,) in some checkpoints
             theirs = theirs.reshape(tensor.shape)
         old, new = tuple(theirs.shape), tuple(tensor.shape)
@@ -198,6 +202,15 @@ def _match(module: nn.Module, model: ModelConfig) -> tuple[InitialWeights, dict[
                 rf"model.init_fresh=['{tower}\..*']"
             )
     return found, taken
+
+
+def _problem(theirs: Tensor, own: Tensor) -> str | None:
+    """Return why a tensor of a file is no weight; None: it is one."""
+    if own.is_floating_point() and theirs.dtype not in _FLOATS:
+        return f"is {str(theirs.dtype).removeprefix('torch.')}, quantized perhaps: give weights of 16 bits or more"
+    if not theirs.isfinite().all():
+        return "holds NaN or infinity"
+    return None
 
 
 def _resize(name: str, theirs: Tensor, own: Tensor, module: nn.Module) -> Tensor:

@@ -14,10 +14,14 @@ of a run at its start. The run's config.yaml then holds what the model expects, 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from sigray.workers.config import ModelConfig
+from sigray.workers.model.image_processors import read_image_processor
 from sigray.workers.model.inputs import OPEN_CLIP, inputs_of, tokenizer_file, tower_config
 from sigray.workers.model.tokenizer import TOKENIZER, load_tokenizer_file, tokenizer_sha256
 from sigray.workers.model.untrusted import read_json
@@ -25,7 +29,6 @@ from sigray.workers.model.weights_source import WeightsSource, find_weights, run
 from sigray.workers.model.weights_towers import with_towers
 
 _PAD_NAMES = ("[PAD]", "<pad>", "<|pad|>", "<|padding|>")
-_RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, in transformers' files
 _TIMM_CROP = {"center": "shortest", "squash": "squash", "border": "longest"}
 _NO_TOWERS: dict[str, Any] = {"embed_dim": 1, "vision_cfg": {}, "text_cfg": {}}
 _BEFORE = inputs_of(ModelConfig(towers=_NO_TOWERS))
@@ -48,11 +51,11 @@ def take_inputs(model: ModelConfig, kept: dict[str, Any]) -> tuple[ModelConfig, 
     model = with_towers(model)
     trained: dict[str, Any] = {}
     if kept.keys() != _BEFORE.keys():
-        trained = _trained_inputs(model)
+        trained = _checked(model, _trained_inputs(model))
     elif model.init_from is None or Path(model.init_from).exists():
         # A run that goes on needs its initial weights no more: they are not fetched, and may be damaged.
         with contextlib.suppress(ValueError, OSError):
-            trained = _trained_inputs(model)
+            trained = _checked(model, _trained_inputs(model))
     given = {name: getattr(model, name) for name in _BEFORE if getattr(model, name) is not None}
     taken = _BEFORE | trained | kept | given
     remarks = []
@@ -75,13 +78,29 @@ def _shown(value: Any) -> str:
     return str(list(value) if isinstance(value, tuple) else value)
 
 
+def _checked(model: ModelConfig, trained: dict[str, Any]) -> dict[str, Any]:
+    """Return inputs that another program wrote, each of its key's type and range."""
+    taken = {name: value for name, value in trained.items() if getattr(model, name) is None}
+    try:
+        ModelConfig(towers=_NO_TOWERS, **taken)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        name = str(wrong["loc"][0])
+        raise ValueError(
+            f"model.{name}: the files of {model.init_from or model.name or model.tokenizer} say "
+            f"{_shown(taken.get(name)):.80}: {wrong['msg']}. Set model.{name}, or repair the files"
+        ) from None
+    return trained
+
+
 def _trained_inputs(model: ModelConfig) -> dict[str, Any]:
     """Return what is known of the inputs; the keys are those of the config."""
     source = find_weights(model.init_from) if model.init_from is not None else None
+    given = [name for name in _BEFORE if getattr(model, name) is not None]
     found = _of_name(model.name) if model.name is not None else {}
     if source is not None:
         found |= {
-            "transformers": _of_transformers,
+            "transformers": lambda source: _of_transformers(source, given),
             "open_clip": _of_open_clip,
             "sigray": _of_export,
             "timm": _of_timm,
@@ -169,35 +188,19 @@ def _of_run(source: WeightsSource) -> dict[str, Any]:
     return inputs_of(ModelConfig(towers=_NO_TOWERS, **{name: section[name] for name in _BEFORE if name in section}))
 
 
-def _of_transformers(source: WeightsSource) -> dict[str, Any]:
+def _of_transformers(source: WeightsSource, given: Collection[str]) -> dict[str, Any]:
     found = _tokenizer_beside(source.folder)
     if "tokenizer" in found:
         found["text_clean"] = _clean_of_transformers(source)
     images = read_json(source.folder / "preprocessor_config.json")
     if images is None:
         images = (read_json(source.folder / "processor_config.json") or {}).get("image_processor")
-    if not images:
+    kind = str(source.config.get("model_type"))
+    if images is None and kind.endswith("_text_model"):
         return found
-    where = f"{source.place}: its image processor has"
-    size, crop = images.get("size") or {}, images.get("crop_size") or {}
-    interpolation = _RESAMPLE.get(images.get("resample", 3))
-    if interpolation is None:
-        raise ValueError(f"{where} resample={images.get('resample')}, and sigray has 2 (bilinear) and 3 (bicubic)")
-    if "shortest_edge" in size:
-        resize = "shortest"
-        if images.get("do_center_crop", True) and crop.get("height", size["shortest_edge"]) != size["shortest_edge"]:
-            raise ValueError(
-                f"{where} size={size} and crop_size={crop}, and sigray cuts the centre of the shorter side's length: "
-                "set model.image_resize to shortest to take that"
-            )
-    else:
-        resize = "squash"
-    return found | _without_none(
-        image_mean=_triple(images.get("image_mean")),
-        image_std=_triple(images.get("image_std")),
-        image_resize=resize,
-        image_interpolation=interpolation,
-    )
+    if not isinstance(images, dict | None):
+        raise ValueError(f"{source.place}: image_processor in processor_config.json is no mapping")
+    return found | read_image_processor(images or {}, kind, source.place, given)
 
 
 def _clean_of_transformers(source: WeightsSource) -> str:
@@ -233,7 +236,12 @@ def _of_tokenizer(path: str) -> dict[str, Any]:
     tokenizer = load_tokenizer_file(path)
     config = read_json(Path(path).with_name("tokenizer_config.json")) if Path(path).is_file() else None
     config = config or {}
-    padding = tokenizer.padding or {}
+    padding, truncation = tokenizer.padding or {}, tokenizer.truncation or {}
+    if "left" in (str(truncation.get("direction")).lower(), config.get("truncation_side")):
+        raise ValueError(
+            f"model.tokenizer: {path} or the tokenizer_config.json beside it cuts long captions on the left, and "
+            "sigray cuts them on the right: set truncation_side and the truncation's direction there to right"
+        )
     name = config.get("pad_token")
     name = name.get("content") if isinstance(name, dict) else name
     ids = [padding.get("pad_id"), *(tokenizer.token_to_id(each) for each in (str(name), *_PAD_NAMES))]

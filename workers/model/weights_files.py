@@ -11,6 +11,7 @@ from sigray.workers.model.big_vision_names import from_big_vision, is_big_vision
 from sigray.workers.model.transformers_names import from_transformers
 from sigray.workers.model.untrusted import read_tensors
 from sigray.workers.model.weights_source import WeightsSource
+from sigray.workers.texts import first_ten
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Keys of a training program's file.
@@ -56,6 +57,10 @@ def read_weights(source: WeightsSource, own: Iterable[str]) -> Weights:
         ):
             raise ValueError(f"model.init_from: {file} holds no mapping of names to tensors")
         state |= content
+    if lacking := sorted(source.tensors - state.keys()):
+        raise ValueError(
+            f"model.init_from: the files of {source.place} lack {first_ten(lacking)}, which their index names"
+        )
     state = _without_prefixes(state, notes)
     if is_big_vision(state):
         notes.insert(0, "big_vision")

@@ -11,6 +11,7 @@ Without torch, so that a process that reads only what a model expects of its inp
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ Format = Literal["transformers", "open_clip", "sigray", "timm", "big_vision", "o
 open_clip is also `sigray export`'s, sigray `sigray export --format safetensors`; tensors: no config tells."""
 
 _INDEX = ".index.json"  # of a file in several parts, as transformers writes it
+_PART = re.compile(r"-\d+-of-(\d+)\.(?:safetensors|bin)$")
 _WEIGHTS = [
     name + index
     for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
@@ -52,6 +54,7 @@ class WeightsSource:
     """Local folder of the files.
     Files of tokenizer and preprocessing stand here, if the source has them."""
     files: tuple[Path, ...]  # with the tensors
+    tensors: frozenset[str] = frozenset()  # that an index promises
 
 
 def find_weights(place: str) -> WeightsSource:
@@ -75,7 +78,10 @@ def find_weights(place: str) -> WeightsSource:
     if missing:
         raise ValueError(f"model.init_from: {place} lacks {first_ten(missing)}, which {path.name} names")
     written_by, config = _config(path)
-    return WeightsSource(place, written_by, config, path.parent, files)
+    part = _PART.search(path.name)
+    if part is not None and int(part[1]) > 1:
+        raise ValueError(f"model.init_from: {place} is one file of {int(part[1])}: give their folder, or *{_INDEX}")
+    return WeightsSource(place, written_by, config, path.parent, files, frozenset(_weight_map(path)))
 
 
 def run_section(source: WeightsSource) -> dict[str, Any]:
@@ -103,13 +109,18 @@ def _parts(path: Path) -> list[str]:
     """Return the names of the files with the tensors."""
     if not path.name.endswith(_INDEX):
         return [path.name]
-    content = (read_json(path) or {}).get("weight_map")
-    names = sorted(set(map(str, content.values()))) if isinstance(content, dict) else []
+    names = sorted(set(_weight_map(path).values()))
     if not names or any(Path(name).name != name for name in names):  # never a path out of the folder
         raise ValueError(
             f"model.init_from: {path} is no index of weights: weight_map must give names of files beside it"
         )
     return names
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Return the file of each tensor; empty without an index."""
+    content = (read_json(path) or {}).get("weight_map") if path.name.endswith(_INDEX) else None
+    return {name: str(file) for name, file in content.items()} if isinstance(content, dict) else {}
 
 
 def _config(path: Path) -> tuple[Format, dict[str, Any]]:

@@ -11,8 +11,10 @@ import yaml
 from tokenizers import Tokenizer
 
 from sigray.orchestrator.cli.main import main
+from sigray.orchestrator.run.preflight import check_tokenizer
 from sigray.workers.config import ModelConfig
 from sigray.workers.model.tokenizer import build_tokenizer
+from sigray.workers.model.towers import check_model
 from tests.helpers.data import TOWERS, drawn_sample, write_tar
 
 
@@ -56,9 +58,14 @@ def test_tokenizer_of_all_sources_trains_and_loads(tmp_path, capsys):
     model = ModelConfig(towers=TOWERS, tokenizer=str(out_file))
     assert build_tokenizer(model, 8, size)(["Rotes Feld", "野原"]).shape == (2, 8)
     assert [path.name for path in out_file.parent.iterdir()] == ["tokenizer.json"]  # nothing half written
-    # The printed lines are YAML that names it.
-    lines = yaml.safe_load(out[out.index("model:\n") :])
-    assert lines == {"model": {"tokenizer": str(out_file), "towers": {"text_cfg": {"vocab_size": size}}}}
+    # Towers that have the printed lines fit.
+    printed = yaml.safe_load(out[out.index("model:\n") :])["model"]
+    text = printed["towers"]["text_cfg"]
+    length = int(np.quantile(lengths, 0.95, method="higher"))
+    assert text == {"vocab_size": size, "context_length": length, "pool_type": "last", "no_causal_mask": True}
+    towers = {**TOWERS, "text_cfg": {**TOWERS["text_cfg"], **text}}
+    model = ModelConfig(towers=towers, tokenizer=printed["tokenizer"])
+    check_tokenizer(model, check_model(model).get_submodule("text"))
 
 
 def test_case_is_kept_where_asked(tmp_path, capsys):

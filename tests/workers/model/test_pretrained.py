@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 
 from sigray.workers.config import ModelConfig
 from sigray.workers.model.export import EXPORTERS
-from sigray.workers.model.init_weights import load_initial_weights
+from sigray.workers.model.init_weights import check_initial_weights, load_initial_weights
 from sigray.workers.model.towers import build_model
 from sigray.workers.model.trained_inputs import take_inputs
 from sigray.workers.model.transformers_names import CLIP, SIGLIP, from_transformers, to_transformers
@@ -305,3 +305,45 @@ def test_a_folder_of_a_store_by_url(tmp_path, monkeypatch, new_place, name):
     own = read_weights(source, []).tensors
     for key, tensor in from_transformers(theirs.state_dict()).items():
         assert torch.equal(own[key], tensor), key
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor.to(torch.int8), "is int8, quantized perhaps"),
+        (lambda tensor: tensor.to(torch.float8_e4m3fn), "is float8_e4m3fn, quantized perhaps"),
+        (lambda tensor: tensor * float("nan"), "holds NaN or infinity"),
+        (lambda tensor: tensor / 0, "holds NaN or infinity"),
+        (lambda tensor: tensor.half(), None),
+        (lambda tensor: tensor.double(), None),
+    ],
+    ids=["int8", "fp8", "nan", "infinity", "fp16", "fp64"],
+)
+def test_numbers_that_are_no_weights_are_refused(tmp_path, change, message):
+    module = build_model(ModelConfig(towers=pretrained.CLIP))
+    state = module.state_dict()
+    name = "visual.conv1.weight"
+    save_file(state | {name: change(state[name])}, tmp_path / "model.safetensors")
+    model = ModelConfig(towers=pretrained.CLIP, init_from=str(tmp_path))
+    if message is None:
+        assert name in check_initial_weights(model).matched
+    else:
+        with pytest.raises(ValueError, match=f"{name} {message}"):
+            check_initial_weights(model)
+
+
+def test_one_part_of_several_is_refused_and_so_is_an_index_that_promises_more(tmp_path):
+    state = build_model(ModelConfig(towers=pretrained.CLIP)).state_dict()
+    parts = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    names = sorted(state)
+    for part, some in zip(parts, (names[::2], names[1::2]), strict=True):
+        save_file({name: state[name] for name in some}, tmp_path / part)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: parts[number % 2] for number, name in enumerate(names)}}))
+    model = ModelConfig(towers=pretrained.CLIP, init_from=str(tmp_path))
+    assert len(check_initial_weights(model).matched) == len(names)
+    with pytest.raises(ValueError, match=rf"{parts[0]} is one file of 2: give their folder, or \*.index.json"):
+        check_initial_weights(model.model_copy(update={"init_from": str(tmp_path / parts[0])}))
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, parts[0])}))
+    with pytest.raises(ValueError, match=f"lack {names[1]}, .* which their index names"):
+        check_initial_weights(model)

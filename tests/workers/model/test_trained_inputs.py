@@ -257,3 +257,31 @@ def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path):
         take_inputs(ModelConfig(towers=TOWERS, init_from=place), {})
     model, _ = take_inputs(ModelConfig(towers=TOWERS, init_from=place, tokenizer="open_clip"), {})
     assert model.tokenizer == "open_clip"
+
+
+@pytest.mark.parametrize("where", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_cuts_on_the_left_is_refused(tmp_path, where):
+    path = word_tokenizer(tmp_path / "tokenizer.json", None, ("<unk>",))
+    if where == "tokenizer.json":
+        content = json.loads((tmp_path / where).read_text())
+        cut = {"direction": "Left", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+        (tmp_path / where).write_text(json.dumps(content | {"truncation": cut}))
+    else:
+        (tmp_path / where).write_text(json.dumps({"truncation_side": "left"}))
+    with pytest.raises(ValueError, match="cuts long captions on the left"):
+        take_inputs(ModelConfig(towers=TOWERS, tokenizer=path), {})
+
+
+@pytest.mark.parametrize(
+    ("files", "key"),
+    [
+        ({"open_clip_config": {"model_cfg": {}, "preprocess_cfg": {"resize_mode": "crop"}}}, "image_resize"),
+        ({"open_clip_config": {"model_cfg": {}, "preprocess_cfg": {"interpolation": "random"}}}, "image_interpolation"),
+        ({"open_clip_config": {"model_cfg": {}, "preprocess_cfg": {"fill_color": 300}}}, "image_fill"),
+        ({"config": {"architecture": "vit", "pretrained_cfg": {"interpolation": "lanczos"}}}, "image_interpolation"),
+        ({"config": {"architecture": "vit", "pretrained_cfg": {"std": [0.1, 0.1]}}}, "image_std"),
+    ],
+)
+def test_a_value_that_no_key_has_is_named(tmp_path, files, key):
+    with pytest.raises(ValueError, match=rf"model\.{key}: the files of .* say"):
+        take_inputs(ModelConfig(towers=TOWERS, init_from=weights(tmp_path, **files)), {})
