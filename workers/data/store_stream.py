@@ -321,6 +321,8 @@ class StoreStream:
         self._view_begin = self._view_end = self.position
         while self._next <= self.position:
             if not self._received:
+                while self._parts and self._parts[0].end <= self.position:
+                    self._parts.popleft().dropped.set()
                 self._received.extend(self._from_part() if self.num_parts or self._parts else self._directly())
             chunk = self._received.popleft()
             self._next += len(chunk)
@@ -352,8 +354,6 @@ class StoreStream:
 
     def _from_part(self) -> list[bytes]:
         """Return the chunks of the part at the position."""
-        while self._parts and self._parts[0].end <= self.position:
-            self._parts.popleft().dropped.set()
         if not self._parts:
             self._asked = self.position
             self._judged_from = self.num_bytes

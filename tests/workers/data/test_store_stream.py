@@ -155,12 +155,13 @@ def test_any_pattern_of_reads_and_skips_gives_the_objects_bytes(
 ) -> None:
     s3 = StoresConfig(num_connections=num_connections)
     begin_with(num_parts, s3)
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.closing(StoreStream(info_of("small"), s3, start, part_bytes=part_bytes)) as stream,
-    ):
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(store_stream, "_FAST_BYTES_PER_S", fast)
         patch.setattr(store_stream, "_CHUNK_BYTES", 1000)
+        stream = stack.enter_context(
+            contextlib.closing(StoreStream(info_of("small"), s3, start, part_bytes=part_bytes))
+        )
         position, held = start, []
         for action, count in steps:
             if action == "skip":
@@ -439,6 +440,16 @@ def test_a_fast_part_ends_the_threads(proxy: FaultProxy) -> None:
     ends = [PART - 1, 2 * PART - 1, 3 * PART - 1, len(LARGE) - 1]
     assert sorted(proxy.ranges) == list(zip([0, PART, 2 * PART, 3 * PART], ends, strict=True))
     assert store_stream._num_parts[_SCHEME[0], BUCKET, config(proxy, read_timeout_s=5)] == 0
+
+
+@pytest.mark.usefixtures("every_store_is_fast")
+def test_after_a_fast_part_a_skip_may_pass_all_that_is_requested(proxy: FaultProxy) -> None:
+    with stream_through(proxy, info_of("large"), num_parts=3) as stream:
+        assert stream.read(512) == LARGE[:512]
+        assert stream.num_parts == 0
+        stream.skip(10 * PART)
+        position = stream.position
+        assert stream.read(2 * PART) == LARGE[position : position + 2 * PART]
 
 
 def test_a_slow_store_is_read_over_all_connections_and_remembered(store: str) -> None:
