@@ -198,7 +198,8 @@ def _measured(run: RunFiles) -> str:
         return "Measured on held-out images."
     step = find_number(run.newest, "step") or find_number(run.newest, "steps")
     which = f" of step {words.count(step)}," if step else ""
-    text = f"Measured on the checkpoint{which} after {words.count(samples)} pairs."
+    average = " with the average of the weights (train.ema)" if find_dict(run.newest, "without_ema") else ""
+    text = f"Measured on the checkpoint{which} after {words.count(samples)} pairs{average}."
     later = run.samples_seen - samples
     return text + (f" The run continued for {words.count(later)} more." if later > 0 else "")
 
@@ -280,6 +281,8 @@ def _retrieval(run: RunFiles) -> list[dict[str, Any]]:
         num_distinct = find_number(figures, "num_distinct_captions")
         size = [words.counted(num_images, "image")] if num_images else []
         size += [words.counted(num_captions, "caption")] if num_captions else []
+        if refused := find_number(figures, "num_refused"):
+            size.append(f"{words.counted(refused, 'sample')} refused")
         asked_of = [("image_to_text", num_images), ("text_to_image", num_captions)]
         if num_distinct is None:  # measured before sigray read all captions of an image
             size.append("equal captions merged")
@@ -391,7 +394,7 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
     """Return hardware, recipe and versions as rows; the last names what is missing."""
     environment = {key: str(value) for key, value in find_dict(run.summary, "environment").items()}
     refused, peak_gib = (find_number(run.newest_line, key) for key in ("data/refused_samples", "memory/peak_gib"))
-    settings = (("optim", "lr"), ("optim", "schedule"), ("train", "precision"), ("run", "seed"))
+    settings = (("optim", "lr"), ("optim", "schedule"), ("train", "precision"), ("train", "ema"), ("run", "seed"))
     recipe = {key: find_text(run.config, section, key) for section, key in settings}
     rows = [
         ("Hardware", environment.pop("hardware", None)),
@@ -403,7 +406,7 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
         ("Recipe", ", ".join(f"{key} {value}" for key, value in recipe.items() if value)),
         ("Training data", _data(run)),
         *(
-            [("Without EMA", ", ".join(_main_rates(without)))]
+            [("Figures without EMA", ", ".join(_main_rates(without)))]
             if (without := find_dict(run.newest, "without_ema"))
             else []
         ),

@@ -42,6 +42,7 @@ from sigray.orchestrator.run.worker_group import WorkerGroup
 from sigray.orchestrator.run_folder import CONFIG, RunFolder, evaluation_name, left_message
 from sigray.workers.checkpoint.index import CheckpointInfo, list_checkpoints
 from sigray.workers.checkpoint.lease import RunLease
+from sigray.workers.data.pool import as_raised
 
 if TYPE_CHECKING:
     from sigray.workers.data.manifest import Manifest
@@ -314,7 +315,10 @@ def evaluate(config: RunConfig, info: CheckpointInfo, console: Console) -> dict[
     with ray_session(config, display):
         import ray
 
-        result = ray.get(submit_evaluation(config, folder, info))
+        try:
+            result = ray.get(submit_evaluation(config, folder, info))
+        except ray.exceptions.RayTaskError as error:
+            raise as_raised(error) from error
         add_baselines(config, result)
     if (folder.path / CONFIG).exists():
         folder.save_evaluation(result)

@@ -54,7 +54,10 @@ def export_run(
 
     ema = info.has_ema if weights is None else weights == "ema"
     if ema and not info.has_ema:
-        raise ConfigError(f"{info.name} of {config.storage_uri} holds no average of the weights: train.ema keeps one")
+        raise ConfigError(
+            f"{info.name} of {config.storage_uri} holds no average of the weights (train.ema={config.train.ema}; it "
+            "begins with the first step): leave out --weights, or give a checkpoint that has ema.safetensors"
+        )
     place = Storage(out or config.folder / "export" / form)
     path = Path(place.uri)
     is_used = place.exists("") or (not place.is_local and bool(place.list("")))
@@ -106,7 +109,14 @@ def export_run(
                 remarks.append(f"tokenizer: the same tokens in {form} for all of {found.num_texts} prompts")
         (staging / CARD).write_text(
             model_card(
-                config, info, form, run.manifest(), _figures(run, info, ema=ema), num_parameters(module), remarks
+                config,
+                info,
+                form,
+                run.manifest(),
+                _figures(run, info, ema=ema),
+                num_parameters(module),
+                remarks,
+                is_average=ema,
             )
         )
         if place.is_local:
@@ -129,11 +139,14 @@ def model_card(
     figures: dict[str, Any],
     num_parameters: int,
     remarks: list[str],
+    *,
+    is_average: bool = False,
 ) -> str:
     """Return the README.md of an exported model: usage, data, recipe and results.
 
     Args:
         figures: `zero_shot`, `retrieval` and `languages` of the checkpoint's evaluation; empty without one.
+        is_average: whether the weights are the average of the run's.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -154,6 +167,7 @@ def model_card(
         million_parameters=num_parameters / 1e6,
         preprocessing=preprocessing(config.model),
         remarks=remarks,
+        is_average=is_average,
         has_file=tokenizer_file(config.model) is not None,
     )
 

@@ -57,6 +57,7 @@ class Display:
             + (f"image {parameters['visual']:.1f} M" if parameters["visual"] else "image embeddings from a store")
             + f", text {parameters['text']:.1f} M)",
             "decay": facts["weight_decay"],
+            "average": f"half-life {facts['ema']:,} samples" if facts.get("ema") else "",
             "data": f"{data['samples']:,} pairs in {data['shards']} shards, {data['bytes'] / 1e6:,.1f} MB; "
             f"{facts['epochs']:.1f} epochs",
             "not used": listed(Counter(data.get("unusable", {}))),

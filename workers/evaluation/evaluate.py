@@ -49,8 +49,9 @@ def evaluate_checkpoint(job: EvaluationJob) -> dict[str, Any]:
     """
     if not job.info.has_ema:
         return _figures(job)
+    figures = _figures(replace(job, ema=True))
     without = _figures(replace(job, evaluation=job.evaluation.model_copy(update={"num_sheet_images": 0})))
-    return _figures(replace(job, ema=True)) | {
+    return figures | {
         "without_ema": {
             key: figures for key, figures in without.items() if key not in ("step", "samples_seen", "sheets")
         }
@@ -73,7 +74,8 @@ def _figures(job: EvaluationJob) -> dict[str, Any]:
                 result["sheets"][name] = _sheet(found, logits, labels, classes)
             if spec.retrieval:
                 numbers, image, text = numbered_captions(found.captions)
-                result["retrieval"][name] = retrieval_recall(features, workers.texts(list(numbers)), image, text)
+                recall = retrieval_recall(features, workers.texts(list(numbers)), image, text)
+                result["retrieval"][name] = recall | {"num_refused": found.refused.total()}
             if spec.linear_probe is not None:
                 fit = workers.images(name, probe_set(spec))
                 result["linear_probe"][name] = linear_probe(fit.features, fit.class_ids, features, found.class_ids)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sigray.workers.checkpoint.index import EMA_FILE
 from sigray.workers.model.big_vision_names import from_big_vision, is_big_vision
 from sigray.workers.model.transformers_names import from_transformers
 from sigray.workers.model.untrusted import read_tensors
@@ -47,6 +48,8 @@ def read_weights(source: WeightsSource, own: Iterable[str]) -> Weights:
     state: dict[str, Tensor] = {}
     notes: list[str] = []
     for file in source.files:
+        if file.name == EMA_FILE:
+            notes.append("the average of its weights")
         try:
             content = read_tensors(str(file))
         except ValueError as error:

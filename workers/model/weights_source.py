@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sigray.workers.checkpoint.index import EMA_FILE
 from sigray.workers.model.untrusted import CONFIG, HF_HUB, from_hub, is_torchscript, read_json, reason
 from sigray.workers.parse import parse_yaml
 from sigray.workers.storage import Storage, local_copy, url_cache
@@ -68,12 +69,15 @@ def find_weights(place: str) -> WeightsSource:
         path = _hub_folder(place.removeprefix(f"{HF_HUB}:"))
     else:
         path = _copy(place) if is_remote(place) else Path(place)
-    if path.is_dir():
+    is_folder = path.is_dir()
+    if is_folder:
         names = os.listdir(path)
         path /= _weights_file(place, names)
     if not path.is_file():
         raise ValueError(f"model.init_from: there is no file or folder {place}; every training worker needs to see it")
     files = tuple(path.parent / name for name in _parts(path))
+    if is_folder and (path.parent / EMA_FILE).is_file():  # a checkpoint: its figures are those of the average
+        files += (path.parent / EMA_FILE,)
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ValueError(f"model.init_from: {place} lacks {first_ten(missing)}, which {path.name} names")
@@ -160,7 +164,7 @@ def _copy(url: str) -> Path:
     def copy_of(name: str) -> Path:
         return local_copy(f"{url.rstrip('/')}/{name}", "model.init_from")
 
-    by_name = {name: copy_of(name) for name in names if name.endswith(_BESIDE) or name == weights}
+    by_name = {name: copy_of(name) for name in names if name.endswith(_BESIDE) or name in (weights, EMA_FILE)}
     by_name |= {name: copy_of(name) for name in _parts(by_name[weights]) if name not in by_name}
     copies = list(by_name.values())
     # Each copy has a folder of its own; here they stand side by side.

@@ -152,6 +152,7 @@ def _facts(
         "micro_batch_size": job.train.micro_batch_size or job.train.global_batch_size // world_size,
         "parameters_m": {"all": num_parameters(trainer.module) / 1e6, **towers},
         "weight_decay": _weight_decay(job.optim, trainer),
+        "ema": job.train.ema,
         "first_step": first_step,
         "num_steps": num_steps,
         "epochs": num_steps * job.train.global_batch_size / job.manifest.num_samples,

@@ -226,7 +226,8 @@ def test_figures_without_the_average_of_the_weights_stand_beside(tmp_path: Path)
     page = page_of(write_run(tmp_path, metrics=[], evaluations=[done]))
     out = io.StringIO()
     Console(file=out, width=80).print(figures_table(done))
-    assert re.search(f"Without EMA\\s+top-1 21.7 % of {SET}, top-1", page.text.replace("\xa0", " "))
+    assert "with the average of the weights" in page.text
+    assert re.search(f"Figures without EMA\\s+top-1 21.7 % of {SET}, top-1", page.text.replace("\xa0", " "))
     with_ema, without = out.getvalue().split("without EMA:")
     assert "30.00%" in with_ema
     assert "21.70%" in without

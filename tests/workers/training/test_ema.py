@@ -17,6 +17,7 @@ from sigray.workers.checkpoint.index import list_checkpoints
 from sigray.workers.checkpoint.writer import EMA, load_newest
 from sigray.workers.config import OptimConfig
 from sigray.workers.data.loader import Batch
+from sigray.workers.model.init_weights import load_initial_weights
 from sigray.workers.model.towers import build_model
 from sigray.workers.storage import Storage
 from sigray.workers.training.optim import build_optimizer, update_ema
@@ -95,6 +96,20 @@ def test_a_checkpoint_holds_the_average_of_what_trains(
     for name, average in ema.items():
         expected = averaged([weights[name] for weights in history], 0.5 ** (BATCH / HALF_LIFE))
         np.testing.assert_allclose(average, expected, atol=2e-6, err_msg=name)
+
+
+def test_a_run_that_begins_from_a_checkpoint_takes_the_average(config_file: Path) -> None:
+    config = load_config(config_file)
+    train_bare(0, 1, config, 2)
+    folder = Path(config.storage_uri, "checkpoints", "step-0000000002")
+    last = load_file(folder / "model.safetensors")
+    for place, expected in ((folder, last | averages(config)), (folder / "model.safetensors", last)):
+        model = config.model.model_copy(update={"init_from": str(place)})
+        module = build_model(model)
+        said = load_initial_weights(module, model).text()
+        assert ("the average of its weights" in said) == (place == folder)
+        for name, value in module.state_dict().items():
+            np.testing.assert_array_equal(value.numpy(), expected[name], err_msg=name)
 
 
 def test_a_killed_and_resized_run_ends_with_the_same_bits(config_file: Path) -> None:
