@@ -16,11 +16,11 @@ def all_reduce_gradients(
     group: dist.ProcessGroup | None = None,
     all_reduce: Callable[[Tensor], object] | None = None,
 ) -> None:
-    """Replace every gradient by its mean over ranks, in one all-reduce of one flat buffer.
+    """Replace every gradient by its mean over ranks, in one all-reduce.
 
     Not DistributedDataParallel: it regroups its buckets after the first step. With three or more ranks, a resumed run
-    would then add the same numbers in another order than the unbroken run, and the weights would differ in the last
-    bit. Gradients of split weights (FSDP2) are left alone: their backward pass has averaged them.
+    would then add the same numbers in another order than the unbroken run. The weights would differ in the last bit.
+    Gradients of split weights (FSDP2) are left alone: their backward pass has averaged them.
 
     Args:
         module: with gradients of the same parameters on every rank.
