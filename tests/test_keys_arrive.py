@@ -1139,7 +1139,7 @@ def test_a_run_begins_with_the_inputs_of_its_weights_and_keeps_them(configure, p
     plain.train = end_at_once
     start_weights(tmp_path / "model.safetensors")
     inputs = tmp_path / "open_clip_config.json"
-    inputs.write_text(json.dumps({"model_cfg": {}, "preprocess_cfg": {"resize_mode": "squash"}}))
+    inputs.write_text(json.dumps({"model_cfg": TOWERS, "preprocess_cfg": {"resize_mode": "squash"}}))
     config = configure(model={"init_from": str(tmp_path / "model.safetensors")})
 
     def recorded() -> str | None:

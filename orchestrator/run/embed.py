@@ -47,10 +47,6 @@ def embed(config: RunConfig, console: Console) -> str:
     display = Display(console)
     check_start(config, num_workers=config.cluster.worker_range[1])
     config = with_inputs(config, display.say)
-    if config.model.init_from is not None:
-        from sigray.workers.model.init_weights import check_initial_weights
-
-        display.say(check_initial_weights(config.model).text())
     without_store = config.embeddings.model_copy(update={"store": None})
     source = scan(config.model_copy(update={"embeddings": without_store}), display)
     sets = list(config.eval.sets.items())
@@ -59,6 +55,10 @@ def embed(config: RunConfig, console: Console) -> str:
         check_set(name, spec, config.data, is_stored=True)
     check_sets(config.eval, config.data)
     held_out = [scan_set(name, spec, config.data) for name, spec in sets]
+    if config.model.init_from is not None:
+        from sigray.workers.model.init_weights import check_initial_weights
+
+        display.say(check_initial_weights(config.model).text())
     store, key, store_format = open_store(config)
     store.begin(key, store_format)
     wanted: dict[tuple[Part, str], Shard] = {("train", shard.url): shard for shard in source.shards}

@@ -79,7 +79,12 @@ def check_initial_weights(model: ModelConfig) -> InitialWeights:
 def _check_traits(module: nn.Module, model: ModelConfig, name: Tower) -> None:
     assert model.init_from is not None
     source = find_weights(model.init_from)
-    trained = weights_model(source, [name])
+    try:
+        trained = weights_model(source, [name])
+    except ValueError:
+        if source.format == "transformers":
+            raise
+        return  # such as CoCa's: towers of a model that sigray does not build as a whole
     if trained is None or (trained.name, trained.towers) == (model.name, model.towers):
         return
     others = {f"{SIDES[other]}_cfg": SMALL[other] for other in TOWERS if other != name}  # may need the network

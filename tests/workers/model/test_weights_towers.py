@@ -263,6 +263,16 @@ def test_towers_that_compute_something_else_than_the_weights_did_are_an_error(tm
         check_initial_weights(fresh)  # a tower that takes no weights may differ
 
 
+def test_towers_of_a_model_that_sigray_does_not_build_can_be_taken(tmp_path):
+    """As those of a CoCa: there is nothing to compare with, and `towers` must be given."""
+    config = {"model_cfg": pretrained.CLIP | {"multimodal_cfg": {"width": 8}}, "preprocess_cfg": {"size": SIZE}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(build_model(ModelConfig(towers=pretrained.CLIP)).state_dict(), tmp_path / "open_clip_model.safetensors")
+    assert not check_initial_weights(ModelConfig(towers=pretrained.CLIP, init_from=str(tmp_path))).missing
+    with pytest.raises(ValueError, match="describes no towers that can be used: .*multimodal_cfg"):
+        take_inputs(ModelConfig(init_from=str(tmp_path)), {})
+
+
 def test_towers_of_another_program_that_agree_are_no_error(tmp_path):
     """Resized embeddings, and towers written in other words."""
     transformers_model("siglip").save_pretrained(tmp_path)
