@@ -50,15 +50,8 @@ if TYPE_CHECKING:
     from sigray.workers.training.profile import Profile
 
 _POLL_S = 0.5
-_OF_TRAINING = {
-    "train_s",
-    "total_s",
-    "facts",
-    "zero_shot",
-    "retrieval",
-    "linear_probe",
-    "without_ema",
-}  # keys of summary.json
+# Keys of summary.json.
+_OF_TRAINING = {"train_s", "total_s", "facts", "zero_shot", "retrieval", "linear_probe", "without_ema"}
 
 
 def train(

@@ -6,7 +6,7 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sigray.workers.model.timm_vits import register_siglip_vit
 from sigray.workers.siglip_vits import SiglipVit
@@ -84,3 +84,16 @@ def randomize(module: nn.Module) -> nn.Module:
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return module.eval()
+
+
+def their_features(theirs: Any, kind: str, tokens: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Features of `transformers_model(kind)`, images first; Siglip2 takes an image as a list of patches."""
+    if kind != "siglip2":
+        output = theirs(input_ids=tokens, pixel_values=pixels)
+        return output.image_embeds, output.text_embeds
+    from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
+
+    patches = torch.stack([torch.from_numpy(convert_image_to_patches(x.numpy(), PATCH)) for x in pixels])
+    grids = torch.tensor([[SIZE // PATCH] * 2] * len(pixels))
+    output = theirs(tokens, patches, torch.ones(patches.shape[:2], dtype=torch.int64), grids)
+    return output.image_embeds, output.text_embeds

@@ -22,7 +22,7 @@ from sigray.workers.model.inputs import tower_config
 from sigray.workers.model.tower_traits import tower_traits
 from sigray.workers.model.towers import TOWERS, build_bare_model, build_meta_model, build_model
 from sigray.workers.model.weights_files import read_weights
-from sigray.workers.model.weights_source import find_weights
+from sigray.workers.model.weights_source import WeightsSource, find_weights
 from sigray.workers.model.weights_towers import SIDES, SMALL, weights_model
 from sigray.workers.sharding import shard_like
 from sigray.workers.storage import Storage
@@ -69,16 +69,16 @@ def check_initial_weights(model: ModelConfig) -> InitialWeights:
             config beside them says.
     """
     module = build_meta_model(model)
-    found, tensors = _match(module, model)
+    assert model.init_from is not None
+    source = find_weights(model.init_from)
+    found, tensors = _match(module, model, source)
     for name in TOWERS:
         if any(key.startswith(f"{name}.") for key in tensors) and not (name == "visual" and model.image_tower):
-            _check_traits(module, model, name)
+            _check_traits(module, model, source, name)
     return found
 
 
-def _check_traits(module: nn.Module, model: ModelConfig, name: Tower) -> None:
-    assert model.init_from is not None
-    source = find_weights(model.init_from)
+def _check_traits(module: nn.Module, model: ModelConfig, source: WeightsSource, name: Tower) -> None:
     try:
         trained = weights_model(source, [name])
     except ValueError:
@@ -117,7 +117,8 @@ def load_initial_weights(module: nn.Module, model: ModelConfig) -> InitialWeight
         ValueError: if the file is missing or unreadable, if none of its tensors fits, or if a tensor has another
             shape; the message lists all of them with a remedy.
     """
-    found, tensors = _match(module, model)
+    assert model.init_from is not None
+    found, tensors = _match(module, model, find_weights(model.init_from))
     own = module.state_dict()
     module.load_state_dict({name: shard_like(tensor, own[name]) for name, tensor in tensors.items()}, strict=False)
     return found
@@ -142,12 +143,11 @@ def build_trained_model(storage: Storage, info: CheckpointInfo, model: ModelConf
     return module
 
 
-def _match(module: nn.Module, model: ModelConfig) -> tuple[InitialWeights, dict[str, Tensor]]:
-    assert model.init_from is not None
+def _match(module: nn.Module, model: ModelConfig, source: WeightsSource) -> tuple[InitialWeights, dict[str, Tensor]]:
     own = module.state_dict()
-    weights = read_weights(find_weights(model.init_from), own)
+    weights = read_weights(source, own)
     state = weights.tensors
-    found = InitialWeights(model.init_from, weights.origin)
+    found = InitialWeights(source.place, weights.origin)
     fresh = [re.compile(pattern) for pattern in model.init_fresh]
     for name in [name for name in own if any(pattern.fullmatch(name) for pattern in fresh)]:
         found.asked_fresh.append(name)

@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from sigray.workers.config import ModelConfig, Tower
-from sigray.workers.model.inputs import CLASS_KEYS, tower_config
-from sigray.workers.model.tokenizer import CLIP_VOCAB_SIZE, TOKENIZER
+from sigray.workers.model.inputs import CLASS_KEYS, CLIP_VOCAB_SIZE, tower_config
+from sigray.workers.model.tokenizer import TOKENIZER
 from sigray.workers.model.weights_source import WeightsSource, find_weights, run_section
 from sigray.workers.siglip_vits import ACTIVATIONS, SiglipVit
 
@@ -49,7 +49,7 @@ DEFAULTS: dict[tuple[str, _Side], dict[str, Any]] = {
     | {"num_channels": 3, "image_size": 224, "patch_size": 32},
     ("clip", "text"): _CLIP_DEFAULTS
     | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
-    | {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407},
+    | {"vocab_size": CLIP_VOCAB_SIZE, "max_position_embeddings": 77, "eos_token_id": 49407},
 }
 """By family and tower: the fields that are read, with transformers' defaults."""
 SMALL: dict[Tower, dict[str, Any]] = {

@@ -28,7 +28,7 @@ from sigray.workers.storage import Storage
 from tests.golden import big_vision
 from tests.helpers import pretrained
 from tests.helpers.hub import hub
-from tests.helpers.pretrained import LENGTH, SIZE, WORDS, transformers_model
+from tests.helpers.pretrained import LENGTH, SIZE, WORDS, their_features, transformers_model
 
 PIXELS = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randint(1, WORDS - 1, (3, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -50,18 +50,6 @@ def loaded(model: ModelConfig):
     return module, load_initial_weights(module, model)
 
 
-def their_features(theirs, kind):
-    if kind != "siglip2":
-        output = theirs(input_ids=TOKENS, pixel_values=PIXELS)
-        return output.image_embeds, output.text_embeds
-    from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
-
-    patches = torch.stack([torch.from_numpy(convert_image_to_patches(x.numpy(), 8)) for x in PIXELS])
-    shapes = torch.tensor([[SIZE // 8] * 2] * len(PIXELS))
-    output = theirs(TOKENS, patches, torch.ones(patches.shape[:2], dtype=torch.int64), shapes)
-    return output.image_embeds, output.text_embeds
-
-
 def check_features(module, image_features, text_features, pixels=PIXELS, tokens=TOKENS):
     """At most 1e-6 apart, in float32."""
     with torch.inference_mode():
@@ -80,7 +68,7 @@ def test_a_folder_of_transformers(tmp_path, kind):
     module, found = loaded(model_from(tmp_path, TOWERS[kind]))
     assert (found.missing, found.unused) == (["logit_bias"] if kind == "clip" else [], [])
     with torch.inference_mode():
-        check_features(module, *their_features(theirs, kind))
+        check_features(module, *their_features(theirs, kind, TOKENS, PIXELS))
     back = to_transformers(from_transformers(theirs.state_dict()), TABLES[kind])
     for name, tensor in theirs.state_dict().items():
         if kind == "siglip2" and "patch_embedding" in name:

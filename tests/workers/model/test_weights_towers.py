@@ -30,7 +30,7 @@ from sigray.workers.model.weights_source import find_weights
 from sigray.workers.model.weights_towers import DEFAULTS, weights_model
 from sigray.workers.siglip_vits import TIMM_SHAPES, SiglipVit, siglip_vit
 from tests.helpers import pretrained
-from tests.helpers.pretrained import LENGTH, SIZE, WORDS, transformers_model
+from tests.helpers.pretrained import LENGTH, SIZE, WORDS, their_features, transformers_model
 
 PIXELS = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randint(1, WORDS - 1, (3, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -46,18 +46,6 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", WORDS - 1)])
     tokenizer.save(str(folder / "tokenizer.json"))
-
-
-def their_features(theirs: Any, kind: str) -> Any:
-    if kind != "siglip2":
-        output = theirs(input_ids=TOKENS, pixel_values=PIXELS)
-        return output.image_embeds, output.text_embeds
-    from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
-
-    patches = torch.stack([torch.from_numpy(convert_image_to_patches(x.numpy(), 8)) for x in PIXELS])
-    grids = torch.tensor([[SIZE // 8] * 2] * len(PIXELS))
-    output = theirs(TOKENS, patches, torch.ones(patches.shape[:2], dtype=torch.int64), grids)
-    return output.image_embeds, output.text_embeds
 
 
 @pytest.mark.parametrize(
@@ -77,7 +65,7 @@ def test_a_folder_of_transformers_alone_and_back(tmp_path, kind, act):
     module = build_initial_model(model).eval()
     with torch.inference_mode():
         images, texts = module.encode_image(PIXELS, normalize=True), module.encode_text(TOKENS, normalize=True)
-        for own, other in zip((images, texts), their_features(theirs, kind), strict=True):
+        for own, other in zip((images, texts), their_features(theirs, kind, TOKENS, PIXELS), strict=True):
             torch.testing.assert_close(own, normalize(other, dim=-1), atol=1e-6, rtol=0)
     (tmp_path / "out").mkdir()
     EXPORTERS["transformers"](module, model, tmp_path / "out")
