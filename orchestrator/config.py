@@ -93,6 +93,10 @@ class ClusterConfig(Section):
     hang_timeout_s: Annotated[float, Field(gt=0)] = 1800
     """Heartbeat timeout of the training workers, in seconds.
     Training workers that send no event (metrics, checkpoint, warning) for this long are killed and restarted."""
+    train_callbacks: list[Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]] = []
+    """Classes of `ray.train.UserCallback`, as `package.module:Class`.
+    Each is called without arguments. Ray Train's controller calls `after_report` once for each durable checkpoint.
+    Tune's is ray.tune.integration.ray_train:TuneReportCallback."""
     dashboard: bool = False
     """Serve Ray's dashboard on 127.0.0.1:8265, if the run starts its own Ray."""
 

@@ -71,7 +71,7 @@ from sigray.workers.training.step import StepResult, Trainer
 from sigray.workers.training.train import train_loop_per_worker
 from tests.helpers.bare import OneWorker, Recorder
 from tests.helpers.data import COLOURS, TOWERS, drawn_sample, encode_image, write_dataset, write_tar
-from tests.helpers.plain_ray import PlainRay
+from tests.helpers.plain_ray import NoCallback, PlainRay
 
 
 class Enough(ValueError):
@@ -118,7 +118,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> PlainRay:
 
 def drive(config: RunConfig) -> dict[str, Any]:
     """The whole run."""
-    return driver.train(config, Console(file=io.StringIO()))
+    return driver.train(config, Console(file=io.StringIO())).summary
 
 
 def end_at_once(_: Callable[[dict[str, Any]], None]) -> None:
@@ -202,7 +202,13 @@ def test_ray_is_asked_for_the_workers_that_the_config_wants(configure, plain, mo
             "resources_per_worker": {"reads": 1},
             "worker_timeout_s": 33,
         },
-        cluster={"num_workers": 2, "cpus_per_worker": 30, "resources_per_worker": {"trains": 2}, "dashboard": True},
+        cluster={
+            "num_workers": 2,
+            "cpus_per_worker": 30,
+            "resources_per_worker": {"trains": 2},
+            "train_callbacks": ["tests.helpers.plain_ray:NoCallback"],
+            "dashboard": True,
+        },
         eval={"num_workers": 20, "cpus_per_worker": 5},
     )
     with contextlib.suppress(Enough):
@@ -219,6 +225,7 @@ def test_ray_is_asked_for_the_workers_that_the_config_wants(configure, plain, mo
     assert plain.groups[0] == [resources] * 2 + [{"CPU": 2.5, "reads": 1}] * 2
     scaling = plain.trainers[0]["scaling_config"]
     assert (scaling.num_workers, scaling.resources_per_worker) == (2, resources)
+    assert [type(one) for one in plain.trainers[0]["run_config"].callbacks or ()] == [NoCallback]
 
 
 def test_a_sweep_has_room_for_all_its_trials(configure, plain):

@@ -44,7 +44,7 @@ def test_imports_point_one_way(package):
 ROOMS: dict[str, list[set[str]]] = {
     "workers": [
         {"siglip_vits"},
-        {"parse", "texts", "tower_limits", "urls"},
+        {"named", "parse", "texts", "tower_limits", "urls"},
         {"config", "metrics", "sharding"},
         {"stores"},
         {"storage"},

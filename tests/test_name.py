@@ -144,7 +144,7 @@ import losses, pathlib, rich.console, sigray, tuning, workers.data
 
 here = pathlib.Path(__file__).parent
 assert [module.__file__ for module in (losses, tuning)] == [f"{here}/losses.py", f"{here}/tuning.py"]
-print(sigray.train(sigray.load_config("run.yaml"), rich.console.Console())["samples_seen"])
+print(sigray.train(sigray.load_config("run.yaml"), rich.console.Console()).samples_seen)
 """
 
 

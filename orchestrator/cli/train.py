@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -10,6 +10,9 @@ from sigray.orchestrator.cli.command import CONFIG, OVERRIDES, RUN, argument, co
 from sigray.orchestrator.cluster.jobs import Job, can_read, config_job, place_job
 from sigray.orchestrator.config import ConfigError, RunConfig, check_resume, load_config, override
 from sigray.orchestrator.formatting import format_duration
+
+if TYPE_CHECKING:
+    from sigray.orchestrator.run.result import TrainResult
 
 
 def _train_job(options: Namespace) -> Job:
@@ -100,19 +103,19 @@ def embed(options: Namespace, console: Console) -> None:
     say(console, embed(config, console))
 
 
-def _finish(summary: dict[str, Any], config: RunConfig, console: Console) -> int:
+def _finish(result: "TrainResult", config: RunConfig, console: Console) -> int:
     from sigray.orchestrator.run.progress import figures_table
 
-    if summary["zero_shot"] or summary["retrieval"]:
-        console.print(figures_table(summary))
-    is_begun = "steps" in summary
+    if result.zero_shot or result.retrieval:
+        console.print(figures_table(result.summary))
+    is_begun = bool(result.summary)
     say(
         console,
-        f"{summary['status']} at {summary['samples_seen']:,.0f} samples after {format_duration(summary['total_s'])}, "
-        f"{format_duration(summary['train_s'])} of it training",
+        f"{result.status} at {result.samples_seen:,} samples after {format_duration(result.total_s)}, "
+        f"{format_duration(result.train_s)} of it training",
         *([f"report: {config.folder / 'report.html'}"] if is_begun else []),
     )
-    if summary["status"] == "stopped":
+    if result.status == "stopped":
         say(
             console, f"continue with: sigray resume {config.storage_uri}" if is_begun else "continue with: this command"
         )

@@ -33,6 +33,7 @@ from sigray.orchestrator.run.preflight import check_model_and_sets, check_run, l
 from sigray.orchestrator.run.progress import Display
 from sigray.orchestrator.run.ray_death import RayDied
 from sigray.orchestrator.run.ray_session import ray_session
+from sigray.orchestrator.run.result import TrainResult, not_begun, result_of
 from sigray.orchestrator.run.signals import interrupt, on_stop_signal
 from sigray.orchestrator.run.summary import summarize
 from sigray.orchestrator.run.supervisor import Supervisor, resume_advice
@@ -62,14 +63,14 @@ def train(
     overwrite: bool = False,
     trial: Trial | None = None,
     profile: Profile | None = None,
-) -> dict[str, Any]:
+) -> TrainResult:
     """Train a model as a config says, until the run is done or interrupted.
 
     A run of this name that has begun goes on from its newest checkpoint. Ctrl-C, SIGTERM and SIGHUP save a checkpoint
-    first; a second one ends the driver at once.
+    first; a second one ends the driver at once. Outside the main thread, no signal is handled.
 
         config = sigray.load_config("run.yaml", ["train.num_samples=1e6"])
-        summary = sigray.train(config)
+        result = sigray.train(config)
 
     Args:
         config: the run, as `load_config` returns it.
@@ -80,8 +81,7 @@ def train(
         profile: the steps to profile; the run ends after these steps.
 
     Returns:
-        The content of summary.json, of which `status` is "finished" or "stopped". Of a run that is stopped before its
-        folder is written, the content has no `steps`.
+        Status, counts, figures, and the newest checkpoint.
 
     Raises:
         ConfigError, DataError, OSError: for what the user can fix, before anything starts.
@@ -96,10 +96,9 @@ def train(
         except KeyboardInterrupt:
             if ray_death.find_death():
                 raise
-            nothing = {"zero_shot": {}, "retrieval": {}, "train_s": 0.0, "total_s": time.monotonic() - run.begin}
-            return {"status": "stopped", "samples_seen": 0, **nothing}
+            return not_begun(run.folder, time.monotonic() - run.begin)
         if finished is not None:
-            return finished
+            return result_of(run.folder, finished)
         run.display.keep = run.folder.append_event
         try:
             status = run.go_on()
@@ -113,7 +112,8 @@ def train(
             raise
         with on_stop_signal(lambda: run.display.say("stopping: the run's summary is written")):
             run.folder.append_event(status, "note")
-            return run.sum_up(status)
+            summary = run.sum_up(status)
+        return result_of(run.folder, summary, run.ray_result)
 
 
 @dataclass
@@ -191,6 +191,11 @@ class _Run:
                 # A Ray that dies twice while it starts would do so again.
                 failure = policy.Failure.DIED if len(self.lives) > num_lives else policy.Failure.ERROR
                 self._start_again(error, first_step, failure)
+
+    @property
+    def ray_result(self) -> Any:
+        """Result of the newest attempt that ended without an error; None before."""
+        return next((life.supervisor.result for life in reversed(self.lives) if life.supervisor.result), None)
 
     def _start_again(self, error: RayDied, first_step: int, failure: policy.Failure) -> None:
         """Wait until Ray may start again.

@@ -15,6 +15,7 @@ from sigray.workers.config import ModelConfig
 from sigray.workers.data.manifest import Manifest, scan_shards
 from sigray.workers.data.shard_list import in_threads
 from sigray.workers.data.tar import DataError
+from sigray.workers.named import find_named
 from sigray.workers.texts import ten_lines
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def check_run(config: RunConfig, display: Display, *, saved: Manifest | None, is
     Raises:
         ConfigError, DataError, OSError: for what the user can fix.
     """
+    for name in config.cluster.train_callbacks:
+        find_named(name, "cluster.train_callbacks")
     manifest = scan(config, display, is_old=saved is not None and saved.is_old)
     check_batch(config, manifest)
     if saved is not None:

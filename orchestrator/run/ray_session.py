@@ -48,8 +48,9 @@ def ray_session(
         num_trials: runs of a sweep that a Ray of its own must fit at the same time; 0: this run only.
         records_tasks: let a Ray of its own record when its tasks ran, for its timeline.
     """
-    # Seconds between two health checks of the training workers by Ray Train.
+    # Seconds between two looks of Ray Train: at its training workers, and at the nodes that will be preempted.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1" if config.cluster.dashboard else "0")
     address = cluster_address(config)
     if not address and not config.cluster.dashboard:

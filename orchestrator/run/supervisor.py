@@ -1,8 +1,8 @@
 """Supervise the attempts of a run's training workers.
 
 An attempt is one group of training workers, from its start to its end. During an attempt, the supervisor takes the
-events of the workers. It kills them after a heartbeat timeout, saves a checkpoint before a preemption, and ends the
-attempt to grow. After a failure it does what `policy.py` decides: retry, or give up.
+events of the workers. It kills them after a heartbeat timeout and ends the attempt to grow. After a failure it does
+what `policy.py` decides: retry, or give up.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Supervisor:
     _last_step: int = 0  # of the newest line of metrics
     _size: int = 0  # training workers of this attempt
     _num_joined: int = 0  # of these, that are up
-    _draining: set[str] = field(default_factory=set)  # nodes that were already announced
+    result: Any = None  # Ray Train's, of the newest attempt that ended without an error
 
     def __post_init__(self) -> None:
         self._monitor, self._pool = self.group.monitor, self.group.pool
@@ -171,7 +171,7 @@ class Supervisor:
 
         def fit() -> None:
             try:
-                self.group.trainer(size).fit()
+                self.result = self.group.trainer(size).fit()
             except BaseException as error:
                 ended.append(error)
 
@@ -184,7 +184,6 @@ class Supervisor:
             self._wait()
             self.display.waiting(time.monotonic() - begin)
             self._heartbeat.check()
-            self._save_if_draining()
             if self._stop.is_set() and not self._heartbeat.has_begun:
                 return []  # the workers are still starting: there is nothing to save
             if time.monotonic() - grow_checked_at > _GROW_POLL_S and not self._stop.is_set():
@@ -241,6 +240,9 @@ class Supervisor:
             self._take_checkpoint(CheckpointInfo(**content))
         elif kind == "refused":
             self.records.refused(*content)
+        elif kind == "preempted":
+            left = "" if content is None else f" in {format_duration(content)}"
+            self.display.say(f"a node will be preempted{left}: saving a checkpoint")
         elif kind == "warning":
             self.display.say(content)
         elif kind == "failed":
@@ -250,17 +252,6 @@ class Supervisor:
         self.newest_checkpoint = info
         self.evaluations.add(info)
         self.rungs.saved(info.step)
-
-    def _save_if_draining(self) -> None:
-        """Request a checkpoint if Ray knows that a node will be preempted."""
-        from ray._private.state import state  # as Ray Train's own watcher; Ray has no public way
-
-        for node, deadline_ms in state.get_draining_nodes().items():  # Unix time; 0: unknown
-            if node not in self._draining:
-                self._draining.add(node)
-                left = f" in {format_duration(deadline_ms / 1000 - time.time())}" if deadline_ms else ""
-                self.display.say(f"a node will be preempted{left}: saving a checkpoint")
-                self._monitor.request.remote("save")
 
     # ------------------------------------------------------------------------------------- size of the group
 

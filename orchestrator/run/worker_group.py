@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sigray.orchestrator.config import RunConfig
@@ -14,6 +15,7 @@ from sigray.orchestrator.run.monitor import RayHooks
 from sigray.orchestrator.run.places import START_S
 from sigray.orchestrator.run_folder import RunFolder
 from sigray.workers.data.manifest import Manifest
+from sigray.workers.named import find_named
 from sigray.workers.storage import Storage
 
 if TYPE_CHECKING:
@@ -57,7 +59,11 @@ class WorkerGroup:
 
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_S))
         config = self.config
-        hooks = RayHooks(self.monitor)
+        storage = self.folder.storage
+        # A checkpoint can only be named below Ray Train's folder, and Ray Train cannot open a store as we do.
+        home = Path(storage.uri) if storage.is_local else self.folder.path
+        watches = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0"
+        hooks = RayHooks(self.monitor, storage.uri, has_folder=storage.is_local, sees_preemptions=watches)
         blocks = self.pool.blocks(config.data.worker_timeout_s)
         job = train_job(config, num_workers, self.manifest, blocks, hooks, self.owner, self.rungs, self.profile)
         job = replace(job, saves_start=self.saves_start)
@@ -67,13 +73,14 @@ class WorkerGroup:
             try:
                 raise_start_error()
                 train_loop_per_worker(job)
+                hooks.ended()
             except Exception as error:
                 hooks.failed(error)
                 raise
 
         # Ray's record of an earlier attempt. Our own commit files say which checkpoints exist. Ray's controller alone
-        # reads and writes its folder, and it runs on the driver's host.
-        Storage(self.folder.path).delete("checkpoint_manager_snapshot.json")
+        # reads and writes this file, and it runs on the driver's host.
+        Storage(home).delete("checkpoint_manager_snapshot.json")
         failure_config: Any = ray.train.FailureConfig  # mypy sees the class of Ray Train v1
         return DataParallelTrainer(
             train_worker,
@@ -81,11 +88,28 @@ class WorkerGroup:
             backend_config=backend_config(config.cluster),
             scaling_config=scaling_config(config.cluster, num_workers),
             run_config=ray.train.RunConfig(
-                name=self.folder.path.name,
-                storage_path=str(self.folder.path.parent),
+                name=home.name,
+                storage_path=str(home.parent),
+                callbacks=train_callbacks(config.cluster.train_callbacks),
                 failure_config=failure_config(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
             ),
         )
+
+
+def train_callbacks(names: list[str]) -> list[Any]:
+    """Return the callbacks of cluster.train_callbacks.
+
+    Raises:
+        ValueError: if one is no `UserCallback` of Ray Train.
+    """
+    from ray.train import UserCallback
+
+    made = [find_named(name, "cluster.train_callbacks")() for name in names]
+    for name, callback in zip(names, made, strict=True):
+        if not isinstance(callback, UserCallback):
+            kind = type(callback).__name__
+            raise ValueError(f"cluster.train_callbacks={name!r} gave a {kind}, a ray.train.UserCallback expected")
+    return made
 
 
 def train_job(

@@ -5,7 +5,7 @@ The names below are loaded on first use, so `import sigray` itself imports neith
 (docs/architecture.md).
 
     loss = sigray.sigmoid_loss(image_features, text_features, logit_scale, logit_bias)
-    summary = sigray.train(sigray.load_config("run.yaml", ["optim.lr=1e-4"]), rich.console.Console())
+    result = sigray.train(sigray.load_config("run.yaml", ["optim.lr=1e-4"]))
 """
 
 from importlib import import_module
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "RunConfig",
+    "TrainResult",
     "all_reduce_gradients",
     "cached_backward",
     "load_config",
@@ -26,6 +27,7 @@ __all__ = [
 
 _MODULES = {
     "RunConfig": "sigray.orchestrator.config",
+    "TrainResult": "sigray.orchestrator.run.result",
     "all_reduce_gradients": "sigray.losses.gradients",
     "cached_backward": "sigray.losses.gradcache",
     "load_config": "sigray.orchestrator.config",
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from sigray.orchestrator.config import RunConfig, load_config
     from sigray.orchestrator.planning.plan import plan
     from sigray.orchestrator.run.driver import train
+    from sigray.orchestrator.run.result import TrainResult
     from sigray.tuning.study import load_study
     from sigray.tuning.sweep import sweep
 else:

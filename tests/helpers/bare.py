@@ -40,6 +40,8 @@ class Recorder:
         self._last_step = last_step
         self.lines: list[dict[str, float]] = []
         self.checkpoints: list[CheckpointInfo] = []
+        self.shared: list[str | None] = []  # name of each shared checkpoint; None on ranks other than 0
+        self.num_looks = 0
         self.warnings: list[str] = []
 
     def started(self, facts: dict[str, Any]) -> None:
@@ -55,6 +57,12 @@ class Recorder:
     def checkpointed(self, info: CheckpointInfo) -> None:
         self.checkpoints.append(info)
 
+    def share(self, info: CheckpointInfo | None) -> None:
+        self.shared.append(info and info.name)
+
+    def look_ahead(self) -> None:
+        self.num_looks += 1
+
     def ask(self, step: int) -> Answer:
         return "go on"
 
@@ -68,7 +76,8 @@ def train_bare(
     """Train a config on this rank, to its end or to a step of it; see `tests.helpers.ranks.run_on_ranks`.
 
     Returns:
-        `losses` by step, the newest checkpoint's `files` and all `lines` of metrics; empty on ranks other than 0.
+        `losses` by step, the newest checkpoint's `files` and all `lines` of metrics; empty on ranks other than 0. And
+        the names of the checkpoints that were `committed` and `shared`, and `num_looks`.
     """
     manifest = scan_shards(config.data.shards, config.data)
     if config.embeddings.store is not None:
@@ -80,4 +89,7 @@ def train_bare(
         "losses": {line["step"]: line["train/loss"] for line in recorder.lines},
         "lines": recorder.lines,
         "files": recorder.checkpoints[-1].files if recorder.checkpoints else {},
+        "committed": [info.name for info in recorder.checkpoints],
+        "shared": recorder.shared,
+        "num_looks": recorder.num_looks,
     }

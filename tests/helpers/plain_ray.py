@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import ray
-import ray._private.state
 import ray.experimental.internal_kv as internal_kv
+import ray.train
 import ray.train.v2.api.data_parallel_trainer as ray_train
 
 from sigray.orchestrator import address
@@ -93,6 +93,10 @@ class Store:
         return [key.encode() for key in self._values if key.startswith(prefix)]
 
 
+class NoCallback(ray.train.UserCallback):
+    """A callback of Ray Train that does nothing."""
+
+
 class PlainRay:
     """Stands for Ray in this process.
 
@@ -103,6 +107,7 @@ class PlainRay:
         groups: bundles of each placement group.
         handles: of the actors, by the name of their class.
         killed: handles that were killed.
+        reports: metrics and other arguments of each report to Ray Train.
         num_free: number of bundles that fit.
         train: runs what a training worker runs; a test may put another function in its place.
     """
@@ -115,6 +120,7 @@ class PlainRay:
         self.groups: list[list[dict[str, float]]] = []
         self.handles: dict[str, list[Handle]] = {}
         self.killed: list[Any] = []
+        self.reports: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.num_free = 1000
         self.train: Callable[[Callable[[dict[str, Any]], None]], None] = lambda function: function({})
         context = types.SimpleNamespace(get_node_id=lambda: "0" * 56, gcs_address="", current_actor="training worker")
@@ -136,7 +142,8 @@ class PlainRay:
         monkeypatch.setattr(placement, "placement_group", self._group)
         monkeypatch.setattr(placement, "remove_placement_group", lambda group: group.table.update(state="REMOVED"))
         monkeypatch.setattr(ray.util, "placement_group_table", lambda group: group.table)
-        monkeypatch.setattr(ray._private.state.state, "get_draining_nodes", dict)
+        monkeypatch.setattr(ray.train, "report", lambda metrics, **named: self.reports.append((metrics, named)))
+        monkeypatch.setattr(ray.train, "get_preemption_info", lambda: None)
         monkeypatch.setattr(ray_train, "DataParallelTrainer", self._trainer)
         monkeypatch.setattr(ray_death, "joined_death", lambda: str)
         # Every address is that of a Ray, and each machine has the devices that a config names.

@@ -10,6 +10,7 @@ _CLUSTER_FILES = "tests/cluster/test_files.py"
 _FOLDER = "tests/orchestrator/test_run_folder.py"
 _FORMATTING = "tests/orchestrator/test_formatting.py"
 _LEASE = "tests/workers/checkpoint/test_lease.py"
+_MONITOR = "tests/orchestrator/run/test_monitor.py"
 _MONITORING = "tests/orchestrator/cluster/test_prometheus.py"
 _HOSTILE = "tests/orchestrator/reports/test_hostile_folders.py"
 _OWN_RAY = "tests/orchestrator/run/test_own_ray.py"
@@ -26,6 +27,34 @@ _JOB_FILES = "tests/orchestrator/cluster/test_job_files.py"
 _SUBMIT = "tests/orchestrator/cluster/test_jobs.py"
 
 FAULTS = [
+    Fault(
+        "Ray Train copies each checkpoint",
+        "sigray.orchestrator.run.monitor:RayHooks.share",
+        "CheckpointUploadMode.NO_UPLOAD",
+        "CheckpointUploadMode.SYNC",
+        (f"{_MONITOR}::test_ray_train_is_told_of_a_checkpoint_where_it_is",),
+    ),
+    Fault(
+        "a step waits for Ray Train's controller",
+        "sigray.orchestrator.run.monitor:InOrder.add",
+        "        self._calls.put(call)",
+        "        call()",
+        (f"{_MONITOR}::test_a_report_that_waits_holds_no_training_worker",),
+    ),
+    Fault(
+        "Ray Train gets numbers that end its controller",
+        "sigray.orchestrator.run.monitor:checkpoint_metrics",
+        "key: float(value)",
+        "key: value",
+        (f"{_MONITOR}::test_ray_train_is_told_of_a_checkpoint_where_it_is",),
+    ),
+    Fault(
+        "a preempted node is announced without a checkpoint",
+        "sigray.orchestrator.run.monitor:RayHooks._ask_for_preemptions",
+        "            self._must_save = True",
+        "            self._must_save = False",
+        (f"{_MONITOR}::test_a_preemption_saves_once_for_each_node",),
+    ),
     Fault(
         "only the owner can read exported weights",
         "sigray.workers.model.export:_save_weights",

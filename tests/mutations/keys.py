@@ -201,6 +201,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "cluster.resources_per_worker": _ASKED,
     "cluster.max_failures_per_hour": (f"{_HERE}test_failures_within_an_hour_are_counted",),
     "cluster.hang_timeout_s": (f"{_HERE}test_training_workers_that_hang_are_killed",),
+    "cluster.train_callbacks": _ASKED,
     "cluster.dashboard": _ASKED,
     "checkpoint.save_every_steps": _STEPS,
     "checkpoint.save_every_s": (f"{_HERE}test_checkpoints_by_time",),

@@ -424,8 +424,8 @@ def test_a_trial_that_waits_long_gives_its_places_to_others_and_repeats_no_step(
         trial = Undecided(SharedPool(pool.registry, "trial"), seconds=12)
         statuses, after = [], []
         for _ in range(2):  # as the sweep starts the trial again when it can decide
-            summary = train(config, Console(file=(tmp_path / "log").open("a")), trial=trial)
-            statuses.append(summary["status"])
+            result = train(config, Console(file=(tmp_path / "log").open("a")), trial=trial)
+            statuses.append(result.status)
             time.sleep(12)
             after.append(ray.available_resources()["CPU"])
     finally:

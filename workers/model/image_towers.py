@@ -9,7 +9,6 @@ normalised with model.image_mean and model.image_std, to (b, D). TorchScript and
 from __future__ import annotations
 
 import hashlib
-import importlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sigray.workers.config import TOWER_FILE_ENDINGS
+from sigray.workers.named import find_named
 from sigray.workers.storage import local_copy
 
 
@@ -125,15 +125,11 @@ class StoredTower(nn.Module):
 
 
 def _from_factory(name: str) -> nn.Module:
-    module_name, colon, function = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise ValueError(f"model.image_tower={name!r} is neither package.module:function nor a file (.pt, .ts, .onnx)")
+    function = find_named(name, "model.image_tower")
     try:
-        tower = getattr(importlib.import_module(module_name), function)()
-    except ImportError as error:
-        raise ValueError(
-            f"model.image_tower={name!r}: {error}; it must be installed, or on PYTHONPATH, on every machine"
-        ) from error
+        tower = function()
     except (AttributeError, TypeError) as error:
         raise ValueError(f"model.image_tower={name!r}: {error}") from error
     if not isinstance(tower, nn.Module):

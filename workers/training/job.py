@@ -29,7 +29,10 @@ Answer = Literal["go on", "stop", "wait"]
 
 
 class Hooks(Protocol):
-    """Reports and questions to the driver, of rank 0; `warn` and `refused` of any."""
+    """Reports and questions to the driver, of rank 0; `warn` and `refused` of any.
+
+    All ranks call `share` and `look_ahead`, in the same order. Neither waits for another rank.
+    """
 
     def started(self, facts: dict[str, Any]) -> None:
         """Training starts; `facts` is the start-up block."""
@@ -42,6 +45,15 @@ class Hooks(Protocol):
 
     def checkpointed(self, info: CheckpointInfo) -> None:
         """A checkpoint is durable."""
+
+    def share(self, info: CheckpointInfo | None) -> None:
+        """Share a durable checkpoint, which is None on ranks other than 0.
+
+        All ranks call this equally often.
+        """
+
+    def look_ahead(self) -> None:
+        """All ranks call this one step before a line of metrics."""
 
     def ask(self, step: int) -> Answer:
         """Whether to continue after a rung whose checkpoint is durable."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 
 import torch.distributed as dist
 
 from sigray.losses.spans import span
-from sigray.workers.checkpoint.index import read_info
+from sigray.workers.checkpoint.index import CheckpointInfo, read_info
 from sigray.workers.checkpoint.writer import CheckpointWriter, help_to_save, load_checkpoint, load_newest
 from sigray.workers.data.loader import Batch
 from sigray.workers.device import Device
@@ -62,6 +63,8 @@ class Saver:
         self._world_size, self._num_steps, self._saved_step = world_size, num_steps, first_step
         self._ledger = Ledger(storage, rank, first_step, job.hooks.warn, job.owner) if job.train.ledger else None
         self._metrics: list[dict[str, float]] = []
+        self._num_saved = self._num_shared = 0  # checkpoints of this attempt; the same on all ranks
+        self._unshared: deque[CheckpointInfo] = deque()  # durable ones, on rank 0
         self._writer: CheckpointWriter | None = None
         if rank == 0:
             self._writer = CheckpointWriter(
@@ -98,7 +101,9 @@ class Saver:
             Whether the ranks saved.
         """
         is_due = self._writer is not None and self._writer.is_due(steps_done)
-        save, self.must_stop = self._any_rank(request == "save" or is_due, request == "stop")
+        sums = self._device.sum_over_ranks([request == "save" or is_due, request == "stop", len(self._unshared)])
+        save, self.must_stop = (total > 0 for total in sums[:2])
+        self._share(int(sums[2]))
         is_rung = self._is_rung(steps_done)
         if not (save or self.must_stop or is_rung or steps_done == self._num_steps):
             return False
@@ -124,11 +129,23 @@ class Saver:
         elif self._job.sharding.weights == "split":
             help_to_save(self._trainer.module, self._trainer.optimizer)
         self._saved_step = steps_done
+        self._num_saved += 1
 
     def report_committed(self) -> None:
         """Report the checkpoints that became durable since the last call."""
         for info in self._writer.take_committed() if self._writer is not None else ():
             self._job.hooks.checkpointed(info)
+            self._unshared.append(info)
+
+    def _share(self, count: int) -> None:
+        """Share the oldest unshared checkpoints.
+
+        Args:
+            count: the same on all ranks.
+        """
+        for _ in range(count):
+            self._job.hooks.share(self._unshared.popleft() if self._unshared else None)
+        self._num_shared += count
 
     def close(self) -> None:
         """Wait until everything is durable.
@@ -141,6 +158,7 @@ class Saver:
         if self._writer is not None:
             self._writer.close()
         self.report_committed()
+        self._share(self._num_saved - self._num_shared)  # all that were saved are durable
 
     def abandon(self) -> None:
         """Training failed: drop what is not committed."""

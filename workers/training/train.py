@@ -107,6 +107,8 @@ def train_loop_per_worker(job: TrainJob) -> None:
                 saver.add(batch)
                 batch.release()
                 # The losses are checked before each checkpoint: none is written after a bad step.
+                if (steps_done + 1) % job.train.log_every_steps == 0:
+                    job.hooks.look_ahead()
                 if steps_done % job.train.log_every_steps == 0 or saver.may_save(steps_done):
                     with span("metrics"):
                         metrics = window.close(steps_done)

@@ -34,7 +34,8 @@ def run_yaml(tmp_path: Path) -> Path:
 def drive(path: Path, *overrides: str, **options: Any) -> tuple[dict[str, Any], str]:
     """Summary and output of `sigray train`."""
     shown = io.StringIO()
-    return driver.train(load_config(path, overrides), Console(file=shown, width=500), **options), shown.getvalue()
+    result = driver.train(load_config(path, overrides), Console(file=shown, width=500), **options)
+    return result.summary, shown.getvalue()
 
 
 def lines(config: RunConfig) -> list[dict[str, float]]:
