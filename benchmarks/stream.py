@@ -5,6 +5,7 @@ Pairs of 224 x 224 pixels and 77 tokens from the same tars of real photographs (
 environment on the same two cores, and its start and first batches do not count.
 
     speedup_open_clip   sigray's samples/s over the peer's; likewise speedup_webdataset
+    speedup_stateful    samples/s of `sigray.stream` over webdataset's with torchdata's StatefulDataLoader
     speedup_ray_data    the same over Ray Data with its own decoder
     speedup_ray_data_our_decoder  the same over the faster of the two ways of running sigray's decoder in Ray Data
     floor_ratio         sigray's samples/s over those of two bare processes without hand-over, in
@@ -147,6 +148,8 @@ def repetition(names: list[str], data: Path, seconds: float) -> dict[str, float]
             rates = [found[f"{name}_samples_per_s"] for name in peers if name in names]
             if rates:
                 found[key] = ours / max(rates)
+    if "stream" in names and "stateful" in names:
+        found["speedup_stateful"] = found["stream_samples_per_s"] / found["stateful_samples_per_s"]
     return found
 
 
@@ -171,8 +174,8 @@ def main() -> None:
         print(f"repetition {number + 1}")
         repetitions.append(repetition(names[begin:] + names[:begin], options.data, options.seconds))
     figures = {key: statistics.median(found[key] for found in repetitions) for key in repetitions[0]}
-    speedups = ["speedup_open_clip", "speedup_webdataset", "speedup_ray_data", "speedup_ray_data_our_decoder"]
-    last = {key: figures.pop(key) for key in [*speedups, "floor_ratio", "shared_cpu_ratio"] if key in figures}
+    of_speed = [key for key in figures if key.startswith("speedup_")]
+    last = {key: figures.pop(key) for key in [*of_speed, "floor_ratio", "shared_cpu_ratio"] if key in figures}
     report("stream", repetitions, last or figures, options.save)
 
 

@@ -5,10 +5,12 @@ owns. All of them read the same tars, crop at random as open_clip does by defaul
 224 pixels with an antialiased bicubic filter and tokenize with open_clip's vocabulary at context length 77:
 
     sigray            two data-shard workers, Ray actors, and a Loader: shuffled, ledger and cursor kept
+    stream            the same as a library: `sigray.stream` without Ray, two processes
     floor             two bare processes: tar parser, decoder and tokenizer of sigray, straight into one batch that is
                       overwritten by the next; not shuffled, nothing handed over but the news of a batch
     open_clip         open_clip_train's own data pipeline as shipped (PIL, float32, normalised), two loader workers
     webdataset        webdataset and DataLoader, two loader workers, with sigray's decoder and tokenizer in them
+    stateful          the same with torchdata's StatefulDataLoader, which can resume
     ray_data          ray.data.read_webdataset(decoder=None) with sigray's decoder and tokenizer in map_batches
     ray_data_fused    the same with whole blocks in map_batches, for which Ray Data reads and decodes in one task
     ray_data_default  the same with Ray Data's default decoder and torchvision's transform of the PIL image
@@ -107,6 +109,19 @@ def sigray(paths: list[Path]) -> Iterator[Batch]:
                     ledger.write(batch.step + 1)
         finally:
             stream.close()
+
+
+def stream(paths: list[Path]) -> Iterator[Batch]:
+    import sigray
+
+    shards = [str(path) for path in paths]
+    with sigray.stream(
+        shards, global_batch_size=BATCH, seed=SEED, model=MODEL, num_workers=NUM_WORKERS, cache_mib=0
+    ) as batches:
+        for step, batch in enumerate(batches, start=1):
+            if step % CHECKPOINT_STEPS == 0:
+                batches.state_dict()
+            yield batch["images"], batch["tokens"]
 
 
 class SigrayStream:
@@ -340,19 +355,34 @@ def open_clip(paths: list[Path]) -> Iterator[Batch]:
 def webdataset(paths: list[Path]) -> Iterator[Batch]:
     import webdataset as wds
 
+    yield from wds.WebLoader(webdataset_batches(paths), batch_size=None, num_workers=NUM_WORKERS)
+
+
+def stateful(paths: list[Path]) -> Iterator[Batch]:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    loader = StatefulDataLoader(webdataset_batches(paths), batch_size=None, num_workers=NUM_WORKERS)
+    for step, batch in enumerate(loader, start=1):
+        if step % CHECKPOINT_STEPS == 0:
+            loader.state_dict()
+        yield batch
+
+
+def webdataset_batches(paths: list[Path]) -> Any:
+    import webdataset as wds
+
     def collate(samples: list[dict[str, Any]]) -> Batch:
         images = np.empty((len(samples), SIZE, SIZE, 3), np.uint8)
         # Decoded here and not sample by sample: no image is copied into the batch.
         tokens = decode_pairs(samples, (random.getrandbits(32) for _ in samples), images)
         return torch.from_numpy(images), torch.as_tensor(tokens)
 
-    dataset = (
+    return (
         wds.WebDataset([str(path) for path in paths], shardshuffle=len(paths), seed=SEED)
         .shuffle(1000, initial=1000)
         .batched(BATCH, collation_fn=collate, partial=False)
         .repeat()
     )
-    yield from wds.WebLoader(dataset, batch_size=None, num_workers=NUM_WORKERS)
 
 
 def ray_data(paths: list[Path], map_size: int | None = BATCH, default_decoder: bool = False) -> Iterator[Batch]:
@@ -404,9 +434,11 @@ def brace_pattern(paths: list[Path]) -> str:
 
 CONTESTANTS: dict[str, Callable[[list[Path]], Iterator[Batch]]] = {
     "sigray": sigray,
+    "stream": stream,
     "floor": floor,
     "open_clip": open_clip,
     "webdataset": webdataset,
+    "stateful": stateful,
     "ray_data": ray_data,
     "ray_data_fused": functools.partial(ray_data, map_size=None),
     "ray_data_default": functools.partial(ray_data, default_decoder=True),

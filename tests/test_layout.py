@@ -188,7 +188,7 @@ def test_only_two_files_know_an_accelerator():
 
 UNPICKLING = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
 # The rasteriser's own child process, over a pipe.
-PICKLES_TO_ITSELF = {Path("examples/emoji36/build.py")}
+PICKLES_TO_ITSELF = {Path("examples/emoji36/build.py"), Path("workers/data/processes.py")}
 
 
 def unsafe_reads(path: Path) -> list[str]:

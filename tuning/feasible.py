@@ -9,7 +9,7 @@ from typing import Any
 
 from sigray.orchestrator.config import RunConfig, parse_config
 from sigray.orchestrator.planning.plan import check_memory
-from sigray.orchestrator.run.preflight import check_batch, check_model_config, with_inputs
+from sigray.orchestrator.run.preflight import check_model_config, with_inputs
 from sigray.orchestrator.run.trial import rung_step
 from sigray.orchestrator.run_folder import RunFolder
 from sigray.workers.config import DataConfig, EvalConfig
@@ -41,9 +41,15 @@ def _check_sets(evaluation: str, data: str, store: str | None) -> None:
     check_sets(EvalConfig.model_validate_json(evaluation), DataConfig.model_validate_json(data), store)
 
 
+def _check_batch(config: RunConfig, manifest: Manifest, rungs: Sequence[int]) -> None:
+    from sigray.workers.data.worker import check_batch
+
+    check_batch(manifest, config.data, config.run.seed, config.train.global_batch_size)
+
+
 # In this order; each raises ValueError with the remedy.
 CHECKS: list[Check] = [
-    lambda config, manifest, rungs: check_batch(config, manifest),
+    _check_batch,
     check_rungs,
     lambda config, manifest, rungs: _check_sets(
         config.eval.model_dump_json(), config.data.model_dump_json(), config.embeddings.store

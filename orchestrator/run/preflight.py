@@ -37,10 +37,12 @@ def check_run(config: RunConfig, display: Display, *, saved: Manifest | None, is
     Raises:
         ConfigError, DataError, OSError: for what the user can fix.
     """
+    from sigray.workers.data.worker import check_batch
+
     for name in config.cluster.train_callbacks:
         find_named(name, "cluster.train_callbacks")
     manifest = scan(config, display, is_old=saved is not None and saved.is_old)
-    check_batch(config, manifest)
+    check_batch(manifest, config.data, config.run.seed, config.train.global_batch_size)
     if saved is not None:
         changed = saved.differences(manifest)
         if changed:
@@ -111,25 +113,6 @@ def scan(config: RunConfig, display: Display, *, is_old: bool = False) -> Manife
     if config.embeddings.store is None:
         return manifest
     return check_store(config).manifest(manifest, config.data, parallel_map)
-
-
-def check_batch(config: RunConfig, manifest: Manifest) -> None:
-    """Check that no batch would hold a pair twice.
-
-    Raises:
-        ConfigError: with both numbers.
-    """
-    from sigray.workers.data.worker import build_order
-
-    batch = config.train.global_batch_size
-    order = build_order(manifest, config.data, config.run.seed)
-    for number, (name, dataset) in enumerate(zip(manifest.datasets(), order.datasets, strict=True)):
-        share = order.num_of_dataset(number, batch)
-        if dataset.num_samples < share:
-            raise ConfigError(
-                f"train.global_batch_size={batch} takes {share} samples of data.shards{'.' + name if name else ''}, "
-                f"which has {dataset.num_samples}: one batch would hold a pair twice and count it as its own negative"
-            )
 
 
 def longer_text(saved: RunConfig, wanted: RunConfig, storage: Storage) -> str:

@@ -21,6 +21,7 @@ __all__ = [
     "plan",
     "ring_sigmoid_loss",
     "sigmoid_loss",
+    "stream",
     "sweep",
     "train",
 ]
@@ -35,6 +36,7 @@ _MODULES = {
     "plan": "sigray.orchestrator.planning.plan",
     "ring_sigmoid_loss": "sigray.losses.ring",
     "sigmoid_loss": "sigray.losses.sigmoid",
+    "stream": "sigray.workers.data.stream",
     "sweep": "sigray.tuning.sweep",
     "train": "sigray.orchestrator.run.driver",
 }
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from sigray.orchestrator.run.result import TrainResult
     from sigray.tuning.study import load_study
     from sigray.tuning.sweep import sweep
+    from sigray.workers.data.stream import stream
 else:
 
     def __getattr__(name: str) -> Any:

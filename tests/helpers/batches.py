@@ -10,11 +10,11 @@ def manifest_of(data):
     return scan_shards(data.shards, data)
 
 
-def batches(data, model, *, batch, rank=0, world_size=1, first=0, last=12, worker=None, source=OneWorker):
+def batches(data, model, *, batch, rank=0, world_size=1, first=0, last=12, worker=None, source=OneWorker, seed=5):
     manifest = manifest_of(data)
     loader = Loader(
-        build_order(manifest, data, 5),
-        source(worker or DataWorker(manifest, data, model, seed=5), shares_memory=True),
+        build_order(manifest, data, seed),
+        source(worker or DataWorker(manifest, data, model, seed=seed), shares_memory=True),
         data.model_copy(update={"prefetch_batches": 2}),
         image_kind=image_kind(manifest, model),
         global_batch_size=batch,

@@ -17,7 +17,67 @@ _TEXT = "tests/workers/model/test_text_contract.py::test_"
 _BEGUN = "tests/test_keys_arrive.py::test_a_run_"
 _PADS = "tests/orchestrator/run/test_export.py::test_a_tokenizer_pads_with_its_own_token"
 
+_EXTEND = "caption, extra = self._extend(sample, ref, ref.shard, caption, rows[row])"
+_STREAM = f"{_W}stream.py::test_"
+
 FAULTS = [
+    # The stream for loops of the user's.
+    Fault(
+        "a state does not count the batch that the loop has",
+        "sigray.workers.data.stream:Stream._batches",
+        "(batch.step + 1)",
+        "batch.step",
+        (f"{_STREAM}a_stream_goes_on_from_every_state",),
+    ),
+    Fault(
+        "a state of other shards is taken",
+        "sigray.workers.data.stream:_check_shards",
+        "if now != before",
+        "if False",
+        (f"{_STREAM}another_manifest_is_refused_by_shard",),
+    ),
+    Fault(
+        "shards that changed since the manifest was kept are taken",
+        "sigray.workers.data.stream:_manifest",
+        "elif changed := saved.differences(made)",
+        "elif changed := []",
+        (f"{_STREAM}another_manifest_is_refused_by_shard",),
+    ),
+    Fault(
+        "the processes outlive the loop",
+        "sigray.workers.data.stream:Stream.close",
+        "self._end()",
+        "pass",
+        (f"{_STREAM}the_processes_end_with_the_loop[read_all]",),
+    ),
+    Fault(
+        "a process that died is not asked again",
+        "sigray.workers.data.processes:_Process._read",
+        "for what, _ in self._outstanding:",
+        "for what, _ in ():",
+        (f"{_STREAM}a_killed_process_is_replaced",),
+    ),
+    Fault(
+        "a pickled member is loaded",
+        "sigray.workers.data.extras:Extras.__post_init__",
+        "in _RUN_CODE",
+        "in ()",
+        (f"{_STREAM}a_pickled_member_is_never_loaded",),
+    ),
+    Fault(
+        "the map function changes the cached image too",
+        "sigray.workers.data.worker:DataWorker._decode_block",
+        "if image is None:\n                    self._cache.put(ref, sample, rows[row])\n                " + _EXTEND,
+        _EXTEND + "\n                if image is None:\n                    self._cache.put(ref, sample, rows[row])",
+        (f"{_STREAM}values_of_cached_images_are_mapped_once",),
+    ),
+    Fault(
+        "the URL of a replacement is that of the refused sample",
+        "sigray.workers.data.worker:DataWorker._replacement",
+        "int(shard), caption",
+        "ref.shard, caption",
+        (f"{_STREAM}members_are_decoded_and_keep_their_sample",),
+    ),
     # The loader: what it holds, what it counts, what it hands out.
     Fault(
         "bad samples are measured against 1,024 for ever",
@@ -125,8 +185,8 @@ FAULTS = [
     Fault(
         "a stand-in is cropped alike in every epoch",
         "sigray.workers.data.worker:DataWorker._replacement",
-        "self._decode(sample, ref, out)",
-        "self._decode(sample, replace(ref, epoch=0), out)",
+        "self._decode(samples[other], ref, out)",
+        "self._decode(samples[other], replace(ref, epoch=0), out)",
         (f"{_PLANE}a_stand_in_is_drawn_with_the_numbers_of_the_refused_sample",),
     ),
     Fault(
@@ -146,8 +206,8 @@ FAULTS = [
     Fault(
         "a replaced row keeps the key of the refused sample",
         "sigray.workers.data.worker:DataWorker._decode_block",
-        "sample, caption = self._replacement(",
-        "_, caption = self._replacement(",
+        "sample, caption, extra = self._replacement(",
+        "_, caption, extra = self._replacement(",
         (f"{_PLANE}bad_samples_are_counted_and_replaced",),
     ),
     Fault(

@@ -315,7 +315,7 @@ def test_a_trial_that_can_run_no_more_is_not_tried_again(tmp_path, capsys):
     shutil.rmtree(tmp_path / "train")
     write_dataset(tmp_path / "train", [20])
     assert main(["sweep", str(path), "--retry"]) == 2
-    assert re.search(r"trial \d failed and cannot run again: .*train\.global_batch_size", capsys.readouterr().err)
+    assert re.search(r"trial \d failed and cannot run again: .*global_batch_size", capsys.readouterr().err)
     assert storage.read(RESULTS) == before
 
 
@@ -325,7 +325,7 @@ def test_a_study_of_which_nothing_can_run_is_refused(study, tmp_path, capsys):
         main(["sweep", str(path), f"dir={tmp_path}", "space.trial={cases: {big: {train.global_batch_size: 400}}}"]) == 2
     )
     error = capsys.readouterr().err
-    assert "no trial of the study can run; trial 0: train.global_batch_size=400 takes 400 samples" in error
+    assert "no trial of the study can run; trial 0: global_batch_size=400 takes 400 samples" in error
     assert not (tmp_path / "small" / "results.jsonl").exists()
 
 
@@ -341,7 +341,7 @@ def test_the_plan_shows_all_trials_and_writes_nothing(study, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"train.global_batch_size": 400}, "takes 400 samples of data.shards, which has 200"),
+        ({"train.global_batch_size": 400}, "takes 400 samples of shards, which has 200"),
         ({"train.global_batch_size": 192}, "the rungs at 96 and 192 samples fall on the same step"),
         ({"train.micro_batch_size": 7}, "train.micro_batch_size=7 does not divide the 24 pairs"),
         ({"model.towers": {**TOWERS, "embed_dim": "x"}}, "towers.embed_dim='x': a whole number"),

@@ -57,6 +57,7 @@ class Batch:
     samples: np.ndarray  # (b, 3) int64: epoch, shard in the manifest, index in the shard
     keys: list[str]  # of the pairs in the rows
     replaced: np.ndarray  # (b,) bool: the row holds another pair, because its own sample was refused
+    extras: list[dict[str, Any]] = field(default_factory=list)  # of the pairs in the rows; empty in `sigray train`
     give_back: Callable[[], None] = field(default=lambda: None, repr=False)  # returns the images' memory to the loader
 
     def release(self) -> None:
@@ -264,6 +265,7 @@ class Loader:
             samples=samples,
             keys=[key for piece in own for key in blocks[piece.block].keys[piece.first : piece.last]],
             replaced=cut("replaced", own),
+            extras=[extra for piece in own for extra in blocks[piece.block].extras[piece.first : piece.last]],
             give_back=functools.partial(self._pool.release, buffer),
         )
 

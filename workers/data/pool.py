@@ -14,8 +14,6 @@ another worker, which reads that lane's window and continues.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import logging
 import os
 import time
@@ -29,10 +27,11 @@ from ray.util import scheduling_strategies as strategies
 from sigray.workers.config import DataConfig, ModelConfig
 from sigray.workers.data import store_stream
 from sigray.workers.data.buffers import Place
+from sigray.workers.data.extras import Extras
 from sigray.workers.data.manifest import Manifest
 from sigray.workers.data.stream_registry import StreamRegistry
 from sigray.workers.data.tar import DataError
-from sigray.workers.data.worker import CUT, Block, DataWorker
+from sigray.workers.data.worker import CUT, Block, DataWorker, keep_freed_memory
 from sigray.workers.metrics import WorkerMetrics
 
 logger = logging.getLogger(__name__)
@@ -45,7 +44,6 @@ _MAX_CRASHES = 2  # requests that failed after their retries, until the block is
 _METRICS_S = 2.0  # between two updates of the Prometheus metrics
 _SUBSCRIBERS_S = 0.05  # between two checks whether slower subscribers have caught up
 _ACCELERATOR_LABEL, _NODE_ID_LABEL = "ray.io/accelerator-type", "ray.io/node-id"
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def in_tasks(function: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
@@ -97,26 +95,23 @@ def listed(reference: Any) -> list[Any]:
     return actors
 
 
-def keep_freed_memory() -> None:
-    """Keep freed memory of large arrays in this process, for the next arrays.
-
-    glibc maps every large array again, and the first touch of each page costs. Its largest threshold is 32 MiB; a block
-    of 128 samples at 224 px has 18.
-    """
-    with contextlib.suppress(OSError):  # no glibc
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
-
-
 class DataWorkerActor(DataWorker):
     """A `DataWorker` in a process of its own."""
 
-    def __init__(self, manifest: Manifest, data: DataConfig, model: ModelConfig, *, seed: int, run: str = "") -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        data: DataConfig,
+        model: ModelConfig,
+        *,
+        seed: int,
+        run: str = "",
+        extras: Extras | None = None,
+    ) -> None:
         # Ray reserves one core for this process. torch, if it is imported later, reads the first variable then.
         os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         keep_freed_memory()
-        super().__init__(manifest, data, model, seed=seed)
+        super().__init__(manifest, data, model, seed=seed, extras=extras)
         self._start_cpu_s = time.process_time()  # used by imports
         self._metrics = WorkerMetrics(run)
         self._updated_at = 0.0
@@ -154,8 +149,8 @@ class DataPool:
     No worker runs before `start` and after `release`. A stream is a function of position, so new workers continue it.
 
     Args:
-        manifest, data, model, seed: as `DataWorker`.
-        window: as `StreamRegistry`.
+        manifest, data, model, seed, extras: as `DataWorker`.
+        window, num_readers: as `StreamRegistry`.
         run: name of the run in the metrics.
 
     Attributes:
@@ -170,13 +165,15 @@ class DataPool:
         *,
         seed: int,
         window: int | None = None,
+        num_readers: int = 1,
         run: str = "",
+        extras: Extras | None = None,
     ) -> None:
         self._arguments = (manifest, data, model)
-        self._seed, self._run = seed, run
+        self._seed, self._run, self._extras = seed, run, extras
         self._starting: list[tuple[Any, Any]] = []  # actors, and references that resolve when they are up
         self._retired: list[tuple[float, Any]] = []  # since when, and the actor
-        self.registry: Any = start_here(StreamRegistry, window)
+        self.registry: Any = start_here(StreamRegistry, window, num_readers)
         self._actors: list[Any] = []
 
     def start(self) -> None:
@@ -256,7 +253,7 @@ class DataPool:
             max_task_retries=-1,
             scheduling_strategy=placement(ray.nodes()),
         )(DataWorkerActor)
-        return actor.remote(manifest, data, model, seed=self._seed, run=self._run)
+        return actor.remote(manifest, data, model, seed=self._seed, run=self._run, extras=self._extras)
 
 
 class SharedPool:

@@ -33,10 +33,11 @@ class StreamRegistry:
 
     Args:
         window: blocks of a lane within which subscribers stay together; None: each reads as fast as it can.
+        num_readers: processes that call `leave` when they are done.
     """
 
-    def __init__(self, window: int | None = None) -> None:
-        self._window = window
+    def __init__(self, window: int | None = None, num_readers: int = 1) -> None:
+        self._window, self._num_readers = window, num_readers
         self._subscribers: dict[str, tuple[int, float]] = {}  # newest block requested, and the time of its heartbeat
 
     def publish(self, reference: list[Any]) -> None:
@@ -44,6 +45,11 @@ class StreamRegistry:
 
     def actors(self) -> list[Any]:
         return self._reference
+
+    def leave(self) -> bool:
+        """Whether the reader that leaves is the last one."""
+        self._num_readers -= 1
+        return self._num_readers == 0
 
     def subscribe(self, subscriber: str, number: int) -> None:
         """Register a subscriber that begins with this block; the others wait for it."""

@@ -13,6 +13,7 @@ its window from half a window further on, so that the two copies stand in differ
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import threading
 import time
@@ -20,6 +21,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +29,7 @@ from sigray.workers.config import DataConfig, ModelConfig, caption_member
 from sigray.workers.data.buffers import Mappings, Place
 from sigray.workers.data.decode import Decoder, Refused, sample_random
 from sigray.workers.data.embedding_store import EmbeddingReader, StoreFormat
+from sigray.workers.data.extras import Extras
 from sigray.workers.data.manifest import Manifest, read_samples
 from sigray.workers.data.order import LaneSlice, SampleRef, StreamOrder, Window
 from sigray.workers.data.tar import DataError, TarSample
@@ -38,6 +41,7 @@ from sigray.workers.urls import is_remote
 CUT = "caption cut"
 """Not a refusal: the sample is used, with the start of its caption."""
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _NUM_PREFETCHING = 2  # windows of remote shards that are read while the windows before are decoded
 
 
@@ -50,11 +54,24 @@ class Block:
     samples: np.ndarray  # (K, 3) int64: epoch, shard in the manifest, index in the shard
     keys: list[str]  # of the pairs in the rows
     replaced: np.ndarray  # (K,) bool: the row holds another pair, because its own sample was refused
+    extras: list[dict[str, Any]] = field(default_factory=list)  # of the pairs in the rows; empty without `Extras`
     refused: Counter[str] = field(default_factory=Counter)  # samples replaced in this block, by reason
     num_cut: int = 0  # captions that were cut before they were tokenized
     refused_keys: dict[str, str] = field(default_factory=dict)  # first of each reason, and of CUT: shard url and key
     decode_s: float = 0.0  # time in which the worker decoded it
     has_straggler: bool = False  # it comes from a backup; the worker that received the places has not answered
+
+
+def keep_freed_memory() -> None:
+    """Keep freed memory of large arrays in this process, for the next arrays.
+
+    glibc maps every large array again, and the first touch of each page costs. Its largest threshold is 32 MiB; a block
+    of 128 samples at 224 px has 18.
+    """
+    with contextlib.suppress(OSError):  # no glibc
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 def build_order(manifest: Manifest, data: DataConfig, seed: int) -> StreamOrder:
@@ -67,6 +84,22 @@ def build_order(manifest: Manifest, data: DataConfig, seed: int) -> StreamOrder:
         num_lanes=data.num_lanes,
         shuffle_window=data.shuffle_window,
     )
+
+
+def check_batch(manifest: Manifest, data: DataConfig, seed: int, global_batch_size: int) -> None:
+    """Check that no batch would hold a pair twice.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    order = build_order(manifest, data, seed)
+    for number, (name, dataset) in enumerate(zip(manifest.datasets(), order.datasets, strict=True)):
+        share = order.num_of_dataset(number, global_batch_size)
+        if dataset.num_samples < share:
+            raise ValueError(
+                f"global_batch_size={global_batch_size} takes {share} samples of shards{'.' + name if name else ''}, "
+                f"which has {dataset.num_samples}: one batch would hold a pair twice and count it as its own negative"
+            )
 
 
 @dataclass(frozen=True)
@@ -91,6 +124,7 @@ class DataWorker:
 
     Args:
         model: decides image size, context length and tokenizer.
+        extras: further members of a sample, and a map function; None in `sigray train`.
 
     Attributes:
         num_decoded: samples of decoded blocks; a block decoded again counts again.
@@ -99,10 +133,13 @@ class DataWorker:
         refused: samples of decoded blocks that could not be used, by reason.
     """
 
-    def __init__(self, manifest: Manifest, data: DataConfig, model: ModelConfig, *, seed: int) -> None:
+    def __init__(
+        self, manifest: Manifest, data: DataConfig, model: ModelConfig, *, seed: int, extras: Extras | None = None
+    ) -> None:
         self.num_decoded = self.num_served = self.num_cut = 0
         self.refused: Counter[str] = Counter()
         self._manifest, self._data, self._seed = manifest, data, seed
+        self._extras = extras
         self._order = build_order(manifest, data, seed)
         image_size, self._context_length, vocab_size = shapes(model)
         self._tokenizer = build_tokenizer(model, self._context_length, vocab_size)
@@ -114,7 +151,8 @@ class DataWorker:
         self._mappings = Mappings()
         self._blocks: dict[int, OrderedDict[int, Block]] = {}  # the latest decoded last
         is_fixed = data.crop == "center" if self._store is None else self._store.num_views == 1
-        self._cache = _Cache(data.cache_mib * 2**20 if is_fixed else 0, data)
+        kept = {caption_member(source) for source in data.captions} | {*(extras.members if extras else ())}
+        self._cache = _Cache(data.cache_mib * 2**20 if is_fixed else 0, kept)
 
     def block(self, lane: int, number: int, places: Sequence[Place] = ()) -> Block:
         """Samples [number K, (number + 1) K) of a lane.
@@ -184,15 +222,18 @@ class DataWorker:
                 samples, slot = self._windows.get(lane, index)
                 sample = samples[slot]
             try:
-                captions.append(self._decode(sample, ref, rows[row], image))
+                caption = self._decode(sample, ref, rows[row], image)
                 if image is None:
                     self._cache.put(ref, sample, rows[row])
+                caption, extra = self._extend(sample, ref, ref.shard, caption, rows[row])
             except Refused as reason:
                 block.refused[str(reason)] += 1
                 block.refused_keys.setdefault(str(reason), self._named(ref, sample))
                 block.replaced[row] = True
-                sample, caption = self._replacement(lane, index, ref, rows[row])
-                captions.append(caption)
+                sample, caption, extra = self._replacement(lane, index, ref, rows[row])
+            captions.append(caption)
+            if self._extras is not None:
+                block.extras.append(extra)
             cut = cut_caption(captions[-1], self._context_length)
             if len(cut) < len(captions[-1]):
                 block.num_cut += 1
@@ -224,13 +265,26 @@ class DataWorker:
             out[:] = self._embeddings.read(sample.members, view)
         return caption
 
-    def _replacement(self, lane: int, index: int, ref: SampleRef, out: np.ndarray) -> tuple[TarSample, str]:
+    def _extend(
+        self, sample: TarSample, ref: SampleRef, shard: int, caption: str, out: np.ndarray
+    ) -> tuple[str, dict[str, Any]]:
+        """As `Extras.add`, drawn with the numbers of `ref`; `shard` is the sample's own."""
+        if self._extras is None:
+            return caption, {}
+        random = sample_random(self._seed, ref.epoch, ref.shard, ref.index)
+        return self._extras.add(sample, self._manifest.shards[shard].url, caption, out, random)
+
+    def _replacement(
+        self, lane: int, index: int, ref: SampleRef, out: np.ndarray
+    ) -> tuple[TarSample, str, dict[str, Any]]:
         samples, slot = self._windows.get(lane, index)
         length = len(samples)
         for step in range(length):
-            sample = samples[(slot + length // 2 + step) % length]
+            other = (slot + length // 2 + step) % length
+            ((_, shard, _),) = self._order.places(LaneSlice(lane, index - slot + other, index - slot + other + 1))
             with contextlib.suppress(Refused):
-                return sample, self._decode(sample, ref, out)
+                caption = self._decode(samples[other], ref, out)
+                return samples[other], *self._extend(samples[other], ref, int(shard), caption, out)
         raise DataError(
             f"none of {length} neighbouring samples is usable, among them {self._manifest.shards[ref.shard].url} key "
             f"{samples[slot].key}: run without these shards, or check data.image_keys and data.captions"
@@ -303,11 +357,11 @@ class _Windows:
 
 
 class _Cache:
-    """Decoded images and caption members by sample; takes no more once it is full."""
+    """Decoded images and some members by sample; takes no more once it is full."""
 
-    def __init__(self, max_bytes: int, data: DataConfig) -> None:
+    def __init__(self, max_bytes: int, endings: set[str]) -> None:
         self._free_bytes = max_bytes
-        self._endings = {caption_member(source) for source in data.captions}
+        self._endings = endings
         self._samples: dict[tuple[int, int], tuple[TarSample, np.ndarray]] = {}
 
     def get(self, ref: SampleRef) -> tuple[TarSample, np.ndarray] | None:

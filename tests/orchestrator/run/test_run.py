@@ -261,7 +261,7 @@ def error_of(arguments: list[str], environment: dict[str, str], capsys: Any, mon
         ("data.shards={folder}/train/none.tar", "none.tar: no such file"),
         ("run.storage={folder}/run.yaml/below", "is not writable"),
         ("data.captions={{caption: 1}}", "no usable pair in 4 shards"),
-        ("train.global_batch_size=400", "takes 400 samples of data.shards, which has 200"),
+        ("train.global_batch_size=400", "takes 400 samples of shards, which has 200"),
         ("eval.sets.colours.classes={folder}/none.json", "eval classes .*none.json"),
         ("model.towers.vision_cfg.pool_type=none", "image_features of two pairs have shape"),
     ],
