@@ -51,10 +51,10 @@ FAULTS = [
         (f"{_STREAM}the_processes_end_with_the_loop[read_all]",),
     ),
     Fault(
-        "a process that died is not asked again",
+        "a process that died is not started again",
         "sigray.workers.data.processes:_Process._read",
-        "for what, _ in self._outstanding:",
-        "for what, _ in ():",
+        "num_deaths == _MAX_DEATHS",
+        "num_deaths",
         (f"{_STREAM}a_killed_process_is_replaced",),
     ),
     Fault(

@@ -96,7 +96,7 @@ def test_ranks_share_a_batch(make, in_process, expected, world_size):
 
 def test_a_killed_process_is_replaced(make, expected):
     found = []
-    with make(num_workers=2, prefetch_batches=1, worker_timeout_s=3) as stream:
+    with make(num_workers=2, prefetch_batches=1) as stream:
         pids = set(stream._workers.blocks.pids)
         try:
             for number, batch in enumerate(stream):
