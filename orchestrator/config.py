@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -26,6 +26,7 @@ from sigray.workers.parse import ParseError, dump_yaml, parse_yaml
 if TYPE_CHECKING:
     from sigray.workers.storage import Storage
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 AnySection = TypeVar("AnySection", bound=Section)
 
 
@@ -45,6 +46,9 @@ class RunSection(Section):
     URLs are s3://BUCKET/PREFIX, gs://BUCKET/PREFIX and az://CONTAINER/PREFIX."""
     seed: NonNegativeInt = 0
     """Seed of the weights, the order of samples, and dropout."""
+    trackers: list[TrackerName] = ["tensorboard"]
+    """Trackers that show the run: tensorboard, wandb, mlflow.
+    Their keys and servers come from environment variables (trackers.md). tensorboard writes to the run's folder."""
 
 
 class ClusterConfig(Section):
@@ -397,7 +401,7 @@ def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
     Raises:
         ConfigError: names each key that must not change, with both values.
     """
-    before, after = (_flatten(config.model_dump(mode="json")) for config in (saved, wanted))
+    before, after = (flattened(config.model_dump(mode="json")) for config in (saved, wanted))
     fixed, free = (tuple(f"{name}." for name in names) for names in (FIXED_ON_RESUME, _FREE_ON_RESUME))
     lines = [
         f"{key}: the run was started with {before.get(key)!r}, now {after.get(key)!r}"
@@ -484,8 +488,9 @@ def _known_keys(model: Any, path: list[str]) -> list[str]:
     return list(getattr(model, "model_fields", {}))
 
 
-def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested mapping as dotted key -> value."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat

@@ -5,6 +5,7 @@
     metrics.jsonl        one line per log interval                                as they come
     events.jsonl         messages: restarts, warnings, the end                    as they come
     tensorboard/         the same for TensorBoard                                 as they come
+    trackers.json        the run's id in its trackers                             at the start
     evaluations/         one JSON per evaluated checkpoint                        as they come
     checkpoints/         unless run.storage says otherwise                        by the training workers
     summary.json         devices and data; outcome and final figures              at the start; at the end
@@ -21,7 +22,9 @@ import json
 import os
 import re
 import time
+import uuid
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sigray.orchestrator.carried_files import FILES, find_carried, keep_carried
@@ -31,12 +34,14 @@ from sigray.workers.checkpoint.lease import LEASE_FILE
 from sigray.workers.data.manifest import Manifest
 from sigray.workers.data.tar import DataError
 from sigray.workers.model.inputs import inputs_of
-from sigray.workers.parse import ParseError, parse_json
+from sigray.workers.parse import ParseError, as_type, parse_json
 from sigray.workers.storage import Storage
 from sigray.workers.texts import first_ten
 
 CONFIG, MANIFEST, METRICS, SUMMARY = "config.yaml", "manifest.json", "metrics.jsonl", "summary.json"
 EVENTS, EVALUATIONS, REPORT = "events.jsonl", "evaluations", "report.html"
+TRACKERS = "trackers.json"
+TRACKERS_LOCK = "trackers.lock"
 PENDING = "pending"  # kind of an event: the run waits for room; the next event of another kind ends that
 EXPORTED = (
     "README.md", "config.json", "tokenizer.json", "tokenizer_config.json", "open_clip_config.json",
@@ -46,16 +51,18 @@ EXPORTED = (
 _MAX_MANIFEST_BYTES = 1 << 30  # of four million shards
 
 
-# What a run writes, and Ray Train and TensorBoard for the run: `--overwrite` deletes nothing else.
+# What a run writes, and Ray Train and the trackers for the run: `--overwrite` deletes nothing else.
 WRITTEN = (
     CONFIG, MANIFEST, METRICS, EVENTS, SUMMARY, REPORT, "best_checkpoint.json", "left_out.json", LEASE_FILE,
     "evaluations/step-*.json", "checkpoints/step-*/model.safetensors", "checkpoints/step-*/optimizer.pt",
     "checkpoints/step-*/ema.safetensors", "checkpoints/step-*/commit.json", "metrics/*.jsonl", "ledger/*.parquet",
     "profile/rank-*", "profile/step.png", "profile/ray_timeline.json", "tensorboard/events.out.tfevents.*",
+    TRACKERS, TRACKERS_LOCK, "wandb/debug*.log", "wandb/latest-run", "wandb/run-*", "wandb/offline-run-*",
     *(f"export/*/{name}" for name in EXPORTED),
     f"{FILES}/*/*", ".validate_storage_marker", "checkpoint_manager_snapshot.json",
     # These names are of symlinks: the next run must not write to where they point.
     EVALUATIONS, "checkpoints", "checkpoints/step-??????????", "metrics", "ledger", "profile", "tensorboard", "export",
+    "wandb",
 )  # fmt: skip
 _NO_RUN = "--overwrite deletes only what sigray wrote. Choose another name, or move the folder away"
 
@@ -105,6 +112,21 @@ def evaluation_name(step: int) -> str:
     return f"{EVALUATIONS}/step-{step:010d}.json"
 
 
+@dataclass(frozen=True)
+class TrackedAs:
+    """How a run is called in its trackers.
+
+    Attributes:
+        id: of this run alone; a run that begins again with --overwrite has another.
+        name: of the run; SWEEP/TRIAL for a trial.
+        group: the sweep of a trial; empty for other runs.
+    """
+
+    id: str
+    name: str
+    group: str = ""
+
+
 class RunFolder:
     """The files of one run.
 
@@ -119,6 +141,8 @@ class RunFolder:
     def __init__(self, config: RunConfig) -> None:
         self.path = config.folder
         self.storage = Storage(config.storage_uri)
+        self._kept_step: float | None = None  # of the last line in metrics.jsonl; None: unread
+        self._newest_line: dict[str, float] | None = None
 
     def is_used(self) -> bool:
         """Return whether a run has begun here."""
@@ -153,6 +177,20 @@ class RunFolder:
         for name, text in {MANIFEST: json.dumps(manifest.to_json()), CONFIG: config.to_yaml()}.items():
             for place in self._places():
                 place.write(name, text.encode())
+
+    def tracked_as(self, name: str, group: str) -> TrackedAs:
+        """Return how trackers call the run: as before, else by a new id that is saved.
+
+        Args:
+            name, group: of a run that has no id yet.
+        """
+        tracked = TrackedAs(uuid.uuid4().hex[:16], name, group)
+        for place in reversed(self._places()):
+            with contextlib.suppress(FileNotFoundError, ParseError):
+                tracked = as_type(TrackedAs, parse_json(place.read(TRACKERS)))
+        for place in self._places():
+            place.write(TRACKERS, json.dumps(asdict(tracked)).encode())
+        return tracked
 
     def remove_if_empty(self) -> None:
         """Delete folders in which a failed start left nothing."""
@@ -210,7 +248,17 @@ class RunFolder:
             raise DataError(f"{self.storage.uri}/{MANIFEST}: {error}") from None
 
     def append_metrics(self, metrics: dict[str, float]) -> None:
-        self._append(METRICS, metrics)
+        """Append a line of metrics, unless its step has one.
+
+        A restart repeats steps: the loss is the same, the times are not. Trackers were sent the first line and cannot
+        take it back, so the first line stays here too.
+        """
+        self._newest_line = metrics
+        if self._kept_step is None:
+            self._kept_step = max((line["step"] for line in self.metrics()), default=-1)
+        if metrics["step"] > self._kept_step:
+            self._append(METRICS, metrics)
+            self._kept_step = metrics["step"]
 
     def append_event(self, text: str, kind: str) -> None:
         """Append a message about the run, with its time."""
@@ -225,26 +273,33 @@ class RunFolder:
             raise
 
     def restore_metrics(self, last_step: int) -> None:
-        """Keep the lines up to a checkpoint and delete the later ones.
+        """Add the lines up to a checkpoint that this machine lacks.
 
-        Later lines belong to steps that are repeated. If the driver has moved to another machine, earlier lines come
-        from the checkpoints.
+        If the driver has moved to another machine, they come from the storage: from a copy of the file, and from the
+        checkpoints.
         """
-        lines = [line for line in self.metrics() if line["step"] <= last_step]
-        if last_step and (not lines or lines[-1]["step"] < last_step):
-            by_step = {line["step"]: line for line in [*read_metrics(self.storage, last_step), *lines]}
-            lines = [by_step[step] for step in sorted(by_step)]
+        lines = self.metrics()
+        if last_step and (not lines or max(line["step"] for line in lines) < last_step):
+            copied = parsed_metrics(self.storage.read(METRICS)) if self.storage.exists(METRICS) else []
+            lines = [*read_metrics(self.storage, last_step), *copied, *lines]
+        by_step = {line["step"]: line for line in lines}
+        lines = [by_step[step] for step in sorted(by_step)]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         Storage(self.path).write(METRICS, text.encode())
+        self._kept_step = lines[-1]["step"] if lines else -1
+        self._newest_line = next((line for line in reversed(lines) if line["step"] <= last_step), {})
 
     def metrics(self) -> list[dict[str, float]]:
         """Return all lines of metrics, without a line that a crash cut short."""
         path = self.path / METRICS
-        lines = []
-        for line in path.read_bytes().splitlines() if path.exists() else []:
-            with contextlib.suppress(ParseError):
-                lines.append(metrics_line(line))
-        return lines
+        return parsed_metrics(path.read_bytes()) if path.exists() else []
+
+    def newest_line(self) -> dict[str, float]:
+        """Return the line of the newest step of this attempt; empty before the first.
+
+        Steps that a restart repeats have later lines in the file.
+        """
+        return (self.metrics() or [{}])[-1] if self._newest_line is None else self._newest_line
 
     def save_evaluation(self, result: dict[str, Any]) -> None:
         Storage(self.path).write(evaluation_name(result["step"]), json.dumps(result).encode())
@@ -262,6 +317,15 @@ class RunFolder:
             for file in [*records, *(self.path / EVALUATIONS).glob("*.json")]:
                 if file.exists():
                     self.storage.upload(file, file.relative_to(self.path).as_posix())
+
+
+def parsed_metrics(content: bytes) -> list[dict[str, float]]:
+    """Return the lines of metrics of a file, without a line that a crash cut short."""
+    lines = []
+    for line in content.splitlines():
+        with contextlib.suppress(ParseError):
+            lines.append(metrics_line(line))
+    return lines
 
 
 def read_run(run: str) -> RunConfig:

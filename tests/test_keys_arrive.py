@@ -42,7 +42,7 @@ import sigray.workers.stores
 import sigray.workers.training.train
 from sigray.orchestrator.config import RunConfig
 from sigray.orchestrator.data.audit import audit_run
-from sigray.orchestrator.run import driver, monitor, places, policy, supervisor, trackers
+from sigray.orchestrator.run import driver, monitor, places, policy, preflight, records, supervisor
 from sigray.orchestrator.run.embed import embed
 from sigray.orchestrator.run.evaluations import evaluates_at_start
 from sigray.orchestrator.run.preflight import with_inputs
@@ -99,7 +99,7 @@ def configure(folder: Path, tmp_path: Path) -> Callable[..., RunConfig]:
 
     def make(**sections: dict[str, Any]) -> RunConfig:
         content: dict[str, Any] = {
-            "run": {"name": "small", "dir": str(tmp_path / "runs")},
+            "run": {"name": "small", "dir": str(tmp_path / "runs"), "trackers": []},
             "data": {"shards": str(folder / "train"), "block_size": 8, "num_lanes": 2, "shuffle_window": 16},
             "model": {"towers": copy.deepcopy(TOWERS)},
             "train": {"num_samples": 48, "global_batch_size": 8},
@@ -448,7 +448,7 @@ def test_steps_lines_and_checkpoints(configure, monkeypatch, tmp_path):
 
 def test_a_run_lies_where_the_config_says(configure, plain, monkeypatch, tmp_path):
     told: list[tuple[Any, ...]] = []
-    for module, name in ((trackers, "RunMetrics"), (sigray.workers.data.pool, "WorkerMetrics")):
+    for module, name in ((records, "RunMetrics"), (sigray.workers.data.pool, "WorkerMetrics")):
         own = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *some, own=own: (told.append(some), own(*some))[1])
     plain.train = end_at_once
@@ -458,6 +458,17 @@ def test_a_run_lies_where_the_config_says(configure, plain, monkeypatch, tmp_pat
     assert (tmp_path / "here" / "named" / "events.jsonl").exists()
     assert (tmp_path / "there" / "named" / "config.yaml").exists()
     assert sorted(told) == [("named",), ("named", 77)]
+
+
+def test_trackers_are_checked_and_fed(configure, plain, monkeypatch):
+    told: list[list[str]] = []
+    monkeypatch.setattr(preflight, "check_trackers", told.append)
+    started = lambda folder, names, say, **_: (told.append(names), contextlib.nullcontext())[1]  # noqa: E731
+    monkeypatch.setattr(driver, "TrackerProcess", started)
+    plain.train = end_at_once
+    with contextlib.suppress(Enough):
+        drive(configure(run={"trackers": ["mlflow", "wandb"]}))
+    assert told == [["mlflow", "wandb"]] * 2
 
 
 def test_checkpoints_by_time(configure):

@@ -58,7 +58,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"batch", "carried_files", "device_kinds", "formatting", "plain_console", "secrets"},
         {"config", "tables"},
         {"address", "resources", "run_folder"},
-        {"planning", "reports"},
+        {"planning", "reports", "trackers"},
         {"cluster", "data"},
         {"run", "chaos"},
         {"cli"},

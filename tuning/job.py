@@ -30,7 +30,8 @@ def sweep_job(options: Namespace) -> Job:
     if not path or "=" in path:
         raise ConfigError("give a study, as `sigray submit -- sweep STUDY.yaml`, or --resume s3://bucket/sweeps/NAME")
     content = read_study_file(path, overrides)
-    config = parse_study(copy.deepcopy(content), path).config
+    study = parse_study(copy.deepcopy(content), path)
+    config = study.config
     files = JobFiles()
     home = "dir" if drop_local(content) else ""
     if home and config.storage is None:
@@ -40,7 +41,8 @@ def sweep_job(options: Namespace) -> Job:
     files.check(path)
     name = config.name
     place = config.storage_uri
-    return Job(name, ["sweep", FILE, *flags], f"/sweeps/{name}", place, _result(place), content, files, home)
+    job = Job(name, ["sweep", FILE, *flags], f"/sweeps/{name}", place, _result(place), content, files, home)
+    return replace(job, trackers=(study.base.get("run") or {}).get("trackers", ()))
 
 
 def _result(place: str) -> list[str]:

@@ -11,6 +11,7 @@ from sigray.orchestrator.cli.command import argument, command, either, say
 from sigray.orchestrator.cluster import jobs
 from sigray.orchestrator.cluster.files import check_cluster_file, report_lines
 from sigray.orchestrator.config import ConfigError
+from sigray.orchestrator.trackers.variables import variables_of
 
 _COMMANDS = "train, resume, sweep, embed, eval, export and profile"
 CLUSTER = either(
@@ -67,7 +68,8 @@ def submit(options: Namespace, console: Console) -> int:
     here first. A job carries the code of this checkout, the config with its overrides, and the small files that the
     config names. The command runs on the head. All hosts must reach the shards and the storage: URLs or absolute
     paths. The job's last line is the command that uses its result. To continue a run or a sweep, submit it again.
-    Ctrl-C leaves the job running. Hosts that get their credentials from a role need no --env.
+    Ctrl-C leaves the job running. Hosts that get their credentials from a role need no --env. The variables of the
+    config's run.trackers, such as WANDB_API_KEY, go with the job if they are set here.
 
     Exit codes: those of the command; 1 also if the cluster no longer answers; 2 if the job cannot be submitted.
     """
@@ -84,7 +86,10 @@ def submit(options: Namespace, console: Console) -> int:
         # The cluster is up: problems of its file do not stop the submission.
         for problem in check_cluster_file(options.cluster).problems:
             say(console, f"{options.cluster}: {problem}")
-    env = {name: os.environ[name] for name in options.env}
+    of_trackers = variables_of(job.trackers)
+    if of_trackers:
+        say(console, f"the job gets {', '.join(of_trackers)} of this environment (run.trackers)")
+    env = of_trackers | {name: os.environ[name] for name in options.env}
     where = _where(options) + [word for name in options.env for word in ("--env", name)]
     with jobs.job_client(options.cluster, options.address) as client:
         id = jobs.submit(client, job, env=env, id=options.job, pages=options.pages, where=where)

@@ -18,7 +18,7 @@ from sigray.orchestrator.cli.data import audit, inspect, tokenizer
 from sigray.orchestrator.cli.pages import monitor, pages, report
 from sigray.orchestrator.cli.plan import config, plan
 from sigray.orchestrator.cli.profile import profile
-from sigray.orchestrator.cli.train import embed, resume, train
+from sigray.orchestrator.cli.train import embed, resume, track, train
 from sigray.orchestrator.cluster.jobs import RESULT
 from sigray.orchestrator.plain_console import PlainConsole
 from sigray.orchestrator.run.signals import interrupt, on_stop_signal
@@ -42,7 +42,7 @@ Exit codes: 0 done; 1 the run failed; 2 the command, config, data or storage can
 """
 # ValueError and OSError: the user's config, data or storage. RuntimeError: a missing tool, a failed run.
 EXIT_CODES: dict[type[BaseException], int] = {ValueError: 2, OSError: 2, RuntimeError: 1, KeyboardInterrupt: 130}
-COMMANDS = [train, resume, evaluate, export, fetch, report, embed, config, plan, profile, chaos]
+COMMANDS = [train, resume, track, evaluate, export, fetch, report, embed, config, plan, profile, chaos]
 CLUSTER_COMMANDS = [submit, logs, status, stop, monitor, pages]
 GROUPS = {
     "cluster": ([check], "Check cluster files."),

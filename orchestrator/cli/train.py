@@ -1,4 +1,4 @@
-"""`sigray train`, `sigray resume` and `sigray embed`."""
+"""`sigray train`, `sigray resume`, `sigray track` and `sigray embed`."""
 
 from argparse import Namespace
 from dataclasses import replace
@@ -13,6 +13,8 @@ from sigray.orchestrator.formatting import format_duration
 
 if TYPE_CHECKING:
     from sigray.orchestrator.run.result import TrainResult
+
+_TRACK_S = 24 * 3600.0  # for which `sigray track` waits
 
 
 def _train_job(options: Namespace) -> Job:
@@ -47,7 +49,8 @@ def _resume_job(options: Namespace) -> Job:
     job = place_job("resume", options.run_folder, "run", options.overrides)
     if not can_read(job.storage):
         return job
-    return replace(job, home="run.dir" if _resumed(options).run.storage else "")
+    run = _resumed(options).run
+    return replace(job, home="run.dir" if run.storage else "", trackers=run.trackers)
 
 
 @command(RUN, OVERRIDES, job=_resume_job)
@@ -62,6 +65,35 @@ def resume(options: Namespace, console: Console) -> int:
     from sigray.orchestrator.run.driver import train
 
     return _finish(train(config, console, resume=True), config, console)
+
+
+@command(RUN)
+def track(options: Namespace, console: Console) -> int:
+    """Send the trackers of a run what they lack.
+
+    examples:
+      sigray track runs/emoji_cpu                                   after a tracker was away at the end of the run
+      WANDB_MODE=online sigray track runs/emoji_cpu
+
+    Takes the local folder of a run, and the variables of its trackers (docs/trackers.md). What a tracker has is not
+    sent again. Ctrl-C ends the command, and the next one goes on.
+
+    Exit codes: 0 the trackers have everything; 1 they lack something.
+    """
+    from sigray.orchestrator.run.tracker_process import TrackerProcess, check_trackers
+    from sigray.orchestrator.run_folder import METRICS, RunFolder, read_run
+
+    config = read_run(options.run_folder)
+    folder = RunFolder(config)
+    if not (folder.path / METRICS).exists():
+        raise ConfigError(
+            f"{folder.path} has no {METRICS}: give the local folder of a run, on the host that trained it"
+        )
+    check_trackers(config.run.trackers)
+    process = TrackerProcess(
+        folder, config.run.trackers, lambda text: say(console, text), name=config.run.name, finish_s=_TRACK_S
+    )
+    return 0 if process.finish() else 1
 
 
 def _resumed(options: Namespace) -> RunConfig:

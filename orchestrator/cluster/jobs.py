@@ -22,7 +22,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ class Job:
         file: content of the YAML that the words name as `FILE`; None without one.
         files: what the config names.
         home: the key of the local folder, which is then below the head's home.
+        trackers: of its runs, which need their variables.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Job:
     file: dict[str, Any] | None = None
     files: JobFiles = field(default_factory=JobFiles)
     home: str = ""
+    trackers: Sequence[str] = ()
 
 
 def config_job(
@@ -103,7 +105,8 @@ def config_job(
     files.check(path)
     name = config.run.name
     place = config.storage_uri
-    return Job(name, [command, FILE, *flags], f"/runs/{name}", place, ["export", place], content, files, home), config
+    job = Job(name, [command, FILE, *flags], f"/runs/{name}", place, ["export", place], content, files, home)
+    return replace(job, trackers=config.run.trackers if has_run else ()), config
 
 
 def place_job(command: str, place: str, kind: str, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -> Job:

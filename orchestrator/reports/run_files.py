@@ -78,12 +78,16 @@ class RunFiles:
 
     @property
     def samples_seen(self) -> int:
+        if self._is_summed_up:
+            return int(find_number(self.summary, "samples_seen") or 0)
         counts = (find_number(source, "samples_seen") or 0 for source in (self.summary, self.newest_line))
         return int(max(*counts, self.checkpoint[0].samples_seen if self.checkpoint else 0))
 
     @property
     def step(self) -> int:
         """Steps done; a checkpoint may be newer than the newest line."""
+        if self._is_summed_up:
+            return int(find_number(self.summary, "steps") or 0)
         done = find_number(self.summary, "steps") or 0, find_number(self.newest_line, "step") or 0
         return int(max(*done, self.checkpoint[0].step if self.checkpoint else 0))
 
@@ -124,8 +128,18 @@ class RunFiles:
             return "waiting for room"
         if self.is_driven:
             return "running" if self.samples_seen else "starting"
-        is_stale = (find_number(self.summary, "steps") or 0) < self.step
-        return "unfinished" if is_stale else find_text(self.summary, "status") or "unfinished"
+        return (find_text(self.summary, "status") or "unfinished") if self._is_summed_up else "unfinished"
+
+    @property
+    def _is_summed_up(self) -> bool:
+        """Whether the summary covers the newest line and checkpoint.
+
+        A run that stopped while it repeated steps has lines of later steps.
+        """
+        steps = find_number(self.summary, "steps") or 0
+        covered = max(steps, find_number(self.summary, "last_line_step") or 0)
+        has_all_lines = covered >= (find_number(self.newest_line, "step") or 0)
+        return not self.is_driven and has_all_lines and (not self.checkpoint or steps >= self.checkpoint[0].step)
 
     def baseline(self, name: str) -> float | None:
         """Return the top-1 of the pixel nearest neighbour.

@@ -2,6 +2,7 @@
 
 check      address and devices, lease, config of an earlier run, `preflight.check_run`
 start      Ray (`ray_session`), data-shard workers, monitor
+           the process of the trackers (`tracker_process`)
 supervise  attempts of the training workers (`supervisor`), evaluations beside them (`evaluations`)
 evaluate   figures of the newest checkpoint
 finish     end of Ray, summary, report
@@ -33,11 +34,12 @@ from sigray.orchestrator.run.preflight import check_model_and_sets, check_run, l
 from sigray.orchestrator.run.progress import Display
 from sigray.orchestrator.run.ray_death import RayDied
 from sigray.orchestrator.run.ray_session import ray_session
+from sigray.orchestrator.run.records import RunRecords
 from sigray.orchestrator.run.result import TrainResult, not_begun, result_of
 from sigray.orchestrator.run.signals import interrupt, on_stop_signal
 from sigray.orchestrator.run.summary import summarize
 from sigray.orchestrator.run.supervisor import Supervisor, resume_advice
-from sigray.orchestrator.run.trackers import RunRecords
+from sigray.orchestrator.run.tracker_process import TrackerProcess
 from sigray.orchestrator.run.trial import Rungs, Trial
 from sigray.orchestrator.run.worker_group import WorkerGroup
 from sigray.orchestrator.run_folder import CONFIG, RunFolder, evaluation_name, left_message
@@ -100,6 +102,7 @@ def train(
         if finished is not None:
             return result_of(run.folder, finished)
         run.display.keep = run.folder.append_event
+        run.start_trackers(stack)
         try:
             status = run.go_on()
         except KeyboardInterrupt:
@@ -174,6 +177,13 @@ class _Run:
             display.say(left_message(left))
         folder.begin(config, self.manifest)
         return None
+
+    def start_trackers(self, stack: contextlib.ExitStack) -> None:
+        """Start the process that sends the run to its trackers; `stack` ends it."""
+        names = [] if self.profile is not None else self.config.run.trackers
+        name = self.trial.name if self.trial is not None else self.config.run.name
+        group = name.rpartition("/")[0] if self.trial is not None else ""
+        stack.enter_context(TrackerProcess(self.folder, names, self.display.say, name=name, group=group))
 
     def go_on(self) -> str:
         """Train on one Ray after another until the end; return "finished" or "stopped"."""

@@ -8,7 +8,7 @@ from sigray.orchestrator.config import RunConfig
 from sigray.orchestrator.resources import evaluation_resources
 from sigray.orchestrator.run.policy import RunFailed
 from sigray.orchestrator.run.progress import Display
-from sigray.orchestrator.run.trackers import RunRecords
+from sigray.orchestrator.run.records import RunRecords
 from sigray.orchestrator.run.trial import Rungs
 from sigray.orchestrator.run_folder import RunFolder
 from sigray.workers.checkpoint.index import CheckpointInfo, is_committed, list_checkpoints

@@ -11,6 +11,7 @@ from sigray.orchestrator.config import ConfigError, RunConfig
 from sigray.orchestrator.planning.plan import check_memory
 from sigray.orchestrator.resources import check_slices
 from sigray.orchestrator.run.progress import Display
+from sigray.orchestrator.run.tracker_process import check_trackers
 from sigray.workers.config import ModelConfig
 from sigray.workers.data.manifest import Manifest, scan_shards
 from sigray.workers.data.shard_list import in_threads
@@ -41,6 +42,7 @@ def check_run(config: RunConfig, display: Display, *, saved: Manifest | None, is
 
     for name in config.cluster.train_callbacks:
         find_named(name, "cluster.train_callbacks")
+    check_trackers(config.run.trackers)
     manifest = scan(config, display, is_old=saved is not None and saved.is_old)
     check_batch(manifest, config.data, config.run.seed, config.train.global_batch_size)
     if saved is not None:

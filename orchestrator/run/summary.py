@@ -33,12 +33,13 @@ def summarize(
         evaluation: result of the newest evaluated checkpoint.
         train_s, total_s: seconds since the training workers were up, and since the driver began.
     """
-    newest = (folder.metrics() or [{}])[-1]
+    newest = folder.newest_line()
     return {
         "name": config.run.name,
         "status": status,
         "steps": newest.get("step", 0),
         "samples_seen": newest.get("samples_seen", 0),
+        "last_line_step": max((line["step"] for line in folder.metrics()), default=0),
         "train_s": round(train_s, 1),
         "total_s": round(total_s, 1),
         "loss": newest.get("train/loss"),

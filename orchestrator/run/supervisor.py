@@ -22,8 +22,8 @@ from sigray.orchestrator.run import policy
 from sigray.orchestrator.run.evaluations import Evaluations
 from sigray.orchestrator.run.places import Places, num_placed
 from sigray.orchestrator.run.progress import Display
+from sigray.orchestrator.run.records import RunRecords
 from sigray.orchestrator.run.signals import on_stop_signal
-from sigray.orchestrator.run.trackers import RunRecords
 from sigray.orchestrator.run.trial import Rungs
 from sigray.orchestrator.run.worker_group import WorkerGroup
 from sigray.workers.checkpoint.index import CheckpointInfo, list_checkpoints

@@ -144,4 +144,4 @@ class Rungs:
         """Return the sweep's decision after an evaluation; "stop" without a sweep."""
         if self._trial is None:
             return "stop"
-        return self._trial.decide(evaluation, (self._folder.metrics() or [{}])[-1])
+        return self._trial.decide(evaluation, self._folder.newest_line())

@@ -8,6 +8,7 @@ _BEGIN_AGAIN = "tests/orchestrator/run/test_begin_again.py"
 _CHAOS = "tests/orchestrator/chaos/test_chaos.py"
 _CLUSTER_FILES = "tests/cluster/test_files.py"
 _FOLDER = "tests/orchestrator/test_run_folder.py"
+_SENDER = "tests/orchestrator/trackers/test_sender.py"
 _FORMATTING = "tests/orchestrator/test_formatting.py"
 _LEASE = "tests/workers/checkpoint/test_lease.py"
 _MONITOR = "tests/orchestrator/run/test_monitor.py"
@@ -483,11 +484,46 @@ FAULTS = [
         (f"{_SUBMIT}::test_another_environment_is_named",),
     ),
     Fault(
-        "the step of a checkpoint is done again in the log",
+        "a repeated step is a second line",
+        "sigray.orchestrator.run_folder:RunFolder.append_metrics",
+        'if metrics["step"] > self._kept_step:',
+        "if True:",
+        (f"{_FOLDER}::test_the_first_line_of_a_step_stays",),
+    ),
+    Fault(
+        "a step that the checkpoints and the file have is the checkpoints'",
         "sigray.orchestrator.run_folder:RunFolder.restore_metrics",
-        'if line["step"] <= last_step]',
-        'if line["step"] < last_step]',
-        (f"{_FOLDER}::test_steps_behind_a_checkpoint_are_forgotten",),
+        "*copied, *lines]",
+        "*lines, *copied][::-1]",
+        (f"{_FOLDER}::test_another_machine_takes_the_lines_of_the_storage",),
+    ),
+    Fault(
+        "a row of a tracker that failed is sent without a look at what it has",
+        "sigray.orchestrator.trackers.sender:Sender._send_until_the_end",
+        "shown = self._tracker.open()",
+        "shown = self._tracker.open() and Shown()",
+        (f"{_SENDER}::test_a_failed_tracker_is_asked_what_it_has",),
+    ),
+    Fault(
+        "an evaluation's later figure brings all its figures again",
+        "sigray.orchestrator.trackers.feed:Feed._evaluation",
+        "if key not in known}",
+        "if True}",
+        (f"{_SENDER}::test_a_later_figure_of_an_evaluation_is_sent_alone",),
+    ),
+    Fault(
+        "a password in a URL is shown",
+        "sigray.orchestrator.trackers.sender:without_secrets",
+        '"://...@"',
+        'r"\\g<0>"',
+        (f"{_SENDER}::test_a_failed_tracker_is_asked_what_it_has",),
+    ),
+    Fault(
+        "W&B's rows of an earlier process are sent again",
+        "sigray.orchestrator.trackers.wandb_run:_Found.add",
+        'row.get("samples_seen") is not None',
+        "False",
+        (f"{_SENDER}::test_wandb_offline_goes_on_after_its_last_row",),
     ),
     Fault(
         "numbers have three digits",

@@ -83,6 +83,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "run.dir": _FOLDERS,
     "run.storage": _FOLDERS,
     "run.seed": _ORDER,
+    "run.trackers": (f"{_HERE}test_trackers_are_checked_and_fed",),
     "data.shards.*.weight": _MIXED,
     "data.image_keys": _MEMBERS,
     "data.captions": _MEMBERS,

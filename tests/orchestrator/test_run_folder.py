@@ -53,13 +53,41 @@ def steps(folder: RunFolder) -> list[float]:
     return [line["step"] for line in folder.metrics()]
 
 
-def test_steps_behind_a_checkpoint_are_forgotten(folder):
+def test_the_first_line_of_a_step_stays(folder):
     for step in (1, 2, 3, 4):
-        folder.append_metrics({"step": step})
-    folder.restore_metrics(3)
-    assert steps(folder) == [1, 2, 3]
-    folder.restore_metrics(0)
-    assert steps(folder) == []
+        folder.append_metrics({"step": step, "attempt": 1})
+    for attempt, first in ((2, 2), (3, 0)):
+        folder.restore_metrics(first)
+        assert folder.newest_line().get("step", 0) == first
+        for step in range(first + 1, 6):
+            folder.append_metrics({"step": step, "attempt": attempt})
+    assert [(line["step"], line["attempt"]) for line in folder.metrics()] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2)]
+    assert folder.newest_line() == {"step": 5, "attempt": 3}
+
+
+def test_the_next_driver_keeps_the_first_line_too(folder, config):
+    folder.append_metrics({"step": 1, "attempt": 1})
+    RunFolder(config).append_metrics({"step": 1, "attempt": 2})
+    RunFolder(config).append_metrics({"step": 2, "attempt": 2})
+    assert [line["attempt"] for line in folder.metrics()] == [1, 2]
+
+
+def test_another_machine_takes_the_lines_of_the_storage(config, tmp_path):
+    here, there = (
+        RunFolder(override(config, [f"run.storage={tmp_path}/shared", f"run.dir={tmp_path}/{name}"], "test"))
+        for name in ("here", "there")
+    )
+    for folder in (here, there):
+        folder.path.mkdir(parents=True)
+    for step in (1, 2, 3):
+        here.append_metrics({"step": step, "attempt": 1})
+    here.upload_records()
+    there.storage.write(
+        "metrics/0000000000-0000000002.jsonl", b'{"step": 1, "attempt": 2}\n{"step": 2, "attempt": 2}\n'
+    )
+    there.restore_metrics(2)
+    there.append_metrics({"step": 3, "attempt": 3})
+    assert [(line["step"], line["attempt"]) for line in there.metrics()] == [(1, 1), (2, 1), (3, 1)]
 
 
 def test_a_shared_folder_gets_the_records_as_a_bucket_does(config, tmp_path):
@@ -170,6 +198,8 @@ def test_a_run_in_s3_is_cleared_the_same_way(config, s3_variables, monkeypatch):
 @pytest.mark.parametrize("name", [METRICS, EVENTS])
 def test_a_full_disk_is_named(folder, name, monkeypatch, capsys):
     """The kernel's own ENOSPC: a file that is /dev/full; the command line adds what to do."""
+    folder.restore_metrics(0)  # knows the lines so far: /dev/full can be read for ever
+    (folder.path / name).unlink(missing_ok=True)
     (folder.path / name).symlink_to("/dev/full")
     write = {METRICS: lambda: folder.append_metrics({"step": 1}), EVENTS: lambda: folder.append_event("a", "note")}
     with pytest.raises(OSError, match=f"No space left on device: '{folder.path / name}'"):

@@ -281,6 +281,28 @@ def test_a_job_is_placed_on_the_head_and_carries_no_secret(run_config):
     assert CANARY not in f"{client.options} {env}"
 
 
+@pytest.mark.parametrize(("words", "names"), [
+    (["train", "CONFIG", "run.trackers=[wandb,tensorboard]"], {"WANDB_API_KEY", "WANDB_PROJECT"}),
+    (["sweep", "STUDY", "storage=s3://b/sweeps", "run.trackers=[mlflow]"], {"MLFLOW_TRACKING_PASSWORD"}),
+    (["train", "CONFIG"], set()),
+])  # fmt: skip
+def test_a_job_gets_the_variables_of_its_trackers(run_config, study, words, names, capsys, monkeypatch):
+    client = Recorder(CANARY)
+    monkeypatch.setattr("sigray.orchestrator.cluster.jobs.job_client", lambda *_: nullcontext(client))
+    for name in ("WANDB_API_KEY", "WANDB_PROJECT", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, CANARY)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    paths = {"CONFIG": str(run_config), "STUDY": str(study)}
+    assert main(["submit", "--no-follow", "--", *(paths.get(word, word) for word in words)]) == 0
+    env = client.options["runtime_env"].pop("env_vars")
+    assert {name for name, value in env.items() if value == CANARY} == names
+    assert client.holding == []
+    said = capsys.readouterr().out
+    assert CANARY not in f"{client.options} {said}"
+    assert all(name in said for name in names)
+
+
 @pytest.mark.parametrize(("said", "calls"), [("No available agent to submit job", 2), ("no space left", 1)])
 def test_a_head_that_has_just_started_gets_its_job(run_config, monkeypatch, said, calls):
     monkeypatch.setattr("time.sleep", lambda seconds: None)

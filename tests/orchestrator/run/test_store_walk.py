@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sigray.orchestrator.run_folder import RunFolder, read_run
+from sigray.orchestrator.trackers.wandb_run import read_history
 from sigray.workers.storage import Storage
 from tests.helpers.data import COLOURS, TOWERS, write_dataset
 from tests.helpers.runs import LIMIT_S, SIGRAY, Sigray
@@ -25,7 +27,9 @@ NUM_SAMPLES, BATCH = 1600, 16
 def test_embedded_killed_resumed_and_evaluated(own_ray, new_place, scheme, tmp_path):
     place = new_place(scheme)
     variables = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    variables |= {"COLUMNS": "160", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    variables |= {"COLUMNS": "160", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "WANDB_MODE": "offline"}
+    variables |= {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    trackers = ["tensorboard", "wandb", "mlflow"] if scheme == SCHEMES[1] else ["tensorboard"]
 
     def sigray(*words: str) -> str:
         done = subprocess.run(
@@ -41,7 +45,7 @@ def test_embedded_killed_resumed_and_evaluated(own_ray, new_place, scheme, tmp_p
     given.write("classes.json", json.dumps([{"id": name, "name": name} for name in COLOURS]).encode())
 
     content = {
-        "run": {"name": "walk", "dir": str(tmp_path / "runs"), "storage": f"{place}/runs"},
+        "run": {"name": "walk", "dir": str(tmp_path / "runs"), "storage": f"{place}/runs", "trackers": trackers},
         "data": {"shards": f"{place}/train", "crop": "center", "block_size": 16, "num_lanes": 2, "num_workers": 1},
         "model": {
             "towers": TOWERS,
@@ -70,8 +74,30 @@ def test_embedded_killed_resumed_and_evaluated(own_ray, new_place, scheme, tmp_p
     assert re.search(r"steps +[1-9][\d,]* to", sigray("resume", run))  # not from its beginning
     assert json.loads(given.read("runs/walk/summary.json"))["status"] == "finished"
 
+    if "mlflow" in trackers:
+        check_trackers(tmp_path)
+
     assert "top-1" in sigray("eval", run)
     assert "exactly once" in sigray("data", "audit", run)
+
+
+def check_trackers(folder: Path) -> None:
+    """Check that a run that was killed and resumed is one run, with each line once."""
+    from mlflow.tracking import MlflowClient
+
+    lines = RunFolder(read_run(str(folder / "runs" / "walk"))).metrics()
+    losses = [(line["samples_seen"], line["train/loss"]) for line in lines]
+    assert [seen for seen, _ in losses] == list(range(BATCH, NUM_SAMPLES + 1, BATCH))
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("sigray").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["checkpoint"].endswith(f"/runs/walk/checkpoints/step-{NUM_SAMPLES // BATCH:010d}")
+    assert run.data.params["train.global_batch_size"] == str(BATCH)
+    assert run.data.metrics["zero_shot_colours/top1"] >= 0
+    assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train/loss")] == losses
+    files = sorted((folder / "runs" / "walk" / "wandb").glob("offline-run-*/*.wandb"))
+    rows = [row for file in files for row in read_history(file) if "step" in row]
+    assert [(row["samples_seen"], row["train/loss"]) for row in rows] == losses
 
 
 def names(storage: Storage, folder: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Record what a run reports: run folder, TensorBoard, Prometheus, terminal."""
+"""Record what a run reports: run folder, Prometheus, terminal."""
 
 from __future__ import annotations
 
@@ -31,12 +31,11 @@ class RunRecords:
         self._name = config.run.name
         self._folder, self._manifest, self._display = folder, manifest, display
         self.prometheus = RunMetrics(name, config.checkpoint.save_every_s)
-        self._tensorboard: TensorBoard | None = None
         self.facts: dict[str, Any] = {}
         self.reasons: dict[int, dict[str, tuple[int, str]]] = {}
 
     def started(self, facts: dict[str, Any]) -> None:
-        """Begin an attempt: forget the metrics of steps that it repeats."""
+        """Begin an attempt."""
         first_step = facts["first_step"]
         if self.facts:
             self._display.say(f"the training workers were restarted and go on from step {first_step:,}", "restart")
@@ -46,8 +45,6 @@ class RunRecords:
         self.reasons = {}
         self.prometheus.started(facts)
         self._folder.restore_metrics(first_step)
-        self.close_trackers()
-        self._tensorboard = TensorBoard(self._folder, first_step * facts["global_batch_size"] + 1)
         data = data_facts(self._manifest)
         self._folder.save_summary({"name": self._name, "facts": facts, "data": data, "environment": environment()})
         with contextlib.suppress(OSError):  # for pages only; the end copies the records again
@@ -63,8 +60,6 @@ class RunRecords:
         self._folder.append_metrics(line)
         self._display.metrics(line)
         self.prometheus.line(line, num_data_workers)
-        if self._tensorboard is not None:
-            self._tensorboard.metrics(line)
 
     def refused(self, rank: int, reasons: dict[str, tuple[int, str]]) -> None:
         """Record a rank's refused and cut samples: reason -> count, the first sample."""
@@ -82,43 +77,6 @@ class RunRecords:
         self._folder.save_evaluation(result)
         self.prometheus.evaluation(result)
         self._display.evaluation(result)
-        if self._tensorboard is not None:
-            self._tensorboard.evaluation(result)
 
     def close(self) -> None:
         self._display.close()
-        self.close_trackers()
-
-    def close_trackers(self) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-
-
-class TensorBoard:
-    """Write metrics and evaluations as TensorBoard events, x axis in samples seen.
-
-    Args:
-        folder: of the run.
-        purge_from: samples seen from which on this writer supersedes earlier events.
-    """
-
-    def __init__(self, folder: RunFolder, purge_from: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=purge_from)
-
-    def metrics(self, line: dict[str, float]) -> None:
-        for key, value in line.items():
-            if "/" in key:
-                self._writer.add_scalar(key, value, int(line["samples_seen"]))
-
-    def evaluation(self, result: dict[str, Any]) -> None:
-        for which, figures_of in (("", result), ("without_ema_", result.get("without_ema") or {})):
-            for task in ("zero_shot", "retrieval"):
-                for name, figures in figures_of.get(task, {}).items():
-                    for key, value in figures.items():
-                        if not key.startswith("num_"):
-                            self._writer.add_scalar(f"{which}{task}_{name}/{key}", value, result["samples_seen"])
-
-    def close(self) -> None:
-        self._writer.close()
