@@ -104,7 +104,7 @@ def test_a_killed_process_is_replaced(make, expected):
                 if number in (0, 5):
                     os.kill(stream._workers.blocks.pids[number % 2], signal.SIGKILL)
         except (RuntimeError, DataError) as error:
-            pytest.fail(str(error))
+            raise AssertionError("a process was not replaced") from error
         assert len(pids - set(stream._workers.blocks.pids)) == 2
     assert found == expected
 
