@@ -22,9 +22,11 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch.distributed as dist
+from pydantic import Field
 
 from sigray.workers.config import DataConfig, ModelConfig
 from sigray.workers.data.extras import RESERVED, Extras, Map
@@ -36,7 +38,7 @@ from sigray.workers.data.worker import build_order, check_batch, image_kind
 from sigray.workers.model.inputs import shapes
 from sigray.workers.model.tokenizer import build_tokenizer
 from sigray.workers.model.trained_inputs import take_inputs
-from sigray.workers.parse import ParseError, parse_json
+from sigray.workers.parse import Count, ParseError, as_type, parse_json
 from sigray.workers.storage import Storage
 from sigray.workers.texts import ten_lines
 from sigray.workers.urls import local_or_url
@@ -96,6 +98,8 @@ def stream(
             f"global_batch_size={global_batch_size}, rank={rank}, world_size={world_size}: the batch must divide by "
             "the world size, and the rank be less"
         )
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples={num_samples}: at least 1, or None for an endless stream")
     if taken := [ending for ending in members if ending in RESERVED]:
         raise ValueError(f"members={taken}: a batch has other values of this name")
     config = DataConfig(shards=shards, **data)
@@ -119,6 +123,17 @@ def stream(
         found.load_state_dict(state)
     found.start(extras)
     return found
+
+
+@dataclass(frozen=True)
+class _State:
+    """What `Stream.state_dict` returns."""
+
+    version: Literal[1]
+    samples_seen: Count
+    order: dict[str, Any]
+    num_shards: Count
+    shards: Annotated[list[str], Field(min_length=_NUM_DIGESTS, max_length=_NUM_DIGESTS)]  # a digest of each part
 
 
 class Stream:
@@ -156,7 +171,7 @@ class Stream:
         self._data, self._model, self._seed = data, model, seed
         self._global_batch_size = global_batch_size
         self._rank, self._world_size = rank, world_size
-        self._last_step = -(-(num_samples or _ENDLESS) // global_batch_size)
+        self._last_step = -(-(_ENDLESS if num_samples is None else num_samples) // global_batch_size)
         self._samples_seen = 0
         self._loader: Loader | None = None
         self._workers: _Workers | None = None
@@ -196,17 +211,17 @@ class Stream:
             while True:
                 if self._loader is not loader:
                     raise RuntimeError("another loop over this stream, or load_state_dict, has ended this loop")
-                batch = next(batches, None)
+                try:
+                    batch = next(batches, None)
+                except Exception:
+                    self.close()
+                    raise
                 if batch is None:
                     break
                 self._samples_seen = (batch.step + 1) * self._global_batch_size
                 yield _as_dict(batch)
-        except GeneratorExit:  # the loop was left: another one may go on
+        finally:  # also if the loop is left; another one may go on
             loader.close()
-            raise
-        except DataError:
-            self.close()
-            raise
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -229,14 +244,19 @@ class Stream:
             ValueError: the state is of another order, or between two global batches.
             DataError: the state is of other shards; the message names the first ones.
         """
-        if not isinstance(state, dict) or state.get("version") != 1:
-            raise ValueError("state: expected what state_dict() of a sigray.stream returned")
+        try:
+            saved = as_type(_State, state)
+        except ParseError as error:
+            raise ValueError(f"state: expected what state_dict() of a sigray.stream returned: {error}") from None
         own = self._order_keys()
-        for name, value in state["order"].items():
-            if own[name] != value:
-                raise ValueError(f"{name}={own[name]}, but the state is of {name}={value}: the order would be another")
-        _check_shards(self.manifest, state["num_shards"], state["shards"])
-        seen = state["samples_seen"]
+        for name in own | saved.order:
+            if own.get(name) != saved.order.get(name):
+                was = saved.order.get(name)
+                raise ValueError(
+                    f"{name}={own.get(name)}, but the state is of {name}={was}: the order would be another"
+                )
+        _check_shards(self.manifest, saved.num_shards, saved.shards)
+        seen = saved.samples_seen
         if seen % self._global_batch_size:
             raise ValueError(
                 f"global_batch_size={self._global_batch_size}: the state's {seen} samples seen are no multiple of it"
