@@ -27,6 +27,7 @@ from sigray.orchestrator.reports.run_page import write_report
 from sigray.orchestrator.run import policy, ray_death
 from sigray.orchestrator.run.evaluations import Evaluations, add_baselines, evaluates_at_start, submit_evaluation
 from sigray.orchestrator.run.monitor import RunMonitor
+from sigray.orchestrator.run.observer import Observer
 from sigray.orchestrator.run.own_ray import check_start
 from sigray.orchestrator.run.places import Places
 from sigray.orchestrator.run.policy import RunFailed
@@ -65,6 +66,7 @@ def train(
     overwrite: bool = False,
     trial: Trial | None = None,
     profile: Profile | None = None,
+    observer: Observer | None = None,
 ) -> TrainResult:
     """Train a model as a config says, until the run is done or interrupted.
 
@@ -81,6 +83,7 @@ def train(
         overwrite: delete an earlier run of the same name first.
         trial: the trial of a sweep that this run is; the sweep has checked its config.
         profile: the steps to profile; the run ends after these steps.
+        observer: takes lines of metrics and evaluations as they come, and may stop the run.
 
     Returns:
         Status, counts, figures, and the newest checkpoint.
@@ -89,7 +92,7 @@ def train(
         ConfigError, DataError, OSError: for what the user can fix, before anything starts.
         RunFailed: if training itself failed.
     """
-    run = _Run(config, Display(console or PlainConsole()), RunFolder(config), trial, profile)
+    run = _Run(config, Display(console or PlainConsole()), RunFolder(config), trial, profile, observer)
     check_start(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(on_stop_signal(interrupt))
@@ -133,6 +136,7 @@ class _Run:
     folder: RunFolder
     trial: Trial | None
     profile: Profile | None
+    observer: Observer | None
     begin: float = field(default_factory=time.monotonic)
     lives: list[_RayLife] = field(default_factory=list)
     failed: list[policy.Attempt] = field(default_factory=list)
@@ -267,7 +271,7 @@ class _RayLife:
         self._records = RunRecords(config, folder, run.manifest, display, name=name)
         stack.enter_context(contextlib.closing(self._records))
         self._rungs = Rungs(config, folder, monitor, trial)
-        self._evaluations = Evaluations(config, folder, self._records, self._rungs, display)
+        self._evaluations = Evaluations(config, folder, self._records, self._rungs, display, run.observer)
         if run.lives:
             self._records.facts, self._evaluations.newest, _ = run.lives[-1].results()
         at_start = evaluates_at_start(config, is_trial=trial is not None)
@@ -275,7 +279,7 @@ class _RayLife:
             config, folder, run.manifest, self._pool, monitor, run.lease.owner, self._rungs.steps, run.profile, at_start
         )
         parts = (group, run.lease, self._records, self._evaluations, self._rungs, display, self._places)
-        self.supervisor = Supervisor(config, *parts, run.failed)
+        self.supervisor = Supervisor(config, *parts, run.observer, run.failed)
 
     def train(self) -> str:
         """Train, and evaluate what is trained; return "finished" or "stopped"."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from sigray.orchestrator.config import RunConfig
 from sigray.orchestrator.resources import evaluation_resources
+from sigray.orchestrator.run.observer import Observer
 from sigray.orchestrator.run.policy import RunFailed
 from sigray.orchestrator.run.progress import Display
 from sigray.orchestrator.run.records import RunRecords
@@ -28,10 +29,16 @@ class Evaluations:
     """
 
     def __init__(
-        self, config: RunConfig, folder: RunFolder, records: RunRecords, rungs: Rungs, display: Display
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        records: RunRecords,
+        rungs: Rungs,
+        display: Display,
+        observer: Observer | None,
     ) -> None:
         self._config, self._folder, self._display = config, folder, display
-        self._records, self._rungs = records, rungs
+        self._records, self._rungs, self._observer = records, rungs, observer
         # Of the initial weights, if an earlier driver died before it evaluated them.
         first = list_checkpoints(folder.storage)[:1] if config.eval.sets else []
         self._queue = [info for info in first if info.step == 0 and not folder.has_evaluation(info.step)]
@@ -66,6 +73,8 @@ class Evaluations:
             else:
                 self._num_failures = 0
                 self._records.evaluation(result)
+                if self._observer is not None:
+                    self._observer.evaluation(result)
                 self._mark_best(result)
                 if self.newest is None or result["step"] >= self.newest["step"]:
                     self.newest = result

@@ -20,6 +20,7 @@ from sigray.orchestrator.formatting import format_duration
 from sigray.orchestrator.resources import worker_resources
 from sigray.orchestrator.run import policy
 from sigray.orchestrator.run.evaluations import Evaluations
+from sigray.orchestrator.run.observer import Observer
 from sigray.orchestrator.run.places import Places, num_placed
 from sigray.orchestrator.run.progress import Display
 from sigray.orchestrator.run.records import RunRecords
@@ -67,6 +68,7 @@ class Supervisor:
     rungs: Rungs
     display: Display
     places: Places
+    observer: Observer | None = None
     failed: list[policy.Attempt] = field(default_factory=list)
     newest_checkpoint: CheckpointInfo | None = None
     train_s: float = 0.0
@@ -210,6 +212,8 @@ class Supervisor:
         self.records.prometheus.repeat()
         self._pool.poll()
         self.evaluations.poll()
+        if self.observer is not None and self.observer.must_stop and not self._stop.is_set():
+            self.ask_to_stop()
         if self.rungs.decide() == "stop":
             self._stop.set()
 
@@ -233,6 +237,8 @@ class Supervisor:
             self._last_step = int(content["step"])
             self.records.metrics(content, getattr(self._pool, "size", None))
             self._autoscaler.metrics(content)
+            if self.observer is not None:
+                self.observer.line(content)
             if self.rungs.record(content) and not self._stop.is_set():
                 self.ask_to_stop()
         elif kind == "checkpoint":

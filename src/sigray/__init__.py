@@ -24,6 +24,7 @@ __all__ = [
     "stream",
     "sweep",
     "train",
+    "trainable",
 ]
 
 _MODULES = {
@@ -39,6 +40,7 @@ _MODULES = {
     "stream": "sigray.workers.data.stream",
     "sweep": "sigray.tuning.sweep",
     "train": "sigray.orchestrator.run.driver",
+    "trainable": "sigray.tuning.trainable",
 }
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from sigray.orchestrator.run.result import TrainResult
     from sigray.tuning.study import load_study
     from sigray.tuning.sweep import sweep
+    from sigray.tuning.trainable import trainable
     from sigray.workers.data.stream import stream
 else:
 
