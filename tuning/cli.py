@@ -103,7 +103,8 @@ def sweep(options: Namespace, console: Console) -> int:
         storage = Storage(study.config.storage_uri)
         say(console, f"report: {write_report(study, storage, read_table(storage))}")
         return 0
-    table = sweep(study, console, overwrite=options.overwrite, retry=options.retry)
+    result = sweep(study, console, overwrite=options.overwrite, retry=options.retry)
+    table = result.table
     console.print(results_table(table, study))
     from sigray.tuning.report import best_yaml, headline
 
@@ -112,7 +113,7 @@ def sweep(options: Namespace, console: Console) -> int:
         os.environ.pop(RESULT, None)  # the last line of a job names best.yaml
     counts = ", ".join(f"{count} {status}" for status, count in table.counts().items())
     say(console, f"trials: {counts}; {table.samples_spent:,} samples seen\nreport: {study.config.folder}/report.html")
-    if not all(row.is_over for row in table.rows.values()):
+    if result.status == "stopped":
         say(console, f"continue with: sigray sweep --resume {study.config.storage_uri}")
         return 130
     return 0

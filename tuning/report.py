@@ -164,7 +164,7 @@ def headline(study: Study, table: Table) -> str:
     ranked = _with_result(table)
     if not ranked:
         return "No trial has reached a result."
-    best = _known_best(study, table)
+    best = known_best(study, table)
     results = _results(ranked[0])
     many = words.counted(len(ranked), "configuration")
     begin = f"Best of {many}" if len(ranked) > 1 else "One configuration so far"
@@ -183,7 +183,7 @@ def headline(study: Study, table: Table) -> str:
 
 def best_figure(study: Study, table: Table) -> str:
     """The best figure for the list, if it is above chance."""
-    best = _known_best(study, table)
+    best = known_best(study, table)
     return f"best {_with_error(study, _results(best))}" if best else ""
 
 
@@ -193,7 +193,7 @@ def _is_level(study: Study, best: Ranked, other: Ranked) -> bool:
     return best.mean - other.mean < 2 * variance**0.5
 
 
-def _known_best(study: Study, table: Table) -> Ranked | None:
+def known_best(study: Study, table: Table) -> Ranked | None:
     """The first of the ranking, if it is more than two standard errors above chance."""
     for best in _with_result(table)[:1]:
         chance = _chance(study, best.rows)
@@ -304,7 +304,7 @@ def _trials(study: Study, table: Table, trials: Mapping[int, Trial]) -> dict[str
     has_seeds, has_budgets = len(study.config.seeds) > 1, len(study.config.budgets) > 1
     head = ["trial", *map(_short, names), *["seed"] * has_seeds, *["budget"] * has_budgets]
     head += ["outcome", "pairs seen", "figure"]
-    best = _known_best(study, table)
+    best = known_best(study, table)
     best_numbers = {row.number for row in best.rows} if best else set()
     rows = []
     order = list(table.rows.values())
@@ -326,7 +326,7 @@ def _trials(study: Study, table: Table, trials: Mapping[int, Trial]) -> dict[str
 
 def best_yaml(study: Study, table: Table) -> str:
     """The best configuration as a run; empty if none is above chance."""
-    best = _known_best(study, table)
+    best = known_best(study, table)
     if best is None:
         return ""
     row = best.rows[0]

@@ -58,6 +58,7 @@ from sigray.workers.data.manifest import Manifest
 from sigray.workers.storage import Storage
 
 if TYPE_CHECKING:
+    from sigray.tuning.result import SweepResult
     from sigray.workers.config import DataConfig
     from sigray.workers.data.pool import DataPool, SharedPool
     from sigray.workers.training.job import Answer
@@ -75,7 +76,7 @@ _WRITTEN = (
 _SLACK_BLOCKS = 3  # by which subscribers of a stream may differ, besides what they prefetch
 
 
-def sweep(study: Study, console: Console | None = None, *, overwrite: bool = False, retry: bool = False) -> Table:
+def sweep(study: Study, console: Console | None = None, *, overwrite: bool = False, retry: bool = False) -> SweepResult:
     """Run a study to its end, or until it is interrupted; resume a sweep that began.
 
     Args:
@@ -85,13 +86,14 @@ def sweep(study: Study, console: Console | None = None, *, overwrite: bool = Fal
         retry: run failed trials again.
 
     Returns:
-        The table. If the sweep was interrupted, some trials are not over.
+        Status, trials, the best configuration. If the sweep was interrupted, some trials are not over.
 
     Raises:
         ConfigError, OSError: for what the user can repair, before anything starts.
         RuntimeError: if no trial reached a result.
     """
     from sigray.tuning.report import write_report
+    from sigray.tuning.result import result_of
 
     # Ray Tune prints to standard output: while it runs that is redirected to a file, and our console is not.
     display = Display(PlainConsole(file=(console or PlainConsole()).file))
@@ -137,7 +139,7 @@ def sweep(study: Study, console: Console | None = None, *, overwrite: bool = Fal
         failed = [row for row in driver.table.rows.values() if row.status == "failed"]
         if failed and not any(row.results for row in driver.table.rows.values()):
             raise RuntimeError(f"no trial reached a result; trial {failed[0].number}: {failed[0].error}")
-        return driver.table
+        return result_of(study, driver.table)
 
 
 def plan(study: Study, console: Console) -> Any:
