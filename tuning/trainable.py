@@ -6,7 +6,7 @@
             '-- training workers, in a placement group of their own
 
 Ray Tune stops a trial by `RunTrial.cleanup`: the run writes a last checkpoint and ends its workers before the process
-of the trial ends. A killed process would leave the placement group of its training workers behind (Ray #54305).
+of the trial ends. If the process were killed, the placement group of its training workers would stay (Ray #54305).
 
 `sigray sweep` decides differently (`tuning/sweep.py`): in the order of the trials, so that a sweep can be repeated.
 """
@@ -67,9 +67,9 @@ class RunTrial(tune.Trainable):
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
-        """Return the placement of a trial's process and evaluations; the driver calls this for each trial.
+        """Return the placement of a trial's process and evaluations.
 
-        The training workers have a placement group of their own.
+        The driver calls this for each trial. The training workers have a placement group of their own.
         """
         _refuse_population_based_training()
         evaluation = cls.base.eval

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "RunConfig",
+    "SweepResult",
     "TrainResult",
     "all_reduce_gradients",
     "cached_backward",
@@ -29,6 +30,7 @@ __all__ = [
 
 _MODULES = {
     "RunConfig": "sigray.orchestrator.config",
+    "SweepResult": "sigray.tuning.result",
     "TrainResult": "sigray.orchestrator.run.result",
     "all_reduce_gradients": "sigray.losses.gradients",
     "cached_backward": "sigray.losses.gradcache",
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from sigray.orchestrator.planning.plan import plan
     from sigray.orchestrator.run.driver import train
     from sigray.orchestrator.run.result import TrainResult
+    from sigray.tuning.result import SweepResult
     from sigray.tuning.study import load_study
     from sigray.tuning.sweep import sweep
     from sigray.tuning.trainable import trainable

@@ -29,6 +29,13 @@ _SUBMIT = "tests/orchestrator/cluster/test_jobs.py"
 
 FAULTS = [
     Fault(
+        "an observer cannot stop a run",
+        "sigray.orchestrator.run.supervisor:Supervisor._poll",
+        "            self.ask_to_stop()",
+        "            pass",
+        ("tests/orchestrator/run/test_supervisor.py::test_an_observer_stops_the_run",),
+    ),
+    Fault(
         "Ray Train copies each checkpoint",
         "sigray.orchestrator.run.monitor:RayHooks.share",
         "CheckpointUploadMode.NO_UPLOAD",

@@ -6,12 +6,34 @@ _DECIDE = "tests/tuning/test_decide.py"
 _REPORT = "tests/tuning/test_report.py"
 _SEARCH = "tests/tuning/test_search.py"
 _SPACE = "tests/tuning/test_space.py"
+_TRAINABLE = "tests/tuning/test_trainable.py"
 _TABLE = "tests/tuning/test_table.py"
 _VERDICT = "tests/tuning/test_verdict.py"
 _STUDY = "tests/tuning/test_study.py"
 _SWEEP = "tests/tuning/test_sweep.py"
 
 FAULTS = [
+    Fault(
+        "a trial's process ends before its training workers",
+        "sigray.tuning.trainable:RunTrial.cleanup",
+        "            self._thread.join()",
+        "            pass",
+        (f"{_TRAINABLE}::test_a_stopped_trial_ends_its_run_before_its_process",),
+    ),
+    Fault(
+        "population based training starts trials",
+        "sigray.tuning.trainable:_refuse_population_based_training",
+        "isinstance(scheduler, PopulationBasedTraining | PopulationBasedTrainingReplay)",
+        "isinstance(scheduler, PopulationBasedTrainingReplay)",
+        (f"{_TRAINABLE}::test_population_based_training_is_refused_by_name",),
+    ),
+    Fault(
+        "a scheduler gets results without its metric",
+        "sigray.tuning.trainable:Results.line",
+        "if not self._is_evaluated:",
+        "if True:",
+        (f"{_TRAINABLE}::test_with_held_out_sets_each_evaluation_is_a_result",),
+    ),
     Fault(
         "ASHA rounds down",
         "sigray.tuning.decide:_by_rank",
@@ -252,7 +274,7 @@ FAULTS = [
     ),
     Fault(
         "a configuration below chance is called the best",
-        "sigray.tuning.report:_known_best",
+        "sigray.tuning.report:known_best",
         "best.mean > chance +",
         "best.mean > -chance +",
         (f"{_REPORT}::test_a_trial_below_chance_is_not_called_best",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,6 +52,23 @@ def test_a_finished_run_answers_at_once(run_yaml, plain):
     assert f"sigray resume {load_config(run_yaml).storage_uri} train.num_samples=N` trains it to more than 64" in said
     drive(run_yaml, "eval.batch_size=7")
     assert len(plain.started) == 2
+
+
+def test_the_result_has_counts_and_the_newest_checkpoint(run_yaml, plain):
+    seen: list[float] = []
+    observer = SimpleNamespace(must_stop=False, line=lambda line: seen.append(line["step"]), evaluation=None)
+    config = load_config(run_yaml)
+    result = driver.train(config, Console(file=io.StringIO()), observer=observer)
+    assert (result.status, result.steps, result.samples_seen) == ("finished", 4, 4 * BATCH)
+    assert result.checkpoint == f"{config.storage_uri}/checkpoints/step-0000000004"
+    assert result.loss == lines(config)[-1]["train/loss"]
+    assert result.folder == config.folder
+    assert result.summary == json.loads((config.folder / "summary.json").read_text())
+    assert seen == [1, 2, 3, 4]
+    reported = [metrics["checkpoint_uri"] for metrics, _ in plain.reports]
+    assert reported[-1] == result.checkpoint
+    again = driver.train(config, Console(file=io.StringIO()))
+    assert (again.checkpoint, again.loss, again.ray_result) == (result.checkpoint, result.loss, None)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])

@@ -156,3 +156,21 @@ def test_a_run_that_fails_says_how_long_it_trained(monkeypatch, tmp_path):
     with pytest.raises(RunFailed):
         supervised.run()
     assert supervised.train_s == 90
+
+
+def test_an_observer_stops_the_run(tmp_path):
+    requests: list[str] = []
+    monitor = SimpleNamespace(take=SimpleNamespace(remote=list), request=SimpleNamespace(remote=requests.append))
+    made = supervisor_of(Storage(tmp_path), monitor)
+    nothing = SimpleNamespace(poll=lambda: None, decide=lambda: None)
+    made.records.prometheus.repeat = lambda: None
+    made.evaluations = made.rungs = made._pool = nothing
+    made.observer = SimpleNamespace(must_stop=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray, "get", lambda value: value)
+        made._poll()
+        assert requests == []
+        made.observer.must_stop = True
+        made._poll()
+        made._poll()
+    assert requests == ["stop"]
