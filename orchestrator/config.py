@@ -26,7 +26,7 @@ from sigray.workers.parse import ParseError, dump_yaml, parse_yaml
 if TYPE_CHECKING:
     from sigray.workers.storage import Storage
 
-TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 AnySection = TypeVar("AnySection", bound=Section)
 
 
@@ -47,7 +47,7 @@ class RunSection(Section):
     seed: NonNegativeInt = 0
     """Seed of the weights, the order of samples, and dropout."""
     trackers: list[TrackerName] = ["tensorboard"]
-    """Trackers that show the run: tensorboard, wandb, mlflow.
+    """Trackers that show the run: tensorboard, wandb, mlflow, trackio.
     Their keys and servers come from environment variables (trackers.md). tensorboard writes to the run's folder."""
 
 

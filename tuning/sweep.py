@@ -45,6 +45,7 @@ from sigray.orchestrator.run.preflight import scan
 from sigray.orchestrator.run.progress import Display
 from sigray.orchestrator.run.ray_session import ray_session
 from sigray.orchestrator.run.signals import on_stop_signal
+from sigray.orchestrator.run.tracker_process import check_trackers
 from sigray.orchestrator.run.trial import TRIAL_CPUS, rung_step
 from sigray.orchestrator.run_folder import REPORT, WRITTEN, check_inputs, check_kind, clear_folder, left_message
 from sigray.tuning.feasible import feasible
@@ -100,6 +101,7 @@ def sweep(study: Study, console: Console | None = None, *, overwrite: bool = Fal
     config = study.config
     base = _base(study)
     check_start(base, num_evaluations=base.eval.num_workers)
+    check_trackers(base.run.trackers)
     storage = Storage(config.storage_uri)
     storage.check_writable()
     with contextlib.ExitStack() as stack:

@@ -33,7 +33,7 @@ def check_run(config: RunConfig, display: Display, *, saved: Manifest | None, is
 
     Args:
         saved: the manifest that the run began with; None: the run begins now.
-        is_trial: the sweep has checked model, sets and memory.
+        is_trial: the sweep has checked model, sets, memory and trackers.
 
     Raises:
         ConfigError, DataError, OSError: for what the user can fix.
@@ -42,7 +42,8 @@ def check_run(config: RunConfig, display: Display, *, saved: Manifest | None, is
 
     for name in config.cluster.train_callbacks:
         find_named(name, "cluster.train_callbacks")
-    check_trackers(config.run.trackers)
+    if not is_trial:
+        check_trackers(config.run.trackers)
     manifest = scan(config, display, is_old=saved is not None and saved.is_old)
     check_batch(manifest, config.data, config.run.seed, config.train.global_batch_size)
     if saved is not None:

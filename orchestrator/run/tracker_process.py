@@ -1,4 +1,4 @@
-"""The driver's side of the trackers: check them, start the process that sends, and end it.
+"""Check trackers; start and end the process that sends a run to them.
 
 Nothing here waits for a tracker while the run trains.
 """
@@ -23,8 +23,8 @@ from sigray.orchestrator.run.signals import blocked_for_children
 from sigray.orchestrator.run_folder import RunFolder
 from sigray.workers.parse import ParseError, parse_json
 
-_LIBRARIES = ("wandb", "mlflow")  # importable names, and those of the extras
-_CHECK_S = 60.0
+_LIBRARIES = ("wandb", "mlflow", "trackio")  # importable names, and those of the extras
+_CHECK_S = 120.0  # on a busy machine, imports alone take half a minute
 _FINISH_S = 60.0
 _KILL_S = 5.0  # after the time that the process allows itself
 _MAX_RESTARTS = 10  # in a row
@@ -89,7 +89,9 @@ class TrackerProcess:
         finish_s: float = _FINISH_S,
     ) -> None:
         self._finish_s = finish_s
-        self._path, self._names, self._say = folder.path, list(dict.fromkeys(names)), say
+        self._path = folder.path
+        self._say = say
+        self._names = list(dict.fromkeys(names))
         self._ended = threading.Event()
         self._is_over = False  # the process gets no more time
         self._process: subprocess.Popen[bytes] | None = None
@@ -177,7 +179,7 @@ def _start(folder: Path, finish_s: float, names: Sequence[str]) -> subprocess.Po
 
 
 def _environment() -> dict[str, str]:
-    """Return variables with which the process imports this sigray, in whatever folder a trial works."""
+    """Return variables with which the process imports this sigray, in any folder."""
     paths = [str(Path(sigray.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 

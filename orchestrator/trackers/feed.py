@@ -1,4 +1,4 @@
-"""Read what a run records and a tracker shows: figures by step, held-out images, notes.
+"""Read what a run records for trackers: figures by step, held-out images.
 
 A step has one line in metrics.jsonl, and a line never changes: a restart that repeats the step adds none
 (`RunFolder.append_metrics`). So a tracker that shows each line once shows the figures of the file.

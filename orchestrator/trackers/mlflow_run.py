@@ -72,7 +72,7 @@ class MLflow:
         self._client.log_text(self._run, (self._folder / CONFIG).read_text(), CONFIG)
 
     def send(self, rows: list[Row]) -> None:
-        """Send rows in few batches: SQLite takes some 50 batches a second, and a server fewer."""
+        """Send rows in few batches. SQLite takes some 50 a second, a server fewer."""
         batch: list[Any] = []
         for row in rows:
             metrics = self._metrics(row)

@@ -31,6 +31,7 @@ from sigray.orchestrator.run_folder import TRACKERS, TRACKERS_LOCK, TrackedAs, r
 from sigray.orchestrator.trackers.feed import Feed, Row, Shown, read_status
 from sigray.orchestrator.trackers.mlflow_run import MLflow
 from sigray.orchestrator.trackers.tensorboard_files import TensorBoard
+from sigray.orchestrator.trackers.trackio_run import Trackio
 from sigray.orchestrator.trackers.variables import SECRETS
 from sigray.orchestrator.trackers.wandb_run import WandB
 from sigray.workers.checkpoint.index import FOLDER as CHECKPOINTS
@@ -50,7 +51,7 @@ class Tracker(Protocol):
     """One run in one tracker."""
 
     def open(self) -> Shown:
-        """Begin or continue the run; return what the tracker has. Called again after a failure."""
+        """Begin the run, or continue it after a failure; return what is there."""
 
     def send(self, rows: list[Row]) -> None:
         """Send rows in their order, each as a whole or not at all."""
@@ -66,8 +67,9 @@ ADAPTERS: dict[str, Callable[[Path, TrackedAs], Tracker]] = {
     "tensorboard": lambda folder, tracked: TensorBoard(folder),
     "wandb": WandB,
     "mlflow": MLflow,
+    "trackio": Trackio,
 }
-_CHECKS: dict[str, Callable[[], None]] = {"wandb": WandB.check, "mlflow": MLflow.check}
+_CHECKS: dict[str, Callable[[], None]] = {"wandb": WandB.check, "mlflow": MLflow.check, "trackio": Trackio.check}
 
 
 class Checkpoints:
@@ -103,7 +105,7 @@ class Checkpoints:
 
 
 class Sender:
-    """Send one run to one tracker, until the run has ended and the tracker has everything.
+    """Send a run to one tracker, until the run has ended and all is sent.
 
     Args:
         say: shows a message to the user.
@@ -126,13 +128,15 @@ class Sender:
 
     def run(self) -> None:
         """Send until the end; a failure is a warning, and tried again."""
-        pause_s, is_away = _POLL_S, False
+        pause_s = _POLL_S
+        is_away = False
         while not self.is_done:
             try:
                 for _ in self._send_until_the_end():
                     if is_away:
                         self._say(f"the tracker {self.name} takes lines again")
-                    pause_s, is_away = _POLL_S, False
+                    pause_s = _POLL_S
+                    is_away = False
             except Exception as error:
                 if not is_away:
                     self._say(
@@ -172,7 +176,7 @@ class Sender:
 
 
 def without_secrets(text: str) -> str:
-    """Return the first line of a message without passwords in URLs and values of secret variables."""
+    """Return the first line of a message without keys and passwords."""
     text = _URL_PASSWORD.sub("://...@", text.strip().partition("\n")[0])
     for name in SECRETS:
         if value := os.environ.get(name):
@@ -183,7 +187,7 @@ def without_secrets(text: str) -> str:
 def send(
     folder: Path, names: list[str], ended: threading.Event, say: Callable[[str], None], finish_s: float
 ) -> list[str]:
-    """Send a run to trackers until the run has ended; return the trackers that lack something.
+    """Send a run until it has ended; return the trackers that lack something.
 
     Args:
         finish_s: seconds that trackers get to take the rest after the end.
@@ -227,6 +231,7 @@ def main() -> None:
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # a failure is tried again here
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
 
@@ -248,8 +253,8 @@ def main() -> None:
         ended.set()
 
     threading.Thread(target=wait_for_the_end, daemon=True).start()
-    finish_s, names = float(others[0]), others[1:]
-    behind = send(Path(first), names, ended, say, finish_s)
+    finish_s = float(others[0])
+    behind = send(Path(first), others[1:], ended, say, finish_s)
     if behind:
         say(f"after {finish_s:.0f} s the trackers {', '.join(behind)} lack figures of the run")
     os._exit(1 if behind else 0)

@@ -14,7 +14,7 @@ FOLDER = "tensorboard"
 
 
 class TensorBoard:
-    """A folder of event files, one for each process that wrote; x axis in samples seen.
+    """A folder of event files, one for each process; x axis in samples seen.
 
     A row is one event, and an event has a checksum. So a row is in a file as a whole, or is not there.
     """

@@ -1,4 +1,4 @@
-"""Environment variables from which the libraries of trackers take servers and keys.
+"""Variables from which the libraries of trackers take servers and keys.
 
 `sigray submit` gives a job those of its config's trackers. They are in no config and in no record of a run.
 """
@@ -19,6 +19,7 @@ VARIABLES: dict[str, tuple[str, ...]] = {
         "MLFLOW_TRACKING_INSECURE_TLS",
         "MLFLOW_EXPERIMENT_NAME",
     ),
+    "trackio": ("TRACKIO_PROJECT", "TRACKIO_DIR"),
 }
 SECRETS = ("WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
 

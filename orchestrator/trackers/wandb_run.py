@@ -1,4 +1,4 @@
-"""Keep a run in Weights & Biases: on a server, or in offline files for `wandb sync`."""
+"""Keep a run in Weights & Biases: on a server, or in files for `wandb sync`."""
 
 from __future__ import annotations
 
@@ -119,7 +119,10 @@ class _Found:
 
 
 def _captioned(images: list[Image]) -> Any:
-    """Return images with their right name and the best names. A table would keep them outside of the run's folder."""
+    """Return images with their right and best names as captions.
+
+    A table would keep the images outside of the run's folder.
+    """
     import wandb
     from PIL.Image import open as decode
 
@@ -139,7 +142,8 @@ def read_history(path: Path) -> Iterator[dict[str, Any]]:
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     data = path.read_bytes()
-    at, parts = _HEADER, b""
+    at = _HEADER
+    parts = b""
     while at + _HEADER <= len(data):
         if _BLOCK - at % _BLOCK < _HEADER:
             at += _BLOCK - at % _BLOCK  # the rest of the block is padding
@@ -175,7 +179,7 @@ def _wait_for_writers(folder: Path) -> None:
 
 
 def _writer_in(folder: Path) -> str:
-    """Return the id of another process that has a file of a folder open; empty without one."""
+    """Return the id of another process with an open file in a folder, or ""."""
     inside = f"{folder.resolve()}/"
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         try:

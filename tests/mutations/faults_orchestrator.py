@@ -519,6 +519,27 @@ FAULTS = [
         (f"{_SENDER}::test_a_later_figure_of_an_evaluation_is_sent_alone",),
     ),
     Fault(
+        "events of an earlier process are written again",
+        "sigray.orchestrator.trackers.tensorboard_files:TensorBoard.open",
+        "shown.add_keys(event.step, keys)",
+        "pass",
+        (f"{_SENDER}::test_tensorboard_has_rows_whole_and_goes_on",),
+    ),
+    Fault(
+        "a job does not get the keys of its trackers",
+        "sigray.orchestrator.cli.cluster:submit",
+        "env = of_trackers | {",
+        "env = {} | {",
+        (f"{_SUBMIT}::test_a_job_gets_the_variables_of_its_trackers",),
+    ),
+    Fault(
+        "a run that stops while it repeats steps is summed up at the last line of its file",
+        "sigray.orchestrator.run.summary:summarize",
+        "folder.newest_line()",
+        "folder.metrics()[-1]",
+        (f"{_SENDER}::test_a_run_that_stops_while_it_repeats_steps_is_summed_up_at_its_own",),
+    ),
+    Fault(
         "a password in a URL is shown",
         "sigray.orchestrator.trackers.sender:without_secrets",
         '"://...@"',

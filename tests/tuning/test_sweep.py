@@ -329,6 +329,14 @@ def test_a_study_of_which_nothing_can_run_is_refused(study, tmp_path, capsys):
     assert not (tmp_path / "small" / "results.jsonl").exists()
 
 
+def test_a_tracker_that_is_missing_is_told_before_anything_starts(study, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sigray.orchestrator.run.tracker_process.importlib.util.find_spec", lambda name: None)
+    path = study.config.folder.parent.parent / "study.yaml"
+    assert main(["sweep", str(path), f"dir={tmp_path}", "run.trackers=[wandb]"]) == 2
+    assert "run.trackers: wandb needs a library that is not installed" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_plan_shows_all_trials_and_writes_nothing(study, tmp_path, capsys):
     path = study.config.folder.parent.parent / "study.yaml"
     assert main(["sweep", str(path), f"dir={tmp_path}", "--plan"]) == 0

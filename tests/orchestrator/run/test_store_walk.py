@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mlflow.tracking import MlflowClient
 
 from sigray.orchestrator.run_folder import RunFolder, read_run
 from sigray.orchestrator.trackers.wandb_run import read_history
@@ -30,6 +31,9 @@ def test_embedded_killed_resumed_and_evaluated(own_ray, new_place, scheme, tmp_p
     variables |= {"COLUMNS": "160", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "WANDB_MODE": "offline"}
     variables |= {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
     trackers = ["tensorboard", "wandb", "mlflow"] if scheme == SCHEMES[1] else ["tensorboard"]
+    if "mlflow" in trackers:
+        client = MlflowClient(variables["MLFLOW_TRACKING_URI"])
+        client.create_experiment("sigray", artifact_location=str(tmp_path / "artifacts"))
 
     def sigray(*words: str) -> str:
         done = subprocess.run(
@@ -83,8 +87,6 @@ def test_embedded_killed_resumed_and_evaluated(own_ray, new_place, scheme, tmp_p
 
 def check_trackers(folder: Path) -> None:
     """Check that a run that was killed and resumed is one run, with each line once."""
-    from mlflow.tracking import MlflowClient
-
     lines = RunFolder(read_run(str(folder / "runs" / "walk"))).metrics()
     losses = [(line["samples_seen"], line["train/loss"]) for line in lines]
     assert [seen for seen, _ in losses] == list(range(BATCH, NUM_SAMPLES + 1, BATCH))

@@ -1,4 +1,4 @@
-"""Trackers after many kills: every line once, with the figures of metrics.jsonl."""
+"""Trackers after many kills, and before a run: every line once, with the figures of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mlflow.tracking import MlflowClient
 
-from sigray.orchestrator.run.tracker_process import check_trackers
+from sigray.orchestrator.config import ConfigError
+from sigray.orchestrator.run.tracker_process import TrackerProcess, check_trackers
 from sigray.orchestrator.run_folder import RunFolder
+from sigray.orchestrator.trackers.tensorboard_files import TensorBoard
 from sigray.orchestrator.trackers.wandb_run import read_history
-from tests.helpers.played_run import played_config
+from sigray.workers.data.manifest import Manifest
+from tests.helpers.hanging_server import hanging_mlflow
+from tests.helpers.played_run import line_of, played_config
 
 NUM_KILLS = 20
 
@@ -36,7 +41,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, minutes: None, victims: list[s
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(name, value)
-        # As the driver does. It makes MLflow's database, in several transactions: a kill there breaks it.
+        client = MlflowClient()
+        client.create_experiment("sigray", artifact_location=str(folder / "artifacts"))
+        # As the driver does. The first use makes MLflow's database in several transactions: a kill there breaks it.
         check_trackers(["wandb", "mlflow"])
     environment = os.environ | variables
     rng = random.Random(7)
@@ -124,9 +131,39 @@ def evaluated(run: RunFolder) -> list[tuple[int, float]]:
 
 
 def mlflow_history(run: RunFolder, keys: list[str]) -> dict[str, Any]:
-    from mlflow.tracking import MlflowClient
-
     client = MlflowClient(f"sqlite:///{run.path.parent}/mlflow.db")
     (found,) = client.search_runs([client.get_experiment_by_name("sigray").experiment_id])
     assert found.info.status == "FINISHED"
     return {key: [(m.step, m.value) for m in client.get_metric_history(found.info.run_id, key)] for key in keys}
+
+
+@pytest.mark.parametrize("variables", [
+    {"MLFLOW_TRACKING_URI": "http://user:word@127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"},
+    {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9"},
+])  # fmt: skip
+def test_a_tracker_that_is_away_at_the_start_is_an_error(minutes, variables, tmp_path, monkeypatch):
+    for name, value in {"HOME": str(tmp_path), **variables}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    name = "mlflow" if "MLFLOW_TRACKING_URI" in variables else "wandb"
+    with pytest.raises(ConfigError, match=rf"run\.trackers: {name}: .*docs/trackers\.md") as caught:
+        check_trackers([name])
+    assert "word" not in str(caught.value)
+
+
+def test_a_tracker_that_answers_only_the_check_does_not_hold_the_run(minutes, tmp_path, monkeypatch):
+    config = played_config(tmp_path, ["tensorboard", "mlflow"])
+    run = RunFolder(config)
+    run.path.mkdir()
+    run.begin(config, Manifest(()))
+    with hanging_mlflow() as url:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        check_trackers(config.run.trackers)
+        said: list[str] = []
+        process = TrackerProcess(run, config.run.trackers, said.append, name="played", finish_s=8)
+        run.append_metrics(line_of(1))
+        run.save_summary({"status": "finished"})
+        assert not process.finish()
+    assert any("the trackers mlflow lack figures" in text for text in said)
+    assert "sigray track" in said[-1]
+    assert TensorBoard(run.path).open().samples_seen == 256

@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 
 from sigray.orchestrator.config import ConfigError
+from sigray.orchestrator.reports.foreign_folder import ForeignFolder
+from sigray.orchestrator.reports.run_files import read_run_files
 from sigray.orchestrator.run import tracker_process
+from sigray.orchestrator.run.summary import summarize
 from sigray.orchestrator.run.tracker_process import TrackerProcess, check_trackers
 from sigray.orchestrator.run_folder import METRICS, RunFolder, TrackedAs
 from sigray.orchestrator.trackers import sender
@@ -23,6 +26,7 @@ from sigray.orchestrator.trackers.feed import Feed, Row, Shown
 from sigray.orchestrator.trackers.tensorboard_files import TensorBoard
 from sigray.orchestrator.trackers.wandb_run import WandB, read_history
 from sigray.workers.data.manifest import Manifest
+from sigray.workers.storage import Storage
 from tests.helpers.played_run import line_of, played_config
 from tests.helpers.run_folders import SET, evaluation
 
@@ -185,9 +189,9 @@ def test_tensorboard_has_rows_whole_and_goes_on(run):
     file = next(path for path in (run.path / "tensorboard").iterdir() if path.stat().st_size > 1000)
     file.write_bytes(file.read_bytes()[:-5])  # a crash in the last event
     again = TensorBoard(run.path)
-    (row,) = rows_of(run, again.open())
-    assert row.step == 2
-    again.send([row])
+    rows = rows_of(run, again.open())
+    assert [row.step for row in rows] == [2]
+    again.send(rows)
     again.close("")
     found = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"scalars": 0})
     found.Reload()
@@ -217,6 +221,22 @@ def test_wandb_offline_goes_on_after_its_last_row(run, monkeypatch):
     assert [row["train/loss"] for row in rows if "step" in row] == [1 / 3 + 10, 1 / 3 + 5]
     assert len(list((run.path / "wandb").glob("offline-run-*/files/media/images/**/*.png"))) >= 2
     assert all(b"0123456789" * 4 not in path.read_bytes() for path in run.path.rglob("*") if path.is_file())
+
+
+def test_trackio_goes_on_after_its_last_row(run, monkeypatch, tmp_path):
+    storage = pytest.importorskip("trackio.sqlite_storage", reason="trackio needs an older pillow")
+    monkeypatch.setattr(storage, "TRACKIO_DIR", tmp_path / "trackio")
+    from sigray.orchestrator.trackers.trackio_run import Trackio
+
+    for step in (1, 2):
+        run.append_metrics(line_of(step))
+        run.save_evaluation(evaluation(step, 0.25, 0.5))
+        tracker = Trackio(run.path, TrackedAs("a1", "sweep/a", "sweep"))
+        tracker.send(rows_of(run, tracker.open()))
+    logs = storage.SQLiteStorage.get_logs("sigray", run_id="a1")
+    losses = [(log["step"], log["train/loss"]) for log in logs if "train/loss" in log]
+    assert losses == [(256, 1 / 3 + 10), (512, 1 / 3 + 5)]
+    assert [log["step"] for log in logs if f"zero_shot_{SET}/top1" in log] == [256, 512]
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch):
@@ -254,7 +274,7 @@ def test_a_process_that_was_killed_is_started_again(run):
     said: list[str] = []
     process = TrackerProcess(run, ["tensorboard"], said.append, name="played")
     run.append_metrics(line_of(1))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 20
     while process._process is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert process._process is not None
@@ -265,3 +285,19 @@ def test_a_process_that_was_killed_is_started_again(run):
     assert process.finish()
     assert said[0] == "the process of the trackers died (code -9): starting it again"
     assert TensorBoard(run.path).open().samples_seen == 256
+
+
+def test_a_run_that_stops_while_it_repeats_steps_is_summed_up_at_its_own(run):
+    for step in (1, 2, 3, 4):
+        run.append_metrics(line_of(step))
+    run.restore_metrics(2)
+    run.append_metrics(line_of(3))
+    config = played_config(run.path.parent, [])
+    found = summarize(config, run, Manifest(()), "stopped", {}, None, train_s=1, total_s=1)
+    assert (found["steps"], found["samples_seen"]) == (3, 768)
+    run.save_summary(found)
+    page = read_run_files(ForeignFolder(Storage(run.path)))
+    assert (page.status, page.step, page.samples_seen) == ("stopped", 3, 768)
+    run.append_metrics(line_of(5))
+    page = read_run_files(ForeignFolder(Storage(run.path)))
+    assert (page.status, page.step) == ("unfinished", 5)
