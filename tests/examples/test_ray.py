@@ -43,13 +43,13 @@ def python(folder: Path, *arguments: str) -> str:
 def test_six_trials_of_a_users_tuner_end(own_ray, tmp_path):
     small = SmallRun(tmp_path)
     output = python(
-        tmp_path, "-c", TUNER, str(small.config), "zero_shot/colours/top1", *SMALL, "train.num_samples=3072"
+        tmp_path, "-c", TUNER, str(small.config), "zero_shot/colours/top1", *SMALL, "train.num_samples=1536"
     )
     assert "6 trials, 0 failed; best: {" in output
     assert "placement groups left: 0" in output
     logs = [path.read_text() for path in (tmp_path / "runs" / "small").glob("*-trial.log")]
     assert len(logs) == 6
-    ended = [re.search(r"3,072 samples, colours", log) is not None for log in logs]
+    ended = [re.search(r"1,536 samples, colours", log) is not None for log in logs]
     assert True in ended
     stopped = [log for log, is_whole in zip(logs, ended, strict=True) if not is_whole]
     assert all("stopping: a last checkpoint is written" in log for log in stopped)
