@@ -170,7 +170,7 @@ def caption_member(source: str) -> str:
     return source.partition(":")[0]
 
 
-def _ending(text: str) -> str:
+def member_ending(text: str) -> str:
     """Return an ending in lower case and without a dot in front, as tars are read."""
     ending = text.strip().lower().removeprefix(".")
     if not ending or re.search(r"[/*?;:]", ending):
@@ -181,12 +181,12 @@ def _ending(text: str) -> str:
 def _image_keys(keys: list[str]) -> list[str]:
     if not keys:
         raise ValueError("[] names no ending of an image member: write [jpg] or several")
-    return list(dict.fromkeys(map(_ending, keys)))
+    return list(dict.fromkeys(map(member_ending, keys)))
 
 
 def _caption_source(source: str) -> str:
     member, colon, path = source.partition(":")
-    ending = _ending(member)
+    ending = member_ending(member)
     if colon and not (all(path.split(".")) if ending == "json" else path == LINES):
         raise ValueError(
             f"{source!r} can match no member: write an ending, as in txt, or txt:{LINES}, json:KEY or json:KEY.KEY"

@@ -12,7 +12,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
+    "DataError",
     "RunConfig",
+    "Stream",
     "SweepResult",
     "TrainResult",
     "all_reduce_gradients",
@@ -29,7 +31,9 @@ __all__ = [
 ]
 
 _MODULES = {
+    "DataError": "sigray.workers.data.tar",
     "RunConfig": "sigray.orchestrator.config",
+    "Stream": "sigray.workers.data.stream",
     "SweepResult": "sigray.tuning.result",
     "TrainResult": "sigray.orchestrator.run.result",
     "all_reduce_gradients": "sigray.losses.gradients",
@@ -58,7 +62,8 @@ if TYPE_CHECKING:
     from sigray.tuning.study import load_study
     from sigray.tuning.sweep import sweep
     from sigray.tuning.trainable import trainable
-    from sigray.workers.data.stream import stream
+    from sigray.workers.data.stream import Stream, stream
+    from sigray.workers.data.tar import DataError
 else:
 
     def __getattr__(name: str) -> Any:

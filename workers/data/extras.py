@@ -19,10 +19,12 @@ from sigray.workers.data.tar import DataError, TarSample
 
 Map = Callable[[dict[str, Any]], dict[str, Any] | None]
 _RUN_CODE = ("pkl", "pickle", "pyd", "pth")
-RESERVED = ("images", "tokens", "samples")
+IN_BATCH = ("images", "tokens", "samples", "replaced")
 """Keys of a batch that no member and no map function may give."""
 _OWN = ("image", "caption")
 _NAMES = ("__key__", "__url__")
+RESERVED = (*IN_BATCH, *_OWN, *_NAMES, "__seed__")
+"""Keys that no member may have."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Extras:
 
     Args:
         members: endings of further members, in lower case.
-        map: called with a sample as a dict. Its keys: `image`, (S, S, 3) uint8; `caption`; each member, None if the
-            sample lacks it; `__key__`, `__url__`; `__seed__`, an integer drawn for this sample in this epoch. It
+        map: called with a sample as a dict. Its keys: `image`, (S, S, 3) uint8, a copy; `caption`; each member, None if
+            the sample lacks it; `__key__`, `__url__`; `__seed__`, an integer drawn for this sample in this epoch. It
             returns the dict, changed or a new one. None: the sample is refused, counted and replaced.
 
     Raises:
@@ -43,12 +45,19 @@ class Extras:
     map: Map | None = None
 
     def __post_init__(self) -> None:
+        if self.map is not None and not callable(self.map):
+            raise ValueError(f"map={self.map!r}: a function of a sample expected")
         for ending in self.members:
             if ending.rpartition(".")[2] in _RUN_CODE:
                 raise ValueError(
                     f"members: {ending!r} is decoded by pickle, which runs code of whoever wrote the tar: write .npy, "
                     ".npz or .json members"
                 )
+
+    @property
+    def map_name(self) -> str | None:
+        """What the map function is called; None without one."""
+        return None if self.map is None else getattr(self.map, "__qualname__", type(self.map).__name__)
 
     def add(
         self, sample: TarSample, url: str, caption: str, image: np.ndarray, random: SampleRandom
@@ -65,8 +74,8 @@ class Extras:
             values[ending] = None if content is None else _decode(ending, bytes(content))
         if self.map is None:
             return caption, values
-        name = getattr(self.map, "__qualname__", type(self.map).__name__)
-        given = {**values, "image": image, "caption": caption, "__seed__": _seed(random)}
+        name = self.map_name
+        given = {**values, "image": image.copy(), "caption": caption, "__seed__": _seed(random)}
         try:
             mapped = self.map(given)
             if mapped is None:
@@ -74,7 +83,7 @@ class Extras:
             return self._taken(mapped, image)
         except Refused:
             raise
-        except Exception as error:
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
             raise DataError(f"{url} key {sample.key}: map={name}: {type(error).__name__}: {error}") from error
 
     @staticmethod
@@ -82,15 +91,14 @@ class Extras:
         """Check what the map function returned, and write its image to the batch."""
         if not isinstance(mapped, dict) or not {*_OWN, *_NAMES} <= mapped.keys():
             raise TypeError("return the sample, a dict with `image`, `caption`, `__key__` and `__url__`, or None")
-        if taken := [key for key in RESERVED if key in mapped]:
+        if taken := [key for key in IN_BATCH if key in mapped]:
             raise TypeError(f"{taken}: a batch has other values of this name")
         pixels = np.asarray(mapped["image"])
         if pixels.shape != image.shape or pixels.dtype != image.dtype:
             raise TypeError(f"image: {image.shape} {image.dtype} expected, {pixels.shape} {pixels.dtype} returned")
         if not isinstance(mapped["caption"], str):
             raise TypeError(f"caption: a text expected, {type(mapped['caption']).__name__} returned")
-        if pixels is not image:
-            image[:] = pixels
+        image[:] = pixels
         return mapped["caption"], {key: value for key, value in mapped.items() if key not in (*_OWN, "__seed__")}
 
 

@@ -152,11 +152,13 @@ class Loader:
         return self._ready.qsize()
 
     def close(self) -> None:
-        """Stop requesting blocks. Safe to call at any time."""
+        """Stop requesting blocks, and end the iteration. Safe to call at any time."""
         self._stop.set()
         with contextlib.suppress(queue.Empty):  # the thread may wait to add a batch
             while True:
                 self._ready.get_nowait()
+        with contextlib.suppress(queue.Full):
+            self._ready.put_nowait(None)
 
     def _produce(self) -> None:
         try:

@@ -10,9 +10,9 @@ unsafe beside the threads of torch, and multiprocessing's spawn runs the user's 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import threading
@@ -47,6 +47,11 @@ class ProcessBlocks:
     def __init__(self, arguments: bytes, num_workers: int, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._workers = [_Process(arguments) for _ in range(num_workers)]
+
+    def forget(self) -> None:
+        """Drop the outstanding requests: nobody waits for them any more."""
+        for worker in self._workers:
+            worker.generation += 1
 
     @property
     def pids(self) -> list[int]:
@@ -92,7 +97,9 @@ class _Process:
         self._arguments = arguments
         self._lock = threading.Lock()
         self._outstanding: deque[tuple[tuple[Any, ...], Future[Block]]] = deque()
-        self._is_closed = False
+        self.generation = 0
+        self._end: Exception | None = None  # why it answers no more
+        self._lock.acquire()  # until the thread has sent the arguments
         self._start()
         threading.Thread(target=self._read, name="data-shard worker", daemon=True).start()
 
@@ -103,20 +110,21 @@ class _Process:
     def request(self, *what: Any) -> Future[Block]:
         future: Future[Block] = Future()
         with self._lock:
-            if self._is_closed:
-                future.set_exception(RuntimeError("the data-shard worker's process has ended"))
+            if self._end is not None:
+                future.set_exception(self._end)
                 return future
-            self._outstanding.append((what, future))
+            self._outstanding.append(((self.generation, *what), future))
             with contextlib.suppress(OSError):  # it has died: `_read` sends the request again
-                self._connection.send(what)
+                self._connection.send((self.generation, *what))
         return future
 
     def kill(self) -> None:
         self._process.kill()
 
     def close(self) -> None:
-        with self._lock:
-            self._is_closed = True
+        self._end = self._end or RuntimeError("the stream is closed")
+        self._process.kill()
+        with self._lock:  # not while another is started
             self._process.kill()
         self._process.wait()
 
@@ -128,57 +136,70 @@ class _Process:
             path = {"PYTHONPATH": os.pathsep.join(folder or os.getcwd() for folder in sys.path)}
             environment = os.environ | path | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
             self._process = subprocess.Popen(
-                command, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL, env=environment
+                command,
+                pass_fds=[there.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the reader, whose end ends the process
             )
+
+    def _send_arguments(self) -> None:
+        """Wait until the process takes them, if they are more than the socket holds."""
         with contextlib.suppress(OSError):
             self._connection.send_bytes(self._arguments)
 
     def _read(self) -> None:
         """Resolve requests until the end, in a thread of its own."""
+        self._send_arguments()
+        self._lock.release()
         num_deaths = 0
         while True:
             try:
-                answer = self._connection.recv()
+                content = self._connection.recv_bytes()
             except (EOFError, OSError):
                 num_deaths += 1
                 with self._lock:
                     status = self._process.wait()
-                    if self._is_closed or num_deaths == _MAX_DEATHS:
-                        self._is_closed = True
-                        return self._fail(status)
+                    if num_deaths == _MAX_DEATHS and self._end is None:
+                        self._end = DataError(self._why_dead(status))
+                    if self._end is not None:
+                        for _, future in self._outstanding:
+                            future.set_exception(self._end)
+                        return
                     self._start()
+                    self._send_arguments()
                     with contextlib.suppress(OSError):
                         for what, _ in self._outstanding:
                             self._connection.send(what)
                 continue
             num_deaths = 0
             _, future = self._outstanding.popleft()
+            try:
+                answer = pickle.loads(content)
+            except Exception as error:
+                answer = RuntimeError(
+                    f"a value of the map function cannot be unpickled: {type(error).__name__}: {error}"
+                )
             if isinstance(answer, Exception):
                 future.set_exception(answer)
             else:
                 future.set_result(answer)
 
-    def _fail(self, status: int) -> None:
-        """Answer all requests, of which the oldest ended the process each time."""
-        for what, future in self._outstanding:
-            future.set_exception(
-                DataError(
-                    f"lane {what[0]} block {what[1]}: the data-shard worker's process ended {_MAX_DEATHS} times "
-                    f"(status {status}) before it answered. Its output has the reason; without one it may need more "
-                    "memory"
-                )
-            )
+    def _why_dead(self, status: int) -> str:
+        what = f"a data-shard worker's process ended {_MAX_DEATHS} times (status {status}) without an answer"
+        for (_, lane, number, _), _ in itertools.islice(self._outstanding, 1):
+            what = f"lane {lane} block {number}: {what}"
+        return f"{what}. Its output has the reason; without one it may need more memory"
 
 
 def main() -> None:
     """Answer requests for blocks until the other end of the socket is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the reader, whose end ends this process
     keep_freed_memory()
     connection = Connection(int(sys.argv[1]))
-    requests: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
+    requests = _Requests()
     arguments = connection.recv_bytes()
     # In a thread: the reader's sends never wait for a decode, and its end is seen at once.
-    threading.Thread(target=_receive, args=(connection, requests), daemon=True).start()
+    threading.Thread(target=requests.receive, args=(connection,), daemon=True).start()
     worker: DataWorker | None = None
     failed: Exception = AssertionError()
     try:
@@ -187,22 +208,33 @@ def main() -> None:
     except Exception as error:  # the answer to each request
         failed = error
     while True:
-        request = requests.get()
+        generation, *request = requests.queue.get()
+        answer: Block | Exception | None = None
         try:
-            answer: Block | Exception = worker.block(*request) if worker is not None else failed
+            if generation == requests.newest_generation:  # else nobody waits for it
+                answer = worker.block(*request) if worker is not None else failed
         except Exception as error:
             answer = error
         connection.send_bytes(_pickled(answer))
 
 
-def _receive(connection: Connection, requests: SimpleQueue[tuple[Any, ...]]) -> None:
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            requests.put(connection.recv())
-    os._exit(0)
+class _Requests:
+    """Requests that a process has received and not answered."""
+
+    def __init__(self) -> None:
+        self.queue: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
+        self.newest_generation = 0
+
+    def receive(self, connection: Connection) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                request = connection.recv()
+                self.newest_generation = request[0]
+                self.queue.put(request)
+        os._exit(0)
 
 
-def _pickled(answer: Block | Exception) -> bytes:
+def _pickled(answer: Block | Exception | None) -> bytes:
     """The answer, or what it says if it cannot be sent."""
     try:
         content = pickle.dumps(answer)

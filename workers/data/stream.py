@@ -17,10 +17,12 @@ import hashlib
 import itertools
 import json
 import logging
+import operator
 import os
 import sys
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -28,7 +30,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch.distributed as dist
 from pydantic import Field
 
-from sigray.workers.config import DataConfig, ModelConfig
+from sigray.workers.config import DataConfig, ModelConfig, member_ending
 from sigray.workers.data.extras import RESERVED, Extras, Map
 from sigray.workers.data.loader import Batch, BlockSource, Loader
 from sigray.workers.data.manifest import Manifest, scan_shards
@@ -92,33 +94,28 @@ def stream(
         DataError: the shards cannot be used, or changed since the manifest or the state was made.
         OSError: a store refuses, or the manifest cannot be written.
     """
-    rank, world_size = _place(rank, world_size)
-    if not (0 <= rank < world_size and global_batch_size > 0 and global_batch_size % world_size == 0):
-        raise ValueError(
-            f"global_batch_size={global_batch_size}, rank={rank}, world_size={world_size}: the batch must divide by "
-            "the world size, and the rank be less"
-        )
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples={num_samples}: at least 1, or None for an endless stream")
-    if taken := [ending for ending in members if ending in RESERVED]:
-        raise ValueError(f"members={taken}: a batch has other values of this name")
-    config = DataConfig(shards=shards, **data)
-    settings = ModelConfig(name=model) if isinstance(model, str) else ModelConfig.model_validate(model)
-    extras = Extras(tuple(members), map)
-    _check_same(
-        global_batch_size=global_batch_size,
-        world_size=world_size,
-        state=state,
-        seed=seed,
-        num_samples=num_samples,
-        members=list(members),
-        data=config.model_dump(mode="json"),
-        model=settings.model_dump(mode="json"),
-    )
+
+    def checked() -> tuple[dict[str, Any], DataConfig, ModelConfig, Extras]:
+        own_rank, size = _place(rank, world_size)
+        batch = _whole("global_batch_size", global_batch_size, 1)
+        if batch % size:
+            raise ValueError(f"global_batch_size={batch} does not divide by world_size={size}")
+        numbers = {
+            "rank": own_rank,
+            "world_size": size,
+            "global_batch_size": batch,
+            "seed": _whole("seed", seed, 0, 2**32 - 1),
+            "num_samples": None if num_samples is None else _whole("num_samples", num_samples, 1),
+        }
+        config = DataConfig(shards=os.fspath(shards) if isinstance(shards, os.PathLike) else shards, **data)
+        settings = ModelConfig(name=model) if isinstance(model, str) else ModelConfig.model_validate(model)
+        return numbers, config, settings, Extras(_endings(members), map)
+
+    numbers, config, settings, extras = _same_on_all_processes(checked, state)
     kept = None if manifest is None else local_or_url(os.fspath(manifest))
     made, settings = _from_rank_0(lambda: (_manifest(config, kept), _with_inputs(settings)))
-    check_batch(made, config, seed, global_batch_size)
-    found = Stream(made, config, settings, seed, global_batch_size, rank, world_size, num_samples)
+    check_batch(made, config, numbers["seed"], numbers["global_batch_size"])
+    found = Stream(made, config, settings, **numbers)
     if state is not None:
         found.load_state_dict(state)
     found.start(extras)
@@ -144,6 +141,7 @@ class Stream:
         images      (b, S, S, 3) uint8; b = global_batch_size / world_size
         tokens      (b, T) int32
         samples     (b, 3) int64 array: epoch, shard in the manifest, index in the shard
+        replaced    (b,) bool array: the row shows another sample, because its own was refused
         __key__     list of b texts; __url__ likewise; each member and each key of `map` likewise
 
     The data-shard workers end with the loop: after the last batch, after an error of the stream, by `close`, at the end
@@ -160,6 +158,7 @@ class Stream:
         manifest: Manifest,
         data: DataConfig,
         model: ModelConfig,
+        *,
         seed: int,
         global_batch_size: int,
         rank: int,
@@ -174,6 +173,8 @@ class Stream:
         self._last_step = -(-(_ENDLESS if num_samples is None else num_samples) // global_batch_size)
         self._samples_seen = 0
         self._loader: Loader | None = None
+        self._reasons: dict[str, tuple[int, str]] = {}
+        self._waited_s = 0.0
         self._workers: _Workers | None = None
 
     def start(self, extras: Extras) -> None:
@@ -210,7 +211,7 @@ class Stream:
         try:
             while True:
                 if self._loader is not loader:
-                    raise RuntimeError("another loop over this stream, or load_state_dict, has ended this loop")
+                    raise RuntimeError("close, load_state_dict or another loop over this stream has ended this loop")
                 try:
                     batch = next(batches, None)
                 except Exception:
@@ -266,13 +267,13 @@ class Stream:
 
     @property
     def refused(self) -> dict[str, tuple[int, str]]:
-        """Samples replaced, and captions cut, in this loop: count and first by reason."""
-        return self._loader.reasons if self._loader is not None else {}
+        """Samples replaced, and captions cut, in the newest loop: count and first by reason."""
+        return self._loader.reasons if self._loader is not None else self._reasons
 
     @property
     def wait_s(self) -> float:
-        """Seconds that this loop has waited for batches."""
-        return self._loader.wait_s if self._loader is not None else 0.0
+        """Seconds that the newest loop has waited for batches."""
+        return self._loader.wait_s if self._loader is not None else self._waited_s
 
     @property
     def kind(self) -> Literal["actors", "processes"]:
@@ -282,8 +283,7 @@ class Stream:
 
     def close(self) -> None:
         """End the loop and this rank's use of the data-shard workers. May be called twice."""
-        if self._loader is not None:
-            self._loader.close()
+        self._end_loop()
         self._end()
 
     def __enter__(self) -> Stream:
@@ -294,20 +294,25 @@ class Stream:
 
     def _end_loop(self) -> None:
         if self._loader is not None:
+            self._reasons, self._waited_s = self._loader.reasons, self._loader.wait_s
             self._loader.close()
-        self._loader = None
+            self._loader = None
+            if self._workers is not None:
+                self._workers.forget()
 
     def _order(self) -> StreamOrder:
         return build_order(self.manifest, self._data, self._seed)
 
     def _order_keys(self) -> dict[str, Any]:
         weights = [part.weight for part in self._data.shards.values()] if isinstance(self._data.shards, dict) else [1.0]
+        shares = [weight / sum(weights) for weight in weights]
         own = {"num_lanes": self._data.num_lanes, "shuffle_window": self._data.shuffle_window}
-        return {"seed": self._seed, **own, "weights": weights}
+        return {"seed": self._seed, **own, "shares": shares}
 
 
 def _as_dict(batch: Batch) -> dict[str, Any]:
     found: dict[str, Any] = {"images": batch.images, "tokens": batch.tokens, "samples": batch.samples}
+    found["replaced"] = batch.replaced
     for name in dict.fromkeys(name for extra in batch.extras for name in extra):
         found[name] = [extra.get(name) for extra in batch.extras]
     batch.release()  # the memory is used again once nothing views the images
@@ -315,29 +320,86 @@ def _as_dict(batch: Batch) -> dict[str, Any]:
 
 
 def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    if (rank is None) != (world_size is None):
-        raise ValueError(f"rank={rank}, world_size={world_size}: give both or neither")
-    if rank is not None and world_size is not None:
-        return rank, world_size
-    if _has_group():
-        return dist.get_rank(), dist.get_world_size()
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """Return rank and world size: as given, of torch.distributed, of the environment."""
+    names = ("rank", "world_size")
+    values: tuple[Any, Any] = (rank, world_size)
+    if values == (None, None) and _has_group():
+        values = (dist.get_rank(), dist.get_world_size())
+    elif values == (None, None):
+        names = ("RANK", "WORLD_SIZE")
+        values = (os.environ.get("RANK"), os.environ.get("WORLD_SIZE"))
+        if values == (None, None):
+            return 0, 1
+        values = tuple(int(text) if text and text.isdigit() else text for text in values)  # type: ignore[assignment]
+    if None in values:
+        raise ValueError(f"{names[0]}={values[0]}, {names[1]}={values[1]}: give both or neither")
+    size = _whole(names[1], values[1], 1)
+    return _whole(names[0], values[0], 0, size - 1), size
+
+
+def _whole(name: str, value: Any, least: int, most: int = 2**62) -> int:
+    """Return a whole number between bounds as an int of Python's."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or not least <= number <= most:
+        at_most = "" if most == 2**62 else f" and at most {most}"
+        raise ValueError(f"{name}={value!r}: a whole number of at least {least}{at_most} expected")
+    return number
+
+
+def _endings(members: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(members, str) or not all(isinstance(ending, str) for ending in members):
+        raise ValueError(f'members={members!r}: a list of endings expected, such as ["npy", "json"]')
+    endings = tuple(member_ending(ending) for ending in members)
+    if taken := [ending for ending in endings if ending in RESERVED]:
+        raise ValueError(f"members={taken}: sigray has other values of this name")
+    return endings
 
 
 def _has_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _check_same(**arguments: Any) -> None:
-    """Compare the arguments of all processes."""
+_Checked = tuple[dict[str, Any], DataConfig, ModelConfig, Extras]
+
+
+def _same_on_all_processes(check: Callable[[], _Checked], state: dict[str, Any] | None) -> _Checked:
+    """Return the checked arguments; raise on all processes if one has others, or an error."""
     if not _has_group():
-        return
-    texts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(texts, {name: json.dumps(value, sort_keys=True) for name, value in arguments.items()})
-    for other, its in enumerate(texts):
+        return check()
+    error: Exception | None = None
+    texts: dict[str, str] = {}
+    rank = None
+    try:
+        numbers, config, settings, extras = found = check()
+        rank = numbers["rank"]
+        sections = {"data": config.model_dump(mode="json"), "model": settings.model_dump(mode="json")}
+        others = {"state": state, "members": extras.members, "map": extras.map_name}
+        compared = {**numbers, **sections, **others}
+        del compared["rank"]
+        texts = {name: json.dumps(value, sort_keys=True, default=str) for name, value in compared.items()}
+    except Exception as raised:
+        error = raised
+    of_all: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_all, (None if error is None else f"{type(error).__name__}: {error}", rank, texts))
+    if error is not None:
+        raise error
+    for process, (message, _, its) in enumerate(of_all):
+        if message is not None:
+            raise ValueError(f"process {process}: {message}")
         for name, text in its.items():
-            if text != texts[0][name]:
-                raise ValueError(f"{name} is {texts[0][name][:300]} on process 0 and {text[:300]} on process {other}")
+            first = of_all[0][2][name]
+            if text != first:
+                raise ValueError(f"{name} is {first[:300]} on process 0 and {text[:300]} on process {process}")
+    ranks = Counter(rank for _, rank, _ in of_all)
+    if len(ranks) != numbers["world_size"] or len(set(ranks.values())) != 1:
+        raise ValueError(
+            f"rank is {sorted(ranks.elements())} on the processes of the group: each of the ranks below "
+            f"world_size={numbers['world_size']} must come equally often"
+        )
+    return found
 
 
 def _from_rank_0(make: Callable[[], _Value]) -> _Value:
@@ -431,6 +493,9 @@ class _Workers:
     kind: Literal["actors", "processes"]
     blocks: BlockSource
 
+    def forget(self) -> None:
+        """A loop has ended: nobody waits for its blocks."""
+
     def close(self) -> None:
         """End this rank's use."""
 
@@ -459,8 +524,14 @@ class _Processes(_Workers):
         from sigray.workers.data.processes import ProcessBlocks
 
         data = arguments[1]
-        content = cloudpickle.dumps((arguments, {"seed": seed, "extras": extras}))
+        try:
+            content = cloudpickle.dumps((arguments, {"seed": seed, "extras": extras}))
+        except Exception as error:
+            raise ValueError(f"map={extras.map_name} cannot be sent to data-shard workers: {error}") from error
         self.blocks: ProcessBlocks = ProcessBlocks(content, _share(data, world_size), data.worker_timeout_s)
+
+    def forget(self) -> None:
+        self.blocks.forget()
 
     def close(self) -> None:
         self.blocks.close()

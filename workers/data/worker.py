@@ -288,6 +288,7 @@ class DataWorker:
         raise DataError(
             f"none of {length} neighbouring samples is usable, among them {self._manifest.shards[ref.shard].url} key "
             f"{samples[slot].key}: run without these shards, or check data.image_keys and data.captions"
+            f"{' and map' if self._extras is not None and self._extras.map is not None else ''}"
         )
 
 

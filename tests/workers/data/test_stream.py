@@ -11,6 +11,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -200,9 +201,20 @@ def test_another_manifest_is_refused_by_shard(tmp_path, make, in_process):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"rank": 2, "world_size": 2}, ValueError, "rank=2, world_size=2"),
+        ({"rank": 2, "world_size": 2}, ValueError, "rank=2: .* at most 1"),
+        ({"rank": "0", "world_size": 2}, ValueError, "rank='0': a whole number"),
+        ({"global_batch_size": 8.0}, ValueError, "global_batch_size=8.0: a whole number"),
+        ({"global_batch_size": True}, ValueError, "global_batch_size=True: a whole number"),
+        ({"seed": -1}, ValueError, "seed=-1: a whole number"),
+        ({"seed": 2**32}, ValueError, "seed=4294967296: .* at most 4294967295"),
+        ({"members": "npy"}, ValueError, "members='npy': a list"),
+        ({"members": [3]}, ValueError, r"members=\[3\]: a list"),
+        ({"members": ["__key__"]}, ValueError, "other values of this name"),
+        ({"members": ["image"]}, ValueError, "other values of this name"),
+        ({"map": 3}, ValueError, "map=3: a function"),
+        ({"map": threading.Lock().__enter__}, ValueError, "cannot be sent to data-shard workers"),
         ({"rank": 0}, ValueError, "give both or neither"),
-        ({"world_size": 5, "rank": 0}, ValueError, "must divide"),
+        ({"world_size": 5, "rank": 0}, ValueError, "does not divide by world_size=5"),
         ({"global_batch_size": 500}, ValueError, "global_batch_size=500 takes 500 samples"),
         ({"num_lane": 3}, ValueError, "num_lane"),
         ({"members": ["mask.pkl"]}, ValueError, "runs code of whoever wrote the tar"),
@@ -319,6 +331,59 @@ def test_a_value_that_cannot_be_sent_is_an_error(make, rich):
         list(make(map=lambda sample: sample | {"code": lambda: 0}, **rich))
 
 
+def test_a_map_function_may_keep_the_image_it_was_given(make, in_process, rich):
+    def two_views(sample):
+        return sample | {"first": sample["image"], "image": 255 - sample["image"]}
+
+    for batch in make(map=two_views, **rich):
+        np.testing.assert_array_equal(np.stack(batch["first"]), 255 - batch["images"].numpy())
+
+
+def test_a_value_that_cannot_be_read_back_is_an_error(tmp_path, make, rich, monkeypatch):
+    """Such as an exception with two arguments, which pickles."""
+    Path(tmp_path, "two_arguments.py").write_text(
+        "class Two(Exception):\n    def __init__(self, a, b):\n        super().__init__(a)\n"
+        "def add(sample):\n    return sample | {'why': Two(1, 2)}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RuntimeError, match="cannot be unpickled"):
+        list(make(map=__import__("two_arguments").add, **rich))
+
+
+def test_a_closed_stream_ends_its_loop(make):
+    """Closed inside the loop, and while another thread waits for a batch."""
+    stream = make()
+    loop = iter(stream)
+    next(loop)
+    time.sleep(1)  # the prefetch is complete
+    stream.close()
+    with pytest.raises(RuntimeError, match="has ended this loop"):
+        next(loop)
+    slow = make(map=lambda sample: time.sleep(60))
+    threading.Timer(1, slow.close).start()
+    assert list(slow) == []
+    with pytest.raises(RuntimeError, match="the stream is closed"):
+        iter(stream)
+
+
+def test_a_new_loop_does_not_wait_for_blocks_of_the_old_one(make, rich):
+    """Dozens of blocks are outstanding when the first loop is left."""
+
+    def count(sample):
+        count.calls = getattr(count, "calls", 0) + 1
+        time.sleep(0.02)
+        return sample | {"calls": count.calls}
+
+    stream = make(map=count, prefetch_batches=20, **(rich | {"num_samples": 480}))
+    begin = stream.state_dict()
+    first = next(iter(stream))
+    stream.load_state_dict(begin)
+    again = next(iter(stream))
+    assert rows(again) == rows(first)
+    assert max(again["calls"]) < max(first["calls"]) + 12 * BATCH  # of 20 batches that were requested
+    stream.close()
+
+
 def test_values_of_cached_images_are_mapped_once(make, in_process, rich):
     """The cache keeps the image before the map: a second epoch is as dark as the first."""
     keys = rich | {"shards": rich["shards"] + "/a.tar", "num_samples": 36, "crop": "center", "members": ["json"]}
@@ -422,7 +487,16 @@ def test_ten_thousand_samples_are_the_same_for_any_group(tmp_path, model_config,
 
 def fail_in_group(rank: int, world_size: int, shards: str, model: dict[str, Any]) -> list[str]:
     messages = []
-    for changes in ({"seed": rank}, {"num_lanes": 2 + rank}, {"shards": "/nowhere/{0..1}.tar"}, {"state": {"at": 1}}):
+    own = {"rank": 0, "world_size": 2}
+    for changes in (
+        {"seed": rank},
+        {"num_lanes": 2 + rank},
+        {"shards": "/nowhere/{0..1}.tar"},
+        {"state": {"at": 1}},
+        own,
+        {"block_size": "x" if rank else 4},
+        {"map": len} if rank else {},
+    ):
         try:
             sigray.stream(**({"shards": shards, "global_batch_size": 10, "model": model} | changes))
         except Exception as error:
@@ -436,3 +510,6 @@ def test_an_error_is_raised_on_all_ranks(rank_groups, data_config, model_config)
         assert "data is" in messages[1]
         assert messages[2].startswith("DataError: shards: ")
         assert "what state_dict" in messages[3]
+        assert "rank is [0, 0] on the processes" in messages[4]
+        assert "block_size" in messages[5]
+        assert 'map is null on process 0 and "len" on process 1' in messages[6]
