@@ -1,4 +1,4 @@
-"""Programs that a config names as `package.module:name`, so that a resume and an export find them."""
+"""Find the functions and classes that a config names as `package.module:name`."""
 
 from __future__ import annotations
 

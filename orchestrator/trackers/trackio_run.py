@@ -1,6 +1,6 @@
-"""Keep a run in trackio's database on this machine; `trackio sync` sends it to a Space.
+"""Keep a run in trackio's database on this machine.
 
-trackio's `log` queues in memory and turns errors into warnings, so a kill would lose lines. Its database takes rows in
+`trackio sync` sends the database to a Space. trackio's `log` queues in memory and turns errors into warnings, so a kill would lose lines. Its database takes rows in
 one transaction each.
 """
 

@@ -1,6 +1,6 @@
 """Members and map functions that a training loop of the user's adds to a sample.
 
-Members are decoded by webdataset's own decoders, except those that run code of whoever wrote the tar. A map function
+Members are decoded by webdataset's own decoders, except those that run code from the tar. A map function
 runs in the data-shard worker, after the image is decoded and before the caption is tokenized.
 """
 
@@ -50,8 +50,8 @@ class Extras:
         for ending in self.members:
             if ending.rpartition(".")[2] in _RUN_CODE:
                 raise ValueError(
-                    f"members: {ending!r} is decoded by pickle, which runs code of whoever wrote the tar: write .npy, "
-                    ".npz or .json members"
+                    f"members: {ending!r} is decoded by pickle, which runs code from the tar: write .npy, .npz or "
+                    ".json members"
                 )
 
     @property
@@ -62,7 +62,9 @@ class Extras:
     def add(
         self, sample: TarSample, url: str, caption: str, image: np.ndarray, random: SampleRandom
     ) -> tuple[str, dict[str, Any]]:
-        """Return the caption, and the sample's further values by key; `image` is changed in place.
+        """Return the caption, and the sample's further values by key.
+
+        A map function's image is written to `image`.
 
         Raises:
             Refused: a member cannot be decoded, or the map function returned None.
@@ -103,7 +105,7 @@ class Extras:
 
 
 def _decode(ending: str, content: bytes) -> Any:
-    """Return a member's value; of an ending that webdataset does not decode, its bytes."""
+    """Return a member's value; of an unknown ending, its bytes."""
     decode = _decoders().get(ending.rpartition(".")[2])
     if decode is None:
         return content

@@ -49,7 +49,7 @@ class ProcessBlocks:
         self._workers = [_Process(arguments) for _ in range(num_workers)]
 
     def forget(self) -> None:
-        """Drop the outstanding requests: nobody waits for them any more."""
+        """Drop the outstanding requests: no loop waits for them."""
         for worker in self._workers:
             worker.generation += 1
 
@@ -211,7 +211,7 @@ def main() -> None:
         generation, *request = requests.queue.get()
         answer: Block | Exception | None = None
         try:
-            if generation == requests.newest_generation:  # else nobody waits for it
+            if generation == requests.newest_generation:  # else no loop waits for it
                 answer = worker.block(*request) if worker is not None else failed
         except Exception as error:
             answer = error

@@ -83,7 +83,7 @@ def stream(
         manifest: file or URL that keeps sizes and fingerprints of the shards. It is written at the first start;
             later starts refuse shards that changed. None: a state refuses them too.
         seed: of the order, crops and captions.
-        num_samples: where the stream ends, rounded up to whole batches; None: never.
+        num_samples: length of the stream, rounded up to whole batches; None: never.
         model: decides image size and tokens: a name of open_clip's, or keys of `model` of a config.
         members: endings of further members, such as npy, json or cls; webdataset decodes them. Never pickle.
         map: changes a sample in the data-shard worker, see `Extras`.
@@ -144,9 +144,9 @@ class Stream:
         replaced    (b,) bool array: the row shows another sample, because its own was refused
         __key__     list of b texts; __url__ likewise; each member and each key of `map` likewise
 
-    The data-shard workers end with the loop: after the last batch, after an error of the stream, by `close`, at the end
-    of a `with`, and when nothing refers to the stream any more. Those of a Ray live until the last rank has left, at
-    most until the process of rank 0 ends.
+    The data-shard workers end with the loop: after the last batch, after an error of the stream, by `close` and by the
+    end of a `with`. They also end when nothing refers to the stream. Those of a Ray live until the last rank has left,
+    at most until the process of rank 0 ends.
 
     Attributes:
         manifest: of the shards.
@@ -267,7 +267,9 @@ class Stream:
 
     @property
     def refused(self) -> dict[str, tuple[int, str]]:
-        """Samples replaced, and captions cut, in the newest loop: count and first by reason."""
+        """Samples replaced and captions cut in the newest loop, by reason.
+
+        With each its count and the first sample."""
         return self._loader.reasons if self._loader is not None else self._reasons
 
     @property
@@ -366,7 +368,7 @@ _Checked = tuple[dict[str, Any], DataConfig, ModelConfig, Extras]
 
 
 def _same_on_all_processes(check: Callable[[], _Checked], state: dict[str, Any] | None) -> _Checked:
-    """Return the checked arguments; raise on all processes if one has others, or an error."""
+    """Return the checked arguments; raise on all processes if one differs."""
     if not _has_group():
         return check()
     error: Exception | None = None
@@ -429,7 +431,7 @@ def _with_inputs(model: ModelConfig) -> ModelConfig:
 
 
 def _manifest(data: DataConfig, path: str | None) -> Manifest:
-    """Return the manifest of the shards, compared with the one at `path`, or kept there."""
+    """Return the manifest; compare it with that at `path`, or keep it there."""
     said_at = time.monotonic()
 
     def show(done: int, total: int) -> None:
@@ -494,7 +496,7 @@ class _Workers:
     blocks: BlockSource
 
     def forget(self) -> None:
-        """A loop has ended: nobody waits for its blocks."""
+        """Drop the requests of a loop that has ended."""
 
     def close(self) -> None:
         """End this rank's use."""
@@ -541,7 +543,9 @@ _OWNED: list[Any] = []  # pools that other ranks still read: without a handle he
 
 
 class _Actors(_Workers):
-    """Workers under Ray: process 0 of a group starts those of all; without a group each rank its share."""
+    """Workers under Ray, started by process 0 of a group for all.
+
+    Without a group, each rank starts its share."""
 
     kind = "actors"
 
