@@ -1,7 +1,7 @@
 """Keep a run in trackio's database on this machine.
 
-`trackio sync` sends the database to a Space. trackio's `log` queues in memory and turns errors into warnings, so a kill would lose lines. Its database takes rows in
-one transaction each.
+`trackio sync` sends the database to a Space. trackio's `log` queues in memory and turns errors into warnings, so a kill
+would lose lines. Its database takes rows in one transaction each.
 """
 
 from __future__ import annotations

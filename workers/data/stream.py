@@ -17,24 +17,23 @@ import hashlib
 import itertools
 import json
 import logging
-import operator
 import os
 import sys
 import time
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import torch.distributed as dist
 from pydantic import Field
 
-from sigray.workers.config import DataConfig, ModelConfig, member_ending
-from sigray.workers.data.extras import RESERVED, Extras, Map
-from sigray.workers.data.loader import Batch, BlockSource, Loader
+from sigray.workers.config import DataConfig, ModelConfig
+from sigray.workers.data.extras import Extras, Map
+from sigray.workers.data.loader import Batch, Loader
 from sigray.workers.data.manifest import Manifest, scan_shards
 from sigray.workers.data.order import StreamOrder
+from sigray.workers.data.stream_arguments import Checked, endings, from_rank_0, place, same_on_all_processes, whole
+from sigray.workers.data.stream_workers import Workers, start_workers
 from sigray.workers.data.tar import DataError
 from sigray.workers.data.worker import build_order, check_batch, image_kind
 from sigray.workers.model.inputs import shapes
@@ -49,9 +48,7 @@ logger = logging.getLogger(__name__)
 
 _LINE_S = 10.0  # between two lines of progress
 _NUM_DIGESTS = 64  # of parts of the manifest in a state
-_LEAVE_S = 10.0
 _ENDLESS = 2**62
-_Value = TypeVar("_Value")
 
 
 def stream(
@@ -95,25 +92,25 @@ def stream(
         OSError: a store refuses, or the manifest cannot be written.
     """
 
-    def checked() -> tuple[dict[str, Any], DataConfig, ModelConfig, Extras]:
-        own_rank, size = _place(rank, world_size)
-        batch = _whole("global_batch_size", global_batch_size, 1)
+    def checked() -> Checked:
+        own_rank, size = place(rank, world_size)
+        batch = whole("global_batch_size", global_batch_size, 1)
         if batch % size:
             raise ValueError(f"global_batch_size={batch} does not divide by world_size={size}")
         numbers = {
             "rank": own_rank,
             "world_size": size,
             "global_batch_size": batch,
-            "seed": _whole("seed", seed, 0, 2**32 - 1),
-            "num_samples": None if num_samples is None else _whole("num_samples", num_samples, 1),
+            "seed": whole("seed", seed, 0, 2**32 - 1),
+            "num_samples": None if num_samples is None else whole("num_samples", num_samples, 1),
         }
         config = DataConfig(shards=os.fspath(shards) if isinstance(shards, os.PathLike) else shards, **data)
         settings = ModelConfig(name=model) if isinstance(model, str) else ModelConfig.model_validate(model)
-        return numbers, config, settings, Extras(_endings(members), map)
+        return numbers, config, settings, Extras(endings(members), map)
 
-    numbers, config, settings, extras = _same_on_all_processes(checked, state)
+    numbers, config, settings, extras = same_on_all_processes(checked, state)
     kept = None if manifest is None else local_or_url(os.fspath(manifest))
-    made, settings = _from_rank_0(lambda: (_manifest(config, kept), _with_inputs(settings)))
+    made, settings = from_rank_0(lambda: (_manifest(config, kept), _with_inputs(settings)))
     check_batch(made, config, numbers["seed"], numbers["global_batch_size"])
     found = Stream(made, config, settings, **numbers)
     if state is not None:
@@ -175,12 +172,12 @@ class Stream:
         self._loader: Loader | None = None
         self._reasons: dict[str, tuple[int, str]] = {}
         self._waited_s = 0.0
-        self._workers: _Workers | None = None
+        self._workers: Workers | None = None
 
     def start(self, extras: Extras) -> None:
         """Start the data-shard workers."""
         arguments = (self.manifest, self._data, self._model)
-        self._workers = _start_workers(arguments, self._seed, extras, self._rank, self._world_size)
+        self._workers = start_workers(arguments, self._seed, extras, self._rank, self._world_size)
         self._end = weakref.finalize(self, self._workers.close)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -321,105 +318,6 @@ def _as_dict(batch: Batch) -> dict[str, Any]:
     return found
 
 
-def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """Return rank and world size: as given, of torch.distributed, of the environment."""
-    names = ("rank", "world_size")
-    values: tuple[Any, Any] = (rank, world_size)
-    if values == (None, None) and _has_group():
-        values = (dist.get_rank(), dist.get_world_size())
-    elif values == (None, None):
-        names = ("RANK", "WORLD_SIZE")
-        values = (os.environ.get("RANK"), os.environ.get("WORLD_SIZE"))
-        if values == (None, None):
-            return 0, 1
-        values = tuple(int(text) if text and text.isdigit() else text for text in values)  # type: ignore[assignment]
-    if None in values:
-        raise ValueError(f"{names[0]}={values[0]}, {names[1]}={values[1]}: give both or neither")
-    size = _whole(names[1], values[1], 1)
-    return _whole(names[0], values[0], 0, size - 1), size
-
-
-def _whole(name: str, value: Any, least: int, most: int = 2**62) -> int:
-    """Return a whole number between bounds as an int of Python's."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or not least <= number <= most:
-        at_most = "" if most == 2**62 else f" and at most {most}"
-        raise ValueError(f"{name}={value!r}: a whole number of at least {least}{at_most} expected")
-    return number
-
-
-def _endings(members: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(members, str) or not all(isinstance(ending, str) for ending in members):
-        raise ValueError(f'members={members!r}: a list of endings expected, such as ["npy", "json"]')
-    endings = tuple(member_ending(ending) for ending in members)
-    if taken := [ending for ending in endings if ending in RESERVED]:
-        raise ValueError(f"members={taken}: sigray has other values of this name")
-    return endings
-
-
-def _has_group() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-_Checked = tuple[dict[str, Any], DataConfig, ModelConfig, Extras]
-
-
-def _same_on_all_processes(check: Callable[[], _Checked], state: dict[str, Any] | None) -> _Checked:
-    """Return the checked arguments; raise on all processes if one differs."""
-    if not _has_group():
-        return check()
-    error: Exception | None = None
-    texts: dict[str, str] = {}
-    rank = None
-    try:
-        numbers, config, settings, extras = found = check()
-        rank = numbers["rank"]
-        sections = {"data": config.model_dump(mode="json"), "model": settings.model_dump(mode="json")}
-        others = {"state": state, "members": extras.members, "map": extras.map_name}
-        compared = {**numbers, **sections, **others}
-        del compared["rank"]
-        texts = {name: json.dumps(value, sort_keys=True, default=str) for name, value in compared.items()}
-    except Exception as raised:
-        error = raised
-    of_all: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_all, (None if error is None else f"{type(error).__name__}: {error}", rank, texts))
-    if error is not None:
-        raise error
-    for process, (message, _, its) in enumerate(of_all):
-        if message is not None:
-            raise ValueError(f"process {process}: {message}")
-        for name, text in its.items():
-            first = of_all[0][2][name]
-            if text != first:
-                raise ValueError(f"{name} is {first[:300]} on process 0 and {text[:300]} on process {process}")
-    ranks = Counter(rank for _, rank, _ in of_all)
-    if len(ranks) != numbers["world_size"] or len(set(ranks.values())) != 1:
-        raise ValueError(
-            f"rank is {sorted(ranks.elements())} on the processes of the group: each of the ranks below "
-            f"world_size={numbers['world_size']} must come equally often"
-        )
-    return found
-
-
-def _from_rank_0(make: Callable[[], _Value]) -> _Value:
-    """Return what process 0 made, on every process of the group; raise what it raised."""
-    if not _has_group():
-        return make()
-    found: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            found[0] = make()
-        except Exception as error:
-            found[1] = error
-    dist.broadcast_object_list(found)
-    if found[1] is not None:
-        raise found[1]
-    return found[0]
-
-
 def _with_inputs(model: ModelConfig) -> ModelConfig:
     """Return the model with the inputs that it expects; build its tokenizer once."""
     taken, remarks = take_inputs(model, {})
@@ -487,116 +385,3 @@ def _check_shards(manifest: Manifest, num_shards: int, digests: list[str]) -> No
                 f"one of {shards[first].url} to {shards[last].url} is" if last > first else f"{shards[first].url} is"
             )
             raise DataError(f"{among} not what it was when the state was made: content, name or number of samples")
-
-
-class _Workers:
-    """The data-shard workers as one rank uses them."""
-
-    kind: Literal["actors", "processes"]
-    blocks: BlockSource
-
-    def forget(self) -> None:
-        """Drop the requests of a loop that has ended."""
-
-    def close(self) -> None:
-        """End this rank's use."""
-
-
-def _start_workers(arguments: Any, seed: int, extras: Extras, rank: int, world_size: int) -> _Workers:
-    ray = sys.modules.get("ray")
-    if ray is not None and ray.is_initialized():
-        return _Actors(arguments, seed, extras, world_size)
-    return _Processes(arguments, seed, extras, world_size)
-
-
-def _share(data: DataConfig, world_size: int) -> int:
-    """Return how many data-shard workers a rank starts for itself."""
-    num_workers = data.num_workers if isinstance(data.num_workers, int) else data.num_workers[-1]
-    return -(-num_workers // world_size)
-
-
-class _Processes(_Workers):
-    """A rank's share of the workers, as its own processes."""
-
-    kind = "processes"
-
-    def __init__(self, arguments: Any, seed: int, extras: Extras, world_size: int) -> None:
-        from ray import cloudpickle  # by value what is defined in the user's script
-
-        from sigray.workers.data.processes import ProcessBlocks
-
-        data = arguments[1]
-        try:
-            content = cloudpickle.dumps((arguments, {"seed": seed, "extras": extras}))
-        except Exception as error:
-            raise ValueError(f"map={extras.map_name} cannot be sent to data-shard workers: {error}") from error
-        self.blocks: ProcessBlocks = ProcessBlocks(content, _share(data, world_size), data.worker_timeout_s)
-
-    def forget(self) -> None:
-        self.blocks.forget()
-
-    def close(self) -> None:
-        self.blocks.close()
-
-
-_OWNED: list[Any] = []  # pools that other ranks still read: without a handle here, Ray would end their actors
-
-
-class _Actors(_Workers):
-    """Workers under Ray, started by process 0 of a group for all.
-
-    Without a group, each rank starts its share."""
-
-    kind = "actors"
-
-    def __init__(self, arguments: Any, seed: int, extras: Extras, world_size: int) -> None:
-        from sigray.workers.data.pool import DataPool, PoolBlocks
-
-        manifest, data, model = arguments
-        num_readers = dist.get_world_size() if _has_group() else 1
-        num_workers = _share(data, 1 if _has_group() else world_size)
-        self._pool: DataPool | None = None
-
-        def start() -> Any:
-            _warn_if_short(num_workers, data)
-            sized = data.model_copy(update={"num_workers": num_workers})
-            self._pool = DataPool(manifest, sized, model, seed=seed, num_readers=num_readers, extras=extras)
-            self._pool.start()
-            return self._pool.registry
-
-        self._registry = _from_rank_0(start)
-        self.blocks = PoolBlocks(self._registry, data.worker_timeout_s)
-
-    def close(self) -> None:
-        import ray
-
-        from sigray.workers.data.pool import listed
-
-        if not ray.is_initialized():
-            return
-        try:
-            if ray.get(self._registry.leave.remote(), timeout=_LEAVE_S):
-                for actor in listed(self._registry.actors.remote()):
-                    ray.kill(actor)
-                ray.kill(self._registry)
-            elif self._pool is not None:
-                _OWNED.append(self._pool)
-        except ray.exceptions.RayError:  # the owner has gone, and the actors with it
-            pass
-
-
-def _warn_if_short(num_workers: int, data: DataConfig) -> None:
-    """Say what the workers wait for: a job that trains on all CPUs leaves them none."""
-    import ray
-
-    needed = num_workers * data.cpus_per_worker
-    free = ray.available_resources().get("CPU", 0.0)
-    if free < needed:
-        logger.warning(
-            "sigray.stream: %d data-shard workers need %g CPUs, and %g are free. They start when there are enough. Let "
-            "the training workers reserve fewer (ScalingConfig.resources_per_worker), or lower num_workers or "
-            "cpus_per_worker",
-            num_workers,
-            needed,
-            free,
-        )

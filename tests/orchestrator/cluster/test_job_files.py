@@ -27,7 +27,7 @@ NO_FILES = {
         "data.stores.region", "data.stores.profile", "model.init_fresh", "model.tokenizer_sha256",
         "optim.groups.match", "eval.sets.class_field", "eval.sets.templates", "eval.sets.languages",
         "eval.sets.language_captions", "cluster.address", "cluster.device", "cluster.tpu_type", "cluster.tpu_topology",
-        "cluster.resources_per_worker", "checkpoint.keep_best", "eval.sets",
+        "cluster.resources_per_worker", "cluster.train_callbacks", "checkpoint.keep_best", "eval.sets",
     },
     # base, overrides, space, and the values that claims and figures name: `settle_study` goes through them.
     StudyConfig: {

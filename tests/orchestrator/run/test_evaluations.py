@@ -31,7 +31,7 @@ def evaluations_of(storage: Storage, **sections: Any) -> tuple[Evaluations, RunC
     display = Display(Console(file=said, width=500))
     folder: Any = SimpleNamespace(storage=storage)
     nothing: Any = None
-    return Evaluations(config, folder, nothing, nothing, display), config, said
+    return Evaluations(config, folder, nothing, nothing, display, nothing), config, said
 
 
 def test_the_best_checkpoint_is_kept(tmp_path):

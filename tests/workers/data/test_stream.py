@@ -22,6 +22,7 @@ import pytest
 
 import sigray
 from sigray.workers.data import stream as module
+from sigray.workers.data import stream_workers
 from sigray.workers.data.extras import Extras
 from sigray.workers.data.tar import DataError
 from sigray.workers.data.worker import DataWorker
@@ -51,13 +52,13 @@ def make(data_config, model_config) -> Callable[..., sigray.Stream]:
 def in_process(monkeypatch) -> None:
     """The data-shard worker decodes in this process: for what no process has a part in."""
 
-    class OneDecoder(module._Workers):
+    class OneDecoder(stream_workers.Workers):
         kind = "processes"
 
         def __init__(self, arguments, seed, extras, rank, world_size):
             self.blocks = OneWorker(DataWorker(*arguments, seed=seed, extras=extras), shares_memory=True)
 
-    monkeypatch.setattr(module, "_start_workers", OneDecoder)
+    monkeypatch.setattr(module, "start_workers", OneDecoder)
 
 
 def rows(batch: dict[str, Any]) -> tuple[bytes, bytes, list[str]]:
