@@ -57,8 +57,8 @@ class Batch:
     samples: np.ndarray  # (b, 3) int64: epoch, shard in the manifest, index in the shard
     keys: list[str]  # of the pairs in the rows
     replaced: np.ndarray  # (b,) bool: the row holds another pair, because its own sample was refused
-    extras: list[dict[str, Any]] = field(default_factory=list)  # of the pairs in the rows; empty in `sigray train`
     give_back: Callable[[], None] = field(default=lambda: None, repr=False)  # returns the images' memory to the loader
+    extras: list[dict[str, Any]] = field(default_factory=list)  # of the pairs in the rows; empty in `sigray train`
 
     def release(self) -> None:
         """Return the images' memory to the loader, once, after the step.
