@@ -14,6 +14,7 @@ import pytest
 
 from tests.helpers.in_their_ray import FOUND, SEEN
 from tests.helpers.runs import LIMIT_S, SmallRun
+from tests.helpers.start_ray import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -35,7 +36,11 @@ def python(folder: Path, *arguments: str) -> str:
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     environment |= {"SEEN_FOLDER": str(folder), "PYTHONPATH": f"{ROOT}/src:{ROOT}"}
     command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+
+    done = run_program(run)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -23,6 +23,7 @@ from sigray.workers.config import DataConfig, ModelConfig
 from tests.helpers.batches import batches
 from tests.helpers.data import TOWERS, write_dataset
 from tests.helpers.processes import descendants_named
+from tests.helpers.start_ray import start_program
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "ray"
 BATCH, STEPS = 64, 24  # 1,200 samples: an epoch and a third
@@ -62,15 +63,19 @@ class OwnLoop:
         variables = {"RECORD": str(self.record), "OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
         words = ["--shards", str(self._shards), "--storage", str(self._folder / "results")]
         words += ["--workers", str(num_workers), "--samples", str(steps * BATCH)]
-        with (self._folder / "log").open("a") as log:
-            return subprocess.Popen(
-                [sys.executable, "torch_trainer.py", *words],
-                cwd=self._folder,
-                env=os.environ | variables,
-                stdout=log,
-                stderr=log,
-                text=True,
-            )
+
+        def start() -> subprocess.Popen[str]:
+            with (self._folder / "log").open("a") as log:
+                return subprocess.Popen(
+                    [sys.executable, "torch_trainer.py", *words],
+                    cwd=self._folder,
+                    env=os.environ | variables,
+                    stdout=log,
+                    stderr=log,
+                    text=True,
+                )
+
+        return start_program(start, self._folder / "log", "Started a local Ray instance")
 
     def run(self, num_workers: int, steps: int) -> None:
         assert self.start(num_workers, steps).wait(timeout=300) == 0, (self._folder / "log").read_text()[-6000:]
