@@ -1,4 +1,4 @@
-"""The data-shard workers of `sigray.stream` as one rank uses them: Ray actors or processes."""
+"""The data-shard workers of `sigray.stream`: Ray actors or processes."""
 
 from __future__ import annotations
 
