@@ -1,13 +1,13 @@
-"""What does it cost to tell Ray Train of each checkpoint?
+"""What does a report of each checkpoint to Ray Train cost?
 
     python -m benchmarks.ray_report             about 10 minutes on two cores
     python -m benchmarks.ray_report --save      keep the result in benchmarks/results/
 
-A run on the demo data, with a checkpoint every `SAVE_STEPS` steps. Ray Train is told of every second one, so both
-kinds alternate within a run. A window is the `WINDOW_STEPS` steps after a checkpoint became durable: in the told ones,
+A run on the demo data, with a checkpoint every `SAVE_STEPS` steps. The run reports every second checkpoint. A window is
+the `WINDOW_STEPS` steps after a checkpoint became durable, with a report and without, in turn. In a window with one,
 all ranks call `ray.train.report` from their threads. The last line has the median over repetitions of
 
-    window_ratio        step time of told windows over silent ones (medians of each run); 1.005 is half a percent
+    window_ratio        step time with a report over that without (medians of each run); 1.005 is half a percent
     ms_per_checkpoint   what a report adds to its window
 """
 

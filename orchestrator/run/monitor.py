@@ -3,8 +3,8 @@
 The training workers post events to the `RunMonitor` actor, and the driver takes them twice a second. The answer to a
 line of metrics is the driver's request: go on, save, or stop at this step.
 
-Ray Train is told of each durable checkpoint and asked for preemptions. Both calls wait for all ranks, so a thread of
-each training worker makes them (`InOrder`), in the same order on each.
+`RayHooks` reports each durable checkpoint to Ray Train, and asks Ray Train for preemptions. Both calls wait for all
+ranks. So a thread of each training worker makes them (`InOrder`), in the same order on each.
 
 Imports no torch: the actor's process would spend six seconds of a busy start on it.
 """
@@ -104,8 +104,8 @@ class InOrder:
 class RayHooks:
     """Hooks of the training loop under Ray Train: each call is an event.
 
-    Our own commit files say which checkpoints exist. Ray Train is told of them, and not asked: its controller may not
-    have polled a report yet when the workers die.
+    Our own commit files say which checkpoints exist. The hooks report checkpoints to Ray Train and read none from it:
+    if the workers die, its controller may not have polled the newest report.
 
     Args:
         monitor: handle of the `RunMonitor`.
@@ -201,7 +201,7 @@ class RayHooks:
 def checkpoint_metrics(
     info: CheckpointInfo, lines: list[dict[str, float]], storage_uri: str
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """Return what Ray Train is told of a checkpoint, and the lines of later steps.
+    """Return the metrics of a report to Ray Train, and the lines of later steps.
 
     Args:
         lines: of metrics, oldest first.
@@ -212,6 +212,7 @@ def checkpoint_metrics(
     """
     line = next((line for line in lines if line["step"] == info.step), {})
     figures = {key: float(value) for key, value in line.items()}
-    uri = f"{storage_uri}/checkpoints/{info.name}"
     counts = {"step": int(info.step), "samples_seen": int(info.samples_seen)}
-    return figures | counts | {"checkpoint_uri": uri}, [line for line in lines if line["step"] > info.step]
+    return figures | counts | {"checkpoint_uri": info.uri(storage_uri)}, [
+        line for line in lines if line["step"] > info.step
+    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,7 +12,7 @@ from sigray.orchestrator.resources import check_slices
 from sigray.orchestrator.run.progress import Display
 from sigray.orchestrator.run.tracker_process import check_trackers
 from sigray.workers.config import ModelConfig
-from sigray.workers.data.manifest import Manifest, scan_shards
+from sigray.workers.data.manifest import Manifest, lines_of_progress, scan_shards
 from sigray.workers.data.shard_list import in_threads
 from sigray.workers.data.tar import DataError
 from sigray.workers.named import find_named
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 
     from sigray.workers.data.embedding_store import EmbeddingStore, StoreFormat
     from sigray.workers.storage import Storage
-
-_LINE_S = 10.0  # seconds between two lines of progress
 
 
 def check_run(config: RunConfig, display: Display, *, saved: Manifest | None, is_trial: bool) -> Manifest:
@@ -101,15 +98,13 @@ def scan(config: RunConfig, display: Display, *, is_old: bool = False) -> Manife
     """
     from sigray.workers.data.pool import in_tasks
 
-    said_at = time.monotonic()
+    progress = lines_of_progress(display.say)
 
     def show(done: int, total: int) -> None:
-        nonlocal said_at
-        if not done:
+        if done:
+            progress(done, total)
+        else:
             display.say(f"reading the headers of {total:,} shards")
-        elif time.monotonic() - said_at > _LINE_S:
-            said_at = time.monotonic()
-            display.say(f"read the headers of {done:,} of {total:,} shards")
 
     parallel_map = in_tasks if cluster_address(config) else in_threads
     manifest = scan_shards(config.data.shards, config.data, show, parallel_map, is_old=is_old)

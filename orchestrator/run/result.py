@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from sigray.orchestrator.run_folder import RunFolder
-from sigray.workers.checkpoint.index import FOLDER, newest_checkpoint
+from sigray.workers.checkpoint.index import newest_checkpoint
 
 Figures: TypeAlias = dict[str, dict[str, float]]
 """The figures of each held-out set, by the name of the set."""
@@ -56,7 +56,7 @@ def result_of(folder: RunFolder, summary: dict[str, Any], ray_result: Any = None
         steps=int(summary["steps"]),
         samples_seen=int(summary["samples_seen"]),
         loss=summary["loss"],
-        checkpoint=f"{folder.storage.uri}/{FOLDER}/{newest[0].name}" if newest else None,
+        checkpoint=newest[0].uri(folder.storage.uri) if newest else None,
         zero_shot=summary["zero_shot"],
         retrieval=summary["retrieval"],
         linear_probe=summary.get("linear_probe", {}),

@@ -24,6 +24,11 @@ _UNUSABLE = re.compile(r"[^A-Za-z0-9_.\- ]")  # in a name; MLflow takes no other
 _MAX_IMAGES = 8  # of each held-out set
 
 
+def is_of_evaluation(key: str) -> bool:
+    """Return whether a tracker's key is that of an evaluation's figure or images."""
+    return _OF_EVALUATION.match(key) is not None
+
+
 @dataclass(frozen=True)
 class Image:
     """A held-out image.
@@ -75,7 +80,7 @@ class Shown:
 
     def add_keys(self, samples_seen: int, keys: list[str]) -> None:
         """Add what a tracker tells: keys that it has for a count of samples."""
-        of_evaluation = {(samples_seen, key) for key in keys if _OF_EVALUATION.match(key)}
+        of_evaluation = {(samples_seen, key) for key in keys if is_of_evaluation(key)}
         self.evaluations |= of_evaluation
         if not of_evaluation:
             self.samples_seen = max(self.samples_seen, samples_seen)

@@ -11,7 +11,7 @@ from typing import Any
 
 from sigray.orchestrator.config import flattened
 from sigray.orchestrator.run_folder import CONFIG, TrackedAs, read_run
-from sigray.orchestrator.trackers.feed import Image, Row, Shown
+from sigray.orchestrator.trackers.feed import Image, Row, Shown, is_of_evaluation
 
 _ID_TAG = "sigray.id"
 _MAX_PARAMS = 100  # of one request
@@ -54,9 +54,7 @@ class MLflow:
         self._describe(run.data.params)
         shown = Shown()
         for key in run.data.metrics:
-            if key == "step" or key.startswith(
-                ("zero_shot_", "retrieval_", "linear_probe_", "without_ema_", "images/")
-            ):
+            if key == "step" or is_of_evaluation(key):
                 for metric in client.get_metric_history(self._run, key):
                     shown.add_keys(metric.step, [key])
         return shown

@@ -34,7 +34,6 @@ from sigray.orchestrator.trackers.tensorboard_files import TensorBoard
 from sigray.orchestrator.trackers.trackio_run import Trackio
 from sigray.orchestrator.trackers.variables import SECRETS
 from sigray.orchestrator.trackers.wandb_run import WandB
-from sigray.workers.checkpoint.index import FOLDER as CHECKPOINTS
 from sigray.workers.checkpoint.index import newest_checkpoint
 from sigray.workers.parse import as_type, parse_json
 from sigray.workers.storage import Storage
@@ -98,7 +97,7 @@ class Checkpoints:
             with contextlib.suppress(OSError, ValueError):
                 newest = newest_checkpoint(storage)
                 if newest is not None:
-                    self._newest = f"{storage.uri}/{CHECKPOINTS}/{newest[0].name}"
+                    self._newest = newest[0].uri(storage.uri)
             if is_last:
                 self._has_last.set()
             self._ended.wait(_CHECKPOINT_POLL_S)

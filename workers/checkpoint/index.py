@@ -44,6 +44,10 @@ class CheckpointInfo:
         """Whether the checkpoint holds an average of the weights beside the last ones."""
         return EMA_FILE in self.files
 
+    def uri(self, storage_uri: str) -> str:
+        """Return the checkpoint's folder in the storage of its run."""
+        return f"{storage_uri}/{FOLDER}/{self.name}"
+
 
 def list_checkpoints(storage: Storage) -> list[CheckpointInfo]:
     """Checkpoints of a run with a readable commit.json, oldest first."""

@@ -330,7 +330,7 @@ def load_weights(
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"{storage.uri}/{FOLDER}/{info.name} holds another model: {error}") from error
+        raise CheckpointError(f"{info.uri(storage.uri)} holds another model: {error}") from error
 
 
 def load_checkpoint(

@@ -14,6 +14,7 @@ first byte of every 256th sample, so that reading can start there.
 from __future__ import annotations
 
 import functools
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
@@ -41,6 +42,7 @@ from sigray.workers.urls import is_remote
 
 RULES = 2
 """How tars are read: of 1, until November 2026, is `read_tar(is_old=True)`."""
+_LINE_S = 10.0  # between two lines of progress
 _MARK_EVERY = 256
 _MAX_ENDINGS = 1000  # of a shard that are kept for a message
 _NUM_CHECKED = 64  # samples of the first shard that are searched for a pair if the counts come from sidecars
@@ -127,6 +129,19 @@ class Manifest:
         elif list(before) != list(after):
             lines.append("data.shards: the same shards in another order")
         return lines
+
+
+def lines_of_progress(say: Callable[[str], None]) -> Callable[[int, int], None]:
+    """Return a progress for `scan_shards` that says a line every ten seconds."""
+    said_at = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal said_at
+        if time.monotonic() - said_at > _LINE_S:
+            said_at = time.monotonic()
+            say(f"read the headers of {done:,} of {total:,} shards")
+
+    return progress
 
 
 def scan_shards(

@@ -19,7 +19,6 @@ import json
 import logging
 import os
 import sys
-import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from pydantic import Field
 from sigray.workers.config import DataConfig, ModelConfig
 from sigray.workers.data.extras import Extras, Map
 from sigray.workers.data.loader import Batch, Loader
-from sigray.workers.data.manifest import Manifest, scan_shards
+from sigray.workers.data.manifest import Manifest, lines_of_progress, scan_shards
 from sigray.workers.data.order import StreamOrder
 from sigray.workers.data.stream_arguments import Checked, endings, from_rank_0, place, same_on_all_processes, whole
 from sigray.workers.data.stream_workers import Workers, start_workers
@@ -46,7 +45,6 @@ from sigray.workers.urls import local_or_url
 
 logger = logging.getLogger(__name__)
 
-_LINE_S = 10.0  # between two lines of progress
 _NUM_DIGESTS = 64  # of parts of the manifest in a state
 _ENDLESS = 2**62
 
@@ -177,7 +175,7 @@ class Stream:
     def start(self, extras: Extras) -> None:
         """Start the data-shard workers."""
         arguments = (self.manifest, self._data, self._model)
-        self._workers = start_workers(arguments, self._seed, extras, self._rank, self._world_size)
+        self._workers = start_workers(arguments, self._seed, extras, self._world_size)
         self._end = weakref.finalize(self, self._workers.close)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -330,16 +328,9 @@ def _with_inputs(model: ModelConfig) -> ModelConfig:
 
 def _manifest(data: DataConfig, path: str | None) -> Manifest:
     """Return the manifest; compare it with that at `path`, or keep it there."""
-    said_at = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        nonlocal said_at
-        if time.monotonic() - said_at > _LINE_S:
-            said_at = time.monotonic()
-            print(f"sigray: read the headers of {done:,} of {total:,} shards", file=sys.stderr, flush=True)
-
+    progress = lines_of_progress(lambda text: print(f"sigray: {text}", file=sys.stderr, flush=True))
     if path is None:
-        return scan_shards(data.shards, data, show, key="shards")
+        return scan_shards(data.shards, data, progress, key="shards")
     folder, _, name = path.rpartition("/")
     storage = Storage(folder or "/")
     saved: Manifest | None = None
@@ -348,7 +339,7 @@ def _manifest(data: DataConfig, path: str | None) -> Manifest:
             saved = Manifest.from_json(parse_json(storage.read(name)))
         except ParseError as error:
             raise DataError(f"manifest={path}: {error}") from None
-    made = scan_shards(data.shards, data, show, key="shards", is_old=saved is not None and saved.is_old)
+    made = scan_shards(data.shards, data, progress, key="shards", is_old=saved is not None and saved.is_old)
     if saved is None:
         storage.write(name, json.dumps(made.to_json()).encode())
     elif changed := saved.differences(made):

@@ -30,7 +30,8 @@ class Workers:
         """End this rank's use."""
 
 
-def start_workers(arguments: Any, seed: int, extras: Extras, rank: int, world_size: int) -> Workers:
+def start_workers(arguments: Any, seed: int, extras: Extras, world_size: int) -> Workers:
+    """Return Ray actors if this process has joined a Ray, else processes."""
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         return _Actors(arguments, seed, extras, world_size)

@@ -281,9 +281,9 @@ class DataWorker:
         length = len(samples)
         for step in range(length):
             other = (slot + length // 2 + step) % length
-            ((_, shard, _),) = self._order.places(LaneSlice(lane, index - slot + other, index - slot + other + 1))
             with contextlib.suppress(Refused):
                 caption = self._decode(samples[other], ref, out)
+                ((_, shard, _),) = self._order.places(LaneSlice(lane, index - slot + other, index - slot + other + 1))
                 return samples[other], *self._extend(samples[other], ref, int(shard), caption, out)
         raise DataError(
             f"none of {length} neighbouring samples is usable, among them {self._manifest.shards[ref.shard].url} key "

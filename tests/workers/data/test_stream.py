@@ -55,7 +55,7 @@ def in_process(monkeypatch) -> None:
     class OneDecoder(stream_workers.Workers):
         kind = "processes"
 
-        def __init__(self, arguments, seed, extras, rank, world_size):
+        def __init__(self, arguments, seed, extras, world_size):
             self.blocks = OneWorker(DataWorker(*arguments, seed=seed, extras=extras), shares_memory=True)
 
     monkeypatch.setattr(module, "start_workers", OneDecoder)
