@@ -58,7 +58,7 @@ class Recorder:
         self.checkpoints.append(info)
 
     def share(self, info: CheckpointInfo | None) -> None:
-        self.shared.append(info and info.name)
+        self.shared.append(None if info is None else info.name)
 
     def look_ahead(self) -> None:
         self.num_looks += 1
