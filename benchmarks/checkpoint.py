@@ -27,6 +27,7 @@ from sigray.workers.config import CheckpointConfig, LossConfig, ModelConfig, Opt
 from sigray.workers.data.loader import Batch
 from sigray.workers.device import open_device
 from sigray.workers.storage import Storage
+from sigray.workers.training.phases import Schedule
 from sigray.workers.training.step import Trainer
 
 MODEL, BATCH = ModelConfig(name="ViT-S-32"), 8
@@ -58,7 +59,7 @@ def main() -> None:
         OptimConfig(),
         LossConfig(),
         device,
-        num_samples=10**9,
+        schedule=Schedule(10**9),
         global_batch_size=BATCH,
         micro_batch_size=None,
         seed=0,

@@ -19,6 +19,7 @@ from sigray.workers.config import ModelConfig
 from sigray.workers.data.loader import Batch
 from sigray.workers.device import Device
 from sigray.workers.model.inputs import CLIP_VOCAB_SIZE, shapes
+from sigray.workers.training.phases import Schedule
 from sigray.workers.training.step import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +39,7 @@ def trainer_of(config: RunConfig, device: Device, *, compile_blocks: bool = Fals
         config.optim,
         config.loss,
         device,
-        num_samples=config.train.num_samples,
+        schedule=Schedule(config.train.num_samples),
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         seed=0,

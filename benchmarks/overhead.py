@@ -33,6 +33,7 @@ from sigray.workers.data.loader import Loader
 from sigray.workers.data.manifest import scan_shards
 from sigray.workers.data.worker import DataWorker, build_order, image_kind
 from sigray.workers.device import open_device
+from sigray.workers.training.phases import Schedule
 from sigray.workers.training.step import Trainer
 from tests.helpers.bare import OneWorker
 from tests.helpers.ranks import run_on_ranks
@@ -62,7 +63,7 @@ def bare_rank(rank: int, world_size: int, config: RunConfig, num_steps: int) -> 
         config.optim,
         config.loss,
         open_device("cpu", 0, config.train.precision),
-        num_samples=num_steps * batch_size,
+        schedule=Schedule(num_steps * batch_size),
         global_batch_size=batch_size,
         micro_batch_size=config.train.micro_batch_size,
         seed=config.run.seed,

@@ -109,9 +109,9 @@ def compare_memory(name: str) -> dict[str, float]:
     standing = ("weights", "optimizer state", "framework")
     rest = ("input batches", "checkpoint copy")  # there is one batch here, and no checkpoint
     growth = max(
-        sum(size for item, size in phase.items.items() if item not in (*standing, *rest)) for phase in found.phases
+        sum(size for item, size in part.items.items() if item not in (*standing, *rest)) for part in found.parts
     )
-    items = found.phases[0].items
+    items = found.parts[0].items
     process = growth + sum(items[item] for item in standing) + items["input batches"] / 4
     given_back = measure_apart(name, MALLOC_MMAP_THRESHOLD_=str(2**20))
     kept = measure_apart(name)

@@ -27,6 +27,7 @@ from sigray.workers.config import LossConfig, ModelConfig, OptimConfig
 from sigray.workers.data.loader import Batch
 from sigray.workers.device import open_device
 from sigray.workers.model.towers import build_model, normalize_pixels
+from sigray.workers.training.phases import Schedule
 from sigray.workers.training.step import Trainer
 from tests.helpers.reference import step_gradients
 
@@ -39,7 +40,7 @@ def make_trainer(model: ModelConfig, num_pairs: int, micro_batch_size: int) -> T
         OptimConfig(grad_clip_norm=None, schedule="constant"),
         LossConfig(),
         open_device("cpu", 0, "fp32"),
-        num_samples=num_pairs,
+        schedule=Schedule(num_pairs),
         global_batch_size=num_pairs,
         micro_batch_size=micro_batch_size,
         seed=SEED,

@@ -1,6 +1,6 @@
 """RunConfig: one YAML, typed and checked before anything starts.
 
-    run data model train loss optim sharding eval cluster checkpoint
+    run data model train embeddings loss optim phases sharding eval cluster checkpoint
 
 Imports no torch and no Ray. `workers/config.py` has the sections of the workers.
 """
@@ -11,6 +11,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import Field, ValidationError, model_validator
@@ -22,6 +23,7 @@ from sigray.orchestrator.secrets import secrets_of
 from sigray.workers import config as workers
 from sigray.workers.config import Accelerator, LocalFolder, LocalOrUri, NonNegativeInt, PositiveInt, Section
 from sigray.workers.parse import ParseError, dump_yaml, parse_yaml
+from sigray.workers.training.phases import phases_of
 
 if TYPE_CHECKING:
     from sigray.workers.storage import Storage
@@ -156,14 +158,35 @@ class RunConfig(Section):
     embeddings: workers.EmbeddingsConfig = workers.EmbeddingsConfig()
     loss: workers.LossConfig = workers.LossConfig()
     optim: workers.OptimConfig = workers.OptimConfig()
+    phases: list[workers.PhaseConfig] = []
+    """What changes at which point of the run."""
     sharding: workers.ShardingConfig = workers.ShardingConfig()
     eval: workers.EvalConfig = workers.EvalConfig()
     cluster: ClusterConfig = ClusterConfig()
     checkpoint: workers.CheckpointConfig = workers.CheckpointConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_phases(cls, content: Any) -> Any:
+        """Give each phase's `loss` and `optim` the keys that it leaves out, from the phase before."""
+        if not isinstance(content, dict) or not isinstance(content.get("phases"), list):
+            return content
+        filled = []
+        before = {name: content.get(name) or {} for name in ("loss", "optim")}
+        for phase in content["phases"]:
+            own = phase
+            for name, section in before.items():
+                given = phase.get(name) if isinstance(phase, dict) else None
+                if isinstance(given, dict) and isinstance(section, dict):
+                    before = before | {name: section | given}
+                    own = own | {name: before[name]}
+            filled.append(own)
+        return content | {"phases": filled}
+
     @model_validator(mode="after")
     def _fields_agree(self) -> RunConfig:
         problems = [*self._batch_problems(), *self._run_problems(), *self._embeddings_problems()]
+        problems += self._phase_problems()
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -252,6 +275,38 @@ class RunConfig(Section):
         if noise is not None and noise.kind in ("image", "image_text", "all"):
             yield f"train.label_noise.kind={noise.kind} needs images; embeddings.store holds none: text or alignment"
 
+    def _phase_problems(self) -> Iterator[str]:
+        """Yield what a phase cannot change, and schedules that do not fit."""
+        if not self.phases:
+            return
+        try:
+            found = phases_of(self)
+        except ValueError as error:
+            yield str(error)
+            return
+        datasets = list(self.data.shards) if isinstance(self.data.shards, dict) else []
+        for number, (given, phase) in enumerate(zip(self.phases, found[1:], strict=True)):
+            key = f"phases.{number}"
+            if given.weights is not None and (given.weights.keys() != set(datasets) or not any(given.weights.values())):
+                names = f"{{{', '.join(datasets)}}}" if datasets else "one without names, which cannot be weighted"
+                yield (
+                    f"{key}.weights={given.weights}: the datasets of data.shards are {names}; give a weight of each, "
+                    "one of them above 0"
+                )
+            for name in ("name", "groups", "layer_decay", "weight_decay_on"):
+                if getattr(phase.optim, name) != getattr(self.optim, name):
+                    yield f"{key}.optim.{name} cannot change: its optimizer goes on with the state that it has"
+            if self.cluster.uses_xla and phase.loss.negatives in ("hardest", "easiest"):
+                yield f"{key}.loss.negatives={phase.loss.negatives} cannot run with {self.cluster.accelerator}"
+            warmup, cooldown = phase.optim.num_warmup_samples, phase.optim.num_cooldown_samples
+            if warmup + cooldown > phase.schedule.length:
+                yield (
+                    f"{key}.optim: num_warmup_samples={warmup} and num_cooldown_samples={cooldown} together are larger "
+                    f"than its schedule of {phase.schedule.length:g} samples: lr is never reached"
+                )
+            if given.image_size is not None and self.embeddings.store is not None:
+                yield f"{key}.image_size={given.image_size}: embeddings.store holds those of one size: leave it out"
+
     def micro_batch_size(self, num_workers: int) -> int | None:
         """Return train.micro_batch_size for a number of workers; None: the whole part.
 
@@ -287,6 +342,7 @@ class RunConfig(Section):
 FIXED_ON_RESUME = (
     "run.seed", "data.shards", "data.num_lanes", "data.shuffle_window", "data.image_keys", "data.captions", "data.crop",
     "data.crop_scale", "data.crop_ratio", "data.max_image_pixels", "model", "embeddings", "train", "loss", "optim",
+    "phases",
 )
 _FREE_ON_RESUME = (
     "embeddings.batch_size", "train.num_samples", "train.log_every_steps", "train.micro_batch_size",
@@ -411,6 +467,12 @@ def check_resume(saved: RunConfig, wanted: RunConfig) -> None:
     if wanted.train.num_samples < saved.train.num_samples:
         numbers = f"the run was started with {saved.train.num_samples}, now {wanted.train.num_samples}"
         lines.append(f"train.num_samples: {numbers}: it can only be raised")
+    moved = [phase.start for phase in saved.phases if phase.start < 1]
+    if moved and wanted.train.num_samples != saved.train.num_samples:
+        lines.append(
+            f"train.num_samples: phases begin at fractions of it ({', '.join(map(str, moved))}), which would move: a "
+            "run whose phases begin at numbers of samples can be made longer"
+        )
     captions = [config.data.captions for config in (saved, wanted)]
     orders = [sorted(weights, key=weights.__getitem__, reverse=True) for weights in captions]
     if orders[0] != orders[1] and captions[0] == captions[1]:
@@ -485,12 +547,16 @@ def _known_keys(model: Any, path: list[str]) -> list[str]:
             model = model.model_fields[part].annotation
         else:
             return []
+        if get_origin(model) is UnionType:  # a section that may be left out
+            model = get_args(model)[0]
     return list(getattr(model, "model_fields", {}))
 
 
 def flattened(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested mapping as dotted key -> value."""
+    """Return a nested mapping as dotted key -> value; entries of lists of mappings by number."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
+        if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+            value = {str(number): entry for number, entry in enumerate(value)}
         flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat

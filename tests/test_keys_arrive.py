@@ -791,7 +791,7 @@ class SlowSource:
         self._worker, self.asked, self.waits = worker, list[tuple[int, int]](), threading.Event()
         self.asked_before = list[tuple[int, int]]()
 
-    def request(self, lane: int, number: int, places: Any = ()) -> None:
+    def request(self, lane: int, number: int, places: Any, image_size: int | None) -> None:
         self.asked.append((lane, number))
 
     def wait(self, lane: int, number: int, handle: None) -> Block:
@@ -1120,7 +1120,7 @@ def test_the_model_that_is_trained(configure, spy):
     towers["text_cfg"]["layers"] = 3
     model = {"towers": towers, "locked": ["visual"], "trained_blocks": {"text": 1}, "token_bottleneck": 4}
     model |= {"init_logit_scale": 1.5, "init_logit_bias": -3.0}
-    model |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.6, 0.7]}
+    model |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.6, 0.7], "image_size": 24}
     train_here(configure(model=model, train={"num_samples": 8}))
     assert (seen["log_scale"], seen["bias"]) == (1.5, -3.0)
     assert spy.trainer.module.text.text_projection.shape == (16, 24)
@@ -1129,6 +1129,7 @@ def test_the_model_that_is_trained(configure, spy):
     blocks = {name.split(".")[3] for name in seen["trained"] if "resblocks" in name}
     assert blocks == {"2"}
     assert sum(name.endswith("token_embedding.weight") for name in dict(spy.trainer.module.named_parameters())) == 0
+    assert seen["pixels"].shape == (8, 3, 24, 24)
     assert seen["pixels"][0, :, 0, 0].tolist() == pytest.approx(seen["expected"].tolist(), abs=1e-5)
 
 

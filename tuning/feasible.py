@@ -43,8 +43,9 @@ def _check_sets(evaluation: str, data: str, store: str | None) -> None:
 
 def _check_batch(config: RunConfig, manifest: Manifest, rungs: Sequence[int]) -> None:
     from sigray.workers.data.worker import check_batch
+    from sigray.workers.training.phases import mixes_of
 
-    check_batch(manifest, config.data, config.run.seed, config.train.global_batch_size)
+    check_batch(manifest, config.data, config.run.seed, config.train.global_batch_size, mixes_of(config))
 
 
 # In this order; each raises ValueError with the remedy.

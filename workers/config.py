@@ -336,6 +336,10 @@ class ModelConfig(Section):
     """An open_clip model config written out: embed_dim, vision_cfg, text_cfg.
     Null, and no name: the towers of the folder init_from. timm_model_name: siglip_vit_w64_d4_h4_m256_p8_s32 is SigLIP's
     image tower of any shape (width, depth, heads, MLP, patch, image size), for example."""
+    image_size: PositiveInt | None = None
+    """Edge of the images in pixels, in place of the size that name or towers say.
+    The towers must take it: any ViT of open_clip and any image tower of SigLIP do, with position embeddings of that
+    size. Null: the size that they say."""
     image_tower: ImageTowerName | None = None
     """An image tower in place of the one that vision_cfg describes.
     `package.module:function`, called without arguments, returns a torch.nn.Module; or a TorchScript (.pt, .ts) or
@@ -578,6 +582,32 @@ class OptimConfig(Section):
                 f"schedule={self.schedule} with num_timescale_samples={self.num_timescale_samples}: {remedy}"
             )
         return self
+
+
+class PhaseConfig(Section):
+    start: PositiveFloat
+    """Where the phase begins: below 1, a fraction of train.num_samples; else a number of samples seen.
+    Rounded up to a whole step. Keys that a phase leaves out are as in the phase before it."""
+    image_size: PositiveInt | None = None
+    """Edge of the images in pixels, as model.image_size. Position embeddings are resized at the border."""
+    weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    """Weights of all datasets of data.shards from here on, by name; 0 leaves a dataset out.
+    Each dataset goes on where it was, so its epochs stay whole."""
+    loss: LossConfig | None = None
+    """Keys of `loss` that change."""
+    optim: OptimConfig | None = None
+    """Keys of `optim` that change.
+    name, groups, layer_decay and weight_decay_on cannot."""
+    schedule: Literal["kept", "fresh"] = "kept"
+    """kept: the learning rate goes on along its schedule.
+    fresh: a schedule of its own begins here, with its warm-up, and ends with the run or where the next fresh one
+    begins."""
+    stretch: PositiveFloat = 1.0
+    """How many times more slowly this phase goes along its schedule.
+    3.75 makes room for 3.75 times the samples: schedules count a sample of this phase as 1 / 3.75."""
+    init_fresh: list[Pattern] = []
+    """Regular expressions for parameters that begin anew here, with their optimizer state.
+    They match whole parameter names, as model.init_fresh."""
 
 
 class EvalSet(Section):

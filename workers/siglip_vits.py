@@ -8,6 +8,7 @@ MLP of 256, patches of 8 pixels and images of 32. Without an ending, its activat
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 
@@ -53,6 +54,18 @@ class SiglipVit:
             return f"vit_{size}_patch{self.patch_size}_siglip_{self.image_size}"
         sizes = f"w{self.width}_d{self.depth}_h{self.heads}_m{self.mlp}_p{self.patch_size}_s{self.image_size}"
         return _PREFIX + sizes + ("" if self.act == "gelu" else f"_{self.act}")
+
+
+def resized(timm_name: str, image_size: int) -> str:
+    """Return the name of the same tower for another image size; a name that is not SigLIP's stays."""
+    shape = siglip_vit(timm_name)
+    found = re.fullmatch(r"vit_([a-z0-9]+)_patch(\d+)_siglip_(\d+)", timm_name)
+    if shape is None and found is not None:
+        size, patch_size = found[1], int(found[2])
+        for (other, patch, act), sizes in TIMM_SHAPES.items():
+            if (other, patch) == (size, patch_size) and int(found[3]) in sizes:
+                shape = SiglipVit(*next(dims for dims, name in _TIMM_WIDTHS.items() if name == size), patch, 0, act)
+    return timm_name if shape is None else dataclasses.replace(shape, image_size=image_size).name
 
 
 def siglip_vit(timm_name: str) -> SiglipVit | None:

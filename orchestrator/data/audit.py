@@ -17,6 +17,7 @@ from sigray.orchestrator.tables import Column, add, table
 from sigray.workers.data.order import StreamOrder
 from sigray.workers.data.worker import build_order
 from sigray.workers.training.ledger import Audit, EpochAudit, audit
+from sigray.workers.training.phases import mixes_of
 
 
 @dataclass
@@ -69,7 +70,7 @@ def audit_run(config: RunConfig) -> RunAudit:
     """
     folder = RunFolder(config)
     manifest = folder.manifest()
-    order = build_order(manifest, config.data, config.run.seed)
+    order = build_order(manifest, config.data, config.run.seed, mixes_of(config))
     result = audit(folder.storage, manifest, order, config.train.global_batch_size)
     return RunAudit(result, order, list(manifest.datasets()), config.train.global_batch_size)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,10 +31,11 @@ from sigray.orchestrator.config import ConfigError, RunConfig
 from sigray.orchestrator.device_kinds import COMPILED, CPU, DEVICES, GIB, DeviceKind
 from sigray.orchestrator.planning.count import TowerCosts, gathered_bytes, measure_towers
 from sigray.orchestrator.planning.this_machine import this_cpu
-from sigray.orchestrator.tables import rows_table
+from sigray.orchestrator.tables import add, rows_table, table
 from sigray.workers.config import LossConfig, Precision
 from sigray.workers.model.inputs import shapes
 from sigray.workers.model.weights_towers import with_towers
+from sigray.workers.training.phases import Phase, phases_of
 
 FITS = 0.95
 """Fraction of a device's memory that a plan may fill: allocators leave holes."""
@@ -53,7 +54,7 @@ class DoesNotFit(ConfigError):
 
 
 @dataclass(frozen=True)
-class Phase:
+class Part:
     """Peak of the memory that a device holds in one part of a step, in bytes by item."""
 
     name: str
@@ -68,28 +69,32 @@ class Phase:
 class Plan:
     """The predicted needs of a run, in bytes and seconds unless a name says otherwise.
 
+    If the run has several phases, the numbers of a step are those of the phase that needs most memory.
+
     Attributes:
         device: kind of the devices.
         num_devices: R.
         batch: pairs of a step, in all, on one device, and in one micro-batch of one device.
         parameters: number of parameters of each tower, and of those that train.
-        phases: of a step, in order; the largest decides.
+        parts: of a step, in order; the largest decides.
         memory: of one device.
         flops_per_sample: forward of each tower, forward again, backward, loss, as the device executes them.
         compute_s, wire_s: of a step. The plan adds them, though the ring overlaps with the loss.
         wire: bytes that a device sends per step: features, gradients of texts, gradients of weights.
         num_steps: of the run.
-        data_workers: data-shard workers that keep the devices busy; None if they are not known.
-        object_store: bytes of decoded samples that are ready or in transit, over all hosts.
+        data_workers: data-shard workers that keep the devices busy in every phase; None if they are not known.
+        object_store: bytes of decoded samples that are ready or in transit, over all hosts; the most of any phase.
         price_per_hour: of one device; None if not given.
         assumptions: for the user.
+        phase: of the step; None if the run has only one.
+        phases: a plan of each, as of a run of its own; empty if the run has only one.
     """
 
     device: DeviceKind
     num_devices: int
     batch: dict[str, int]
     parameters: dict[str, int]
-    phases: list[Phase]
+    parts: list[Part]
     memory: int
     flops_per_sample: dict[str, float]
     compute_s: float
@@ -100,11 +105,13 @@ class Plan:
     object_store: int
     price_per_hour: float | None
     assumptions: list[str] = field(default_factory=list)
+    phase: Phase | None = None
+    phases: list[Plan] = field(default_factory=list)
 
     @property
-    def peak(self) -> Phase:
-        """The phase that needs most memory."""
-        return max(self.phases, key=lambda phase: phase.total)
+    def peak(self) -> Part:
+        """The part that needs most memory."""
+        return max(self.parts, key=lambda part: part.total)
 
     @property
     def fits(self) -> bool:
@@ -121,7 +128,7 @@ class Plan:
     @property
     def days(self) -> float:
         """Days of training; starts, checkpoints and evaluations are not included."""
-        return self.num_steps * self.step_s / _DAY_S
+        return sum(each.days for each in self.phases) if self.phases else self.num_steps * self.step_s / _DAY_S
 
     @property
     def cost(self) -> float | None:
@@ -129,8 +136,8 @@ class Plan:
         return None if price is None else self.days * 24 * self.num_devices * price
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the whole plan, for `--json`."""
-        return {
+        """Return the whole plan, for `--json`; that of a phase has the same keys."""
+        found = {
             "device": {"name": self.device.name, "source": self.device.source, "utilisation": self.device.utilisation},
             "num_devices": self.num_devices,
             "batch": self.batch,
@@ -139,8 +146,8 @@ class Plan:
                 "device": self.memory,
                 "usable": int(FITS * self.memory),
                 "peak": self.peak.total,
-                "peak_phase": self.peak.name,
-                "phases": {phase.name: phase.items for phase in self.phases},
+                "peak_part": self.peak.name,
+                "parts": {part.name: part.items for part in self.parts},
             },
             "fits": self.fits,
             "flops_per_sample": self.flops_per_sample,
@@ -154,6 +161,12 @@ class Plan:
             "cost": self.cost,
             "assumptions": self.assumptions,
         }
+        if self.phase is not None:
+            names = ("number", "first_step", "end_step", "changes")
+            found["phase"] = {name: getattr(self.phase, name) for name in names}
+        if self.phases:
+            found["phases"] = [each.as_dict() for each in self.phases]
+        return found
 
 
 def plan(
@@ -165,7 +178,7 @@ def plan(
         print(found.fits, found.peak.total, found.days, found.cost)
 
     A run that needs more memory than the devices have is no error: see `Plan.fits`. With `embeddings.store` the locked
-    image tower ran before, and the devices never hold it.
+    image tower ran before, and the devices never hold it. Each of several phases is planned as a run of its own.
 
     Args:
         kind: name of a device, as `sigray plan --device` takes it (docs/plan.md); "cpu" is this machine.
@@ -176,9 +189,16 @@ def plan(
         ConfigError: if the device is not known, or if the batch does not divide over the devices.
         ValueError: if model.init_from would bring the towers and does not.
     """
-    model = with_towers(config.model)
     if isinstance(kind, str):
         kind = named_device(kind, num_devices, config.cluster.cpus_per_worker)
+    if config.phases:
+        return _together(
+            [
+                dataclasses.replace(plan(alone, kind, num_devices, price_per_hour=price_per_hour), phase=phase)
+                for phase, alone in _phases_alone(config)
+            ]
+        )
+    model = with_towers(config.model)
     if config.train.compile_blocks and "cuda" in kind.accelerators:
         kind = dataclasses.replace(kind, utilisation=kind.utilisation * COMPILED)
     stored_embeddings = config.embeddings.store is not None
@@ -190,16 +210,16 @@ def plan(
             f"train.global_batch_size={batch} does not divide over {num_devices} devices: {near} or "
             f"{near + num_devices} would"
         )
-    part = batch // num_devices
+    share = batch // num_devices
     limit = config.micro_batch_size(config.cluster.worker_range[1])  # pairs of a training worker
-    micro = part if limit is None else micro_batch(part, max(1, limit // _devices_per_worker(config, kind)))
+    micro = share if limit is None else micro_batch(share, max(1, limit // _devices_per_worker(config, kind)))
     precision = config.train.precision
     towers = measure_towers(
         model,
         config.optim,
         precision,
         micro,
-        cached=micro < part,
+        cached=micro < share,
         plain_attention=accelerator == "tpu" or config.cluster.uses_xla,
         activation_checkpointing=config.train.activation_checkpointing,
         stored_embeddings=stored_embeddings,
@@ -222,7 +242,7 @@ def plan(
         "optimizer state": towers.optimizer_state,
         **({"average of the weights": ema} if ema else {}),
         # CPU: two ready batches, the batch in use, the batch in assembly. Else: the batch in use and the next.
-        "input batches": (4 if accelerator == CPU else 2) * part * sample_bytes,
+        "input batches": (4 if accelerator == CPU else 2) * share * sample_bytes,
         "framework": int(kind.framework),
         **({"gathered weights and their gradients": gathered} if gathered else {}),
     }
@@ -230,18 +250,18 @@ def plan(
         # Checkpoints are written from the copy of one worker, in memory that all share.
         always["checkpoint copy"] = (towers.weights + towers.optimizer_state + ema) // num_devices
     edge = config.loss.tile_size or default_tile_size(torch.device(accelerator if accelerator == "cuda" else CPU))
-    loss = loss_bytes(config.loss, part, dim, num_devices, f, product_bytes(precision, accelerator), edge)
+    loss = loss_bytes(config.loss, share, dim, num_devices, f, product_bytes(precision, accelerator), edge)
     averages = num_devices > 1 and not gathered
-    phases = _phases(towers, 2 * part * dim * f, loss, cached=micro < part, averages=averages)
+    parts = _parts(towers, 2 * share * dim * f, loss, cached=micro < share, averages=averages)
     flops = {name: count / micro for name, count in towers.flops.items()}
     # Three products of the sigmoid loss, four of the softmax, over all pairs (docs/numerics.md).
     flops["loss"] = (3 if config.loss.name == "sigmoid" else 4) * 2.0 * batch * dim
-    compute_s = part * sum(flops.values()) / (kind.peaks[precision] * kind.utilisation)
-    wire = wire_bytes(config.loss, part, dim, num_devices, f, towers.gradients)
+    compute_s = share * sum(flops.values()) / (kind.peaks[precision] * kind.utilisation)
+    wire = wire_bytes(config.loss, share, dim, num_devices, f, towers.gradients)
     if gathered:
         # Each pass gathers all weights: forward and backward, with micro-batches forward twice. Each backward pass
         # scatters its gradients.
-        num_micro = part // micro
+        num_micro = share // micro
         passes = 2 if num_micro == 1 else 3 * num_micro
         wire["gathered weights"] = passes * (num_devices - 1) * towers.weights
         wire["gradients of weights"] = num_micro * (num_devices - 1) * towers.gradients
@@ -251,13 +271,13 @@ def plan(
     return Plan(
         device=kind,
         num_devices=num_devices,
-        batch={"global": batch, "per device": part, "micro-batch": micro},
+        batch={"global": batch, "per device": share, "micro-batch": micro},
         parameters={
             "image tower": towers.parameters["visual"],
             "text tower": towers.parameters["text"],
             "trained": towers.parameters["trained"],
         },
-        phases=[Phase(name, always | items) for name, items in phases.items()],
+        parts=[Part(name, always | items) for name, items in parts.items()],
         memory=int(kind.memory),
         flops_per_sample=flops,
         compute_s=compute_s,
@@ -271,7 +291,27 @@ def plan(
     )
 
 
-def _phases(towers: TowerCosts, size: int, loss: int, *, cached: bool, averages: bool) -> dict[str, dict[str, int]]:
+def _phases_alone(config: RunConfig) -> Iterator[tuple[Phase, RunConfig]]:
+    """Yield each phase with a config of a run that has only this phase."""
+    for phase in phases_of(config):
+        num_samples = (phase.end_step - phase.first_step) * config.train.global_batch_size
+        sections = {"model": phase.model, "loss": phase.loss, "optim": phase.optim, "phases": []}
+        yield phase, _changed(config, num_samples=num_samples).model_copy(update=sections)
+
+
+def _together(phases: list[Plan]) -> Plan:
+    """Return the plan of a run from those of its phases."""
+    data_workers = [each.data_workers for each in phases if each.data_workers is not None]
+    return dataclasses.replace(
+        max(phases, key=lambda each: each.peak.total),
+        num_steps=sum(each.num_steps for each in phases),
+        data_workers=max(data_workers, default=None),
+        object_store=max(each.object_store for each in phases),
+        phases=phases,
+    )
+
+
+def _parts(towers: TowerCosts, size: int, loss: int, *, cached: bool, averages: bool) -> dict[str, dict[str, int]]:
     """Return the bytes of each part of a step by item, beyond what stays all the time.
 
     Args:
@@ -316,7 +356,8 @@ def check_fits(found: Plan, config: RunConfig) -> None:
     """Refuse a plan that needs more memory than its devices have.
 
     Raises:
-        DoesNotFit: names both amounts, and the largest train.micro_batch_size that fits.
+        DoesNotFit: names both amounts, the phase if there are several, and the largest train.micro_batch_size that
+            fits.
     """
     if found.fits:
         return
@@ -332,11 +373,16 @@ def check_fits(found: Plan, config: RunConfig) -> None:
     checkpointed = _changed(config, activation_checkpointing=True)
     if not config.train.activation_checkpointing and plan(checkpointed, found.device, found.num_devices).fits:
         advice += ", and so does train.activation_checkpointing=true alone"
+    phase = "" if found.phase is None else f"{_shown(found.phase)}: "
     raise DoesNotFit(
-        f"one {found.device.name} needs {peak.total / GIB:.1f} GiB at the peak of a step ({peak.name}; most of "
+        f"{phase}one {found.device.name} needs {peak.total / GIB:.1f} GiB at the peak of a step ({peak.name}; most of "
         f"it {most}, {peak.items[most] / GIB:.1f} GiB) and has {found.memory / GIB:.1f} GiB, of which "
         f"{FITS * found.memory / GIB:.1f} can be filled: {advice}"
     )
+
+
+def _shown(phase: Phase) -> str:
+    return f"phase {phase.number}" + (f" ({', '.join(phase.changes)})" if phase.changes else "")
 
 
 def _changed(config: RunConfig, **train: Any) -> RunConfig:
@@ -346,7 +392,7 @@ def _changed(config: RunConfig, **train: Any) -> RunConfig:
 def largest_micro_batch(config: RunConfig, kind: DeviceKind, num_devices: int) -> int | None:
     """Return the largest train.micro_batch_size that fits, None if none does.
 
-    The size counts the pairs of a training worker.
+    It fits in every phase. The size counts the pairs of a training worker.
     """
     part = config.train.global_batch_size // num_devices
     devices = _devices_per_worker(config, kind)
@@ -488,21 +534,18 @@ def tables(found: Plan) -> Group:
 
     memory = Table(box=None, padding=(0, 0, 0, 2))
     memory.add_column(f"{name} on one {found.device.name}")
-    for phase in found.phases:
-        memory.add_column(phase.name, justify="right")
-    for item in dict.fromkeys(item for phase in found.phases for item in phase.items):
-        sizes = [phase.items.get(item) for phase in found.phases]
+    for part in found.parts:
+        memory.add_column(part.name, justify="right")
+    for item in dict.fromkeys(item for part in found.parts for item in part.items):
+        sizes = [part.items.get(item) for part in found.parts]
         if any(sizes):
             memory.add_row(item, *("" if size is None else amount(size) for size in sizes))
-    memory.add_row("together", *(amount(phase.total) for phase in found.phases), style="bold")
+    memory.add_row("together", *(amount(part.total) for part in found.parts), style="bold")
 
     def listed(values: Mapping[str, float], scale: float, digits: int) -> str:
         return ", ".join(f"{key} {value / scale:,.{digits}f}" for key, value in values.items())
 
     batch = found.batch
-    hours = found.days * 24
-    less_than_a_day = f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
-    duration = f"{found.days:,.2f} days" if found.days >= 1 else less_than_a_day
     rows = {
         "memory": f"{'fits' if found.fits else 'does not fit'}: at most {amount(peak.total)} {name} of "
         f"{amount(found.memory)}, of which {amount(FITS * found.memory)} can be filled",
@@ -512,7 +555,7 @@ def tables(found: Plan) -> Group:
         "GFLOP per sample": listed(found.flops_per_sample, 1e9, 2),
         "step": f"{found.step_s:,.3g} s: computing {found.compute_s:,.3g} s, links {found.wire_s:,.2g} s",
         "speed": f"{found.samples_per_s:,.0f} samples/s",
-        "run": f"{found.num_steps:,} steps, {duration}",
+        "run": f"{found.num_steps:,} steps, {_duration(found.days)}",
     }
     if found.num_devices > 1:
         rows["a device sends, MB per step"] = listed(found.wire, 1e6, 1)
@@ -522,4 +565,19 @@ def tables(found: Plan) -> Group:
     if found.cost is not None:
         rows["cost"] = f"{found.cost:,.2f} at {found.price_per_hour:g} per hour and device"
     lines = (Text(f"- {line}") for line in found.assumptions)
-    return Group(memory, Text(), rows_table(rows.items()), Text(), *lines)
+    head: list[Table | Text] = []
+    if found.phase is not None:
+        numbers = ((column, "right") for column in (f"{name} at the peak", "step, s", "takes"))
+        phases = table(("phase", "right"), ("after step", "right"), ("changes", "left"), *numbers)
+        for each in found.phases:
+            assert each.phase is not None
+            begin = (str(each.phase.number), f"{each.phase.first_step:,}", ", ".join(each.phase.changes))
+            add(phases, *begin, amount(each.peak.total), f"{each.step_s:,.3g}", _duration(each.days))
+        head = [phases, Text(), Text(f"A step of {_shown(found.phase)}, which needs most memory:")]
+    return Group(*head, memory, Text(), rows_table(rows.items()), Text(), *lines)
+
+
+def _duration(days: float) -> str:
+    hours = days * 24
+    less_than_a_day = f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
+    return f"{days:,.2f} days" if days >= 1 else less_than_a_day

@@ -22,7 +22,7 @@ def charts(run: RunFiles) -> list[dict[str, Any]]:
     """Return the charts for which the run has data."""
     found = []
     times, waited_s = training_times(run.metrics)
-    panels = partial(_panels, times)
+    panels = partial(_panels, times, [samples for samples, _ in run.phases])
 
     def add(title: str, caption: str, svg: Any) -> None:
         found.append({"title": title, "caption": caption, "svg": svg})
@@ -31,6 +31,7 @@ def charts(run: RunFiles) -> list[dict[str, Any]]:
         is_log = drawing.spans_decades([value for _, value in loss])
         caption = _from_to("Loss per image, lower is better", loss)
         caption += " Above: time in training, without pauses for checkpoints and restarts." if times else ""
+        caption += " Dotted: a phase begins." if run.phases else ""
         add("Loss", caption, panels(("sigmoid loss per image", loss), is_log=is_log))
     for name in run.zero_shot:
         if chart := _zero_shot(run, name):
@@ -60,12 +61,17 @@ def charts(run: RunFiles) -> list[dict[str, Any]]:
 
 
 def _panels(
-    times: drawing.Points, *panels: tuple[str, drawing.Points], from_zero: bool = False, is_log: bool = False
+    times: drawing.Points,
+    borders: list[int],
+    *panels: tuple[str, drawing.Points],
+    from_zero: bool = False,
+    is_log: bool = False,
 ) -> Any:
     """Draw curves with their labels, one below the other.
 
     Args:
         times: of the axis of time, above.
+        borders: samples at which phases begin.
     """
 
     def draw(figure: Figure) -> None:
@@ -73,6 +79,8 @@ def _panels(
         for axes, (label, points), color in zip(column, panels, drawing.SERIES, strict=False):
             drawing.plot(axes, points, color)
             axes.set_ylabel(label)
+            for samples in borders:
+                axes.axvline(samples, color=drawing.INK, linewidth=0.8, linestyle=(0, (1, 2)))
             if from_zero:
                 axes.set_ylim(bottom=0, top=1.15 * max(value for _, value in points) or 1)
             if is_log:

@@ -109,6 +109,19 @@ class RunFiles:
         return next((int(size) for size in sizes if size), None)
 
     @property
+    def phases(self) -> list[tuple[int, str]]:
+        """Samples after which each phase begins, after the first, and what it changes."""
+        listed = self.summary.get("facts", {}).get("phases") if isinstance(self.summary.get("facts"), dict) else None
+        batch = self.global_batch_size
+        found = []
+        for phase in listed if isinstance(listed, list) and batch else []:
+            step = find_number(phase, "first_step") if isinstance(phase, dict) else None
+            if step is not None:
+                changes = phase.get("changes")
+                found.append((int(step) * batch, ", ".join(map(str, changes if isinstance(changes, list) else []))))
+        return found
+
+    @property
     def planned_samples(self) -> int | None:
         """Length of the whole run, in whole steps."""
         steps = find_number(self.summary, "facts", "num_steps")

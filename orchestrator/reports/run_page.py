@@ -403,6 +403,7 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
         ("Steps", _steps(run)),
         ("Time", _time(run)),
         ("Model", _model(run)),
+        *([("Phases", _phases(run))] if run.phases else []),
         ("Recipe", ", ".join(f"{key} {value}" for key, value in recipe.items() if value)),
         ("Training data", _data(run)),
         *(
@@ -437,6 +438,13 @@ def _steps(run: RunFiles) -> str:
     first = find_number(run.summary, "facts", "first_step")
     text = f"{words.count(run.step)} of {words.count(planned)}" if planned else words.count(run.step)
     return text + (f"; last resumed from the checkpoint of step {words.count(first)}" if first else "")
+
+
+def _phases(run: RunFiles) -> str:
+    return "; ".join(
+        f"{number} after {words.count(samples)} pairs: {changes}"
+        for number, (samples, changes) in enumerate(run.phases, 1)
+    )
 
 
 def _time(run: RunFiles) -> str:

@@ -22,6 +22,7 @@ from sigray.workers.data.tar import DataError
 from sigray.workers.parse import ParseError, parse_json
 from sigray.workers.storage import Storage
 from sigray.workers.texts import first_ten
+from sigray.workers.training.phases import model_of_checkpoint
 
 CARD = "README.md"
 MAX_DIFFERENCE = 1e-5
@@ -52,6 +53,7 @@ def export_run(
     from sigray.workers.model.init_weights import build_trained_model
     from sigray.workers.model.towers import num_parameters
 
+    config = config.model_copy(update={"model": model_of_checkpoint(config, info.step)})
     ema = info.has_ema if weights is None else weights == "ema"
     if ema and not info.has_ema:
         raise ConfigError(

@@ -177,6 +177,9 @@ class RayHooks:
     def refused(self, rank: int, reasons: dict[str, tuple[int, str]]) -> None:
         self._call("post", "refused", (rank, reasons))
 
+    def phase_began(self, number: int, step: int) -> None:
+        self._call("post", "phase", (number, step))
+
     def checkpointed(self, info: CheckpointInfo) -> None:
         self._call("post", "checkpoint", asdict(info))
 

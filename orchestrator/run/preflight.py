@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from sigray.workers.data.embedding_store import EmbeddingStore, StoreFormat
     from sigray.workers.storage import Storage
+    from sigray.workers.training.phases import Phase
 
 
 def check_run(config: RunConfig, display: Display, *, saved: Manifest | None, is_trial: bool) -> Manifest:
@@ -36,13 +38,14 @@ def check_run(config: RunConfig, display: Display, *, saved: Manifest | None, is
         ConfigError, DataError, OSError: for what the user can fix.
     """
     from sigray.workers.data.worker import check_batch
+    from sigray.workers.training.phases import mixes_of
 
     for name in config.cluster.train_callbacks:
         find_named(name, "cluster.train_callbacks")
     if not is_trial:
         check_trackers(config.run.trackers)
     manifest = scan(config, display, is_old=saved is not None and saved.is_old)
-    check_batch(manifest, config.data, config.run.seed, config.train.global_batch_size)
+    check_batch(manifest, config.data, config.run.seed, config.train.global_batch_size, mixes_of(config))
     if saved is not None:
         changed = saved.differences(manifest)
         if changed:
@@ -152,6 +155,7 @@ def check_model_config(config: RunConfig, *, is_begun: bool = False, reads_token
     from sigray.workers.model.tokenizer import check_tokenizer_keys
     from sigray.workers.model.towers import check_model, layer_scales
     from sigray.workers.training.optim import parameter_groups
+    from sigray.workers.training.phases import phases_of
 
     module = check_model(config.model)
     if not is_begun:
@@ -159,7 +163,43 @@ def check_model_config(config: RunConfig, *, is_begun: bool = False, reads_token
     if reads_tokenizer:
         check_tokenizer(config.model, module.get_submodule("text"), is_begun=is_begun)
     parameter_groups(module, config.optim, layer_scales(module, config.model, config.optim.layer_decay))
+    for phase in phases_of(config)[1:]:
+        module = check_border(f"phases.{phase.number - 1}", module, phase)
     check_slices(config.cluster)
+
+
+def check_border(key: str, before: nn.Module, phase: Phase) -> nn.Module:
+    """Check that a model can go on in a phase; return the model of the phase, without memory.
+
+    Raises:
+        ValueError: a pattern of init_fresh matches no parameter, or a tensor cannot be resized to phase.image_size.
+    """
+    import torch
+
+    from sigray.workers.model.init_weights import resize
+    from sigray.workers.model.towers import check_model
+
+    try:
+        module = check_model(phase.model)
+    except ValueError as error:
+        raise ValueError(f"{key}.image_size={phase.model.image_size}: {error}") from None
+    names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    for pattern in phase.init_fresh:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            shown = ", ".join(names[:: max(1, len(names) // 8)])
+            raise ValueError(
+                f"{key}.init_fresh={pattern!r} matches no parameter that trains; their names are such as {shown}"
+            )
+    here = module.state_dict()
+    for name, tensor in before.state_dict().items():
+        wanted = here[name].shape
+        is_kept = tensor.shape == wanted or any(re.fullmatch(pattern, name) for pattern in phase.init_fresh)
+        if not is_kept and resize(name, torch.zeros(tensor.shape), here[name], module).shape != wanted:
+            raise ValueError(
+                f"{key}.image_size={phase.model.image_size}: {name} {list(tensor.shape)} cannot be resized to "
+                f"{list(wanted)}: keep the image size, or begin it anew with init_fresh"
+            )
+    return module
 
 
 def check_tokenizer(model: ModelConfig, text_tower: nn.Module | None = None, *, is_begun: bool = False) -> None:

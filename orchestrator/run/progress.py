@@ -62,6 +62,10 @@ class Display:
             f"{facts['epochs']:.1f} epochs",
             "not used": listed(Counter(data.get("unusable", {}))),
             "steps": f"{facts['first_step']:,} to {facts['num_steps']:,}",
+            "phases": "\n".join(
+                f"{phase['number']} after step {phase['first_step']:,}: {', '.join(phase['changes'])}"
+                for phase in facts.get("phases", [])
+            ),
         }
         grid = Table.grid(padding=(0, 2))
         for key, value in rows.items():

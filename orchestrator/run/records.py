@@ -51,6 +51,11 @@ class RunRecords:
             self._folder.upload_records()
         self._display.start(str(self._folder.path), facts, data)
 
+    def phase_began(self, number: int, step: int) -> None:
+        """Note that another phase begins after so many steps."""
+        (phase,) = (phase for phase in self.facts["phases"] if phase["number"] == number)
+        self._display.say(f"phase {number} begins after step {step:,}: {', '.join(phase['changes'])}")
+
     def metrics(self, line: dict[str, float], num_data_workers: int | None) -> None:
         """Record a line of metrics.
 

@@ -233,6 +233,8 @@ class Supervisor:
                 self._training_since = time.monotonic()
             self._first_step = self._last_step = content["first_step"]
             self.records.started(content)
+        elif kind == "phase":
+            self.records.phase_began(*content)
         elif kind == "metrics":
             self._last_step = int(content["step"])
             self.records.metrics(content, getattr(self._pool, "size", None))

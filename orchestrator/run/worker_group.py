@@ -133,6 +133,7 @@ def train_job(
         optim=config.optim,
         sharding=config.sharding,
         checkpoint=config.checkpoint,
+        phases=config.phases,
         seed=config.run.seed,
         accelerator=config.cluster.accelerator,
         devices_per_worker=config.cluster.num_devices,

@@ -26,11 +26,13 @@ class OneWorker:
     def __init__(self, worker: DataWorker, shares_memory: bool = False) -> None:
         self._worker, self.shares_memory = worker, shares_memory
 
-    def request(self, lane: int, number: int, places: Sequence[Place] = ()) -> Sequence[Place]:
-        return places
+    def request(
+        self, lane: int, number: int, places: Sequence[Place] = (), image_size: int | None = None
+    ) -> tuple[Sequence[Place], int | None]:
+        return places, image_size
 
-    def wait(self, lane: int, number: int, handle: Sequence[Place]) -> Block:
-        return self._worker.block(lane, number, handle)
+    def wait(self, lane: int, number: int, handle: tuple[Sequence[Place], int | None]) -> Block:
+        return self._worker.block(lane, number, *handle)
 
 
 class Recorder:
@@ -43,9 +45,13 @@ class Recorder:
         self.shared: list[str | None] = []  # name of each shared checkpoint; None on ranks other than 0
         self.num_looks = 0
         self.warnings: list[str] = []
+        self.phases: list[tuple[int, int]] = []
 
     def started(self, facts: dict[str, Any]) -> None:
         self.facts = facts
+
+    def phase_began(self, number: int, step: int) -> None:
+        self.phases.append((number, step))
 
     def record(self, metrics: dict[str, float]) -> Request:
         self.lines.append(metrics)
@@ -77,7 +83,7 @@ def train_bare(
 
     Returns:
         `losses` by step, the newest checkpoint's `files` and all `lines` of metrics; empty on ranks other than 0. And
-        the names of the checkpoints that were `committed` and `shared`, and `num_looks`.
+        the names of the checkpoints that were `committed` and `shared`, `num_looks`, and the `phases` that began.
     """
     manifest = scan_shards(config.data.shards, config.data)
     if config.embeddings.store is not None:
@@ -92,4 +98,5 @@ def train_bare(
         "committed": [info.name for info in recorder.checkpoints],
         "shared": recorder.shared,
         "num_looks": recorder.num_looks,
+        "phases": recorder.phases,
     }

@@ -6,6 +6,7 @@ import torch
 from sigray.workers.config import LossConfig, ModelConfig, OptimConfig
 from sigray.workers.data.loader import Batch
 from sigray.workers.device import check_collectives, open_device
+from sigray.workers.training.phases import Schedule
 from sigray.workers.training.step import Trainer
 from tests.helpers.data import TOWERS
 
@@ -41,7 +42,7 @@ def make_trainer(
         OptimConfig(grad_clip_norm=None, schedule="constant"),
         loss,
         device,
-        num_samples=NUM_PAIRS,
+        schedule=Schedule(NUM_PAIRS),
         global_batch_size=NUM_PAIRS,
         micro_batch_size=micro_batch_size,
         seed=SEED,

@@ -11,6 +11,7 @@ import torch
 from sigray.orchestrator.config import RunConfig, load_config
 from sigray.workers.data.loader import Batch
 from sigray.workers.device import open_device
+from sigray.workers.training.phases import Schedule
 from sigray.workers.training.profile import Profile
 from sigray.workers.training.step import Trainer
 from tests.helpers.bare import train_bare
@@ -43,7 +44,7 @@ def split_parts(config: RunConfig) -> list[str]:
         config.optim,
         config.loss,
         open_device("xla_cpu", 0, "fp32", 2, splits_weights=True),
-        num_samples=BATCH,
+        schedule=Schedule(BATCH),
         global_batch_size=BATCH,
         micro_batch_size=None,
         seed=0,

@@ -50,6 +50,7 @@ _OTHER = {
     "cluster.tpu_type": "'TPU-V5P'",
     "cluster.tpu_topology": "'1x2x4'",
     "optim.num_timescale_samples": "value and 2 * value",
+    "phases.*.start": "value / 2 if value >= 1 else value",
     "optim.groups.*.match": "'text.*' if value.startswith('visual') else 'visual.*'",
 }
 
@@ -77,6 +78,10 @@ _INPUTS = (f"{_HERE}test_inputs_as_the_config_says",)
 _MODEL = (f"{_HERE}test_the_model_that_is_trained",)
 _STORE = (f"{_HERE}test_embeddings_are_stored_and_read_as_the_config_says",)
 _NOISE = (f"{_HERE}test_labels_are_corrupted_as_asked[text-0.5]",)
+
+_PHASES = "tests/workers/training/test_phases.py::"
+_BORDER = (f"{_PHASES}test_a_border_resizes_and_begins_anew_what_it_names",)
+_OF_PHASES = (f"{_PHASES}test_the_phases_of_a_run_do_what_they_say",)
 
 KEYS: dict[str, tuple[str, ...]] = {
     "run.name": _FOLDERS,
@@ -119,6 +124,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "data.shard_cache_gib": _SHARD_CACHE,
     "model.name": ("tests/workers/model/test_towers.py::test_named_open_clip_model",),
     "model.towers": _MODEL,
+    "model.image_size": _MODEL,
     "model.image_tower": (f"{_HERE}test_a_tower_of_a_function",),
     "model.tokenizer": (f"{_HERE}test_the_tokenizer_of_a_file",),
     "model.tokenizer_sha256": (f"{_HERE}test_another_tokenizer_than_the_configs_is_refused",),
@@ -174,6 +180,12 @@ KEYS: dict[str, tuple[str, ...]] = {
     "optim.num_cooldown_samples": (f"{_HERE}test_rsqrt_and_a_cooldown",),
     "optim.weight_decay_on": _OPTIMIZER,
     "optim.layer_decay": _OPTIMIZER,
+    "phases.*.start": _OF_PHASES,
+    "phases.*.image_size": _BORDER,
+    "phases.*.weights": (f"{_PHASES}test_each_sample_of_each_dataset_comes_once",),
+    "phases.*.schedule": _OF_PHASES,
+    "phases.*.stretch": _OF_PHASES,
+    "phases.*.init_fresh": _BORDER,
     "sharding.weights": _DEVICES,
     "eval.sets.*.classes": (f"{_HERE}test_the_best_checkpoint_is_marked",),
     "eval.sets.*.class_field": _EVALUATION,
@@ -224,9 +236,14 @@ EXCEPTIONS: dict[str, str] = {
 def leaf_keys() -> dict[str, tuple[type[Section], str]]:
     """Each key of a run's YAML that holds a value, with the section class and the field that it is.
 
-    `*` stands for a name that the user chooses, and for any entry of a list.
+    `*` stands for a name that the user chooses, and for any entry of a list. A section that stands at two places, as
+    `loss` and in `phases`, counts once.
     """
-    return dict(_leaves(RunConfig, ""))
+    found: dict[str, tuple[type[Section], str]] = {}
+    for key, place in _leaves(RunConfig, ""):
+        if place not in found.values():
+            found[key] = place
+    return found
 
 
 def _leaves(section: type[Section], prefix: str) -> Iterator[tuple[str, tuple[type[Section], str]]]:

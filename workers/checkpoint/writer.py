@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 import json
 import queue
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -56,7 +57,6 @@ _DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
     torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
 }  # fmt: skip
-_DEVICE_OPTIONS = ("fused", "foreach", "capturable", "lr")
 _POLL_S = 0.1  # between two checks for files of other ranks
 
 
@@ -281,6 +281,22 @@ def _without_ema(state: Any, module: nn.Module, optimizer: torch.optim.Optimizer
     return {name: state["state"][number].pop(EMA) for number, name in names if EMA in state["state"].get(number, {})}
 
 
+@dataclass(frozen=True)
+class Border:
+    """What changes between the phase of a checkpoint and the phase that goes on from it.
+
+    Attributes:
+        init_fresh: patterns of the parameters that begin anew.
+        resize: name, tensor of the checkpoint, tensor of the model, model -> the tensor in the model's size.
+    """
+
+    init_fresh: tuple[str, ...]
+    resize: Callable[[str, torch.Tensor, torch.Tensor, nn.Module], torch.Tensor]
+
+    def is_fresh(self, name: str) -> bool:
+        return any(re.fullmatch(pattern, name) for pattern in self.init_fresh)
+
+
 def help_to_save(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Give rank 0 this rank's parts of split tensors during `CheckpointWriter.save`."""
 
@@ -302,13 +318,18 @@ def load_weights(
     load_tower: Callable[[], object] = lambda: None,
     *,
     ema: bool = False,
-) -> None:
+    border: Border | None = None,
+) -> set[str]:
     """Load a checkpoint's weights into the model.
 
     Args:
+        border: between the checkpoint's phase and the model's, if they differ.
         ema: load the average of the trained parameters; buffers and locked parameters are those of the last step.
         load_tower: loads a locked image tower into the module. Called if the checkpoint lacks that tower, because its
             run read the embeddings from a store.
+
+    Returns:
+        Names of the tensors that are not the checkpoint's, but fresh or resized.
 
     Raises:
         DamagedCheckpoint: for a file that differs from the committed one.
@@ -322,7 +343,14 @@ def load_weights(
     is_stored = "visual" in info.model.get("locked", ()) and not any(name.startswith("visual.") for name in tensors)
     if is_stored:
         load_tower()
+    anew: set[str] = set()
     for name, own in module.state_dict().items():
+        if border is not None and border.is_fresh(name):
+            tensors[name] = own
+            anew.add(name)
+        elif border is not None and name in tensors and tensors[name].shape != own.shape:
+            tensors[name] = border.resize(name, tensors[name], own, module)
+            anew.add(name)
         if is_stored and name.startswith("visual."):
             tensors[name] = own
         elif name in tensors and tensors[name].shape == own.shape:
@@ -331,23 +359,34 @@ def load_weights(
         module.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{info.uri(storage.uri)} holds another model: {error}") from error
+    return anew
 
 
 def load_checkpoint(
-    storage: Storage, info: CheckpointInfo, module: nn.Module, optimizer: torch.optim.Optimizer
+    storage: Storage,
+    info: CheckpointInfo,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    border: Border | None = None,
 ) -> None:
-    """Load a checkpoint's weights and optimizer state; raises as `load_weights`."""
+    """Load a checkpoint's weights and optimizer state; raises as `load_weights`.
+
+    Args:
+        border: as `load_weights`. Fresh and resized parameters begin without optimizer state and without average.
+    """
     from safetensors.torch import load
 
-    load_weights(storage, info, module)
+    anew = load_weights(storage, info, module, border=border)
     state = torch.load(io.BytesIO(_verified(storage, info, _OPTIMIZER)), map_location="cpu", weights_only=True)
     ema = load(_verified(storage, info, EMA_FILE)) if info.has_ema else {}
     for number, name in enumerate(_names(module, optimizer)):
-        if name in ema:
+        if name in anew:
+            state["state"].pop(number, None)
+        elif name in ema:
             state["state"][number][EMA] = ema[name]
     for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        # The run may have used another kind of device, with another implementation of the optimizer.
-        saved |= {key: group[key] for key in _DEVICE_OPTIONS if key in group}
+        # The config has these: those of another phase, or of another kind of device, are in the checkpoint.
+        saved |= {key: value for key, value in group.items() if key != "params"}
         for number, parameter in zip(saved["params"], group["params"], strict=True):
             known = state["state"].get(number, {})
             known |= {
@@ -357,7 +396,11 @@ def load_checkpoint(
 
 
 def load_newest(
-    storage: Storage, module: nn.Module, optimizer: torch.optim.Optimizer, warn: Callable[[str], None]
+    storage: Storage,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    warn: Callable[[str], None],
+    load: Callable[[Storage, CheckpointInfo, nn.Module, torch.optim.Optimizer], None] = load_checkpoint,
 ) -> CheckpointInfo | None:
     """Load the newest undamaged checkpoint; None if the run has no checkpoint.
 
@@ -365,6 +408,7 @@ def load_newest(
 
     Args:
         warn: called for each damaged checkpoint.
+        load: loads one, and raises DamagedCheckpoint.
 
     Raises:
         CheckpointError: if all are damaged, or the newest is of another model.
@@ -374,7 +418,7 @@ def load_newest(
     for name in reversed(names):
         try:
             info = read_info(storage, name)
-            load_checkpoint(storage, info, module, optimizer)
+            load(storage, info, module, optimizer)
         except DamagedCheckpoint as error:
             warn(f"{error}. Loading the checkpoint before it")
             damaged.append(name)

@@ -36,11 +36,12 @@ class BlockSource(Protocol):
     def shares_memory(self) -> bool:
         """Whether a data-shard worker may be able to write to this process's memory."""
 
-    def request(self, lane: int, number: int, places: Sequence[Place] = ()) -> Any:
+    def request(self, lane: int, number: int, places: Sequence[Place] = (), image_size: int | None = None) -> Any:
         """Request a block without waiting; returns a handle.
 
         Args:
             places: the data-shard worker writes the images there if it can reach this memory.
+            image_size: edge of the images; None: that of the data-shard worker's model.
         """
 
     def wait(self, lane: int, number: int, handle: Any) -> Block:
@@ -90,6 +91,7 @@ class Loader:
 
     Args:
         data: block_size, max_bad_fraction and the length of the prefetch.
+        image_size: edge of the images, as `BlockSource.request`.
         first_step, last_step: the steps [first_step, last_step).
         page_lock: of a device that copies from page-locked memory, see `SharedBuffer`.
         noise: of the labels, if the run asks for it.
@@ -108,6 +110,7 @@ class Loader:
         data: DataConfig,
         *,
         image_kind: ImageKind,
+        image_size: int | None = None,
         global_batch_size: int,
         rank: int,
         world_size: int,
@@ -120,7 +123,7 @@ class Loader:
         self.refused: Counter[str] = Counter()
         self.reasons: dict[str, tuple[int, str]] = {}
         self._order, self._source, self._data = order, source, data
-        self._global_batch_size = global_batch_size
+        self._global_batch_size, self._image_size = global_batch_size, image_size
         self._rank, self._world_size = rank, world_size
         self._steps = range(first_step, last_step)
         self._pins_memory = page_lock is not None
@@ -203,7 +206,8 @@ class Loader:
                 for piece in self._needed(requested_until):
                     if piece.block not in outstanding and piece.block not in blocks:
                         places, buffers = self._places(piece.block, requested_until)
-                        outstanding[piece.block] = self._source.request(*piece.block, places), buffers
+                        handle = self._source.request(*piece.block, places, self._image_size)
+                        outstanding[piece.block] = handle, buffers
                 requested_until += 1
             for piece in self._needed(step):
                 if piece.block not in blocks:

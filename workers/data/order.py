@@ -12,7 +12,8 @@ samples of a window are permuted. Lane l of epoch e reads segment (l - e N) mod 
 exactly the positions of its segment, whatever N and L are, and every sample appears once.
 
 Several datasets are mixed by weight. A fixed cycle assigns each position to a dataset, so every stretch of the run has
-each dataset's share to within one sample. Each dataset is a stream as above with L lanes and epochs of its own.
+each dataset's share to within one sample. Each dataset is a stream as above with L lanes and epochs of its own. The
+weights may change at given positions. A new cycle begins there, and each dataset goes on where it was.
 
 Nothing here depends on the number of training workers or data-shard workers. The tests check each statement above
 sample by sample.
@@ -124,6 +125,7 @@ class StreamOrder:
     Args:
         datasets: for each dataset, the samples in each of its shards, in the manifest's order.
         weights: of the datasets.
+        changes: samples after which other weights hold, rising, and those weights; 0 leaves a dataset out.
         seed: the run's seed.
         num_lanes: L, of each dataset.
         shuffle_window: as `DatasetOrder`.
@@ -136,6 +138,7 @@ class StreamOrder:
         self,
         datasets: Sequence[Sequence[int]],
         weights: Sequence[float] = (1.0,),
+        changes: Sequence[tuple[int, Sequence[float]]] = (),
         *,
         seed: int,
         num_lanes: int,
@@ -150,7 +153,10 @@ class StreamOrder:
             self.datasets.append(DatasetOrder(sizes, first_shard, seeds, num_lanes, shuffle_window))
             first_shard += len(sizes)
         self.num_samples = sum(dataset.num_samples for dataset in self.datasets)
-        self._turns = _turns(weights)
+        self._mixes = [_Mix(0, np.zeros(len(weights), np.int64), _turns(weights))]
+        for start, changed in changes:
+            given = [self.num_of_dataset(number, start) for number in range(len(self.datasets))]
+            self._mixes.append(_Mix(start, np.array(given), _turns(changed)))
 
     def next_index(self, lane: int, step: int, global_batch_size: int) -> int:
         """Return the first sample of a lane that no step before `step` takes."""
@@ -205,8 +211,18 @@ class StreamOrder:
 
     def num_of_dataset(self, dataset: int, num_samples: int) -> int:
         """Return how many of the run's first `num_samples` samples are of a dataset."""
-        cycles, rest = divmod(num_samples, self._turns.shape[1] - 1)
-        return int(cycles * self._turns[dataset, -1] + self._turns[dataset, rest])
+        mix = next(mix for mix in reversed(self._mixes) if mix.start <= num_samples)
+        cycles, rest = divmod(num_samples - mix.start, mix.turns.shape[1] - 1)
+        return int(mix.given[dataset] + cycles * mix.turns[dataset, -1] + mix.turns[dataset, rest])
+
+
+@dataclass(frozen=True)
+class _Mix:
+    """How datasets take turns from position `start` on."""
+
+    start: int
+    given: np.ndarray  # (datasets,) samples of each dataset before `start`
+    turns: np.ndarray  # as `_turns`
 
 
 _CYCLE = 4096
@@ -215,13 +231,14 @@ _CYCLE = 4096
 def _turns(weights: Sequence[float]) -> np.ndarray:
     """Return (datasets, cycle + 1) counts of each dataset's first p cycle positions.
 
-    Each dataset gets its share of the cycle's 4,096 positions, rounded by largest remainder and at least one. The
-    positions follow the smooth weighted round robin, which keeps every stretch within one sample of the shares.
+    Each dataset gets its share of the cycle's 4,096 positions, rounded by largest remainder, and at least one if its
+    weight is above 0. The positions follow the smooth weighted round robin, which keeps every stretch within one sample
+    of the shares.
     """
     if len(weights) == 1:
         return np.array([[0, 1]])
     shares = np.array(weights, dtype=np.float64) / sum(weights) * _CYCLE
-    counts = np.maximum(np.floor(shares).astype(np.int64), 1)
+    counts = np.maximum(np.floor(shares).astype(np.int64), shares > 0)
     for number in np.argsort(-(shares - counts), kind="stable")[: max(_CYCLE - int(counts.sum()), 0)]:
         counts[number] += 1
     counts[np.argmax(counts)] -= counts.sum() - _CYCLE

@@ -58,9 +58,11 @@ class ProcessBlocks:
         """Return the processes."""
         return [worker.pid for worker in self._workers]
 
-    def request(self, lane: int, number: int, places: Sequence[Place] = ()) -> Future[Block]:
+    def request(
+        self, lane: int, number: int, places: Sequence[Place] = (), image_size: int | None = None
+    ) -> Future[Block]:
         """As `loader.BlockSource`."""
-        return self._worker(lane).request(lane, number, tuple(places))
+        return self._worker(lane).request(lane, number, tuple(places), image_size)
 
     def wait(self, lane: int, number: int, handle: Future[Block]) -> Block:
         """As `loader.BlockSource`.
@@ -187,7 +189,7 @@ class _Process:
 
     def _why_dead(self, status: int) -> str:
         what = f"a data-shard worker's process ended {_MAX_DEATHS} times (status {status}) without an answer"
-        for (_, lane, number, _), _ in itertools.islice(self._outstanding, 1):
+        for (_, lane, number, *_), _ in itertools.islice(self._outstanding, 1):
             what = f"lane {lane} block {number}: {what}"
         return f"{what}. Its output has the reason; without one it may need more memory"
 

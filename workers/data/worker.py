@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -74,27 +75,46 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
-def build_order(manifest: Manifest, data: DataConfig, seed: int) -> StreamOrder:
-    """The order of a run's training stream."""
+def build_order(
+    manifest: Manifest, data: DataConfig, seed: int, mixes: Sequence[tuple[int, Mapping[str, float]]] = ()
+) -> StreamOrder:
+    """The order of a run's training stream.
+
+    Args:
+        mixes: samples after which other weights hold, and the weights of all datasets by name.
+    """
     datasets = manifest.datasets()
     return StreamOrder(
         [[shard.num_samples for shard in shards] for shards in datasets.values()],
         [data.shards[name].weight for name in datasets] if isinstance(data.shards, dict) else (1.0,),
+        [(start, [weights[name] for name in datasets]) for start, weights in mixes],
         seed=seed,
         num_lanes=data.num_lanes,
         shuffle_window=data.shuffle_window,
     )
 
 
-def check_batch(manifest: Manifest, data: DataConfig, seed: int, global_batch_size: int) -> None:
+def check_batch(
+    manifest: Manifest,
+    data: DataConfig,
+    seed: int,
+    global_batch_size: int,
+    mixes: Sequence[tuple[int, Mapping[str, float]]] = (),
+) -> None:
     """Check that no batch would hold a pair twice.
+
+    Args:
+        mixes: as `build_order`.
 
     Raises:
         ValueError: with both numbers.
     """
-    order = build_order(manifest, data, seed)
+    order = build_order(manifest, data, seed, mixes)
     for number, (name, dataset) in enumerate(zip(manifest.datasets(), order.datasets, strict=True)):
-        share = order.num_of_dataset(number, global_batch_size)
+        share = max(
+            order.num_of_dataset(number, start + global_batch_size) - order.num_of_dataset(number, start)
+            for start in (0, *(start for start, _ in mixes))
+        )
         if dataset.num_samples < share:
             raise ValueError(
                 f"global_batch_size={global_batch_size} takes {share} samples of shards{'.' + name if name else ''}, "
@@ -123,7 +143,7 @@ class DataWorker:
     """Decodes blocks. A plain class; `workers/data/pool.py` makes Ray actors of it.
 
     Args:
-        model: decides image size, context length and tokenizer.
+        model: decides image size, unless a request does, context length and tokenizer.
         extras: further members of a sample, and a map function; None in `sigray train`.
 
     Attributes:
@@ -141,39 +161,44 @@ class DataWorker:
         self._manifest, self._data, self._seed = manifest, data, seed
         self._extras = extras
         self._order = build_order(manifest, data, seed)
-        image_size, self._context_length, vocab_size = shapes(model)
+        self._model = model
+        self._model_image_size, self._context_length, vocab_size = shapes(model)
+        self._image_size = self._model_image_size
         self._tokenizer = build_tokenizer(model, self._context_length, vocab_size)
-        self._decoder = Decoder(data, image_size, image_inputs(model))
+        self._decoder = Decoder(data, self._image_size, image_inputs(model))
         self._store = StoreFormat(**manifest.store) if manifest.store is not None else None
         self._image = image_kind(manifest, model)
         self._embeddings = EmbeddingReader(self._store) if self._store is not None else None
         self._windows = _Windows(manifest, self._order, data)
         self._mappings = Mappings()
-        self._blocks: dict[int, OrderedDict[int, Block]] = {}  # the latest decoded last
+        self._blocks: dict[int, OrderedDict[tuple[int, int], Block]] = {}  # the latest decoded last
         is_fixed = data.crop == "center" if self._store is None else self._store.num_views == 1
         kept = {caption_member(source) for source in data.captions} | {*(extras.members if extras else ())}
-        self._cache = _Cache(data.cache_mib * 2**20 if is_fixed else 0, kept)
+        self._new_cache = functools.partial(_Cache, data.cache_mib * 2**20 if is_fixed else 0, kept)
+        self._cache = self._new_cache()
 
-    def block(self, lane: int, number: int, places: Sequence[Place] = ()) -> Block:
+    def block(self, lane: int, number: int, places: Sequence[Place] = (), image_size: int | None = None) -> Block:
         """Samples [number K, (number + 1) K) of a lane.
 
         Args:
             places: memory for the images. If this process finds that memory, it writes them there and the block comes
                 without images, else they come with the block.
+            image_size: edge of the images; None: that of the model. Not of embeddings.
 
         Raises:
             DataError: if a shard changed or broke, or a window has no usable sample.
         """
+        self._set_image_size(image_size or self._model_image_size)
         blocks = self._blocks.setdefault(lane, OrderedDict())
         rows = self._mappings.rows(places, self._image.shape, self._image.dtype) if places else None
-        block = blocks.get(number)
+        block = blocks.get((number, self._image_size))
         if block is None:
             begin = time.perf_counter()
             if rows is not None and len(rows) == self._data.block_size and self._data.shared_blocks == 1:
                 block = self._decode_block(lane, number, np.empty((0, *self._image.shape), self._image.dtype), rows)
             else:  # ranks may share a block, and runs a stream: decode once
                 images = np.empty((self._data.block_size, *self._image.shape), self._image.dtype)
-                block = blocks[number] = self._decode_block(lane, number, images, images)
+                block = blocks[number, self._image_size] = self._decode_block(lane, number, images, images)
             block.decode_s = time.perf_counter() - begin
             self.num_decoded += len(block.samples)
             self.refused.update(block.refused)
@@ -188,6 +213,14 @@ class DataWorker:
             if row in rows:
                 rows[row][...] = image
         return replace(block, images=block.images[:0])
+
+    def _set_image_size(self, image_size: int) -> None:
+        """Decode images of this size from now on."""
+        if image_size != self._image_size:
+            self._image_size = image_size
+            self._decoder = Decoder(self._data, image_size, image_inputs(self._model))
+            self._image = ImageKind((image_size, image_size, 3), self._image.dtype)
+            self._cache = self._new_cache()
 
     def describe(self, lane: int, number: int) -> str:
         """Name the shards and samples of a block, for messages."""

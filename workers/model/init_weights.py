@@ -171,7 +171,7 @@ def _match(module: nn.Module, model: ModelConfig, source: WeightsSource) -> tupl
             theirs = theirs.reshape(tensor.shape)
         old, new = tuple(theirs.shape), tuple(tensor.shape)
         if old != new:
-            theirs = _resize(name, theirs, tensor, module)
+            theirs = resize(name, theirs, tensor, module)
         if tuple(theirs.shape) != new:
             found.other_shape[name] = old, new
             continue
@@ -218,8 +218,13 @@ def _problem(theirs: Tensor, own: Tensor) -> str | None:
     return None
 
 
-def _resize(name: str, theirs: Tensor, own: Tensor, module: nn.Module) -> Tensor:
-    """Return position or patch embeddings in the model's size."""
+def resize(name: str, theirs: Tensor, own: Tensor, module: nn.Module) -> Tensor:
+    """Return position or patch embeddings in the model's size; any other tensor as it is.
+
+    Args:
+        theirs: of a file or checkpoint.
+        own: of the model, for its shape.
+    """
     from open_clip.model import resize_pos_embed, resize_text_pos_embed
     from timm.layers import resample_abs_pos_embed, resample_patch_embed
 

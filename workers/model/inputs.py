@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from sigray.workers.config import ModelConfig
 from sigray.workers.model.untrusted import read_open_clip_config
+from sigray.workers.siglip_vits import resized
 from sigray.workers.tower_limits import check_towers
 
 # Keys of open_clip's config files that choose a class, not a shape; the class is always CustomTextCLIP here.
@@ -81,13 +82,27 @@ def tower_config(model: ModelConfig) -> dict[str, Any]:
         ValueError: if there is no model of that name, or its towers cannot be used.
     """
     if model.towers is not None:
-        return copy.deepcopy(model.towers)
+        return _with_image_size(copy.deepcopy(model.towers), model)
     assert model.name is not None, "init_from alone: take_inputs puts the towers in"
     config = {key: value for key, value in read_open_clip_config(model.name).items() if key not in CLASS_KEYS}
     try:
         check_towers(config)
     except ValueError as error:
         raise ValueError(f"model.name={model.name}: {error}") from None
+    return _with_image_size(config, model)
+
+
+def _with_image_size(config: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
+    if model.image_size is None:
+        return config
+    vision = config["vision_cfg"]
+    vision["image_size"] = model.image_size
+    if vision.get("timm_model_name"):  # open_clip passes timm no size
+        vision["timm_model_name"] = resized(vision["timm_model_name"], model.image_size)
+    try:
+        check_towers(config)
+    except ValueError as error:
+        raise ValueError(f"model.image_size={model.image_size}: {error}") from None
     return config
 
 

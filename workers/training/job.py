@@ -13,6 +13,7 @@ from sigray.workers.config import (
     LossConfig,
     ModelConfig,
     OptimConfig,
+    PhaseConfig,
     ShardingConfig,
     TrainConfig,
 )
@@ -36,6 +37,9 @@ class Hooks(Protocol):
 
     def started(self, facts: dict[str, Any]) -> None:
         """Training starts; `facts` is the start-up block."""
+
+    def phase_began(self, number: int, step: int) -> None:
+        """Training goes on in another phase, after so many steps."""
 
     def record(self, metrics: dict[str, float]) -> Request:
         """Record one line of metrics; returns what the driver requests."""
@@ -73,6 +77,7 @@ class TrainJob:
     optim: OptimConfig
     sharding: ShardingConfig
     checkpoint: CheckpointConfig
+    phases: list[PhaseConfig]
     seed: int
     accelerator: Accelerator
     devices_per_worker: int | None  # XLA only; None: all devices of the host

@@ -14,20 +14,26 @@ from sigray.losses import mean_logits
 from sigray.workers.data.loader import Loader
 from sigray.workers.device import Device
 from sigray.workers.training.job import TrainJob
+from sigray.workers.training.phases import Phase
 from sigray.workers.training.step import BadStep, StepResult
 
 _NUM_RECENT = 100  # good losses whose median a new loss is compared with
 
 
 class LogWindow:
-    """The steps between two lines of metrics; only `close` reads the device."""
+    """The steps between two lines of metrics; only `close` reads the device.
 
-    def __init__(self, loader: Loader, device: Device, job: TrainJob) -> None:
+    Args:
+        phase: of these steps; lines of a run with phases have its number.
+    """
+
+    def __init__(self, loader: Loader, device: Device, job: TrainJob, phase: Phase) -> None:
         self._loader, self._device, self._job = loader, device, job
+        self._phase: dict[str, float] = {"train/phase": phase.number} if job.phases else {}
         self._reasons: dict[str, tuple[int, str]] = {}
         self._global_batch_size = job.train.global_batch_size
         self._max_loss_ratio = job.train.max_loss_ratio
-        self._has_bias = job.loss.name == "sigmoid"
+        self._has_bias = phase.loss.name == "sigmoid"
         self._results: dict[int, StepResult] = {}  # by step, counted from 1
         self._good_losses: deque[float] = deque(maxlen=_NUM_RECENT)
         self.restart_clock()
@@ -78,6 +84,7 @@ class LogWindow:
         metrics = {
             "step": steps_done,
             "samples_seen": steps_done * self._global_batch_size,
+            **self._phase,
             "train/loss": means[-1],
             "train/logit_scale": scale,
             "train/logit_bias": bias,

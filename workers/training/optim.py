@@ -18,8 +18,10 @@ from sigray.workers.checkpoint.writer import EMA
 from sigray.workers.config import OptimConfig, ParameterGroup
 
 
-def learning_rate(optim: OptimConfig, samples_seen: int, num_samples: int) -> float:
+def learning_rate(optim: OptimConfig, samples_seen: float, num_samples: float) -> float:
     """Learning rate of the step that begins after `samples_seen` samples.
+
+    Both numbers are places of the schedule (`phases.Schedule`): in a run without phases, samples of the run.
 
     Warm-up is linear from the first step on. The cosine ends at zero after `num_samples` (SGDR, arXiv 1608.03983,
     one cycle). rsqrt and the cooldown are those of big_vision's `create_learning_rate_schedule`.

@@ -4,42 +4,70 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
+from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import nn
 
 from sigray.losses.spans import span
 from sigray.workers.checkpoint.index import CheckpointInfo, read_info
-from sigray.workers.checkpoint.writer import CheckpointWriter, help_to_save, load_checkpoint, load_newest
+from sigray.workers.checkpoint.writer import Border, CheckpointWriter, help_to_save, load_checkpoint, load_newest
 from sigray.workers.data.loader import Batch
 from sigray.workers.device import Device
+from sigray.workers.model.init_weights import resize
 from sigray.workers.storage import Storage
 from sigray.workers.training.job import Request, TrainJob
 from sigray.workers.training.ledger import Ledger, ledger_files
+from sigray.workers.training.phases import Phase, phase_at, phase_of_checkpoint
 from sigray.workers.training.step import Trainer
 
 _ASK_S = 0.3  # between two questions at a rung
 
 
-def restore(job: TrainJob, storage: Storage, trainer: Trainer, rank: int) -> int | None:
-    """Load the newest undamaged checkpoint on all ranks; returns its step or None."""
-    info = load_newest(storage, trainer.module, trainer.optimizer, job.hooks.warn) if rank == 0 else None
-    if dist.is_initialized():
-        names = [info.name if info else None]
-        dist.broadcast_object_list(names)
-        if rank and names[0]:
-            info = read_info(storage, names[0])
-            load_checkpoint(storage, info, trainer.module, trainer.optimizer)
+def restore(
+    job: TrainJob, storage: Storage, trainer: Trainer, phases: Sequence[Phase], phase: Phase, rank: int
+) -> int | None:
+    """Load the newest undamaged checkpoint on all ranks; returns its step or None.
+
+    A checkpoint from which another phase goes on is not loaded: the trainer is not of that phase.
+
+    Args:
+        phase: of the trainer.
+    """
+
+    def load(storage: Storage, info: CheckpointInfo, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        if phase_at(phases, info.step) == phase:
+            is_border = phase_of_checkpoint(phases, info.step) != phase
+            load_checkpoint(storage, info, module, optimizer, Border(phase.init_fresh, resize) if is_border else None)
+
+    parts = trainer.module, trainer.optimizer
+    info = load_newest(storage, *parts, job.hooks.warn, load) if rank == 0 else None
+    name = same_on_ranks(info.name if info else None)
+    if rank and name:
+        info = read_info(storage, name)
+        load(storage, info, *parts)
     return info.step if info else None
+
+
+def same_on_ranks(value: Any) -> Any:
+    """Return the value of rank 0."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 class Saver:
     """Saves with the other ranks: rank 0 the checkpoint, each rank its ledger.
 
-    Reasons to save: the end of the run, a rung, `checkpoint.save_every_steps` and `save_every_s`, and the driver's
-    request. All ranks take the same decision after the same step.
+    Reasons to save: the end of a phase or of the run, a rung, `checkpoint.save_every_steps` and `save_every_s`, and the
+    driver's request. All ranks take the same decision after the same step.
 
     Args:
-        first_step: steps done when this attempt began.
+        phase: the phase that the trainer is of; it ends with a checkpoint.
+        first_step: steps done when this attempt, or the phase, began.
         num_steps: steps of the run.
 
     Attributes:
@@ -53,6 +81,7 @@ class Saver:
         trainer: Trainer,
         device: Device,
         *,
+        phase: Phase,
         rank: int,
         world_size: int,
         first_step: int,
@@ -61,6 +90,7 @@ class Saver:
         self.must_stop = False
         self._job, self._trainer, self._device = job, trainer, device
         self._world_size, self._num_steps, self._saved_step = world_size, num_steps, first_step
+        self._last_step = min(phase.end_step, num_steps)
         self._ledger = Ledger(storage, rank, first_step, job.hooks.warn, job.owner) if job.train.ledger else None
         self._metrics: list[dict[str, float]] = []
         self._num_saved = self._num_shared = 0  # checkpoints of this attempt; the same on all ranks
@@ -72,7 +102,7 @@ class Saver:
                 trainer.module,
                 trainer.optimizer,
                 job.checkpoint,
-                job.model.model_dump(mode="json"),
+                phase.model.model_dump(mode="json"),
                 first_step=first_step,
                 owner=job.owner,
                 warn=job.hooks.warn,
@@ -92,7 +122,7 @@ class Saver:
         """Whether the ranks may save without a request; the same on all ranks."""
         steps = self._job.checkpoint.save_every_steps
         is_multiple = steps is not None and steps_done % steps == 0
-        return is_multiple or steps_done == self._num_steps or self._is_rung(steps_done)
+        return is_multiple or steps_done == self._last_step or self._is_rung(steps_done)
 
     def save_if_due(self, steps_done: int, request: Request) -> bool:
         """Save if any rank has a reason to, and set `must_stop`.
@@ -105,7 +135,7 @@ class Saver:
         save, self.must_stop = (total > 0 for total in sums[:2])
         self._share(int(sums[2]))
         is_rung = self._is_rung(steps_done)
-        if not (save or self.must_stop or is_rung or steps_done == self._num_steps):
+        if not (save or self.must_stop or is_rung or steps_done == self._last_step):
             return False
         with span("checkpoint"):
             self.save(steps_done)

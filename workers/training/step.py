@@ -30,6 +30,7 @@ from sigray.workers.model.towers import (
     normalize_pixels,
 )
 from sigray.workers.training.optim import build_optimizer, learning_rate, update_ema
+from sigray.workers.training.phases import Schedule
 
 
 @dataclass
@@ -59,13 +60,14 @@ class Trainer:
     """Model, optimizer and the step that updates them.
 
     Args:
-        num_samples: length of the run, for the schedule.
+        schedule: of the learning rate.
         global_batch_size: B, over all ranks.
         micro_batch_size: pairs per forward pass; None: all b of this rank.
         activation_checkpointing: whether the blocks of the towers keep their inputs only.
         stored_embeddings: whether batches hold embeddings of the locked image tower in place of images.
         ema: half-life in samples of an average of the weights; None: none.
         seed: of the run; determines the weights and the random state of every step.
+        phase: number of the phase, whose fresh weights are its own.
 
     Attributes:
         module: the open_clip model, with the same weights on every rank.
@@ -78,21 +80,22 @@ class Trainer:
         loss: LossConfig,
         device: Device,
         *,
-        num_samples: int,
+        schedule: Schedule,
         global_batch_size: int,
         micro_batch_size: int | None,
         seed: int,
+        phase: int = 0,
         activation_checkpointing: bool = False,
         compile_blocks: bool = False,
         stored_embeddings: bool = False,
         ema: int | None = None,
     ) -> None:
         self._model, self._optim, self._loss, self._device = model, optim, loss, device
-        self._num_samples, self._global_batch_size, self._seed = num_samples, global_batch_size, seed
+        self._schedule, self._global_batch_size, self._seed = schedule, global_batch_size, seed
         self._micro_batch_size = micro_batch_size
         self._ema_decay = None if ema is None else 0.5 ** (global_batch_size / ema)
         self._is_first = True
-        torch.manual_seed(seed)
+        torch.manual_seed(seed if phase == 0 else _mixed_seed([seed, phase]))
         self.module = device.place(build_model(model, stored_embeddings=stored_embeddings))
         lock_towers(self.module, model)
         if compile_blocks:
@@ -191,7 +194,7 @@ class Trainer:
         )
 
     def _set_learning_rate(self, step: int) -> float:
-        lr = learning_rate(self._optim, step * self._global_batch_size, self._num_samples)
+        lr = learning_rate(self._optim, self._schedule.place(step * self._global_batch_size), self._schedule.length)
         for group in self.optimizer.param_groups:
             group["lr"] = self._device.number(lr * group.get("lr_scale", 1.0))
         return lr

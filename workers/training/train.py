@@ -1,6 +1,6 @@
 """Start reading here: what one training worker does, in order.
 
-    set up -> restore -> [ batch -> step -> log -> checkpoint ] until the last step or a request to stop
+    set up -> for each phase: restore -> [ batch -> step -> log -> checkpoint ] until its end or a request to stop
 
 The loop uses torch.distributed and knows nothing of Ray. `orchestrator/run/worker_group.py` hands it to Ray
 Train; the tests and `benchmarks/overhead.py` run it in a bare process group.
@@ -8,13 +8,16 @@ Train; the tests and `benchmarks/overhead.py` run it in a bare process group.
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from sigray.losses.spans import span
+from sigray.workers.checkpoint.index import list_checkpoints
 from sigray.workers.checkpoint.writer import read_left_out
 from sigray.workers.config import OptimConfig
 from sigray.workers.data.label_noise import Noise
@@ -26,13 +29,16 @@ from sigray.workers.model.towers import TOWERS, num_parameters
 from sigray.workers.storage import Storage
 from sigray.workers.training.job import Request, TrainJob
 from sigray.workers.training.log_window import LogWindow
+from sigray.workers.training.phases import Phase, mixes_of, phase_at, phases_of
 from sigray.workers.training.profile import StepProfiler
-from sigray.workers.training.saver import Saver, restore
+from sigray.workers.training.saver import Saver, restore, same_on_ranks
 from sigray.workers.training.step import BadStep, Trainer
 
 
 def train_loop_per_worker(job: TrainJob) -> None:
     """Train from the newest checkpoint, or from the start, to the end of the run.
+
+    Each phase ends with a checkpoint, from which the next one goes on as a resume would.
 
     Raises:
         DataError: if too many samples are refused, or a shard changed.
@@ -50,75 +56,85 @@ def train_loop_per_worker(job: TrainJob) -> None:
     device = open_device(
         job.accelerator, local_rank, job.train.precision, job.devices_per_worker, splits_weights=is_split
     )
-    global_batch_size = job.train.global_batch_size
-    num_steps = -(-job.train.num_samples // global_batch_size)
-    trainer = Trainer(
-        job.model,
-        job.optim,
-        job.loss,
-        device,
-        num_samples=num_steps * global_batch_size,
-        global_batch_size=global_batch_size,
-        micro_batch_size=job.train.micro_batch_size,
-        seed=job.seed,
-        activation_checkpointing=job.train.activation_checkpointing,
-        compile_blocks=job.train.compile_blocks,
-        stored_embeddings=job.manifest.store is not None,
-        ema=job.train.ema,
-    )
+    check_collectives(device, job.train.global_batch_size // world_size)
     storage = Storage(job.storage_uri)
-    restored = restore(job, storage, trainer, rank)
+    with StepProfiler(job.profile, device, storage, rank) as profiler:
+        is_first = True
+        while _train_phase(job, device, storage, profiler, rank, world_size, is_first=is_first):
+            is_first = False
+            gc.collect()  # modules refer to themselves; the weights of a phase go before the next one's come
+
+
+def _train_phase(
+    job: TrainJob,
+    device: Device,
+    storage: Storage,
+    profiler: StepProfiler,
+    rank: int,
+    world_size: int,
+    *,
+    is_first: bool,
+) -> bool:
+    """Train to the end of a phase; return whether another follows.
+
+    Args:
+        is_first: whether this process has not trained yet.
+    """
+    global_batch_size = job.train.global_batch_size
+    phases = phases_of(job)
+    phase, trainer, restored = _begin_phase(job, phases, device, storage, rank)
     first_step = restored or 0
     if restored is None and job.model.init_from is not None:
         load_initial_weights(trainer.module, job.model)
-    check_collectives(device, global_batch_size // world_size)
+    num_steps = phases[-1].end_step
     if job.profile is not None:  # after the trainer: the schedule of the learning rate is that of the whole run
         num_steps = min(num_steps, job.profile.total)
     vocab_size: Any = trainer.module.get_submodule("text").vocab_size  # rows of its table
     loader = Loader(
-        build_order(job.manifest, job.data, job.seed),
+        build_order(job.manifest, job.data, job.seed, mixes_of(job)),
         job.blocks,
         job.data,
-        image_kind=image_kind(job.manifest, job.model),
+        image_kind=image_kind(job.manifest, phase.model),
+        image_size=phase.model.image_size,
         global_batch_size=global_batch_size,
         rank=rank,
         world_size=world_size,
         first_step=first_step,
-        last_step=num_steps,
+        last_step=min(phase.end_step, num_steps),
         page_lock=device.page_lock if device.pins_memory else None,
         noise=Noise(job.train.label_noise, job.seed, vocab_size) if job.train.label_noise else None,
     )
-    saver = Saver(
-        job, storage, trainer, device, rank=rank, world_size=world_size, first_step=first_step, num_steps=num_steps
-    )
-    if rank == 0:
-        job.hooks.started(_facts(job, trainer, device, world_size, first_step, num_steps))
+    ranks: Any = {"phase": phase, "rank": rank, "world_size": world_size}
+    saver = Saver(job, storage, trainer, device, **ranks, first_step=first_step, num_steps=num_steps)
+    if rank == 0 and is_first:
+        job.hooks.started(_facts(job, trainer, phases, device, world_size, first_step, num_steps))
+    elif rank == 0:
+        job.hooks.phase_began(phase.number, first_step)
     if restored is None and job.saves_start:
         saver.save(0)
 
-    window = LogWindow(loader, device, job)
+    window = LogWindow(loader, device, job, phase)
     left_out = set(read_left_out(storage))
     try:
-        with StepProfiler(job.profile, device, storage, rank) as profiler:
-            for batch in loader:
-                steps_done = batch.step + 1
-                if steps_done not in left_out:
-                    window.add(steps_done, trainer.step(batch))
-                saver.add(batch)
-                batch.release()
-                # The losses are checked before each checkpoint: none is written after a bad step.
-                if (steps_done + 1) % job.train.log_every_steps == 0:
-                    job.hooks.look_ahead()
-                if steps_done % job.train.log_every_steps == 0 or saver.may_save(steps_done):
-                    with span("metrics"):
-                        metrics = window.close(steps_done)
-                        request: Request = saver.record(metrics) if rank == 0 and metrics else "go on"
-                    if saver.save_if_due(steps_done, request):
-                        window.restart_clock()
-                    if saver.must_stop:
-                        break
-                saver.report_committed()
-                profiler.step_done()
+        for batch in loader:
+            steps_done = batch.step + 1
+            if steps_done not in left_out:
+                window.add(steps_done, trainer.step(batch))
+            saver.add(batch)
+            batch.release()
+            # The losses are checked before each checkpoint: none is written after a bad step.
+            if (steps_done + 1) % job.train.log_every_steps == 0:
+                job.hooks.look_ahead()
+            if steps_done % job.train.log_every_steps == 0 or saver.may_save(steps_done):
+                with span("metrics"):
+                    metrics = window.close(steps_done)
+                    request: Request = saver.record(metrics) if rank == 0 and metrics else "go on"
+                if saver.save_if_due(steps_done, request):
+                    window.restart_clock()
+                if saver.must_stop:
+                    break
+            saver.report_committed()
+            profiler.step_done()
         saver.close()
     except BadStep:
         saver.close()  # the checkpoints before the bad step are good
@@ -128,6 +144,37 @@ def train_loop_per_worker(job: TrainJob) -> None:
         raise
     finally:
         loader.close()
+    return not saver.must_stop and phase.end_step < num_steps
+
+
+def _begin_phase(
+    job: TrainJob, phases: Sequence[Phase], device: Device, storage: Storage, rank: int
+) -> tuple[Phase, Trainer, int | None]:
+    """Return the phase to train, its trainer with the newest checkpoint's state, and that checkpoint's step."""
+    newest = list_checkpoints(storage)[-1:] if rank == 0 and job.phases else []
+    step = same_on_ranks(newest[0].step if newest else 0)
+    while True:
+        phase = phase_at(phases, step)
+        trainer = Trainer(
+            phase.model,
+            phase.optim,
+            phase.loss,
+            device,
+            schedule=phase.schedule,
+            global_batch_size=job.train.global_batch_size,
+            micro_batch_size=job.train.micro_batch_size,
+            seed=job.seed,
+            phase=phase.number,
+            activation_checkpointing=job.train.activation_checkpointing,
+            compile_blocks=job.train.compile_blocks,
+            stored_embeddings=job.manifest.store is not None,
+            ema=job.train.ema,
+        )
+        restored = restore(job, storage, trainer, phases, phase, rank)
+        step = restored or 0
+        if phase_at(phases, step) == phase:
+            return phase, trainer, restored
+        # The newest checkpoints are damaged, and the one before them is of an earlier phase.
 
 
 def _weight_decay(optim: OptimConfig, trainer: Trainer) -> str:
@@ -142,7 +189,13 @@ def _weight_decay(optim: OptimConfig, trainer: Trainer) -> str:
 
 
 def _facts(
-    job: TrainJob, trainer: Trainer, device: Device, world_size: int, first_step: int, num_steps: int
+    job: TrainJob,
+    trainer: Trainer,
+    phases: Sequence[Phase],
+    device: Device,
+    world_size: int,
+    first_step: int,
+    num_steps: int,
 ) -> dict[str, Any]:
     """The start-up block."""
     towers = {name: num_parameters(trainer.module.get_submodule(name)) / 1e6 for name in TOWERS}
@@ -157,5 +210,8 @@ def _facts(
         "ema": job.train.ema,
         "first_step": first_step,
         "num_steps": num_steps,
+        "phases": [
+            {"number": phase.number, "first_step": phase.first_step, "changes": phase.changes} for phase in phases[1:]
+        ],
         "epochs": num_steps * job.train.global_batch_size / job.manifest.num_samples,
     }

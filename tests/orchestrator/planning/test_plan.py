@@ -40,6 +40,7 @@ from sigray.workers.data.loader import Batch
 from sigray.workers.device import open_device
 from sigray.workers.model.export import export_safetensors
 from sigray.workers.model.towers import build_model
+from sigray.workers.training.phases import Schedule
 from sigray.workers.training.step import Trainer
 from tests.helpers.data import TOWERS
 
@@ -59,7 +60,7 @@ def small(*overrides: str):
 
 
 def taken_by_a_step(found) -> int:
-    return max(sum(size for item, size in phase.items.items() if item not in STANDING) for phase in found.phases)
+    return max(sum(size for item, size in part.items.items() if item not in STANDING) for part in found.parts)
 
 
 # Memory
@@ -98,7 +99,7 @@ def test_a_real_step_takes_what_was_predicted(overrides):
         config.optim,
         config.loss,
         open_device("cpu", 0, config.train.precision),
-        num_samples=batch,
+        schedule=Schedule(batch),
         global_batch_size=batch,
         micro_batch_size=config.train.micro_batch_size,
         seed=0,
@@ -113,7 +114,7 @@ def test_a_real_step_takes_what_was_predicted(overrides):
     with counter:
         trainer.step(Batch(0, images, tokens, **origin))
     assert taken_by_a_step(predicted) == pytest.approx(counter.peak, rel=0.03)
-    standing = predicted.phases[0].items
+    standing = predicted.parts[0].items
     assert standing["weights"] == sum(map(_bytes, [*trainer.module.parameters(), *trainer.module.buffers()]))
     assert standing["optimizer state"] == sum(map(_bytes, state))
 
@@ -248,11 +249,11 @@ def test_activation_checkpointing_takes_less_memory_and_at_most_one_forward_pass
 def test_an_average_of_the_weights_takes_what_trains(locked):
     plain, averaging = (plan(small(f"model.locked={locked}", *more), CPU, 1) for more in ([], ["train.ema=1000"]))
     size = 4 * plain.parameters["trained"]
-    for before, after in zip(plain.phases, averaging.phases, strict=True):
+    for before, after in zip(plain.parts, averaging.parts, strict=True):
         copy = before.items["checkpoint copy"] + size
         assert after.items == before.items | {"average of the weights": size, "checkpoint copy": copy}
     split = plan(small(f"model.locked={locked}", "train.ema=1000", "sharding.weights=split"), CPU, 2)
-    assert split.phases[0].items["average of the weights"] == pytest.approx(size / 2, abs=8)
+    assert split.parts[0].items["average of the weights"] == pytest.approx(size / 2, abs=8)
 
 
 def test_four_tpu_v4_take_the_batch_of_the_paper(minutes):
@@ -316,9 +317,9 @@ def test_a_locked_tower_goes_forward_only_and_a_stored_one_not_at_all():
     assert live.flops_per_sample["backward"] < free.flops_per_sample["backward"]
     assert "image tower" not in stored.flops_per_sample
     assert stored.days < live.days < free.days
-    weights = [found.phases[0].items["weights"] for found in (free, live, stored)]
+    weights = [found.parts[0].items["weights"] for found in (free, live, stored)]
     assert weights[0] == weights[1] > weights[2]
-    states = [found.phases[0].items["optimizer state"] for found in (free, live, stored)]
+    states = [found.parts[0].items["optimizer state"] for found in (free, live, stored)]
     assert states[0] > states[1] == states[2]
     assert stored.data_workers is None
 
@@ -364,6 +365,85 @@ def test_a_twentieth_of_the_memory_stays_free():
     needed = plan(small(), CPU, 1).peak.total
     for memory, fits in ((needed / 0.94, True), (needed / 0.96, False)):
         assert plan(small(), dataclasses.replace(CPU, memory=memory), 1).fits is fits
+
+
+# Phases
+
+LARGER = {"start": 0.9, "image_size": 32}
+BACK = {"start": 0.95, "image_size": 16, "loss": {"name": "softmax"}}
+
+
+def phased(*phases, overrides=()):
+    return small(f"phases={json.dumps(phases)}", *overrides)
+
+
+def test_a_run_takes_as_long_as_its_phases_one_after_the_other():
+    """100,000 samples are 391 steps; phases begin at 90,000 and 95,000 samples, rounded up to whole steps."""
+    kind = DEVICES["a100-80"]
+    found = plan(phased(LARGER, BACK), kind, 8, price_per_hour=2.0)
+    alone = [plan(small(*more), kind, 8) for more in ([], ["model.image_size=32"], ["loss.name=softmax"])]
+    num_steps = [352, 372 - 352, 391 - 372]
+    seconds = sum(number * each.step_s for number, each in zip(num_steps, alone, strict=True))
+    assert [each.num_steps for each in found.phases] == num_steps
+    assert found.num_steps == 391
+    assert found.days == pytest.approx(seconds / 86_400)
+    assert found.cost == pytest.approx(seconds / 3600 * 8 * 2.0)
+    for each, expected in zip(found.phases, alone, strict=True):
+        for name in ("parts", "parameters", "flops_per_sample", "compute_s", "wire", "wire_s", "batch"):
+            assert getattr(each, name) == getattr(expected, name)
+    # The fastest phase needs most of them.
+    assert found.data_workers == alone[0].data_workers > alone[1].data_workers
+
+
+def test_the_phase_that_needs_most_memory_decides_whether_a_run_fits():
+    few = ["train.global_batch_size=16"]
+    huge = LARGER | {"image_size": 128}
+    config, base, alone = phased(huge, BACK, overrides=few), small(*few), small(*few, "model.image_size=128")
+    found = plan(config, CPU, 1)
+    assert found.peak == plan(alone, CPU, 1).peak
+    kind = dataclasses.replace(CPU, memory=0.85 * found.peak.total / FITS)
+    check_fits(plan(base, kind, 1), base)
+    with pytest.raises(DoesNotFit, match=r"^phase 1 \(image_size=128\): one cpu needs") as error:
+        check_fits(plan(config, kind, 1), config)
+    best = int(re.search(r"train\.micro_batch_size=(\d+) fits \(now 16\)", str(error.value))[1])
+    assert best == largest_micro_batch(alone, kind, 1) < largest_micro_batch(base, kind, 1)
+    fits = phased(huge, BACK, overrides=[*few, f"train.micro_batch_size={best}"])
+    check_fits(plan(fits, kind, 1), fits)
+
+
+def test_the_object_store_holds_the_largest_images_though_another_phase_needs_most_memory():
+    many = ["train.global_batch_size=1024", "train.micro_batch_size=32", "loss.tile_size=1024", "model.image_size=24"]
+    found = plan(phased(BACK, overrides=many), CPU, 1)
+    assert found.phase.number == 1
+    assert found.object_store == plan(small(*many), CPU, 1).object_store > found.phases[1].object_store
+
+
+def test_a_later_phase_that_does_not_fit_is_refused_before_a_run(monkeypatch):
+    config = phased(LARGER, overrides=["cluster.num_workers=1"])
+    needed = [each.peak.total - each.parts[0].items["framework"] for each in plan(config, "cpu", 1).phases]
+    monkeypatch.setattr("sigray.orchestrator.planning.this_machine.machine_memory", lambda: sum(needed) / 2 / FITS)
+    check_memory(config.model_copy(update={"phases": []}))
+    with pytest.raises(DoesNotFit, match=r"^phase 1 \(image_size=32\): one cpu needs"):
+        check_memory(config)
+
+
+def test_phases_are_shown_and_a_run_without_them_is_as_it_was(tmp_path, capsys):
+    path = tmp_path / "phased.yaml"
+    path.write_text(phased(LARGER, BACK).to_yaml())
+    command = ["plan", str(path), "--device", "l4"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    for words in (r"phase +after step +changes", r"1 +352 +image_size=32 +\d", r"A step of phase 1 \(image_size=32\)"):
+        assert re.search(words, shown)
+    assert main([*command, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    one = plan(small(), "l4").as_dict()
+    assert content.keys() == one.keys() | {"phase", "phases"}
+    assert content["phase"] == {"number": 1, "first_step": 352, "end_step": 372, "changes": ["image_size=32"]}
+    assert [each["phase"]["number"] for each in content["phases"]] == [0, 1, 2]
+    assert content["days"] == pytest.approx(sum(each["days"] for each in content["phases"]))
+    assert content["memory_bytes"] == content["phases"][1]["memory_bytes"]
+    assert content["phases"][0]["memory_bytes"] == one["memory_bytes"]
 
 
 DEMOS = [path for path in sorted(Path("examples").glob("*.yaml")) if path.stem.startswith(("emoji", "small"))]
@@ -528,7 +608,7 @@ def test_json_is_the_whole_plan(small_yaml, capsys):
     expected = plan(load_config(small_yaml), DEVICES["tpu-v4"], 1)
     assert content == json.loads(json.dumps(expected.as_dict()))
     assert content["memory_bytes"]["peak"] == sum(
-        content["memory_bytes"]["phases"][content["memory_bytes"]["peak_phase"]].values()
+        content["memory_bytes"]["parts"][content["memory_bytes"]["peak_part"]].values()
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from sigray.orchestrator.config import ConfigError, RunConfig, check_resume
+from sigray.workers.config import PhaseConfig
 from tests.mutations.keys import leaf_keys
 
 DOCS = Path(__file__).parents[3] / "docs" / "operations.md"
@@ -26,6 +27,7 @@ CONTENT: dict[str, Any] = {
         "label_noise": {"kind": "text", "fraction": 0.5},
     },
     "optim": {"groups": [{"match": "text.*"}]},
+    "phases": [{"start": 48, "weights": {"name": 1}, "optim": {}, "loss": {}}],
     "eval": {"sets": {"name": {"shards": "/held_out"}}},
 }
 
@@ -71,7 +73,10 @@ def changed(key: str) -> RunConfig:
     config = RunConfig.model_construct(**content)
     for name, field in RunConfig.model_fields.items():
         section: Any = field.annotation
-        config.__dict__[name] = section.model_construct(**content[name])
+        if name == "phases":
+            config.__dict__[name] = [PhaseConfig.model_construct(**phase) for phase in content[name]]
+        else:
+            config.__dict__[name] = section.model_construct(**content[name])
     return config
 
 

@@ -15,6 +15,7 @@ from sigray.workers.data.label_noise import Noise
 from sigray.workers.data.loader import Batch
 from sigray.workers.data.order import StreamOrder
 from sigray.workers.device import open_device
+from sigray.workers.training.phases import Schedule
 from sigray.workers.training.step import Trainer
 from tests.golden.make import FILE, text
 from tests.helpers.data import TOWERS
@@ -74,7 +75,7 @@ def make_trainer(seed: int, loss: LossConfig, micro_batch_size: int | None = Non
         OptimConfig(),
         loss,
         open_device("cpu", 0, "fp32"),
-        num_samples=8,
+        schedule=Schedule(8),
         global_batch_size=8,
         micro_batch_size=micro_batch_size,
         seed=seed,

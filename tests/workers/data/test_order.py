@@ -1,5 +1,6 @@
 """The order against its promises, for any counts: every sample once per epoch, the same batches on any ranks."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -93,12 +94,22 @@ def test_batch_that_does_not_divide_is_refused():
 
 
 mixes = st.builds(
-    lambda parts, **settings_of_order: StreamOrder(
-        [sizes for sizes, _ in parts], [weight for _, weight in parts], **settings_of_order
+    lambda parts, starts, **settings_of_order: StreamOrder(
+        [sizes for sizes, _, _ in parts],
+        [weight for _, weight, _ in parts],
+        [(start, [weights[number] for _, _, weights in parts]) for number, start in enumerate(sorted(starts))],
+        **settings_of_order,
     ),
     st.lists(
-        st.tuples(st.lists(st.integers(1, 25), min_size=1, max_size=4), st.floats(0.01, 100)), min_size=2, max_size=4
+        st.tuples(
+            st.lists(st.integers(1, 25), min_size=1, max_size=4),
+            st.floats(0.01, 100),
+            st.tuples(st.floats(0.01, 100), st.floats(0.01, 100)),
+        ),
+        min_size=2,
+        max_size=4,
     ),
+    st.lists(st.integers(1, 300), max_size=2, unique=True),
     seed=st.integers(0, 2**31),
     num_lanes=st.integers(1, 5),
     shuffle_window=st.integers(1, 20),
@@ -158,6 +169,34 @@ def test_every_stretch_has_its_shares(weights, first, length):
         # Shares are rounded to 1/4096, and the round robin is at most one sample per dataset off.
         assert abs(count - length * weight / sum(weights)) <= len(weights) + length * len(weights) / 4096
     assert sum(order.num_of_dataset(n, first) for n in range(len(weights))) == first
+
+
+@settings(max_examples=60)
+@given(
+    mixes=st.lists(st.tuples(st.integers(1, 5000), st.floats(0.05, 20), st.floats(0, 20)), max_size=3),
+    first=st.integers(0, 6000),
+    length=st.integers(0, 3000),
+)
+def test_changed_weights_hold_from_their_start(mixes, first, length):
+    """Slow twin: each stretch between two changes is one of an order of those weights alone, from its beginning."""
+    options = {"seed": 0, "num_lanes": 2, "shuffle_window": 4}
+    mixes = sorted({start: (start, (a, b)) for start, a, b in mixes}.values())
+    order = StreamOrder([[10], [7]], (1.0, 2.0), mixes, **options)
+    bounds = [(0, (1.0, 2.0)), *mixes, (10**9, (1.0, 1.0))]
+    for number in (0, 1):
+        expected = 0
+        for (start, weights), (end, _) in itertools.pairwise(bounds):
+            alone = StreamOrder([[10], [7]], weights, **options)
+            low, high = (min(max(place, start), end) - start for place in (first, first + length))
+            expected += alone.num_of_dataset(number, high) - alone.num_of_dataset(number, low)
+        assert order.num_of_dataset(number, first + length) - order.num_of_dataset(number, first) == expected
+
+
+def test_a_weight_of_zero_leaves_a_dataset_out():
+    order = StreamOrder([[10], [7], [5]], (1, 1, 1), [(30, (1, 0, 0.0001)), (5000, (0, 1, 0))], seed=0, num_lanes=2,
+                        shuffle_window=4)  # fmt: skip
+    given = [[order.num_of_dataset(number, place) for number in range(3)] for place in (30, 30 + 4096, 5000, 5010)]
+    assert given == [[10, 10, 10], [10 + 4095, 10, 11], [4979, 10, 11], [4979, 20, 11]]
 
 
 def test_next_index_is_the_first_that_no_step_has_taken():

@@ -12,6 +12,7 @@ from sigray.workers.config import ModelConfig, OptimConfig
 from sigray.workers.device import open_device
 from sigray.workers.model.towers import build_model, check_model, layer_scales, lock_towers
 from sigray.workers.training.optim import build_optimizer, decayed_names, parameter_groups
+from sigray.workers.training.phases import Schedule
 from sigray.workers.training.step import Trainer
 from tests.helpers.data import TOWERS
 from tests.helpers.steps import global_batch, make_trainer, part_of
@@ -302,7 +303,7 @@ def trainer_of(optim):
         optim,
         make_trainer(1)._loss,
         open_device("cpu", 0, "fp32"),
-        num_samples=480,
+        schedule=Schedule(480),
         global_batch_size=48,
         micro_batch_size=None,
         seed=3,

@@ -13,6 +13,7 @@ from sigray.workers.config import LossConfig, ModelConfig, OptimConfig
 from sigray.workers.device import open_device
 from sigray.workers.model.towers import build_model
 from sigray.workers.storage import Storage
+from sigray.workers.training.phases import Schedule
 from sigray.workers.training.step import Trainer
 from tests.helpers.bare import train_bare
 from tests.helpers.data import TOWERS, write_small_run
@@ -84,7 +85,7 @@ def parts_on_rank(rank, world_size):
         OptimConfig(),
         LossConfig(),
         open_device("cpu", 0, "fp32", splits_weights=True),
-        num_samples=8,
+        schedule=Schedule(8),
         global_batch_size=8,
         micro_batch_size=None,
         seed=0,
