@@ -168,7 +168,7 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_phases(cls, content: Any) -> Any:
-        """Give each phase's `loss` and `optim` the keys that it leaves out, from the phase before."""
+        """Fill in the keys that a phase's `loss` and `optim` leave out, from the phase before."""
         if not isinstance(content, dict) or not isinstance(content.get("phases"), list):
             return content
         filled = []
@@ -553,7 +553,10 @@ def _known_keys(model: Any, path: list[str]) -> list[str]:
 
 
 def flattened(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested mapping as dotted key -> value; entries of lists of mappings by number."""
+    """Return a nested mapping as dotted key -> value.
+
+    Mappings in a list have their number as a key.
+    """
     flat: dict[str, Any] = {}
     for key, value in content.items():
         if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):

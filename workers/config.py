@@ -586,13 +586,14 @@ class OptimConfig(Section):
 
 class PhaseConfig(Section):
     start: PositiveFloat
-    """Where the phase begins: below 1, a fraction of train.num_samples; else a number of samples seen.
-    Rounded up to a whole step. Keys that a phase leaves out are as in the phase before it."""
+    """Where the phase begins; keys that it leaves out are as in the phase before.
+    Below 1, a fraction of train.num_samples; else a number of samples seen. Rounded up to a whole step."""
     image_size: PositiveInt | None = None
-    """Edge of the images in pixels, as model.image_size. Position embeddings are resized at the border."""
+    """Edge of the images in pixels, as model.image_size.
+    Position embeddings are resized at the border."""
     weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
-    """Weights of all datasets of data.shards from here on, by name; 0 leaves a dataset out.
-    Each dataset goes on where it was, so its epochs stay whole."""
+    """Weights of all datasets of data.shards, by name.
+    0 leaves a dataset out. Each dataset goes on where it was, so its epochs stay whole."""
     loss: LossConfig | None = None
     """Keys of `loss` that change."""
     optim: OptimConfig | None = None
@@ -600,14 +601,14 @@ class PhaseConfig(Section):
     name, groups, layer_decay and weight_decay_on cannot."""
     schedule: Literal["kept", "fresh"] = "kept"
     """kept: the learning rate goes on along its schedule.
-    fresh: a schedule of its own begins here, with its warm-up, and ends with the run or where the next fresh one
-    begins."""
+    fresh: that schedule ends here, and one of its own begins, with its warm-up. It ends with the run, or where the next
+    fresh one begins."""
     stretch: PositiveFloat = 1.0
     """How many times more slowly this phase goes along its schedule.
-    3.75 makes room for 3.75 times the samples: schedules count a sample of this phase as 1 / 3.75."""
+    With 3.75, a phase of 3.75 times as many samples has the same learning rates: each counts as 1 / 3.75."""
     init_fresh: list[Pattern] = []
-    """Regular expressions for parameters that begin anew here, with their optimizer state.
-    They match whole parameter names, as model.init_fresh."""
+    """Regular expressions for parameters that start fresh here.
+    They lose their optimizer state too. They match whole parameter names, as model.init_fresh."""
 
 
 class EvalSet(Section):

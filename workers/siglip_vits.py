@@ -57,14 +57,17 @@ class SiglipVit:
 
 
 def resized(timm_name: str, image_size: int) -> str:
-    """Return the name of the same tower for another image size; a name that is not SigLIP's stays."""
+    """Return the name of the same tower for another image size.
+
+    A name that is not of SigLIP's towers stays.
+    """
     shape = siglip_vit(timm_name)
     found = re.fullmatch(r"vit_([a-z0-9]+)_patch(\d+)_siglip_(\d+)", timm_name)
     if shape is None and found is not None:
-        size, patch_size = found[1], int(found[2])
-        for (other, patch, act), sizes in TIMM_SHAPES.items():
-            if (other, patch) == (size, patch_size) and int(found[3]) in sizes:
-                shape = SiglipVit(*next(dims for dims, name in _TIMM_WIDTHS.items() if name == size), patch, 0, act)
+        for (size, patch_size, act), sizes in TIMM_SHAPES.items():
+            if (size, str(patch_size)) == found.groups()[:2] and int(found[3]) in sizes:
+                dims = next(dims for dims, name in _TIMM_WIDTHS.items() if name == size)
+                shape = SiglipVit(*dims, patch_size, int(found[3]), act)
     return timm_name if shape is None else dataclasses.replace(shape, image_size=image_size).name
 
 

@@ -31,7 +31,7 @@ from sigray.orchestrator.config import ConfigError, RunConfig
 from sigray.orchestrator.device_kinds import COMPILED, CPU, DEVICES, GIB, DeviceKind
 from sigray.orchestrator.planning.count import TowerCosts, gathered_bytes, measure_towers
 from sigray.orchestrator.planning.this_machine import this_cpu
-from sigray.orchestrator.tables import add, rows_table, table
+from sigray.orchestrator.tables import Column, add, rows_table, table
 from sigray.workers.config import LossConfig, Precision
 from sigray.workers.model.inputs import shapes
 from sigray.workers.model.weights_towers import with_towers
@@ -567,8 +567,8 @@ def tables(found: Plan) -> Group:
     lines = (Text(f"- {line}") for line in found.assumptions)
     head: list[Table | Text] = []
     if found.phase is not None:
-        numbers = ((column, "right") for column in (f"{name} at the peak", "step, s", "takes"))
-        phases = table(("phase", "right"), ("after step", "right"), ("changes", "left"), *numbers)
+        begins: list[Column] = [("phase", "right"), ("after step", "right"), ("changes", "left")]
+        phases = table(*begins, (f"{name} at the peak", "right"), ("step, s", "right"), ("takes", "right"))
         for each in found.phases:
             assert each.phase is not None
             begin = (str(each.phase.number), f"{each.phase.first_step:,}", ", ".join(each.phase.changes))

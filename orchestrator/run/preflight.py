@@ -169,7 +169,11 @@ def check_model_config(config: RunConfig, *, is_begun: bool = False, reads_token
 
 
 def check_border(key: str, before: nn.Module, phase: Phase) -> nn.Module:
-    """Check that a model can go on in a phase; return the model of the phase, without memory.
+    """Check that a model can go on in a phase; return the phase's model.
+
+    Args:
+        key: of the phase in the config.
+        before: the model of the phase before, on the meta device as the result.
 
     Raises:
         ValueError: a pattern of init_fresh matches no parameter, or a tensor cannot be resized to phase.image_size.
@@ -197,7 +201,7 @@ def check_border(key: str, before: nn.Module, phase: Phase) -> nn.Module:
         if not is_kept and resize(name, torch.zeros(tensor.shape), here[name], module).shape != wanted:
             raise ValueError(
                 f"{key}.image_size={phase.model.image_size}: {name} {list(tensor.shape)} cannot be resized to "
-                f"{list(wanted)}: keep the image size, or begin it anew with init_fresh"
+                f"{list(wanted)}: keep the image size, or make it fresh by init_fresh"
             )
     return module
 

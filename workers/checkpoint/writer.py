@@ -283,10 +283,10 @@ def _without_ema(state: Any, module: nn.Module, optimizer: torch.optim.Optimizer
 
 @dataclass(frozen=True)
 class Border:
-    """What changes between the phase of a checkpoint and the phase that goes on from it.
+    """How the phase after a checkpoint differs from the checkpoint's own.
 
     Attributes:
-        init_fresh: patterns of the parameters that begin anew.
+        init_fresh: patterns of the parameters that start fresh.
         resize: name, tensor of the checkpoint, tensor of the model, model -> the tensor in the model's size.
     """
 

@@ -219,7 +219,9 @@ def _problem(theirs: Tensor, own: Tensor) -> str | None:
 
 
 def resize(name: str, theirs: Tensor, own: Tensor, module: nn.Module) -> Tensor:
-    """Return position or patch embeddings in the model's size; any other tensor as it is.
+    """Return position or patch embeddings in the model's size.
+
+    Any other tensor stays as it is.
 
     Args:
         theirs: of a file or checkpoint.

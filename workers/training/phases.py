@@ -1,7 +1,7 @@
-"""The phases of a run: which losses, image size, mixture and learning rate hold from which step on.
+"""The phases of a run: what holds from which step on.
 
-A phase is a function of samples seen, so it survives kills and resizes as the order does. Pure arithmetic, without
-torch: the driver, `sigray plan` and the pages use it too.
+Loss, image size, mixture and learning rate may change. A phase is a function of samples seen, so it survives kills and
+resizes as the order does. Pure arithmetic, without torch: the driver, `sigray plan` and the pages use it too.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Phase:
     Attributes:
         number: from 0; phase 0 is what the config says outside of `phases`.
         changes: `key=value` of what differs from the phase before.
-        init_fresh: patterns of the parameters that begin anew with the phase.
+        init_fresh: patterns of the parameters that start fresh with the phase.
     """
 
     number: int
@@ -114,7 +114,11 @@ def phases_of(config: HasPhases) -> list[Phase]:
 
 
 def _changes(given: PhaseConfig, loss: LossConfig, optim: OptimConfig) -> list[str]:
-    """Return `key=value` of what a phase changes; `loss` and `optim` are those of the phase before."""
+    """Return `key=value` of what a phase changes.
+
+    Args:
+        loss, optim: of the phase before.
+    """
     found = []
     for name, value in given:
         if name in ("loss", "optim"):
@@ -131,7 +135,10 @@ def phase_at(phases: Sequence[Phase], step: int) -> Phase:
 
 
 def phase_of_checkpoint(phases: Sequence[Phase], steps_done: int) -> Phase:
-    """Return the phase whose weights a checkpoint holds: at a border, that which ends there."""
+    """Return the phase whose weights a checkpoint holds.
+
+    At a border, that which ends there.
+    """
     return phase_at(phases, max(steps_done - 1, 0))
 
 
@@ -141,7 +148,7 @@ def model_of_checkpoint(config: HasPhases, steps_done: int) -> ModelConfig:
 
 
 def mixes_of(config: HasPhases) -> list[tuple[int, Mapping[str, float]]]:
-    """Return (samples, weights): after so many samples, other weights of the datasets hold."""
+    """Return each change of the mixture: samples before it, weights by dataset."""
     batch = config.train.global_batch_size
     return [
         (phase.first_step * batch, given.weights)

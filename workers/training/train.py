@@ -150,7 +150,7 @@ def _train_phase(
 def _begin_phase(
     job: TrainJob, phases: Sequence[Phase], device: Device, storage: Storage, rank: int
 ) -> tuple[Phase, Trainer, int | None]:
-    """Return the phase to train, its trainer with the newest checkpoint's state, and that checkpoint's step."""
+    """Return the phase to train, its trainer, and the step of the loaded checkpoint."""
     newest = list_checkpoints(storage)[-1:] if rank == 0 and job.phases else []
     step = same_on_ranks(newest[0].step if newest else 0)
     while True:

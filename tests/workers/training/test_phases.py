@@ -242,7 +242,7 @@ def test_the_phases_of_a_run_do_what_they_say(undisturbed):
     assert [lines[step]["train/phase"] for step in range(1, 13)] == [0] * 5 + [1] * 4 + [2] * 3
     base, own = OptimConfig(), OptimConfig(lr=2e-3, num_warmup_samples=8)
     rates = [lines[step]["train/learning_rate"] for step in range(1, 13)]
-    assert rates[:FIRST] == [learning_rate(base, 8 * step, 96) for step in range(5)]
+    assert rates[:FIRST] == [learning_rate(base, 8 * step, 40) for step in range(5)]
     length = 4 * BATCH + 3 * BATCH / 2
     places = [0, 8, 16, 24, 32, 36, 40]
     assert rates[FIRST:] == pytest.approx([learning_rate(own, place, length) for place in places], rel=1e-12)
