@@ -111,14 +111,14 @@ class RunFiles:
     @property
     def phases(self) -> list[tuple[int, str]]:
         """Samples after which each phase begins, after the first, and what it changes."""
-        listed = self.summary.get("facts", {}).get("phases") if isinstance(self.summary.get("facts"), dict) else None
-        batch = self.global_batch_size
+        listed = find_dict(self.summary, "facts").get("phases")
         found = []
-        for phase in listed if isinstance(listed, list) and batch else []:
+        for phase in listed if isinstance(listed, list) else []:
             step = find_number(phase, "first_step") if isinstance(phase, dict) else None
-            if step is not None:
+            if step is not None and self.global_batch_size:
                 changes = phase.get("changes")
-                found.append((int(step) * batch, ", ".join(map(str, changes if isinstance(changes, list) else []))))
+                text = ", ".join(map(str, changes)) if isinstance(changes, list) else ""
+                found.append((int(step) * self.global_batch_size, text))
         return found
 
     @property

@@ -777,7 +777,7 @@ FAULTS = [
     ),
     Fault(
         "positions of a timm tower are resized bilinearly",
-        "sigray.workers.model.init_weights:_resize",
+        "sigray.workers.model.init_weights:resize",
         "num_prefix_tokens=num_prefix)",
         'num_prefix_tokens=num_prefix, interpolation="bilinear")',
         ("tests/workers/model/test_pretrained.py::test_embeddings_of_a_timm_tower_are_resized_as_timm_does",),

@@ -29,6 +29,20 @@ _SUBMIT = "tests/orchestrator/cluster/test_jobs.py"
 
 FAULTS = [
     Fault(
+        "the last phase decides whether a run fits",
+        "sigray.orchestrator.planning.plan:_together",
+        "max(phases, key=lambda each: each.peak.total)",
+        "phases[-1]",
+        ("tests/orchestrator/planning/test_plan.py::test_the_phase_that_needs_most_memory_decides_whether_a_run_fits",),
+    ),
+    Fault(
+        "a run takes as long as one of its phases",
+        "sigray.orchestrator.planning.plan:Plan.days",
+        "sum(each.days for each in self.phases) if self.phases else ",
+        "",
+        ("tests/orchestrator/planning/test_plan.py::test_a_run_takes_as_long_as_its_phases_one_after_the_other",),
+    ),
+    Fault(
         "an observer cannot stop a run",
         "sigray.orchestrator.run.supervisor:Supervisor._poll",
         "            self.ask_to_stop()",

@@ -24,8 +24,52 @@ _STEP, _OPTIM, _TRAIN, _WORKER = (
 )
 
 _EMA = "tests/workers/training/test_ema.py::test_"
+_PHASES = "tests/workers/training/test_phases.py::test_"
 
 FAULTS = [
+    # Phases.
+    Fault(
+        "a phase begins a step early",
+        "sigray.workers.training.phases:_first_step",
+        "-(-samples // train.global_batch_size)",
+        "samples // train.global_batch_size",
+        (f"{_PHASES}a_phase_is_a_function_of_samples_seen",),
+    ),
+    Fault(
+        "a fresh schedule goes on where the one before was",
+        "sigray.workers.training.phases:phases_of",
+        "sum(places[begin:number])",
+        "sum(places[:number])",
+        (f"{_PHASES}a_phase_is_a_function_of_samples_seen",),
+    ),
+    Fault(
+        "the checkpoint of a border is taken for one of the next phase",
+        "sigray.workers.training.phases:phase_of_checkpoint",
+        "steps_done - 1",
+        "steps_done",
+        (f"{_PHASES}a_border_resizes_and_refreshes_what_it_names",),
+    ),
+    Fault(
+        "what starts fresh keeps its weights",
+        "sigray.workers.checkpoint.writer:Border.is_fresh",
+        "any(",
+        "False and any(",
+        (f"{_PHASES}a_border_resizes_and_refreshes_what_it_names",),
+    ),
+    Fault(
+        "changed weights of datasets count from the beginning of the run",
+        "sigray.workers.data.order:StreamOrder.num_of_dataset",
+        "num_samples - mix.start",
+        "num_samples",
+        ("tests/workers/data/test_order.py::test_changed_weights_hold_from_their_start",),
+    ),
+    Fault(
+        "a longer run moves its borders",
+        "sigray.orchestrator.config:check_resume",
+        "if phase.start < 1",
+        "if False",
+        (f"{_PHASES}fractions_pin_the_length_of_a_run",),
+    ),
     Fault(
         "the last checkpoints of an attempt are not shared by all ranks",
         "sigray.workers.training.saver:Saver.close",
@@ -130,8 +174,8 @@ FAULTS = [
     Fault(
         "run.seed not in the weights",
         _STEP + "Trainer.__init__",
-        "torch.manual_seed(seed)",
-        "torch.manual_seed(0)",
+        "seed if phase == 0",
+        "0 if phase == 0",
         _run("adamw_sigmoid"),
     ),
     Fault("beta1 ignored", _OPTIM + "build_optimizer", "(optim.beta1, ", "(0.9, ", _run("adamw_sigmoid")),
@@ -195,21 +239,21 @@ FAULTS = [
     ),
     Fault(
         "the last, incomplete step dropped",
-        _TRAIN + "train_loop_per_worker",
-        "-(-job.train.num_samples // global_batch_size)",
-        "job.train.num_samples // global_batch_size",
+        "sigray.workers.training.phases:phases_of",
+        "-(-config.train.num_samples // batch)",
+        "config.train.num_samples // batch",
         _run("adamw_sigmoid"),
     ),
     Fault(
         "the cosine ends before the last step",
-        _TRAIN + "train_loop_per_worker",
-        "num_samples=num_steps * global_batch_size",
-        "num_samples=job.train.num_samples",
+        "sigray.workers.training.phases:phases_of",
+        "sum(places[begin:following])",
+        "config.train.num_samples",
         _run("adamw_sigmoid"),
     ),
     Fault(
         "run.seed not in the label noise",
-        _TRAIN + "train_loop_per_worker",
+        _TRAIN + "_train_phase",
         "Noise(job.train.label_noise, job.seed,",
         "Noise(job.train.label_noise, 0,",
         _run("draws"),

@@ -80,7 +80,7 @@ _STORE = (f"{_HERE}test_embeddings_are_stored_and_read_as_the_config_says",)
 _NOISE = (f"{_HERE}test_labels_are_corrupted_as_asked[text-0.5]",)
 
 _PHASES = "tests/workers/training/test_phases.py::"
-_BORDER = (f"{_PHASES}test_a_border_resizes_and_begins_anew_what_it_names",)
+_BORDER = (f"{_PHASES}test_a_border_resizes_and_refreshes_what_it_names",)
 _OF_PHASES = (f"{_PHASES}test_the_phases_of_a_run_do_what_they_say",)
 
 KEYS: dict[str, tuple[str, ...]] = {

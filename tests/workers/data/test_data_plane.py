@@ -129,6 +129,19 @@ def test_cache_takes_no_more_than_it_may(data_config, model_config, monkeypatch)
     assert len(worker._cache._samples) == 3
 
 
+@pytest.mark.parametrize("crop", ["center", "random"])  # the first keeps decoded images
+def test_a_request_may_ask_for_another_image_size(data_config, model_config, crop):
+    data = data_config.model_copy(update={"crop": crop})
+    worker = DataWorker(manifest_of(data), data, model_config, seed=5)
+    for size in (None, 24, 24, None, 32):
+        model = model_config.model_copy(update={"image_size": size})
+        alone = DataWorker(manifest_of(data), data, model, seed=5)
+        for lane, number in ((0, 0), (0, 8), (1, 0)):  # of two epochs
+            found, expected = worker.block(lane, number, (), size), alone.block(lane, number)
+            np.testing.assert_array_equal(found.images, expected.images)
+            np.testing.assert_array_equal(found.tokens, expected.tokens)
+
+
 def folder_with_bad_samples(folder, bad, num_good=60):
     samples = [drawn_sample(number) for number in range(num_good)]
     for number, change in bad.items():

@@ -25,48 +25,9 @@ from sigray.workers.training.optim import learning_rate
 from sigray.workers.training.phases import mixes_of, model_of_checkpoint, phase_of_checkpoint, phases_of
 from sigray.workers.training.step import Trainer
 from tests.helpers.bare import train_bare
-from tests.helpers.data import TOWERS, write_dataset, write_small_run
+from tests.helpers.data import TOWERS
+from tests.helpers.phases import BATCH, FIRST, NUM_STEPS, SECOND, phased_run
 from tests.helpers.ranks import run_on_ranks
-
-BATCH, NUM_STEPS = 8, 12
-FIRST, SECOND = 5, 9  # steps done at the borders
-PHASES = [
-    {
-        "start": 40,
-        "image_size": 32,
-        "weights": {"fields": 1, "more": 3},
-        "loss": {"negatives": "random", "negatives_fraction": 0.5},
-        "optim": {"lr": 2e-3, "num_warmup_samples": 8, "weight_decay": 0.1, "beta2": 0.9},
-        "schedule": "fresh",
-    },
-    {
-        "start": 0.75,  # of 96
-        "image_size": 24,
-        "stretch": 2,
-        "weights": {"fields": 1, "more": 0},
-        "init_fresh": [r"text\.text_projection"],
-    },
-]
-
-
-def small_run(folder, *overrides, phases=PHASES, **sections):
-    write_dataset(folder / "more", [17, 6])
-    shards = {
-        "fields": {"shards": str(folder / "train"), "weight": 3},
-        "more": {"shards": str(folder / "more"), "weight": 1},
-    }
-    path = write_small_run(
-        folder,
-        data={"shards": shards, "block_size": 8, "num_lanes": 2, "shuffle_window": 16},
-        train={
-            "num_samples": NUM_STEPS * BATCH, "global_batch_size": BATCH, "log_every_steps": 1, "ledger": True,
-            "ema": 32,
-        },
-        checkpoint={"save_every_steps": 1, "keep_newest": 100},
-        phases=phases,
-        **sections,
-    )  # fmt: skip
-    return load_config(path, list(overrides))
 
 
 def config_of(phases, num_samples=96, batch=8, **sections):
@@ -182,7 +143,7 @@ def test_what_cannot_be_is_refused_by_name(name):
 def test_a_weight_of_each_dataset_is_needed(tmp_path):
     for weights in ({"fields": 1}, {"fields": 0, "more": 0}, {"fields": 1, "mor": 1}):
         with pytest.raises(ConfigError, match=r"phases.0.weights=.*\{fields, more\}"):
-            small_run(tmp_path, phases=[{"start": 40, "weights": weights}])
+            phased_run(tmp_path, phases=[{"start": 40, "weights": weights}])
 
 
 @pytest.mark.parametrize(
@@ -214,7 +175,7 @@ def test_fractions_pin_the_length_of_a_run():
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """Config, result, lines of metrics by step, and the checkpoints' folder of a run of two ranks."""
-    config = small_run(tmp_path_factory.mktemp("phases"))
+    config = phased_run(tmp_path_factory.mktemp("phases"))
     return config, run_on_ranks(2, train_bare, config)[0]
 
 
@@ -270,7 +231,7 @@ def optimizer_steps(config, step):
     return {tuple(each["exp_avg"].shape): int(each["step"]) for each in torch.load(path)["state"].values()}
 
 
-def test_a_border_resizes_and_begins_anew_what_it_names(undisturbed):
+def test_a_border_resizes_and_refreshes_what_it_names(undisturbed):
     """Slow twin: resize by open_clip, take fresh weights from a new model, step by hand."""
     config, _ = undisturbed
     phases = phases_of(config)
@@ -314,7 +275,7 @@ def trainer_of(config, phase):
 @pytest.mark.parametrize("stop", [FIRST - 1, FIRST, SECOND, SECOND + 1])
 def test_an_interrupted_run_has_the_same_bits(undisturbed, tmp_path, stop):
     expected, whole = undisturbed
-    config = small_run(tmp_path)
+    config = phased_run(tmp_path)
     begun = run_on_ranks(2, train_bare, config, stop)[0]
     rest = run_on_ranks(2, train_bare, config)[0]
     assert max(begun["losses"]) == stop
@@ -327,7 +288,7 @@ def test_an_interrupted_run_has_the_same_bits(undisturbed, tmp_path, stop):
 def test_a_damaged_checkpoint_at_a_border_costs_only_steps(undisturbed, tmp_path, stop, first_lost):
     """From the step before a border on, the run needs a trainer of the phase before."""
     expected, _ = undisturbed
-    config = small_run(tmp_path)
+    config = phased_run(tmp_path)
     run_on_ranks(2, train_bare, config, stop)
     for step in [step for step in hashes(config) if step >= first_lost]:
         path = config.folder / f"checkpoints/step-{step:010d}/model.safetensors"
@@ -341,7 +302,7 @@ def test_a_damaged_checkpoint_at_a_border_costs_only_steps(undisturbed, tmp_path
 def test_a_run_killed_in_the_middle_of_a_border_goes_on(undisturbed, tmp_path):
     """The checkpoint of the border was not committed."""
     expected, _ = undisturbed
-    config = small_run(tmp_path)
+    config = phased_run(tmp_path)
     run_on_ranks(2, train_bare, config, FIRST)
     (config.folder / f"checkpoints/step-{FIRST:010d}" / COMMIT).unlink()
     run_on_ranks(2, train_bare, config)
@@ -352,7 +313,7 @@ def test_a_run_killed_in_the_middle_of_a_border_goes_on(undisturbed, tmp_path):
 def test_another_size_of_the_group_gives_the_same_run(undisturbed, tmp_path):
     """Resized at a border, and inside of a phase; with micro-batches."""
     _, whole = undisturbed
-    config = small_run(tmp_path)
+    config = phased_run(tmp_path)
     losses = {}
     for world_size, stop in ((2, FIRST), (1, FIRST + 2), (4, SECOND), (2, None)):
         losses |= run_on_ranks(world_size, train_bare, config, stop)[0]["losses"]
@@ -365,7 +326,7 @@ def test_another_size_of_the_group_gives_the_same_run(undisturbed, tmp_path):
 @pytest.mark.usefixtures("minutes")
 def test_split_weights_go_through_the_borders_too(undisturbed, tmp_path):
     _, whole = undisturbed
-    config = small_run(tmp_path, "sharding.weights=split")
+    config = phased_run(tmp_path, "sharding.weights=split")
     begun = run_on_ranks(2, train_bare, config, FIRST)[0]["losses"]
     rest = run_on_ranks(2, train_bare, config)[0]["losses"]
     assert begun | rest == pytest.approx(whole["losses"], rel=2e-5)
