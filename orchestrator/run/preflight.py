@@ -82,6 +82,7 @@ def with_inputs(config: RunConfig, say: Callable[[str], None], begun: RunConfig 
         if wanted.name is None and wanted.towers is None:  # the run has its towers, whatever the weights say now
             own = begun.model
             taken = {"name": own.name, "towers": own.towers, "token_bottleneck": own.token_bottleneck}
+            taken["image_size"] = wanted.image_size or own.image_size
             wanted = wanted.model_copy(update=taken)
     elif config.embeddings.store is not None:
         kept = EmbeddingStore(config.embeddings.store).image_inputs()

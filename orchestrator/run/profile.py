@@ -14,6 +14,7 @@ from sigray.orchestrator.config import ConfigError, RunConfig, parse_config
 from sigray.orchestrator.reports.drawing import INK, RULE, SERIES, png
 from sigray.workers.parse import as_type, parse_json
 from sigray.workers.storage import Storage
+from sigray.workers.training.phases import phases_of
 from sigray.workers.training.profile import FOLDER, PARTS, Profile, RankProfile
 
 if TYPE_CHECKING:
@@ -61,13 +62,15 @@ def profile_config(config: RunConfig, profile: Profile) -> RunConfig:
     """Return the config of the run to profile: another name, no evaluations.
 
     Raises:
-        ConfigError: if the run has fewer steps than the profile.
+        ConfigError: if the run, or its first phase, has fewer steps than the profile.
     """
-    num_steps = -(-config.train.num_samples // config.train.global_batch_size)
+    num_steps = phases_of(config)[0].end_step
     if num_steps < profile.total:
+        samples = config.train.num_samples
+        key = f"phases.0.start={config.phases[0].start:g}" if config.phases else f"train.num_samples={samples}"
         raise ConfigError(
-            f"train.num_samples={config.train.num_samples} are {num_steps} steps, and a profile takes {profile.total}: "
-            f"{profile.warm_up} to warm up, {profile.steps} to profile, one for a checkpoint"
+            f"{key} are {num_steps} steps, and a profile takes {profile.total}: {profile.warm_up} to warm up, "
+            f"{profile.steps} to profile, one for a checkpoint"
         )
     content = config.model_dump(mode="json")
     content["run"]["name"] = f"{config.run.name}-profile"

@@ -89,12 +89,23 @@ def find_weights(place: str) -> WeightsSource:
 
 
 def run_section(source: WeightsSource) -> dict[str, Any]:
-    """Return the model section of the run whose checkpoint this is; empty without one."""
+    """Return the model section of the run whose checkpoint this is; empty without one.
+
+    Its image size is that of the checkpoint's phase.
+    """
     run, _, rest = source.place.rpartition("/checkpoints/")
     if not run or rest.strip("/").count("/") > 1:
         return {}
+    name = rest.strip("/").partition("/")[0]
+    section = _model_in(f"{run}/config.yaml")
+    of_phase = _model_in(f"{run}/checkpoints/{name}/commit.json")
+    return section | {key: of_phase[key] for key in ("image_size",) if section and key in of_phase}
+
+
+def _model_in(place: str) -> dict[str, Any]:
+    """Return the mapping at `model` in a YAML or JSON file; empty without one."""
     try:
-        content = parse_yaml(local_copy(f"{run}/config.yaml").read_bytes())
+        content = parse_yaml(local_copy(place).read_bytes())
     except FileNotFoundError:
         return {}
     section = content.get("model") if isinstance(content, dict) else None

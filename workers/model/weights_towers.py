@@ -87,8 +87,9 @@ def with_towers(model: ModelConfig) -> ModelConfig:
             "write it beside the weights (AutoTokenizer of transformers, save_pretrained), or set model.tokenizer"
         )
     taken: dict[str, Any] = {"name": found.name, "towers": found.towers}
-    if model.token_bottleneck is None:
-        taken["token_bottleneck"] = found.token_bottleneck
+    for key in ("token_bottleneck", "image_size"):
+        if getattr(model, key) is None:
+            taken[key] = getattr(found, key)
     return model.model_copy(update=taken)
 
 
@@ -111,7 +112,7 @@ def weights_model(source: WeightsSource, towers: Iterable[Tower] = _BOTH) -> Mod
     section = source.config["model"] if source.format == "sigray" else run_section(source)
     if not section or (section.get("name") is None and section.get("towers") is None):
         return None
-    keys = ("name", "towers", "token_bottleneck", "image_tower", "locked")
+    keys = ("name", "towers", "image_size", "token_bottleneck", "image_tower", "locked")
     return _checked(source, {key: section[key] for key in keys if key in section})
 
 

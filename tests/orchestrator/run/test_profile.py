@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sigray.losses.spans import PREFIX, span
-from sigray.orchestrator.config import ConfigError, load_config
+from sigray.orchestrator.config import ConfigError, load_config, override
 from sigray.orchestrator.reports.drawing import png
 from sigray.orchestrator.run.profile import draw, profile_config, read_profiles, remarks, split_of, table
 from sigray.workers.storage import Storage
@@ -148,6 +148,9 @@ def test_ranks_are_told_apart():
 def test_a_run_that_is_too_short_is_refused(config):
     with pytest.raises(ConfigError, match=r"train\.num_samples=160 are 20 steps, and a profile takes 31"):
         profile_config(config, Profile(20, 10))
+    phased = override(config, ["phases=[{start: 80}]"], "the test")
+    with pytest.raises(ConfigError, match=r"phases\.0\.start=80 are 10 steps, and a profile takes 11"):
+        profile_config(phased, Profile(5, 5))
     wanted = profile_config(config, WANTED)
     assert wanted.run.name == "small-profile"
     assert wanted.train == config.train

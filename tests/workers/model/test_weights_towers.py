@@ -28,7 +28,7 @@ from sigray.workers.model.towers import build_model
 from sigray.workers.model.trained_inputs import take_inputs
 from sigray.workers.model.weights_source import find_weights
 from sigray.workers.model.weights_towers import DEFAULTS, weights_model
-from sigray.workers.siglip_vits import TIMM_SHAPES, SiglipVit, siglip_vit
+from sigray.workers.siglip_vits import TIMM_SHAPES, SiglipVit, resized, siglip_vit
 from tests.helpers import pretrained
 from tests.helpers.pretrained import LENGTH, SIZE, WORDS, their_features, transformers_model
 
@@ -118,6 +118,32 @@ def test_an_export_alone(tmp_path, form, towers):
     assert all(torch.equal(own[name], tensor) for name, tensor in trained.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [
+        ("vit_base_patch16_siglip_224", 384, "vit_base_patch16_siglip_384"),
+        ("vit_base_patch16_siglip_224", 320, "siglip_vit_w768_d12_h12_m3072_p16_s320"),
+        ("vit_so400m_patch14_siglip_378", 224, "vit_so400m_patch14_siglip_224"),
+        ("vit_so400m_patch16_siglip_256", 320, "siglip_vit_w1152_d27_h16_m4304_p16_s320_gelu_tanh"),
+        ("siglip_vit_w64_d4_h4_m256_p8_s32_quick_gelu", 48, "siglip_vit_w64_d4_h4_m256_p8_s48_quick_gelu"),
+        ("vit_base_patch16_siglip_gap_224", 384, "vit_base_patch16_siglip_gap_224"),  # no tower of SigLIP's
+        ("convnext_base", 384, "convnext_base"),
+    ],
+)
+def test_the_name_of_a_tower_for_another_image_size(name, size, expected):
+    assert resized(name, size) == expected
+
+
+def test_towers_for_another_image_size_differ_in_their_positions_alone():
+    for towers in (pretrained.SIGLIP, pretrained.CLIP):
+        before, after = (build_model(ModelConfig(towers=towers, image_size=size)) for size in (None, 2 * SIZE))
+        there = after.state_dict()
+        changed = {name for name, tensor in before.state_dict().items() if tensor.shape != there[name].shape}
+        assert len(changed) == 1
+        assert "pos" in changed.pop()
+        assert after.encode_image(torch.zeros(1, 3, 2 * SIZE, 2 * SIZE)).shape == (1, towers["embed_dim"])
+
+
 def test_a_checkpoint_of_a_run_alone(tmp_path):
     """Name or towers of the run's config.yaml, and the bottleneck that its tensors have."""
     step = tmp_path / "run" / "checkpoints" / "step-0000000004"
@@ -130,6 +156,13 @@ def test_a_checkpoint_of_a_run_alone(tmp_path):
         model, _ = take_inputs(ModelConfig(init_from=str(place)), {})
         assert (model.towers, model.token_bottleneck) == (pretrained.CLIP, 4)
         assert not check_initial_weights(model).missing
+    # The checkpoint of a phase has an image size of its own.
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps({"model": section | {"image_size": 48}}))
+    assert take_inputs(ModelConfig(init_from=str(step)), {})[0].image_size == 48
+    (step / "commit.json").write_text(json.dumps({"model": section | {"image_size": 64}}))
+    for given, expected in ((None, 64), (32, 32)):
+        model, _ = take_inputs(ModelConfig(init_from=str(step), image_size=given), {})
+        assert shapes(model)[0] == expected
     named = {"name": "ViT-B-16-SigLIP", "tokenizer": "open_clip"}
     (tmp_path / "run" / "config.yaml").write_text(json.dumps({"model": named}))
     assert weights_model(find_weights(str(step))).name == "ViT-B-16-SigLIP"

@@ -24,6 +24,7 @@ from sigray.workers.training.ledger import audit
 from sigray.workers.training.optim import learning_rate
 from sigray.workers.training.phases import mixes_of, model_of_checkpoint, phase_of_checkpoint, phases_of
 from sigray.workers.training.step import Trainer
+from tests.helpers import pretrained
 from tests.helpers.bare import train_bare
 from tests.helpers.data import TOWERS
 from tests.helpers.phases import BATCH, FIRST, NUM_STEPS, SECOND, phased_run
@@ -156,6 +157,10 @@ def test_a_weight_of_each_dataset_is_needed(tmp_path):
 def test_towers_that_cannot_go_on_are_refused_before_the_run(change, message):
     with pytest.raises(ValueError, match=message):
         check_model_config(config_of([{"start": 40, **change}]))
+
+
+def test_a_tower_of_siglip_can_be_resized():
+    check_model_config(config_of([{"start": 40, "image_size": 64}], model={"towers": pretrained.SIGLIP}))
 
 
 def test_fractions_pin_the_length_of_a_run():
