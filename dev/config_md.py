@@ -30,37 +30,28 @@ Sections: """
 def text() -> str:
     """Return the page."""
     schema = RunConfig.model_json_schema()
-    sections = {name: _reference(field) or "" for name, field in schema["properties"].items()}
-    lines = [_HEAD + ", ".join(f"[{name}](#{name})" for name in sections)]
-    # A phase has sections of the run too: they stand once.
-    shown = {reference: name for name, reference in sections.items()}
-    for name, reference in sections.items():
-        lines += _tables(name, schema["$defs"][reference], schema["$defs"], "##", shown)
+    sections = [(name, schema["$defs"][_reference(field) or ""]) for name, field in schema["properties"].items()]
+    lines = [_HEAD + ", ".join(f"[{name}](#{name})" for name, _ in sections)]
+    for name, section in sections:
+        lines += _tables(name, section, schema["$defs"], "##")
     return "\n".join(lines) + "\n"
 
 
-def _tables(
-    path: str, section: dict[str, Any], definitions: dict[str, Any], mark: str, shown: dict[str, str]
-) -> Iterator[str]:
-    """Yield the table of a section, then the tables of the sections inside.
-
-    Args:
-        shown: sections of the schema that have their table elsewhere, and the path there.
-    """
+def _tables(path: str, section: dict[str, Any], definitions: dict[str, Any], mark: str) -> Iterator[str]:
+    """Yield the table of a section, then the tables of the sections inside."""
     yield f"\n{mark} {path}\n\n| key | type | default | meaning |\n|---|---|---|---|"
     inner: dict[str, str] = {}
     for key, field in section["properties"].items():
         name = _reference(field)
-        place = f"{path}.{key}" if name is None else shown.get(name, f"{path}.{key}")
-        if name is not None and name not in shown:
+        if name is not None:
             inner[f"{path}.{key}{_ANY[_kind(field)]}"] = name
         default = "required" if key in section.get("required", []) else _code(field.get("default"))
         if name is not None and isinstance(field.get("default"), dict):
             default = ""  # the defaults of the keys inside
         meaning = " ".join(field.get("description", "").split()).replace("|", "\\|")
-        yield f"| `{key}` | {_type(field, place)} | {default} | {meaning} |"
+        yield f"| `{key}` | {_type(field, path + '.' + key)} | {default} | {meaning} |"
     for inner_path, name in inner.items():
-        yield from _tables(inner_path, definitions[name], definitions, "###", shown)
+        yield from _tables(inner_path, definitions[name], definitions, "###")
 
 
 _ANY = {"section": "", "mapping": ".NAME", "list": "[]"}

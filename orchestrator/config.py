@@ -11,7 +11,6 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import Field, ValidationError, model_validator
@@ -21,9 +20,17 @@ from sigray.orchestrator.carried_files import find_carried
 from sigray.orchestrator.device_kinds import DEVICES, DeviceName
 from sigray.orchestrator.secrets import secrets_of
 from sigray.workers import config as workers
-from sigray.workers.config import Accelerator, LocalFolder, LocalOrUri, NonNegativeInt, PositiveInt, Section
+from sigray.workers.config import (
+    Accelerator,
+    LocalFolder,
+    LocalOrUri,
+    NonNegativeInt,
+    PhaseConfig,
+    PositiveInt,
+    Section,
+)
 from sigray.workers.parse import ParseError, dump_yaml, parse_yaml
-from sigray.workers.training.phases import phases_of
+from sigray.workers.training.phases import changed, phases_of
 
 if TYPE_CHECKING:
     from sigray.workers.storage import Storage
@@ -158,30 +165,12 @@ class RunConfig(Section):
     embeddings: workers.EmbeddingsConfig = workers.EmbeddingsConfig()
     loss: workers.LossConfig = workers.LossConfig()
     optim: workers.OptimConfig = workers.OptimConfig()
-    phases: list[workers.PhaseConfig] = []
+    phases: list[PhaseConfig] = []
     """What changes at which point of the run."""
     sharding: workers.ShardingConfig = workers.ShardingConfig()
     eval: workers.EvalConfig = workers.EvalConfig()
     cluster: ClusterConfig = ClusterConfig()
     checkpoint: workers.CheckpointConfig = workers.CheckpointConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_phases(cls, content: Any) -> Any:
-        """Fill in the keys that a phase's `loss` and `optim` leave out, from the phase before."""
-        if not isinstance(content, dict) or not isinstance(content.get("phases"), list):
-            return content
-        filled = []
-        before = {name: content.get(name) or {} for name in ("loss", "optim")}
-        for phase in content["phases"]:
-            own = phase
-            for name, section in before.items():
-                given = phase.get(name) if isinstance(phase, dict) else None
-                if isinstance(given, dict) and isinstance(section, dict):
-                    before = before | {name: section | given}
-                    own = own | {name: before[name]}
-            filled.append(own)
-        return content | {"phases": filled}
 
     @model_validator(mode="after")
     def _fields_agree(self) -> RunConfig:
@@ -276,36 +265,60 @@ class RunConfig(Section):
             yield f"train.label_noise.kind={noise.kind} needs images; embeddings.store holds none: text or alignment"
 
     def _phase_problems(self) -> Iterator[str]:
-        """Yield what a phase cannot change, and schedules that do not fit."""
-        if not self.phases:
-            return
+        """Yield what a phase cannot change, and schedules that are too short."""
+        sections: dict[str, Any] = {"loss": self.loss, "optim": self.optim}
+        for number, given in enumerate(self.phases):
+            for name, section in sections.items():
+                try:
+                    sections = sections | {name: changed(section, getattr(given, name))}
+                except ValidationError as error:
+                    for problem in error.errors():
+                        for line in _explain(dict(problem), type(section), "section"):
+                            yield f"phases.{number}.{name}.{line}"
+                    return
         try:
             found = phases_of(self)
         except ValueError as error:
             yield str(error)
             return
-        datasets = list(self.data.shards) if isinstance(self.data.shards, dict) else []
-        for number, (given, phase) in enumerate(zip(self.phases, found[1:], strict=True)):
-            key = f"phases.{number}"
-            if given.weights is not None and (given.weights.keys() != set(datasets) or not any(given.weights.values())):
-                names = f"{{{', '.join(datasets)}}}" if datasets else "one without names, which cannot be weighted"
-                yield (
-                    f"{key}.weights={given.weights}: the datasets of data.shards are {names}; give a weight of each, "
-                    "one of them above 0"
-                )
+        yield from self._mixture_problems()
+        for phase in found:
+            key = f"phases.{phase.number - 1}." if phase.number else ""
+            given = self.phases[phase.number - 1] if phase.number else PhaseConfig(start=1, schedule="fresh")
+            if phase.number and not phase.changes:
+                yield f"{key}start={given.start:g}: the phase changes nothing: leave it out"
+            if phase.number and 1 <= given.start < self.train.global_batch_size:
+                yield f"{key}start={given.start:g} lies in the first step; a fraction of the run is below 1, as 0.9"
             for name in ("name", "groups", "layer_decay", "weight_decay_on"):
                 if getattr(phase.optim, name) != getattr(self.optim, name):
-                    yield f"{key}.optim.{name} cannot change: its optimizer goes on with the state that it has"
-            if self.cluster.uses_xla and phase.loss.negatives in ("hardest", "easiest"):
-                yield f"{key}.loss.negatives={phase.loss.negatives} cannot run with {self.cluster.accelerator}"
+                    yield f"{key}optim.{name} cannot change: its optimizer goes on with the state that it has"
+            if phase.number and self.cluster.uses_xla and phase.loss.negatives in ("hardest", "easiest"):
+                yield f"{key}loss.negatives={phase.loss.negatives} cannot run with {self.cluster.accelerator}"
             warmup, cooldown = phase.optim.num_warmup_samples, phase.optim.num_cooldown_samples
-            if warmup + cooldown > phase.schedule.length:
+            if self.phases and given.schedule == "fresh" and warmup + cooldown > phase.schedule.length:
                 yield (
-                    f"{key}.optim: num_warmup_samples={warmup} and num_cooldown_samples={cooldown} together are larger "
-                    f"than its schedule of {phase.schedule.length:g} samples: lr is never reached"
+                    f"{key}optim: num_warmup_samples={warmup} and num_cooldown_samples={cooldown} together are larger "
+                    f"than the schedule of {phase.schedule.length:g} samples that begins there: lr is never reached"
                 )
             if given.image_size is not None and self.embeddings.store is not None:
-                yield f"{key}.image_size={given.image_size}: embeddings.store holds those of one size: leave it out"
+                yield f"{key}image_size={given.image_size}: embeddings.store holds those of one size: leave it out"
+
+    def _mixture_problems(self) -> Iterator[str]:
+        """Yield weights that name no dataset, or of datasets that no sample comes from."""
+        shards = self.data.shards if isinstance(self.data.shards, dict) else {}
+        for number, phase in enumerate(self.phases):
+            weights = phase.weights
+            if weights is not None and (weights.keys() != shards.keys() or not any(weights.values())):
+                names = f"{{{', '.join(shards)}}}" if shards else "one without names, which cannot be weighted"
+                yield (
+                    f"phases.{number}.weights={weights}: the datasets of data.shards are {names}; give a weight of "
+                    "each, one of them above 0"
+                )
+        if shards and not any(dataset.weight for dataset in shards.values()):
+            yield "data.shards: each weight is 0: the run has no sample to begin with"
+        for name, dataset in shards.items():
+            if not dataset.weight and not any((phase.weights or {}).get(name) for phase in self.phases):
+                yield f"data.shards.{name}.weight=0, and no phase gives it another: leave the dataset out"
 
     def micro_batch_size(self, num_workers: int) -> int | None:
         """Return train.micro_batch_size for a number of workers; None: the whole part.
@@ -508,13 +521,19 @@ def put(content: dict[str, Any], key: str, value: Any, source: str | Path) -> No
         ConfigError: if a part of the key is a value and no section.
     """
     *path, last = key.split(".")
-    place = content
+    place: Any = content
     for part in path:
-        if place.get(part) is None:  # a section that may be left out
+        if isinstance(place, list):  # of sections, by number
+            place = place[int(part)] if part.isdigit() and int(part) < len(place) else None
+        elif place.get(part) is None:  # a section that may be left out
             place[part] = {}
-        place = place[part]
-        if not isinstance(place, dict):
+            place = place[part]
+        else:
+            place = place[part]
+        if not isinstance(place, dict | list):
             raise ConfigError(f"{source}: {part!r} is a value, not a section, as {key}={value!r:.60} needs")
+    if isinstance(place, list):
+        raise ConfigError(f"{source}: {last!r} is an entry of a list; give the list, or one key of the entry")
     place[last] = value
 
 
@@ -547,8 +566,6 @@ def _known_keys(model: Any, path: list[str]) -> list[str]:
             model = model.model_fields[part].annotation
         else:
             return []
-        if get_origin(model) is UnionType:  # a section that may be left out
-            model = get_args(model)[0]
     return list(getattr(model, "model_fields", {}))
 
 

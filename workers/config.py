@@ -157,8 +157,9 @@ class StoresConfig(Section):
 class WeightedShards(Section):
     shards: Patterns
     """Patterns of WebDataset tars, as data.shards."""
-    weight: Annotated[float, Field(gt=0)]
-    """Weight of this dataset among the samples seen."""
+    weight: Annotated[float, Field(ge=0)]
+    """Weight of this dataset among the samples seen.
+    0: no sample until a phase gives it a weight."""
 
 
 LINES = "lines"
@@ -594,9 +595,9 @@ class PhaseConfig(Section):
     weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
     """Weights of all datasets of data.shards, by name.
     0 leaves a dataset out. Each dataset goes on where it was, so its epochs stay whole."""
-    loss: LossConfig | None = None
+    loss: dict[str, Any] = {}
     """Keys of `loss` that change."""
-    optim: OptimConfig | None = None
+    optim: dict[str, Any] = {}
     """Keys of `optim` that change.
     name, groups, layer_decay and weight_decay_on cannot."""
     schedule: Literal["kept", "fresh"] = "kept"
@@ -608,7 +609,7 @@ class PhaseConfig(Section):
     With 3.75, a phase of 3.75 times as many samples has the same learning rates: each counts as 1 / 3.75."""
     init_fresh: list[Pattern] = []
     """Regular expressions for parameters that start fresh here.
-    They lose their optimizer state too. They match whole parameter names, as model.init_fresh."""
+    They lose their optimizer state too. They match whole names of parameters that train."""
 
 
 class EvalSet(Section):

@@ -79,7 +79,7 @@ def _panels(
         for axes, (label, points), color in zip(column, panels, drawing.SERIES, strict=False):
             drawing.plot(axes, points, color)
             axes.set_ylabel(label)
-            for samples in borders:
+            for samples in (place for place in borders if place <= points[-1][0]):
                 axes.axvline(samples, color=drawing.INK, linewidth=0.8, linestyle=(0, (1, 2)))
             if from_zero:
                 axes.set_ylim(bottom=0, top=1.15 * max(value for _, value in points) or 1)

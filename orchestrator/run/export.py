@@ -22,7 +22,7 @@ from sigray.workers.data.tar import DataError
 from sigray.workers.parse import ParseError, parse_json
 from sigray.workers.storage import Storage
 from sigray.workers.texts import first_ten
-from sigray.workers.training.phases import model_of_checkpoint
+from sigray.workers.training.phases import phase_of_checkpoint, phases_of
 
 CARD = "README.md"
 MAX_DIFFERENCE = 1e-5
@@ -53,7 +53,8 @@ def export_run(
     from sigray.workers.model.init_weights import build_trained_model
     from sigray.workers.model.towers import num_parameters
 
-    config = config.model_copy(update={"model": model_of_checkpoint(config, info.step)})
+    phase = phase_of_checkpoint(phases_of(config), info.step)
+    config = config.model_copy(update={"model": phase.model, "loss": phase.loss, "optim": phase.optim})
     ema = info.has_ema if weights is None else weights == "ema"
     if ema and not info.has_ema:
         raise ConfigError(
@@ -81,6 +82,8 @@ def export_run(
     if place.is_local:
         path.parent.mkdir(parents=True, exist_ok=True)
     remarks = []
+    if phase.number:
+        remarks.append(f"weights of the run's phase {phase.number}: {', '.join(phase.changes)}")
     if info.has_ema:
         half_life = f"half-life {config.train.ema:,} samples"
         remarks.append(

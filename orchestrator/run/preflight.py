@@ -121,13 +121,15 @@ def longer_text(saved: RunConfig, wanted: RunConfig, storage: Storage) -> str:
     """Return what a larger train.num_samples does to the learning rate."""
     from sigray.workers.checkpoint.index import newest_checkpoint
     from sigray.workers.training.optim import learning_rate
+    from sigray.workers.training.phases import phase_at, phases_of
 
     newest = newest_checkpoint(storage)
     seen = newest[0].samples_seen if newest else 0
     batch = wanted.train.global_batch_size
 
     def rate(config: RunConfig) -> float:
-        return learning_rate(config.optim, seen, -(-config.train.num_samples // batch) * batch)
+        phase = phase_at(phases_of(config), seen // batch)
+        return learning_rate(phase.optim, phase.schedule.place(seen), phase.schedule.length)
 
     lengths = f"train.num_samples={wanted.train.num_samples:,}, {saved.train.num_samples:,} so far"
     if rate(saved) == rate(wanted):

@@ -16,7 +16,7 @@ from sigray.losses.fused import eager_terms_, negative_terms_
 from sigray.losses.ring import ring_softmax_loss
 from sigray.losses.softmax import softmax_loss_plain
 from sigray.orchestrator.config import load_config
-from sigray.workers.checkpoint.writer import CheckpointWriter, load_newest
+from sigray.workers.checkpoint.writer import CheckpointWriter, load_checkpoint, load_newest
 from sigray.workers.config import CheckpointConfig
 from sigray.workers.data.loader import Loader
 from sigray.workers.data.manifest import scan_shards
@@ -315,7 +315,7 @@ def test_a_checkpoint_holds_the_state_at_its_step(tmp_path):
     assert not torch.equal(expected["logit_bias"], trainer.module.state_dict()["logit_bias"])
     writer.close()
     other = make_trainer()
-    load_newest(storage, other.module, other.optimizer, warn=print)
+    load_newest(storage, lambda info: load_checkpoint(storage, info, other.module, other.optimizer), print)
     for name, tensor in other.module.state_dict().items():
         assert tensor.device.type == CUDA
         assert torch.equal(tensor, expected[name]), name

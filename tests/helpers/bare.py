@@ -46,9 +46,11 @@ class Recorder:
         self.num_looks = 0
         self.warnings: list[str] = []
         self.phases: list[tuple[int, int]] = []
+        self.starts: list[int] = []
 
     def started(self, facts: dict[str, Any]) -> None:
         self.facts = facts
+        self.starts.append(facts["first_step"])
 
     def phase_began(self, number: int, step: int) -> None:
         self.phases.append((number, step))
@@ -83,7 +85,8 @@ def train_bare(
 
     Returns:
         `losses` by step, the newest checkpoint's `files` and all `lines` of metrics; empty on ranks other than 0. And
-        the names of the checkpoints that were `committed` and `shared`, `num_looks`, and the `phases` that began.
+        the names of the checkpoints that were `committed` and `shared`, `num_looks`, the `phases` that began, and the
+        first steps of the `starts`.
     """
     manifest = scan_shards(config.data.shards, config.data)
     if config.embeddings.store is not None:
@@ -99,4 +102,5 @@ def train_bare(
         "shared": recorder.shared,
         "num_looks": recorder.num_looks,
         "phases": recorder.phases,
+        "starts": recorder.starts,
     }

@@ -183,6 +183,8 @@ KEYS: dict[str, tuple[str, ...]] = {
     "phases.*.start": _OF_PHASES,
     "phases.*.image_size": _BORDER,
     "phases.*.weights": (f"{_PHASES}test_each_sample_of_each_dataset_comes_once",),
+    "phases.*.loss": (f"{_PHASES}test_what_a_phase_leaves_out_is_as_in_the_phase_before",),
+    "phases.*.optim": _OF_PHASES,
     "phases.*.schedule": _OF_PHASES,
     "phases.*.stretch": _OF_PHASES,
     "phases.*.init_fresh": _BORDER,
@@ -236,14 +238,9 @@ EXCEPTIONS: dict[str, str] = {
 def leaf_keys() -> dict[str, tuple[type[Section], str]]:
     """Each key of a run's YAML that holds a value, with the section class and the field that it is.
 
-    `*` stands for a name that the user chooses, and for any entry of a list. A section that stands at two places, as
-    `loss` and in `phases`, counts once.
+    `*` stands for a name that the user chooses, and for any entry of a list.
     """
-    found: dict[str, tuple[type[Section], str]] = {}
-    for key, place in _leaves(RunConfig, ""):
-        if place not in found.values():
-            found[key] = place
-    return found
+    return dict(_leaves(RunConfig, ""))
 
 
 def _leaves(section: type[Section], prefix: str) -> Iterator[tuple[str, tuple[type[Section], str]]]:

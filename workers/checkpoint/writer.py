@@ -286,7 +286,7 @@ class Border:
     """How the phase after a checkpoint differs from the checkpoint's own.
 
     Attributes:
-        init_fresh: patterns of the parameters that start fresh.
+        init_fresh: patterns of the trained parameters that start fresh.
         resize: name, tensor of the checkpoint, tensor of the model, model -> the tensor in the model's size.
     """
 
@@ -343,14 +343,15 @@ def load_weights(
     is_stored = "visual" in info.model.get("locked", ()) and not any(name.startswith("visual.") for name in tensors)
     if is_stored:
         load_tower()
-    anew: set[str] = set()
+    renewed: set[str] = set()
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     for name, own in module.state_dict().items():
-        if border is not None and border.is_fresh(name):
+        if border is not None and name in trained and border.is_fresh(name):
             tensors[name] = own
-            anew.add(name)
+            renewed.add(name)
         elif border is not None and name in tensors and tensors[name].shape != own.shape:
             tensors[name] = border.resize(name, tensors[name], own, module)
-            anew.add(name)
+            renewed.add(name)
         if is_stored and name.startswith("visual."):
             tensors[name] = own
         elif name in tensors and tensors[name].shape == own.shape:
@@ -359,7 +360,7 @@ def load_weights(
         module.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{info.uri(storage.uri)} holds another model: {error}") from error
-    return anew
+    return renewed
 
 
 def load_checkpoint(
@@ -376,11 +377,11 @@ def load_checkpoint(
     """
     from safetensors.torch import load
 
-    anew = load_weights(storage, info, module, border=border)
+    renewed = load_weights(storage, info, module, border=border)
     state = torch.load(io.BytesIO(_verified(storage, info, _OPTIMIZER)), map_location="cpu", weights_only=True)
     ema = load(_verified(storage, info, EMA_FILE)) if info.has_ema else {}
     for number, name in enumerate(_names(module, optimizer)):
-        if name in anew:
+        if name in renewed:
             state["state"].pop(number, None)
         elif name in ema:
             state["state"][number][EMA] = ema[name]
@@ -396,19 +397,15 @@ def load_checkpoint(
 
 
 def load_newest(
-    storage: Storage,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    warn: Callable[[str], None],
-    load: Callable[[Storage, CheckpointInfo, nn.Module, torch.optim.Optimizer], None] = load_checkpoint,
+    storage: Storage, load: Callable[[CheckpointInfo], None], warn: Callable[[str], None]
 ) -> CheckpointInfo | None:
     """Load the newest undamaged checkpoint; None if the run has no checkpoint.
 
     Newer damaged checkpoints lose their commit.json, so no reader counts or tries them again.
 
     Args:
+        load: loads a checkpoint, or raises DamagedCheckpoint. Called for the newest first, until one is loaded.
         warn: called for each damaged checkpoint.
-        load: loads one, and raises DamagedCheckpoint.
 
     Raises:
         CheckpointError: if all are damaged, or the newest is of another model.
@@ -418,7 +415,7 @@ def load_newest(
     for name in reversed(names):
         try:
             info = read_info(storage, name)
-            load(storage, info, module, optimizer)
+            load(info)
         except DamagedCheckpoint as error:
             warn(f"{error}. Loading the checkpoint before it")
             damaged.append(name)

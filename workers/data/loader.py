@@ -77,6 +77,21 @@ def as_tensor(images: np.ndarray) -> torch.Tensor:
     return tensor.view(torch.bfloat16) if images.dtype == np.uint16 else tensor
 
 
+@dataclass
+class Counts:
+    """What loaders have read, one after the other.
+
+    Attributes:
+        num_read: samples of the blocks that came.
+        refused: samples replaced so far, by reason.
+        reasons: the same, and captions that were cut: count and first sample by reason.
+    """
+
+    num_read: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    reasons: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+
 class _Piece(NamedTuple):
     """Rows [first, last) of a block, at `row` and on of a rank's part of a batch."""
 
@@ -95,12 +110,12 @@ class Loader:
         first_step, last_step: the steps [first_step, last_step).
         page_lock: of a device that copies from page-locked memory, see `SharedBuffer`.
         noise: of the labels, if the run asks for it.
+        counts: of the loader before, to go on with.
 
     Attributes:
         wait_s: seconds that the consumer has waited for batches so far.
         decode_s: seconds that data-shard workers were busy with the blocks that came.
-        refused: samples replaced so far, by reason.
-        reasons: the same, and captions that were cut: count and first sample by reason.
+        counts: of this loader, and of those before it.
     """
 
     def __init__(
@@ -118,10 +133,10 @@ class Loader:
         last_step: int,
         page_lock: PageLock | None = None,
         noise: Noise | None = None,
+        counts: Counts | None = None,
     ) -> None:
         self.wait_s = self.decode_s = 0.0
-        self.refused: Counter[str] = Counter()
-        self.reasons: dict[str, tuple[int, str]] = {}
+        self.counts = counts or Counts()
         self._order, self._source, self._data = order, source, data
         self._global_batch_size, self._image_size = global_batch_size, image_size
         self._rank, self._world_size = rank, world_size
@@ -132,7 +147,6 @@ class Loader:
         self._parts: dict[int, dict[tuple[int, int], _Piece]] = {}  # of requested steps, see `_own`
         self._noise = noise
         self._needs_all = noise is not None and noise.moves_captions
-        self._num_read = 0
         self._stop = threading.Event()
         self._ready: queue.Queue[Batch | Exception | None] = queue.Queue(maxsize=2)
         threading.Thread(target=self._produce, name="loader", daemon=True).start()
@@ -276,23 +290,25 @@ class Loader:
         )
 
     def _count(self, block: Block) -> None:
-        self._num_read += len(block.samples)
+        counts = self.counts
+        counts.num_read += len(block.samples)
         self.decode_s += block.decode_s
-        self.refused.update(block.refused)
+        counts.refused.update(block.refused)
         if block.refused_keys:
-            new = dict(self.reasons)  # not changed in place: the training thread reads it
+            new = dict(counts.reasons)  # not changed in place: the training thread reads it
             for reason, first in block.refused_keys.items():
                 count, first = new.get(reason, (0, first))
                 new[reason] = (count + (block.num_cut if reason == CUT else block.refused[reason]), first)
-            self.reasons = new
-        num_refused = self.refused.total()
+            counts.reasons = new
+        num_refused = counts.refused.total()
         max_bad_fraction = self._data.max_bad_fraction
         # A rate needs a base: two bad samples in the first block say nothing yet.
-        if num_refused > max_bad_fraction * max(self._num_read, 1024):
+        if num_refused > max_bad_fraction * max(counts.num_read, 1024):
             table = "\n  ".join(
-                f"{count} x {reason}, first {self.reasons[reason][1]}" for reason, count in self.refused.most_common()
+                f"{count} x {reason}, first {counts.reasons[reason][1]}"
+                for reason, count in counts.refused.most_common()
             )
             raise DataError(
-                f"{num_refused} of {self._num_read} samples refused, more than data.max_bad_fraction "
+                f"{num_refused} of {counts.num_read} samples refused, more than data.max_bad_fraction "
                 f"{max_bad_fraction}:\n  {table}"
             )

@@ -265,7 +265,7 @@ class Stream:
         """Samples replaced and captions cut in the newest loop, by reason.
 
         With each its count and the first sample."""
-        return self._loader.reasons if self._loader is not None else self._reasons
+        return self._loader.counts.reasons if self._loader is not None else self._reasons
 
     @property
     def wait_s(self) -> float:
@@ -291,7 +291,8 @@ class Stream:
 
     def _end_loop(self) -> None:
         if self._loader is not None:
-            self._reasons, self._waited_s = self._loader.reasons, self._loader.wait_s
+            self._reasons = self._loader.counts.reasons
+            self._waited_s = self._loader.wait_s
             self._loader.close()
             self._loader = None
             if self._workers is not None:

@@ -65,12 +65,14 @@ class LogWindow:
         scale, bias = self._device.read([newest.logit_scale, newest.logit_bias])
         features = newest.feature_means.tolist()
         loader = self._loader
-        if loader.reasons != self._reasons:
-            self._reasons = loader.reasons
+        if loader.counts.reasons != self._reasons:
+            self._reasons = loader.counts.reasons
             self._job.hooks.refused(dist.get_rank() if dist.is_initialized() else 0, self._reasons)
         times_s = loader.wait_s - self._wait_s, loader.decode_s - self._decode_s
         world_size = dist.get_world_size() if dist.is_initialized() else 1
-        sums = self._device.sum_over_ranks([*features, *losses, loader.num_ready, *times_s, loader.refused.total()])
+        sums = self._device.sum_over_ranks(
+            [*features, *losses, loader.num_ready, *times_s, loader.counts.refused.total()]
+        )
         features = [total / world_size for total in sums[: len(features)]]
         *losses, num_ready, wait_s, decode_s, num_refused = sums[len(features) :]
         means = [total / world_size for total in losses]

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
-from sigray.workers.config import LossConfig, ModelConfig, OptimConfig, PhaseConfig, TrainConfig
+from sigray.workers.config import LossConfig, ModelConfig, OptimConfig, PhaseConfig, Section, TrainConfig
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def phases_of(config: HasPhases) -> list[Phase]:
     """Return the phases of a run, phase 0 first.
 
     Raises:
-        ValueError: if two begin at the same step, or one at the beginning or after the end.
+        ValueError: as `changed`; if two begin at the same step, or one at the beginning or after the end.
     """
     batch = config.train.global_batch_size
     num_steps = -(-config.train.num_samples // batch)
@@ -103,7 +105,8 @@ def phases_of(config: HasPhases) -> list[Phase]:
             given = config.phases[number - 1]
             changes = _changes(given, loss, optim)
             model = model.model_copy(update={"image_size": given.image_size or model.image_size})
-            loss, optim = given.loss or loss, given.optim or optim
+            loss = changed(loss, given.loss)
+            optim = changed(optim, given.optim)
         begin = max(other for other in begins if other <= number)
         following = min([other for other in begins if other > number], default=len(first_steps))
         length, offset = sum(places[begin:following]), sum(places[begin:number])
@@ -111,6 +114,15 @@ def phases_of(config: HasPhases) -> list[Phase]:
         fresh = tuple(given.init_fresh) if given is not None else ()
         found.append(Phase(number, first, end, model, loss, optim, schedule, tuple(changes), fresh))
     return found
+
+
+def changed(section: AnySection, given: Mapping[str, Any]) -> AnySection:
+    """Return a section with the keys that a phase gives.
+
+    Raises:
+        pydantic.ValidationError: for an unknown key, another type, or keys that contradict.
+    """
+    return type(section).model_validate(section.model_dump() | dict(given))
 
 
 def _changes(given: PhaseConfig, loss: LossConfig, optim: OptimConfig) -> list[str]:
@@ -123,7 +135,7 @@ def _changes(given: PhaseConfig, loss: LossConfig, optim: OptimConfig) -> list[s
     for name, value in given:
         if name in ("loss", "optim"):
             before = loss if name == "loss" else optim
-            found += [f"{name}.{key}={new}" for key, new in value or () if new != getattr(before, key)]
+            found += [f"{name}.{key}={new}" for key, new in value.items() if new != getattr(before, key)]
         elif name != "start" and value != PhaseConfig.model_fields[name].get_default(call_default_factory=True):
             found.append(f"{name}={value}")
     return found
@@ -140,11 +152,6 @@ def phase_of_checkpoint(phases: Sequence[Phase], steps_done: int) -> Phase:
     At a border, that which ends there.
     """
     return phase_at(phases, max(steps_done - 1, 0))
-
-
-def model_of_checkpoint(config: HasPhases, steps_done: int) -> ModelConfig:
-    """Return the model whose weights a checkpoint of a run holds."""
-    return phase_of_checkpoint(phases_of(config), steps_done).model
 
 
 def mixes_of(config: HasPhases) -> list[tuple[int, Mapping[str, float]]]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import nn
 
 from sigray.losses.spans import span
-from sigray.workers.checkpoint.index import CheckpointInfo, read_info
+from sigray.workers.checkpoint.index import CheckpointInfo
 from sigray.workers.checkpoint.writer import Border, CheckpointWriter, help_to_save, load_checkpoint, load_newest
 from sigray.workers.data.loader import Batch
 from sigray.workers.device import Device
@@ -27,28 +26,55 @@ _ASK_S = 0.3  # between two questions at a rung
 
 
 def restore(
-    job: TrainJob, storage: Storage, trainer: Trainer, phases: Sequence[Phase], phase: Phase, rank: int
-) -> int | None:
-    """Load the newest undamaged checkpoint on all ranks; returns its step or None.
+    storage: Storage,
+    phases: Sequence[Phase],
+    build: Callable[[Phase], Trainer],
+    rank: int,
+    warn: Callable[[str], None],
+) -> tuple[Phase, Trainer, int | None]:
+    """Build the trainer of the phase to train, with the newest undamaged checkpoint.
 
-    A checkpoint from which another phase goes on is not loaded: the trainer is not of that phase.
+    Returns:
+        Phase, trainer, and the checkpoint's step; None without a checkpoint.
 
     Args:
-        phase: of the trainer.
+        build: makes the trainer of a phase. Called again on all ranks if a checkpoint is damaged: it may have loaded a
+            part of it.
+        warn: called for each damaged checkpoint.
     """
+    made: list[tuple[Phase, Trainer]] = []  # at most one
 
-    def load(storage: Storage, info: CheckpointInfo, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        if phase_at(phases, info.step) == phase:
-            is_border = phase_of_checkpoint(phases, info.step) != phase
-            load_checkpoint(storage, info, module, optimizer, Border(phase.init_fresh, resize) if is_border else None)
+    def make(step: int) -> None:
+        made.clear()
+        gc.collect()  # modules refer to themselves; their weights go before the next ones come
+        phase = phase_at(phases, step)
+        made.append((phase, build(phase)))
 
-    parts = trainer.module, trainer.optimizer
-    info = load_newest(storage, *parts, job.hooks.warn, load) if rank == 0 else None
-    name = same_on_ranks(info.name if info else None)
-    if rank and name:
-        info = read_info(storage, name)
-        load(storage, info, *parts)
-    return info.step if info else None
+    def load(info: CheckpointInfo) -> None:
+        ((phase, trainer),) = made
+        is_border = phase_of_checkpoint(phases, info.step) != phase
+        border = Border(phase.init_fresh, resize) if is_border else None
+        load_checkpoint(storage, info, trainer.module, trainer.optimizer, border)
+
+    def load_first(info: CheckpointInfo) -> None:
+        same_on_ranks(info)
+        make(info.step)
+        load(info)
+
+    info: CheckpointInfo | None = None
+    if rank == 0:
+        info = load_newest(storage, load_first, warn)
+        same_on_ranks(None)
+    else:
+        while (following := same_on_ranks(None)) is not None:  # the last one is whole
+            info = following
+            make(info.step)
+        if info is not None:
+            load(info)
+    if info is None:
+        make(0)
+    ((phase, trainer),) = made
+    return phase, trainer, info.step if info else None
 
 
 def same_on_ranks(value: Any) -> Any:

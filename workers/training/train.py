@@ -8,7 +8,6 @@ Train; the tests and `benchmarks/overhead.py` run it in a bare process group.
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -17,11 +16,10 @@ import torch
 import torch.distributed as dist
 
 from sigray.losses.spans import span
-from sigray.workers.checkpoint.index import list_checkpoints
 from sigray.workers.checkpoint.writer import read_left_out
 from sigray.workers.config import OptimConfig
 from sigray.workers.data.label_noise import Noise
-from sigray.workers.data.loader import Loader
+from sigray.workers.data.loader import Counts, Loader
 from sigray.workers.data.worker import build_order, image_kind
 from sigray.workers.device import Device, check_collectives, open_device
 from sigray.workers.model.init_weights import load_initial_weights
@@ -29,9 +27,9 @@ from sigray.workers.model.towers import TOWERS, num_parameters
 from sigray.workers.storage import Storage
 from sigray.workers.training.job import Request, TrainJob
 from sigray.workers.training.log_window import LogWindow
-from sigray.workers.training.phases import Phase, mixes_of, phase_at, phases_of
+from sigray.workers.training.phases import Phase, mixes_of, phases_of
 from sigray.workers.training.profile import StepProfiler
-from sigray.workers.training.saver import Saver, restore, same_on_ranks
+from sigray.workers.training.saver import Saver, restore
 from sigray.workers.training.step import BadStep, Trainer
 
 
@@ -58,31 +56,55 @@ def train_loop_per_worker(job: TrainJob) -> None:
     )
     check_collectives(device, job.train.global_batch_size // world_size)
     storage = Storage(job.storage_uri)
+    phases = phases_of(job)
+    counts = Counts()
+    ended: Phase | None = None
     with StepProfiler(job.profile, device, storage, rank) as profiler:
-        is_first = True
-        while _train_phase(job, device, storage, profiler, rank, world_size, is_first=is_first):
-            is_first = False
-            gc.collect()  # modules refer to themselves; the weights of a phase go before the next one's come
+        while True:
+            ended = _train_phase(job, phases, ended, device, storage, profiler, counts, rank, world_size)
+            if ended is None:
+                return
+            if job.train.compile_blocks:
+                torch._dynamo.reset()  # a resume compiles for one size too, not for any
 
 
 def _train_phase(
     job: TrainJob,
+    phases: Sequence[Phase],
+    before: Phase | None,
     device: Device,
     storage: Storage,
     profiler: StepProfiler,
+    counts: Counts,
     rank: int,
     world_size: int,
-    *,
-    is_first: bool,
-) -> bool:
-    """Train to the end of a phase; return whether another follows.
+) -> Phase | None:
+    """Train to the end of a phase; return the phase if another follows.
 
     Args:
-        is_first: whether this process has not trained yet.
+        before: the phase that this process has just ended; None: it has not trained yet.
+        counts: of the data, over the phases of this process.
     """
     global_batch_size = job.train.global_batch_size
-    phases = phases_of(job)
-    phase, trainer, restored = _begin_phase(job, phases, device, storage, rank)
+
+    def build(phase: Phase) -> Trainer:
+        return Trainer(
+            phase.model,
+            phase.optim,
+            phase.loss,
+            device,
+            schedule=phase.schedule,
+            global_batch_size=global_batch_size,
+            micro_batch_size=job.train.micro_batch_size,
+            seed=job.seed,
+            phase=phase.number,
+            activation_checkpointing=job.train.activation_checkpointing,
+            compile_blocks=job.train.compile_blocks,
+            stored_embeddings=job.manifest.store is not None,
+            ema=job.train.ema,
+        )
+
+    phase, trainer, restored = restore(storage, phases, build, rank, job.hooks.warn)
     first_step = restored or 0
     if restored is None and job.model.init_from is not None:
         load_initial_weights(trainer.module, job.model)
@@ -103,13 +125,23 @@ def _train_phase(
         last_step=min(phase.end_step, num_steps),
         page_lock=device.page_lock if device.pins_memory else None,
         noise=Noise(job.train.label_noise, job.seed, vocab_size) if job.train.label_noise else None,
+        counts=counts,
     )
-    ranks: Any = {"phase": phase, "rank": rank, "world_size": world_size}
-    saver = Saver(job, storage, trainer, device, **ranks, first_step=first_step, num_steps=num_steps)
-    if rank == 0 and is_first:
-        job.hooks.started(_facts(job, trainer, phases, device, world_size, first_step, num_steps))
-    elif rank == 0:
+    saver = Saver(
+        job,
+        storage,
+        trainer,
+        device,
+        phase=phase,
+        rank=rank,
+        world_size=world_size,
+        first_step=first_step,
+        num_steps=num_steps,
+    )
+    if rank == 0 and before is not None and first_step == before.end_step:
         job.hooks.phase_began(phase.number, first_step)
+    elif rank == 0:  # also if the checkpoint of the border is damaged, and an older one goes on
+        job.hooks.started(_facts(job, trainer, phases, phase, device, world_size, num_steps, first_step))
     if restored is None and job.saves_start:
         saver.save(0)
 
@@ -144,37 +176,7 @@ def _train_phase(
         raise
     finally:
         loader.close()
-    return not saver.must_stop and phase.end_step < num_steps
-
-
-def _begin_phase(
-    job: TrainJob, phases: Sequence[Phase], device: Device, storage: Storage, rank: int
-) -> tuple[Phase, Trainer, int | None]:
-    """Return the phase to train, its trainer, and the step of the loaded checkpoint."""
-    newest = list_checkpoints(storage)[-1:] if rank == 0 and job.phases else []
-    step = same_on_ranks(newest[0].step if newest else 0)
-    while True:
-        phase = phase_at(phases, step)
-        trainer = Trainer(
-            phase.model,
-            phase.optim,
-            phase.loss,
-            device,
-            schedule=phase.schedule,
-            global_batch_size=job.train.global_batch_size,
-            micro_batch_size=job.train.micro_batch_size,
-            seed=job.seed,
-            phase=phase.number,
-            activation_checkpointing=job.train.activation_checkpointing,
-            compile_blocks=job.train.compile_blocks,
-            stored_embeddings=job.manifest.store is not None,
-            ema=job.train.ema,
-        )
-        restored = restore(job, storage, trainer, phases, phase, rank)
-        step = restored or 0
-        if phase_at(phases, step) == phase:
-            return phase, trainer, restored
-        # The newest checkpoints are damaged, and the one before them is of an earlier phase.
+    return phase if phase.end_step < num_steps and not saver.must_stop else None
 
 
 def _weight_decay(optim: OptimConfig, trainer: Trainer) -> str:
@@ -192,10 +194,11 @@ def _facts(
     job: TrainJob,
     trainer: Trainer,
     phases: Sequence[Phase],
+    phase: Phase,
     device: Device,
     world_size: int,
-    first_step: int,
     num_steps: int,
+    first_step: int,
 ) -> dict[str, Any]:
     """The start-up block."""
     towers = {name: num_parameters(trainer.module.get_submodule(name)) / 1e6 for name in TOWERS}
@@ -206,12 +209,12 @@ def _facts(
         "batch_per_worker": job.train.global_batch_size // world_size,
         "micro_batch_size": job.train.micro_batch_size or job.train.global_batch_size // world_size,
         "parameters_m": {"all": num_parameters(trainer.module) / 1e6, **towers},
-        "weight_decay": _weight_decay(job.optim, trainer),
+        "weight_decay": _weight_decay(phase.optim, trainer),
         "ema": job.train.ema,
         "first_step": first_step,
         "num_steps": num_steps,
         "phases": [
-            {"number": phase.number, "first_step": phase.first_step, "changes": phase.changes} for phase in phases[1:]
+            {"number": each.number, "first_step": each.first_step, "changes": each.changes} for each in phases[1:]
         ],
         "epochs": num_steps * job.train.global_batch_size / job.manifest.num_samples,
     }

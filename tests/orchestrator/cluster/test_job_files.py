@@ -25,7 +25,7 @@ NO_FILES = {
         "run.name", "data.image_keys", "data.captions", "data.languages", "data.resources_per_worker",
         "data.stores.s3_endpoint", "data.stores.gs_endpoint", "data.stores.az_endpoint",
         "data.stores.region", "data.stores.profile", "model.init_fresh", "model.tokenizer_sha256",
-        "optim.groups.match", "phases.optim.groups.match", "phases.init_fresh", "phases.weights",
+        "optim.groups.match", "phases.loss", "phases.optim", "phases.init_fresh", "phases.weights",
         "eval.sets.class_field", "eval.sets.templates", "eval.sets.languages",
         "eval.sets.language_captions", "cluster.address", "cluster.device", "cluster.tpu_type", "cluster.tpu_topology",
         "cluster.resources_per_worker", "cluster.train_callbacks", "checkpoint.keep_best", "eval.sets",

@@ -59,6 +59,9 @@ def test_each_checkpoint_is_evaluated_and_exported_with_the_model_of_its_phase(f
         assert main(["export", checkpoint, "--format", "open_clip", "--out", str(out)]) == 0
         exported = json.loads((out / "open_clip_config.json").read_text())
         assert exported["model_cfg"]["vision_cfg"]["image_size"] == size
+        card = (out / "README.md").read_text()
+        assert ("negatives random" in card) == (step > FIRST)
+        assert ("weights of the run's phase 2: image_size=24" in card) == (step > SECOND)
 
 
 def test_a_phased_run_is_audited_and_is_finished(finished, capsys):

@@ -49,6 +49,11 @@ from tests.helpers.stored import ENDPOINTS, KINDS, SCHEMES
 MODEL = ModelConfig(towers=TOWERS)
 
 
+def newest(storage: Storage, parts, warn):
+    """Load the newest undamaged checkpoint into a module and its optimizer."""
+    return load_newest(storage, lambda info: load_checkpoint(storage, info, *parts), warn)
+
+
 def trained(seed: int, steps: int = 2):
     """A module and its optimizer, as they were after some steps; the caller's own."""
     return copy.deepcopy(_trained(seed, steps))
@@ -169,7 +174,7 @@ def test_what_is_not_committed_is_not_chosen(storage):
     save(storage, 10, 20)
     storage.delete("checkpoints/step-0000000020/commit.json")
     assert [info.step for info in list_checkpoints(storage)] == [10]
-    assert load_newest(storage, *trained(1), print).step == 10
+    assert newest(storage, trained(1), print).step == 10
 
 
 def test_old_ones_and_what_a_crash_left_are_deleted(storage):
@@ -242,19 +247,19 @@ def test_a_damaged_one_is_named_and_the_one_before_is_taken(storage, damage, fil
     storage.write(path, damage(storage.read(path)))
     with pytest.raises(DamagedCheckpoint, match=rf"step-0000000020/{file} is damaged".replace(".", r"\.")):
         load_checkpoint(storage, info, *trained(1))
-    assert load_newest(storage, *trained(1), warnings.append).step == 10
+    assert newest(storage, trained(1), warnings.append).step == 10
     assert len(warnings) == 1
     assert f"step-0000000020/{file} is damaged" in warnings[0]
     # The run writes it again when it comes by.
     save(storage, 20)
-    assert load_newest(storage, *trained(1), warnings.append).step == 20
+    assert newest(storage, trained(1), warnings.append).step == 20
     assert len(warnings) == 1
 
 
 def test_a_damaged_one_loses_its_mark(storage):
     save(storage, 10, 20)
     storage.delete("checkpoints/step-0000000020/optimizer.pt")
-    assert load_newest(storage, *trained(1), print).step == 10
+    assert newest(storage, trained(1), print).step == 10
     assert [info.step for info in list_checkpoints(storage)] == [10]
 
 
@@ -263,9 +268,9 @@ def test_a_damaged_one_is_not_counted_among_those_that_are_kept(tmp_path):
     storage = Storage(tmp_path)
     save(storage, 10, 20)
     (tmp_path / "checkpoints" / "step-0000000020" / "optimizer.pt").unlink()
-    assert load_newest(storage, *trained(1), print).step == 10
+    assert newest(storage, trained(1), print).step == 10
     save(storage, 15, keep_newest=1)
-    assert load_newest(storage, *trained(1), print).step == 15
+    assert newest(storage, trained(1), print).step == 15
 
 
 def test_workers_that_a_dead_driver_left_commit_nothing(storage):
@@ -302,7 +307,7 @@ def test_all_damaged_is_an_error_and_not_a_new_run(tmp_path):
     for path in tmp_path.glob("checkpoints/*/model.safetensors"):
         path.unlink()
     with pytest.raises(CheckpointError, match="all 2 checkpoints are damaged"):
-        load_newest(storage, *trained(1), print)
+        newest(storage, trained(1), print)
 
 
 def test_another_model_is_named_and_no_older_one_is_tried(tmp_path):
@@ -310,7 +315,7 @@ def test_another_model_is_named_and_no_older_one_is_tried(tmp_path):
     save(storage, 10)
     other = build_model(ModelConfig(towers={**TOWERS, "embed_dim": 32}))
     with pytest.raises(CheckpointError, match="step-0000000010 holds another model"):
-        load_newest(storage, other, build_optimizer(other, OptimConfig(), {}), print)
+        newest(storage, (other, build_optimizer(other, OptimConfig(), {})), print)
 
 
 def test_unreadable_commit_is_named(tmp_path):
@@ -320,12 +325,12 @@ def test_unreadable_commit_is_named(tmp_path):
     with pytest.raises(DamagedCheckpoint, match="step-0000000020 is not a complete checkpoint"):
         read_info(storage, info.name)
     assert [info.step for info in list_checkpoints(storage)] == [10]
-    assert load_newest(storage, *trained(1), warnings.append).step == 10
+    assert newest(storage, trained(1), warnings.append).step == 10
     assert "step-0000000020 is not a complete checkpoint" in warnings[0]
 
 
 def test_a_run_without_checkpoints_begins_at_its_start(tmp_path):
-    assert load_newest(Storage(tmp_path), *trained(1), print) is None
+    assert newest(Storage(tmp_path), trained(1), print) is None
 
 
 @pytest.fixture
@@ -357,7 +362,7 @@ def test_a_storage_that_refuses_for_a_while_loses_nothing(tmp_path, monkeypatch,
     saver = writer(storage, warn=warnings.append, first_step=10)
     saver.save(20, 160, metrics=[{"step": 15, "loss": 1.0}])
     saver.close()
-    assert load_newest(storage, *trained(1), print).step == 20
+    assert newest(storage, trained(1), print).step == 20
     assert [line["step"] for line in read_metrics(storage, 20)] == [15]
     assert len(warnings) == 2
     assert "the checkpoint of step 20 could not be written" in warnings[0]
@@ -377,7 +382,7 @@ def test_a_storage_that_refuses_to_the_end_is_an_error_and_the_older_one_stays(t
     saver.save(20, 160)
     with pytest.raises(OSError, match="the checkpoint of step 20 could not be written: .*No space left on device"):
         saver.close()
-    assert load_newest(storage, *trained(1), print).step == 10
+    assert newest(storage, trained(1), print).step == 10
 
 
 def test_an_error_of_ours_in_the_thread_reaches_the_training_thread(tmp_path):
@@ -444,10 +449,10 @@ def test_a_disk_that_is_full(tmp_path, quick):
         time.sleep(0.01)
     assert "the checkpoint of step 20 could not be written" in warnings[0]
     assert "No space left on device" in warnings[0]
-    assert load_newest(Storage(tmp_path), *trained(1), print).step == 10
+    assert newest(Storage(tmp_path), trained(1), print).step == 10
     full.unlink()
     saver.close()
-    assert load_newest(Storage(tmp_path), *trained(1), print).step == 20
+    assert newest(Storage(tmp_path), trained(1), print).step == 20
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -476,7 +481,7 @@ def test_a_store_that_goes_away_in_mid_upload(monkeypatch, quick, new_place, sch
         saver.close()
         assert "the checkpoint of step 20 could not be written" in warnings[0]
         assert "the checkpoint of step 20 is written" in warnings[1]
-        assert load_newest(storage, *trained(1), print).step == 20
+        assert newest(storage, trained(1), print).step == 20
         assert [line["step"] for line in read_metrics(storage, 20)] == [20]
 
 

@@ -153,10 +153,11 @@ class WithStragglers(OneWorker):
         for rows in self._stragglers:
             for row in rows.values():
                 row[...] = self._random.randrange(256)
-        if not handle or self._random.random() < 0.7:
+        places, _ = handle
+        if not places or self._random.random() < 0.7:
             return super().wait(lane, number, handle)
         kind = self._worker._image
-        self._stragglers.append(self._mappings.rows(handle, kind.shape, kind.dtype))
+        self._stragglers.append(self._mappings.rows(places, kind.shape, kind.dtype))
         self.num_stragglers += 1
         # A copy: the worker keeps its block for other requests.
         return dataclasses.replace(super().wait(lane, number, ()), has_straggler=True)

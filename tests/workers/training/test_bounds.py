@@ -160,4 +160,4 @@ def test_a_rate_of_bad_samples_is_one_of_all_samples_read(data_config, every, is
         assert 600 < num_samples < 740
     else:
         assert (error, num_samples) == ("", 5000 // BATCH * BATCH)
-        assert loader.refused["unreadable image"] >= 24
+        assert loader.counts.refused["unreadable image"] >= 24

@@ -14,7 +14,7 @@ from torch import nn
 import sigray.workers.training.train
 from sigray.orchestrator.config import RunConfig, load_config
 from sigray.workers.checkpoint.index import list_checkpoints
-from sigray.workers.checkpoint.writer import EMA, load_newest
+from sigray.workers.checkpoint.writer import EMA, load_checkpoint, load_newest
 from sigray.workers.config import OptimConfig
 from sigray.workers.data.loader import Batch
 from sigray.workers.model.init_weights import load_initial_weights
@@ -147,6 +147,8 @@ def test_a_checkpoint_whose_average_is_damaged_is_passed_over(config_file: Path)
     storage.write(f"checkpoints/{newest.name}/ema.safetensors", b"damaged")
     warnings: list[str] = []
     module = build_model(config.model)
-    assert load_newest(storage, module, build_optimizer(module, config.optim, {}), warnings.append) == before
+    optimizer = build_optimizer(module, config.optim, {})
+    newest = load_newest(storage, lambda info: load_checkpoint(storage, info, module, optimizer), warnings.append)
+    assert newest == before
     assert len(warnings) == 1
     assert "ema.safetensors is damaged" in warnings[0]

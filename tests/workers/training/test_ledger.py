@@ -87,12 +87,13 @@ def saver_of(
     job: Any = SimpleNamespace(
         train=SimpleNamespace(ledger=has_ledger, global_batch_size=6),
         checkpoint=CheckpointConfig(storage_timeout_s=20),
-        model=SimpleNamespace(model_dump=lambda mode: {}),
         hooks=hooks,
         owner=owner,
     )
     device: Any = None  # `save` sums nothing over ranks
-    saver = Saver(job, storage, trainer, device, rank=0, world_size=world_size, first_step=first_step, num_steps=100)
+    phase: Any = SimpleNamespace(end_step=100, model=SimpleNamespace(model_dump=lambda mode: {}))
+    steps = {"first_step": first_step, "num_steps": 100}
+    saver = Saver(job, storage, trainer, device, phase=phase, rank=0, world_size=world_size, **steps)
     return saver, hooks
 
 

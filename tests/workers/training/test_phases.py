@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from fractions import Fraction
+from unittest import mock
 
 import pytest
 import torch
@@ -22,10 +23,10 @@ from sigray.workers.model.towers import build_model
 from sigray.workers.storage import Storage
 from sigray.workers.training.ledger import audit
 from sigray.workers.training.optim import learning_rate
-from sigray.workers.training.phases import mixes_of, model_of_checkpoint, phase_of_checkpoint, phases_of
+from sigray.workers.training.phases import mixes_of, phase_of_checkpoint, phases_of
 from sigray.workers.training.step import Trainer
 from tests.helpers import pretrained
-from tests.helpers.bare import train_bare
+from tests.helpers.bare import Recorder, train_bare
 from tests.helpers.data import TOWERS
 from tests.helpers.phases import BATCH, FIRST, NUM_STEPS, SECOND, phased_run
 from tests.helpers.ranks import run_on_ranks
@@ -56,16 +57,18 @@ starts = st.one_of(st.integers(1, 200), st.decimals("0.01", "0.99", places=2).ma
 def test_a_phase_is_a_function_of_samples_seen(begins, stretches, fresh, batch, num_samples):
     """Slow twin: go through the run sample by sample."""
     phases = [
-        {"start": start, "stretch": stretch, "schedule": "fresh" if is_fresh else "kept"}
-        for start, stretch, is_fresh in zip(begins, stretches, fresh, strict=False)
+        {"start": start, "stretch": stretch, "schedule": "fresh" if is_fresh else "kept", "loss": {"tile_size": number}}
+        for number, (start, stretch, is_fresh) in enumerate(zip(begins, stretches, fresh, strict=False), 1)
     ]
     num_steps = -(-num_samples // batch)
     wanted = [
         Fraction(str(start)) * (num_samples if start < 1 else 1) for start in begins
     ]  # samples at which each phase begins
     steps = [next(step for step in range(10_000) if step * batch >= start) for start in wanted]
-    if sorted(set(steps)) != steps or not 0 < steps[0] <= steps[-1] < num_steps or num_samples < batch:
-        with pytest.raises(ConfigError, match=r"must begin later|has no step"):
+    is_in_the_first_step = any(1 <= start < batch for start in begins)
+    is_in_order = sorted(set(steps)) == steps and 0 < steps[0] <= steps[-1] < num_steps
+    if is_in_the_first_step or not is_in_order or num_samples < batch:
+        with pytest.raises(ConfigError, match=r"must begin later|has no step|lies in the first step"):
             config_of(phases, num_samples, batch)
         return
     found = phases_of(config_of(phases, num_samples, batch))
@@ -109,6 +112,13 @@ def test_what_a_phase_leaves_out_is_as_in_the_phase_before():
     assert second.changes == ("loss.name=softmax", "optim.lr=0.5")
     assert third.changes == ("optim.eps=0.25",)
     assert RunConfig(**config.model_dump()) == config
+    # A key that a phase does not give follows the rest of the config, in a sweep or on a command line.
+    other = override(config, ["optim.beta1=0.25", "phases.1.optim.eps=0.125", "loss.tile_size=8"], "x.yaml")
+    assert [(each.optim.beta1, each.optim.eps, each.loss.tile_size) for each in phases_of(other)] == [
+        (0.25, 1e-8, 8),
+        (0.25, 1e-8, 8),
+        (0.25, 0.125, 8),
+    ]
 
 
 BAD = {
@@ -119,8 +129,19 @@ BAD = {
     "another optimizer": ([{"start": 40, "optim": {"name": "lion"}}], "phases.0.optim.name cannot change"),
     "warm-up": (
         [{"start": 40, "schedule": "fresh", "optim": {"num_warmup_samples": 57}}],
-        "phases.0.optim: num_warmup_samples=57 and num_cooldown_samples=0 together are larger than its schedule of 56",
+        "phases.0.optim: num_warmup_samples=57 and num_cooldown_samples=0 together are larger than the schedule of 56",
     ),
+    "warm-up before it": (
+        [{"start": 40, "schedule": "fresh"}],
+        "optim: num_warmup_samples=41 and num_cooldown_samples=0 together are larger than the schedule of 40",
+    ),
+    "no change": ([{"start": 40}], "phases.0.start=40: the phase changes nothing"),
+    "a fraction": ([{"start": 1.0, "image_size": 32}], "phases.0.start=1 lies in the first step"),
+    "keys that contradict": (
+        [{"start": 40, "loss": {"negatives_fraction": 0.5}}],
+        "phases.0.loss.negatives_fraction=0.5 has no effect with negatives=all",
+    ),
+    "a type": ([{"start": 40, "optim": {"lr": "high"}}], "phases.0.optim.lr='high'"),
     "store": ([{"start": 40, "image_size": 32}], "phases.0.image_size=32: embeddings.store holds those of one"),
     "xla": ([{"start": 40, "loss": {"negatives": "hardest"}}], "phases.0.loss.negatives=hardest cannot run with"),
 }
@@ -134,6 +155,7 @@ def test_what_cannot_be_is_refused_by_name(name):
             "embeddings": {"store": "/tmp/store"},
             "model": {"towers": TOWERS, "locked": ["visual"], "init_from": "/tmp/weights"},
         },
+        "warm-up before it": {"optim": {"num_warmup_samples": 41}},
         "xla": {"cluster": {"accelerator": "xla_cpu", "devices_per_worker": 1}},
     }
     with pytest.raises(ConfigError) as refused:
@@ -145,6 +167,18 @@ def test_a_weight_of_each_dataset_is_needed(tmp_path):
     for weights in ({"fields": 1}, {"fields": 0, "more": 0}, {"fields": 1, "mor": 1}):
         with pytest.raises(ConfigError, match=r"phases.0.weights=.*\{fields, more\}"):
             phased_run(tmp_path, phases=[{"start": 40, "weights": weights}])
+
+
+def test_a_dataset_may_join_later(tmp_path):
+    later = [{"start": 40, "weights": {"fields": 1, "more": 1}}]
+    config = phased_run(tmp_path, "data.shards.more.weight=0", phases=later)
+    manifest = scan_shards(config.data.shards, config.data)
+    order = build_order(manifest, config.data, 0, mixes_of(config))
+    assert [order.num_of_dataset(1, place) for place in (40, 48)] == [0, 4]
+    with pytest.raises(ConfigError, match=r"data.shards.more.weight=0, and no phase gives it another"):
+        phased_run(tmp_path, "data.shards.more.weight=0", phases=[])
+    with pytest.raises(ConfigError, match="each weight is 0"):
+        phased_run(tmp_path, "data.shards.more.weight=0", "data.shards.fields.weight=0", phases=later)
 
 
 @pytest.mark.parametrize(
@@ -160,18 +194,20 @@ def test_towers_that_cannot_go_on_are_refused_before_the_run(change, message):
 
 
 def test_a_tower_of_siglip_can_be_resized():
-    check_model_config(config_of([{"start": 40, "image_size": 64}], model={"towers": pretrained.SIGLIP}))
+    check_model_config(
+        config_of([{"start": 40, "image_size": 64}], model={"towers": pretrained.SIGLIP}), reads_tokenizer=False
+    )
 
 
 def test_fractions_pin_the_length_of_a_run():
-    config = config_of([{"start": 0.5}])
+    config = config_of([{"start": 0.5, "image_size": 32}])
     longer = override(config, ["train.num_samples=192"], "x.yaml")
     with pytest.raises(ConfigError, match=r"phases begin at fractions of it \(0.5\), which would move"):
         check_resume(config, longer)
-    config = config_of([{"start": 48}])
+    config = config_of([{"start": 48, "image_size": 32}])
     check_resume(config, override(config, ["train.num_samples=192"], "x.yaml"))
     with pytest.raises(ConfigError, match="phases"):
-        check_resume(config, config_of([{"start": 40}]))
+        check_resume(config, config_of([{"start": 40, "image_size": 32}]))
 
 
 # ----------------------------------------------------------------------------------------------- whole runs
@@ -246,8 +282,8 @@ def test_a_border_resizes_and_refreshes_what_it_names(undisturbed):
         place = "visual.positional_embedding"
         patches = (model.image_size // 8) ** 2
         assert before[place].shape != after[place].shape == (1 + patches, 32)
-        assert model_of_checkpoint(config, border) == phases[number - 1].model
-        assert model_of_checkpoint(config, border + 1) == model
+        assert phase_of_checkpoint(phases, border) == phases[number - 1]
+        assert phase_of_checkpoint(phases, border + 1) == phases[number]
         expected = dict(before)
         resize_pos_embed(expected, build_model(model))
         projection = "text.text_projection"
@@ -289,18 +325,47 @@ def test_an_interrupted_run_has_the_same_bits(undisturbed, tmp_path, stop):
     same_files(config, expected)
 
 
-@pytest.mark.parametrize(("stop", "first_lost"), [(FIRST, FIRST), (FIRST + 2, FIRST)])
-def test_a_damaged_checkpoint_at_a_border_costs_only_steps(undisturbed, tmp_path, stop, first_lost):
-    """From the step before a border on, the run needs a trainer of the phase before."""
+@pytest.mark.parametrize(
+    ("stop", "first_lost", "name"),
+    [
+        (FIRST + 2, FIRST, "model.safetensors"),  # the run needs a trainer of the phase before
+        (SECOND + 1, SECOND + 1, "optimizer.pt"),  # fresh parameters must be fresh again
+    ],
+)
+def test_a_damaged_checkpoint_at_a_border_costs_only_steps(undisturbed, tmp_path, stop, first_lost, name):
     expected, _ = undisturbed
     config = phased_run(tmp_path)
     run_on_ranks(2, train_bare, config, stop)
     for step in [step for step in hashes(config) if step >= first_lost]:
-        path = config.folder / f"checkpoints/step-{step:010d}/model.safetensors"
+        path = config.folder / f"checkpoints/step-{step:010d}" / name
         path.write_bytes(path.read_bytes()[:-1] + b"?")
     left = max(step for step in hashes(config) if step < first_lost)
     rest = run_on_ranks(2, train_bare, config)[0]
     assert min(rest["losses"]) == left + 1
+    same_files(config, expected)
+
+
+def damage_the_border(rank, world_size, config):
+    """Rank 0 damages the checkpoint of the first border as soon as it is durable; returns what the hooks saw."""
+    original, seen = Recorder.checkpointed, []
+
+    def checkpointed(self, info):
+        original(self, info)
+        if info.step == FIRST and not seen:
+            seen.append(info)
+            path = config.folder / f"checkpoints/{info.name}/model.safetensors"
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+    with mock.patch.object(Recorder, "checkpointed", checkpointed):
+        return train_bare(rank, world_size, config)
+
+
+def test_a_border_whose_checkpoint_is_damaged_is_gone_through_again(undisturbed, tmp_path):
+    expected, _ = undisturbed
+    config = phased_run(tmp_path)
+    found = run_on_ranks(2, damage_the_border, config)[0]
+    assert found["phases"] == [(1, FIRST), (2, SECOND)]
+    assert found["starts"][0] == 0 < found["starts"][1] < FIRST
     same_files(config, expected)
 
 
