@@ -82,7 +82,7 @@ FAULTS = [
     Fault(
         "bad samples are measured against 1,024 for ever",
         "sigray.workers.data.loader:Loader._count",
-        "max(self._num_read, 1024)",
+        "max(counts.num_read, 1024)",
         "1024",
         (f"{_BOUNDS}a_rate_of_bad_samples_is_one_of_all_samples_read[200-False]",),
     ),

@@ -82,8 +82,8 @@ FAULTS = [
     Fault(
         "a resumed run saves and evaluates its initial weights again",
         "sigray.workers.training.saver:restore",
-        "return info.step if info else None",
-        "return (info.step or None) if info else None",
+        "info.step if info else None",
+        "(info.step or None) if info else None",
         (f"{_KEYS}::test_a_run_goes_on_from_its_initial_weights",),
     ),
 ]

@@ -148,7 +148,7 @@ def test_ranks_are_told_apart():
 def test_a_run_that_is_too_short_is_refused(config):
     with pytest.raises(ConfigError, match=r"train\.num_samples=160 are 20 steps, and a profile takes 31"):
         profile_config(config, Profile(20, 10))
-    phased = override(config, ["phases=[{start: 80}]"], "the test")
+    phased = override(config, ["phases=[{start: 80, image_size: 32}]"], "the test")
     with pytest.raises(ConfigError, match=r"phases\.0\.start=80 are 10 steps, and a profile takes 11"):
         profile_config(phased, Profile(5, 5))
     wanted = profile_config(config, WANTED)
