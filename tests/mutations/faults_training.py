@@ -47,7 +47,7 @@ FAULTS = [
         "sigray.workers.training.phases:phase_of_checkpoint",
         "steps_done - 1",
         "steps_done",
-        (f"{_PHASES}a_border_resizes_and_refreshes_what_it_names",),
+        (f"{_PHASES}a_phase_is_a_function_of_samples_seen",),
     ),
     Fault(
         "what starts fresh keeps its weights",
