@@ -29,7 +29,7 @@ def main(path: str, metric: str = "zero_shot/held_out_designer/top1", *overrides
         "model.init_logit_scale": tune.uniform(0.0, math.log(20.0)),
     }
     # Ray counts CPUs and does not pin them: the processes of two trials at a time share those of a small machine.
-    ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=16, include_dashboard=False, log_to_driver=False)
     tuner = tune.Tuner(
         sigray.trainable(config),
         param_space=space,

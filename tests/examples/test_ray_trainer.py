@@ -64,6 +64,7 @@ class OwnLoop:
     def start(self, num_workers: int, steps: int) -> subprocess.Popen[str]:
         variables = LEAN_RAY | {"RECORD": str(self.record), "OMP_NUM_THREADS": "1"}
         variables |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+        variables |= {"RAY_ADDRESS": "local"}  # not the cluster that a test beside has started
         words = ["--shards", str(self._shards), "--storage", str(self._folder / "results")]
         words += ["--workers", str(num_workers), "--samples", str(steps * BATCH)]
 

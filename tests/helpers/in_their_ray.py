@@ -110,7 +110,7 @@ def with_population_based_training(path: str) -> str:
 
 def main(path: str) -> None:
     os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] = "1"
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     found: dict[str, Any] = {"thread": in_a_thread(path)}
     found["tune"] = in_a_tune_function(path)
     found["population"] = with_population_based_training(path)
