@@ -282,24 +282,26 @@ class RunConfig(Section):
             yield str(error)
             return
         yield from self._mixture_problems()
-        for phase in found:
+        for phase in found if self.phases else []:
             key = f"phases.{phase.number - 1}." if phase.number else ""
-            given = self.phases[phase.number - 1] if phase.number else PhaseConfig(start=1, schedule="fresh")
-            if phase.number and not phase.changes:
-                yield f"{key}start={given.start:g}: the phase changes nothing: leave it out"
-            if phase.number and 1 <= given.start < self.train.global_batch_size:
-                yield f"{key}start={given.start:g} lies in the first step; a fraction of the run is below 1, as 0.9"
-            for name in ("name", "groups", "layer_decay", "weight_decay_on"):
-                if getattr(phase.optim, name) != getattr(self.optim, name):
-                    yield f"{key}optim.{name} cannot change: its optimizer goes on with the state that it has"
-            if phase.number and self.cluster.uses_xla and phase.loss.negatives in ("hardest", "easiest"):
-                yield f"{key}loss.negatives={phase.loss.negatives} cannot run with {self.cluster.accelerator}"
             warmup, cooldown = phase.optim.num_warmup_samples, phase.optim.num_cooldown_samples
-            if self.phases and given.schedule == "fresh" and warmup + cooldown > phase.schedule.length:
+            begins_schedule = phase.schedule.offset == 0
+            if begins_schedule and warmup + cooldown > phase.schedule.length:
                 yield (
                     f"{key}optim: num_warmup_samples={warmup} and num_cooldown_samples={cooldown} together are larger "
                     f"than the schedule of {phase.schedule.length:g} samples that begins there: lr is never reached"
                 )
+        for number, (given, phase) in enumerate(zip(self.phases, found[1:], strict=True)):
+            key = f"phases.{number}."
+            if not phase.changes:
+                yield f"{key}start={given.start:g}: the phase changes nothing: leave it out"
+            if 1 <= given.start < self.train.global_batch_size:
+                yield f"{key}start={given.start:g} lies in the first step; a fraction of the run is below 1, as 0.9"
+            for name in ("name", "groups", "layer_decay", "weight_decay_on"):
+                if getattr(phase.optim, name) != getattr(self.optim, name):
+                    yield f"{key}optim.{name} cannot change: its optimizer goes on with the state that it has"
+            if self.cluster.uses_xla and phase.loss.negatives in ("hardest", "easiest"):
+                yield f"{key}loss.negatives={phase.loss.negatives} cannot run with {self.cluster.accelerator}"
             if given.image_size is not None and self.embeddings.store is not None:
                 yield f"{key}image_size={given.image_size}: embeddings.store holds those of one size: leave it out"
 
@@ -525,10 +527,9 @@ def put(content: dict[str, Any], key: str, value: Any, source: str | Path) -> No
     for part in path:
         if isinstance(place, list):  # of sections, by number
             place = place[int(part)] if part.isdigit() and int(part) < len(place) else None
-        elif place.get(part) is None:  # a section that may be left out
-            place[part] = {}
-            place = place[part]
         else:
+            if place.get(part) is None:  # a section that may be left out
+                place[part] = {}
             place = place[part]
         if not isinstance(place, dict | list):
             raise ConfigError(f"{source}: {part!r} is a value, not a section, as {key}={value!r:.60} needs")

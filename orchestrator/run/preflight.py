@@ -191,8 +191,11 @@ def check_border(key: str, before: nn.Module, phase: Phase) -> nn.Module:
     except ValueError as error:
         raise ValueError(f"{key}.image_size={phase.model.image_size}: {error}") from None
     names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    fresh: set[str] = set()
     for pattern in phase.init_fresh:
-        if not any(re.fullmatch(pattern, name) for name in names):
+        matched = {name for name in names if re.fullmatch(pattern, name)}
+        fresh |= matched
+        if not matched:
             shown = ", ".join(names[:: max(1, len(names) // 8)])
             raise ValueError(
                 f"{key}.init_fresh={pattern!r} matches no parameter that trains; their names are such as {shown}"
@@ -200,8 +203,9 @@ def check_border(key: str, before: nn.Module, phase: Phase) -> nn.Module:
     here = module.state_dict()
     for name, tensor in before.state_dict().items():
         wanted = here[name].shape
-        is_kept = tensor.shape == wanted or any(re.fullmatch(pattern, name) for pattern in phase.init_fresh)
-        if not is_kept and resize(name, torch.zeros(tensor.shape), here[name], module).shape != wanted:
+        if tensor.shape == wanted or name in fresh:
+            continue
+        if resize(name, torch.zeros(tensor.shape), here[name], module).shape != wanted:
             raise ValueError(
                 f"{key}.image_size={phase.model.image_size}: {name} {list(tensor.shape)} cannot be resized to "
                 f"{list(wanted)}: keep the image size, or make it fresh by init_fresh"

@@ -98,8 +98,8 @@ def run_section(source: WeightsSource) -> dict[str, Any]:
         return {}
     name = rest.strip("/").partition("/")[0]
     section = _model_in(f"{run}/config.yaml")
-    of_phase = _model_in(f"{run}/checkpoints/{name}/commit.json")
-    return section | {key: of_phase[key] for key in ("image_size",) if section and key in of_phase}
+    of_phase = _model_in(f"{run}/checkpoints/{name}/commit.json") if section else {}
+    return section | {"image_size": of_phase["image_size"]} if "image_size" in of_phase else section
 
 
 def _model_in(place: str) -> dict[str, Any]:

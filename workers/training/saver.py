@@ -45,8 +45,9 @@ def restore(
     made: list[tuple[Phase, Trainer]] = []  # at most one
 
     def make(step: int) -> None:
-        made.clear()
-        gc.collect()  # modules refer to themselves; their weights go before the next ones come
+        if made:
+            made.clear()
+            gc.collect()  # modules refer to themselves; their weights go before the next ones come
         phase = phase_at(phases, step)
         made.append((phase, build(phase)))
 

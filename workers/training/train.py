@@ -8,6 +8,7 @@ Train; the tests and `benchmarks/overhead.py` run it in a bare process group.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -64,6 +65,7 @@ def train_loop_per_worker(job: TrainJob) -> None:
             ended = _train_phase(job, phases, ended, device, storage, profiler, counts, rank, world_size)
             if ended is None:
                 return
+            gc.collect()  # modules refer to themselves; the weights of a phase go before the next one's come
             if job.train.compile_blocks:
                 torch._dynamo.reset()  # a resume compiles for one size too, not for any
 
