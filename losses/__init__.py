@@ -11,6 +11,7 @@ from sigray.losses.ring import NonFiniteFeatures, ring_sigmoid_loss, ring_softma
 from sigray.losses.sharded import Slices, sharded_sigmoid_loss, sharded_softmax_loss
 from sigray.losses.sigmoid import sigmoid_loss, sigmoid_loss_plain
 from sigray.losses.softmax import softmax_loss_plain
+from sigray.losses.tokens import token_loss, token_loss_plain
 
 __all__ = [
     "Negatives",
@@ -27,4 +28,6 @@ __all__ = [
     "sigmoid_loss",
     "sigmoid_loss_plain",
     "softmax_loss_plain",
+    "token_loss",
+    "token_loss_plain",
 ]

@@ -24,6 +24,7 @@ def cached_backward(
     num_rows: int,
     micro_batch_size: int,
     encode_again: Callable[[slice], tuple[Tensor | None, ...]] | None = None,
+    row_loss: Callable[[slice], Tensor] | None = None,
     sync: Callable[[], None] | None = None,
 ) -> Tensor:
     """Add the gradients of a loss over all rows of a batch to the parameters.
@@ -39,6 +40,8 @@ def cached_backward(
         micro_batch_size: rows that are encoded at once; the last micro-batch may have fewer.
         encode_again: as `encode`, for the second time: None instead of features that no parameter needs, such as those
             of a locked tower. By default `encode`.
+        row_loss: a scalar to add, which is a sum over rows, so that no cache is needed: that of some rows. It is called
+            once for each micro-batch, after the pass with a graph, and may use what that pass left.
         sync: for devices that record operations and run them later: called after each micro-batch and after the loss,
             so that every micro-batch is the same program.
 
@@ -46,7 +49,10 @@ def cached_backward(
         The loss, without a graph.
     """
     if micro_batch_size >= num_rows:
-        value = loss(*encode(slice(0, num_rows)))
+        rows = slice(0, num_rows)
+        value = loss(*encode(rows))
+        if row_loss is not None:
+            value = value + row_loss(rows)
         with span("backward"):
             value.backward()
         return value.detach()
@@ -65,9 +71,16 @@ def cached_backward(
         sync()
     for rows, parts in zip(micro_batches, zip(*kinds, strict=True), strict=True):
         again: tuple[Tensor | None, ...] = (encode_again or encode)(rows)
-        trained = [(kind, part) for kind, part in zip(again, parts, strict=True) if kind is not None]
+        trained = [kind for kind in again if kind is not None]
+        gradients = [part for kind, part in zip(again, parts, strict=True) if kind is not None]
+        if row_loss is not None:
+            own = row_loss(rows)
+            trained.append(own)
+            gradients.append(torch.ones_like(own))
+            value = value + own.detach()
+            del own
         with span("backward"):
-            torch.autograd.backward([kind for kind, _ in trained], [part for _, part in trained])
+            torch.autograd.backward(trained, gradients)
         del again, trained
         if sync is not None:
             sync()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -107,6 +107,12 @@ class LossResult:
     grad_scale: Tensor  # scalar
     grad_bias: Tensor  # scalar
 
+    def gradients(self, grad_loss: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of images, texts, scale and bias; to be taken once."""
+        factor = self.feature_factor * grad_loss
+        features = self.image_part.mul_(factor), self.text_part.mul_(factor)
+        return *features, self.grad_scale * grad_loss, self.grad_bias * grad_loss
+
 
 class SigmoidPass:
     """The loss and gradients of some images, summed over sets of texts.
@@ -193,11 +199,19 @@ def count_tiles_(
         count_cosines_(histogram, tile.x[~tile.x.isnan()], high)
 
 
+class Result(Protocol):
+    """A loss, and a way to the gradients of the tensors that it was computed from."""
+
+    @property
+    def loss(self) -> Tensor: ...
+    def gradients(self, grad_loss: Tensor) -> tuple[Tensor, ...]: ...
+
+
 class OnePass(torch.autograd.Function):
     """Runs a function that returns loss and gradients, and gives the loss to autograd."""
 
     @staticmethod
-    def forward(ctx: Any, compute: Callable[..., LossResult], *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, compute: Callable[..., Result], *tensors: Tensor) -> Tensor:
         # Not save_for_backward: autograd copies gradients that something else refers to.
         ctx.result = compute(*tensors)
         ctx.dtypes = [tensor.dtype for tensor in tensors]
@@ -216,12 +230,5 @@ class OnePass(torch.autograd.Function):
                 "Compute the loss again"
             )
         result, ctx.result = ctx.result, None
-        factor = result.feature_factor * grad_loss
-        image, text, scale, bias = ctx.dtypes
-        return (
-            None,
-            result.image_part.mul_(factor).to(image),
-            result.text_part.mul_(factor).to(text),
-            (result.grad_scale * grad_loss).to(scale),
-            (result.grad_bias * grad_loss).to(bias),
-        )
+        gradients = result.gradients(grad_loss)
+        return None, *(gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))

@@ -244,8 +244,19 @@ class RunConfig(Section):
                 f"cluster.hang_timeout_s={hang_s:g} is not above data.worker_timeout_s={worker_s:g}: a data-shard "
                 "worker that hangs would restart all training workers"
             )
+        yield from self._decoder_problems()
         if self.eval.pixel_baseline and not any(spec.classes for spec in self.eval.sets.values()):
             yield "eval.pixel_baseline=true needs a set with classes in eval.sets, and there is none"
+
+    def _decoder_problems(self) -> Iterator[str]:
+        """Yield a captioning loss without a decoder, and a decoder without one."""
+        weights = {"": self.loss.caption_weight}
+        weights |= {f"phases.{n}.": each.loss.get("caption_weight", 0) for n, each in enumerate(self.phases)}
+        used = next((key for key, weight in weights.items() if weight), None)
+        if self.model.decoder is None and used is not None:
+            yield f"{used}loss.caption_weight={weights[used]:g} needs a decoder: set model.decoder={{}}"
+        if self.model.decoder is not None and used is None:
+            yield "model.decoder is never trained: set loss.caption_weight=1, here or in a phase"
 
     def _embeddings_problems(self) -> Iterator[str]:
         """Yield why stored embeddings cannot replace the image tower."""
@@ -259,6 +270,8 @@ class RunConfig(Section):
             yield f"{store} needs a locked image tower: set model.locked=[visual]"
         if not (self.model.image_tower or self.model.init_from or vision.get("timm_model_pretrained")):
             yield f"{store} of a tower with fresh weights has no use: set model.image_tower or model.init_from"
+        if self.model.decoder is not None:
+            yield f"model.decoder reads the image tower, which {store} replaces: leave one of them out"
         if views > 1 and self.data.crop == "center":
             yield f"embeddings.num_views={views}: data.crop=center would store a view many times: set data.crop=random"
         if noise is not None and noise.kind in ("image", "image_text", "all"):

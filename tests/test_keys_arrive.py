@@ -64,6 +64,7 @@ from sigray.workers.data.pool import DataPool, PoolBlocks
 from sigray.workers.data.store_stream import StoreStream
 from sigray.workers.data.tar import DataError
 from sigray.workers.data.worker import Block, DataWorker
+from sigray.workers.model.decoder import Decoder
 from sigray.workers.model.tokenizer import build_tokenizer
 from sigray.workers.model.towers import build_model
 from sigray.workers.storage import Storage
@@ -633,6 +634,25 @@ def test_the_loss_that_is_computed(configure, monkeypatch, loss, expected):
         monkeypatch.setattr(sigray.workers.device, name, watched)
     train_here(configure(loss=loss, train={"num_samples": 8}))
     assert seen == [expected]
+
+
+def test_the_decoder_that_captions(configure, monkeypatch):
+    own = Decoder.forward
+    seen: list[Any] = []
+
+    def watched(decoder: Any, image_tokens: Any, tokens: Any, is_parallel: Any, *rest: Any) -> Any:
+        block = decoder.blocks[0]
+        heads = len(decoder.blocks), decoder.norm.normalized_shape, block.self_attention.heads
+        seen.append((*heads, block.mlp_in.bias is not None, is_parallel.tolist()))
+        return own(decoder, image_tokens, tokens, is_parallel, *rest)
+
+    monkeypatch.setattr(Decoder, "forward", watched)
+    decoder = {"layers": 2, "width": 24, "heads": 4, "bias": True}
+    loss = {"caption_weight": 0.5, "caption_parallel": 1.0}
+    lines = train_here(configure(model={"decoder": decoder}, loss=loss, train={"num_samples": 8})).lines
+    assert seen == [(2, (24,), 4, True, [True] * 8)]
+    total = lines[-1]["train/contrastive_loss"] + 0.5 * lines[-1]["train/caption_loss"]
+    assert lines[-1]["train/loss"] == pytest.approx(total)
 
 
 def test_a_softmax_has_no_bias_in_its_logits(configure):

@@ -327,6 +327,17 @@ class DataConfig(Section):
         return self
 
 
+class DecoderConfig(Section):
+    layers: PositiveInt | None = None
+    """Blocks; null: half of the text tower's, as in SigLIP 2."""
+    width: PositiveInt | None = None
+    """Width; null: the text tower's. So is the factor from width to MLP."""
+    heads: PositiveInt | None = None
+    """Attention heads; null: the text tower's."""
+    bias: bool = False
+    """Biases in norms and MLPs; without them as in big_vision's config of CapPa."""
+
+
 class ModelConfig(Section):
     name: ModelName | None = None
     """An open_clip model config such as ViT-B-16-SigLIP.
@@ -354,6 +365,10 @@ class ModelConfig(Section):
     token_bottleneck: PositiveInt | None = None
     """K of a token embedding in two parts, vocabulary x K and K x width.
     For large vocabularies of many languages (paper, section 4.3; K = 96 there). Null: one table."""
+    decoder: DecoderConfig | None = None
+    """Captioning decoder for loss.caption_weight; `{}` is SigLIP 2's.
+    It reads the image tower's features before pooling and has embeddings of its own, of the text tower's tokens. The
+    image tower must be a ViT of timm or open_clip. Evaluations and exports of the towers do without. Null: none."""
     init_from: WeightsPlace | None = None
     """Initial weights: a folder, a file, a URL of either, or `hf-hub:ORG/NAME`.
     All training workers must see them. Written by transformers (SigLIP, CLIP), open_clip, sigray, big_vision (.npz),
@@ -418,6 +433,8 @@ class ModelConfig(Section):
                 check_towers(self.towers)
             except ValueError as error:
                 raise ValueError(f"towers.{error}") from None
+        if self.image_tower and self.image_tower.endswith(TOWER_FILE_ENDINGS) and self.decoder is not None:
+            raise ValueError(f"image_tower={self.image_tower} is a file, whose features a decoder cannot read")
         if self.image_tower and self.image_tower.endswith(TOWER_FILE_ENDINGS) and "visual" not in self.locked:
             raise ValueError(f"image_tower={self.image_tower} is a file and cannot be trained: set locked=[visual]")
         both = sorted(set(self.locked) & self.trained_blocks.keys())
@@ -508,6 +525,13 @@ class LossConfig(Section):
     """Negatives that count (paper, section 4.7); all but `all` need sigmoid."""
     negatives_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Fraction of the negatives that count, if `negatives` is not all."""
+    caption_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the captioning loss beside the contrastive loss; SigLIP 2 takes 1.
+    Needs model.decoder. It is the mean over captions of the mean cross entropy of their tokens. 0: none."""
+    caption_parallel: Fraction = 0.5
+    """Fraction of the captions that the decoder predicts in parallel.
+    It then reads [MASK] in every place and not the tokens before (CapPa, arXiv 2306.07915). A hash of seed, epoch and
+    sample decides. SigLIP 2 takes a half."""
     tile_size: PositiveInt | None = None
     """Edge of a tile of logits; null: the fastest. It does not change the result."""
 

@@ -36,7 +36,7 @@ from sigray.losses import (
 )
 from sigray.losses.spans import span
 from sigray.workers.config import Accelerator, LossConfig, Precision
-from sigray.workers.model.towers import tower_blocks
+from sigray.workers.model.towers import named_parts, tower_blocks
 from sigray.workers.sharding import gather
 
 Features = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -90,15 +90,15 @@ class Device:
         return module
 
     def _split(self, module: nn.Module) -> None:
-        """Split the blocks of both towers with FSDP2, then the rest of each tower."""
+        """Split the blocks of each part with FSDP2, then the rest of the part."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(self.torch_device.type, (dist.get_world_size(),))
-        for tower in (module.get_submodule("visual"), module.get_submodule("text")):
-            for block in tower_blocks(tower):
+        for _, part in named_parts(module):
+            for block in tower_blocks(part):
                 fully_shard(block, mesh=mesh)
-            fully_shard(tower, mesh=mesh)  # and not the module: `logit_scale` and `logit_bias` stay whole
+            fully_shard(part, mesh=mesh)  # and not the module: `logit_scale` and `logit_bias` stay whole
 
     def split_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Split a new optimizer state as its weights; FSDP2 has done so already."""

@@ -221,13 +221,15 @@ def check_tokenizer(model: ModelConfig, text_tower: nn.Module | None = None, *, 
         is_begun: as for `check_model_config`.
     """
     from sigray.workers.model.inputs import shapes
-    from sigray.workers.model.tokenizer import build_tokenizer, check_pads, check_pooling
+    from sigray.workers.model.tokenizer import build_tokenizer, check_pads, check_pooling, find_caption_ends
     from sigray.workers.model.towers import masked_token
 
     _, context_length, vocab_size = shapes(model)
     if text_tower is not None:
         vocab_size = cast(int, text_tower.vocab_size)
     tokenize = build_tokenizer(model, context_length, vocab_size)
+    if model.decoder is not None:
+        find_caption_ends(model, tokenize)
     if is_begun:
         return
     check_pooling(model, context_length, tokenize)

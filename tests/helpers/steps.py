@@ -6,6 +6,7 @@ import torch
 from sigray.workers.config import LossConfig, ModelConfig, OptimConfig
 from sigray.workers.data.loader import Batch
 from sigray.workers.device import check_collectives, open_device
+from sigray.workers.model.tokenizer import CaptionEnds
 from sigray.workers.training.phases import Schedule
 from sigray.workers.training.step import Trainer
 from tests.helpers.data import TOWERS
@@ -48,6 +49,7 @@ def make_trainer(
         seed=SEED,
         activation_checkpointing=activation_checkpointing,
         compile_blocks=compile_blocks,
+        caption_ends=CaptionEnds(0, pad_ends=True),
     )
 
 

@@ -9,6 +9,7 @@ _MEANS = "tests/losses/test_logit_means.py"
 _NATIVE = "tests/test_native.py"
 _NEGATIVES = "tests/losses/test_negatives.py"
 _SHARDED = "tests/losses/test_sharded.py"
+_TOKENS = "tests/losses/test_tokens.py"
 _SIGMOID = "tests/losses/test_sigmoid.py"
 
 FAULTS = [
@@ -101,9 +102,9 @@ FAULTS = [
     ),
     Fault(
         "a factor before the loss does not reach the bias",
-        "sigray.losses.sigmoid:OnePass.backward",
-        "(result.grad_bias * grad_loss)",
-        "result.grad_bias",
+        "sigray.losses.sigmoid:LossResult.gradients",
+        "self.grad_bias * grad_loss",
+        "self.grad_bias",
         (f"{_SIGMOID}::test_gradients_follow_the_factor_before_the_loss",),
     ),
     Fault(
@@ -265,5 +266,19 @@ FAULTS = [
         "{[*_FLAGS, *flags]}",
         "{_FLAGS}",
         (f"{_NATIVE}::test_a_change_of_source_or_flags_is_another_library",),
+    ),
+    Fault(
+        "a chunk's gradient of the table replaces that of the chunk before",
+        "sigray.losses.tokens:_one_pass",
+        "accumulate(grad_weight, slope.T, flat)",
+        "accumulate(grad_weight, slope.T, flat, overwrite=True)",
+        (f"{_TOKENS}::test_equals_the_equation[dtype0-1e-14-2]",),
+    ),
+    Fault(
+        "all logits of all captions are held",
+        "sigray.losses.tokens:token_loss",
+        "default_tile_size(hidden.device) ** 2",
+        "2**40",
+        (f"{_TOKENS}::test_the_logits_of_one_chunk_are_held",),
     ),
 ]

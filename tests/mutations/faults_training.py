@@ -24,6 +24,7 @@ _STEP, _OPTIM, _TRAIN, _WORKER = (
 )
 
 _EMA = "tests/workers/training/test_ema.py::test_"
+_CAPTIONS = "tests/workers/training/test_captions.py::test_"
 _PHASES = "tests/workers/training/test_phases.py::test_"
 
 FAULTS = [
@@ -381,7 +382,7 @@ FAULTS = [
     ),
     Fault(
         "label noise equal in all epochs",
-        "sigray.workers.data.label_noise:place_hash",
+        "sigray.workers.data.sample_hash:place_hash",
         "samples.T.astype",
         "samples.T[1:].astype",
         _golden("label_noise[seed0]"),
@@ -396,7 +397,7 @@ FAULTS = [
     Fault(
         "captions are dealt out in the batch's order",
         "sigray.workers.data.label_noise:Noise.caption_rows",
-        'chosen[np.argsort(place_hash(samples[chosen], self._seed, _ORDER), kind="stable")]',
+        'chosen[np.argsort(place_hash(samples[chosen], self._seed, Purpose.NOISE_ORDER), kind="stable")]',
         "chosen",
         _golden("label_noise[seed0]"),
     ),
@@ -434,5 +435,33 @@ FAULTS = [
         "orders[0] != orders[1] and",
         "False and",
         ("tests/orchestrator/test_config.py::test_resume_refuses_captions_of_equal_weight_in_another_order",),
+    ),
+    Fault(
+        "a caption in parallel sees the tokens before only",
+        "sigray.workers.model.decoder:Decoder.forward",
+        "(is_parallel[:, None, None] | causal)",
+        "(is_parallel[:, None, None] & False | causal)",
+        (f"{_CAPTIONS}loss_and_every_gradient_equal_the_twin[1-1]",),
+    ),
+    Fault(
+        "the first pad does not end a caption",
+        "sigray.workers.model.tokenizer:CaptionEnds.weights",
+        "np.minimum(length + 1, context_length)",
+        "length",
+        (f"{_CAPTIONS}the_tokens_that_count[ends0-caption0-3]",),
+    ),
+    Fault(
+        "pads inside a caption do not count",
+        "sigray.workers.model.tokenizer:CaptionEnds.weights",
+        "np.arange(context_length) < length[:, None]",
+        "(np.arange(context_length) < length[:, None]) & found",
+        (f"{_CAPTIONS}the_tokens_that_count[ends3-caption3-4]",),
+    ),
+    Fault(
+        "the decoder is not split",
+        "sigray.workers.model.towers:named_parts",
+        '(*TOWERS, "decoder")',
+        "TOWERS",
+        (f"{_CAPTIONS}the_decoder_is_split_compiled_and_checkpointed",),
     ),
 ]

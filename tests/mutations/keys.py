@@ -50,6 +50,7 @@ _OTHER = {
     "cluster.tpu_type": "'TPU-V5P'",
     "cluster.tpu_topology": "'1x2x4'",
     "optim.num_timescale_samples": "value and 2 * value",
+    "loss.caption_weight": "value / 2",
     "phases.*.start": "value / 2 if value >= 1 else value",
     "optim.groups.*.match": "'text.*' if value.startswith('visual') else 'visual.*'",
 }
@@ -64,6 +65,7 @@ _FOLDERS = (f"{_HERE}test_a_run_lies_where_the_config_says",)
 _LEAP = (f"{_HERE}test_a_loss_that_leaps_is_left_out",)
 _STEP = f"{_HERE}test_how_a_step_goes_through_the_towers"
 _LOSS = f"{_HERE}test_the_loss_that_is_computed"
+_CAPTIONS = (f"{_HERE}test_the_decoder_that_captions",)
 _OPTIMIZER = (f"{_HERE}test_the_optimizer_of_a_run",)
 _RATES = (f"{_HERE}test_learning_rates_of_a_run",)
 _ORDER = (f"{_HERE}test_the_order_and_the_first_weights_follow_the_config",)
@@ -129,6 +131,10 @@ KEYS: dict[str, tuple[str, ...]] = {
     "model.tokenizer": (f"{_HERE}test_the_tokenizer_of_a_file",),
     "model.tokenizer_sha256": (f"{_HERE}test_another_tokenizer_than_the_configs_is_refused",),
     "model.token_bottleneck": _MODEL,
+    "model.decoder.layers": _CAPTIONS,
+    "model.decoder.width": _CAPTIONS,
+    "model.decoder.heads": _CAPTIONS,
+    "model.decoder.bias": _CAPTIONS,
     "model.init_from": (f"{_HERE}test_weights_to_begin_with[fresh0]",),
     "model.init_fresh": (f"{_HERE}test_weights_to_begin_with[fresh1]",),
     "model.init_logit_scale": _MODEL,
@@ -163,6 +169,8 @@ KEYS: dict[str, tuple[str, ...]] = {
     "loss.name": (f"{_LOSS}[loss2-expected2]",),
     "loss.negatives": (f"{_LOSS}[loss3-expected3]",),
     "loss.negatives_fraction": (f"{_LOSS}[loss1-expected1]",),
+    "loss.caption_weight": _CAPTIONS,
+    "loss.caption_parallel": _CAPTIONS,
     "loss.tile_size": (f"{_LOSS}[loss0-expected0]",),
     "optim.name": (f"{_HERE}test_other_optimizers[lion]",),
     "optim.lr": _RATES,

@@ -19,14 +19,14 @@ from __future__ import annotations
 import numpy as np
 
 from sigray.workers.config import LabelNoise
+from sigray.workers.data.sample_hash import Purpose, are_drawn, place_hash
 
-_IMAGE, _TEXT, _ALIGNMENT, _ORDER = range(4)  # what a hash is for
 _KINDS = {
-    "image": (_IMAGE,),
-    "text": (_TEXT,),
-    "alignment": (_ALIGNMENT,),
-    "image_text": (_IMAGE, _TEXT),
-    "all": (_IMAGE, _TEXT, _ALIGNMENT),
+    "image": (Purpose.NOISE_IMAGE,),
+    "text": (Purpose.NOISE_TEXT,),
+    "alignment": (Purpose.NOISE_ALIGNMENT,),
+    "image_text": (Purpose.NOISE_IMAGE, Purpose.NOISE_TEXT),
+    "all": (Purpose.NOISE_IMAGE, Purpose.NOISE_TEXT, Purpose.NOISE_ALIGNMENT),
 }
 
 
@@ -47,7 +47,7 @@ class Noise:
         self._seed = seed
         self._vocab_size = vocab_size
         self._kinds = _KINDS[config.kind]
-        self.moves_captions = _ALIGNMENT in self._kinds
+        self.moves_captions = Purpose.NOISE_ALIGNMENT in self._kinds
 
     def caption_rows(self, samples: np.ndarray) -> np.ndarray:
         """Return (B,): for each pair of the global batch, the pair whose caption it gets.
@@ -57,9 +57,9 @@ class Noise:
         """
         rows = np.arange(len(samples))
         if self.moves_captions:
-            chosen = np.flatnonzero(self._is_chosen(samples, _ALIGNMENT))
+            chosen = np.flatnonzero(self._is_chosen(samples, Purpose.NOISE_ALIGNMENT))
             # In a random order each pair takes the next one's caption, so only a single pair keeps its own.
-            order = chosen[np.argsort(place_hash(samples[chosen], self._seed, _ORDER), kind="stable")]
+            order = chosen[np.argsort(place_hash(samples[chosen], self._seed, Purpose.NOISE_ORDER), kind="stable")]
             rows[order] = np.roll(order, -1)
         return rows
 
@@ -71,31 +71,20 @@ class Noise:
             images: (b, S, S, 3) uint8.
             tokens: (b, T) int32, already those of `caption_rows`.
         """
-        if _IMAGE in self._kinds:
-            for row in np.flatnonzero(self._is_chosen(samples, _IMAGE)):
-                random = self._random(samples[row], _IMAGE)
+        if Purpose.NOISE_IMAGE in self._kinds:
+            for row in np.flatnonzero(self._is_chosen(samples, Purpose.NOISE_IMAGE)):
+                random = self._random(samples[row], Purpose.NOISE_IMAGE)
                 images[row] = np.frombuffer(random.bytes(images[row].size), np.uint8).reshape(images[row].shape)
-        if _TEXT in self._kinds:
-            for row in np.flatnonzero(self._is_chosen(samples, _TEXT)):
-                random = self._random(samples[row], _TEXT)
+        if Purpose.NOISE_TEXT in self._kinds:
+            for row in np.flatnonzero(self._is_chosen(samples, Purpose.NOISE_TEXT)):
+                random = self._random(samples[row], Purpose.NOISE_TEXT)
                 length = random.randint(1, tokens.shape[1] + 1)
                 tokens[row] = 0
                 tokens[row, :length] = random.randint(1, self._vocab_size, size=length)
 
-    def _is_chosen(self, samples: np.ndarray, purpose: int) -> np.ndarray:
-        return (place_hash(samples, self._seed, purpose) >> np.uint64(11)) * 2.0**-53 < self._fraction
+    def _is_chosen(self, samples: np.ndarray, purpose: Purpose) -> np.ndarray:
+        return are_drawn(samples, self._seed, purpose, self._fraction)
 
-    def _random(self, sample: np.ndarray, purpose: int) -> np.random.RandomState:
+    def _random(self, sample: np.ndarray, purpose: Purpose) -> np.random.RandomState:
         # RandomState: its streams are frozen, see workers/data/order.py.
         return np.random.RandomState(int(place_hash(sample[None], self._seed, purpose)[0] & np.uint64(0xFFFFFFFF)))
-
-
-def place_hash(samples: np.ndarray, seed: int, purpose: int) -> np.ndarray:
-    """Return (n,) uint64 hashes of (n, 3) epoch, shard, index: splitmix64's finaliser."""
-    h = np.full(len(samples), seed * 16 + purpose, np.uint64)
-    for column in samples.T.astype(np.uint64):
-        h = h * np.uint64(0x9E3779B97F4A7C15) + column + np.uint64(1)
-        h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        h = h ^ (h >> np.uint64(31))
-    return h

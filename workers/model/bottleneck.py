@@ -59,8 +59,8 @@ def use_bottleneck(module: nn.Module, bottleneck: int) -> None:
 
 
 def fold_bottleneck(module: nn.Module) -> dict[str, Tensor]:
-    """The model's weights by open_clip's names, a bottleneck folded into one table."""
-    weights = dict(module.state_dict())
+    """The towers' weights by open_clip's names, a bottleneck folded into one table."""
+    weights = {name: value for name, value in module.state_dict().items() if not name.startswith("decoder.")}
     embedding = getattr(module.get_submodule("text"), "token_embedding", None)
     if isinstance(embedding, BottleneckEmbedding):
         weights = {name: value for name, value in weights.items() if not name.startswith(f"{EMBEDDING}.")}

@@ -17,6 +17,7 @@ import math
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -53,6 +54,50 @@ _SPECIAL = ["[PAD]", "[UNK]", "[EOS]"]  # 0, 1, 2
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # the library's names of the tokens for byte fallback
 _SEED_FACTOR = 4  # Unigram training starts from so many pieces for each that it keeps
 _KEPT_PER_ROUND = 0.75  # of the pieces, as in SentencePiece
+
+
+@dataclass(frozen=True)
+class CaptionEnds:
+    """How a tokenizer fills a short caption, as a captioning decoder must know.
+
+    Attributes:
+        pad: the token that fills.
+        pad_ends: whether no other token ends a caption; then the first pad does.
+    """
+
+    pad: int
+    pad_ends: bool
+
+    def weights(self, tokens: np.ndarray) -> np.ndarray:
+        """Return (n, T) float32 weights of the tokens of each caption.
+
+        The tokens of a caption share 1 evenly, and the pads after them have 0. An end counts as a token.
+
+        Args:
+            tokens: (n, T).
+        """
+        context_length = tokens.shape[1]
+        found = tokens != self.pad
+        length = np.where(found.any(axis=1), context_length - found[:, ::-1].argmax(axis=1), 0)
+        if self.pad_ends:
+            length = np.minimum(length + 1, context_length)
+        counts = np.arange(context_length) < length[:, None]
+        return (counts / np.maximum(length, 1)[:, None]).astype(np.float32)
+
+
+def find_caption_ends(model: ModelConfig, tokenize: Tokenizer) -> CaptionEnds:
+    """Return how a model's tokenizer fills captions.
+
+    Args:
+        tokenize: as `build_tokenizer` returns it.
+
+    Raises:
+        ValueError: if it fills them on the left.
+    """
+    empty, short = tokenize(["", "a"])
+    if text_inputs(model).text_pad_side == "left" or (short[-1] != empty[-1] and short[0] == empty[-1]):
+        raise ValueError("model.decoder predicts captions that are filled on the right: set model.text_pad_side=right")
+    return CaptionEnds(int(empty[-1]), bool((empty == empty[-1]).all()))
 
 
 def build_tokenizer(model: ModelConfig, context_length: int, vocab_size: int | None) -> Tokenizer:

@@ -23,6 +23,7 @@ from torch.func import functional_call
 
 from sigray.workers.config import ModelConfig, Tower
 from sigray.workers.model.bottleneck import use_bottleneck
+from sigray.workers.model.decoder import ImageTokens, build_decoder
 from sigray.workers.model.image_towers import StoredTower, load_image_tower
 from sigray.workers.model.inputs import image_inputs, shapes, tower_config
 from sigray.workers.model.timm_vits import register_siglip_vit
@@ -67,6 +68,8 @@ def build_model(model: ModelConfig, *, stored_embeddings: bool = False) -> nn.Mo
         module.visual = load_image_tower(model.image_tower)
     if model.token_bottleneck is not None:
         use_bottleneck(module, model.token_bottleneck)
+    if model.decoder is not None:  # last, so that the towers draw the weights that they have without it
+        module.decoder = build_decoder(model, module.visual, module.text)
     return module
 
 
@@ -75,6 +78,11 @@ def build_bare_model(model: ModelConfig) -> nn.Module:
     config = tower_config(model)
     config["vision_cfg"]["timm_model_pretrained"] = config["text_cfg"]["hf_model_pretrained"] = False
     return build_model(model.model_copy(update={"name": None, "towers": config}))
+
+
+def named_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the parts of a model that have blocks: both towers, and its decoder."""
+    return [(name, part) for name, part in module.named_children() if name in (*TOWERS, "decoder")]
 
 
 def lock_towers(module: nn.Module, model: ModelConfig) -> None:
@@ -173,6 +181,7 @@ def check_model(model: ModelConfig) -> nn.Module:
     """
     size, context_length, _ = shapes(model)
     module = build_meta_model(model)
+    image_tokens = ImageTokens(module.get_submodule("visual")) if model.decoder is not None else None
     _check_text_weights(tower_config(model)["text_cfg"])
     try:
         with _without_memory(model) as device:
@@ -192,6 +201,11 @@ def check_model(model: ModelConfig) -> nn.Module:
         raise ValueError(
             f"model: the image tower gives {image_dim} numbers for an image, the text tower {text_dim} for a text: set "
             f"model.towers.embed_dim={image_dim}"
+        )
+    if image_tokens is not None and (found := image_tokens.take()).ndim != 3:
+        raise ValueError(
+            f"model.decoder: the image tower gives {tuple(found.shape)} for two images before pooling, (2, P, width) "
+            "expected: take another image tower, or leave model.decoder out"
         )
     return module
 
@@ -250,27 +264,27 @@ def tower_blocks(tower: nn.Module) -> list[nn.Module]:
 
 
 def checkpoint_activations(module: nn.Module, model: ModelConfig, checkpoint: Callable[..., Any]) -> None:
-    """Make each block of the trainable towers keep only its input.
+    """Make each block of the trainable parts keep only its input.
 
     The backward pass runs the block again. Parameter names stay.
 
     Args:
         checkpoint: function and its arguments -> its result; `sigray.workers.device.Device.checkpoint`.
     """
-    for name in TOWERS:
+    for name, part in named_parts(module):
         if name not in model.locked:
-            for block in _outer_blocks(module.get_submodule(name)):
+            for block in _outer_blocks(part):
                 block.forward = functools.partial(checkpoint, block.forward)
 
 
 def compile_tower_blocks(module: nn.Module) -> None:
-    """Compile the blocks of both towers with torch.compile at their first run.
+    """Compile the blocks of all parts with torch.compile at their first run.
 
     Blocks and not whole towers: all blocks of a tower share one compiled form, and compiling takes seconds.
     Parameter names stay.
     """
-    for name in TOWERS:
-        for block in _outer_blocks(module.get_submodule(name)):
+    for _, part in named_parts(module):
+        for block in _outer_blocks(part):
             block.forward = torch.compile(block.forward)
 
 

@@ -61,6 +61,7 @@ class LogWindow:
         results = list(self._results.values())
         newest = results[-1]
         losses = self._device.read([result.loss for result in results])
+        terms = self._device.read(list(newest.terms.values())) if newest.terms else []
         norms = self._device.read([result.grad_norm for result in results])
         scale, bias = self._device.read([newest.logit_scale, newest.logit_bias])
         features = newest.feature_means.tolist()
@@ -71,10 +72,11 @@ class LogWindow:
         times_s = loader.wait_s - self._wait_s, loader.decode_s - self._decode_s
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         sums = self._device.sum_over_ranks(
-            [*features, *losses, loader.num_ready, *times_s, loader.counts.refused.total()]
+            [*features, *terms, *losses, loader.num_ready, *times_s, loader.counts.refused.total()]
         )
         features = [total / world_size for total in sums[: len(features)]]
-        *losses, num_ready, wait_s, decode_s, num_refused = sums[len(features) :]
+        terms = [total / world_size for total in sums[len(features) :][: len(terms)]]
+        *losses, num_ready, wait_s, decode_s, num_refused = sums[len(features) + len(terms) :]
         means = [total / world_size for total in losses]
         for step, loss, norm in zip(self._results, means, norms, strict=True):
             reason = why_bad(loss, norm, self._good_losses, self._max_loss_ratio)
@@ -88,6 +90,7 @@ class LogWindow:
             "samples_seen": steps_done * self._global_batch_size,
             **self._phase,
             "train/loss": means[-1],
+            **{f"train/{name}": value for name, value in zip(newest.terms, terms, strict=True)},
             "train/logit_scale": scale,
             "train/logit_bias": bias,
             "train/positive_logit_mean": positive,

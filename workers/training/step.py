@@ -9,7 +9,7 @@ but the loss and the gradients only by rounding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from sigray.losses.spans import span
 from sigray.workers.config import LossConfig, ModelConfig, OptimConfig, Tower
 from sigray.workers.data.loader import Batch
 from sigray.workers.device import Device, LateChecks
+from sigray.workers.model.tokenizer import CaptionEnds
 from sigray.workers.model.towers import (
     TOWERS,
     build_model,
@@ -29,6 +30,7 @@ from sigray.workers.model.towers import (
     lock_towers,
     normalize_pixels,
 )
+from sigray.workers.training.captioner import Captioner
 from sigray.workers.training.optim import build_optimizer, learning_rate, update_ema
 from sigray.workers.training.phases import Schedule
 
@@ -43,6 +45,7 @@ class StepResult:
     logit_bias: Tensor
     grad_norm: Tensor
     learning_rate: float
+    terms: dict[str, Tensor] = field(default_factory=dict)  # of a loss with several: each of this rank, unweighted
 
 
 class BadStep(FloatingPointError):
@@ -65,6 +68,7 @@ class Trainer:
         micro_batch_size: pairs per forward pass; None: all b of this rank.
         activation_checkpointing: whether the blocks of the towers keep their inputs only.
         stored_embeddings: whether batches hold embeddings of the locked image tower in place of images.
+        caption_ends: of the model's tokenizer, if it has a decoder.
         ema: half-life in samples of an average of the weights; None: none.
         seed: of the run; determines the weights and the random state of every step.
         phase: number of the phase, whose fresh weights are its own.
@@ -88,6 +92,7 @@ class Trainer:
         activation_checkpointing: bool = False,
         compile_blocks: bool = False,
         stored_embeddings: bool = False,
+        caption_ends: CaptionEnds | None = None,
         ema: int | None = None,
     ) -> None:
         self._model, self._optim, self._loss, self._device = model, optim, loss, device
@@ -102,6 +107,10 @@ class Trainer:
             compile_tower_blocks(self.module)
         if activation_checkpointing:
             checkpoint_activations(self.module, model, device.checkpoint)
+        self._captioner: Captioner | None = None
+        if loss.caption_weight:
+            assert caption_ends is not None, "a captioning loss needs the tokenizer's pads"
+            self._captioner = Captioner(self.module, loss, caption_ends, seed, is_recorded=device.settle is not None)
         scales = layer_scales(self.module, model, optim.layer_decay)
         self.optimizer = build_optimizer(self.module, optim, device.optimizer_options(), scales)
         self._log_logit_scale = self.module.get_parameter("logit_scale")
@@ -120,6 +129,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         means: list[Tensor] = []
         late_checks: LateChecks = []
+        captioner = self._captioner
+        row_loss = None if captioner is None else lambda rows: captioner.loss(rows, len(batch.tokens))
 
         def global_loss(image_features: Tensor, text_features: Tensor) -> Tensor:
             with span("loss: tiles"):
@@ -132,6 +143,7 @@ class Trainer:
                 global_loss,
                 num_rows=len(batch.images),
                 micro_batch_size=size,
+                row_loss=row_loss,
                 encode_again=lambda rows: self._encode_again(batch, rows, rows.start // size),
                 sync=self._device.settle,
             )
@@ -159,7 +171,8 @@ class Trainer:
             self._is_first = False
         if self._device.settle is not None:
             self._device.settle()
-        return StepResult(loss, means[0], logit_scale, logit_bias, grad_norm, lr)
+        terms = {} if captioner is None else captioner.terms(loss)
+        return StepResult(loss, means[0], logit_scale, logit_bias, grad_norm, lr, terms)
 
     def _encode(
         self, batch: Batch, rows: slice, micro_batch: int, towers: Sequence[Tower] = TOWERS
@@ -168,21 +181,27 @@ class Trainer:
         # Dropout depends on (seed, step, rank, micro-batch) alone: a second pass over the micro-batch draws the same
         # numbers, and a resumed run needs no saved random state.
         self._device.seed(_mixed_seed([self._seed, batch.step, self._device.random_rank, micro_batch]))
+        captioner = self._captioner if torch.is_grad_enabled() else None
+        targets = () if captioner is None else captioner.targets(batch, rows)
         with span("to device"):
-            images, tokens = self._device.to_device(batch.images[rows], batch.tokens[rows])
+            images, tokens, *copies = self._device.to_device(batch.images[rows], batch.tokens[rows], *targets)
         with span("forward"), self._device.autocast():
             # A locked tower draws no random numbers, so leaving it out does not change those of the other tower.
             if "visual" in towers and images.dtype == torch.uint8:  # not stored embeddings
                 images = normalize_pixels(images, self._model)
             features = self.module(images if "visual" in towers else None, tokens if "text" in towers else None)
+            if captioner is not None:
+                captioner.encode(tokens, *copies)
         names = {"visual": "image_features", "text": "text_features"}
         return tuple(self._device.lay_out(features[names[tower]].to(self._device.product_dtype)) for tower in towers)
 
     def _encode_again(self, batch: Batch, rows: slice, micro_batch: int) -> tuple[Tensor | None, ...]:
         """As `_encode`, with None in place of the features of a locked tower."""
         unlocked = [tower for tower in TOWERS if tower not in self._model.locked]
-        features = dict(zip(unlocked, self._encode(batch, rows, micro_batch, unlocked), strict=True))
-        return tuple(features.get(tower) for tower in TOWERS)
+        # The decoder reads the image tower, also a locked one.
+        needed = [tower for tower in TOWERS if tower in unlocked or (tower == "visual" and self._captioner)]
+        features = dict(zip(needed, self._encode(batch, rows, micro_batch, needed), strict=True))
+        return tuple(features[tower] if tower in unlocked else None for tower in TOWERS)
 
     def _global_loss(
         self, image_features: Tensor, text_features: Tensor, step: int, micro_batch_size: int, late_checks: LateChecks

@@ -18,13 +18,15 @@ import torch.distributed as dist
 
 from sigray.losses.spans import span
 from sigray.workers.checkpoint.writer import read_left_out
-from sigray.workers.config import OptimConfig
+from sigray.workers.config import ModelConfig, OptimConfig
 from sigray.workers.data.label_noise import Noise
 from sigray.workers.data.loader import Counts, Loader
 from sigray.workers.data.worker import build_order, image_kind
 from sigray.workers.device import Device, check_collectives, open_device
 from sigray.workers.model.init_weights import load_initial_weights
-from sigray.workers.model.towers import TOWERS, num_parameters
+from sigray.workers.model.inputs import shapes
+from sigray.workers.model.tokenizer import CaptionEnds, build_tokenizer, find_caption_ends
+from sigray.workers.model.towers import named_parts, num_parameters
 from sigray.workers.storage import Storage
 from sigray.workers.training.job import Request, TrainJob
 from sigray.workers.training.log_window import LogWindow
@@ -103,6 +105,7 @@ def _train_phase(
             activation_checkpointing=job.train.activation_checkpointing,
             compile_blocks=job.train.compile_blocks,
             stored_embeddings=job.manifest.store is not None,
+            caption_ends=_caption_ends(phase.model) if phase.loss.caption_weight else None,
             ema=job.train.ema,
         )
 
@@ -181,6 +184,11 @@ def _train_phase(
     return phase if phase.end_step < num_steps and not saver.must_stop else None
 
 
+def _caption_ends(model: ModelConfig) -> CaptionEnds:
+    _, context_length, vocab_size = shapes(model)
+    return find_caption_ends(model, build_tokenizer(model, context_length, vocab_size))
+
+
 def _weight_decay(optim: OptimConfig, trainer: Trainer) -> str:
     """What decays, and by which of the recipes."""
     counts = [
@@ -203,14 +211,14 @@ def _facts(
     first_step: int,
 ) -> dict[str, Any]:
     """The start-up block."""
-    towers = {name: num_parameters(trainer.module.get_submodule(name)) / 1e6 for name in TOWERS}
+    parts = {name: num_parameters(part) / 1e6 for name, part in named_parts(trainer.module)}
     return {
         "device": device.describe(),
         "world_size": world_size,
         "global_batch_size": job.train.global_batch_size,
         "batch_per_worker": job.train.global_batch_size // world_size,
         "micro_batch_size": job.train.micro_batch_size or job.train.global_batch_size // world_size,
-        "parameters_m": {"all": num_parameters(trainer.module) / 1e6, **towers},
+        "parameters_m": {"all": num_parameters(trainer.module) / 1e6, **parts},
         "weight_decay": _weight_decay(phase.optim, trainer),
         "ema": job.train.ema,
         "first_step": first_step,

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from sigray.workers.config import LabelNoise
-from sigray.workers.data.label_noise import Noise, place_hash
+from sigray.workers.data.label_noise import Noise
 from sigray.workers.data.loader import Batch, Loader
 from sigray.workers.data.manifest import scan_shards
+from sigray.workers.data.sample_hash import place_hash
 from sigray.workers.data.worker import DataWorker, build_order, image_kind
 from tests.helpers.bare import OneWorker
 

@@ -31,6 +31,7 @@ VARIANTS = {
     "checkpointed": ["train.micro_batch_size=8", "train.activation_checkpointing=true"],
     "lion": ["optim.name=lion", "optim.lr=3e-4"],
     "adafactor": ["optim.name=adafactor"],
+    "captions": ["train.micro_batch_size=8", "model.decoder={}", "loss.caption_weight=1"],
     "split": ["train.micro_batch_size=8", "sharding.weights=split"],
 }
 
@@ -95,6 +96,7 @@ def test_the_losses_with_micro_batches_are_those_of_the_cpu(config_file, micro_o
         ("checkpointed", 10),
         ("lion", 5),
         ("adafactor", 3),
+        ("captions", 10),
         ("split", 10),
     ],
 )
