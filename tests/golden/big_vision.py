@@ -55,13 +55,17 @@ def features(scan: bool) -> dict[str, Any]:
     return {"shapes": flat, "image_features": image_features.tolist(), "text_features": text_features.tolist()}
 
 
-if __name__ == "__main__":
-    checkout = sys.argv[1]
+def open_checkout(checkout: str) -> str:
+    """Make big_vision's packages importable; return the checkout's commit."""
     sys.path.insert(0, checkout)
     import flax.training.checkpoints  # noqa: F401  before it could see the empty modules
 
     for name in ("tensorflow", "tensorflow.io", "tensorflow.io.gfile"):  # opens remote files, and none is opened here
         sys.modules[name] = types.ModuleType(name)
-    commit = subprocess.run(["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    content = {"commit": commit, "plain": features(False), "scan": features(True)}
+    command = ["git", "-C", checkout, "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    content = {"commit": open_checkout(sys.argv[1]), "plain": features(False), "scan": features(True)}
     FILE.write_text(json.dumps(content) + "\n")

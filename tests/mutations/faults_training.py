@@ -25,6 +25,7 @@ _STEP, _OPTIM, _TRAIN, _WORKER = (
 
 _EMA = "tests/workers/training/test_ema.py::test_"
 _CAPTIONS = "tests/workers/training/test_captions.py::test_"
+_DECODER = "tests/workers/model/test_decoder.py::test_decoder_is_big_visions[double-"
 _PHASES = "tests/workers/training/test_phases.py::test_"
 
 FAULTS = [
@@ -442,6 +443,27 @@ FAULTS = [
         "(is_parallel[:, None, None] | causal)",
         "(is_parallel[:, None, None] & False | causal)",
         (f"{_CAPTIONS}loss_and_every_gradient_equal_the_twin[1-1]",),
+    ),
+    Fault(
+        "a caption in parallel reads the tokens before",
+        "sigray.workers.model.decoder:Decoder.forward",
+        "torch.where(is_parallel[:, None], mask_token, before)",
+        "before",
+        (f"{_DECODER}mixed biases]",),
+    ),
+    Fault(
+        "the decoder's MLP has the exact GELU",
+        "sigray.workers.model.decoder:Block.forward",
+        'approximate="tanh"',
+        'approximate="none"',
+        (f"{_DECODER}autoregressive no biases]",),
+    ),
+    Fault(
+        "the decoder's heads take every second column",
+        "sigray.workers.model.decoder:Attention.forward",
+        "(self.heads, -1)).transpose(1, 2)",
+        "(-1, self.heads)).permute(0, 3, 1, 2)",
+        (f"{_DECODER}parallel biases]",),
     ),
     Fault(
         "the first pad does not end a caption",
