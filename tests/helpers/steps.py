@@ -49,7 +49,7 @@ def make_trainer(
         seed=SEED,
         activation_checkpointing=activation_checkpointing,
         compile_blocks=compile_blocks,
-        caption_ends=CaptionEnds(0, pad_ends=True),
+        caption_ends=CaptionEnds(0, 0),
     )
 
 

@@ -26,6 +26,7 @@ _STEP, _OPTIM, _TRAIN, _WORKER = (
 _EMA = "tests/workers/training/test_ema.py::test_"
 _CAPTIONS = "tests/workers/training/test_captions.py::test_"
 _DECODER = "tests/workers/model/test_decoder.py::test_decoder_is_big_visions[double-"
+_GENERATE = "tests/workers/model/test_decoder.py::test_"
 _PHASES = "tests/workers/training/test_phases.py::test_"
 
 FAULTS = [
@@ -453,17 +454,47 @@ FAULTS = [
     ),
     Fault(
         "the decoder's MLP has the exact GELU",
-        "sigray.workers.model.decoder:Block.forward",
+        "sigray.workers.model.decoder:Block._add_image",
         'approximate="tanh"',
         'approximate="none"',
         (f"{_DECODER}autoregressive no biases]",),
     ),
     Fault(
         "the decoder's heads take every second column",
-        "sigray.workers.model.decoder:Attention.forward",
+        "sigray.workers.model.decoder:Attention._by_head",
         "(self.heads, -1)).transpose(1, 2)",
         "(-1, self.heads)).permute(0, 3, 1, 2)",
         (f"{_DECODER}parallel biases]",),
+    ),
+    Fault(
+        "a generated caption goes on after its end",
+        "sigray.workers.model.decoder:Decoder.generate",
+        "torch.where(has_ended, ends.pad, likeliest)",
+        "likeliest",
+        (f"{_GENERATE}captions_are_those_without_a_cache[end by a token]",),
+    ),
+    Fault(
+        "a generated token sees itself and no token before",
+        "sigray.workers.model.decoder:Block.step",
+        "if past is not None:",
+        "if False:",
+        (f"{_GENERATE}captions_are_those_without_a_cache[end by a pad]",),
+    ),
+    Fault(
+        "the first token of a tokenizer without an end is taken for one",
+        "sigray.workers.model.tokenizer:find_caption_ends",
+        "last if last == last_of_empty else pad",
+        "last_of_empty",
+        (f"{_CAPTIONS}the_token_that_ends_a_caption[begin]",),
+    ),
+    Fault(
+        "a detokenized caption has its end in it",
+        "sigray.workers.model.tokenizer:build_detokenizer",
+        "row[length - 1] == ends.end",
+        "False",
+        (
+            "tests/workers/model/test_detokenizer.py::test_special_tokens_that_a_file_does_not_mark_are_left_out_at_the_end",
+        ),
     ),
     Fault(
         "the first pad does not end a caption",

@@ -3,10 +3,9 @@
     b  captions        P  image tokens        W, V  width and vocabulary        T  context length
 
 It is that of LocCa without boxes: it predicts each token of a caption from the image tower's features before pooling.
-It reads either the tokens
-before (autoregressive), or [MASK] in every place (parallel prediction of CapPa, arXiv 2306.07915). The architecture and
-the initial weights are those of big_vision's `models/proj/cappa/cappa.py`. Training needs it; the towers alone are
-evaluated and handed on.
+It reads either the tokens before (autoregressive), or [MASK] in every place (parallel prediction of CapPa, arXiv
+2306.07915). The architecture and the initial weights are those of big_vision's `models/proj/cappa/cappa.py`. The
+features of images and texts do without it; evaluations let it write captions.
 """
 
 from __future__ import annotations
@@ -19,10 +18,14 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from sigray.losses import token_loss
-from sigray.workers.config import ModelConfig
+from sigray.workers.config import DecoderConfig, ModelConfig
 from sigray.workers.model.inputs import shapes, tower_config
+from sigray.workers.model.tokenizer import CaptionEnds
 
 _EPSILON = 1e-6  # of flax's LayerNorm
+
+KeysAndValues = tuple[Tensor, Tensor]
+"""Of the L sources of an attention, each (b, heads, L, W / heads)."""
 
 
 class Decoder(nn.Module):
@@ -112,6 +115,44 @@ class Decoder(nn.Module):
             states = block(states, image_tokens, may_see)
         return self.norm(states)
 
+    def generate(self, image_tokens: Tensor, ends: CaptionEnds) -> Tensor:
+        """Caption images token by token, each the most likely one after those before.
+
+        Args:
+            image_tokens: (n, P, image_width).
+
+        Returns:
+            (n, T) int32, filled with pads after the end of each caption.
+        """
+        context_length = len(self.positional_embedding)
+        captions = torch.full((len(image_tokens), context_length), ends.pad, device=image_tokens.device)
+        last = captions[:, 0]
+        has_ended = torch.zeros_like(last, dtype=torch.bool)
+        blocks: list[Any] = list(self.blocks)
+        seen = [block.cross_attention.keys_and_values(image_tokens) for block in blocks]
+        past: list[KeysAndValues | None] = [None] * len(blocks)
+        for place in range(context_length):
+            states = (self.token_embedding(last) + self.positional_embedding[place])[:, None]
+            for number, block in enumerate(blocks):
+                states, past[number] = block.step(states, past[number], seen[number])
+            likeliest = self.head(self.norm(states))[:, 0].argmax(dim=1)
+            last = torch.where(has_ended, ends.pad, likeliest)
+            captions[:, place] = last
+            has_ended |= last == ends.end
+            if has_ended.all():
+                break
+        return captions.int()
+
+    def sizes(self) -> DecoderConfig:
+        """Return the config of a decoder of these sizes, whatever the text tower."""
+        block: Any = self.blocks[0]
+        return DecoderConfig(
+            layers=len(self.blocks),
+            width=self.head.in_features,
+            heads=block.self_attention.heads,
+            bias=block.mlp_in.bias is not None,
+        )
+
 
 class Block(nn.Module):
     """Self-attention, cross-attention and MLP, each after a norm and added."""
@@ -131,7 +172,28 @@ class Block(nn.Module):
     def forward(self, states: Tensor, image_tokens: Tensor, may_see: Tensor) -> Tensor:
         normed = self.norm_1(states)
         states = states + self.self_attention(normed, normed, may_see)
-        states = states + self.cross_attention(self.norm_2(states), image_tokens)
+        return self._add_image(states, self.cross_attention.keys_and_values(image_tokens))
+
+    def step(self, states: Tensor, past: KeysAndValues | None, seen: KeysAndValues) -> tuple[Tensor, KeysAndValues]:
+        """One position after others.
+
+        Args:
+            states: (b, 1, W) of the position.
+            past: of self-attention, of the positions before; None before the first.
+            seen: of cross-attention.
+
+        Returns:
+            (b, 1, W), and `past` with this position.
+        """
+        normed = self.norm_1(states)
+        own = self.self_attention.keys_and_values(normed)
+        if past is not None:
+            own = torch.cat([past[0], own[0]], dim=2), torch.cat([past[1], own[1]], dim=2)
+        states = states + self.self_attention.attend(normed, own)
+        return self._add_image(states, seen), own
+
+    def _add_image(self, states: Tensor, seen: KeysAndValues) -> Tensor:
+        states = states + self.cross_attention.attend(self.norm_2(states), seen)
         return states + self.mlp_out(gelu(self.mlp_in(self.norm_3(states)), approximate="tanh"))
 
 
@@ -146,13 +208,19 @@ class Attention(nn.Module):
         for layer in (self.query, self.key, self.value, self.out):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
 
-    def forward(self, queries: Tensor, sources: Tensor, may_see: Tensor | None = None) -> Tensor:
-        query, key, value = (
-            each.unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for each in (self.query(queries), self.key(sources), self.value(sources))
-        )
-        found = scaled_dot_product_attention(query, key, value, attn_mask=may_see)
+    def forward(self, queries: Tensor, sources: Tensor, may_see: Tensor) -> Tensor:
+        return self.attend(queries, self.keys_and_values(sources), may_see)
+
+    def keys_and_values(self, sources: Tensor) -> KeysAndValues:
+        return self._by_head(self.key(sources)), self._by_head(self.value(sources))
+
+    def attend(self, queries: Tensor, sources: KeysAndValues, may_see: Tensor | None = None) -> Tensor:
+        """(b, T, W); None: each query attends to all sources."""
+        found = scaled_dot_product_attention(self._by_head(self.query(queries)), *sources, attn_mask=may_see)
         return self.out(found.transpose(1, 2).flatten(2))
+
+    def _by_head(self, features: Tensor) -> Tensor:
+        return features.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
 class ImageTokens:
@@ -175,6 +243,21 @@ class ImageTokens:
         assert self._last is not None
         taken, self._last = self._last, None
         return taken
+
+
+def read_image_tokens(visual: nn.Module, pixels: Tensor) -> Tensor:
+    """Run an image tower for its features before pooling; without a graph too.
+
+    Args:
+        pixels: (b, 3, S, S) float.
+
+    Returns:
+        (b, P, image_width).
+    """
+    found: list[Tensor] = []
+    with last_norm(visual)[0].register_forward_hook(lambda _module, _inputs, output: found.append(output)):
+        visual(pixels)
+    return found[0]
 
 
 def last_norm(visual: nn.Module) -> tuple[nn.Module, int]:

@@ -1,4 +1,4 @@
-"""Tokenize captions to a fixed length, and train a tokenizer from captions.
+"""Tokenize captions to a fixed length and back; train a tokenizer from them.
 
     n  captions          T  context length in tokens
 
@@ -41,6 +41,9 @@ byte a token (Chinese, CLIP's tokens) to 12, so a cut caption still fills its co
 Tokenizer = Callable[[list[str]], np.ndarray]
 """n captions -> (n, T) int32."""
 
+Detokenizer = Callable[[np.ndarray], list[str]]
+"""(n, T) ints -> n texts."""
+
 TOKENIZER = "tokenizer.json"  # beside weights, in folders of transformers and open_clip
 _NUM_MERGES = 49152 - 256 - 2  # of CLIP's vocabulary; its file holds more
 _WORD_END = "</w>"
@@ -62,11 +65,11 @@ class CaptionEnds:
 
     Attributes:
         pad: the token that fills.
-        pad_ends: whether no other token ends a caption; then the first pad does.
+        end: the token that ends a caption; `pad` if no other does.
     """
 
     pad: int
-    pad_ends: bool
+    end: int
 
     def weights(self, tokens: np.ndarray) -> np.ndarray:
         """Return (n, T) float32 weights of the tokens of each caption.
@@ -79,7 +82,7 @@ class CaptionEnds:
         context_length = tokens.shape[1]
         found = tokens != self.pad
         length = np.where(found.any(axis=1), context_length - found[:, ::-1].argmax(axis=1), 0)
-        if self.pad_ends:
+        if self.end == self.pad:
             length = np.minimum(length + 1, context_length)
         counts = np.arange(context_length) < length[:, None]
         return (counts / np.maximum(length, 1)[:, None]).astype(np.float32)
@@ -97,7 +100,9 @@ def find_caption_ends(model: ModelConfig, tokenize: Tokenizer) -> CaptionEnds:
     empty, short = tokenize(["", "a"])
     if text_inputs(model).text_pad_side == "left" or (short[-1] != empty[-1] and short[0] == empty[-1]):
         raise ValueError("model.decoder predicts captions that are filled on the right: set model.text_pad_side=right")
-    return CaptionEnds(int(empty[-1]), bool((empty == empty[-1]).all()))
+    pad = int(empty[-1])
+    last, last_of_empty = (next((int(token) for token in row[::-1] if token != pad), pad) for row in (short, empty))
+    return CaptionEnds(pad, last if last == last_of_empty else pad)
 
 
 def build_tokenizer(model: ModelConfig, context_length: int, vocab_size: int | None) -> Tokenizer:
@@ -111,6 +116,42 @@ def build_tokenizer(model: ModelConfig, context_length: int, vocab_size: int | N
     """
     tokenize = _named_tokenizer(model, context_length, vocab_size)
     return lambda captions: tokenize([cut_caption(caption, context_length) for caption in captions])
+
+
+def build_detokenizer(model: ModelConfig, context_length: int, ends: CaptionEnds) -> Detokenizer:
+    """Return what turns tokens of the model's tokenizer into texts.
+
+    Texts have single spaces and no special tokens. Numbers that are no tokens are left out. The BPE of
+    `train_tokenizer` does not mark where a word ends: the parts of a word stand apart.
+
+    Raises:
+        ValueError: as `build_tokenizer`.
+    """
+    decode = _decoder_of(model, context_length)
+
+    def text(row: list[int]) -> str:
+        length = next((place for place in range(len(row), 0, -1) if row[place - 1] != ends.pad), 0)
+        if length and row[length - 1] == ends.end:
+            length -= 1
+        return " ".join(decode(row[:length]).split())
+
+    return lambda tokens: [text(row) for row in tokens.tolist()]
+
+
+def _decoder_of(model: ModelConfig, context_length: int) -> Callable[[list[int]], str]:
+    file = tokenizer_file(model)
+    if file is not None:
+        return load_tokenizer_file(file).decode
+    if is_plain(model):
+        from open_clip.tokenizer import SimpleTokenizer
+
+        encode: Any = SimpleTokenizer()
+    else:
+        encode = build_open_clip_tokenizer(model, context_length)
+    if hasattr(encode, "tokenizer"):  # that of transformers
+        return functools.partial(encode.tokenizer.decode, skip_special_tokens=True)
+    known = encode.decoder.keys() - encode.all_special_ids
+    return lambda tokens: encode.decode([token for token in tokens if token in known])
 
 
 def cut_caption(caption: str, context_length: int) -> str:

@@ -175,13 +175,13 @@ def test_the_towers_draw_the_weights_that_they_have_without_a_decoder():
 @pytest.mark.parametrize(
     ("ends", "caption", "expected"),
     [
-        (CaptionEnds(0, pad_ends=True), [5, 6, 0, 0], 3),  # no token ends a caption
-        (CaptionEnds(0, pad_ends=False), [5, 1, 0, 0], 2),  # token 1 does
-        (CaptionEnds(1, pad_ends=True), [5, 1, 1, 1], 2),  # SigLIP: the pad is </s>
-        (CaptionEnds(0, pad_ends=False), [0, 5, 0, 1], 4),  # CLIP: 0 is a word too
-        (CaptionEnds(0, pad_ends=True), [5, 6, 7, 8], 4),
-        (CaptionEnds(0, pad_ends=True), [0, 0, 0, 0], 1),
-        (CaptionEnds(0, pad_ends=False), [0, 0, 0, 0], 0),
+        (CaptionEnds(0, 0), [5, 6, 0, 0], 3),  # no token ends a caption
+        (CaptionEnds(0, 1), [5, 1, 0, 0], 2),  # token 1 does
+        (CaptionEnds(1, 1), [5, 1, 1, 1], 2),  # SigLIP: the pad is </s>
+        (CaptionEnds(0, 1), [0, 5, 0, 1], 4),  # CLIP: 0 is a word too
+        (CaptionEnds(0, 0), [5, 6, 7, 8], 4),
+        (CaptionEnds(0, 0), [0, 0, 0, 0], 1),
+        (CaptionEnds(0, 1), [0, 0, 0, 0], 0),
     ],
 )
 def test_the_tokens_that_count(ends, caption, expected):
@@ -191,7 +191,20 @@ def test_the_tokens_that_count(ends, caption, expected):
 
 def test_clips_tokenizer_has_an_end_of_its_own():
     model = ModelConfig(towers=TOWERS)
-    assert find_caption_ends(model, build_tokenizer(model, 8, 49408)) == CaptionEnds(0, pad_ends=False)
+    assert find_caption_ends(model, build_tokenizer(model, 8, 49408)) == CaptionEnds(0, 49407)
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "pad", "expected"),
+    [([], [2], 0, 2), ([1], [2], 0, 2), ([], [], 0, 0), ([1], [], 0, 0), ([1], [2], 2, 2), ([], [1], 1, 1)],
+    ids=["end", "begin and end", "neither", "begin", "the end fills", "the end alone fills"],
+)
+def test_the_token_that_ends_a_caption(begin, end, pad, expected):
+    def tokenize(captions):
+        rows = [begin + [7] * bool(caption) + end for caption in captions]
+        return np.array([row + [pad] * (8 - len(row)) for row in rows], dtype=np.int32)
+
+    assert find_caption_ends(ModelConfig(towers=TOWERS), tokenize) == CaptionEnds(pad, expected)
 
 
 @pytest.mark.parametrize("end", [[], [3]])
