@@ -811,7 +811,7 @@ class SlowSource:
         self._worker, self.asked, self.waits = worker, list[tuple[int, int]](), threading.Event()
         self.asked_before = list[tuple[int, int]]()
 
-    def request(self, lane: int, number: int, places: Any, image_size: int | None) -> None:
+    def request(self, lane: int, number: int, places: Any, pixels: Any) -> None:
         self.asked.append((lane, number))
 
     def wait(self, lane: int, number: int, handle: None) -> Block:

@@ -14,6 +14,7 @@ from sigray.orchestrator.run.worker_group import train_job
 from sigray.workers.checkpoint.index import CheckpointInfo
 from sigray.workers.data.buffers import Place
 from sigray.workers.data.manifest import scan_shards
+from sigray.workers.data.views import Pixels
 from sigray.workers.data.worker import Block, DataWorker
 from sigray.workers.training.job import Answer, Request
 from sigray.workers.training.profile import Profile
@@ -27,11 +28,11 @@ class OneWorker:
         self._worker, self.shares_memory = worker, shares_memory
 
     def request(
-        self, lane: int, number: int, places: Sequence[Place] = (), image_size: int | None = None
-    ) -> tuple[Sequence[Place], int | None]:
-        return places, image_size
+        self, lane: int, number: int, places: Sequence[Place] = (), pixels: Pixels | None = None
+    ) -> tuple[Sequence[Place], Pixels | None]:
+        return places, pixels
 
-    def wait(self, lane: int, number: int, handle: tuple[Sequence[Place], int | None]) -> Block:
+    def wait(self, lane: int, number: int, handle: tuple[Sequence[Place], Pixels | None]) -> Block:
         return self._worker.block(lane, number, *handle)
 
 

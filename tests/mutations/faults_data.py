@@ -9,6 +9,7 @@ _BOUNDS = "tests/workers/training/test_bounds.py::test_"
 _PLANE, _LISTS = f"{_W}data_plane.py::test_", f"{_W}stream_registry.py::test_"
 _MEMORY, _DECODE, _STORE = f"{_W}buffers.py::test_", f"{_W}decode.py::test_", f"{_W}embedding_store.py::test_"
 _INTERLEAVINGS = f"{_W}buffers.py::TestInterleavings::runTest"
+_VIEWS = f"{_W}views.py::test_"
 _TRAINED = "tests/workers/model/test_trained_inputs.py::test_"
 _ALONE = "tests/workers/model/test_weights_towers.py::test_"
 _PIXELS = "tests/workers/model/test_image_processors.py::test_"
@@ -223,6 +224,27 @@ FAULTS = [
         "blocks.popitem(last=False)",
         "blocks.popitem(last=True)",
         (f"{_PLANE}the_newest_blocks_of_a_lane_are_kept[1]",),
+    ),
+    Fault(
+        "decoded rows are kept with their views, if the image is the centre",
+        "sigray.workers.data.worker:DataWorker._set_pixels",
+        " and views is None",
+        "",
+        (f"{_VIEWS}views_are_drawn_anew_in_each_epoch",),
+    ),
+    Fault(
+        "a kept block answers a request for other pixels",
+        "sigray.workers.data.worker:DataWorker.block",
+        "blocks.get((number, self._pixels))",
+        "next((block for (kept, _), block in blocks.items() if kept == number), None)",
+        (f"{_VIEWS}any_worker_gives_the_same_views_in_any_order[changes1]",),
+    ),
+    Fault(
+        "local views have one box",
+        "sigray.workers.data.decode:Decoder.decode_image",
+        'f"local view {number}"',
+        '"local view 0"',
+        (f"{_VIEWS}a_row_is_its_parts_decoded_one_by_one",),
     ),
     Fault(
         "encoded samples are never released",

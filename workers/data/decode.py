@@ -3,9 +3,9 @@
     H, W  height and width of the encoded image, upright        S  image size in pixels
 
 A sample is its members: ending -> content. Endings are in lower case; contents are bytes or views of a buffer. An
-image goes straight into its row of the batch, (S, S, 3) uint8. The random choices of a sample (the crop box, the
-caption) are a function of the run's seed and the sample's position, `sample_random`. No state passes from one sample
-to the next, so any worker gives the same result at any time.
+image goes straight into its row of the batch, (S, S, 3) uint8. If the run wants views (`views.py`), they go there too.
+The random choices of a sample (the boxes of crops, the caption) are a function of the run's seed and the sample's
+position, `sample_random`. No state passes from one sample to the next, so any worker gives the same result at any time.
 
 A refused sample raises `Refused` with a short reason. `workers/data/worker.py` counts the reasons and replaces the
 sample; the run continues.
@@ -37,6 +37,7 @@ from PIL import Image, ImageOps
 
 from sigray.workers.config import LINES, DataConfig
 from sigray.workers.data.resize import resize
+from sigray.workers.data.views import Pixels, Views, split
 from sigray.workers.model.inputs import ImageInputs
 from sigray.workers.urls import is_utf8
 
@@ -117,37 +118,57 @@ class Decoder:
         data: section of the config with image_keys, captions, crop settings and max_image_pixels.
         image_size: S.
         inputs: how a whole image becomes a square; None: by its centre.
+        views: crops of each image beside the image.
     """
 
-    def __init__(self, data: DataConfig, image_size: int, inputs: ImageInputs | None = None) -> None:
+    def __init__(
+        self, data: DataConfig, image_size: int, inputs: ImageInputs | None = None, views: Views | None = None
+    ) -> None:
         self._data = data
-        self._image_size = image_size
+        self._pixels = Pixels(image_size, views)
         self._inputs = inputs or ImageInputs()
         self._captions = sorted(data.captions.items(), key=lambda source: -source[1])
 
     def decode_image(self, members: Members, out: np.ndarray, random: SampleRandom | None) -> None:
-        """Decode the sample's image into `out`, (S, S, 3) uint8, C-contiguous.
+        """Decode the sample's image, once, into `out`: the image, and its views.
 
-        Transparent parts become white, and the EXIF orientation is applied.
+        Transparent parts become white, and the EXIF orientation is applied. Views are crops in any case; their boxes
+        have the ratio of `crop_ratio`.
 
         Args:
-            random: draws the box of `crop: random`; None for evaluation, which takes the centre.
+            out: uint8, C-contiguous, of the shape `Pixels.shape`; overwritten.
+            random: draws the box of `crop: random`, and those of the views; None for evaluation, which takes the
+                centre and has no views.
 
         Raises:
             Refused: "no image", "unreadable image", "image too large".
         """
-        assert out.shape == (self._image_size, self._image_size, 3)
+        assert out.shape == self._pixels.shape
         assert out.flags.c_contiguous  # it is written in place
         ending = next((ending for ending in self._data.image_keys if ending in members), None)
         if ending is None:
             raise Refused("no image")
-        pixels = decode_pixels(members[ending], self._data.max_image_pixels)
+        decoded = decode_pixels(members[ending], self._data.max_image_pixels)
+        image = out
+        views = self._pixels.views
+        if views is not None:
+            assert random is not None
+            (image,), (global_view,), (local_views,) = split(out[None], self._pixels)
+            self._crop(decoded, global_view, views.global_scale, random.uniforms("global view"))
+            for number, local_view in enumerate(local_views):
+                self._crop(decoded, local_view, views.local_scale, random.uniforms(f"local view {number}"))
         if random is None or self._data.crop == "center":
-            _resize_whole(pixels, out, self._inputs)
-            return
-        height, width = pixels.shape[:2]
-        box = random_box(height, width, self._data.crop_scale, self._data.crop_ratio, random.uniforms("crop"))
-        resize(_cut(pixels, *box), out, size=out.shape[:2], interpolation=self._inputs.image_interpolation)
+            _resize_whole(decoded, image, self._inputs)
+        else:
+            self._crop(decoded, image, self._data.crop_scale, random.uniforms("crop"))
+
+    def _crop(
+        self, decoded: np.ndarray, out: np.ndarray, scale: tuple[float, float], uniforms: Iterator[float]
+    ) -> None:
+        """Resize a random box to `out`, as torchvision's RandomResizedCrop does."""
+        height, width = decoded.shape[:2]
+        box = random_box(height, width, scale, self._data.crop_ratio, uniforms)
+        resize(_cut(decoded, *box), out, size=out.shape[:2], interpolation=self._inputs.image_interpolation)
 
     def choose_caption(self, members: Members, random: SampleRandom) -> str:
         """Return one of a sample's captions, drawn by weight; raises as `captions`."""

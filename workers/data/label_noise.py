@@ -2,7 +2,7 @@
 
     B  pairs in the global batch     b  pairs of this rank     S  image size     T  context length
 
-    image       with probability p an image is replaced by uniform noise
+    image       with probability p an image is replaced by uniform noise, and so are its views
     text        with probability p a caption is replaced by random tokens, of a random length
     alignment   the captions of a fraction p of the batch are permuted among these pairs
     image_text  image and text, each with its own p
@@ -68,7 +68,7 @@ class Noise:
 
         Args:
             samples: (b, 3).
-            images: (b, S, S, 3) uint8.
+            images: (b, S, S, 3) uint8; with views (b, num_bytes), whose images become what they become without.
             tokens: (b, T) int32, already those of `caption_rows`.
         """
         if Purpose.NOISE_IMAGE in self._kinds:

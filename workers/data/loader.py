@@ -26,6 +26,7 @@ from sigray.workers.data.buffers import BufferPool, PageLock, Place, SharedBuffe
 from sigray.workers.data.label_noise import Noise
 from sigray.workers.data.order import StreamOrder
 from sigray.workers.data.tar import DataError
+from sigray.workers.data.views import Pixels
 from sigray.workers.data.worker import CUT, Block, ImageKind
 
 
@@ -36,12 +37,12 @@ class BlockSource(Protocol):
     def shares_memory(self) -> bool:
         """Whether a data-shard worker may be able to write to this process's memory."""
 
-    def request(self, lane: int, number: int, places: Sequence[Place] = (), image_size: int | None = None) -> Any:
+    def request(self, lane: int, number: int, places: Sequence[Place] = (), pixels: Pixels | None = None) -> Any:
         """Request a block without waiting; returns a handle.
 
         Args:
             places: the data-shard worker writes the images there if it can reach this memory.
-            image_size: edge of the images; None: that of the data-shard worker's model.
+            pixels: image size and views; None: images of the size of the data-shard worker's model.
         """
 
     def wait(self, lane: int, number: int, handle: Any) -> Block:
@@ -53,7 +54,7 @@ class Batch:
     """This rank's part of the global batch of `step`."""
 
     step: int
-    images: torch.Tensor  # (b, S, S, 3) uint8; of a store (b, D) floats
+    images: torch.Tensor  # (b, S, S, 3) uint8; with views (b, num_bytes), see `views.split`; of a store (b, D) floats
     tokens: torch.Tensor  # (b, T) int32
     samples: np.ndarray  # (b, 3) int64: epoch, shard in the manifest, index in the shard
     keys: list[str]  # of the pairs in the rows
@@ -106,7 +107,8 @@ class Loader:
 
     Args:
         data: block_size, max_bad_fraction and the length of the prefetch.
-        image_size: edge of the images, as `BlockSource.request`.
+        image_kind: of these pixels.
+        pixels: as `BlockSource.request`.
         first_step, last_step: the steps [first_step, last_step).
         page_lock: of a device that copies from page-locked memory, see `SharedBuffer`.
         noise: of the labels, if the run asks for it.
@@ -125,7 +127,7 @@ class Loader:
         data: DataConfig,
         *,
         image_kind: ImageKind,
-        image_size: int | None = None,
+        pixels: Pixels | None = None,
         global_batch_size: int,
         rank: int,
         world_size: int,
@@ -138,7 +140,8 @@ class Loader:
         self.wait_s = self.decode_s = 0.0
         self.counts = counts or Counts()
         self._order, self._source, self._data = order, source, data
-        self._global_batch_size, self._image_size = global_batch_size, image_size
+        self._global_batch_size, self._pixels = global_batch_size, pixels
+        assert pixels is None or pixels.shape == image_kind.shape, f"{pixels}: {image_kind}"
         self._rank, self._world_size = rank, world_size
         self._steps = range(first_step, last_step)
         self._pins_memory = page_lock is not None
@@ -220,7 +223,7 @@ class Loader:
                 for piece in self._needed(requested_until):
                     if piece.block not in outstanding and piece.block not in blocks:
                         places, buffers = self._places(piece.block, requested_until)
-                        handle = self._source.request(*piece.block, places, self._image_size)
+                        handle = self._source.request(*piece.block, places, self._pixels)
                         outstanding[piece.block] = handle, buffers
                 requested_until += 1
             for piece in self._needed(step):

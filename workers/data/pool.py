@@ -31,6 +31,7 @@ from sigray.workers.data.extras import Extras
 from sigray.workers.data.manifest import Manifest
 from sigray.workers.data.stream_registry import StreamRegistry
 from sigray.workers.data.tar import DataError
+from sigray.workers.data.views import Pixels
 from sigray.workers.data.worker import CUT, Block, DataWorker, keep_freed_memory
 from sigray.workers.metrics import WorkerMetrics
 
@@ -118,10 +119,10 @@ class DataWorkerActor(DataWorker):
 
     @ray.method(max_task_retries=_NUM_RETRIES)
     def block(  # type: ignore[override]  # Ray's stub of `method` forgets the defaults
-        self, lane: int, number: int, places: Sequence[Place] = (), image_size: int | None = None
+        self, lane: int, number: int, places: Sequence[Place] = (), pixels: Pixels | None = None
     ) -> Block:
         """As `DataWorker.block`; updates the Prometheus metrics every `_METRICS_S`."""
-        block = super().block(lane, number, places, image_size)
+        block = super().block(lane, number, places, pixels)
         if time.monotonic() - self._updated_at > _METRICS_S:
             self._updated_at = time.monotonic()
             reasons = self.refused + Counter({CUT: self.num_cut})
@@ -303,7 +304,7 @@ class _Request(NamedTuple):
 
     actor: Any
     reference: Any
-    image_size: int | None
+    pixels: Pixels | None
     has_places: bool = False
     is_backup: bool = False
 
@@ -357,7 +358,7 @@ class PoolBlocks:
         """Whether any worker may be on this machine, as far as is known."""
         return not self._actors or any(actor not in self._remote for actor in self._actors)
 
-    def request(self, lane: int, number: int, places: Sequence[Place] = (), image_size: int | None = None) -> Any:
+    def request(self, lane: int, number: int, places: Sequence[Place] = (), pixels: Pixels | None = None) -> Any:
         """As `loader.BlockSource`."""
         self._refresh_actors()
         self._check_stragglers()
@@ -369,7 +370,7 @@ class PoolBlocks:
         actor = self._taken_over.get(lane) or self._home(lane)
         if actor in self._remote:
             places = ()
-        return _Request(actor, actor.block.remote(lane, number, places, image_size), image_size, bool(places))
+        return _Request(actor, actor.block.remote(lane, number, places, pixels), pixels, bool(places))
 
     def wait(self, lane: int, number: int, handle: Any) -> Block:
         """As `loader.BlockSource`.
@@ -407,7 +408,7 @@ class PoolBlocks:
                             f"lane {lane} block {number}: data-shard workers died {num_deaths} times while they "
                             f"decoded {samples}. Run without these shards, or give the workers more memory"
                         ) from error
-                    outstanding = outstanding or [self.request(lane, number, (), handle.image_size)]
+                    outstanding = outstanding or [self.request(lane, number, (), handle.pixels)]
                     continue
                 self._note(lane, block, answered, outstanding)
                 block.has_straggler = handle.has_places and answered is not handle
@@ -423,10 +424,10 @@ class PoolBlocks:
                     )
                 for request in outstanding:
                     self._replace(request.actor)
-                outstanding = [self.request(lane, number, (), handle.image_size)]
+                outstanding = [self.request(lane, number, (), handle.pixels)]
             elif other is not None:
-                reference = other.block.remote(lane, number, (), handle.image_size)
-                outstanding.append(_Request(other, reference, handle.image_size, is_backup=True))
+                reference = other.block.remote(lane, number, (), handle.pixels)
+                outstanding.append(_Request(other, reference, handle.pixels, is_backup=True))
 
     def _note(self, lane: int, block: Block, answered: _Request, outstanding: list[_Request]) -> None:
         """Note the decode time, stragglers, and workers on other machines."""

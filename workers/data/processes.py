@@ -27,6 +27,7 @@ from typing import Any
 
 from sigray.workers.data.buffers import Place
 from sigray.workers.data.tar import DataError
+from sigray.workers.data.views import Pixels
 from sigray.workers.data.worker import Block, DataWorker, keep_freed_memory
 
 _MAX_DEATHS = 3  # of a process in a row without an answer
@@ -59,10 +60,10 @@ class ProcessBlocks:
         return [worker.pid for worker in self._workers]
 
     def request(
-        self, lane: int, number: int, places: Sequence[Place] = (), image_size: int | None = None
+        self, lane: int, number: int, places: Sequence[Place] = (), pixels: Pixels | None = None
     ) -> Future[Block]:
         """As `loader.BlockSource`."""
-        return self._worker(lane).request(lane, number, tuple(places), image_size)
+        return self._worker(lane).request(lane, number, tuple(places), pixels)
 
     def wait(self, lane: int, number: int, handle: Future[Block]) -> Block:
         """As `loader.BlockSource`.

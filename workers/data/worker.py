@@ -5,6 +5,7 @@
 A worker holds nothing that cannot be computed again, so it may be killed, restarted or doubled at any moment. The same
 request has the same answer from any worker at any time. Between requests a worker keeps caches only: the open shard of
 each lane, the encoded samples of one shuffle window, and decoded images for the next epoch unless crops are random.
+A worker knows no phases: a request names the pixels that it wants.
 
 A refused sample is replaced by a rule that depends on the order alone. The replacement is the first usable sample of
 its window from half a window further on, so that the two copies stand in different batches.
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import itertools
 import threading
 import time
@@ -34,6 +34,7 @@ from sigray.workers.data.extras import Extras
 from sigray.workers.data.manifest import Manifest, read_samples
 from sigray.workers.data.order import LaneSlice, SampleRef, StreamOrder, Window
 from sigray.workers.data.tar import DataError, TarSample
+from sigray.workers.data.views import Pixels
 from sigray.workers.model.inputs import image_inputs, shapes
 from sigray.workers.model.tokenizer import build_tokenizer, cut_caption
 from sigray.workers.texts import first_ten
@@ -50,7 +51,8 @@ _NUM_PREFETCHING = 2  # windows of remote shards that are read while the windows
 class Block:
     """K consecutive samples of a lane, as a data-shard worker returns them."""
 
-    images: np.ndarray  # (K, S, S, 3) uint8; of a store (K, D), uint16 standing for bfloat16; no rows: in `places`
+    # (K, S, S, 3) uint8, with views (K, num_bytes); of a store (K, D), uint16 for bfloat16; no rows: in `places`
+    images: np.ndarray
     tokens: np.ndarray  # (K, T) int32
     samples: np.ndarray  # (K, 3) int64: epoch, shard in the manifest, index in the shard
     keys: list[str]  # of the pairs in the rows
@@ -126,15 +128,20 @@ def check_batch(
 class ImageKind:
     """Shape and dtype of an image in a block, or of the embedding in its place."""
 
-    shape: tuple[int, ...]  # (S, S, 3); of a store (D,)
+    shape: tuple[int, ...]  # `Pixels.shape`; of a store (D,)
     dtype: np.dtype  # uint8; of a store that of its numbers, uint16 standing for bfloat16
 
 
-def image_kind(manifest: Manifest, model: ModelConfig) -> ImageKind:
-    """Shape and dtype of the images of a run's training stream."""
+def image_kind(manifest: Manifest, model: ModelConfig, pixels: Pixels | None = None) -> ImageKind:
+    """Shape and dtype of the images of a run's training stream.
+
+    Args:
+        pixels: as `BlockSource.request`.
+    """
     if manifest.store is None:
-        image_size, _, _ = shapes(model)
-        return ImageKind((image_size, image_size, 3), np.dtype(np.uint8))
+        pixels = pixels or Pixels(shapes(model)[0])
+        return ImageKind(pixels.shape, np.dtype(np.uint8))
+    assert pixels is None, f"{pixels}: the store has embeddings, and no pixels"
     store = StoreFormat(**manifest.store)
     return ImageKind((store.dim,), np.dtype(store.numpy_dtype))
 
@@ -143,7 +150,7 @@ class DataWorker:
     """Decodes blocks. A plain class; `workers/data/pool.py` makes Ray actors of it.
 
     Args:
-        model: decides image size, unless a request does, context length and tokenizer.
+        model: decides image size, unless a request names pixels, context length and tokenizer.
         extras: further members of a sample, and a map function; None in `sigray train`.
 
     Attributes:
@@ -162,43 +169,39 @@ class DataWorker:
         self._extras = extras
         self._order = build_order(manifest, data, seed)
         self._model = model
-        self._model_image_size, self._context_length, vocab_size = shapes(model)
-        self._image_size = self._model_image_size
+        image_size, self._context_length, vocab_size = shapes(model)
         self._tokenizer = build_tokenizer(model, self._context_length, vocab_size)
-        self._decoder = Decoder(data, self._image_size, image_inputs(model))
         self._store = StoreFormat(**manifest.store) if manifest.store is not None else None
-        self._image = image_kind(manifest, model)
         self._embeddings = EmbeddingReader(self._store) if self._store is not None else None
         self._windows = _Windows(manifest, self._order, data)
         self._mappings = Mappings()
-        self._blocks: dict[int, OrderedDict[tuple[int, int], Block]] = {}  # the latest decoded last
-        is_fixed = data.crop == "center" if self._store is None else self._store.num_views == 1
-        kept = {caption_member(source) for source in data.captions} | {*(extras.members if extras else ())}
-        self._new_cache = functools.partial(_Cache, data.cache_mib * 2**20 if is_fixed else 0, kept)
-        self._cache = self._new_cache()
+        self._blocks: dict[int, OrderedDict[tuple[int, Pixels], Block]] = {}  # the latest decoded last
+        self._model_pixels = Pixels(image_size)
+        self._set_pixels(None)
 
-    def block(self, lane: int, number: int, places: Sequence[Place] = (), image_size: int | None = None) -> Block:
+    def block(self, lane: int, number: int, places: Sequence[Place] = (), pixels: Pixels | None = None) -> Block:
         """Samples [number K, (number + 1) K) of a lane.
 
         Args:
             places: memory for the images. If this process finds that memory, it writes them there and the block comes
                 without images, else they come with the block.
-            image_size: edge of the images; None: that of the model. Not of embeddings.
+            pixels: image size and views; None: images of the model's size. Not of embeddings; no views beside extras.
 
         Raises:
             DataError: if a shard changed or broke, or a window has no usable sample.
         """
-        self._set_image_size(image_size or self._model_image_size)
+        if (pixels or self._model_pixels) != self._pixels:
+            self._set_pixels(pixels)
         blocks = self._blocks.setdefault(lane, OrderedDict())
         rows = self._mappings.rows(places, self._image.shape, self._image.dtype) if places else None
-        block = blocks.get((number, self._image_size))
+        block = blocks.get((number, self._pixels))
         if block is None:
             begin = time.perf_counter()
             if rows is not None and len(rows) == self._data.block_size and self._data.shared_blocks == 1:
                 block = self._decode_block(lane, number, np.empty((0, *self._image.shape), self._image.dtype), rows)
             else:  # ranks may share a block, and runs a stream: decode once
                 images = np.empty((self._data.block_size, *self._image.shape), self._image.dtype)
-                block = blocks[number, self._image_size] = self._decode_block(lane, number, images, images)
+                block = blocks[number, self._pixels] = self._decode_block(lane, number, images, images)
             block.decode_s = time.perf_counter() - begin
             self.num_decoded += len(block.samples)
             self.refused.update(block.refused)
@@ -214,13 +217,20 @@ class DataWorker:
                 rows[row][...] = image
         return replace(block, images=block.images[:0])
 
-    def _set_image_size(self, image_size: int) -> None:
-        """Decode images of this size from now on."""
-        if image_size != self._image_size:
-            self._image_size = image_size
-            self._decoder = Decoder(self._data, image_size, image_inputs(self._model))
-            self._image = ImageKind((image_size, image_size, 3), self._image.dtype)
-            self._cache = self._new_cache()
+    def _set_pixels(self, pixels: Pixels | None) -> None:
+        """Decode these pixels from now on."""
+        views = None if pixels is None else pixels.views
+        assert views is None or self._extras is None, f"{views}: extras take images without views"
+        self._image = image_kind(self._manifest, self._model, pixels)
+        self._pixels = pixels or self._model_pixels
+        self._decoder = Decoder(self._data, self._pixels.image_size, image_inputs(self._model), views)
+        if self._store is not None:
+            is_fixed = self._store.num_views == 1
+        else:
+            is_fixed = self._data.crop == "center" and views is None  # views are random, whatever the crop
+        kept = {caption_member(source) for source in self._data.captions}
+        kept |= {*(self._extras.members if self._extras else ())}
+        self._cache = _Cache(self._data.cache_mib * 2**20 if is_fixed else 0, kept)
 
     def describe(self, lane: int, number: int) -> str:
         """Name the shards and samples of a block, for messages."""

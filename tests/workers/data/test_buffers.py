@@ -123,9 +123,9 @@ def test_a_block_comes_by_value_if_one_of_its_batches_cannot_be_reached(data_con
 
 
 class RequestedByValue(OneWorker):
-    def request(self, lane, number, places, image_size):
+    def request(self, lane, number, places, pixels):
         assert not places
-        return super().request(lane, number, places, image_size)
+        return super().request(lane, number, places, pixels)
 
 
 class Recorded(OneWorker):
@@ -153,14 +153,14 @@ class WithStragglers(OneWorker):
         for rows in self._stragglers:
             for row in rows.values():
                 row[...] = self._random.randrange(256)
-        places, _ = handle
+        places, pixels = handle
         if not places or self._random.random() < 0.7:
             return super().wait(lane, number, handle)
         kind = self._worker._image
         self._stragglers.append(self._mappings.rows(places, kind.shape, kind.dtype))
         self.num_stragglers += 1
         # A copy: the worker keeps its block for other requests.
-        return dataclasses.replace(super().wait(lane, number, ()), has_straggler=True)
+        return dataclasses.replace(super().wait(lane, number, ((), pixels)), has_straggler=True)
 
 
 def same(expected, found):

@@ -12,6 +12,7 @@ from sigray.workers.data.decode import Decoder, sample_random
 from sigray.workers.data.manifest import read_samples
 from sigray.workers.data.order import LaneSlice
 from sigray.workers.data.tar import DataError
+from sigray.workers.data.views import Pixels
 from sigray.workers.data.worker import DataWorker, build_order
 from sigray.workers.model.inputs import shapes
 from sigray.workers.model.tokenizer import build_tokenizer
@@ -137,7 +138,7 @@ def test_a_request_may_ask_for_another_image_size(data_config, model_config, cro
         model = model_config.model_copy(update={"image_size": size})
         alone = DataWorker(manifest_of(data), data, model, seed=5)
         for lane, number in ((0, 0), (0, 8), (1, 0)):  # of two epochs
-            found, expected = worker.block(lane, number, (), size), alone.block(lane, number)
+            found, expected = worker.block(lane, number, (), size and Pixels(size)), alone.block(lane, number)
             np.testing.assert_array_equal(found.images, expected.images)
             np.testing.assert_array_equal(found.tokens, expected.tokens)
 

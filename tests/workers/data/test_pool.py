@@ -257,7 +257,7 @@ def test_a_block_that_kills_its_workers_is_named(ray_driver, model, data_config)
             self._worker = DataWorker(*arguments, seed=SEED)
 
         @ray.method(max_task_retries=num_retries)
-        def block(self, lane, number, places, image_size):
+        def block(self, lane, number, places, pixels):
             if (lane, number) == (1, 2):
                 os._exit(1)
             return self._worker.block(lane, number)

@@ -35,7 +35,7 @@ class Stored:
         self._images: list[weakref.ref[np.ndarray]] = []
         self.asked_before: list[tuple[int, int]] = []  # lanes and numbers, before the first block was waited for
 
-    def request(self, lane, number, places, image_size):
+    def request(self, lane, number, places, pixels):
         if not self._images:
             self.asked_before.append((lane, number))
 
