@@ -368,7 +368,7 @@ class ModelConfig(Section):
     decoder: DecoderConfig | None = None
     """Captioning decoder for loss.caption_weight; `{}` is SigLIP 2's.
     It reads the image tower's features before pooling and has embeddings of its own, of the text tower's tokens. The
-    image tower must be a ViT of timm or open_clip. Evaluations and exports of the towers do without. Null: none."""
+    image tower must be a ViT of timm or open_clip. The run's page shows captions that it writes. Null: none."""
     init_from: WeightsPlace | None = None
     """Initial weights: a folder, a file, a URL of either, or `hf-hub:ORG/NAME`.
     All training workers must see them. Written by transformers (SigLIP, CLIP), open_clip, sigray, big_vision (.npz),
@@ -698,7 +698,8 @@ class EvalConfig(Section):
     """Also classify by the nearest training image in raw 16 x 16 pixels.
     Reads all training data: for small sets."""
     num_sheet_images: NonNegativeInt = 24
-    """Images per set that the report shows with their five best captions."""
+    """Images per set that the report shows with their five best captions.
+    With a trained model.decoder also with the caption that it writes, sets without classes too."""
 
 
 class CheckpointConfig(Section):

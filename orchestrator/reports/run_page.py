@@ -61,6 +61,7 @@ def draw_run(run: RunFiles, now: Markup | None = None) -> Markup:
     Args:
         now: the current state, of a live page. Only a written page shows held-out images.
     """
+    sheets = _sheets(run) if now is None else []
     return render(
         "report.html.j2",
         now=now,
@@ -78,7 +79,8 @@ def draw_run(run: RunFiles, now: Markup | None = None) -> Markup:
         languages=_languages(run),
         figures=charts(run),
         num_lines=len(run.metrics),
-        sheets=_sheets(run) if now is None else [],
+        sheets=sheets,
+        has_captions=any(entry["has_caption"] for sheet in sheets for entry in sheet["entries"]),
         facts=_facts(run),
         config_text=run.config_text,
         unreadable=run.unreadable,
@@ -344,13 +346,15 @@ def _cell(rate: float | None, against: str) -> dict[str, str]:
 
 
 def _sheets(run: RunFiles) -> list[dict[str, Any]]:
-    """Return held-out images of each set with their five best names."""
+    """Return held-out images of each set with their five best names and captions."""
     sheets = []
     for name in find_dict(run.newest, "sheets"):
         entries = [_sheet_entry(entry) for entry in find_list(run.newest, "sheets", name)]
-        right, near = (sum(entry["kind"] in kinds for entry in entries) for kinds in (("right",), ("right", "near")))
-        count = f"{right} of {len(entries)} shown {'is' if right == 1 else 'are'} right at top-1; "
+        named = [entry["kind"] for entry in entries if entry["kind"] != "unnamed"]
+        right, near = (sum(kind in kinds for kind in named) for kinds in (("right",), ("right", "near")))
+        count = f"{right} of {len(named)} shown {'is' if right == 1 else 'are'} right at top-1; "
         count += f"{near} {'has' if near == 1 else 'have'} the right name among the five best."
+        count = count if named else ""
         sheets.append({"name": name, "count": count, "entries": entries})
     return sheets
 
@@ -358,7 +362,11 @@ def _sheets(run: RunFiles) -> list[dict[str, Any]]:
 def _sheet_entry(entry: Any) -> dict[str, Any]:
     best = [item for item in find_list(entry, "best") if isinstance(item, dict)]
     place = next((number for number, item in enumerate(best) if item.get("right")), None)
+    has_caption = "caption" in find_dict(entry)
+    captions = [text for text in find_list(entry, "captions") if isinstance(text, str)]
     kind = "right" if place == 0 else "near" if place is not None else "wrong"
+    if has_caption and find_text(entry, "truth") is None:
+        kind = "unnamed"  # its set has no classes
     missed = "wrong" if best else "not scored"
     png = find_text(entry, "png_base64") or ""
     width = _png_width(png)
@@ -367,7 +375,7 @@ def _sheet_entry(entry: Any) -> dict[str, Any]:
         # A whole multiple of the model's pixels, so that each stays a square; larger images are shrunk.
         "px": width * (_IMAGE_PX // width) if 0 < width <= _IMAGE_PX else _IMAGE_PX,
         "is_enlarged": width <= _IMAGE_PX,
-        "truth": find_text(entry, "truth") or "unknown",
+        "truth": find_text(entry, "truth") or "; ".join(captions) or "unknown",
         "kind": kind,
         "verdict": _PLACES[min(place, 4)] if place is not None else missed,
         "best": [
@@ -378,6 +386,9 @@ def _sheet_entry(entry: Any) -> dict[str, Any]:
             }
             for item in best
         ],
+        "captions": captions,
+        "has_caption": has_caption,
+        "caption": find_text(entry, "caption") or "(empty)",
     }
 
 

@@ -14,7 +14,7 @@ from sigray.orchestrator.run.trial import Rungs
 from sigray.orchestrator.run_folder import RunFolder
 from sigray.workers.checkpoint.index import CheckpointInfo, is_committed, list_checkpoints
 from sigray.workers.checkpoint.writer import mark_best, read_best
-from sigray.workers.training.phases import phase_of_checkpoint, phases_of
+from sigray.workers.training.phases import has_trained_decoder, phase_of_checkpoint, phases_of
 
 _MAX_TRIES = 3  # of the evaluation of a rung, which a trial cannot do without
 _WAIT_S = 0.5
@@ -145,8 +145,10 @@ def submit_evaluation(config: RunConfig, folder: RunFolder, info: CheckpointInfo
     from sigray.workers.evaluation.evaluate import evaluate_checkpoint
     from sigray.workers.evaluation.features import EvaluationJob
 
-    model = phase_of_checkpoint(phases_of(config), info.step).model
-    job = EvaluationJob(folder.storage.uri, info, model, config.data, config.eval, config.embeddings)
+    phases = phases_of(config)
+    model = phase_of_checkpoint(phases, info.step).model
+    captions = has_trained_decoder(phases, info.step)
+    job = EvaluationJob(folder.storage.uri, info, model, config.data, config.eval, config.embeddings, captions=captions)
     resources = evaluation_resources(config.eval)
     task: Any = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))(evaluate_checkpoint)
     return task.remote(job)

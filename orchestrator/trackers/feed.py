@@ -35,8 +35,8 @@ class Image:
 
     Attributes:
         png: content of the file.
-        truth: its right name.
-        best: the names with the largest cosines, the best first.
+        truth: its right name, or its own captions.
+        best: the names with the largest cosines, the best first; then what a decoder wrote.
     """
 
     png: bytes
@@ -169,7 +169,10 @@ def _images(entries: list[dict[str, Any]]) -> list[Image]:
             png = base64.b64decode(entry["png_base64"])
         except (KeyError, TypeError, binascii.Error):
             continue
-        images.append(Image(png, str(entry.get("truth", "")), [str(best["name"]) for best in entry.get("best", [])]))
+        truth = entry.get("truth", "; ".join(map(str, entry.get("captions", []))))
+        best = [str(best["name"]) for best in entry.get("best", [])]
+        best += [f"caption: {entry['caption']}"] if "caption" in entry else []
+        images.append(Image(png, str(truth), best))
     return images
 
 

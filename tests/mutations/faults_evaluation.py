@@ -8,7 +8,30 @@ _PROBE = "tests/workers/evaluation/test_linear_probe.py"
 
 _RECALL = "tests/workers/evaluation/test_evaluate.py::test_recall_is_that_of_clip_benchmark"
 
+_SHEETS = "tests/workers/evaluation/test_sheet_captions.py::test_"
+
 FAULTS = [
+    Fault(
+        "the decoder sees other images than the sheet shows",
+        "sigray.workers.evaluation.features:FeatureWorker._write_captions",
+        "list(images.values())",
+        "list(images.values())[::-1]",
+        (f"{_SHEETS}captions_are_those_of_each_image_alone[plain]",),
+    ),
+    Fault(
+        "a decoder that has not trained writes captions",
+        "sigray.workers.training.phases:has_trained_decoder",
+        " and phase.first_step < steps_done",
+        "",
+        ("tests/orchestrator/run/test_evaluations.py::test_only_a_decoder_that_has_trained_writes_captions[later]",),
+    ),
+    Fault(
+        "captions of parts are mixed up",
+        "sigray.workers.evaluation.features:_join",
+        "{first + row: text for",
+        "{row: text for",
+        (f"{_SHEETS}captions_are_those_of_each_image_alone[named]",),
+    ),
     Fault(
         "one caption of an image counts",
         "sigray.workers.evaluation.datasets:load",

@@ -30,6 +30,7 @@ WAYS = ("image_to_text", "text_to_image", "merged_image_to_text", "merged_text_t
 TOP = (1, 5, 10)
 _MAX_SIMILARITIES = 1 << 24  # in one chunk; with its copy by caption, 128 MiB
 _PIXEL_BASELINE_SIZE = 16
+_MAX_CAPTIONS = 5  # of an image on a sheet
 
 
 def evaluate_checkpoint(job: EvaluationJob) -> dict[str, Any]:
@@ -44,13 +45,13 @@ def evaluate_checkpoint(job: EvaluationJob) -> dict[str, Any]:
     Returns:
         {"step", "samples_seen", "zero_shot": {set: ...}, "retrieval": {set: ...}, "linear_probe": {set: ...},
         "languages": {set: {language: ...}}, "multilingual": {set: ...}, "sheets": {set: [...]}}; rates are
-        fractions. `multilingual` is the mean over the languages, `sheets` images as base64 PNG with their five best
-        captions.
+        fractions. `multilingual` is the mean over the languages; `sheets` are those of `_sheet`.
     """
     if not job.info.has_ema:
         return _figures(job)
     figures = _figures(replace(job, ema=True))
-    without = _figures(replace(job, evaluation=job.evaluation.model_copy(update={"num_sheet_images": 0})))
+    no_sheets = job.evaluation.model_copy(update={"num_sheet_images": 0})
+    without = _figures(replace(job, evaluation=no_sheets, captions=False))
     return figures | {
         "without_ema": {
             key: figures for key, figures in without.items() if key not in ("step", "samples_seen", "sheets")
@@ -64,14 +65,17 @@ def _figures(job: EvaluationJob) -> dict[str, Any]:
     result: dict[str, Any] = {"step": job.info.step, "samples_seen": job.info.samples_seen, **{k: {} for k in kinds}}
     with WorkerGroup(job) as workers:
         for name, spec in evaluation.sets.items():
-            found = workers.images(name, spec, evaluation.num_sheet_images if spec.classes else 0)
+            has_sheet = bool(spec.classes) or job.captions
+            found = workers.images(name, spec, evaluation.num_sheet_images if has_sheet else 0)
             features = found.features
+            if has_sheet:
+                result["sheets"][name] = _sheet(found)
             if spec.classes:
                 classes = classes_of(spec)
                 labels = class_labels(found.class_ids, classes, name)
                 logits = features @ workers.prompts([entry["name"] for entry in classes], spec.templates).T
                 result["zero_shot"][name] = zero_shot_accuracy(logits, labels) | {"num_refused": found.refused.total()}
-                result["sheets"][name] = _sheet(found, logits, labels, classes)
+                _add_names(result["sheets"][name], logits[list(found.shown)], labels[list(found.shown)], classes)
             if spec.retrieval:
                 numbers, image, text = numbered_captions(found.captions)
                 recall = retrieval_recall(features, workers.texts(list(numbers)), image, text)
@@ -285,18 +289,32 @@ def _rank_of(scores: Tensor, truth: Tensor) -> Tensor:
     return (scores > own).sum(dim=1) + ((scores == own).sum(dim=1) - 1) / 2
 
 
-def _sheet(found: SetFeatures, logits: Tensor, labels: Tensor, classes: list[dict[str, str]]) -> list[dict[str, Any]]:
-    """Images with their true class and their five best class names, for the report."""
+def _sheet(found: SetFeatures) -> list[dict[str, Any]]:
+    """Images for the report, as base64 PNG, with their own captions.
+
+    `caption` is what the decoder wrote, if it did.
+    """
     sheet = []
     for number, image in found.shown.items():
-        top = logits[number].topk(min(5, len(classes)))
-        truth = int(labels[number])
-        best = [
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PNG")
+        entry: dict[str, Any] = {"png_base64": base64.b64encode(buffer.getvalue()).decode()}
+        if number in found.written:
+            entry |= {"captions": found.captions[number][:_MAX_CAPTIONS], "caption": found.written[number]}
+        sheet.append(entry)
+    return sheet
+
+
+def _add_names(sheet: list[dict[str, Any]], logits: Tensor, labels: Tensor, classes: list[dict[str, str]]) -> None:
+    """Add the true class and the five best class names to each image.
+
+    Args:
+        logits, labels: of the sheet's images.
+    """
+    for entry, row, truth in zip(sheet, logits, labels.tolist(), strict=True):
+        top = row.topk(min(5, len(classes)))
+        entry["truth"] = classes[truth]["name"]
+        entry["best"] = [
             {"name": classes[c]["name"], "cosine": round(s, 4), "right": c == truth}
             for c, s in zip(top.indices.tolist(), top.values.tolist(), strict=True)
         ]
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "PNG")
-        png = base64.b64encode(buffer.getvalue()).decode()
-        sheet.append({"png_base64": png, "truth": classes[truth]["name"], "best": best})
-    return sheet

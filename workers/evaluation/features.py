@@ -35,9 +35,16 @@ from sigray.workers.data.pool import as_raised
 from sigray.workers.data.tar import DataError
 from sigray.workers.device import Device, open_device
 from sigray.workers.evaluation.datasets import LoadedSet, Part, check_usable, cut, load
+from sigray.workers.model.decoder import read_image_tokens
 from sigray.workers.model.init_weights import build_trained_model
 from sigray.workers.model.inputs import image_inputs, shapes, tower_config
-from sigray.workers.model.tokenizer import Tokenizer, build_tokenizer
+from sigray.workers.model.tokenizer import (
+    CaptionEnds,
+    Tokenizer,
+    build_detokenizer,
+    build_tokenizer,
+    find_caption_ends,
+)
 from sigray.workers.model.towers import build_model, normalize_pixels
 from sigray.workers.storage import Storage
 
@@ -57,6 +64,7 @@ class EvaluationJob:
     evaluation: EvalConfig
     embeddings: EmbeddingsConfig
     ema: bool = False  # the average of the weights, not the last ones
+    captions: bool = False  # write captions for the images of the sheets; the model has a decoder
 
 
 class Encoder:
@@ -79,6 +87,13 @@ class Encoder:
         return torch.cat(features)
 
     @torch.inference_mode()
+    def captions(self, images: np.ndarray, ends: CaptionEnds) -> np.ndarray:
+        """(n, S, S, 3) uint8 -> (n, T) int32, as `Decoder.generate`; n at most a batch."""
+        pixels = normalize_pixels(torch.from_numpy(images).to(self._device.torch_device), self._model)
+        image_tokens = read_image_tokens(self._module.visual, pixels)
+        return self._module.decoder.generate(image_tokens, ends).cpu().numpy()
+
+    @torch.inference_mode()
     def texts(self, texts: list[str]) -> Tensor:
         """n strings -> (n, D) of unit norm, on the host."""
         batches = torch.from_numpy(self._tokenizer(texts)).to(self._device.torch_device).split(self._batch_size)
@@ -95,6 +110,7 @@ class SetFeatures:
     translations: list[list[list[str]]]  # n; by language of the set
     refused: Counter[str]  # samples that are not usable, by reason
     shown: dict[int, np.ndarray] = field(default_factory=dict)  # row -> (S, S, 3) uint8, for the sheet
+    written: dict[int, str] = field(default_factory=dict)  # row -> the decoder's caption of a shown image
 
 
 class FeatureWorker:
@@ -116,6 +132,10 @@ class FeatureWorker:
         tokenizer = build_tokenizer(model, context_length, vocab_size)
         device = open_device(evaluation.accelerator, 0, "fp32")
         self._encoder = Encoder(module, model, tokenizer, evaluation.batch_size, device)
+        if job.captions:
+            self._ends = find_caption_ends(model, tokenizer)
+            self._detokenize = build_detokenizer(model, context_length, self._ends)
+        self._writes_captions = job.captions
 
     def pid(self) -> int:
         """Id of the process; answers when the worker is up."""
@@ -140,10 +160,14 @@ class FeatureWorker:
             if loaded.places:
                 features = self._encoder.images(loaded.images) if self._store is None else self._stored(part, loaded)
             shown = {row: loaded.images[row] for row, place in enumerate(loaded.places) if place in part.shown}
-            found.append(
-                SetFeatures(features, loaded.captions, loaded.class_ids, loaded.translations, loaded.refused, shown)
-            )
+            written = self._write_captions(shown) if shown and self._writes_captions else {}
+            of_samples = loaded.captions, loaded.class_ids, loaded.translations
+            found.append(SetFeatures(features, *of_samples, loaded.refused, shown, written))
         return _join(found)
+
+    def _write_captions(self, images: dict[int, np.ndarray]) -> dict[int, str]:
+        tokens = self._encoder.captions(np.stack(list(images.values())), self._ends)
+        return dict(zip(images, self._detokenize(tokens), strict=True))
 
     def _stored(self, part: Part, loaded: LoadedSet) -> Tensor:
         """(n, D) of unit norm, from the store.
@@ -300,8 +324,10 @@ def _join(parts: list[SetFeatures]) -> SetFeatures:
         return SetFeatures(torch.empty(0, 0), [], [], [], Counter())
     first = 0
     shown: dict[int, np.ndarray] = {}
+    written: dict[int, str] = {}
     for part in parts:
         shown |= {first + row: image for row, image in part.shown.items()}
+        written |= {first + row: text for row, text in part.written.items()}
         first += len(part.captions)
     return SetFeatures(
         torch.cat([part.features for part in parts]),
@@ -310,4 +336,5 @@ def _join(parts: list[SetFeatures]) -> SetFeatures:
         [languages for part in parts for languages in part.translations],
         sum((part.refused for part in parts), Counter()),
         shown,
+        written,
     )

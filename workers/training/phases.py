@@ -154,6 +154,11 @@ def phase_of_checkpoint(phases: Sequence[Phase], steps_done: int) -> Phase:
     return phase_at(phases, max(steps_done - 1, 0))
 
 
+def has_trained_decoder(phases: Sequence[Phase], steps_done: int) -> bool:
+    """Return whether captions had a weight in any step before a checkpoint."""
+    return any(phase.loss.caption_weight > 0 and phase.first_step < steps_done for phase in phases)
+
+
 def mixes_of(config: HasPhases) -> list[tuple[int, Mapping[str, float]]]:
     """Return each change of the mixture: samples before it, weights by dataset."""
     batch = config.train.global_batch_size

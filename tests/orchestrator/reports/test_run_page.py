@@ -73,6 +73,8 @@ def test_full_run_says_what_came_out(full_run: Page) -> None:
     assert "20.0 % 34\u00d7 chance (0.58 %)" in page.text
     assert "1 of 4 shown is right at top-1; 2 have the right name among the five best." in page.text
     assert "No images were kept for this set." in page.text
+    assert "caption: " not in page.text
+    assert "the decoder writes" not in page.text
     for fact in (
         "256 pairs per step = 128 on each of 2 training workers",
         "332 of 332",
@@ -104,6 +106,24 @@ def test_names_from_data_are_escaped(tmp_path: Path) -> None:
     assert "<script" not in page.source
     assert "&lt;script&gt;" in page.source
     assert "alert('x')" in page.text  # shown as the text that it is
+
+
+def test_captions_of_a_decoder_stand_below_their_images(tmp_path: Path) -> None:
+    done = evaluation(332, 0.026, 0.1012)
+    png = done["sheets"][SET][0]["png_base64"]
+    done["sheets"][SET][0] |= {"captions": ["own of a named image"], "caption": f"a {HOSTILE} in a tree"}
+    done["sheets"]["unnamed"] = [
+        {"png_base64": png, "captions": ["two ants", f"own {HOSTILE}"], "caption": "two bees"},
+        {"png_base64": png, "captions": [], "caption": ""},
+    ]
+    page = page_of(write_run(tmp_path, metrics=[], evaluations=[done]))
+    assert page.text.count("caption: ") == 3
+    assert f"caption: a {HOSTILE} in a tree" in page.text
+    assert f"two ants own {HOSTILE} caption: two bees caption: (empty)" in page.text
+    assert "own of a named image" not in page.text
+    assert "<script" not in page.source
+    assert page.text.count("right at top-1") == 1, "images without names are not right or wrong"
+    assert "The caption below an image is what the decoder writes" in page.text
 
 
 def test_charts_take_their_colours_from_the_page_and_mix_no_ids(full_run: Page) -> None:

@@ -6,13 +6,14 @@ import io
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from rich.console import Console
 
 from sigray.orchestrator.config import RunConfig, parse_config
-from sigray.orchestrator.run.evaluations import Evaluations
+from sigray.orchestrator.run.evaluations import Evaluations, submit_evaluation
 from sigray.orchestrator.run.progress import Display
-from sigray.workers.checkpoint.index import list_checkpoints
+from sigray.workers.checkpoint.index import CheckpointInfo, list_checkpoints
 from sigray.workers.checkpoint.writer import CheckpointWriter, read_best
 from sigray.workers.storage import Storage
 from tests.helpers.data import TOWERS
@@ -59,3 +60,25 @@ def test_without_keep_best_nothing_is_marked(tmp_path):
     evaluations, _, _ = evaluations_of(Storage(tmp_path))
     evaluations._mark_best({"step": 10, "zero_shot": {"colours": {"top1": 0.5}}})
     assert read_best(Storage(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    ("loss", "phases", "expected"),
+    [
+        (1, [], {0: False, 1: True, 10: True}),
+        (0, [{"start": 500, "loss": {"caption_weight": 1}}], {0: False, 5: False, 6: True, 10: True}),
+        (1, [{"start": 500, "loss": {"caption_weight": 0}}], {0: False, 5: True, 6: True}),
+    ],
+    ids=["from the start", "later", "at first"],
+)
+def test_only_a_decoder_that_has_trained_writes_captions(loss, phases, expected, tmp_path, monkeypatch):
+    sections = {"model": {"towers": TOWERS, "decoder": {}}, "loss": {"caption_weight": loss}, "phases": phases}
+    storage = Storage(tmp_path)
+    _, config, _ = evaluations_of(storage, **sections)
+    folder: Any = SimpleNamespace(storage=storage)
+    monkeypatch.setattr("ray.remote", lambda **_: lambda _: SimpleNamespace(remote=lambda job: job))
+    found = {
+        step: submit_evaluation(config, folder, CheckpointInfo(f"step-{step}", step, step * 100, {}, {})).captions
+        for step in expected
+    }
+    assert found == expected

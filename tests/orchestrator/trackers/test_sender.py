@@ -135,6 +135,18 @@ def test_a_tracker_that_hangs_stops_no_other_and_not_the_end(run, quick, monkeyp
     assert lines_in(other.rows) == [1]
 
 
+def test_images_have_the_captions_that_a_decoder_wrote(run):
+    done = evaluation(2, 0.25, 0.5)
+    png = done["sheets"][SET][0]["png_base64"]
+    done["sheets"][SET][0] |= {"captions": ["an ant"], "caption": "a bee"}
+    done["sheets"]["unnamed"] = [{"png_base64": png, "captions": ["an ant", "ants"], "caption": ""}]
+    run.save_evaluation(done)
+    (row,) = Feed(run.path, Shown()).rows()
+    named, unnamed = row.images[f"images/{SET}"][0], row.images["images/unnamed"][0]
+    assert (named.truth, named.best) == ("ant", ["ant", "bee", "cow", "dog", "elk", "caption: a bee"])
+    assert (unnamed.truth, unnamed.best) == ("an ant; ants", ["caption: "])
+
+
 def test_a_later_figure_of_an_evaluation_is_sent_alone(run):
     run.save_evaluation(evaluation(2, 0.25, 0.5))
     shown = Shown()

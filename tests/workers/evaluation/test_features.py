@@ -46,7 +46,7 @@ from tests.helpers.data import COLOURS, TOWERS, drawn_sample, write_tar
 from tests.helpers.stores import make_store
 
 BROKEN = 5  # a held-out sample whose image cannot be read
-LIVE = ModelConfig(towers=TOWERS)
+LIVE = ModelConfig(towers=TOWERS, decoder={"layers": 1})
 LOCKED = ModelConfig(towers=TOWERS, image_tower="tests.helpers.stores:make_tower", locked=["visual"])
 NAMES = {"red": "rot", "green": "gruen", "blue": "blau", "black": "schwarz"}
 
@@ -78,6 +78,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str
     for name, model in {"live": LIVE, "stored": LOCKED}.items():
         torch.manual_seed(0)
         module = build_model(model, stored_embeddings=name == "stored")
+        if model.decoder is not None:
+            torch.nn.init.normal_(module.decoder.head.weight)
         storage = Storage(tmp_path_factory.mktemp(name))
         optimizer = build_optimizer(module, OptimConfig(), {})
         writer = CheckpointWriter(
@@ -188,8 +190,10 @@ def test_figures_are_the_same_with_any_number_of_workers(
     num_parts = 7 + 4 + 13  # of 26, 13 and 50 samples, in fours
 
     def evaluate(num_workers: int) -> dict[str, Any]:
+        evaluation = everything(folder, num_workers=num_workers)
+        captions = model.decoder is not None
         return evaluate_checkpoint(
-            EvaluationJob(*checkpoints[name], model, data, everything(folder, num_workers=num_workers), embeddings)
+            EvaluationJob(*checkpoints[name], model, data, evaluation, embeddings, captions=captions)
         )
 
     watched.begin()
@@ -199,6 +203,8 @@ def test_figures_are_the_same_with_any_number_of_workers(
     assert alone["linear_probe"]["a"]["num_fit"] == 50
     assert alone["languages"]["a"].keys() == {"en", "de"}
     assert len(alone["sheets"]["a"]) == 6  # of seven, one is broken
+    written = {entry["caption"] for entry in alone["sheets"]["a"] if "caption" in entry}
+    assert len(written) > 3 if name == "live" else not written
     assert 0 < alone["retrieval"]["a"]["image_to_text_r10"] < 1
 
     for num_workers in (2, 3):
