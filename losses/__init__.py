@@ -3,6 +3,7 @@
 They know no config, logger or Ray; `sigray.native` is all of sigray that they import.
 """
 
+from sigray.losses.distillation import Teacher, distillation_loss, distillation_loss_plain
 from sigray.losses.gradcache import cached_backward
 from sigray.losses.gradients import all_reduce_gradients
 from sigray.losses.logit_means import feature_means, mean_logits
@@ -17,8 +18,11 @@ __all__ = [
     "Negatives",
     "NonFiniteFeatures",
     "Slices",
+    "Teacher",
     "all_reduce_gradients",
     "cached_backward",
+    "distillation_loss",
+    "distillation_loss_plain",
     "feature_means",
     "mean_logits",
     "ring_sigmoid_loss",

@@ -2,7 +2,8 @@
 
     run data model train embeddings loss optim phases sharding eval cluster checkpoint
 
-Imports no torch and no Ray. `workers/config.py` has the sections of the workers.
+Imports no torch and no Ray. `workers/config.py` has the sections of the workers. The file is long because the checks
+between sections stand here, each with its message.
 """
 
 from __future__ import annotations
@@ -245,6 +246,7 @@ class RunConfig(Section):
                 "worker that hangs would restart all training workers"
             )
         yield from self._decoder_problems()
+        yield from self._distill_problems()
         if self.eval.pixel_baseline and not any(spec.classes for spec in self.eval.sets.values()):
             yield "eval.pixel_baseline=true needs a set with classes in eval.sets, and there is none"
 
@@ -257,6 +259,24 @@ class RunConfig(Section):
             yield f"{used}loss.caption_weight={weights[used]:g} needs a decoder: set model.decoder={{}}"
         if self.model.decoder is not None and used is None:
             yield "model.decoder is never trained: set loss.caption_weight=1, here or in a phase"
+
+    def _distill_problems(self) -> Iterator[str]:
+        """Yield what self-distillation lacks, and what it cannot run with."""
+        losses = [self.loss.distill, *(each.loss.get("distill") for each in self.phases)]
+        if all(each is None for each in losses):
+            if self.model.heads is not None:
+                yield "model.heads is never trained: set loss.distill={}, here or in a phase"
+            return
+        if self.model.heads is None:
+            yield "loss.distill needs heads: set model.heads={}"
+        if self.train.ema is None:
+            yield "loss.distill needs a teacher: set train.ema, the half-life of its average in samples"
+        if "visual" in self.model.locked or "visual" in self.model.trained_blocks:
+            yield "loss.distill trains the whole image tower: leave visual out of model.locked and trained_blocks"
+        if self.sharding.weights == "split":
+            yield "loss.distill cannot run with sharding.weights=split: its teacher needs whole weights"
+        if self.embeddings.store is not None:
+            yield f"loss.distill needs images, which embeddings.store={self.embeddings.store} replaces"
 
     def _embeddings_problems(self) -> Iterator[str]:
         """Yield why stored embeddings cannot replace the image tower."""

@@ -69,6 +69,7 @@ from sigray.workers.model.tokenizer import build_tokenizer
 from sigray.workers.model.towers import build_model
 from sigray.workers.storage import Storage
 from sigray.workers.training.step import StepResult, Trainer
+from sigray.workers.training.student import Student
 from sigray.workers.training.train import train_loop_per_worker
 from tests.helpers.bare import OneWorker, Recorder
 from tests.helpers.data import COLOURS, TOWERS, drawn_sample, encode_image, write_dataset, write_tar
@@ -653,6 +654,45 @@ def test_the_decoder_that_captions(configure, monkeypatch):
     assert seen == [(2, (24,), 4, True, [True] * 8)]
     total = lines[-1]["train/contrastive_loss"] + 0.5 * lines[-1]["train/caption_loss"]
     assert lines[-1]["train/loss"] == pytest.approx(total)
+
+
+def test_the_student_and_its_views(configure, monkeypatch):
+    wanted = {
+        "local_weight": 0.5,
+        "masked_weight": 0.7,
+        "num_local_views": 2,
+        "local_size": 8,
+        "global_scale": (0.5, 0.9),
+        "local_scale": (0.1, 0.3),
+        "mask_fraction": 0.25,
+        "predicts": "all",
+        "teacher": "heads",
+        "student_temperature": 0.2,
+        "teacher_temperature": 0.05,
+        "center_momentum": 0.8,
+    }
+    own = Student.__init__
+    seen: list[Any] = []
+
+    def watched(student: Any, module: Any, model: Any, config: Any, *rest: Any) -> None:
+        head = module.distiller.local_head
+        seen.append(([len(head.mlp[0].bias), *head.prototypes.shape], {key: getattr(config, key) for key in wanted}))
+        own(student, module, model, config, *rest)
+
+    monkeypatch.setattr(Student, "__init__", watched)
+    vision = {"timm_model_name": "siglip_vit_w16_d1_h2_m32_p8_s16", "timm_pool": "map", "timm_proj": "none"}
+    towers = TOWERS | {"vision_cfg": vision | {"image_size": 16}}
+    heads = {"hidden": 24, "bottleneck": 12, "prototypes": 20}
+    lines = train_here(
+        configure(
+            model={"towers": towers, "heads": heads},
+            loss={"distill": wanted},
+            train={"num_samples": 8, "ema": 64},
+        )
+    ).lines
+    assert seen == [([24, 20, 12], wanted)]
+    terms = [lines[-1][f"train/{name}_loss"] for name in ("contrastive", "local", "masked")]
+    assert lines[-1]["train/loss"] == pytest.approx(terms[0] + 0.5 * terms[1] + 0.7 * terms[2])
 
 
 def test_a_softmax_has_no_bias_in_its_logits(configure):

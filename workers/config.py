@@ -338,6 +338,16 @@ class DecoderConfig(Section):
     """Biases in norms and MLPs; without them as in big_vision's config of CapPa."""
 
 
+class HeadsConfig(Section):
+    hidden: PositiveInt = 2048
+    """Width of the heads' two hidden layers.
+    The defaults of this section are DINO's (arXiv 2104.14294)."""
+    bottleneck: PositiveInt = 256
+    """Width of the states that are compared with the prototypes."""
+    prototypes: PositiveInt = 65536
+    """Number of prototypes of each head."""
+
+
 class ModelConfig(Section):
     name: ModelName | None = None
     """An open_clip model config such as ViT-B-16-SigLIP.
@@ -369,6 +379,10 @@ class ModelConfig(Section):
     """Captioning decoder for loss.caption_weight; `{}` is SigLIP 2's.
     It reads the image tower's features before pooling and has embeddings of its own, of the text tower's tokens. The
     image tower must be a ViT of timm or open_clip. The run's page shows captions that it writes. Null: none."""
+    heads: HeadsConfig | None = None
+    """Heads and mask token for loss.distill; `{}` has DINO's sizes.
+    The image tower must be a ViT of timm without class token, such as SigLIP's. Evaluations and exports of the towers
+    do without. Null: none."""
     init_from: WeightsPlace | None = None
     """Initial weights: a folder, a file, a URL of either, or `hf-hub:ORG/NAME`.
     All training workers must see them. Written by transformers (SigLIP, CLIP), open_clip, sigray, big_vision (.npz),
@@ -518,6 +532,51 @@ class ShardingConfig(Section):
     the training workers, XLA over the devices of a worker. For towers that do not fit into one device."""
 
 
+class DistillConfig(Section):
+    local_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the local-to-global term (SILC, arXiv 2310.13355).
+    The student sees small crops, the teacher one large crop. SigLIP 2 takes 1.0, times 0.25 for a B model, 0.5 for L
+    and g, 1.0 for So400m."""
+    masked_weight: Annotated[float, Field(ge=0)] = 0.25
+    """Weight of the masked prediction (TIPS, arXiv 2410.16512).
+    The student predicts the teacher's states of masked patches of the large crop. SigLIP 2 takes 0.25, times the same
+    factor."""
+    num_local_views: PositiveInt = 8
+    """Small crops of each image."""
+    local_size: PositiveInt | None = None
+    """Edge of a small crop in pixels.
+    Null: 3/7 of the images' edge, as DINO's 96 of 224, rounded to patches."""
+    global_scale: tuple[Fraction, Fraction] = (0.4, 1.0)
+    """Smallest and largest fraction of the image's area in the large crop; SILC's."""
+    local_scale: tuple[Fraction, Fraction] = (0.05, 0.4)
+    """Smallest and largest fraction of the image's area in a small crop; SILC's."""
+    mask_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Fraction of the patches that are masked; SigLIP 2's."""
+    predicts: Literal["masked", "all"] = "masked"
+    """Patches whose states are predicted: the masked ones, or all.
+    all is iBOT++ of TIPSv2 (arXiv 2604.12012)."""
+    teacher: Literal["all", "heads"] = "all"
+    """Average weights of the teacher: tower and heads, or heads alone.
+    heads is TIPSv2's; the tower is then the student's. The average is that of train.ema, and begins with the phase in
+    which this section does."""
+    student_temperature: PositiveFloat = 0.1
+    """Temperature of the student's softmax; DINO's."""
+    teacher_temperature: PositiveFloat = 0.04
+    """Temperature of the teacher's softmax; DINO's before its warm-up ends."""
+    center_momentum: Fraction = 0.9
+    """Momentum of the average that is subtracted from the teacher's logits; DINO's."""
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> DistillConfig:
+        if not self.local_weight and not self.masked_weight:
+            raise ValueError("local_weight and masked_weight are 0: give one of them, or leave the section out")
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name}={[low, high]}: [smallest, largest] expected")
+        return self
+
+
 class LossConfig(Section):
     name: Literal["sigmoid", "softmax"] = "sigmoid"
     """sigmoid, or CLIP's softmax as a baseline."""
@@ -532,6 +591,9 @@ class LossConfig(Section):
     """Fraction of the captions that the decoder predicts in parallel.
     It then reads [MASK] in every place and not the tokens before (CapPa, arXiv 2306.07915). A hash of seed, epoch and
     sample decides. SigLIP 2 takes a half."""
+    distill: DistillConfig | None = None
+    """Self-distillation from an average of the weights; `{}` is SigLIP 2's.
+    Needs model.heads and train.ema. SigLIP 2 begins it at 80 % of the run: see phases. Null: none."""
     tile_size: PositiveInt | None = None
     """Edge of a tile of logits; null: the fastest. It does not change the result."""
 

@@ -213,6 +213,13 @@ class Device:
         """Mean over ranks of every gradient, see `losses.all_reduce_gradients`."""
         all_reduce_gradients(module, all_reduce=self._all_reduce)
 
+    def average(self, tensor: Tensor) -> Tensor:
+        """The mean over ranks, in place."""
+        if dist.is_initialized():
+            self._all_reduce(tensor)
+            tensor /= dist.get_world_size()
+        return tensor
+
     def _all_reduce(self, tensor: Tensor) -> None:
         dist.all_reduce(tensor)
 
@@ -421,6 +428,9 @@ class XlaDevice(Device):
     def average_gradients(self, module: nn.Module) -> None:
         if self._num_hosts == 1:  # with more hosts, the program has summed over all of them
             super().average_gradients(module)
+
+    def average(self, tensor: Tensor) -> Tensor:
+        return super().average(tensor) if self._num_hosts == 1 else tensor
 
     def _all_reduce(self, tensor: Tensor) -> None:
         self._settle()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MIN_RATE = 1e-6  # pairs per second; less would overflow
+_TERMS = ("contrastive loss", "caption loss", "local loss", "masked loss")
 _MAX_POINTS = 1000  # of a curve; a longer one keeps the lowest and highest point of each stretch
 
 
@@ -32,7 +33,9 @@ def charts(run: RunFiles) -> list[dict[str, Any]]:
         caption = _from_to("Loss per image, lower is better", loss)
         caption += " Above: time in training, without pauses for checkpoints and restarts." if times else ""
         caption += " Dotted: a phase begins." if run.phases else ""
-        add("Loss", caption, panels(("sigmoid loss per image", loss), is_log=is_log))
+        terms = [(name, points) for name in _TERMS if (points := curve(run.metrics, f"train/{name.replace(' ', '_')}"))]
+        caption += " Below: its terms, without their weights." if terms else ""
+        add("Loss", caption, panels(("loss per image", loss), *terms, is_log=is_log and not terms))
     for name in run.zero_shot:
         if chart := _zero_shot(run, name):
             add(f"Zero-shot: {name}", *chart)

@@ -159,6 +159,7 @@ def check_model_config(config: RunConfig, *, is_begun: bool = False, reads_token
     from sigray.workers.model.towers import check_model, layer_scales
     from sigray.workers.training.optim import parameter_groups
     from sigray.workers.training.phases import phases_of
+    from sigray.workers.training.student import views_of
 
     module = check_model(config.model)
     if not is_begun:
@@ -166,8 +167,11 @@ def check_model_config(config: RunConfig, *, is_begun: bool = False, reads_token
     if reads_tokenizer:
         check_tokenizer(config.model, module.get_submodule("text"), is_begun=is_begun)
     parameter_groups(module, config.optim, layer_scales(module, config.model, config.optim.layer_decay))
-    for phase in phases_of(config)[1:]:
-        module = check_border(f"phases.{phase.number - 1}", module, phase)
+    for phase in phases_of(config):
+        if phase.number:
+            module = check_border(f"phases.{phase.number - 1}", module, phase)
+        if phase.loss.distill is not None:
+            views_of(phase.loss.distill, module.get_submodule("visual.trunk"))
     check_slices(config.cluster)
 
 

@@ -27,6 +27,7 @@ _EMA = "tests/workers/training/test_ema.py::test_"
 _CAPTIONS = "tests/workers/training/test_captions.py::test_"
 _DECODER = "tests/workers/model/test_decoder.py::test_decoder_is_big_visions[double-"
 _GENERATE = "tests/workers/model/test_decoder.py::test_"
+_STUDENT = "tests/workers/training/test_student.py::test_"
 _PHASES = "tests/workers/training/test_phases.py::test_"
 
 FAULTS = [
@@ -97,8 +98,8 @@ FAULTS = [
     Fault(
         "a resume begins the average of the weights anew",
         "sigray.workers.checkpoint.writer:load_checkpoint",
-        "if info.has_ema else {}",
-        "if False else {}",
+        "keeps_average = info.has_ema and",
+        "keeps_average = False and",
         (f"{_EMA}a_killed_and_resized_run_ends_with_the_same_bits",),
     ),
     Fault(
@@ -513,8 +514,36 @@ FAULTS = [
     Fault(
         "the decoder is not split",
         "sigray.workers.model.towers:named_parts",
-        '(*TOWERS, "decoder")',
+        '(*TOWERS, "decoder", "distiller")',
         "TOWERS",
         (f"{_CAPTIONS}the_decoder_is_split_compiled_and_checkpointed",),
+    ),
+    Fault(
+        "the teacher is the student",
+        "sigray.workers.training.step:Trainer._average_of",
+        "self.optimizer.state.get(parameter, {}).get(EMA, parameter)",
+        "parameter",
+        (f"{_STUDENT}loss_and_every_gradient_equal_the_twin[1-1]",),
+    ),
+    Fault(
+        "centers are of one rank",
+        "sigray.workers.training.student:Student.move_centers",
+        "self._device.average(total / self._num_rows)",
+        "total / self._num_rows",
+        (f"{_STUDENT}loss_and_every_gradient_equal_the_twin[1-2]",),
+    ),
+    Fault(
+        "the average goes on where a teacher begins",
+        "sigray.workers.training.saver:restore",
+        "Border(phase.init_fresh, resize, begins_teacher)",
+        "Border(phase.init_fresh, resize)",
+        ("tests/workers/training/test_siglip2.py::test_the_teacher_begins_as_the_student",),
+    ),
+    Fault(
+        "local views keep the position embeddings of a large one",
+        "sigray.workers.model.distiller:ViewEncoder._positions",
+        "self._resize[edge] @ embeddings",
+        "embeddings[:, : edge * edge]",
+        (f"{_STUDENT}loss_and_every_gradient_equal_the_twin[1-1]",),
     ),
 ]

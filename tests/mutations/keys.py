@@ -66,6 +66,7 @@ _LEAP = (f"{_HERE}test_a_loss_that_leaps_is_left_out",)
 _STEP = f"{_HERE}test_how_a_step_goes_through_the_towers"
 _LOSS = f"{_HERE}test_the_loss_that_is_computed"
 _CAPTIONS = (f"{_HERE}test_the_decoder_that_captions",)
+_STUDENT = (f"{_HERE}test_the_student_and_its_views",)
 _OPTIMIZER = (f"{_HERE}test_the_optimizer_of_a_run",)
 _RATES = (f"{_HERE}test_learning_rates_of_a_run",)
 _ORDER = (f"{_HERE}test_the_order_and_the_first_weights_follow_the_config",)
@@ -135,6 +136,9 @@ KEYS: dict[str, tuple[str, ...]] = {
     "model.decoder.width": _CAPTIONS,
     "model.decoder.heads": _CAPTIONS,
     "model.decoder.bias": _CAPTIONS,
+    "model.heads.hidden": _STUDENT,
+    "model.heads.bottleneck": _STUDENT,
+    "model.heads.prototypes": _STUDENT,
     "model.init_from": (f"{_HERE}test_weights_to_begin_with[fresh0]",),
     "model.init_fresh": (f"{_HERE}test_weights_to_begin_with[fresh1]",),
     "model.init_logit_scale": _MODEL,
@@ -171,6 +175,18 @@ KEYS: dict[str, tuple[str, ...]] = {
     "loss.negatives_fraction": (f"{_LOSS}[loss1-expected1]",),
     "loss.caption_weight": _CAPTIONS,
     "loss.caption_parallel": _CAPTIONS,
+    "loss.distill.local_weight": _STUDENT,
+    "loss.distill.masked_weight": _STUDENT,
+    "loss.distill.num_local_views": _STUDENT,
+    "loss.distill.local_size": _STUDENT,
+    "loss.distill.global_scale": _STUDENT,
+    "loss.distill.local_scale": _STUDENT,
+    "loss.distill.mask_fraction": _STUDENT,
+    "loss.distill.predicts": _STUDENT,
+    "loss.distill.teacher": _STUDENT,
+    "loss.distill.student_temperature": _STUDENT,
+    "loss.distill.teacher_temperature": _STUDENT,
+    "loss.distill.center_momentum": _STUDENT,
     "loss.tile_size": (f"{_LOSS}[loss0-expected0]",),
     "optim.name": (f"{_HERE}test_other_optimizers[lion]",),
     "optim.lr": _RATES,

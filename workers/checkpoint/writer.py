@@ -288,10 +288,12 @@ class Border:
     Attributes:
         init_fresh: patterns of the trained parameters that start fresh.
         resize: name, tensor of the checkpoint, tensor of the model, model -> the tensor in the model's size.
+        begins_average: whether the average of the weights begins again, with the weights.
     """
 
     init_fresh: tuple[str, ...]
     resize: Callable[[str, torch.Tensor, torch.Tensor, nn.Module], torch.Tensor]
+    begins_average: bool = False
 
     def is_fresh(self, name: str) -> bool:
         return any(re.fullmatch(pattern, name) for pattern in self.init_fresh)
@@ -379,7 +381,8 @@ def load_checkpoint(
 
     renewed = load_weights(storage, info, module, border=border)
     state = torch.load(io.BytesIO(_verified(storage, info, _OPTIMIZER)), map_location="cpu", weights_only=True)
-    ema = load(_verified(storage, info, EMA_FILE)) if info.has_ema else {}
+    keeps_average = info.has_ema and not (border is not None and border.begins_average)
+    ema = load(_verified(storage, info, EMA_FILE)) if keeps_average else {}
     for number, name in enumerate(_names(module, optimizer)):
         if name in renewed:
             state["state"].pop(number, None)

@@ -18,6 +18,7 @@ class Purpose(IntEnum):
     NOISE_ALIGNMENT = 2
     NOISE_ORDER = 3
     PARALLEL_CAPTION = 4
+    MASKED_PATCHES = 5
 
 
 def are_drawn(samples: np.ndarray, seed: int, purpose: Purpose, fraction: float) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a row of a batch holds: the image, and views of the image for self-distillation.
+"""Pixels of a sample: the image, and views of it for self-distillation.
 
     S  image size, also of the global view      s  size of a local view      L  local views      b  rows
 
@@ -78,10 +78,10 @@ def split(rows: Rows, pixels: Pixels) -> tuple[Rows, Rows, Rows]:
     views, size = pixels.views, pixels.image_size
     assert views is not None
     assert rows.shape[1:] == pixels.shape
-    count, end = len(rows), 3 * size**2
-    images, global_views, local_views = rows[:, :end], rows[:, end : 2 * end], rows[:, 2 * end :]
+    count = len(rows)
+    end = 3 * size**2
     return (
-        images.reshape(count, size, size, 3),
-        global_views.reshape(count, size, size, 3),
-        local_views.reshape(count, views.num_local, views.local_size, views.local_size, 3),
+        rows[:, :end].reshape(count, size, size, 3),
+        rows[:, end : 2 * end].reshape(count, size, size, 3),
+        rows[:, 2 * end :].reshape(count, views.num_local, views.local_size, views.local_size, 3),
     )

@@ -24,6 +24,7 @@ from torch.func import functional_call
 from sigray.workers.config import ModelConfig, Tower
 from sigray.workers.model.bottleneck import use_bottleneck
 from sigray.workers.model.decoder import ImageTokens, build_decoder
+from sigray.workers.model.distiller import build_distiller
 from sigray.workers.model.image_towers import StoredTower, load_image_tower
 from sigray.workers.model.inputs import image_inputs, shapes, tower_config
 from sigray.workers.model.timm_vits import register_siglip_vit
@@ -70,6 +71,8 @@ def build_model(model: ModelConfig, *, stored_embeddings: bool = False) -> nn.Mo
         use_bottleneck(module, model.token_bottleneck)
     if model.decoder is not None:  # last, so that the towers draw the weights that they have without it
         module.decoder = build_decoder(model, module.visual, module.text)
+    if model.heads is not None:
+        module.distiller = build_distiller(model.heads, module.visual, int(config["embed_dim"]))
     return module
 
 
@@ -81,8 +84,8 @@ def build_bare_model(model: ModelConfig) -> nn.Module:
 
 
 def named_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the parts of a model that have blocks: both towers, and its decoder."""
-    return [(name, part) for name, part in module.named_children() if name in (*TOWERS, "decoder")]
+    """Return both towers, and what training alone needs: decoder and distiller."""
+    return [(name, part) for name, part in module.named_children() if name in (*TOWERS, "decoder", "distiller")]
 
 
 def lock_towers(module: nn.Module, model: ModelConfig) -> None:

@@ -53,8 +53,9 @@ def restore(
 
     def load(info: CheckpointInfo) -> None:
         ((phase, trainer),) = made
-        is_border = phase_of_checkpoint(phases, info.step) != phase
-        border = Border(phase.init_fresh, resize) if is_border else None
+        before = phase_of_checkpoint(phases, info.step)
+        begins_teacher = phase.loss.distill is not None and before.loss.distill is None  # it begins as the student
+        border = Border(phase.init_fresh, resize, begins_teacher) if before != phase else None
         load_checkpoint(storage, info, trainer.module, trainer.optimizer, border)
 
     def load_first(info: CheckpointInfo) -> None:

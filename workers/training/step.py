@@ -13,13 +13,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sigray.losses import NonFiniteFeatures, cached_backward, feature_means
 from sigray.losses.spans import span
+from sigray.workers.checkpoint.writer import EMA
 from sigray.workers.config import LossConfig, ModelConfig, OptimConfig, Tower
 from sigray.workers.data.loader import Batch
+from sigray.workers.data.views import Pixels, split
 from sigray.workers.device import Device, LateChecks
+from sigray.workers.model.inputs import shapes
 from sigray.workers.model.tokenizer import CaptionEnds
 from sigray.workers.model.towers import (
     TOWERS,
@@ -33,6 +36,8 @@ from sigray.workers.model.towers import (
 from sigray.workers.training.captioner import Captioner
 from sigray.workers.training.optim import build_optimizer, learning_rate, update_ema
 from sigray.workers.training.phases import Schedule
+from sigray.workers.training.row_losses import RowLosses
+from sigray.workers.training.student import Student
 
 
 @dataclass
@@ -75,6 +80,7 @@ class Trainer:
 
     Attributes:
         module: the open_clip model, with the same weights on every rank.
+        pixels: what a row of a batch's images must hold.
     """
 
     def __init__(
@@ -107,10 +113,15 @@ class Trainer:
             compile_tower_blocks(self.module)
         if activation_checkpointing:
             checkpoint_activations(self.module, model, device.checkpoint)
-        self._captioner: Captioner | None = None
+        captioner: Captioner | None = None
         if loss.caption_weight:
             assert caption_ends is not None, "a captioning loss needs the tokenizer's pads"
-            self._captioner = Captioner(self.module, loss, caption_ends, seed, is_recorded=device.settle is not None)
+            captioner = Captioner(self.module, loss, caption_ends, seed, is_recorded=device.settle is not None)
+        student: Student | None = None
+        if loss.distill is not None:
+            student = Student(self.module, model, loss.distill, self._average_of, device, seed)
+        self._row_losses = RowLosses(loss, captioner, student)
+        self.pixels = Pixels(shapes(model)[0], student.views if student is not None else None)
         scales = layer_scales(self.module, model, optim.layer_decay)
         self.optimizer = build_optimizer(self.module, optim, device.optimizer_options(), scales)
         self._log_logit_scale = self.module.get_parameter("logit_scale")
@@ -129,13 +140,14 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         means: list[Tensor] = []
         late_checks: LateChecks = []
-        captioner = self._captioner
-        row_loss = None if captioner is None else lambda rows: captioner.loss(rows, len(batch.tokens))
+        contrastive: list[Tensor] = []
 
         def global_loss(image_features: Tensor, text_features: Tensor) -> Tensor:
             with span("loss: tiles"):
                 means.append(feature_means(image_features, text_features))
-                return self._global_loss(image_features, text_features, batch.step, size, late_checks)
+                value = self._global_loss(image_features, text_features, batch.step, size, late_checks)
+            contrastive.append(value.detach())
+            return value
 
         try:
             loss = cached_backward(
@@ -143,7 +155,7 @@ class Trainer:
                 global_loss,
                 num_rows=len(batch.images),
                 micro_batch_size=size,
-                row_loss=row_loss,
+                row_loss=(lambda rows: self._row_losses.loss(rows, len(batch.images))) if self._row_losses else None,
                 encode_again=lambda rows: self._encode_again(batch, rows, rows.start // size),
                 sync=self._device.settle,
             )
@@ -158,6 +170,7 @@ class Trainer:
             ) from error
         with span("gradient all-reduce"):
             self._device.average_gradients(self.module)
+        terms = {"contrastive_loss": contrastive[0], **self._row_losses.finish()} if self._row_losses else {}
         with span("optimizer"):
             clip = self._optim.grad_clip_norm
             grad_norm = self._device.clip_gradients(self.module, clip if clip is not None else float("inf"))
@@ -171,7 +184,6 @@ class Trainer:
             self._is_first = False
         if self._device.settle is not None:
             self._device.settle()
-        terms = {} if captioner is None else captioner.terms(loss)
         return StepResult(loss, means[0], logit_scale, logit_bias, grad_norm, lr, terms)
 
     def _encode(
@@ -181,25 +193,30 @@ class Trainer:
         # Dropout depends on (seed, step, rank, micro-batch) alone: a second pass over the micro-batch draws the same
         # numbers, and a resumed run needs no saved random state.
         self._device.seed(_mixed_seed([self._seed, batch.step, self._device.random_rank, micro_batch]))
-        captioner = self._captioner if torch.is_grad_enabled() else None
-        targets = () if captioner is None else captioner.targets(batch, rows)
+        row_losses = self._row_losses if self._row_losses and torch.is_grad_enabled() else None
+        captions, masks = row_losses.targets(batch, rows) if row_losses is not None else ([], [])
         with span("to device"):
-            images, tokens, *copies = self._device.to_device(batch.images[rows], batch.tokens[rows], *targets)
+            images, tokens, *copies = self._device.to_device(batch.images[rows], batch.tokens[rows], *captions, *masks)
+        views: tuple[Tensor, Tensor] | None = None
+        if self.pixels.views is not None:
+            images, *both = split(images, self.pixels)
+            views = both[0], both[1]
         with span("forward"), self._device.autocast():
             # A locked tower draws no random numbers, so leaving it out does not change those of the other tower.
             if "visual" in towers and images.dtype == torch.uint8:  # not stored embeddings
                 images = normalize_pixels(images, self._model)
             features = self.module(images if "visual" in towers else None, tokens if "text" in towers else None)
-            if captioner is not None:
-                captioner.encode(tokens, *copies)
+            if row_losses is not None:
+                row_losses.encode(tokens, views, copies[: len(captions)], copies[len(captions) :])
         names = {"visual": "image_features", "text": "text_features"}
         return tuple(self._device.lay_out(features[names[tower]].to(self._device.product_dtype)) for tower in towers)
 
     def _encode_again(self, batch: Batch, rows: slice, micro_batch: int) -> tuple[Tensor | None, ...]:
         """As `_encode`, with None in place of the features of a locked tower."""
         unlocked = [tower for tower in TOWERS if tower not in self._model.locked]
-        # The decoder reads the image tower, also a locked one.
-        needed = [tower for tower in TOWERS if tower in unlocked or (tower == "visual" and self._captioner)]
+        needed = [
+            name for name in TOWERS if name in unlocked or (name == "visual" and self._row_losses.reads_image_tower)
+        ]
         features = dict(zip(needed, self._encode(batch, rows, micro_batch, needed), strict=True))
         return tuple(features[tower] if tower in unlocked else None for tower in TOWERS)
 
@@ -211,6 +228,9 @@ class Trainer:
         return self._device.loss(
             features, self._loss, seed=seed, micro_batch_size=micro_batch_size, late_checks=late_checks
         )
+
+    def _average_of(self, parameter: nn.Parameter) -> Tensor:
+        return self.optimizer.state.get(parameter, {}).get(EMA, parameter)
 
     def _set_learning_rate(self, step: int) -> float:
         lr = learning_rate(self._optim, self._schedule.place(step * self._global_batch_size), self._schedule.length)

@@ -21,7 +21,6 @@ from sigray.workers.checkpoint.writer import read_left_out
 from sigray.workers.config import ModelConfig, OptimConfig
 from sigray.workers.data.label_noise import Noise
 from sigray.workers.data.loader import Counts, Loader
-from sigray.workers.data.views import Pixels
 from sigray.workers.data.worker import build_order, image_kind
 from sigray.workers.device import Device, check_collectives, open_device
 from sigray.workers.model.init_weights import load_initial_weights
@@ -118,7 +117,7 @@ def _train_phase(
     if job.profile is not None:  # after the trainer: the schedule of the learning rate is that of the whole run
         num_steps = min(num_steps, job.profile.total)
     vocab_size: Any = trainer.module.get_submodule("text").vocab_size  # rows of its table
-    pixels = Pixels(shapes(phase.model)[0]) if job.manifest.store is None else None
+    pixels = trainer.pixels if job.manifest.store is None else None
     loader = Loader(
         build_order(job.manifest, job.data, job.seed, mixes_of(job)),
         job.blocks,

@@ -17,7 +17,7 @@ from sigray.workers.model.towers import build_model, check_model, checkpoint_act
 from tests.helpers.bare import train_bare
 from tests.helpers.data import TOWERS, write_small_run
 from tests.helpers.ranks import run_on_ranks
-from tests.helpers.steps import NUM_PAIRS, SEED, check_gradients, global_batch, make_trainer, part_of
+from tests.helpers.steps import NUM_PAIRS, SEED, check_gradients, global_batch, make_trainer, part_of, samples
 
 SIGLIP = {
     "embed_dim": 32,
@@ -40,10 +40,6 @@ MODELS = {
     "timm": MODEL.model_copy(update={"towers": {**SIGLIP, "text_cfg": MODEL.towers["text_cfg"]}}),
 }
 LOSS = LossConfig(caption_weight=0.7, caption_parallel=0.4)
-
-
-def samples():
-    return np.stack([np.zeros(NUM_PAIRS), np.arange(NUM_PAIRS) % 3, np.arange(NUM_PAIRS)], axis=1).astype(np.int64)
 
 
 def captions():

@@ -1,0 +1,172 @@
+"""The self-distillation terms of a step, micro-batch by micro-batch.
+
+    b  images of this rank      L  local views of each      P  patches      m  predicted patches of each image
+
+The teacher is the average of the weights (`train.ema`), or the weights themselves before the first update. It sees the
+global view. The student sees the local views, and the global view with masked patches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from sigray.losses import Teacher, distillation_loss
+from sigray.workers.config import DistillConfig, ModelConfig
+from sigray.workers.data.loader import Batch
+from sigray.workers.data.sample_hash import Purpose, place_hash
+from sigray.workers.data.views import Views
+from sigray.workers.device import Device
+from sigray.workers.model.distiller import ViewEncoder
+from sigray.workers.model.towers import normalize_pixels
+
+
+class Student:
+    """The image tower of a model that learns from its own average.
+
+    Args:
+        module: the model, with a distiller.
+        average_of: returns the average of a parameter, or the parameter if it has none yet.
+        seed: of the run.
+
+    Attributes:
+        views: what a batch must hold beside the images.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        model: ModelConfig,
+        config: DistillConfig,
+        average_of: Callable[[nn.Parameter], Tensor],
+        device: Device,
+        seed: int,
+    ) -> None:
+        self._encoder = ViewEncoder(module.get_submodule("visual"), module.get_submodule("distiller"))
+        self._model, self._config, self._device, self._seed = model, config, device, seed
+        self._average_of = average_of
+        trunk: Any = module.get_submodule("visual.trunk")
+        self._num_patches = trunk.patch_embed.num_patches
+        self.views = views_of(config, trunk)
+        self._sums: dict[str, Tensor] = {}  # of the teacher's states, by head
+        self._num_rows = 0
+
+    def targets(self, batch: Batch, rows: slice) -> list[Tensor]:
+        """Host tensors of a micro-batch, for `encode`.
+
+        (rows, P) bool: the masked patches; and (rows, m): the numbers of the predicted ones, in order.
+        """
+        masked = drawn_patches(batch.samples[rows], self._seed, self._num_patches, self._config.mask_fraction)
+        if self._config.predicts == "all":
+            reads = np.broadcast_to(np.arange(self._num_patches), masked.shape).copy()
+        else:
+            reads = np.nonzero(masked)[1].reshape(len(masked), -1)
+        return [torch.from_numpy(masked), torch.from_numpy(reads)]
+
+    def encode(self, global_views: Tensor, local_views: Tensor, masked: Tensor, reads: Tensor) -> dict[str, Tensor]:
+        """The terms of a micro-batch: means over its images.
+
+        Args:
+            global_views: (rows, S, S, 3) uint8 on the device.
+            local_views: (rows, L, s, s, 3) uint8.
+            masked, reads: those of `targets`, on the device.
+        """
+        config = self._config
+        pixels = normalize_pixels(global_views, self._model)
+        has_local, has_masked = config.local_weight > 0, config.masked_weight > 0
+        with torch.no_grad(), self._as_teacher() as weights:
+            kinds = {"pools": has_local, "reads": reads if has_masked else None}
+            wanted = functional_call(self._encoder, weights, (pixels,), kinds)
+        self._num_rows += len(pixels)
+        found = {}
+        if has_local:
+            small = normalize_pixels(local_views.flatten(0, 1), self._model)
+            states, table = self._encoder(small, pools=True)["local"]
+            states = states.unflatten(0, local_views.shape[:2])
+            found["local_loss"] = self._loss("local", states, table, wanted["local"][0][:, None], wanted["local"][1])
+        if has_masked:
+            states, table = self._encoder(pixels, masked, pools=False, reads=reads)["masked"]
+            found["masked_loss"] = self._loss("masked", states, table, *wanted["masked"])
+        return found
+
+    def _loss(self, head: str, states: Tensor, table: Tensor, teacher: Tensor, teacher_table: Tensor) -> Tensor:
+        """The term of a head; adds the teacher's states to those of the step."""
+        config = self._config
+        total = teacher.float().mean(dim=1).sum(dim=0)
+        self._sums[head] = self._sums[head] + total if head in self._sums else total
+        center: Tensor = self._encoder.distiller.get_buffer(f"{head}_center")
+        products = self._device.product_dtype
+        wanted = Teacher(teacher.to(products), teacher_table.to(products), center, config.teacher_temperature)
+        with torch.autocast(states.device.type, enabled=False):
+            return distillation_loss(states.to(products), table.to(products), wanted, config.student_temperature)
+
+    def move_centers(self) -> None:
+        """Move the averages of the teacher's logits; before the step changes the weights.
+
+        The mean over a batch of logits is that of the states, times the prototypes.
+        """
+        momentum = self._config.center_momentum
+        with torch.no_grad(), self._as_teacher() as weights:
+            for head, total in self._sums.items():
+                mean = self._device.average(total / self._num_rows)
+                name = f"distiller.{head}_head.prototypes"
+                table = weights.get(name, self._encoder.get_parameter(name))
+                logits = torch.nn.functional.normalize(table, dim=-1) @ mean
+                self._encoder.distiller.get_buffer(f"{head}_center").lerp_(logits, 1 - momentum)
+        self._sums = {}
+        self._num_rows = 0
+
+    @contextlib.contextmanager
+    def _as_teacher(self) -> Iterator[dict[str, Tensor]]:
+        """Yield the teacher's weights by name, without dropout in the meantime."""
+        training = [part for part in self._encoder.modules() if part.training]
+        for part in training:
+            part.training = False
+        try:
+            yield {
+                name: self._average_of(parameter)
+                for name, parameter in self._encoder.named_parameters()
+                if self._config.teacher == "all" or name.startswith("distiller.")
+            }
+        finally:
+            for part in training:
+                part.training = True
+
+
+def views_of(config: DistillConfig, trunk: Any) -> Views:
+    """Return the views that a section asks for.
+
+    Args:
+        trunk: the ViT of timm.
+
+    Raises:
+        ValueError: if its patches do not divide a small crop.
+    """
+    patch, size = trunk.patch_embed.patch_size[0], trunk.patch_embed.img_size[0]
+    local_size = config.local_size or max(1, round(size * 3 / 7 / patch)) * patch
+    if local_size % patch:
+        raise ValueError(f"loss.distill.local_size={local_size} does not divide by the patches of {patch} pixels")
+    num_local = config.num_local_views if config.local_weight else 0
+    return Views(num_local, local_size, config.global_scale, config.local_scale)
+
+
+def drawn_patches(samples: np.ndarray, seed: int, num_patches: int, fraction: float) -> np.ndarray:
+    """Return (n, num_patches) bool, the masked patches of each sample.
+
+    Each sample has the same number of them, at least one.
+
+    Args:
+        samples: (n, 3) epoch, shard, index.
+    """
+    each = np.repeat(samples, num_patches, axis=0)
+    places = np.column_stack([each, np.tile(np.arange(num_patches), len(samples))])
+    order = place_hash(places, seed, Purpose.MASKED_PATCHES).reshape(len(samples), num_patches).argsort(axis=1)
+    masked = np.zeros((len(samples), num_patches), bool)
+    np.put_along_axis(masked, order[:, : max(1, round(fraction * num_patches))], True, axis=1)
+    return masked
