@@ -328,14 +328,20 @@ class DataConfig(Section):
 
 
 class DecoderConfig(Section):
-    layers: PositiveInt | None = None
-    """Blocks; null: half of the text tower's, as in SigLIP 2."""
-    width: PositiveInt | None = None
+    layers: Annotated[PositiveInt, Field(le=1000)] | None = None
+    """Blocks; null: half of the text tower's, as in SigLIP 2.
+    If init_from alone says the towers, its config also says the keys of this section that are not given."""
+    width: Annotated[PositiveInt, Field(le=2**14)] | None = None
     """Width; null: the text tower's. So is the factor from width to MLP."""
-    heads: PositiveInt | None = None
+    heads: Annotated[PositiveInt, Field(le=2**14)] | None = None
     """Attention heads; null: the text tower's."""
     bias: bool = False
     """Biases in norms and MLPs; without them as in big_vision's config of CapPa."""
+
+    def filled_from(self, other: DecoderConfig | None) -> DecoderConfig:
+        """Return the keys that were given here, the rest of another decoder."""
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return self if other is None else other.model_copy(update=given)
 
 
 class HeadsConfig(Section):

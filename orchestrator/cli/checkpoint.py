@@ -50,10 +50,14 @@ def _evaluated(options: Namespace) -> tuple[str, RunConfig, Any]:
 
 
 def _export_job(options: Namespace) -> Job:
+    from sigray.orchestrator.run.export import check_decoder
+
     run = options.checkpoint.rstrip("/").partition("/checkpoints/")[0]
     out = options.out or f"{run}/export/{options.format}"
     flags = ["--format", options.format, "--out", out, *(["--overwrite"] if options.overwrite else [])]
     flags += ["--weights", options.weights] if options.weights else []
+    flags += ["--with-decoder"] if options.with_decoder else []
+    check_decoder(options.format, with_decoder=options.with_decoder)
     job = place_job("export", options.checkpoint, "run", flags=flags)
     if not is_shared(out):
         raise ConfigError(f"--out {out} is a folder of this machine: give {URL}, or leave it out for {run}")
@@ -68,6 +72,7 @@ def _export_job(options: Namespace) -> Job:
     argument(
         "--weights", choices=["ema", "last"], help="with train.ema: the average, the default, or the last weights"
     ),
+    argument("--with-decoder", action="store_true", help="keep the captioning decoder: with --format safetensors"),
     argument("--out", metavar="DIR", help="new folder, or its URL in a store (default RUN_DIR/NAME/export/FORMAT)"),
     argument("--overwrite", action="store_true", help="delete an earlier export first"),
     job=_export_job,
@@ -89,7 +94,13 @@ def export(options: Namespace, console: Console) -> None:
     from sigray.orchestrator.run.export import export_run
 
     place, remarks = export_run(
-        config, checkpoint, options.format, options.out, weights=options.weights, overwrite=options.overwrite
+        config,
+        checkpoint,
+        options.format,
+        options.out,
+        weights=options.weights,
+        with_decoder=options.with_decoder,
+        overwrite=options.overwrite,
     )
     say(console, f"checkpoint {checkpoint.name} of {run}", *remarks, f"exported: {place}")
 

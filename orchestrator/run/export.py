@@ -32,7 +32,14 @@ _SOME_TEXTS = ("a photo of a cat", "two dogs, one ball", "rain")
 
 
 def export_run(
-    config: RunConfig, info: CheckpointInfo, form: str, out: str | None, *, weights: str | None = None, overwrite: bool
+    config: RunConfig,
+    info: CheckpointInfo,
+    form: str,
+    out: str | None,
+    *,
+    weights: str | None = None,
+    with_decoder: bool = False,
+    overwrite: bool,
 ) -> tuple[str, list[str]]:
     """Write a checkpoint as `workers/model/export.py` can; return place and remarks.
 
@@ -42,17 +49,21 @@ def export_run(
         form: open_clip, transformers, safetensors or onnx.
         out: the folder to write, or its s3:// URL; None: RUN/export/FORM.
         weights: ema or last; None: ema if the checkpoint has it.
+        with_decoder: keep the captioning decoder, which the form safetensors alone can.
         overwrite: delete an earlier export first.
 
     Raises:
-        ConfigError: if the folder is in use, the model cannot be exported, or the checkpoint has no average.
+        ConfigError: if the folder is in use, the model cannot be exported, or the checkpoint has no average or decoder.
         CheckpointError: for a damaged checkpoint.
         RuntimeError: if a package is missing, or the exported model computes other features.
     """
     from sigray.workers.model.export import EXPORTERS, LOADERS, compare
     from sigray.workers.model.init_weights import build_trained_model
-    from sigray.workers.model.towers import num_parameters
+    from sigray.workers.model.towers import TRAINING_PARTS, num_parameters
 
+    check_decoder(form, with_decoder=with_decoder)
+    if with_decoder and config.model.decoder is None:
+        raise ConfigError(f"--with-decoder: {config.storage_uri} was trained without one (model.decoder=null)")
     phase = phase_of_checkpoint(phases_of(config), info.step)
     config = config.model_copy(update={"model": phase.model, "loss": phase.loss, "optim": phase.optim})
     ema = info.has_ema if weights is None else weights == "ema"
@@ -89,6 +100,16 @@ def export_run(
         remarks.append(
             f"weights: their average ({half_life})" if ema else "weights: of the last step, not their average"
         )
+    left_out = {name for name in TRAINING_PARTS if hasattr(module, name) and not (with_decoder and name == "decoder")}
+    if left_out:
+        sizes = {name: num_parameters(module.get_submodule(name)) for name in sorted(left_out)}
+        parts = ", ".join(f"{name} ({size:,} parameters)" for name, size in sizes.items())
+        remedy = "; --format safetensors --with-decoder keeps the decoder" if "decoder" in left_out else ""
+        remarks.append(f"left out: {parts}{remedy}")
+    for name in left_out:
+        delattr(module, name)
+    kept = config.model.decoder if with_decoder else None
+    config = config.model_copy(update={"model": config.model.model_copy(update={"decoder": kept, "heads": None})})
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent if place.is_local else None) as parent:
         staging = Path(parent) / path.name
         staging.mkdir()
@@ -134,6 +155,16 @@ def export_run(
             for file in sorted(staging.iterdir(), key=lambda file: file.name == CARD):
                 place.upload(file, file.name)
     return place.uri, remarks
+
+
+def check_decoder(form: str, *, with_decoder: bool) -> None:
+    """Refuse a decoder in a form that has no place for it.
+
+    Raises:
+        ConfigError: names the form.
+    """
+    if with_decoder and form != "safetensors":
+        raise ConfigError(f"--format {form} has no place for a captioning decoder: --with-decoder needs safetensors")
 
 
 def model_card(

@@ -81,8 +81,10 @@ def with_inputs(config: RunConfig, say: Callable[[str], None], begun: RunConfig 
         kept = inputs_of(begun.model)
         if wanted.name is None and wanted.towers is None:  # the run has its towers, whatever the weights say now
             own = begun.model
-            taken = {"name": own.name, "towers": own.towers, "token_bottleneck": own.token_bottleneck}
+            taken: dict[str, Any] = {"name": own.name, "towers": own.towers, "token_bottleneck": own.token_bottleneck}
             taken["image_size"] = wanted.image_size or own.image_size
+            if wanted.decoder is not None:
+                taken["decoder"] = wanted.decoder.filled_from(own.decoder)
             wanted = wanted.model_copy(update=taken)
     elif config.embeddings.store is not None:
         kept = EmbeddingStore(config.embeddings.store).image_inputs()

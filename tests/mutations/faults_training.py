@@ -28,6 +28,7 @@ _CAPTIONS = "tests/workers/training/test_captions.py::test_"
 _DECODER = "tests/workers/model/test_decoder.py::test_decoder_is_big_visions[double-"
 _GENERATE = "tests/workers/model/test_decoder.py::test_"
 _STUDENT = "tests/workers/training/test_student.py::test_"
+_EXPORT = "tests/orchestrator/run/test_export_decoder.py::test_"
 _PHASES = "tests/workers/training/test_phases.py::test_"
 
 FAULTS = [
@@ -111,6 +112,27 @@ FAULTS = [
             "tests/orchestrator/run/test_export.py::"
             "test_the_average_of_the_weights_is_exported_unless_the_last_ones_are_wanted",
         ),
+    ),
+    Fault(
+        "an export has the decoder that it says it leaves out",
+        "sigray.orchestrator.run.export:export_run",
+        "delattr(module, name)",
+        "getattr(module, name)",
+        (f"{_EXPORT}safetensors_has_the_decoder_if_it_is_wanted[False]",),
+    ),
+    Fault(
+        "an exported decoder's sizes are not written down",
+        "sigray.workers.model.export:export_safetensors",
+        "decoder.sizes().model_dump()",
+        "model.decoder.model_dump()",
+        (f"{_EXPORT}safetensors_has_the_decoder_if_it_is_wanted[True]",),
+    ),
+    Fault(
+        "a new run's decoder does not take the sizes of its weights",
+        "sigray.workers.model.weights_towers:with_towers",
+        "model.decoder.filled_from(found.decoder)",
+        "model.decoder",
+        (f"{_EXPORT}a_new_run_begins_with_the_decoder[export]",),
     ),
     Fault(
         "clipping never applied",
@@ -514,7 +536,7 @@ FAULTS = [
     Fault(
         "the decoder is not split",
         "sigray.workers.model.towers:named_parts",
-        '(*TOWERS, "decoder", "distiller")',
+        "(*TOWERS, *TRAINING_PARTS)",
         "TOWERS",
         (f"{_CAPTIONS}the_decoder_is_split_compiled_and_checkpointed",),
     ),

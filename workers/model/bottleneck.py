@@ -11,8 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-TRAINING_PARTS = ("decoder.", "distiller.")
-"""Beginnings of the names of weights that training alone needs."""
 EMBEDDING = "text.token_embedding"
 _STD = 0.02  # of open_clip's token embedding: the tower starts with inputs of the usual size
 
@@ -61,8 +59,8 @@ def use_bottleneck(module: nn.Module, bottleneck: int) -> None:
 
 
 def fold_bottleneck(module: nn.Module) -> dict[str, Tensor]:
-    """The towers' weights by open_clip's names, a bottleneck folded into one table."""
-    weights = {name: each for name, each in module.state_dict().items() if not name.startswith(TRAINING_PARTS)}
+    """The weights by open_clip's names, a bottleneck folded into one table."""
+    weights = dict(module.state_dict())
     embedding = getattr(module.get_submodule("text"), "token_embedding", None)
     if isinstance(embedding, BottleneckEmbedding):
         weights = {name: value for name, value in weights.items() if not name.startswith(f"{EMBEDDING}.")}

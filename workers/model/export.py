@@ -3,7 +3,8 @@
     b  rows      S  image size      T  context length      D  embedding dimension
 
     open_clip      open_clip_config.json, open_clip_model.safetensors, tokenizer: for open_clip's `local-dir:FOLDER`
-    safetensors    model.safetensors by open_clip's names, config.json (the model section), tokenizer.json
+    safetensors    model.safetensors by open_clip's names, config.json (the model section), tokenizer.json; also
+                   the captioning decoder, if the module has one
     transformers   config.json, model.safetensors, processor: for AutoModel and AutoProcessor (export_transformers.py)
     onnx           image.onnx: (b, 3, S, S) float32 normalised pixels -> (b, D) of unit norm
                    text.onnx: (b, T) int64 tokens -> (b, D) of unit norm
@@ -88,7 +89,11 @@ def export_open_clip(module: nn.Module, model: ModelConfig, folder: Path) -> Non
 def export_safetensors(module: nn.Module, model: ModelConfig, folder: Path) -> None:
     """As `export_open_clip`: the weights by open_clip's names, and the model section."""
     _save_tokenizer(model, folder)
-    section = model.model_dump(mode="json", exclude={"init_from", "init_fresh", "token_bottleneck"})
+    other = {"init_from", "init_fresh", "token_bottleneck", "decoder", "heads"}
+    section = model.model_dump(mode="json", exclude=other)
+    if model.decoder is not None:
+        decoder: Any = module.get_submodule("decoder")
+        section["decoder"] = decoder.sizes().model_dump()
     section |= _tokenizer_of(folder)
     content = {"model": section, "preprocessing": preprocessing(model)}
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")

@@ -31,6 +31,8 @@ from sigray.workers.model.timm_vits import register_siglip_vit
 from sigray.workers.model.untrusted import read_tensors, reason, refuse_code
 
 TOWERS: tuple[Tower, ...] = ("visual", "text")
+TRAINING_PARTS = ("decoder", "distiller")
+"""Parts of a model beside its towers. The features of images and texts do without."""
 
 
 def build_model(model: ModelConfig, *, stored_embeddings: bool = False) -> nn.Module:
@@ -84,8 +86,8 @@ def build_bare_model(model: ModelConfig) -> nn.Module:
 
 
 def named_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return both towers, and what training alone needs: decoder and distiller."""
-    return [(name, part) for name, part in module.named_children() if name in (*TOWERS, "decoder", "distiller")]
+    """Return the parts of a model that have blocks: towers, decoder and distiller."""
+    return [(name, part) for name, part in module.named_children() if name in (*TOWERS, *TRAINING_PARTS)]
 
 
 def lock_towers(module: nn.Module, model: ModelConfig) -> None:

@@ -62,6 +62,8 @@ SMALL: dict[Tower, dict[str, Any]] = {
 def with_towers(model: ModelConfig) -> ModelConfig:
     """Return a config with the towers of its weights; one that has towers stays.
 
+    The sizes of a decoder are those of the weights' decoder, if they have one and the config gives none.
+
     Raises:
         ValueError: nothing beside the weights says their towers, or towers here cannot express them.
         StoreError: as `find_weights`.
@@ -90,6 +92,8 @@ def with_towers(model: ModelConfig) -> ModelConfig:
     for key in ("token_bottleneck", "image_size"):
         if getattr(model, key) is None:
             taken[key] = getattr(found, key)
+    if model.decoder is not None:
+        taken["decoder"] = model.decoder.filled_from(found.decoder)
     return model.model_copy(update=taken)
 
 
@@ -112,7 +116,7 @@ def weights_model(source: WeightsSource, towers: Iterable[Tower] = _BOTH) -> Mod
     section = source.config["model"] if source.format == "sigray" else run_section(source)
     if not section or (section.get("name") is None and section.get("towers") is None):
         return None
-    keys = ("name", "towers", "image_size", "token_bottleneck", "image_tower", "locked")
+    keys = ("name", "towers", "image_size", "token_bottleneck", "image_tower", "locked", "decoder")
     return _checked(source, {key: section[key] for key in keys if key in section})
 
 

@@ -145,6 +145,7 @@ PLACE = "/mnt/runs/a"  # of the hosts, and not of this machine
     (["resume", "runs/a"], "runs/a is a folder of this machine"),
     (["eval", "runs/a/checkpoints/step-0000000004"], "a folder of this machine"),
     (["export", "runs/a"], "a folder of this machine"),
+    (["export", PLACE, "--format=onnx", "--with-decoder"], "--with-decoder needs safetensors"),
     (["export", PLACE, "--out", "exported"], "--out exported is a folder of this machine"),
     (["eval", PLACE, "eval.sets.a.classes=nowhere.txt"], "eval.sets.a.classes=nowhere.txt is no file"),
     (["eval", PLACE, "data.stores.secret_key=canary"], "data.stores.secret_key: a secret by its name"),
@@ -186,6 +187,11 @@ def test_each_command_is_a_job(run_config, study):
         ),
         ("export", PLACE, "--format=onnx"): (
             f"export {PLACE} --format onnx --out {PLACE}/export/onnx", "/runs/a", f"fetch {PLACE}/export/onnx",
+        ),
+        ("export", PLACE, "--format=safetensors", "--with-decoder"): (
+            f"export {PLACE} --format safetensors --out {PLACE}/export/safetensors --with-decoder",
+            "/runs/a",
+            f"fetch {PLACE}/export/safetensors",
         ),
         ("export", PLACE, "--out=s3://b/out", "--overwrite"): (
             f"export {PLACE} --format open_clip --out s3://b/out --overwrite", "/runs/a", "fetch s3://b/out",
