@@ -19,13 +19,15 @@ DOCS = Path(__file__).parents[3] / "docs" / "operations.md"
 CONTENT: dict[str, Any] = {
     "run": {"name": "saved", "dir": "/runs", "storage": "/storage"},
     "data": {"shards": {"name": {"shards": "/tars", "weight": 2}}},
-    "model": {"name": "ViT-B-16-SigLIP"},
+    "model": {"name": "ViT-B-16-SigLIP", "decoder": {}, "heads": {}},
     "train": {
+        "ema": 64,
         "num_samples": 64,
         "global_batch_size": 8,
         "micro_batch_size": 4,
         "label_noise": {"kind": "text", "fraction": 0.5},
     },
+    "loss": {"caption_weight": 1, "distill": {}},
     "optim": {"groups": [{"match": "text.*"}]},
     "phases": [{"start": 48, "weights": {"name": 1}, "optim": {}, "loss": {}}],
     "eval": {"sets": {"name": {"shards": "/held_out"}}},
