@@ -541,6 +541,13 @@ FAULTS = [
         (f"{_CAPTIONS}the_decoder_is_split_compiled_and_checkpointed",),
     ),
     Fault(
+        "autocast keeps the teacher's weights for the student",
+        "sigray.workers.training.student:Student._as_teacher",
+        "else parameter).detach()",
+        "else parameter)",
+        (f"{_STUDENT}autocast_leaves_the_student_its_gradients",),
+    ),
+    Fault(
         "the teacher is the student",
         "sigray.workers.training.step:Trainer._average_of",
         "self.optimizer.state.get(parameter, {}).get(EMA, parameter)",

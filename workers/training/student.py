@@ -116,23 +116,25 @@ class Student:
             for head, total in self._sums.items():
                 mean = self._device.average(total / self._num_rows)
                 name = f"distiller.{head}_head.prototypes"
-                table = weights.get(name, self._encoder.get_parameter(name))
-                logits = torch.nn.functional.normalize(table, dim=-1) @ mean
+                logits = torch.nn.functional.normalize(weights[name], dim=-1) @ mean
                 self._encoder.distiller.get_buffer(f"{head}_center").lerp_(logits, 1 - momentum)
         self._sums = {}
         self._num_rows = 0
 
     @contextlib.contextmanager
     def _as_teacher(self) -> Iterator[dict[str, Tensor]]:
-        """Yield the teacher's weights by name, without dropout in the meantime."""
+        """Yield the teacher's weights by name, without dropout in the meantime.
+
+        They are detached: autocast would keep a weight that it casts here, without its graph, for the student.
+        """
         training = [part for part in self._encoder.modules() if part.training]
         for part in training:
             part.training = False
+        is_whole = self._config.teacher == "all"
         try:
             yield {
-                name: self._average_of(parameter)
+                name: (self._average_of(parameter) if is_whole or name.startswith("distiller.") else parameter).detach()
                 for name, parameter in self._encoder.named_parameters()
-                if self._config.teacher == "all" or name.startswith("distiller.")
             }
         finally:
             for part in training:

@@ -46,12 +46,12 @@ def rows_of_bytes():
     return torch.from_numpy(np.random.RandomState(5).randint(0, 256, (NUM_PAIRS, num_bytes)).astype(np.uint8))
 
 
-def make_trainer(world_size, num_micro_batches=1, ema=64, **settings):
+def make_trainer(world_size, num_micro_batches=1, ema=64, precision="fp32", **settings):
     trainer = Trainer(
         MODEL,
         OptimConfig(grad_clip_norm=None, schedule="constant"),
         LossConfig(distill=DistillConfig(**DISTILL | settings)),
-        open_device("cpu", 0, "fp32"),
+        open_device("cpu", 0, precision),
         schedule=Schedule(NUM_PAIRS),
         global_batch_size=NUM_PAIRS,
         micro_batch_size=NUM_PAIRS // world_size // num_micro_batches,
@@ -203,6 +203,17 @@ def test_a_term_of_weight_zero_is_not_computed(term):
     _, gradients, terms, _ = step_on_rank(0, 1, **{f"{term}_weight": 0.0})
     assert f"{term}_loss" not in terms
     assert {name.split(".")[1] for name, each in gradients.items() if each is None} >= {f"{term}_head"}
+
+
+@pytest.mark.parametrize("teacher", ["all", "heads"])
+@pytest.mark.parametrize("has_average", [False, True])
+def test_autocast_leaves_the_student_its_gradients(has_average, teacher):
+    """Autocast keeps the weights that it casts. The teacher, which runs first and without a graph, must not fill it."""
+    settings = {"has_average": has_average, "teacher": teacher}
+    expected, found = step_on_rank(0, 1, **settings)[1], step_on_rank(0, 1, precision="bf16", **settings)[1]
+    for name, gradient in found.items():
+        assert gradient is not None, name
+        assert (gradient - expected[name]).norm() < 0.1 * expected[name].norm() + 1e-6, name
 
 
 def test_the_masked_patches_of_a_sample_are_its_own():
