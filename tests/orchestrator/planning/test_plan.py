@@ -650,7 +650,7 @@ def predicted_days(path: Path) -> dict[str, float]:
     return {"stored": found.days, "live": plan(load_config(path, ["embeddings.store=null"]), device, num_devices).days}
 
 
-@pytest.mark.parametrize("path", sorted(Path("examples").glob("sigl*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(Path("examples").glob("sigli[pt]_*.yaml")), ids=lambda path: path.stem)
 def test_every_paper_example_fits_and_its_head_says_what_is_predicted(minutes, path):
     config, head = load_config(path), path.read_text().split("\nrun:")[0]
     assert f"sigray plan {path}" in head
