@@ -5,22 +5,29 @@
 decoder on given image tokens; forward pass of the teacher; forward and backward pass of the student with its loss; the
 update of the parameters that the term adds. 1: nothing is wasted. `all` shares its teacher between both terms of
 self-distillation, and so does its sum. Contestants take turns, repetition by repetition; figures are medians.
+
+`views_decode_ratio`: CPU time of a data-shard worker for an image with a global view and eight local ones, over that
+for the image alone; of photographs to 224 pixels (benchmarks/photo_tars.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tarfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
 
 from benchmarks.common import report
-from sigray.workers.config import DistillConfig, LossConfig, ModelConfig, OptimConfig
+from benchmarks.photo_tars import PHOTOS, ensure_photos
+from sigray.workers.config import DataConfig, DistillConfig, LossConfig, ModelConfig, OptimConfig
+from sigray.workers.data.decode import Decoder, sample_random
 from sigray.workers.data.loader import Batch
+from sigray.workers.data.views import Pixels, Views, split
 from sigray.workers.device import Device, open_device
 from sigray.workers.model.tokenizer import CaptionEnds
 from sigray.workers.training.captioner import Captioner
@@ -37,6 +44,7 @@ MODEL = ModelConfig(
     heads={"hidden": 512, "bottleneck": 128, "prototypes": 4096},
 )
 ENDS = CaptionEnds(0, 0)
+NUM_PHOTOS = 100
 TERMS = {
     "contrastive": LossConfig(),
     "captions": LossConfig(caption_weight=1),
@@ -85,8 +93,6 @@ def parts_of(trainer: Trainer, batch: Batch, device: Device, term: str) -> list[
         decoder: Any = trainer.module.get_submodule("decoder")
         parts.append(lambda: decoder(seen, batch.tokens, is_parallel, weights, 0, places).backward())
     if loss.distill is not None:
-        from sigray.workers.data.views import split
-
         student = Student(trainer.module, MODEL, loss.distill, lambda parameter: parameter, device, 0)
         views = split(batch.images, trainer.pixels)[1:]
         targets = student.targets(batch, rows)
@@ -97,6 +103,21 @@ def parts_of(trainer: Trainer, batch: Batch, device: Device, term: str) -> list[
         parameter.grad = torch.zeros_like(parameter)
     parts.append(optimizer.step)
     return parts
+
+
+def decoding(views: Views | None) -> Callable[[], object]:
+    """Return a function that decodes some photographs."""
+    decoder = Decoder(DataConfig(shards=str(PHOTOS)), 224, views=views)
+    out = np.empty(Pixels(224, views).shape, np.uint8)
+    with tarfile.open(sorted(PHOTOS.glob("*.tar"))[0]) as tar:
+        names = [name for name in tar.getnames() if name.endswith(".jpg")][:NUM_PHOTOS]
+        photos = [{"jpg": cast("IO[bytes]", tar.extractfile(name)).read()} for name in names]
+
+    def run() -> None:
+        for number, photo in enumerate(photos):
+            decoder.decode_image(photo, out, sample_random(0, 0, 0, number))
+
+    return run
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -111,16 +132,19 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results/")
     options = parser.parse_args()
+    ensure_photos(PHOTOS)
     device = open_device("cpu", 0, "fp32")
     trainers = {term: make_trainer(loss, device, options.pairs) for term, loss in TERMS.items()}
     batches = {term: make_batch(trainer, options.pairs) for term, trainer in trainers.items()}
     apart = {
         term: parts_of(make_trainer(TERMS[term], device, options.pairs), batches[term], device, term) for term in ADDS
     }
+    with_views, alone = (decoding(views) for views in (Views(8, 96, (0.4, 1.0), (0.05, 0.4)), None))
     repetitions = []
     for number in range(options.repetitions + 1):
         found = {f"{term}_s": seconds(lambda term=term: trainers[term].step(batches[term])) for term in TERMS}  # type: ignore[misc]
         found |= {f"{term}_parts_s": sum(map(seconds, parts)) for term, parts in apart.items()}
+        found |= {"decode_views_s": seconds(with_views), "decode_s": seconds(alone)}
         if number:  # the first is the warm-up
             repetitions.append(found)
     medians = {key: statistics.median(each[key] for each in repetitions) for key in repetitions[0]}
@@ -129,6 +153,7 @@ def main() -> None:
         ratios = [each[f"{term}_s"] / each["contrastive_s"] for each in repetitions]
         added = [(each[f"{term}_s"] - each["contrastive_s"]) / each[f"{term}_parts_s"] for each in repetitions]
         figures |= {f"{term}_step_ratio": statistics.median(ratios), f"{term}_waste": statistics.median(added)}
+    figures["views_decode_ratio"] = statistics.median(each["decode_views_s"] / each["decode_s"] for each in repetitions)
     report("terms", repetitions, medians | figures, options.save)
 
 

@@ -44,7 +44,7 @@ class Teacher:
         is_shared = self.states.shape[1] == 1
         states = self.states if is_shared else self.states[:, columns].flatten(0, 1)
         logits = (states.to(products) @ self.table.to(products).T).to(sums)
-        return ((logits - self.center) / self.temperature).softmax(dim=-1)
+        return logits.sub_(self.center).div_(self.temperature).softmax(dim=-1)
 
 
 def distillation_loss_plain(student: Tensor, table: Tensor, teacher: Teacher, temperature: float) -> Tensor:
@@ -110,15 +110,20 @@ def _one_pass(
     parts = []
     is_shared = teacher.states.shape[1] == 1
     shared = teacher.probabilities(slice(0, 1)) if is_shared else None
-    for columns in ranges(student.shape[1], chunk_size):
+
+    def visit(columns: slice) -> Tensor:  # a function, so that a chunk is freed before the next
         states = student[:, columns].to(products)
         flat = states.flatten(0, 1)
         wanted = teacher.probabilities(columns) if shared is None else shared.expand(-1, states.shape[1], -1)
         wanted = wanted.reshape(len(flat), -1)
         logits = (flat @ table.T).to(sums).div_(temperature)
         logits = logits.sub_(logits.logsumexp(dim=1, keepdim=True))
-        loss = loss - (wanted * logits).sum()
+        value = (wanted * logits).sum()
         slope = logits.exp_().sub_(wanted).div_(temperature * num_terms).to(products)  # dL/d(student . table)
         parts.append((slope @ table).view_as(states).to(sums))
         accumulate(grad_table, slope.T, flat)
+        return value
+
+    for columns in ranges(student.shape[1], chunk_size):
+        loss = loss - visit(columns)
     return DistillationResult(loss / num_terms, torch.cat(parts, dim=1), grad_table)

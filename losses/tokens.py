@@ -88,17 +88,22 @@ def _one_pass(
     grad_bias = torch.zeros_like(bias)
     loss = bias.new_zeros(())
     parts = []
-    for columns in ranges(hidden.shape[1], chunk_size):
+
+    def visit(columns: slice) -> Tensor:  # a function, so that a chunk is freed before the next
         states = hidden[:, columns].to(products)
         flat = states.flatten(0, 1)
         target = targets[:, columns].flatten().long()[:, None]
         share = position_weights[:, columns].flatten().to(sums)[:, None]
         logits = (flat @ table.T).to(sums).add_(bias)
         normaliser = logits.logsumexp(dim=1, keepdim=True)
-        loss = loss + (share * (normaliser - logits.gather(1, target))).sum()
+        value = (share * (normaliser - logits.gather(1, target))).sum()
         slope = logits.sub_(normaliser).exp_().mul_(share).scatter_add_(1, target, -share)  # dL/dlogits
-        grad_bias += slope.sum(dim=0)
+        grad_bias.add_(slope.sum(dim=0))
         slope = slope.to(products)
         parts.append((slope @ table).view_as(states).to(sums))
         accumulate(grad_weight, slope.T, flat)
+        return value
+
+    for columns in ranges(hidden.shape[1], chunk_size):
+        loss = loss + visit(columns)
     return TokenResult(loss, torch.cat(parts, dim=1), grad_weight, grad_bias)

@@ -1,14 +1,15 @@
 """Count the bytes and floating-point operations of the towers, without memory.
 
-Towers, backward pass and optimizer run as `workers/training/step.py` runs them, on torch's fake tensors. So the counts
-cover everything that open_clip and timm can build, with autocast, locked towers and dropout as they are.
+Towers, captions, self-distillation, backward pass and optimizer run as `workers/training/step.py` runs them, on torch's
+fake tensors. So the counts cover everything that open_clip and timm can build, with autocast, locked towers and dropout
+as they are. The loops over chunks of logits are formulas (`loss_costs.py`).
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
-from sigray.workers.config import ModelConfig, OptimConfig, Precision, Tower
+from sigray.orchestrator.device_kinds import CPU
+from sigray.orchestrator.planning.loss_costs import LogitLoops, loop_edge, product_bytes
+from sigray.workers.config import LossConfig, ModelConfig, OptimConfig, Precision, Tower
+from sigray.workers.data.views import Pixels, split
+from sigray.workers.device import Device
 from sigray.workers.model.inputs import shapes
+from sigray.workers.model.tokenizer import CaptionEnds
 from sigray.workers.model.towers import (
     TOWERS,
     build_meta_model,
@@ -32,7 +38,9 @@ from sigray.workers.model.towers import (
     num_parameters,
     tower_blocks,
 )
+from sigray.workers.training.captioner import Captioner
 from sigray.workers.training.optim import build_optimizer
+from sigray.workers.training.student import Student
 
 
 @dataclass(frozen=True)
@@ -41,9 +49,11 @@ class TowerCosts:
 
     Attributes:
         embed_dim: D.
+        image_bytes: of an image as the device takes it, views included.
         parameters: numbers of parameters: visual, text, trained.
         weights: bytes of all parameters and buffers that the device holds. Peaks do not include them.
-        optimizer_state: bytes.
+        updated: bytes of the parameters that a step has updated so far.
+        optimizer_state: bytes; of those.
         gradients: bytes of the gradients of all weights.
         embed_peak: peak bytes of a forward pass without a graph.
         graph: bytes that a forward pass keeps for its backward pass, features included.
@@ -51,12 +61,15 @@ class TowerCosts:
         gradients_at_peak: bytes of gradients of weights in `peak`: all after the first micro-batch, before that those
             made so far.
         update_peak: peak bytes of clipping and optimizer, beyond gradients and state.
-        flops: of a micro-batch: forward of each tower, forward again, backward.
+        flops: of a micro-batch: forward of each tower, forward again, captions, views, backward. With views, those of
+            the teacher.
     """
 
     embed_dim: int
+    image_bytes: int
     parameters: dict[str, int]
     weights: int
+    updated: int
     optimizer_state: int
     gradients: int
     embed_peak: int
@@ -95,7 +108,9 @@ def measure_towers(
     num_pairs: int,
     *,
     cached: bool,
-    plain_attention: bool = False,
+    losses: Sequence[LossConfig] = (LossConfig(),),
+    accelerator: str = CPU,
+    uses_xla: bool = False,
     activation_checkpointing: bool = False,
     stored_embeddings: bool = False,
 ) -> TowerCosts:
@@ -104,13 +119,16 @@ def measure_towers(
     Args:
         num_pairs: of the micro-batch.
         cached: whether a step has several micro-batches: then each is embedded twice.
-        plain_attention: use torch's plain attention, which keeps the attention weights for the backward pass (XLA),
-            not the one kernel that computes them again (CPU, CUDA).
+        losses: of the phases up to this one, which is the last.
+        accelerator: on which the loops over chunks of logits run.
+        uses_xla: use torch's plain attention, which keeps the attention weights for the backward pass, not the one
+            kernel that computes them again (CPU, CUDA); and caption all positions, not those with a token.
         activation_checkpointing: as in the config.
         stored_embeddings: never run the locked tower.
     """
-    options = (cached, plain_attention, activation_checkpointing, stored_embeddings)
-    key = (model.model_dump_json(), optim.name, precision, num_pairs, *options)
+    options = (cached, accelerator, uses_xla, activation_checkpointing, stored_embeddings)
+    loss = losses[-1]
+    key = (model.model_dump_json(), str(losses), optim.name, precision, num_pairs, *options)
     if key in _measured:
         return _measured[key]
     size, context_length, _ = shapes(model)
@@ -120,21 +138,31 @@ def measure_towers(
     module = build_meta_model(model)
     if activation_checkpointing:
         checkpoint_activations(module, model, functools.partial(checkpoint, use_reentrant=False))
+    device = Device(torch.device("cpu"), precision)  # no memory, but for torch's autocast the device is a CPU
+    stand_ins = LogitLoops(product_bytes(precision, accelerator), loop_edge(accelerator))
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        if plain_attention:
+        if uses_xla:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        module = module.to_empty(device="cpu")  # no memory, but for torch's autocast the device is a CPU
+        module = module.to_empty(device="cpu")
         images = torch.empty(num_pairs, size, size, 3, dtype=torch.uint8)
         tokens = torch.empty(num_pairs, context_length, dtype=torch.int32)
-        counter = stack.enter_context(Counter([*module.parameters(), *module.buffers(), images, tokens]))
+        captioner: Captioner | None = None
+        if loss.caption_weight:
+            captioner = Captioner(module, loss, CaptionEnds(0, 0), 0, is_recorded=uses_xla)
+        student: Student | None = None
+        if loss.distill is not None:
+            student = Student(module, model, loss.distill, lambda parameter: parameter, device, 0)
+        pixels = Pixels(size, student.views if student is not None else None)
+        views = torch.empty(num_pairs, *pixels.shape, dtype=torch.uint8)
+        counter = stack.enter_context(Counter([*module.parameters(), *module.buffers(), images, tokens, views]))
 
         after_image: list[float] = []
         module.get_submodule("visual").register_forward_hook(lambda *_: after_image.append(counter.flops))
 
         def embed(towers: list[Tower]) -> list[torch.Tensor]:
             counter.start()
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            with device.autocast():
                 found = module(
                     normalize_pixels(images, model) if "visual" in towers else None,
                     tokens if "text" in towers else None,
@@ -142,13 +170,36 @@ def measure_towers(
             names = {"visual": "image_features", "text": "text_features"}
             return [found[names[tower]].to(dtype) for tower in towers]
 
+        def row_terms() -> list[torch.Tensor]:
+            """The terms beside the contrastive loss; adds their operations to `flops`."""
+            terms: list[torch.Tensor] = []
+            with device.autocast():
+                if captioner is not None:
+                    before = counter.flops
+                    positions = torch.empty(num_pairs, context_length)
+                    places = None if uses_xla else torch.arange(positions.numel())
+                    is_parallel = torch.empty(num_pairs, dtype=torch.bool)
+                    loop = functools.partial(stand_ins.token_loss, counter)
+                    terms += captioner.encode(tokens, is_parallel, positions, places, loss=loop).values()
+                    flops["captions"] = counter.flops - before
+                if student is not None:
+                    before = counter.flops
+                    masked = torch.empty(num_pairs, student.num_patches, dtype=torch.bool)
+                    reads = torch.empty(num_pairs, student.num_predicted, dtype=torch.int64)
+                    loop = functools.partial(stand_ins.distillation_loss, counter)
+                    terms += student.encode(*split(views, pixels)[1:], masked, reads, loss=loop).values()
+                    flops["views"] = counter.flops - before
+            return terms
+
         def forward_flops() -> dict[str, float]:
             image = after_image[-1] if "visual" in running else 0.0
             found = {"image tower": image, "text tower": counter.flops - image}
             return {name: count for name, count in found.items() if count}
 
         embed_peak = 0
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        trainable = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+        parameters = [parameter for name, parameter in trainable if _trains(name, loss)]
+        updated = [parameter for name, parameter in trainable if any(_trains(name, each) for each in losses)]
         gradients = sum(parameter.nbytes for parameter in parameters)
         if cached:
             with torch.no_grad():
@@ -158,26 +209,27 @@ def measure_towers(
             for parameter in parameters:  # as in the second micro-batch and later
                 parameter.grad = torch.empty_like(parameter)
         counter.watch(parameters)
-        features = embed(training if cached else running)
+        again = [tower for tower in TOWERS if tower in training or (tower == "visual" and captioner is not None)]
+        features = embed(again if cached else running)
         if cached:
             flops["forward again"] = counter.flops
         else:
             flops = forward_flops()
-        dim = features[0].shape[1]
+        dim = features[-1].shape[1]
+        features = [part for part in features + row_terms() if part.requires_grad]
         graph = counter.now
         forward = counter.flops
-        features = [part for part in features if part.requires_grad]
         torch.autograd.backward(features, [torch.empty_like(part) for part in features])
         del features
         peak, gradients_at_peak = counter.peak, counter.gradients_at_peak
         if cached:
             peak, gradients_at_peak = gradients + peak, gradients
         flops["backward"] = counter.flops - forward
-        for parameter in parameters:  # parameters that only the loss reads have no gradient yet
+        for parameter in updated:  # parameters that only the loss reads have no gradient yet
             parameter.grad = torch.empty_like(parameter)
         optimizer = build_optimizer(module, OptimConfig(name=optim.name), {"fused": True})
         counter.start()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(updated, 1.0)
         optimizer.step()  # makes its state
         state = sum(value.nbytes for values in optimizer.state.values() for value in values.values())
         update_peak = counter.peak - state
@@ -186,8 +238,10 @@ def measure_towers(
     tensors = [*module.named_parameters(), *module.named_buffers()]
     _measured[key] = TowerCosts(
         embed_dim=dim,
+        image_bytes=pixels.num_bytes,
         parameters=numbers | {"trained": sum(parameter.numel() for parameter in parameters)},
         weights=sum(tensor.nbytes for name, tensor in tensors if held.get(name.split(".")[0], True)),
+        updated=sum(parameter.nbytes for parameter in updated),
         optimizer_state=state,
         gradients=gradients,
         embed_peak=embed_peak,
@@ -198,6 +252,18 @@ def measure_towers(
         flops=flops,
     )
     return _measured[key]
+
+
+def _trains(name: str, loss: LossConfig) -> bool:
+    """Whether a step with this loss updates a parameter, if it is not locked."""
+    if name.startswith("decoder."):
+        return loss.caption_weight > 0
+    if name.startswith("distiller."):
+        if loss.distill is None:
+            return False
+        is_local = name.startswith("distiller.local_head.")
+        return (loss.distill.local_weight if is_local else loss.distill.masked_weight) > 0
+    return True
 
 
 class Counter(TorchDispatchMode):

@@ -14,25 +14,23 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from sigray.losses.negatives import NUM_BINS
-from sigray.losses.tiles import default_tile_size, has_bfloat16_products
 from sigray.orchestrator.address import cluster_address
 from sigray.orchestrator.batch import MAX_DATA_WORKER_UTILISATION, micro_batch
 from sigray.orchestrator.config import ConfigError, RunConfig
 from sigray.orchestrator.device_kinds import COMPILED, CPU, DEVICES, GIB, DeviceKind
 from sigray.orchestrator.planning.count import TowerCosts, gathered_bytes, measure_towers
+from sigray.orchestrator.planning.loss_costs import loop_edge, loss_bytes, product_bytes, wire_bytes
 from sigray.orchestrator.planning.this_machine import this_cpu
 from sigray.orchestrator.tables import Column, add, rows_table, table
-from sigray.workers.config import LossConfig, Precision
+from sigray.workers.config import LossConfig
 from sigray.workers.model.inputs import shapes
 from sigray.workers.model.weights_towers import with_towers
 from sigray.workers.training.phases import Phase, phases_of
@@ -45,6 +43,8 @@ DECODE_S = 740e-6
 Photographs of 256 to 512 px to 224, with tar, tokens and hand-over, on a core of an AMD EPYC, when torch still resized
 (benchmarks/results/2026-11-25-stream.json). A hardware thread on a shared core took 1,226 us
 (2026-11-27-stream.json)."""
+VIEWS_DECODE = 1.7
+"""Factor on it with the views of self-distillation, from benchmarks/terms.py."""
 _FLOAT32 = 4
 _DAY_S = 86_400
 
@@ -78,7 +78,8 @@ class Plan:
         parameters: number of parameters of each tower, and of those that train.
         parts: of a step, in order; the largest decides.
         memory: of one device.
-        flops_per_sample: forward of each tower, forward again, backward, loss, as the device executes them.
+        flops_per_sample: forward of each tower, forward again, captions, views, backward, loss, as the device executes
+            them.
         compute_s, wire_s: of a step. The plan adds them, though the ring overlaps with the loss.
         wire: bytes that a device sends per step: features, gradients of texts, gradients of weights.
         num_steps: of the run.
@@ -194,10 +195,21 @@ def plan(
     if config.phases:
         return _together(
             [
-                dataclasses.replace(plan(alone, kind, num_devices, price_per_hour=price_per_hour), phase=phase)
-                for phase, alone in _phases_alone(config)
+                dataclasses.replace(_plan_phase(alone, losses, kind, num_devices, price_per_hour), phase=phase)
+                for phase, losses, alone in _phases_alone(config)
             ]
         )
+    return _plan_phase(config, [config.loss], kind, num_devices, price_per_hour)
+
+
+def _plan_phase(
+    config: RunConfig, losses: Sequence[LossConfig], kind: DeviceKind, num_devices: int, price_per_hour: float | None
+) -> Plan:
+    """As `plan`, of a run with one phase.
+
+    Args:
+        losses: of the phases before it too, whose optimizer state stays.
+    """
     model = with_towers(config.model)
     if config.train.compile_blocks and "cuda" in kind.accelerators:
         kind = dataclasses.replace(kind, utilisation=kind.utilisation * COMPILED)
@@ -220,22 +232,24 @@ def plan(
         precision,
         micro,
         cached=micro < share,
-        plain_attention=accelerator == "tpu" or config.cluster.uses_xla,
+        losses=losses,
+        accelerator=accelerator,
+        uses_xla=accelerator == "tpu" or config.cluster.uses_xla,
         activation_checkpointing=config.train.activation_checkpointing,
         stored_embeddings=stored_embeddings,
     )
     gathered = gathered_bytes(model) if config.sharding.weights == "split" else 0
     if gathered:
         # The memory of an update grows with the weights that it updates.
-        names = ("weights", "optimizer_state", "gradients", "gradients_at_peak", "update_peak")
+        names = ("weights", "updated", "optimizer_state", "gradients", "gradients_at_peak", "update_peak")
         split = {name: getattr(towers, name) // num_devices for name in names}
         peak = towers.peak - towers.gradients_at_peak + split["gradients_at_peak"]
         towers = dataclasses.replace(towers, peak=peak, **split)
-    ema = towers.gradients if config.train.ema is not None else 0  # float32, of what is trained
+    ema = towers.updated if config.train.ema is not None else 0  # float32
     dim = towers.embed_dim
     f = 2 if precision == "bf16" else _FLOAT32
-    size, context_length, _ = shapes(model)
-    image_bytes = dim * f if stored_embeddings else size * size * 3  # a stored image is a row of features
+    _, context_length, _ = shapes(model)
+    image_bytes = dim * f if stored_embeddings else towers.image_bytes  # a stored image is a row of features
     sample_bytes = image_bytes + context_length * 4
     always = {
         "weights": towers.weights,
@@ -249,7 +263,7 @@ def plan(
     if accelerator == CPU:
         # Checkpoints are written from the copy of one worker, in memory that all share.
         always["checkpoint copy"] = (towers.weights + towers.optimizer_state + ema) // num_devices
-    edge = config.loss.tile_size or default_tile_size(torch.device(accelerator if accelerator == "cuda" else CPU))
+    edge = config.loss.tile_size or loop_edge(accelerator)
     loss = loss_bytes(config.loss, share, dim, num_devices, f, product_bytes(precision, accelerator), edge)
     averages = num_devices > 1 and not gathered
     parts = _parts(towers, 2 * share * dim * f, loss, cached=micro < share, averages=averages)
@@ -267,6 +281,7 @@ def plan(
         wire["gradients of weights"] = num_micro * (num_devices - 1) * towers.gradients
     wire_s = sum(wire.values()) / kind.link(num_devices)
     rate = batch / (compute_s + wire_s)
+    decode_s = _decode_s(config)
     ahead = config.data.prefetch_batches + -(-config.data.block_size * config.data.total_lanes // batch)
     return Plan(
         device=kind,
@@ -284,19 +299,21 @@ def plan(
         wire_s=wire_s,
         wire=wire,
         num_steps=-(-config.train.num_samples // batch),
-        data_workers=None if stored_embeddings else math.ceil(rate * DECODE_S / MAX_DATA_WORKER_UTILISATION),
+        data_workers=None if stored_embeddings else math.ceil(rate * decode_s / MAX_DATA_WORKER_UTILISATION),
         object_store=ahead * batch * sample_bytes,
         price_per_hour=price_per_hour,
         assumptions=_assumptions(config, kind),
     )
 
 
-def _phases_alone(config: RunConfig) -> Iterator[tuple[Phase, RunConfig]]:
-    """Yield each phase with a config of a run that has only this phase."""
+def _phases_alone(config: RunConfig) -> Iterator[tuple[Phase, list[LossConfig], RunConfig]]:
+    """Yield each phase, the losses up to its own, and a config of it alone."""
+    losses: list[LossConfig] = []
     for phase in phases_of(config):
+        losses = [*losses, phase.loss]
         num_samples = (phase.end_step - phase.first_step) * config.train.global_batch_size
         sections = {"model": phase.model, "loss": phase.loss, "optim": phase.optim, "phases": []}
-        yield phase, _changed(config, num_samples=num_samples).model_copy(update=sections)
+        yield phase, losses, _changed(config, num_samples=num_samples).model_copy(update=sections)
 
 
 def _together(phases: list[Plan]) -> Plan:
@@ -331,6 +348,11 @@ def _parts(towers: TowerCosts, size: int, loss: int, *, cached: bool, averages: 
     }
 
 
+def _decode_s(config: RunConfig) -> float:
+    """Return the CPU seconds per sample of a data-shard worker."""
+    return DECODE_S * (1 if config.loss.distill is None else VIEWS_DECODE)
+
+
 def _assumptions(config: RunConfig, kind: DeviceKind) -> list[str]:
     peak = kind.peaks[config.train.precision] / 1e12
     lines = [
@@ -342,7 +364,7 @@ def _assumptions(config: RunConfig, kind: DeviceKind) -> list[str]:
     else:
         if config.model.locked:
             lines.append(f"the locked tower ({' and '.join(config.model.locked)}) runs live, forward only")
-        rate = f"{1 / DECODE_S:,.0f} a second and core"
+        rate = f"{1 / _decode_s(config):,.0f} a second and core"
         lines.append(f"data-shard workers decode photographs at {rate}; small images are faster")
     if kind.name == CPU:
         lines.append(
@@ -457,71 +479,6 @@ def default_num_devices(config: RunConfig, name: str) -> int:
 
 def _devices_per_worker(config: RunConfig, kind: DeviceKind) -> int:
     return config.cluster.num_devices or kind.per_host
-
-
-def product_bytes(precision: Precision, accelerator: str) -> int:
-    """Return the bytes of a number in the loss's products (`product_dtype`)."""
-    has_bf16 = precision == "bf16" and (accelerator != CPU or has_bfloat16_products(torch.device(CPU)))
-    return 2 if has_bf16 else _FLOAT32
-
-
-def loss_bytes(
-    loss: LossConfig, num_pairs: int, dim: int, num_devices: int, feature_bytes: int, product_bytes: int, tile_size: int
-) -> int:
-    """Return the peak memory of the loss beyond the features: sums, a tile, the ring.
-
-    Args:
-        num_pairs: b.
-        feature_bytes: f.
-        product_bytes: of a number in the products.
-        tile_size: edge of a tile.
-    """
-    rows = num_pairs * dim
-    edge = min(tile_size, num_pairs)
-    tile = edge * edge * product_bytes
-    if product_bytes != feature_bytes:  # rows and columns of the tile, converted
-        tile += 2 * edge * dim * product_bytes
-    # In units of b D: texts that arrive while others are used; sums of their gradients, one hop later.
-    texts, sums = {1: (0, 0), 2: (1, 3)}.get(num_devices, (2, 5))
-    counting = 0
-    if loss.negatives != "all" and loss.negatives_fraction < 1:
-        if loss.negatives in ("hardest", "easiest"):  # before the loss: a tile's numbers as keys, and two histograms
-            counting = rows * texts * feature_bytes + tile + 16 * edge * edge + 2 * NUM_BINS * 8
-        tile += (12 if loss.negatives == "random" else 5) * edge * edge  # which of a tile count
-    if product_bytes != _FLOAT32:  # a product, before it is added to the float32 sums
-        tile += edge * dim * product_bytes
-    if loss.name == "softmax":  # cosines if they are not float32 yet, and four steps from them to dL/dz
-        tile += (4 + (product_bytes != _FLOAT32)) * edge * edge * _FLOAT32
-    gradients = 2 * rows * _FLOAT32 + 3 * num_pairs * _FLOAT32  # of images and texts; sums of rows
-    ring = rows * (texts * feature_bytes + sums * _FLOAT32)
-    converted = 2 * rows * feature_bytes if feature_bytes != _FLOAT32 else 0  # the gradients that the loss returns
-    return max(counting, gradients + max(ring + tile, converted))
-
-
-def wire_bytes(
-    loss: LossConfig, num_pairs: int, dim: int, num_devices: int, feature_bytes: int, gradient_bytes: int
-) -> dict[str, int]:
-    """Return the bytes that one device sends in a step (docs/numerics.md).
-
-    Args:
-        num_pairs: b.
-        feature_bytes: f.
-        gradient_bytes: of the gradients of all weights, which a ring reduces in two rounds of parts.
-    """
-    hops = num_devices - 1
-    rows = num_pairs * dim
-    features = hops * rows * feature_bytes
-    sums = hops * rows * _FLOAT32
-    if loss.name == "softmax":  # a first round for the normalisers, which return and then go to all devices
-        features *= 2
-        sums += 2 * hops * num_pairs * _FLOAT32
-    elif loss.negatives in ("hardest", "easiest") and loss.negatives_fraction < 1:  # two rounds that count
-        features *= 3
-    return {
-        "features of texts": features,
-        "gradients of texts": sums,
-        "gradients of weights": 2 * hops * gradient_bytes // num_devices,
-    }
 
 
 def tables(found: Plan) -> Group:

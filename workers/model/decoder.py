@@ -11,6 +11,7 @@ features of images and texts do without it; evaluations let it write captions.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ class Decoder(nn.Module):
         position_weights: Tensor,
         pad: int,
         places: Tensor | None = None,
+        loss: Callable[..., Tensor] = token_loss,
     ) -> Tensor:
         """The loss of some captions: a weighted sum over their positions.
 
@@ -82,6 +84,7 @@ class Decoder(nn.Module):
             position_weights: (b, T), 0 for a position that does not count.
             pad: the token that stands before the first one.
             places: of the positions that count, in the flattened (b, T); None: all are computed.
+            loss: `token_loss`, or what stands for it in a plan.
         """
         before = torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=pad)
         mask_token = torch.full_like(before, self.head.out_features)
@@ -101,7 +104,7 @@ class Decoder(nn.Module):
         if torch.is_autocast_enabled(kind):
             states = states.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):
-            return token_loss(states, self.head.weight, self.head.bias, targets, position_weights)
+            return loss(states, self.head.weight, self.head.bias, targets, position_weights)
 
     def read(self, image_tokens: Tensor, inputs: Tensor, may_see: Tensor) -> Tensor:
         """(b, T, W) states before the head.

@@ -5,11 +5,13 @@ b  captions of this rank      T  context length      P  image tokens
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sigray.losses import token_loss
 from sigray.workers.config import LossConfig
 from sigray.workers.data.loader import Batch
 from sigray.workers.data.sample_hash import Purpose, are_drawn
@@ -43,14 +45,21 @@ class Captioner:
         return [torch.from_numpy(is_parallel), weights, *places]
 
     def encode(
-        self, tokens: Tensor, is_parallel: Tensor, weights: Tensor, places: Tensor | None = None
+        self,
+        tokens: Tensor,
+        is_parallel: Tensor,
+        weights: Tensor,
+        places: Tensor | None = None,
+        *,
+        loss: Callable[..., Tensor] = token_loss,
     ) -> dict[str, Tensor]:
         """The term of a micro-batch: the mean over its captions.
 
         To be called right after the image tower has run.
 
         Args:
-            tokens: (rows, T) on the device; the others are those of `targets`, there too.
+            tokens: (rows, T) on the device; the next three are those of `targets`, there too.
+            loss: as of `Decoder.forward`.
         """
-        found = self._decoder(self._image_tokens.take(), tokens, is_parallel, weights, self._ends.pad, places)
+        found = self._decoder(self._image_tokens.take(), tokens, is_parallel, weights, self._ends.pad, places, loss)
         return {"caption_loss": found / len(tokens)}

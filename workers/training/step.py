@@ -206,6 +206,7 @@ class Trainer:
             if "visual" in towers and images.dtype == torch.uint8:  # not stored embeddings
                 images = normalize_pixels(images, self._model)
             features = self.module(images if "visual" in towers else None, tokens if "text" in towers else None)
+            del images  # bfloat16 towers keep a copy: these would stay through the terms below
             if row_losses is not None:
                 row_losses.encode(tokens, views, copies[: len(captions)], copies[len(captions) :])
         names = {"visual": "image_features", "text": "text_features"}

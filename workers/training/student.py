@@ -37,6 +37,7 @@ class Student:
 
     Attributes:
         views: what a batch must hold beside the images.
+        num_patches, num_predicted: P and m.
     """
 
     def __init__(
@@ -52,7 +53,8 @@ class Student:
         self._model, self._config, self._device, self._seed = model, config, device, seed
         self._average_of = average_of
         trunk: Any = module.get_submodule("visual.trunk")
-        self._num_patches = trunk.patch_embed.num_patches
+        self.num_patches = trunk.patch_embed.num_patches
+        self.num_predicted = self.num_patches if config.predicts == "all" else num_masked(self.num_patches, config)
         self.views = views_of(config, trunk)
         self._sums: dict[str, Tensor] = {}  # of the teacher's states, by head
         self._num_rows = 0
@@ -62,20 +64,30 @@ class Student:
 
         (rows, P) bool: the masked patches; and (rows, m): the numbers of the predicted ones, in order.
         """
-        masked = drawn_patches(batch.samples[rows], self._seed, self._num_patches, self._config.mask_fraction)
+        count = num_masked(self.num_patches, self._config)
+        masked = drawn_patches(batch.samples[rows], self._seed, self.num_patches, count)
         if self._config.predicts == "all":
-            reads = np.broadcast_to(np.arange(self._num_patches), masked.shape).copy()
+            reads = np.broadcast_to(np.arange(self.num_patches), masked.shape).copy()
         else:
             reads = np.nonzero(masked)[1].reshape(len(masked), -1)
         return [torch.from_numpy(masked), torch.from_numpy(reads)]
 
-    def encode(self, global_views: Tensor, local_views: Tensor, masked: Tensor, reads: Tensor) -> dict[str, Tensor]:
+    def encode(
+        self,
+        global_views: Tensor,
+        local_views: Tensor,
+        masked: Tensor,
+        reads: Tensor,
+        *,
+        loss: Callable[..., Tensor] = distillation_loss,
+    ) -> dict[str, Tensor]:
         """The terms of a micro-batch: means over its images.
 
         Args:
             global_views: (rows, S, S, 3) uint8 on the device.
             local_views: (rows, L, s, s, 3) uint8.
             masked, reads: those of `targets`, on the device.
+            loss: `distillation_loss`, or what stands for it in a plan.
         """
         config = self._config
         pixels = normalize_pixels(global_views, self._model)
@@ -89,22 +101,34 @@ class Student:
             small = normalize_pixels(local_views.flatten(0, 1), self._model)
             states, table = self._encoder(small, pools=True)["local"]
             states = states.unflatten(0, local_views.shape[:2])
-            found["local_loss"] = self._loss("local", states, table, wanted["local"][0][:, None], wanted["local"][1])
+            teacher, teacher_table = wanted["local"]
+            found["local_loss"] = self._loss("local", (states, table), (teacher[:, None], teacher_table), loss)
         if has_masked:
-            states, table = self._encoder(pixels, masked, pools=False, reads=reads)["masked"]
-            found["masked_loss"] = self._loss("masked", states, table, *wanted["masked"])
+            own = self._encoder(pixels, masked, pools=False, reads=reads)["masked"]
+            found["masked_loss"] = self._loss("masked", own, wanted["masked"], loss)
         return found
 
-    def _loss(self, head: str, states: Tensor, table: Tensor, teacher: Tensor, teacher_table: Tensor) -> Tensor:
-        """The term of a head; adds the teacher's states to those of the step."""
+    def _loss(
+        self,
+        head: str,
+        student: tuple[Tensor, Tensor],
+        teacher: tuple[Tensor, Tensor],
+        loss: Callable[..., Tensor],
+    ) -> Tensor:
+        """The term of a head; adds the teacher's states to those of the step.
+
+        Args:
+            student, teacher: states and prototypes.
+        """
         config = self._config
-        total = teacher.float().mean(dim=1).sum(dim=0)
+        states, table = student
+        total = teacher[0].float().mean(dim=1).sum(dim=0)
         self._sums[head] = self._sums[head] + total if head in self._sums else total
         center: Tensor = self._encoder.distiller.get_buffer(f"{head}_center")
         products = self._device.product_dtype
-        wanted = Teacher(teacher.to(products), teacher_table.to(products), center, config.teacher_temperature)
+        wanted = Teacher(teacher[0].to(products), teacher[1].to(products), center, config.teacher_temperature)
         with torch.autocast(states.device.type, enabled=False):
-            return distillation_loss(states.to(products), table.to(products), wanted, config.student_temperature)
+            return loss(states.to(products), table.to(products), wanted, config.student_temperature)
 
     def move_centers(self) -> None:
         """Move the averages of the teacher's logits; before the step changes the weights.
@@ -158,17 +182,21 @@ def views_of(config: DistillConfig, trunk: Any) -> Views:
     return Views(num_local, local_size, config.global_scale, config.local_scale)
 
 
-def drawn_patches(samples: np.ndarray, seed: int, num_patches: int, fraction: float) -> np.ndarray:
-    """Return (n, num_patches) bool, the masked patches of each sample.
+def num_masked(num_patches: int, config: DistillConfig) -> int:
+    """Return how many patches of each image are masked; at least one."""
+    return max(1, round(config.mask_fraction * num_patches))
 
-    Each sample has the same number of them, at least one.
+
+def drawn_patches(samples: np.ndarray, seed: int, num_patches: int, count: int) -> np.ndarray:
+    """Return (n, num_patches) bool, the masked patches of each sample.
 
     Args:
         samples: (n, 3) epoch, shard, index.
+        count: masked patches of each.
     """
     each = np.repeat(samples, num_patches, axis=0)
     places = np.column_stack([each, np.tile(np.arange(num_patches), len(samples))])
     order = place_hash(places, seed, Purpose.MASKED_PATCHES).reshape(len(samples), num_patches).argsort(axis=1)
     masked = np.zeros((len(samples), num_patches), bool)
-    np.put_along_axis(masked, order[:, : max(1, round(fraction * num_patches))], True, axis=1)
+    np.put_along_axis(masked, order[:, :count], True, axis=1)
     return masked

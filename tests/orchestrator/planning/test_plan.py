@@ -15,11 +15,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from sigray.losses import Negatives, ring_sigmoid_loss, ring_softmax_loss
+from sigray.losses import (
+    Negatives,
+    Teacher,
+    distillation_loss,
+    ring_sigmoid_loss,
+    ring_softmax_loss,
+    token_loss,
+)
 from sigray.orchestrator.cli.main import main
 from sigray.orchestrator.config import ConfigError, load_config, override, parse_config
 from sigray.orchestrator.device_kinds import DEVICES, GIB
 from sigray.orchestrator.planning.count import Counter, measure_towers
+from sigray.orchestrator.planning.loss_costs import (
+    distillation_loss_bytes,
+    loss_bytes,
+    product_bytes,
+    token_loss_bytes,
+    wire_bytes,
+)
 from sigray.orchestrator.planning.plan import (
     DECODE_S,
     FITS,
@@ -28,17 +42,15 @@ from sigray.orchestrator.planning.plan import (
     check_memory,
     default_num_devices,
     largest_micro_batch,
-    loss_bytes,
     plan,
-    product_bytes,
     run_device,
-    wire_bytes,
 )
 from sigray.orchestrator.planning.this_machine import machine_memory, this_cpu
 from sigray.workers.config import LossConfig, ModelConfig, OptimConfig
 from sigray.workers.data.loader import Batch
 from sigray.workers.device import open_device
 from sigray.workers.model.export import export_safetensors
+from sigray.workers.model.tokenizer import CaptionEnds
 from sigray.workers.model.towers import build_model
 from sigray.workers.training.phases import Schedule
 from sigray.workers.training.step import Trainer
@@ -52,7 +64,7 @@ SMALL = {
 }
 CPU = dataclasses.replace(DEVICES["l4"], name="cpu", accelerators=("cpu",), framework=0)
 # What is there before and after a step, and not taken by it.
-STANDING = {"weights", "optimizer state", "input batches", "framework", "checkpoint copy"}
+STANDING = {"weights", "optimizer state", "average of the weights", "input batches", "framework", "checkpoint copy"}
 
 
 def small(*overrides: str):
@@ -75,6 +87,10 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+VIEWS = {"local_weight": 0.25, "masked_weight": 0.1, "num_local_views": 2}
+CAPTIONS_AND_VIEWS = ["loss.caption_weight=1", f"loss.distill={json.dumps(VIEWS)}"]
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     "overrides",
@@ -91,7 +107,64 @@ def one_thread():
     ids=lambda overrides: " ".join(overrides) or "plain",
 )
 def test_a_real_step_takes_what_was_predicted(overrides):
-    config = small("loss.tile_size=64", "train.global_batch_size=128", *overrides)
+    check_a_real_step(small("loss.tile_size=64", "train.global_batch_size=128", *overrides))
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["loss.caption_weight=1"],
+        ["loss.caption_weight=1", "train.micro_batch_size=32", "train.precision=bf16"],
+        ["loss.caption_weight=1", "model.locked=[visual]", "train.micro_batch_size=32"],
+        ["loss.distill={}"],
+        ["loss.distill={}", "train.precision=bf16"],
+        ["loss.distill={local_weight: 0}", "train.micro_batch_size=32"],
+        ["loss.distill={masked_weight: 0, num_local_views: 3}", "train.micro_batch_size=32"],
+        ["loss.distill={predicts: all, teacher: heads}", "train.activation_checkpointing=true"],
+        [*CAPTIONS_AND_VIEWS, "train.micro_batch_size=32"],
+        [*CAPTIONS_AND_VIEWS, "train.micro_batch_size=32", "train.precision=bf16"],
+    ],
+    ids=" ".join,
+)
+def test_a_real_step_with_captions_or_views_takes_what_was_predicted(overrides):
+    check_a_real_step(beside_contrast("loss.tile_size=64", "train.global_batch_size=128", *overrides))
+
+
+def beside_contrast(*overrides: str):
+    """A config whose model has the parts that its losses train."""
+    vision = {"timm_model_name": "siglip_vit_w32_d2_h2_m64_p8_s16", "timm_pool": "map", "timm_proj": "none"}
+    text = TOWERS["text_cfg"] | {"width": 32}
+    towers = {"embed_dim": 32, "vision_cfg": vision | {"image_size": 16}, "text_cfg": text}
+    heads = ['model.heads={"hidden": 64, "bottleneck": 32, "prototypes": 256}', "train.ema=1000"]
+    shown = " ".join(overrides)
+    decoder = ["model.decoder={}"] if "caption_weight" in shown else []
+    return small(f"model.towers={json.dumps(towers)}", *decoder, *(heads if "distill" in shown else []), *overrides)
+
+
+def test_a_part_that_no_phase_has_trained_has_no_state():
+    """Captions from the middle, then without: the decoder's state begins and stays."""
+    change = [{"start": 0.5, "loss": {"caption_weight": 1}}, {"start": 0.75, "loss": {"caption_weight": 0}}]
+    config = beside_contrast(f"phases={json.dumps(change)}")
+    before, captions, after = plan(config, CPU, 1).phases
+    items = [next(part.items for part in each.parts if part.name == "update") for each in (before, captions, after)]
+    decoder = sum(map(_bytes, build_model(config.model).get_submodule("decoder").parameters()))
+    assert items[1]["gradients"] - items[0]["gradients"] == decoder
+    assert items[2]["gradients"] == items[0]["gradients"]
+    states = [each["optimizer state"] for each in items]
+    assert states[1] - states[0] == pytest.approx(2 * decoder, rel=0.01)  # and a count of steps each
+    assert states[2] == states[1]
+    assert {each["weights"] for each in items} == {items[0]["weights"]}
+
+
+def test_views_take_more_data_workers():
+    config = override(beside_contrast("loss.distill={}"), ["train.precision=bf16"], "test")
+    found = plan(config, DEVICES["h100"], 1)
+    assert found.data_workers == math.ceil(found.samples_per_s * 1.7 * DECODE_S / 0.7)
+
+
+def check_a_real_step(config):
+    """Compare the plan of a run with what a step of it takes."""
     batch, model = config.train.global_batch_size, config.model
     predicted = plan(config, CPU, 1)
     trainer = Trainer(
@@ -104,8 +177,13 @@ def test_a_real_step_takes_what_was_predicted(overrides):
         micro_batch_size=config.train.micro_batch_size,
         seed=0,
         activation_checkpointing=config.train.activation_checkpointing,
+        caption_ends=CaptionEnds(0, 0),
+        ema=config.train.ema,
     )
-    images, tokens = torch.zeros(batch, 16, 16, 3, dtype=torch.uint8), torch.ones(batch, 8, dtype=torch.int32)
+    images, tokens = (
+        torch.zeros(batch, *trainer.pixels.shape, dtype=torch.uint8),
+        torch.ones(batch, 8, dtype=torch.int32),
+    )
     origin = {"samples": np.zeros((batch, 3), np.int64), "keys": [""] * batch, "replaced": np.zeros(batch, bool)}
     trainer.step(Batch(0, images, tokens, **origin))  # makes the optimizer's state
     trainer.optimizer.zero_grad(set_to_none=True)
@@ -116,7 +194,8 @@ def test_a_real_step_takes_what_was_predicted(overrides):
     assert taken_by_a_step(predicted) == pytest.approx(counter.peak, rel=0.03)
     standing = predicted.parts[0].items
     assert standing["weights"] == sum(map(_bytes, [*trainer.module.parameters(), *trainer.module.buffers()]))
-    assert standing["optimizer state"] == sum(map(_bytes, state))
+    assert standing["optimizer state"] + standing.get("average of the weights", 0) == sum(map(_bytes, state))
+    assert standing["input batches"] == 4 * (_bytes(images) + _bytes(tokens))
 
 
 def _bytes(tensor: torch.Tensor) -> int:
@@ -139,6 +218,42 @@ def test_the_counter_knows_views_frees_and_what_was_there():
         assert (counter.peak, counter.flops) == (0, 0)
         torch.ones(4, 8) @ torch.ones(8, 2)
         assert counter.flops == 2 * 4 * 8 * 2
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+@pytest.mark.parametrize(("rows", "positions", "edge"), [(2, 48, 64), (8, 12, 64), (8, 12, 2048)])
+def test_a_loop_over_logits_takes_what_was_predicted(has_bf16, rows, positions, edge):
+    """Tokens, and targets of their own or shared; in products of bfloat16 as a CPU that has them."""
+    width, dtype, num_bytes = 64, torch.bfloat16 if has_bf16 else torch.float32, 2 if has_bf16 else 4
+    states = torch.randn(rows, positions, width).to(dtype).requires_grad_()
+    table = torch.randn(1000, width, requires_grad=True)
+    targets, weights = torch.zeros(rows, positions, dtype=torch.int32), torch.ones(rows, positions)
+
+    def peak(loss, *tensors):
+        """Bytes beyond inputs and gradients."""
+        flags = mock.patch("sigray.losses.tiles.cpu_flags", return_value={"avx512_bf16"})
+        with flags, Counter(tensors) as counter:
+            chunk_size = max(1, edge**2 // (rows * len(table)))
+            value = loss(chunk_size)
+        assert value.isfinite()
+        return counter.peak - sum(4 * each.numel() for each in tensors if each.requires_grad)
+
+    bias = torch.zeros(len(table), requires_grad=True)
+    measured = peak(
+        lambda size: token_loss(states, table, bias, targets, weights, chunk_size=size),
+        *(states, table, bias, targets, weights),
+    )
+    predicted = token_loss_bytes(rows, positions, width, len(table), num_bytes, edge)
+    assert predicted == pytest.approx(measured, rel=0.1)
+    rounded = table.detach().to(dtype).requires_grad_()
+    for each in (1, positions):
+        goal = Teacher(torch.randn(rows, each, width).to(dtype), rounded.detach(), torch.zeros(len(table)), 0.1)
+        measured = peak(
+            lambda size, goal=goal: distillation_loss(states, rounded, goal, 0.1, chunk_size=size),
+            *(states, rounded, goal.states, goal.center),
+        )
+        sizes = (rows, positions, width, len(table), num_bytes, edge)
+        assert distillation_loss_bytes(*sizes, is_shared=each == 1) == pytest.approx(measured, rel=0.1), each
 
 
 def ring_peak(rank, world_size, num_pairs, dim, dtype, loss, tile_size):
@@ -284,7 +399,7 @@ def test_what_does_not_fit_is_told_that_checkpointing_would():
 def test_operations_do_not_depend_on_the_attention_kernel_but_for_what_it_computes_again():
     model = ModelConfig(towers=TOWERS)
     fused, plain = (
-        measure_towers(model, OptimConfig(), "fp32", 4, cached=True, plain_attention=plain) for plain in (False, True)
+        measure_towers(model, OptimConfig(), "fp32", 4, cached=True, uses_xla=plain) for plain in (False, True)
     )
     for pass_ in ("image tower", "text tower", "forward again"):
         assert fused.flops[pass_] == plain.flops[pass_]
@@ -650,7 +765,7 @@ def predicted_days(path: Path) -> dict[str, float]:
     return {"stored": found.days, "live": plan(load_config(path, ["embeddings.store=null"]), device, num_devices).days}
 
 
-@pytest.mark.parametrize("path", sorted(Path("examples").glob("sigli[pt]_*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(Path("examples").glob("sigl*_*x*.yaml")), ids=lambda path: path.stem)
 def test_every_paper_example_fits_and_its_head_says_what_is_predicted(minutes, path):
     config, head = load_config(path), path.read_text().split("\nrun:")[0]
     assert f"sigray plan {path}" in head
@@ -662,7 +777,9 @@ def test_every_paper_example_fits_and_its_head_says_what_is_predicted(minutes, p
     assert shown == {key: f"{days[key]:.1f}" for key in shown}
     count = int(re.search(r"_(\d+)x", path.stem)[1])
     assert default_num_devices(config, run_device(config)) == count
-    assert re.search(r"Expected: [\d.]+ % ImageNet zero-shot.*arXiv 2303\.15343 v4, tables? \d", head)
+    assert re.search(
+        r"Expected: [\d.]+ % ImageNet zero-shot.*\(arXiv (2303\.15343 v4|2502\.14786 v1), tables? \d", head
+    )
 
 
 def test_split_weights_take_their_part_and_send_more():

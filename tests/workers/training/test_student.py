@@ -17,7 +17,7 @@ from sigray.workers.model.towers import build_model, normalize_pixels
 from sigray.workers.training.optim import update_ema
 from sigray.workers.training.phases import Schedule
 from sigray.workers.training.step import Trainer
-from sigray.workers.training.student import drawn_patches
+from sigray.workers.training.student import drawn_patches, num_masked
 from tests.helpers.data import TOWERS
 from tests.helpers.steps import NUM_PAIRS, SEED, check_gradients, global_batch, part_of, samples
 
@@ -152,7 +152,7 @@ def expected_step(predicts="masked", teacher="all", has_average=True):
         found = logits_of(student.distiller.local_head, learner(pixels))
         local = local + cross_entropy("local", found, wanted) / NUM_LOCAL
     centers["local"] = 0.9 * student.distiller.local_center + 0.1 * wanted.mean(dim=0)
-    masked = torch.from_numpy(drawn_patches(samples(), SEED, 16, 0.5))
+    masked = torch.from_numpy(drawn_patches(samples(), SEED, 16, MASKED))
     handle = learner.patch_embed.register_forward_hook(
         lambda _, __, grid: torch.where(masked.view(-1, 4, 4, 1), student.distiller.mask_token, grid)
     )
@@ -218,12 +218,12 @@ def test_autocast_leaves_the_student_its_gradients(has_average, teacher):
 
 def test_the_masked_patches_of_a_sample_are_its_own():
     places = np.stack([np.zeros(100), np.zeros(100), np.arange(100)], axis=1).astype(np.int64)
-    masked = drawn_patches(places, 5, 16, 0.5)
+    masked = drawn_patches(places, 5, 16, 8)
     assert set(masked.sum(axis=1)) == {MASKED}
-    assert np.array_equal(drawn_patches(places[40:60], 5, 16, 0.5), masked[40:60])
+    assert np.array_equal(drawn_patches(places[40:60], 5, 16, 8), masked[40:60])
     assert len({row.tobytes() for row in masked}) > 95
     assert 0.3 < masked.mean(axis=0).min() <= masked.mean(axis=0).max() < 0.7
-    assert drawn_patches(places, 5, 16, 0.001).sum() == 100
+    assert num_masked(16, DistillConfig(mask_fraction=0.001)) == 1
 
 
 def test_the_tower_is_in_training_mode_after_the_teacher_ran():
