@@ -3,7 +3,7 @@
 They know no config, logger or Ray; `sigray.native` is all of sigray that they import.
 """
 
-from sigray.losses.distillation import Teacher, distillation_loss, distillation_loss_plain
+from sigray.losses.distillation import Teacher, distillation_loss, distillation_loss_plain, sinkhorn_center
 from sigray.losses.gradcache import cached_backward
 from sigray.losses.gradients import all_reduce_gradients
 from sigray.losses.logit_means import feature_means, mean_logits
@@ -31,6 +31,7 @@ __all__ = [
     "sharded_softmax_loss",
     "sigmoid_loss",
     "sigmoid_loss_plain",
+    "sinkhorn_center",
     "softmax_loss_plain",
     "token_loss",
     "token_loss_plain",

@@ -12,6 +12,7 @@ The equation is that of DINO (arXiv 2104.14294) and, between patches, of iBOT (a
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,48 @@ class Teacher:
         states = self.states if is_shared else self.states[:, columns].flatten(0, 1)
         logits = (states.to(products) @ self.table.to(products).T).to(sums)
         return logits.sub_(self.center).div_(self.temperature).softmax(dim=-1)
+
+
+def sinkhorn_center(
+    states: Sequence[Tensor],
+    table: Tensor,
+    temperature: float,
+    average: Callable[[Tensor], Tensor],
+    *,
+    num_rounds: int = 3,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """The center that gives each prototype an equal share of the batch.
+
+    Sinkhorn and Knopp's rounds, as DINOv2 (arXiv 2304.07193) has them after SwAV (arXiv 2006.09882). A round scales the
+    probabilities to equal sums of each prototype, and then to 1 for each view. The scales of the prototypes are a
+    center, and the last step is the teacher's softmax. So nothing of size views x prototypes is kept.
+
+    Args:
+        states: of all views of this rank's batch, each (G, N, D) of unit norm.
+        table: (K, D), rows of unit norm.
+        temperature: of the teacher's softmax.
+        average: the mean over ranks.
+        chunk_size: as in `token_loss`.
+
+    Returns:
+        (K,), to be subtracted from the logits; the same on every rank.
+    """
+    sums, products = sum_dtype(table), product_dtype(table)
+    center = torch.zeros(len(table), dtype=sums, device=table.device)
+    for number in range(num_rounds):
+        total = torch.full_like(center, -torch.inf)
+        for each in states:
+            size = chunk_size or max(1, default_tile_size(each.device) ** 2 // (each.shape[0] * len(table)))
+            for columns in ranges(each.shape[1], size):
+                flat = each[:, columns].flatten(0, 1).to(products)
+                logits = (flat @ table.to(products).T).to(sums).div_(temperature)
+                if number:  # to 1 for each view
+                    logits -= (logits - center / temperature).logsumexp(dim=1, keepdim=True)
+                total = torch.logaddexp(total, logits.logsumexp(dim=0))
+        # In float64, which holds e^(2 / temperature).
+        center = average(total.double().exp()).log().to(sums) * temperature
+    return center
 
 
 def distillation_loss_plain(student: Tensor, table: Tensor, teacher: Teacher, temperature: float) -> Tensor:

@@ -669,6 +669,7 @@ def test_the_student_and_its_views(configure, monkeypatch):
         "teacher": "heads",
         "student_temperature": 0.2,
         "teacher_temperature": 0.05,
+        "balance": "sinkhorn",
         "center_momentum": 0.8,
     }
     own = Student.__init__

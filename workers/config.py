@@ -568,10 +568,14 @@ class DistillConfig(Section):
     which this section does."""
     student_temperature: PositiveFloat = 0.1
     """Temperature of the student's softmax; DINO's."""
-    teacher_temperature: PositiveFloat = 0.04
+    teacher_temperature: Annotated[float, Field(ge=0.005)] = 0.04
     """Temperature of the teacher's softmax; DINO's before its warm-up ends."""
+    balance: Literal["center", "sinkhorn"] = "center"
+    """What keeps the teacher from giving all images one target.
+    center subtracts an average over batches from its logits, as DINO. sinkhorn gives each prototype its share of the
+    batch in three rounds, as DINOv2 (arXiv 2304.07193). The teacher then sees the whole batch before the student."""
     center_momentum: Fraction = 0.9
-    """Momentum of the average that is subtracted from the teacher's logits; DINO's."""
+    """Momentum of the average of the teacher's logits, for center; DINO's."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> DistillConfig:

@@ -50,6 +50,8 @@ class TowerCosts:
     Attributes:
         embed_dim: D.
         image_bytes: of an image as the device takes it, views included.
+        state_bytes: of the teacher's states of an image, if the device keeps those of its whole batch.
+        ahead_bytes: of what it keeps beside them.
         parameters: numbers of parameters: visual, text, trained.
         weights: bytes of all parameters and buffers that the device holds. Peaks do not include them.
         updated: bytes of the parameters that a step has updated so far.
@@ -67,6 +69,8 @@ class TowerCosts:
 
     embed_dim: int
     image_bytes: int
+    state_bytes: int
+    ahead_bytes: int
     parameters: dict[str, int]
     weights: int
     updated: int
@@ -188,7 +192,7 @@ def measure_towers(
                     reads = torch.empty(num_pairs, student.num_predicted, dtype=torch.int64)
                     loop = functools.partial(stand_ins.distillation_loss, counter)
                     terms += student.encode(*split(views, pixels)[1:], masked, reads, loss=loop).values()
-                    flops["views"] = counter.flops - before
+                    flops["views"] = ahead + counter.flops - before
             return terms
 
         def forward_flops() -> dict[str, float]:
@@ -209,6 +213,15 @@ def measure_towers(
             for parameter in parameters:  # as in the second micro-batch and later
                 parameter.grad = torch.empty_like(parameter)
         counter.watch(parameters)
+        ahead = 0.0
+        ahead_bytes = 0
+        if student is not None and student.looks_ahead:
+            counter.start()
+            with device.autocast():
+                reads = torch.empty(num_pairs, student.num_predicted, dtype=torch.int64)
+                student.look_ahead([(split(views, pixels)[1], reads)])
+            ahead = counter.flops
+            ahead_bytes = counter.now - num_pairs * student.kept_bytes
         again = [tower for tower in TOWERS if tower in training or (tower == "visual" and captioner is not None)]
         features = embed(again if cached else running)
         if cached:
@@ -239,6 +252,8 @@ def measure_towers(
     _measured[key] = TowerCosts(
         embed_dim=dim,
         image_bytes=pixels.num_bytes,
+        state_bytes=student.kept_bytes if student is not None else 0,
+        ahead_bytes=ahead_bytes,
         parameters=numbers | {"trained": sum(parameter.numel() for parameter in parameters)},
         weights=sum(tensor.nbytes for name, tensor in tensors if held.get(name.split(".")[0], True)),
         updated=sum(parameter.nbytes for parameter in updated),

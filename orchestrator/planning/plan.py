@@ -255,6 +255,7 @@ def _plan_phase(
         "weights": towers.weights,
         "optimizer state": towers.optimizer_state,
         **({"average of the weights": ema} if ema else {}),
+        **({"teacher's states": share * towers.state_bytes + towers.ahead_bytes} if towers.state_bytes else {}),
         # CPU: two ready batches, the batch in use, the batch in assembly. Else: the batch in use and the next.
         "input batches": (4 if accelerator == CPU else 2) * share * sample_bytes,
         "framework": int(kind.framework),

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from sigray.losses import Teacher, distillation_loss, distillation_loss_plain
+from sigray.losses import Teacher, distillation_loss, distillation_loss_plain, sinkhorn_center
+from tests.helpers.sinkhorn import sinkhorn
 
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.04
 
@@ -51,6 +52,26 @@ def test_the_plain_equation_is_dinos():
         found = found / found.sum(dim=1, keepdim=True)
         total = total - (wanted * found.log()).sum(dim=1).mean() / student.shape[1]
     assert distillation_loss_plain(student, table, teacher, STUDENT_TEMPERATURE).item() == pytest.approx(total.item())
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2, 100])
+@pytest.mark.parametrize(
+    ("dtype", "temperature", "tolerance"),
+    [(torch.float64, 0.04, 1e-12), (torch.float32, 0.04, 2e-5), (torch.float32, 0.005, 1e-3)],
+)
+def test_the_center_of_sinkhorn_gives_the_targets_of_the_whole_matrix(chunk_size, dtype, temperature, tolerance):
+    generator = torch.Generator().manual_seed(1)
+    states = normalize(torch.randn(7, 5, 8, generator=generator, dtype=torch.float64), dim=-1)
+    table = normalize(torch.randn(11, 8, generator=generator, dtype=torch.float64), dim=-1)
+    parts = [part.to(dtype) for part in states.split([3, 1, 3])]
+    found = sinkhorn_center(parts, table.to(dtype), temperature, lambda mean: mean, chunk_size=chunk_size)
+    assert found.dtype == dtype
+    logits = (states @ table.T).flatten(0, 1)
+    targets = ((logits - found.double()) / temperature).softmax(dim=-1)
+    assert (targets - sinkhorn(logits, temperature)).abs().max() < tolerance
+    # Each prototype has its share, up to what three rounds leave.
+    even = (logits / temperature).softmax(dim=-1).mean(dim=0)
+    assert (targets.mean(dim=0) - 1 / 11).abs().max() < 0.5 * (even - 1 / 11).abs().max()
 
 
 def test_the_teacher_gets_no_gradient():

@@ -562,6 +562,27 @@ FAULTS = [
         (f"{_STUDENT}loss_and_every_gradient_equal_the_twin[1-2]",),
     ),
     Fault(
+        "sinkhorn balances the batch of this rank",
+        "sigray.losses.distillation:sinkhorn_center",
+        "average(total.double().exp())",
+        "total.double().exp()",
+        (f"{_STUDENT}sinkhorn_balances_the_whole_batch[2-3]",),
+    ),
+    Fault(
+        "sinkhorn balances each micro-batch",
+        "sigray.losses.distillation:sinkhorn_center",
+        "total = torch.logaddexp(total, logits.logsumexp(dim=0))",
+        "total = logits.logsumexp(dim=0)",
+        (f"{_STUDENT}sinkhorn_balances_the_whole_batch[1-4]",),
+    ),
+    Fault(
+        "sinkhorn does not scale views",
+        "sigray.losses.distillation:sinkhorn_center",
+        "if number:",
+        "if False:",
+        ("tests/losses/test_distillation.py::test_the_center_of_sinkhorn_gives_the_targets_of_the_whole_matrix",),
+    ),
+    Fault(
         "the average goes on where a teacher begins",
         "sigray.workers.training.saver:restore",
         "Border(phase.init_fresh, resize, begins_teacher)",

@@ -186,6 +186,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "loss.distill.teacher": _STUDENT,
     "loss.distill.student_temperature": _STUDENT,
     "loss.distill.teacher_temperature": _STUDENT,
+    "loss.distill.balance": _STUDENT,
     "loss.distill.center_momentum": _STUDENT,
     "loss.tile_size": (f"{_LOSS}[loss0-expected0]",),
     "optim.name": (f"{_HERE}test_other_optimizers[lion]",),

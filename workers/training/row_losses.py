@@ -7,6 +7,8 @@ pass's run of the image tower.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from sigray.workers.config import LossConfig
@@ -38,6 +40,16 @@ class RowLosses:
     def reads_image_tower(self) -> bool:
         """Whether a term needs the image tower's run on the images, locked or not."""
         return self._captioner is not None
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether `look_ahead` must come before `encode`."""
+        return self._student is not None and self._student.looks_ahead
+
+    def look_ahead(self, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """As `Student.look_ahead`."""
+        assert self._student is not None
+        self._student.look_ahead(parts)
 
     def targets(self, batch: Batch, rows: slice) -> tuple[list[Tensor], list[Tensor]]:
         """Host tensors of a micro-batch: of the captions, and of self-distillation."""

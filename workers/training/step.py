@@ -8,7 +8,7 @@ but the loss and the gradients only by rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sigray.losses import NonFiniteFeatures, cached_backward, feature_means
 from sigray.losses.spans import span
+from sigray.losses.tiles import ranges
 from sigray.workers.checkpoint.writer import EMA
 from sigray.workers.config import LossConfig, ModelConfig, OptimConfig, Tower
 from sigray.workers.data.loader import Batch
@@ -149,6 +150,9 @@ class Trainer:
             contrastive.append(value.detach())
             return value
 
+        if self._row_losses.looks_ahead:
+            with span("teacher"), self._device.autocast():
+                self._row_losses.look_ahead(self._whole_batch(batch, size))
         try:
             loss = cached_backward(
                 lambda rows: self._encode(batch, rows, rows.start // size),
@@ -211,6 +215,15 @@ class Trainer:
                 row_losses.encode(tokens, views, copies[: len(captions)], copies[len(captions) :])
         names = {"visual": "image_features", "text": "text_features"}
         return tuple(self._device.lay_out(features[names[tower]].to(self._device.product_dtype)) for tower in towers)
+
+    def _whole_batch(self, batch: Batch, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the global views and predicted patches of each micro-batch."""
+        for rows in ranges(len(batch.images), size):
+            _, (_, reads) = self._row_losses.targets(batch, rows)
+            images, reads = self._device.to_device(batch.images[rows], reads)
+            yield split(images, self.pixels)[1], reads
+            if self._device.settle is not None:
+                self._device.settle()
 
     def _encode_again(self, batch: Batch, rows: slice, micro_batch: int) -> tuple[Tensor | None, ...]:
         """As `_encode`, with None in place of the features of a locked tower."""

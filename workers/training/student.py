@@ -9,7 +9,7 @@ global view. The student sees the local views, and the global view with masked p
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sigray.losses import Teacher, distillation_loss
+from sigray.losses import Teacher, distillation_loss, sinkhorn_center
 from sigray.workers.config import DistillConfig, ModelConfig
 from sigray.workers.data.loader import Batch
 from sigray.workers.data.sample_hash import Purpose, place_hash
@@ -38,6 +38,7 @@ class Student:
     Attributes:
         views: what a batch must hold beside the images.
         num_patches, num_predicted: P and m.
+        looks_ahead: whether `look_ahead` must come before `encode`.
     """
 
     def __init__(
@@ -56,8 +57,23 @@ class Student:
         self.num_patches = trunk.patch_embed.num_patches
         self.num_predicted = self.num_patches if config.predicts == "all" else num_masked(self.num_patches, config)
         self.views = views_of(config, trunk)
+        self.looks_ahead = config.balance == "sinkhorn"
+        # If the teacher looks ahead, by head: its states of each micro-batch that awaits `encode`, its prototypes, and
+        # the centers of the batch.
+        self._seen: list[dict[str, Tensor]] = []
+        self._tables: dict[str, Tensor] = {}
+        self._centers: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}  # of the teacher's states, by head
         self._num_rows = 0
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the teacher's states of an image that wait for `encode`."""
+        if not self.looks_ahead:
+            return 0
+        states = (self._config.local_weight > 0) + (self._config.masked_weight > 0) * self.num_predicted
+        distiller: Any = self._encoder.distiller
+        return states * distiller.local_head.prototypes.shape[1] * self._device.product_dtype.itemsize
 
     def targets(self, batch: Batch, rows: slice) -> list[Tensor]:
         """Host tensors of a micro-batch, for `encode`.
@@ -89,24 +105,60 @@ class Student:
             masked, reads: those of `targets`, on the device.
             loss: `distillation_loss`, or what stands for it in a plan.
         """
-        config = self._config
         pixels = normalize_pixels(global_views, self._model)
-        has_local, has_masked = config.local_weight > 0, config.masked_weight > 0
-        with torch.no_grad(), self._as_teacher() as weights:
-            kinds = {"pools": has_local, "reads": reads if has_masked else None}
-            wanted = functional_call(self._encoder, weights, (pixels,), kinds)
-        self._num_rows += len(pixels)
+        if self.looks_ahead:
+            wanted = {head: (states, self._tables[head]) for head, states in self._seen.pop(0).items()}
+        else:
+            wanted = self._teach(pixels, reads)
+            self._add_to_sums(wanted)
         found = {}
-        if has_local:
+        if "local" in wanted:
             small = normalize_pixels(local_views.flatten(0, 1), self._model)
             states, table = self._encoder(small, pools=True)["local"]
             states = states.unflatten(0, local_views.shape[:2])
-            teacher, teacher_table = wanted["local"]
-            found["local_loss"] = self._loss("local", (states, table), (teacher[:, None], teacher_table), loss)
-        if has_masked:
+            found["local_loss"] = self._loss("local", (states, table), wanted["local"], loss)
+        if "masked" in wanted:
             own = self._encoder(pixels, masked, pools=False, reads=reads)["masked"]
             found["masked_loss"] = self._loss("masked", own, wanted["masked"], loss)
         return found
+
+    def look_ahead(self, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Show the teacher the whole batch, and compute the centers of it.
+
+        Args:
+            parts: global views and predicted patches of each micro-batch, in the order of `encode`.
+        """
+        products = self._device.product_dtype
+        self._seen = []
+        for global_views, reads in parts:
+            found = self._teach(normalize_pixels(global_views, self._model), reads)
+            self._seen.append({head: states.to(products) for head, (states, _) in found.items()})
+            self._tables = {head: table.to(products) for head, (_, table) in found.items()}
+        with torch.no_grad(), torch.autocast(self._device.torch_device.type, enabled=False):
+            for head, table in self._tables.items():
+                states = [seen[head] for seen in self._seen]
+                temperature = self._config.teacher_temperature
+                self._centers[head] = sinkhorn_center(states, table, temperature, self._device.average)
+
+    def _teach(self, pixels: Tensor, reads: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the teacher's states of a micro-batch's global views, and its prototypes.
+
+        By head, (rows, 1, D) or (rows, m, D) and (K, D).
+        """
+        has_local, has_masked = self._config.local_weight > 0, self._config.masked_weight > 0
+        with torch.no_grad(), self._as_teacher() as weights:
+            kinds = {"pools": has_local, "reads": reads if has_masked else None}
+            found = functional_call(self._encoder, weights, (pixels,), kinds)
+        if has_local:
+            states, table = found["local"]
+            found["local"] = states[:, None], table
+        return found
+
+    def _add_to_sums(self, taught: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        for head, (states, _) in taught.items():
+            total = states.float().mean(dim=1).sum(dim=0)
+            self._sums[head] = self._sums[head] + total if head in self._sums else total
+        self._num_rows += len(states)
 
     def _loss(
         self,
@@ -115,23 +167,22 @@ class Student:
         teacher: tuple[Tensor, Tensor],
         loss: Callable[..., Tensor],
     ) -> Tensor:
-        """The term of a head; adds the teacher's states to those of the step.
+        """The term of a head.
 
         Args:
             student, teacher: states and prototypes.
         """
         config = self._config
         states, table = student
-        total = teacher[0].float().mean(dim=1).sum(dim=0)
-        self._sums[head] = self._sums[head] + total if head in self._sums else total
-        center: Tensor = self._encoder.distiller.get_buffer(f"{head}_center")
+        own: Tensor = self._encoder.distiller.get_buffer(f"{head}_center")
+        center = self._centers[head] if self.looks_ahead else own
         products = self._device.product_dtype
         wanted = Teacher(teacher[0].to(products), teacher[1].to(products), center, config.teacher_temperature)
         with torch.autocast(states.device.type, enabled=False):
             return loss(states.to(products), table.to(products), wanted, config.student_temperature)
 
     def move_centers(self) -> None:
-        """Move the averages of the teacher's logits; before the step changes the weights.
+        """Move the averages of the teacher's logits, before the step changes the weights.
 
         The mean over a batch of logits is that of the states, times the prototypes.
         """
@@ -144,6 +195,8 @@ class Student:
                 self._encoder.distiller.get_buffer(f"{head}_center").lerp_(logits, 1 - momentum)
         self._sums = {}
         self._num_rows = 0
+        self._tables = {}
+        self._centers = {}
 
     @contextlib.contextmanager
     def _as_teacher(self) -> Iterator[dict[str, Tensor]]:

@@ -122,6 +122,8 @@ def test_a_real_step_takes_what_was_predicted(overrides):
         ["loss.distill={local_weight: 0}", "train.micro_batch_size=32"],
         ["loss.distill={masked_weight: 0, num_local_views: 3}", "train.micro_batch_size=32"],
         ["loss.distill={predicts: all, teacher: heads}", "train.activation_checkpointing=true"],
+        ["loss.distill={balance: sinkhorn}", "train.micro_batch_size=32"],
+        ["loss.distill={balance: sinkhorn, masked_weight: 0}", "train.precision=bf16"],
         [*CAPTIONS_AND_VIEWS, "train.micro_batch_size=32"],
         [*CAPTIONS_AND_VIEWS, "train.micro_batch_size=32", "train.precision=bf16"],
     ],

@@ -19,6 +19,7 @@ from sigray.workers.training.phases import Schedule
 from sigray.workers.training.step import Trainer
 from sigray.workers.training.student import drawn_patches, num_masked
 from tests.helpers.data import TOWERS
+from tests.helpers.sinkhorn import sinkhorn
 from tests.helpers.steps import NUM_PAIRS, SEED, check_gradients, global_batch, part_of, samples
 
 SIZE, PATCH, LOCAL, NUM_LOCAL = 32, 8, 16, 3
@@ -113,7 +114,7 @@ def logits_of(head, features):
 
 
 @functools.cache
-def expected_step(predicts="masked", teacher="all", has_average=True):
+def expected_step(predicts="masked", teacher="all", has_average=True, balance="center"):
     """Terms, gradients and new centers: one process, float64."""
     trainer = make_trainer(1)
     if has_average:
@@ -142,7 +143,7 @@ def expected_step(predicts="masked", teacher="all", has_average=True):
 
     def cross_entropy(head, found, wanted):
         center = student.distiller.get_buffer(f"{head}_center")
-        p = torch.softmax((wanted - center) / 0.04, dim=-1)
+        p = torch.softmax((wanted - center) / 0.04, dim=-1) if balance == "center" else sinkhorn(wanted, 0.04)
         return -(p * torch.log_softmax(found / 0.1, dim=-1)).sum(dim=-1).mean()
 
     wanted = logits_of(other.distiller.local_head, pooled).detach()
@@ -162,6 +163,8 @@ def expected_step(predicts="masked", teacher="all", has_average=True):
     wanted = logits_of(other.distiller.masked_head, patches[reads]).detach()
     prediction = cross_entropy("masked", logits_of(student.distiller.masked_head, seen[reads]), wanted)
     centers["masked"] = 0.9 * student.distiller.masked_center + 0.1 * wanted.mean(dim=0)
+    if balance == "sinkhorn":
+        centers = {head: student.distiller.get_buffer(f"{head}_center") for head in centers}
     (contrastive + 0.5 * local + 0.7 * prediction).backward()
     gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
     for name, parameter in learner.named_parameters():
@@ -190,6 +193,14 @@ def test_loss_and_every_gradient_equal_the_twin(rank_groups, world_size, num_mic
     expected = expected_step()
     assert all(float(gradient.abs().max()) > 0 for gradient in expected[1].values())
     check(rank_groups(world_size).run(step_on_rank, num_micro_batches), *expected)
+
+
+@pytest.mark.parametrize(("world_size", "num_micro_batches"), [(1, 1), (1, 4), (2, 3), (3, 1)])
+def test_sinkhorn_balances_the_whole_batch(rank_groups, world_size, num_micro_batches):
+    expected = expected_step(balance="sinkhorn")
+    run = functools.partial(step_on_rank, balance="sinkhorn")
+    check(rank_groups(world_size).run(run, num_micro_batches), *expected)
+    assert abs(expected[0]["local_loss"] - expected_step()[0]["local_loss"]) > 0.01
 
 
 @pytest.mark.parametrize("settings", [{"predicts": "all"}, {"teacher": "heads"}, {"has_average": False}], ids=str)
