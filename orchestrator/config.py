@@ -250,20 +250,31 @@ class RunConfig(Section):
         if self.eval.pixel_baseline and not any(spec.classes for spec in self.eval.sets.values()):
             yield "eval.pixel_baseline=true needs a set with classes in eval.sets, and there is none"
 
+    def _losses(self) -> dict[str, workers.LossConfig]:
+        """Return the loss of each phase by the start of its keys.
+
+        It ends before one that `_phase_problems` refuses.
+        """
+        found = {"": self.loss}
+        for number, given in enumerate(self.phases):
+            try:
+                found[f"phases.{number}."] = changed(list(found.values())[-1], given.loss)
+            except ValidationError:
+                break
+        return found
+
     def _decoder_problems(self) -> Iterator[str]:
         """Yield a captioning loss without a decoder, and a decoder without one."""
-        weights = {"": self.loss.caption_weight}
-        weights |= {f"phases.{n}.": each.loss.get("caption_weight", 0) for n, each in enumerate(self.phases)}
-        used = next((key for key, weight in weights.items() if weight), None)
+        losses = self._losses()
+        used = next((key for key, loss in losses.items() if loss.caption_weight), None)
         if self.model.decoder is None and used is not None:
-            yield f"{used}loss.caption_weight={weights[used]:g} needs a decoder: set model.decoder={{}}"
+            yield f"{used}loss.caption_weight={losses[used].caption_weight:g} needs a decoder: set model.decoder={{}}"
         if self.model.decoder is not None and used is None:
             yield "model.decoder is never trained: set loss.caption_weight=1, here or in a phase"
 
     def _distill_problems(self) -> Iterator[str]:
         """Yield what self-distillation lacks, and what it cannot run with."""
-        losses = [self.loss.distill, *(each.loss.get("distill") for each in self.phases)]
-        if all(each is None for each in losses):
+        if all(each.distill is None for each in self._losses().values()):
             if self.model.heads is not None:
                 yield "model.heads is never trained: set loss.distill={}, here or in a phase"
             return
@@ -553,15 +564,17 @@ def put(content: dict[str, Any], key: str, value: Any, source: str | Path) -> No
     """Put a value at a dotted key of a nested mapping, the content of `source`.
 
     Raises:
-        ConfigError: if a part of the key is a value and no section.
+        ConfigError: if a part of the key is a value and no section, or if a phase alone gives the section.
     """
     *path, last = key.split(".")
     place: Any = content
-    for part in path:
+    for depth, part in enumerate(path):
         if isinstance(place, list):  # of sections, by number
             place = place[int(part)] if part.isdigit() and int(part) < len(place) else None
         else:
             if place.get(part) is None:  # a section that may be left out
+                if depth == 1:
+                    _check_no_phase_gives(content, key, source)
                 place[part] = {}
             place = place[part]
         if not isinstance(place, dict | list):
@@ -569,6 +582,25 @@ def put(content: dict[str, Any], key: str, value: Any, source: str | Path) -> No
     if isinstance(place, list):
         raise ConfigError(f"{source}: {last!r} is an entry of a list; give the list, or one key of the entry")
     place[last] = value
+
+
+def _check_no_phase_gives(content: dict[str, Any], key: str, source: str | Path) -> None:
+    """Refuse a key of a section that begins with a phase.
+
+    The section would begin with the run, and the phase keep its own value.
+
+    Raises:
+        ConfigError: names the key of the phase.
+    """
+    section, name, *_ = key.split(".")
+    phases = content.get("phases")
+    for number, phase in enumerate(phases if isinstance(phases, list) else []):
+        given = phase.get(section) if isinstance(phase, dict) else None
+        if isinstance(given, dict) and isinstance(given.get(name), dict):
+            raise ConfigError(
+                f"{source}: {key}: {section}.{name} is null outside of phases, and phases.{number} gives it: give "
+                f"phases.{number}.{key}, or all of {section}.{name}"
+            )
 
 
 def _explain(error: dict[str, Any], model: type[Section], noun: str) -> list[str]:

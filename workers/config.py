@@ -346,12 +346,12 @@ class DecoderConfig(Section):
 
 
 class HeadsConfig(Section):
-    hidden: PositiveInt = 2048
+    hidden: Annotated[PositiveInt, Field(le=2**16)] = 2048
     """Width of the heads' two hidden layers.
     The defaults of this section are DINO's (arXiv 2104.14294)."""
-    bottleneck: PositiveInt = 256
+    bottleneck: Annotated[PositiveInt, Field(le=2**16)] = 256
     """Width of the states that are compared with the prototypes."""
-    prototypes: PositiveInt = 65536
+    prototypes: Annotated[int, Field(ge=2, le=2**20)] = 65536
     """Number of prototypes of each head."""
 
 
@@ -548,9 +548,9 @@ class DistillConfig(Section):
     """Weight of the masked prediction (TIPS, arXiv 2410.16512).
     The student predicts the teacher's states of masked patches of the large crop. SigLIP 2 takes 0.25, times the same
     factor."""
-    num_local_views: PositiveInt = 8
+    num_local_views: Annotated[PositiveInt, Field(le=64)] = 8
     """Small crops of each image."""
-    local_size: PositiveInt | None = None
+    local_size: Annotated[PositiveInt, Field(le=2**14)] | None = None
     """Edge of a small crop in pixels.
     Null: 3/7 of the images' edge, as DINO's 96 of 224, rounded to patches."""
     global_scale: tuple[Fraction, Fraction] = (0.4, 1.0)

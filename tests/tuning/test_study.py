@@ -11,6 +11,8 @@ import yaml
 from sigray.orchestrator.config import ConfigError, parse_config
 from sigray.tuning.search import Search
 from sigray.tuning.study import load_study, parse_study, read_study, trial_name
+from sigray.workers.training.phases import phases_of
+from tests.helpers.data import TOWERS
 from tests.helpers.sweeps import run_content, study_content
 
 STUDIES = sorted(Path("tuning/studies").glob("*.yaml"))
@@ -38,6 +40,33 @@ def test_every_study_can_be_read_at_every_scale(path):
                 assert any(wanted.items() <= values.items() for values in points), (
                     f"{claim.text}: no trial has {wanted}"
                 )
+
+
+def test_a_sweep_varies_a_key_of_a_phase_where_the_phase_has_it():
+    vision = {"timm_model_name": "siglip_vit_w32_d2_h2_m64_p8_s16", "timm_pool": "map", "timm_proj": "none"}
+    towers = {
+        "embed_dim": 32,
+        "vision_cfg": vision | {"image_size": 16},
+        "text_cfg": TOWERS["text_cfg"] | {"width": 32},
+    }
+    base = run_content() | {"model": {"towers": towers, "heads": {}}}
+    base["train"] = base["train"] | {"ema": 100}
+    base["phases"] = [{"start": 0.5, "loss": {"distill": {"masked_weight": 0.5}}}]
+
+    def contents(key: str) -> list[dict[str, Any]]:
+        study = parse_study(study_content(base=base, space={key: {"grid": [0.5, 2]}}), "study.yaml")
+        search = Search(study)
+        found = [search.propose(number, []) for number in range(2)]
+        return [study.trial_content(0, each.seed, each.budget, each.point.overrides) for each in found if each]
+
+    with pytest.raises(ConfigError, match=r"phases.0 gives it: give phases.0.loss.distill.local_weight"):
+        contents("loss.distill.local_weight")
+    key = "loss.distill.local_weight"
+    weights = [
+        phases_of(parse_config(content, "trial"))[1].loss.distill.local_weight
+        for content in contents(f"phases.0.{key}")
+    ]
+    assert weights == [0.5, 2.0]
 
 
 def test_the_demo_studies_read_what_the_demo_builds():

@@ -8,6 +8,7 @@ The local-to-global term is that of SILC (arXiv 2310.13355), the masked one that
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,6 +67,17 @@ class Distiller(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
         self.register_buffer("local_center", torch.zeros(config.prototypes))
         self.register_buffer("masked_center", torch.zeros(config.prototypes))
+
+    def reset_centers(self, is_fresh: Callable[[str], bool]) -> None:
+        """Zero the center of each head whose logits are others now.
+
+        Args:
+            is_fresh: whether a parameter of this module, by name, starts fresh.
+        """
+        for head in ("local", "masked"):
+            names = [name for name, _ in self.named_parameters() if name.startswith(f"{head}_head.")]
+            if any(map(is_fresh, names)):
+                self.get_buffer(f"{head}_center").zero_()
 
 
 class ViewEncoder(nn.Module):

@@ -6,7 +6,7 @@ resizes as the order does. Pure arithmetic, without torch: the driver, `sigray p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Protocol, TypeVar
@@ -103,10 +103,11 @@ def phases_of(config: HasPhases) -> list[Phase]:
     for number, (first, end) in enumerate(zip(first_steps, end_steps, strict=True)):
         if number:
             given = config.phases[number - 1]
-            changes = _changes(given, loss, optim)
+            before = {"loss": loss, "optim": optim}
             model = model.model_copy(update={"image_size": given.image_size or model.image_size})
             loss = changed(loss, given.loss)
             optim = changed(optim, given.optim)
+            changes = _changes(given, before, {"loss": loss, "optim": optim})
         begin = max(other for other in begins if other <= number)
         following = min([other for other in begins if other > number], default=len(first_steps))
         length, offset = sum(places[begin:following]), sum(places[begin:number])
@@ -119,26 +120,44 @@ def phases_of(config: HasPhases) -> list[Phase]:
 def changed(section: AnySection, given: Mapping[str, Any]) -> AnySection:
     """Return a section with the keys that a phase gives.
 
+    A section within it keeps the keys that are not given, too.
+
     Raises:
         pydantic.ValidationError: for an unknown key, another type, or keys that contradict.
     """
-    return type(section).model_validate(section.model_dump() | dict(given))
+    return type(section).model_validate(_merged(section, given))
 
 
-def _changes(given: PhaseConfig, loss: LossConfig, optim: OptimConfig) -> list[str]:
+def _merged(section: Section, given: Mapping[str, Any]) -> dict[str, Any]:
+    content = section.model_dump()
+    for key, value in given.items():
+        own = getattr(section, key, None)
+        content[key] = _merged(own, value) if isinstance(own, Section) and isinstance(value, Mapping) else value
+    return content
+
+
+def _changes(given: PhaseConfig, before: Mapping[str, Section], after: Mapping[str, Section]) -> list[str]:
     """Return `key=value` of what a phase changes.
 
     Args:
-        loss, optim: of the phase before.
+        before, after: sections by name, of the phase before and of this one.
     """
-    found = []
+    found: list[str] = []
     for name, value in given:
-        if name in ("loss", "optim"):
-            before = loss if name == "loss" else optim
-            found += [f"{name}.{key}={new}" for key, new in value.items() if new != getattr(before, key)]
+        if name in before:
+            found += _changed_keys(name, value, before[name], after[name])
         elif name != "start" and value != PhaseConfig.model_fields[name].get_default(call_default_factory=True):
             found.append(f"{name}={value}")
     return found
+
+
+def _changed_keys(path: str, given: Mapping[str, Any], before: Section, after: Section) -> Iterator[str]:
+    for key, value in given.items():
+        was, becomes = getattr(before, key), getattr(after, key)
+        if isinstance(was, Section) and isinstance(becomes, Section):
+            yield from _changed_keys(f"{path}.{key}", value, was, becomes)
+        elif becomes != was:
+            yield f"{path}.{key}={value}"
 
 
 def phase_at(phases: Sequence[Phase], step: int) -> Phase:

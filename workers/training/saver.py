@@ -57,6 +57,9 @@ def restore(
         begins_teacher = phase.loss.distill is not None and before.loss.distill is None  # it begins as the student
         border = Border(phase.init_fresh, resize, begins_teacher) if before != phase else None
         load_checkpoint(storage, info, trainer.module, trainer.optimizer, border)
+        if border is not None and phase.loss.distill is not None:
+            distiller: Any = trainer.module.get_submodule("distiller")
+            distiller.reset_centers(lambda name: begins_teacher or border.is_fresh(f"distiller.{name}"))
 
     def load_first(info: CheckpointInfo) -> None:
         same_on_ranks(info)

@@ -121,6 +121,79 @@ def test_what_a_phase_leaves_out_is_as_in_the_phase_before():
     ]
 
 
+RECIPE = {
+    "model": {"towers": TOWERS, "heads": {}},
+    "train": {"num_samples": 96, "global_batch_size": 8, "ema": 32},
+}
+
+
+def test_a_section_keeps_the_keys_that_a_phase_leaves_out():
+    phases = [
+        {"start": 16, "loss": {"distill": {"local_weight": 0.5, "num_local_views": 3}}},
+        {"start": 32, "loss": {"distill": {"local_weight": 2, "global_scale": [0.4, 1.0]}}},
+        {"start": 48, "loss": {"distill": None}},
+        {"start": 64, "loss": {"distill": {"masked_weight": 0}}},
+    ]
+    found = phases_of(config_of(phases, **RECIPE))
+    given = [each.loss.distill for each in found]
+    assert given[0] is given[3] is None
+    assert [(each.local_weight, each.masked_weight, each.num_local_views) for each in given if each] == [
+        (0.5, 0.25, 3),
+        (2.0, 0.25, 3),
+        (1.0, 0.0, 8),
+    ]
+    assert [each.changes for each in found[1:]] == [
+        ("loss.distill={'local_weight': 0.5, 'num_local_views': 3}",),
+        ("loss.distill.local_weight=2",),
+        ("loss.distill=None",),
+        ("loss.distill={'masked_weight': 0}",),
+    ]
+    outside = config_of([{"start": 32, "loss": {"distill": {"local_weight": 2}}}], **RECIPE, loss={"distill": {}})
+    other = override(outside, ["loss.distill.num_local_views=4"], "x.yaml")
+    assert [each.loss.distill.num_local_views for each in phases_of(other)] == [4, 4]
+
+
+@pytest.mark.parametrize("value", [2, "{}", "null", "[1]"])
+@pytest.mark.parametrize("key", ["local_weight", "teacher", "no_key"])
+def test_a_key_of_a_section_that_a_phase_begins_is_not_put_before_it(key, value):
+    """It would begin self-distillation with the run, and the phase keep its own value."""
+    config = config_of(
+        [{"start": 16, "image_size": 32}, {"start": 32, "loss": {"distill": {"masked_weight": 0.5}}}], **RECIPE
+    )
+    with pytest.raises(ConfigError) as refused:
+        override(config, [f"loss.distill.{key}={value}"], "x.yaml")
+    assert f"phases.1 gives it: give phases.1.loss.distill.{key}, or all of loss.distill" in str(refused.value)
+    other = override(config, ["phases.1.loss.distill.local_weight=2"], "x.yaml")
+    assert phases_of(other)[2].loss.distill.local_weight == 2
+    whole = override(config, ["loss.distill={local_weight: 3}"], "x.yaml")
+    assert [each.loss.distill.local_weight for each in phases_of(whole)] == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("section", "given", "message"),
+    [
+        ("loss", {"caption_weight": [1]}, "phases.0.loss.caption_weight=[1]"),
+        ("loss", {"caption_weight": {"a": 1}}, "phases.0.loss.caption_weight={'a': 1}"),
+        ("loss", {"caption_weight": "much"}, "phases.0.loss.caption_weight='much'"),
+        ("loss", {"caption_weight": None}, "phases.0.loss.caption_weight=None"),
+        ("loss", {"distill": 1}, "phases.0.loss.distill=1"),
+        ("loss", {"distill": "on"}, "phases.0.loss.distill='on'"),
+        ("loss", {"distill": [{}]}, "phases.0.loss.distill=[{}]"),
+        ("loss", {"distill": {"local_weight": [1]}}, "phases.0.loss.distill.local_weight=[1]"),
+        ("loss", {"distill": {"local_wait": 1}}, "phases.0.loss.distill.local_wait: unknown key"),
+        ("loss", {"name": ["softmax"]}, "phases.0.loss.name=['softmax']"),
+        ("optim", {"lr": {"a": 1}}, "phases.0.optim.lr={'a': 1}"),
+        ("optim", {"lr": None}, "phases.0.optim.lr=None"),
+        ("optim", {"num_warmup_samples": [8]}, "phases.0.optim.num_warmup_samples=[8]"),
+    ],
+    ids=str,
+)
+def test_a_value_of_another_type_is_refused_with_its_key(section, given, message):
+    with pytest.raises(ConfigError) as refused:
+        config_of([{"start": 40, section: given}])
+    assert message in str(refused.value)
+
+
 BAD = {
     "two at one step": ([{"start": 40}, {"start": 39}], "phases.1.start=39: it begins at step 5 of 12"),
     "after the end": ([{"start": 96}], "phases.0.start=96: it begins at step 12 of 12"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -107,6 +108,35 @@ def test_the_teacher_begins_as_the_student(config_file):
     assert found["train/masked_loss"] == trained["train/masked_loss"]
 
 
+@pytest.mark.parametrize(
+    ("between", "zero"),
+    [
+        ({"loss": {"distill": None}}, {"local", "masked"}),
+        ({"init_fresh": [r"distiller\..*"]}, {"local", "masked"}),
+        ({"init_fresh": [r"distiller\.masked_head\.prototypes"]}, {"masked"}),
+        ({"init_fresh": ["text.*"]}, set()),
+    ],
+    ids=str,
+)
+def test_a_center_begins_with_the_logits_that_it_is_of(config_file, between, zero):
+    """The last phase's momentum keeps the center where the phase began."""
+    last = {"start": 12 * BATCH, "loss": {"distill": DISTILL | {"center_momentum": 1.0}}}
+    if "init_fresh" in between:
+        last |= between
+    phases = [{"start": 4 * BATCH, "loss": {"distill": DISTILL}}, {"start": 8 * BATCH, "optim": {"lr": 1e-3}}, last]
+    if "loss" in between:
+        phases[1] |= between
+    name = "-".join(["centers", *between, *sorted(zero)])
+    files = train(config_file, name, f"phases={json.dumps(phases)}", last_step=14)["files"]
+    assert files
+    config = load_config(config_file, [f"run.name={name}", f"phases={json.dumps(phases)}"])
+    storage = Storage(config.storage_uri)
+    module = build_model(config.model)
+    load_weights(storage, list_checkpoints(storage)[-1], module)
+    found = {head for head in ("local", "masked") if not module.distiller.get_buffer(f"{head}_center").any()}
+    assert found == zero
+
+
 def test_micro_batches_change_rounding_alone(config_file, undisturbed):
     found = train(config_file, "micro", "train.micro_batch_size=4", "train.activation_checkpointing=true")
     first = {step: loss for step, loss in undisturbed["losses"].items() if step <= FIRST + 2}
@@ -124,6 +154,13 @@ def test_micro_batches_change_rounding_alone(config_file, undisturbed):
         (["sharding.weights=split"], "loss.distill cannot run with sharding.weights=split"),
         (["loss.distill={local_weight: 0, masked_weight: 0}"], "local_weight and masked_weight are 0"),
         (["loss.distill={local_scale: [0.5, 0.1]}"], r"local_scale=\[0.5, 0.1\]: \[smallest, largest\]"),
+        (["loss.distill={num_local_views: 1000}"], "num_local_views=1000: .*less than or equal to 64"),
+        (["loss.distill={local_size: 1000000}"], "local_size=1000000: .*less than or equal to"),
+        (["loss.distill={teacher_temperature: 1.0e-9}"], "teacher_temperature=1e-09: .*greater than or equal to"),
+        (["model.heads={prototypes: 1}"], "model.heads.prototypes=1: .*greater than or equal to 2"),
+        (["model.heads={prototypes: 1000000000}"], "model.heads.prototypes=1000000000: .*less than or equal to"),
+        (["model.heads={hidden: 1000000000}"], "model.heads.hidden=1000000000: .*less than or equal to"),
+        (["model.heads={bottleneck: 1000000000}"], "model.heads.bottleneck=1000000000: .*less than or equal to"),
         (["loss.distill={local_size: 12}"], "local_size=12 does not divide by the patches of 8 pixels"),
         (
             ["model.towers.vision_cfg={image_size: 16, patch_size: 8, width: 32, head_width: 16, layers: 1}"],
