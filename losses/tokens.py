@@ -106,4 +106,5 @@ def _one_pass(
 
     for columns in ranges(hidden.shape[1], chunk_size):
         loss = loss + visit(columns)
-    return TokenResult(loss, torch.cat(parts, dim=1), grad_weight, grad_bias)
+    grad_hidden = torch.cat(parts, dim=1) if parts else torch.zeros_like(hidden, dtype=sums)  # no position counts
+    return TokenResult(loss, grad_hidden, grad_weight, grad_bias)

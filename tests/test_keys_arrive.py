@@ -836,7 +836,7 @@ def test_labels_are_corrupted_as_asked(configure, spy, kind, fraction):
         "image": (clean.images != noisy.images).flatten(1).any(1).sum().item(),
     }
     by_hand = clean.images.numpy().copy(), clean.tokens.numpy().copy()
-    Noise(LabelNoise.model_validate(noise), 7, TOWERS["text_cfg"]["vocab_size"]).corrupt(clean.samples, *by_hand)
+    Noise(LabelNoise.model_validate(noise), 7, TOWERS["text_cfg"]["vocab_size"], 0).corrupt(clean.samples, *by_hand)
     assert np.array_equal(noisy.images, by_hand[0])
     assert np.array_equal(noisy.tokens, by_hand[1])
     assert changed.pop(kind) == pytest.approx(64 * fraction, abs=8)  # two standard deviations of 64 draws

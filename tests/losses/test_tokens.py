@@ -58,6 +58,16 @@ def test_products_are_of_the_dtype_of_hidden():
     assert loss.item() == pytest.approx(expected.item(), rel=2e-2)
 
 
+def test_no_position_gives_zero_and_no_gradient():
+    hidden, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((1, 0, 4), (9, 4), (9,)))
+    loss = token_loss(hidden, weight, bias, torch.zeros(1, 0, dtype=torch.int32), torch.zeros(1, 0))
+    loss.backward()
+    assert loss == 0
+    assert hidden.grad.shape == (1, 0, 4)
+    assert not weight.grad.any()
+    assert not bias.grad.any()
+
+
 def test_a_second_backward_pass_is_refused():
     tensors, targets, position_weights = inputs(torch.float32)
     loss = token_loss(*tensors, targets, position_weights)

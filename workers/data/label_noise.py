@@ -37,15 +37,17 @@ class Noise:
         config: train.label_noise.
         seed: of the run.
         vocab_size: tokens are drawn from 1 to vocab_size - 1.
+        pad: the token that fills captions.
 
     Attributes:
         moves_captions: whether a pair's caption may come from anywhere in the global batch.
     """
 
-    def __init__(self, config: LabelNoise, seed: int, vocab_size: int) -> None:
+    def __init__(self, config: LabelNoise, seed: int, vocab_size: int, pad: int) -> None:
         self._fraction = config.fraction
         self._seed = seed
         self._vocab_size = vocab_size
+        self._pad = pad
         self._kinds = _KINDS[config.kind]
         self.moves_captions = Purpose.NOISE_ALIGNMENT in self._kinds
 
@@ -79,7 +81,7 @@ class Noise:
             for row in np.flatnonzero(self._is_chosen(samples, Purpose.NOISE_TEXT)):
                 random = self._random(samples[row], Purpose.NOISE_TEXT)
                 length = random.randint(1, tokens.shape[1] + 1)
-                tokens[row] = 0
+                tokens[row] = self._pad
                 tokens[row, :length] = random.randint(1, self._vocab_size, size=length)
 
     def _is_chosen(self, samples: np.ndarray, purpose: Purpose) -> np.ndarray:

@@ -230,15 +230,18 @@ class ImageTokens:
     """Keeps the features before pooling of an image tower's last forward pass.
 
     Only of a pass with gradients. A hook on the tower's last norm takes them, so the tower runs as it would without a
-    decoder: split, compiled or checkpointed.
+    decoder: split, compiled or checkpointed. Views go through the tower's parts (`distiller.py`) and are not kept.
     """
 
     def __init__(self, visual: nn.Module) -> None:
         self._last: Tensor | None = None
+        self._is_running = False
+        visual.register_forward_pre_hook(lambda *_: setattr(self, "_is_running", True))
+        visual.register_forward_hook(lambda *_: setattr(self, "_is_running", False))
         last_norm(visual)[0].register_forward_hook(self._keep)
 
     def _keep(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        if torch.is_grad_enabled():
+        if self._is_running and torch.is_grad_enabled():
             self._last = output
 
     def take(self) -> Tensor:
@@ -270,7 +273,7 @@ def last_norm(visual: nn.Module) -> tuple[nn.Module, int]:
         ValueError: if the tower is no ViT of timm or open_clip that pools after its last norm.
     """
     trunk: Any = getattr(visual, "trunk", visual)
-    if hasattr(trunk, "blocks") and hasattr(trunk, "norm") and hasattr(trunk, "embed_dim"):
+    if hasattr(trunk, "blocks") and hasattr(trunk, "norm") and isinstance(getattr(trunk, "embed_dim", None), int):
         return trunk.norm, int(trunk.embed_dim)
     if hasattr(trunk, "ln_post") and trunk.attn_pool is None and not trunk.final_ln_after_pool:
         return trunk.ln_post, int(trunk.ln_post.normalized_shape[0])
@@ -306,12 +309,17 @@ def build_decoder(model: ModelConfig, visual: nn.Module, text: Any) -> Decoder:
     layers, width, heads = (int(size or 0) for size in sizes.values())
     if width % heads:
         raise ValueError(f"model.decoder: width={width} does not divide by heads={heads}")
+    mlp_width = math.floor(width * config.get("mlp_ratio", 4.0))
+    if mlp_width < 1:
+        raise ValueError(
+            f"model.decoder: width={width} times the text tower's mlp_ratio is below 1: take a larger width"
+        )
     _, context_length, _ = shapes(model)
     return Decoder(
         layers=layers,
         width=width,
         heads=heads,
-        mlp_width=math.floor(width * config.get("mlp_ratio", 4.0)),
+        mlp_width=mlp_width,
         image_width=last_norm(visual)[1],
         vocab_size=int(text.vocab_size),
         context_length=context_length,

@@ -148,8 +148,11 @@ def build_distiller(config: HeadsConfig, visual: Any, embed_dim: int) -> Distill
     Raises:
         ValueError: if it is no ViT of timm without class token.
     """
+    from timm.models.vision_transformer import VisionTransformer
+
     trunk: Any = getattr(visual, "trunk", visual)
-    if not all(hasattr(trunk, name) for name in ("patch_embed", "pos_embed", "blocks")) or trunk.num_prefix_tokens:
+    is_vit = isinstance(trunk, VisionTransformer) and isinstance(trunk.patch_embed.proj, nn.Conv2d)
+    if not is_vit or trunk.num_prefix_tokens or trunk.pos_embed is None:
         raise ValueError(
             "model.heads: self-distillation needs a ViT of timm without class token, as SigLIP's, and the image tower "
             f"({type(trunk).__name__}) is none: take such a tower, or leave model.heads out"

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
 
@@ -61,7 +61,7 @@ class LogWindow:
         results = list(self._results.values())
         newest = results[-1]
         losses = self._device.read([result.loss for result in results])
-        terms = self._device.read(list(newest.terms.values())) if newest.terms else []
+        terms = self._device.read([term for each in results for term in each.terms.values()]) if newest.terms else []
         norms = self._device.read([result.grad_norm for result in results])
         scale, bias = self._device.read([newest.logit_scale, newest.logit_bias])
         features = newest.feature_means.tolist()
@@ -78,8 +78,9 @@ class LogWindow:
         terms = [total / world_size for total in sums[len(features) :][: len(terms)]]
         *losses, num_ready, wait_s, decode_s, num_refused = sums[len(features) + len(terms) :]
         means = [total / world_size for total in losses]
-        for step, loss, norm in zip(self._results, means, norms, strict=True):
-            reason = why_bad(loss, norm, self._good_losses, self._max_loss_ratio)
+        of_step = [dict(zip(newest.terms, part, strict=True)) for part in _cut(terms, len(results))]
+        for step, loss, norm, own in zip(self._results, means, norms, of_step, strict=True):
+            reason = why_bad(loss, norm, self._good_losses, self._max_loss_ratio, own)
             if reason:
                 raise BadStep(step, f"step {step}: {reason}. Lower optim.lr, or train in fp32")
             self._good_losses.append(loss)
@@ -90,7 +91,7 @@ class LogWindow:
             "samples_seen": steps_done * self._global_batch_size,
             **self._phase,
             "train/loss": means[-1],
-            **{f"train/{name}": value for name, value in zip(newest.terms, terms, strict=True)},
+            **{f"train/{name}": value for name, value in of_step[-1].items()},
             "train/logit_scale": scale,
             "train/logit_bias": bias,
             "train/positive_logit_mean": positive,
@@ -110,15 +111,28 @@ class LogWindow:
         return metrics
 
 
-def why_bad(loss: float, grad_norm: float, before: Sequence[float], max_ratio: float | None) -> str:
+def _cut(values: list[float], num_parts: int) -> list[list[float]]:
+    size = len(values) // num_parts
+    return [values[number * size : (number + 1) * size] for number in range(num_parts)]
+
+
+def why_bad(
+    loss: float,
+    grad_norm: float,
+    before: Sequence[float],
+    max_ratio: float | None,
+    terms: Mapping[str, float],
+) -> str:
     """What is wrong with a step; empty for a good one.
 
     Args:
         before: losses of the good steps before it, the newest last.
         max_ratio: train.max_loss_ratio.
+        terms: of a loss with several.
     """
     if not math.isfinite(loss):
-        return f"the loss is {loss}"
+        bad = [f"{name} {value}" for name, value in terms.items() if not math.isfinite(value)]
+        return f"the loss is {loss}" + (f" ({', '.join(bad)})" if bad else "")
     if not math.isfinite(grad_norm):
         return f"the norm of the gradients is {grad_norm}"
     if max_ratio is not None and len(before) >= _NUM_RECENT // 5:

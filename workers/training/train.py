@@ -130,7 +130,7 @@ def _train_phase(
         first_step=first_step,
         last_step=min(phase.end_step, num_steps),
         page_lock=device.page_lock if device.pins_memory else None,
-        noise=Noise(job.train.label_noise, job.seed, vocab_size) if job.train.label_noise else None,
+        noise=_noise(job, phase, vocab_size),
         counts=counts,
     )
     saver = Saver(
@@ -183,6 +183,14 @@ def _train_phase(
     finally:
         loader.close()
     return phase if phase.end_step < num_steps and not saver.must_stop else None
+
+
+def _noise(job: TrainJob, phase: Phase, vocab_size: int) -> Noise | None:
+    if job.train.label_noise is None:
+        return None
+    # Without a decoder, what fills is not known here.
+    pad = _caption_ends(phase.model).pad if phase.loss.caption_weight else 0
+    return Noise(job.train.label_noise, job.seed, vocab_size, pad)
 
 
 def _caption_ends(model: ModelConfig) -> CaptionEnds:

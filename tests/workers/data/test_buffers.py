@@ -207,7 +207,7 @@ def test_batches_written_in_place_are_those_by_value(
     )
     kinds = {"world_size": world_size, "rank": rank, "first": first}
     if noise is not None:
-        kinds["noise"] = Noise(LabelNoise(kind=noise, fraction=0.5), 5, 49408)
+        kinds["noise"] = Noise(LabelNoise(kind=noise, fraction=0.5), 5, 49408, 0)
     expected, _ = one_by_one(config, model_config, OneWorker, shares_memory=False, **kinds)
     found, source = one_by_one(config, model_config, Recorded, shares_memory=True, **kinds)
     same(expected, found)

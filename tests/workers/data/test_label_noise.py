@@ -12,6 +12,7 @@ from sigray.workers.data.loader import Batch, Loader
 from sigray.workers.data.manifest import scan_shards
 from sigray.workers.data.sample_hash import place_hash
 from sigray.workers.data.worker import DataWorker, build_order, image_kind
+from sigray.workers.model.tokenizer import CaptionEnds
 from tests.helpers.bare import OneWorker
 
 N, VOCAB = 4000, 1000
@@ -24,7 +25,7 @@ def places(count: int = N) -> np.ndarray:
 
 def corrupted(kind: str, fraction: float, seed: int = 0, count: int = N) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which images, which captions changed, and the rows that captions come from."""
-    noise, samples = Noise(LabelNoise(kind=kind, fraction=fraction), seed, VOCAB), places(count)
+    noise, samples = Noise(LabelNoise(kind=kind, fraction=fraction), seed, VOCAB, 0), places(count)
     images = np.zeros((count, 4, 4, 3), np.uint8)
     tokens = np.zeros((count, 6), np.int32)
     rows = noise.caption_rows(samples)
@@ -71,8 +72,19 @@ def test_captions_are_dealt_out_among_the_chosen_and_nobody_keeps_theirs():
     assert corrupted("alignment", 1.0, count=1)[2].tolist() == [0]
 
 
+@pytest.mark.parametrize("pad", [0, 1, VOCAB + 3])
+def test_a_caption_of_noise_ends_with_pads(pad):
+    noise, samples = Noise(LabelNoise(kind="text", fraction=1), 3, VOCAB, pad), places(600)
+    tokens = np.full((600, 6), -1, np.int32)
+    noise.corrupt(samples, np.zeros((600, 8, 8, 3), np.uint8), tokens)
+    ends = CaptionEnds(pad, pad)
+    lengths = (ends.weights(tokens) > 0).sum(axis=1)
+    assert set(lengths) == set(range(2, 7))  # of one to six tokens and the first pad, if there is one
+    assert {int(token) for token in tokens[:, -1]} > {pad}
+
+
 def test_noise_covers_its_range():
-    noise, samples = Noise(LabelNoise(kind="image_text", fraction=1), 3, VOCAB), places(600)
+    noise, samples = Noise(LabelNoise(kind="image_text", fraction=1), 3, VOCAB, 0), places(600)
     images, tokens = np.zeros((600, 8, 8, 3), np.uint8), np.full((600, 6), -1, np.int32)
     noise.corrupt(samples, images, tokens)
     assert images.mean() == pytest.approx(127.5, abs=1)
@@ -112,7 +124,7 @@ def batches(data, model, noise: Noise | None, batch: int, rank: int, world_size:
 
 @pytest.mark.parametrize("kind", ["alignment", "all"])
 def test_ranks_do_not_change_the_corruption(kind, data_config, model_config):
-    noise = Noise(LabelNoise(kind=kind, fraction=0.5), 5, 49408)
+    noise = Noise(LabelNoise(kind=kind, fraction=0.5), 5, 49408, 0)
     (whole,) = batches(data_config, model_config, noise, 24, 0, 1, 1)
     parts = [batches(data_config, model_config, noise, 24, rank, 3, 1)[0] for rank in range(3)]
     assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
@@ -125,7 +137,7 @@ def test_ranks_do_not_change_the_corruption(kind, data_config, model_config):
 
 
 def test_a_batch_size_does_not_change_which_pairs_are_corrupted(data_config, model_config):
-    noise = Noise(LabelNoise(kind="image_text", fraction=0.5), 5, 49408)
+    noise = Noise(LabelNoise(kind="image_text", fraction=0.5), 5, 49408, 0)
 
     def by_place(batch: int, steps: int) -> dict:
         made = batches(data_config, model_config, noise, batch, 0, 1, steps)

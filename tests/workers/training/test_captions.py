@@ -11,7 +11,7 @@ from sigray.losses import sigmoid_loss_plain, token_loss_plain
 from sigray.orchestrator.config import ConfigError, load_config
 from sigray.workers.config import LossConfig, ModelConfig
 from sigray.workers.data.sample_hash import Purpose, are_drawn
-from sigray.workers.model.decoder import ImageTokens
+from sigray.workers.model.decoder import ImageTokens, last_norm
 from sigray.workers.model.tokenizer import CaptionEnds, build_tokenizer, find_caption_ends
 from sigray.workers.model.towers import build_model, check_model, checkpoint_activations, named_parts, normalize_pixels
 from tests.helpers.bare import train_bare
@@ -152,6 +152,22 @@ def test_the_decoder_is_split_compiled_and_checkpointed():
     assert all(block.forward != plain for block, plain in zip(module.decoder.blocks, before, strict=True))
 
 
+def test_image_tokens_are_those_of_the_towers_own_pass():
+    """Parts of the tower that run alone, as views do, leave nothing here."""
+    visual = build_model(MODEL).visual
+    image_tokens = ImageTokens(visual)
+    visual(torch.randn(2, 3, 16, 16))
+    kept = image_tokens.take()
+    assert kept.requires_grad
+    last_norm(visual)[0](torch.randn(2, 4, 32))
+    with pytest.raises(AssertionError):
+        image_tokens.take()
+    with torch.no_grad():
+        visual(torch.randn(2, 3, 16, 16))
+    with pytest.raises(AssertionError):
+        image_tokens.take()
+
+
 def test_without_a_weight_the_decoder_is_not_run():
     loss, gradients, terms = step_on_rank(0, 1, loss=LossConfig())
     assert terms == {}
@@ -279,6 +295,10 @@ def test_split_weights_with_captions_from_the_middle(config_file):
         (["loss.caption_weight=1"], "loss.caption_weight=1 needs a decoder: set model.decoder"),
         (["phases=[{start: 0.5, loss: {caption_weight: 2}}]"], r"phases.0.loss.caption_weight=2 needs a decoder"),
         (["model.decoder={}"], "model.decoder is never trained: set loss.caption_weight=1"),
+        (
+            ["model.decoder={width: 2, heads: 1}", "loss.caption_weight=1", "model.towers.text_cfg.mlp_ratio=0.25"],
+            "width=2 times",
+        ),
         (["model.decoder={heads: 3}", "loss.caption_weight=1"], "width=16 does not divide by heads=3"),
         (
             ["model.towers.vision_cfg.layers=[1, 1, 1, 1]", "model.decoder={}", "loss.caption_weight=1"],

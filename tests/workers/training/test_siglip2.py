@@ -162,6 +162,17 @@ def test_micro_batches_change_rounding_alone(config_file, undisturbed):
         (["model.heads={hidden: 1000000000}"], "model.heads.hidden=1000000000: .*less than or equal to"),
         (["model.heads={bottleneck: 1000000000}"], "model.heads.bottleneck=1000000000: .*less than or equal to"),
         (["loss.distill={local_size: 12}"], "local_size=12 does not divide by the patches of 8 pixels"),
+        *(
+            (
+                [
+                    f"model.towers.vision_cfg={{timm_model_name: {name}, image_size: 224}}",
+                    "model.decoder=null",
+                    "loss.caption_weight=0",
+                ],
+                "needs a ViT of timm without class token",
+            )
+            for name in ("samvit_base_patch16_224", "hiera_tiny_224", "vitamin_small_224", "mixer_s32_224", "resnet18")
+        ),
         (
             ["model.towers.vision_cfg={image_size: 16, patch_size: 8, width: 32, head_width: 16, layers: 1}"],
             "ViT of timm without class",

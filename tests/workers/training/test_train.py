@@ -92,12 +92,14 @@ def test_a_step_that_is_left_out_changes_nothing_in_any_attempt(config):
 
 def test_a_leap_is_bad_only_against_enough_good_steps():
     before = [2.0] * 20
-    assert why_bad(3.9, 1.0, before, 2.0) == ""
-    assert "the loss is 4.1, the median of the 20 steps before it 2" in why_bad(4.1, 1.0, before, 2.0)
-    assert why_bad(4.1, 1.0, before[:19], 2.0) == ""
-    assert why_bad(4.1, 1.0, before, None) == ""
-    assert "the loss is nan" in why_bad(math.nan, 1.0, [], None)
-    assert "the norm of the gradients is inf" in why_bad(1.0, math.inf, [], None)
+    assert why_bad(3.9, 1.0, before, 2.0, {}) == ""
+    assert "the loss is 4.1, the median of the 20 steps before it 2" in why_bad(4.1, 1.0, before, 2.0, {})
+    assert why_bad(4.1, 1.0, before[:19], 2.0, {}) == ""
+    assert why_bad(4.1, 1.0, before, None, {}) == ""
+    assert "the loss is nan" in why_bad(math.nan, 1.0, [], None, {})
+    terms = {"contrastive_loss": 2.0, "caption_loss": math.nan, "local_loss": math.inf}
+    assert why_bad(math.nan, 1.0, [], None, terms) == "the loss is nan (caption_loss nan, local_loss inf)"
+    assert "the norm of the gradients is inf" in why_bad(1.0, math.inf, [], None, {})
 
 
 def test_a_bad_step_travels_between_processes():
