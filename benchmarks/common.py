@@ -17,8 +17,10 @@ from sigray.orchestrator.config import RunConfig
 from sigray.orchestrator.run.summary import environment
 from sigray.workers.config import ModelConfig
 from sigray.workers.data.loader import Batch
+from sigray.workers.data.views import Pixels
 from sigray.workers.device import Device
 from sigray.workers.model.inputs import CLIP_VOCAB_SIZE, shapes
+from sigray.workers.model.tokenizer import CaptionEnds
 from sigray.workers.training.phases import Schedule
 from sigray.workers.training.step import Trainer
 
@@ -45,14 +47,19 @@ def trainer_of(config: RunConfig, device: Device, *, compile_blocks: bool = Fals
         seed=0,
         activation_checkpointing=config.train.activation_checkpointing,
         compile_blocks=compile_blocks,
+        caption_ends=CaptionEnds(0, 0),
+        ema=config.train.ema,
     )
 
 
-def random_batch(num_pairs: int, model: ModelConfig, *, pin_memory: bool = False) -> Batch:
-    """Noise in the shapes that a model takes."""
+def random_batch(
+    num_pairs: int, model: ModelConfig, *, pixels: Pixels | None = None, pin_memory: bool = False
+) -> Batch:
+    """Noise in the shapes that a model takes; images with views as `pixels` says."""
     edge, length, vocabulary = shapes(model)
     generator = torch.Generator().manual_seed(1)
-    images = torch.randint(0, 256, (num_pairs, edge, edge, 3), generator=generator, dtype=torch.uint8)
+    shape = (num_pairs, *(pixels or Pixels(edge)).shape)
+    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     tokens = torch.randint(1, vocabulary or CLIP_VOCAB_SIZE, (num_pairs, length), generator=generator).int()
     if pin_memory:
         images, tokens = images.pin_memory(), tokens.pin_memory()
