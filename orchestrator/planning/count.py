@@ -151,15 +151,9 @@ def measure_towers(
         module = module.to_empty(device="cpu")
         images = torch.empty(num_pairs, size, size, 3, dtype=torch.uint8)
         tokens = torch.empty(num_pairs, context_length, dtype=torch.int32)
-        captioner: Captioner | None = None
-        if loss.caption_weight:
-            captioner = Captioner(module, loss, CaptionEnds(0, 0), 0, is_recorded=uses_xla)
-        student: Student | None = None
-        if loss.distill is not None:
-            student = Student(module, model, loss.distill, lambda parameter: parameter, device, 0)
-        pixels = Pixels(size, student.views if student is not None else None)
-        views = torch.empty(num_pairs, *pixels.shape, dtype=torch.uint8)
-        counter = stack.enter_context(Counter([*module.parameters(), *module.buffers(), images, tokens, views]))
+        terms = _RowTerms(module, model, loss, device, tokens, stand_ins, places_all=uses_xla)
+        given = [images, tokens, terms.views]
+        counter = stack.enter_context(Counter([*module.parameters(), *module.buffers(), *given]))
 
         after_image: list[float] = []
         module.get_submodule("visual").register_forward_hook(lambda *_: after_image.append(counter.flops))
@@ -173,27 +167,6 @@ def measure_towers(
                 )
             names = {"visual": "image_features", "text": "text_features"}
             return [found[names[tower]].to(dtype) for tower in towers]
-
-        def row_terms() -> list[torch.Tensor]:
-            """The terms beside the contrastive loss; adds their operations to `flops`."""
-            terms: list[torch.Tensor] = []
-            with device.autocast():
-                if captioner is not None:
-                    before = counter.flops
-                    positions = torch.empty(num_pairs, context_length)
-                    places = None if uses_xla else torch.arange(positions.numel())
-                    is_parallel = torch.empty(num_pairs, dtype=torch.bool)
-                    loop = functools.partial(stand_ins.token_loss, counter)
-                    terms += captioner.encode(tokens, is_parallel, positions, places, loss=loop).values()
-                    flops["captions"] = counter.flops - before
-                if student is not None:
-                    before = counter.flops
-                    masked = torch.empty(num_pairs, student.num_patches, dtype=torch.bool)
-                    reads = torch.empty(num_pairs, student.num_predicted, dtype=torch.int64)
-                    loop = functools.partial(stand_ins.distillation_loss, counter)
-                    terms += student.encode(*split(views, pixels)[1:], masked, reads, loss=loop).values()
-                    flops["views"] = ahead + counter.flops - before
-            return terms
 
         def forward_flops() -> dict[str, float]:
             image = after_image[-1] if "visual" in running else 0.0
@@ -213,23 +186,15 @@ def measure_towers(
             for parameter in parameters:  # as in the second micro-batch and later
                 parameter.grad = torch.empty_like(parameter)
         counter.watch(parameters)
-        ahead = 0.0
-        ahead_bytes = 0
-        if student is not None and student.looks_ahead:
-            counter.start()
-            with device.autocast():
-                reads = torch.empty(num_pairs, student.num_predicted, dtype=torch.int64)
-                student.look_ahead([(split(views, pixels)[1], reads)])
-            ahead = counter.flops
-            ahead_bytes = counter.now - num_pairs * student.kept_bytes
-        again = [tower for tower in TOWERS if tower in training or (tower == "visual" and captioner is not None)]
+        ahead_bytes = terms.look_ahead(counter)
+        again = [tower for tower in TOWERS if tower in training or (tower == "visual" and terms.reads_image_tower)]
         features = embed(again if cached else running)
         if cached:
             flops["forward again"] = counter.flops
         else:
             flops = forward_flops()
         dim = features[-1].shape[1]
-        features = [part for part in features + row_terms() if part.requires_grad]
+        features = [part for part in features + terms.encode(counter) if part.requires_grad]
         graph = counter.now
         forward = counter.flops
         torch.autograd.backward(features, [torch.empty_like(part) for part in features])
@@ -237,7 +202,7 @@ def measure_towers(
         peak, gradients_at_peak = counter.peak, counter.gradients_at_peak
         if cached:
             peak, gradients_at_peak = gradients + peak, gradients
-        flops["backward"] = counter.flops - forward
+        flops |= terms.flops | {"backward": counter.flops - forward}
         for parameter in updated:  # parameters that only the loss reads have no gradient yet
             parameter.grad = torch.empty_like(parameter)
         optimizer = build_optimizer(module, OptimConfig(name=optim.name), {"fused": True})
@@ -251,8 +216,8 @@ def measure_towers(
     tensors = [*module.named_parameters(), *module.named_buffers()]
     _measured[key] = TowerCosts(
         embed_dim=dim,
-        image_bytes=pixels.num_bytes,
-        state_bytes=student.kept_bytes if student is not None else 0,
+        image_bytes=terms.pixels.num_bytes,
+        state_bytes=terms.state_bytes,
         ahead_bytes=ahead_bytes,
         parameters=numbers | {"trained": sum(parameter.numel() for parameter in parameters)},
         weights=sum(tensor.nbytes for name, tensor in tensors if held.get(name.split(".")[0], True)),
@@ -267,6 +232,90 @@ def measure_towers(
         flops=flops,
     )
     return _measured[key]
+
+
+class _RowTerms:
+    """The terms beside the contrastive loss, of one micro-batch without memory.
+
+    Args:
+        tokens: (n, T), of the micro-batch.
+        loops: what stands for the losses that loop over logits.
+        places_all: whether all positions of captions are computed, as under XLA.
+
+    Attributes:
+        pixels: of an image of the batch.
+        views: (n, num_bytes) of the images.
+        flops: of the terms so far.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        model: ModelConfig,
+        loss: LossConfig,
+        device: Device,
+        tokens: torch.Tensor,
+        loops: LogitLoops,
+        *,
+        places_all: bool,
+    ) -> None:
+        self._captioner: Captioner | None = None
+        if loss.caption_weight:
+            self._captioner = Captioner(module, loss, CaptionEnds(0, 0), 0, is_recorded=places_all)
+        self._student: Student | None = None
+        if loss.distill is not None:
+            self._student = Student(module, model, loss.distill, lambda parameter: parameter, device, 0)
+        self._device, self._tokens, self._loops, self._places_all = device, tokens, loops, places_all
+        self.pixels = Pixels(shapes(model)[0], self._student.views if self._student is not None else None)
+        self.views = torch.empty(len(tokens), *self.pixels.shape, dtype=torch.uint8)
+        self.flops: dict[str, float] = {}
+
+    @property
+    def reads_image_tower(self) -> bool:
+        return self._captioner is not None
+
+    @property
+    def state_bytes(self) -> int:
+        return self._student.kept_bytes if self._student is not None else 0
+
+    def look_ahead(self, counter: Counter) -> int:
+        """Show the teacher the batch, if it must see it first.
+
+        Returns:
+            Bytes that the device keeps beside its states.
+        """
+        if self._student is None or not self._student.looks_ahead:
+            return 0
+        before, held = counter.flops, counter.now
+        with self._device.autocast():
+            self._student.look_ahead([(split(self.views, self.pixels)[1], self._reads(self._student))])
+        self.flops["views"] = counter.flops - before
+        return counter.now - held - len(self.views) * self._student.kept_bytes
+
+    def encode(self, counter: Counter) -> list[torch.Tensor]:
+        """Compute the terms, right after the image tower has run."""
+        terms: list[torch.Tensor] = []
+        with self._device.autocast():
+            if self._captioner is not None:
+                before = counter.flops
+                positions = torch.empty(self._tokens.shape)
+                places = None if self._places_all else torch.arange(positions.numel())
+                is_parallel = torch.empty(len(positions), dtype=torch.bool)
+                loss = functools.partial(self._loops.token_loss, counter)
+                terms += self._captioner.encode(self._tokens, is_parallel, positions, places, loss=loss).values()
+                self.flops["captions"] = counter.flops - before
+            if self._student is not None:
+                before = counter.flops
+                masked = torch.empty(len(self.views), self._student.num_patches, dtype=torch.bool)
+                reads = self._reads(self._student)
+                loss = functools.partial(self._loops.distillation_loss, counter)
+                parts = split(self.views, self.pixels)[1:]
+                terms += self._student.encode(*parts, masked, reads, loss=loss).values()
+                self.flops["views"] = self.flops.get("views", 0.0) + counter.flops - before
+        return terms
+
+    def _reads(self, student: Student) -> torch.Tensor:
+        return torch.empty(len(self.views), student.num_predicted, dtype=torch.int64)
 
 
 def _trains(name: str, loss: LossConfig) -> bool:

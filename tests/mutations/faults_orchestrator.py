@@ -388,7 +388,7 @@ FAULTS = [
     Fault(
         "views take no memory on their way",
         "sigray.orchestrator.planning.count:measure_towers",
-        "image_bytes=pixels.num_bytes",
+        "image_bytes=terms.pixels.num_bytes",
         "image_bytes=3 * size**2",
         (f"{_PLAN}::test_a_real_step_with_captions_or_views_takes_what_was_predicted",),
     ),
