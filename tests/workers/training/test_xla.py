@@ -22,6 +22,14 @@ from tests.helpers.data import write_small_run
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.xla import BATCH, NUM_STEPS
 
+VIEWS = [
+    "train.micro_batch_size=8",
+    "train.ema=64",
+    "model.towers.vision_cfg={timm_model_name: siglip_vit_w32_d1_h2_m64_p8_s16, timm_pool: map, timm_proj: linear, "
+    "image_size: 16}",
+    "model.heads={hidden: 24, bottleneck: 12, prototypes: 20}",
+    "loss.distill={num_local_views: 2}",
+]
 VARIANTS = {
     "whole": [],
     "micro": ["train.micro_batch_size=8"],
@@ -32,6 +40,8 @@ VARIANTS = {
     "lion": ["optim.name=lion", "optim.lr=3e-4"],
     "adafactor": ["optim.name=adafactor"],
     "captions": ["train.micro_batch_size=8", "model.decoder={}", "loss.caption_weight=1"],
+    "views": VIEWS,
+    "sinkhorn": [*VIEWS, "loss.distill.balance=sinkhorn"],
     "split": ["train.micro_batch_size=8", "sharding.weights=split"],
 }
 
@@ -97,6 +107,8 @@ def test_the_losses_with_micro_batches_are_those_of_the_cpu(config_file, micro_o
         ("lion", 5),
         ("adafactor", 3),
         ("captions", 10),
+        ("views", 10),
+        ("sinkhorn", 10),
         ("split", 10),
     ],
 )
