@@ -43,8 +43,10 @@ DECODE_S = 740e-6
 Photographs of 256 to 512 px to 224, with tar, tokens and hand-over, on a core of an AMD EPYC, when torch still resized
 (benchmarks/results/2026-11-25-stream.json). A hardware thread on a shared core took 1,226 us
 (2026-11-27-stream.json)."""
-VIEWS_DECODE = 1.7
-"""Factor on it with the views of self-distillation, from benchmarks/terms.py."""
+VIEWS_DECODE = 1.9
+"""Factor on it with the views of self-distillation.
+
+`views_decode_ratio` of benchmarks/results/2026-12-01-terms.json."""
 _FLOAT32 = 4
 _DAY_S = 86_400
 
