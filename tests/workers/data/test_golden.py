@@ -61,7 +61,7 @@ def test_golden_captions():
 def test_golden_label_noise(asked):
     places, fraction = np.array(asked["places"]), asked["fraction"]
     images, tokens = np.zeros((len(places), 2, 2, 3), np.uint8), np.full((len(places), 5), -1, np.int32)
-    noise = Noise(LabelNoise(kind="all", fraction=fraction), asked["seed"], 1000)
+    noise = Noise(LabelNoise(kind="all", fraction=fraction), asked["seed"], 1000, 0)
     assert noise.caption_rows(places).tolist() == asked["caption_rows"]
     noise.corrupt(places, images, tokens)
     for row in range(len(places)):

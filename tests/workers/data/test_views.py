@@ -186,7 +186,7 @@ def test_batches_have_the_same_views_on_any_number_of_ranks(data, model_config, 
 
 
 def test_noise_replaces_the_image_as_without_views_and_the_views(data, model_config, worker):
-    noise = Noise(LabelNoise(kind="image", fraction=0.5), SEED, 49408)
+    noise = Noise(LabelNoise(kind="image", fraction=0.5), SEED, 49408, 0)
     kinds = [{"noise": noise, "pixels": ALONE}, {"noise": noise, "pixels": PIXELS}, {"pixels": PIXELS}]
     before, noisy, clean = (batches(data, model_config, batch=12, last=4, worker=worker, **kind) for kind in kinds)
     changed = Counter()
