@@ -35,14 +35,14 @@ from sigray.orchestrator.planning.this_machine import this_cpu
 MIB = 2**20
 PAPER_BATCH = 4096
 EMOJI = ROOT / "examples" / "emoji_cpu.yaml"
+TEXT = "text_cfg: {context_length: 32, vocab_size: 8192, width: 256, heads: 4, layers: 6}}"
 MIDDLE = (
     "model.towers={embed_dim: 256, vision_cfg: {image_size: 96, patch_size: 8, width: 256, head_width: 64, layers: 8}, "
-    "text_cfg: {context_length: 32, vocab_size: 8192, width: 256, heads: 4, layers: 6}}"
+    + TEXT
 )
 RECIPE = (
     "model.towers={embed_dim: 256, vision_cfg: {image_size: 96, timm_model_name: siglip_vit_w256_d8_h4_m1024_p8_s96, "
-    "timm_pool: map, timm_proj: none}, "
-    "text_cfg: {context_length: 32, vocab_size: 8192, width: 256, heads: 4, layers: 6}}"
+    "timm_pool: map, timm_proj: none}, " + TEXT
 )
 CONFIGS = {
     "emoji towers, 2,048 in micro-batches of 256": [

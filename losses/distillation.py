@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sigray.losses.sigmoid import OnePass
 from sigray.losses.spans import span
-from sigray.losses.tiles import accumulate, default_tile_size, product_dtype, ranges, sum_dtype
+from sigray.losses.tiles import accumulate, default_tile_size, positions_per_tile, product_dtype, ranges, sum_dtype
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,15 @@ def sinkhorn_center(
         (K,), to be subtracted from the logits; the same on every rank.
     """
     sums, products = sum_dtype(table), product_dtype(table)
+    table = table.to(products)
     center = torch.zeros(len(table), dtype=sums, device=table.device)
     for number in range(num_rounds):
         total = torch.full_like(center, -torch.inf)
         for each in states:
-            size = chunk_size or max(1, default_tile_size(each.device) ** 2 // (each.shape[0] * len(table)))
+            size = chunk_size or positions_per_tile(default_tile_size(each.device), each.shape[0], len(table))
             for columns in ranges(each.shape[1], size):
                 flat = each[:, columns].flatten(0, 1).to(products)
-                logits = (flat @ table.to(products).T).to(sums).div_(temperature)
+                logits = (flat @ table.T).to(sums).div_(temperature)
                 if number:  # to 1 for each view
                     logits -= (logits - center / temperature).logsumexp(dim=1, keepdim=True)
                 total = torch.logaddexp(total, logits.logsumexp(dim=0))
@@ -119,7 +120,7 @@ def distillation_loss(
     Raises:
         RuntimeError: as `sigmoid_loss`.
     """
-    chunk_size = chunk_size or max(1, default_tile_size(student.device) ** 2 // (student.shape[0] * len(table)))
+    chunk_size = chunk_size or positions_per_tile(default_tile_size(student.device), student.shape[0], len(table))
 
     def compute(student: Tensor, table: Tensor) -> DistillationResult:
         with span("loss: distillation"):

@@ -39,6 +39,16 @@ def default_tile_size(device: torch.device) -> int:
     return 8192 if device.type == "cuda" else 2048
 
 
+def positions_per_tile(edge: int, num_rows: int, num_logits: int) -> int:
+    """How many positions of each row have no more logits than a tile; at least one.
+
+    Args:
+        edge: of the tile.
+        num_logits: of a position.
+    """
+    return max(1, edge**2 // max(1, num_rows * num_logits))
+
+
 @dataclass
 class Tile:
     """One rectangle of the (B, M) cosines."""

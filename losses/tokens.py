@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sigray.losses.sigmoid import OnePass
 from sigray.losses.spans import span
-from sigray.losses.tiles import accumulate, default_tile_size, product_dtype, ranges, sum_dtype
+from sigray.losses.tiles import accumulate, default_tile_size, positions_per_tile, product_dtype, ranges, sum_dtype
 
 
 def token_loss_plain(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, position_weights: Tensor) -> Tensor:
@@ -55,8 +55,7 @@ def token_loss(
     Raises:
         RuntimeError: as `sigmoid_loss`.
     """
-    num_rows = hidden.shape[0] * len(weight)
-    chunk_size = chunk_size or max(1, default_tile_size(hidden.device) ** 2 // max(1, num_rows))
+    chunk_size = chunk_size or positions_per_tile(default_tile_size(hidden.device), hidden.shape[0], len(weight))
 
     def compute(hidden: Tensor, weight: Tensor, bias: Tensor) -> TokenResult:
         with span("loss: tokens"):

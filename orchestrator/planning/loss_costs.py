@@ -17,7 +17,7 @@ from torch import Tensor
 from sigray.losses.distillation import DistillationResult, Teacher
 from sigray.losses.negatives import NUM_BINS
 from sigray.losses.sigmoid import OnePass
-from sigray.losses.tiles import default_tile_size, has_bfloat16_products
+from sigray.losses.tiles import default_tile_size, has_bfloat16_products, positions_per_tile
 from sigray.losses.tokens import TokenResult
 from sigray.orchestrator.device_kinds import CPU
 from sigray.workers.config import LossConfig, Precision
@@ -164,7 +164,7 @@ def token_loss_bytes(rows: int, positions: int, width: int, vocab_size: int, pro
     Args:
         rows, positions: G and N of losses/tokens.py; and so on.
     """
-    chunk = rows * min(positions, max(1, edge**2 // (rows * vocab_size)))
+    chunk = rows * min(positions, positions_per_tile(edge, rows, vocab_size))
     narrow = product_bytes if product_bytes != _FLOAT32 else 0
     table = width * vocab_size * narrow
     logits = chunk * vocab_size * (_FLOAT32 + narrow)  # a product and its sum; later dL/dlogits and the same, rounded
@@ -181,7 +181,7 @@ def distillation_loss_bytes(
         images, each: G and N of losses/distillation.py; and so on.
         is_shared: whether all N of an image have one target.
     """
-    columns = min(each, max(1, edge**2 // (images * prototypes)))
+    columns = min(each, positions_per_tile(edge, images, prototypes))
     chunk = images * columns
     narrow = product_bytes if product_bytes != _FLOAT32 else 0
     row = prototypes * _FLOAT32

@@ -279,7 +279,7 @@ FAULTS = [
     ),
     Fault(
         "run.seed not in the label noise",
-        _TRAIN + "_noise",
+        _TRAIN + "_train_phase",
         "Noise(job.train.label_noise, job.seed,",
         "Noise(job.train.label_noise, 0,",
         _run("draws"),

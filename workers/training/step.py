@@ -82,6 +82,7 @@ class Trainer:
     Attributes:
         module: the open_clip model, with the same weights on every rank.
         pixels: what a row of a batch's images must hold.
+        caption_ends: as given.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Trainer:
         student: Student | None = None
         if loss.distill is not None:
             student = Student(self.module, model, loss.distill, self._average_of, device, seed)
+        self.caption_ends = caption_ends
         self._row_losses = RowLosses(loss, captioner, student)
         self.pixels = Pixels(shapes(model)[0], student.views if student is not None else None)
         scales = layer_scales(self.module, model, optim.layer_decay)

@@ -55,7 +55,8 @@ class Student:
         self._average_of = average_of
         trunk: Any = module.get_submodule("visual.trunk")
         self.num_patches = trunk.patch_embed.num_patches
-        self.num_predicted = self.num_patches if config.predicts == "all" else num_masked(self.num_patches, config)
+        self._num_masked = num_masked(self.num_patches, config)
+        self.num_predicted = self.num_patches if config.predicts == "all" else self._num_masked
         self.views = views_of(config, trunk)
         self.looks_ahead = config.balance == "sinkhorn"
         # If the teacher looks ahead, by head: its states of each micro-batch that awaits `encode`, its prototypes, and
@@ -80,8 +81,7 @@ class Student:
 
         (rows, P) bool: the masked patches; and (rows, m): the numbers of the predicted ones, in order.
         """
-        count = num_masked(self.num_patches, self._config)
-        masked = drawn_patches(batch.samples[rows], self._seed, self.num_patches, count)
+        masked = drawn_patches(batch.samples[rows], self._seed, self.num_patches, self._num_masked)
         if self._config.predicts == "all":
             reads = np.broadcast_to(np.arange(self.num_patches), masked.shape).copy()
         else:

@@ -117,6 +117,7 @@ def _train_phase(
     if job.profile is not None:  # after the trainer: the schedule of the learning rate is that of the whole run
         num_steps = min(num_steps, job.profile.total)
     vocab_size: Any = trainer.module.get_submodule("text").vocab_size  # rows of its table
+    pad = trainer.caption_ends.pad if trainer.caption_ends is not None else 0  # not known without captions
     pixels = trainer.pixels if job.manifest.store is None else None
     loader = Loader(
         build_order(job.manifest, job.data, job.seed, mixes_of(job)),
@@ -130,7 +131,7 @@ def _train_phase(
         first_step=first_step,
         last_step=min(phase.end_step, num_steps),
         page_lock=device.page_lock if device.pins_memory else None,
-        noise=_noise(job, phase, vocab_size),
+        noise=Noise(job.train.label_noise, job.seed, vocab_size, pad) if job.train.label_noise else None,
         counts=counts,
     )
     saver = Saver(
@@ -183,14 +184,6 @@ def _train_phase(
     finally:
         loader.close()
     return phase if phase.end_step < num_steps and not saver.must_stop else None
-
-
-def _noise(job: TrainJob, phase: Phase, vocab_size: int) -> Noise | None:
-    if job.train.label_noise is None:
-        return None
-    # Without a decoder, what fills is not known here.
-    pad = _caption_ends(phase.model).pad if phase.loss.caption_weight else 0
-    return Noise(job.train.label_noise, job.seed, vocab_size, pad)
 
 
 def _caption_ends(model: ModelConfig) -> CaptionEnds:
